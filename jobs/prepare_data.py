@@ -1,0 +1,29 @@
+"""Build a token store: `python jobs/prepare_data.py [CONFIG.yaml] [a.b=c ...]`."""
+
+import logging
+import sys
+from pathlib import Path
+
+import ray
+
+from raytune_llama.config import load, run_job
+from raytune_llama.data.documents import SourceError
+from raytune_llama.data.encode import PrepareDataConfig, prepare_data
+from raytune_llama.data.manifest import StoreError
+from raytune_llama.logs import setup_logging
+from raytune_llama.storage import local_path
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "prepare_data_smollm2.yaml"
+
+
+def main() -> None:
+    """Load the config, build the store, print where it is."""
+    setup_logging()
+    config = load(PrepareDataConfig, sys.argv[1:], default=DEFAULT_CONFIG)
+    ray.init(logging_level=logging.WARNING)
+    store = prepare_data(config.data, local_path(config.tokenizer, "tokenizer"))
+    print(f"token store: {store.path}")
+
+
+if __name__ == "__main__":
+    run_job(main, StoreError, SourceError)

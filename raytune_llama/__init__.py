@@ -1,0 +1,3 @@
+"""Ray-distributed training for LLaMA-family models, from raw text to a served endpoint."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""What a LLaMA-family model is: loading, adapters, vocabulary, loss. Imports no Ray."""

@@ -1,0 +1,175 @@
+"""A LLaMA-family causal language model: settings, loading, and the module that is trained."""
+
+import json
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import torch
+from peft import PeftModel
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from raytune_llama.config import PLACEMENT, settings
+from raytune_llama.model.loss import summed_cross_entropy
+from raytune_llama.model.tokenizer import load_tokenizer
+from raytune_llama.model.vocab import grow_embeddings
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+"""A model directory has one of them; formats that need unpickling are not read."""
+
+
+@settings
+class ModelConfig:
+    """The base model and the tokenizer that feeds it.
+
+    The paths may change when a run is resumed: their content is compared, by hash.
+    """
+
+    path: Annotated[str, Field(min_length=1), PLACEMENT]
+    """Directory of a Hugging Face causal LM with safetensors weights."""
+
+    tokenizer: Annotated[str | None, PLACEMENT] = None
+    """Directory of the tokenizer; null: the one in `path`. It may have more tokens than `path`
+    was trained with if the old ones keep their ids: the embeddings then grow."""
+
+    attention: Annotated[Literal["auto", "sdpa", "flash_attention_2"], PLACEMENT] = "auto"
+    """Attention kernel; auto: FlashAttention 2 where it is installed, on CUDA in half precision,
+    and PyTorch's SDPA elsewhere."""
+
+    allow_untrained_rows: bool = False
+    """Go on although new rows of the embeddings would stay as they were initialised."""
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Directory of the tokenizer in use."""
+        return self.tokenizer or self.path
+
+
+def check_model_directory(path: Path) -> list[str]:
+    """Return what `path` lacks to be loaded as a model; empty where it is complete."""
+    if not path.is_dir():
+        return [f"model.path: {path} is not a directory; name a Hugging Face model directory"]
+    problems: list[str] = []
+    if not (path / "config.json").is_file():
+        problems.append(
+            f"model.path: {path} has no config.json; name a Hugging Face model directory"
+        )
+    if not any((path / name).is_file() for name in WEIGHT_FILES):
+        problems.append(
+            f"model.path: {path} has no weights, neither {' nor '.join(WEIGHT_FILES)}; "
+            "convert or download them as safetensors"
+        )
+    index = path / WEIGHT_FILES[1]
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        problems += [
+            f"model.path: {path} lacks the weight shard {shard} that its index names"
+            for shard in shards
+            if not (path / shard).is_file()
+        ]
+    return problems
+
+
+def load_skeleton(path: Path) -> PreTrainedModel:
+    """Build the model of a directory without its weights: shapes and names, no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(path, local_files_only=True)
+        )
+
+
+def choose_attention(wanted: str, precision: Precision, device: torch.device) -> str:
+    """Resolve `ModelConfig.attention` to the kernel that this worker uses.
+
+    Raises:
+        ValueError: FlashAttention was asked for by name and cannot run here.
+    """
+    installed = find_spec("flash_attn") is not None
+    fits = device.type == "cuda" and precision != "fp32"
+    if wanted == "flash_attention_2" and not (installed and fits):
+        reason = "flash_attn is not installed" if not installed else f"{device.type} in {precision}"
+        raise ValueError(
+            f"model.attention: flash_attention_2 cannot run here ({reason}); use auto or sdpa"
+        )
+    return "flash_attention_2" if wanted != "sdpa" and installed and fits else "sdpa"
+
+
+def load_model(config: ModelConfig, precision: Precision, device: torch.device) -> PreTrainedModel:
+    """Load the base on the CPU, its embeddings grown to the tokenizer, caching off.
+
+    Weights stored in the wanted precision stay mapped from their file, so that the workers of a
+    node share one copy until the engine moves or partitions them; others are converted, one copy
+    a worker.
+    """
+    attention = choose_attention(config.attention, precision, device)
+    logger.info("attention: %s", attention)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        config.path,
+        dtype=DTYPES[precision],
+        attn_implementation=attention,
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    model.config.use_cache = False
+    if config.tokenizer is not None:
+        old, new = load_tokenizer(Path(config.path)), load_tokenizer(Path(config.tokenizer))
+        grow_embeddings(model, old, new)
+    return model
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """Return the causal LM inside an adapter wrapper, or the model itself."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+class SummedLoss(nn.Module):
+    """The module that an engine trains: token ids in, the sum of the targets' losses out.
+
+    The logits of a batch are never held together; see `model.loss`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BT: Tensor, positions_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """Return the summed loss in nats of the labels that are not IGNORE.
+
+        Args:
+            ids_BT: token ids.
+            positions_BT: position of each token in its document. No attention mask is given, so
+                that the model keeps documents apart wherever positions start again.
+            labels_BT: the id that follows each token, or IGNORE.
+        """
+        lm = causal_lm(self.model)
+        decoder = lm.get_decoder()
+        hidden_BTD = decoder(
+            input_ids=ids_BT, position_ids=positions_BT, use_cache=False
+        ).last_hidden_state
+        head = cast("nn.Linear", lm.get_output_embeddings())
+        return summed_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, labels_BT.flatten())
+
+
+def check_output_projection(model: PreTrainedModel) -> list[str]:
+    """Return why the chunked loss cannot stand for this model's own; empty where it can."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        return [
+            f"model.path: the output projection of {type(model).__name__} is not a linear layer "
+            "without bias, which the training loss needs"
+        ]
+    return []

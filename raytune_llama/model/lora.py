@@ -1,0 +1,196 @@
+"""Low-rank adapters: attach them, name what is trained, and write them in PEFT's own format."""
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import peft
+from peft import PeftModel
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from raytune_llama.config import settings
+
+logger = logging.getLogger(__name__)
+
+LLAMA_PROJECTIONS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@settings
+class LoraConfig:
+    """A new low-rank adapter (arXiv:2106.09685)."""
+
+    rank: Annotated[int, Field(ge=1)] = 8
+    """Rank r of the update B A of each adapted weight."""
+
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Numerator of the update's scale, alpha / r (alpha / sqrt(r) with `rslora`)."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Probability of zeroing an input of A while training."""
+
+    targets: tuple[str, ...] = LLAMA_PROJECTIONS
+    """Name endings of the linear layers to adapt; each has to match at least one."""
+
+    modules_to_save: tuple[str, ...] = ()
+    """Name endings of modules to train whole and to keep in the adapter, such as embed_tokens
+    and lm_head. Of a tied pair one name is enough, and the one table stays tied."""
+
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) (arXiv:2312.03732)."""
+
+    dora: bool = False
+    """Train the magnitude of each adapted column apart from its direction (arXiv:2402.09353)."""
+
+
+def check_adapter_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Return what is wrong with the module names of `config` for `model`; empty where all fit."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    modules = [name for name, _ in model.named_modules() if name]
+    endings = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+    problems = [
+        f"lora.targets: no linear layer of the model ends with {target!r}; "
+        f"its linear layers end with {endings}"
+        for target in config.targets
+        if not any(_ends_with(name, target) for name in linear)
+    ]
+    for saved in config.modules_to_save:
+        if not any(_ends_with(name, saved) for name in modules):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in modules if "." in name}))
+            problems.append(
+                f"lora.modules_to_save: no module of the model ends with {saved!r}; "
+                f"its modules end with {known}"
+            )
+    both = sorted(set(config.targets) & set(config.modules_to_save))
+    if both:
+        problems.append(
+            f"lora.modules_to_save: {', '.join(both)} stand in lora.targets too; "
+            "adapt a module or train it whole"
+        )
+    if any(_ends_with("lm_head", target) for target in config.targets):
+        problems.append(
+            "lora.targets: lm_head cannot be adapted, since the loss reads its weight whole; "
+            "name it in lora.modules_to_save to train it"
+        )
+    return problems
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def attach_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftModel:
+    """Add a new adapter: A drawn from `seed` alone, B zero, all else frozen.
+
+    A tied input and output embedding stays one table, also where it is trained.
+    """
+    from torch import random
+
+    settings_ = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # annotated int; only divided by
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+        modules_to_save=list(config.modules_to_save) or None,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        ensure_weight_tying=bool(config.modules_to_save) and is_tied(model),
+    )
+    with random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT announces the tying that was just asked for.
+        warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")
+        random.manual_seed(seed)
+        attached = peft.get_peft_model(model, settings_)
+    assert isinstance(attached, PeftModel)
+    return attached
+
+
+def load_adapter(model: PreTrainedModel, path: Path) -> PeftModel:
+    """Attach the adapter of a directory, trainable, with its own settings.
+
+    Raises:
+        ValueError: the directory holds no adapter, or nothing in it can be trained.
+    """
+    problem = check_adapter_directory(path)
+    if problem:
+        raise ValueError(problem)
+    attached = PeftModel.from_pretrained(model, str(path), is_trainable=True)
+    if not any(parameter.requires_grad for parameter in attached.parameters()):
+        raise ValueError(f"adapter: {path} has no parameter that can be trained")
+    return attached
+
+
+def check_adapter_directory(path: Path) -> str | None:
+    """Return why `path` is no adapter directory, or None."""
+    missing = [
+        name for name in ("adapter_config.json", ADAPTER_WEIGHTS) if not (path / name).is_file()
+    ]
+    if missing:
+        return f"adapter: {path} lacks {', '.join(missing)}; name a directory written by PEFT"
+    return None
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output projection is the input embedding's own table."""
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is model.get_input_embeddings().weight
+
+
+def write_adapter(
+    model: PeftModel, trained: Mapping[str, Tensor], directory: Path
+) -> dict[str, float]:
+    """Write `adapter_config.json` and `adapter_model.safetensors` for PEFT to load.
+
+    Args:
+        model: the model that was trained; only its structure is read, so its weights may be
+            partitioned over workers.
+        trained: every trainable parameter, whole, by its name in `model.named_parameters()`.
+        directory: an existing directory.
+
+    Returns:
+        The L2 norm of each tensor written, by key.
+
+    Raises:
+        ValueError: a tensor is empty or not finite, or the adapter would hold less than `model`.
+    """
+    by_parameter: dict[nn.Parameter, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            by_parameter[parameter] = trained[name]
+    aliases = model.named_parameters(remove_duplicate=False)
+    state = {name: by_parameter[weight] for name, weight in aliases if weight in by_parameter}
+    keyed = peft.get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    num_kept = len({id(tensor) for tensor in keyed.values()})
+    if num_kept != len(trained):
+        raise ValueError(
+            f"adapter: PEFT has keys for {num_kept} of {len(trained)} trained tensors; "
+            "the adapter would be incomplete"
+        )
+    norms: dict[str, float] = {}
+    for key, tensor in keyed.items():
+        norms[key] = float(tensor.float().norm())
+        if tensor.numel() == 0 or not math.isfinite(norms[key]):
+            raise ValueError(f"adapter: {key} is empty or not finite (norm {norms[key]})")
+    # PEFT reads a tied table under each of its names, and safetensors stores no tensor twice.
+    save_file({key: tensor.clone() for key, tensor in keyed.items()}, directory / ADAPTER_WEIGHTS)
+    adapter_config = model.peft_config["default"]
+    was_inference, adapter_config.inference_mode = adapter_config.inference_mode, True
+    adapter_config.save_pretrained(str(directory))
+    adapter_config.inference_mode = was_inference
+    return norms

@@ -1,0 +1,90 @@
+"""Cross-entropy over a large vocabulary without ever holding the logits of a batch.
+
+Shapes: N positions, D hidden size, V vocabulary rows, C positions of a chunk.
+
+The output projection and the softmax run chunk by chunk, and each chunk's gradients are taken
+while its logits are at hand, so that backward costs no second projection. The idea is that of the
+fused linear cross-entropy of Liger Kernel (arXiv:2410.10989), here in plain PyTorch for any device.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100
+"""Label of a position that is no target."""
+
+CHUNK_BYTES = 64 * 2**20
+"""Logits (float32) held at a time. Each chunk passes once over the whole gradient of the weight:
+smaller chunks were slower on a CPU, larger ones no faster."""
+
+
+def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+    """Sum of the negative log-likelihoods, in nats, of the labels that are not IGNORE.
+
+    A sum, not a mean: gradients of the stored factors stay of order one, so half precision does
+    not underflow before the caller divides by its number of target tokens.
+
+    Args:
+        hidden_ND: last hidden states; half or single precision.
+        weight_VD: rows of the output projection, of the same dtype.
+        labels_N: class of each position, or IGNORE.
+
+    Returns:
+        A float32 scalar; differentiable once with respect to `hidden_ND` and `weight_VD`.
+    """
+    return cast("Tensor", _SummedCrossEntropy.apply(hidden_ND, weight_VD, labels_N))
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401  # torch adds what forward stores
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+    ) -> Tensor:
+        targets = (labels_N != IGNORE).nonzero().squeeze(1)
+        rows = max(1, CHUNK_BYTES // (4 * weight_VD.shape[0]))
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        total = hidden_ND.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.zeros_like(hidden_ND) if wants_hidden else None
+        # Many chunks are added up: in half precision the late ones would vanish in the sum.
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        for chunk_C in targets.split(rows):
+            hidden_CD = hidden_ND[chunk_C]
+            logits_CV = (hidden_CD @ weight_VD.T).float()
+            label_C1 = labels_N[chunk_C].unsqueeze(1)
+            normalizer_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
+            total += (normalizer_C1 - logits_CV.gather(1, label_C1)).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # d loss / d logits = softmax - one_hot, written over the logits.
+            grad_CV = logits_CV.sub_(normalizer_C1).exp_()
+            grad_CV.scatter_add_(1, label_C1, grad_CV.new_full(label_C1.shape, -1.0))
+            grad_CV = grad_CV.to(weight_VD.dtype)
+            if grad_hidden is not None:
+                grad_hidden[chunk_C] = grad_CV @ weight_VD
+            if grad_weight is not None:
+                if grad_weight.dtype == grad_CV.dtype:
+                    grad_weight.addmm_(grad_CV.T, hidden_CD)
+                else:
+                    grad_weight += grad_CV.T @ hidden_CD
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # one output, one gradient
+        ctx: Any,  # noqa: ANN401  # torch adds what forward stored
+        grad_total: Tensor,
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None

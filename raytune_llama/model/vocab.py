@@ -1,0 +1,144 @@
+"""Does a tokenizer fit a model, and growing the embeddings where it is larger."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from raytune_llama.model.tokenizer import (
+    TOKENIZER_FILES,
+    encode_text,
+    load_tokenizer,
+    tokenizer_sha256,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VocabularyFit:
+    """How a tokenizer and the rows of a model's embedding go together."""
+
+    num_rows: int
+    """Rows of the model's input embedding."""
+
+    num_base_ids: int
+    """Ids that the model was trained with: those of its own tokenizer, or all rows without one."""
+
+    num_ids: int
+    """One more than the largest id of the tokenizer in use."""
+
+    @property
+    def num_new_ids(self) -> int:
+        """Ids that the model has not been trained with."""
+        return max(0, self.num_ids - self.num_base_ids)
+
+    @property
+    def num_surplus_rows(self) -> int:
+        """Rows that no id of the tokenizer names; legal, and kept."""
+        return max(0, self.num_rows - self.num_ids)
+
+
+def check_vocabulary(num_rows: int, model_path: Path, tokenizer_path: Path) -> VocabularyFit:
+    """Compare a tokenizer with the model that it is to be used with.
+
+    Args:
+        num_rows: rows of the model's input embedding.
+        model_path: the model's directory; its own tokenizer, where it has one, is the reference.
+        tokenizer_path: directory of the tokenizer to use.
+
+    Raises:
+        ValueError: the tokenizer gives other meanings to ids that the model was trained with, or
+            the model's own tokenizer has ids beyond its rows.
+    """
+    tokenizer = load_tokenizer(tokenizer_path)
+    num_ids = _num_ids(tokenizer)
+    if not has_tokenizer(model_path):
+        logger.warning("%s has no tokenizer of its own: only sizes can be compared", model_path)
+        return VocabularyFit(num_rows=num_rows, num_base_ids=num_rows, num_ids=num_ids)
+    own = load_tokenizer(model_path)
+    if tokenizer_sha256(model_path) != tokenizer_sha256(tokenizer_path):
+        _refuse_foreign(own, tokenizer, model_path, tokenizer_path)
+    if _num_ids(own) > num_rows:
+        raise ValueError(
+            f"model.path: the tokenizer of {model_path} has ids up to {_num_ids(own) - 1}, but its "
+            f"embedding has {num_rows} rows; put the tokenizer that the model was trained with "
+            "there and name the larger one in model.tokenizer"
+        )
+    return VocabularyFit(num_rows=num_rows, num_base_ids=_num_ids(own), num_ids=num_ids)
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a directory holds a tokenizer."""
+    return any((path / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _refuse_foreign(
+    own: PreTrainedTokenizerBase,
+    other: PreTrainedTokenizerBase,
+    model_path: Path,
+    tokenizer_path: Path,
+) -> None:
+    own_ids, other_ids = own.get_vocab(), other.get_vocab()
+    changed = sorted((id_, token) for token, id_ in own_ids.items() if other_ids.get(token) != id_)
+    if changed:
+        id_, token = changed[0]
+        raise ValueError(
+            f"model.tokenizer: {tokenizer_path} ({len(other_ids)} tokens) is neither the tokenizer "
+            f"of {model_path} ({len(own_ids)} tokens) nor grown from it: {len(changed)} tokens "
+            f"have another id or none, the first is {token!r}, {id_} there and {other_ids.get(token)} "
+            "here; use the model's own tokenizer or one grown from it"
+        )
+
+
+@torch.no_grad()
+def grow_embeddings(
+    model: PreTrainedModel, old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase
+) -> int:
+    """Give every id of `new` that `old` lacks a row, and return how many there are.
+
+    A new row is the mean of the rows of the tokens into which `old` splits the new token's text,
+    in the input embedding and, where it is not tied, in the output projection. A control token,
+    which has no text, starts as the mean of all old rows. Rows of old ids keep their bits.
+    """
+    num_old, num_new = _num_ids(old), _num_ids(new)
+    if num_new <= num_old:
+        return 0
+    controls = set(new.all_special_ids)
+    pieces = {
+        id_: [] if id_ in controls else encode_text(old, [str(new.decode([id_]))])[0]
+        for id_ in range(num_old, num_new)
+    }
+    if num_new > num_embedding_rows(model):
+        model.resize_token_embeddings(num_new, mean_resizing=False)
+    for table in {id(table): table for table in _embedding_tables(model)}.values():
+        mean_of_all = table[:num_old].float().mean(dim=0)
+        for id_, ids in pieces.items():
+            table[id_] = table[ids].float().mean(dim=0) if ids else mean_of_all
+    num_unsplit = sum(not ids for ids in pieces.values())
+    logger.info(
+        "vocabulary grown from %d to %d ids: %d rows start as the mean of the tokens that their "
+        "text splits into, %d (control tokens) as the mean of all rows",
+        num_old,
+        num_new,
+        len(pieces) - num_unsplit,
+        num_unsplit,
+    )
+    return len(pieces)
+
+
+def num_embedding_rows(model: PreTrainedModel) -> int:
+    """Return the rows of the input embedding."""
+    return _embedding_tables(model)[0].shape[0]
+
+
+def _embedding_tables(model: PreTrainedModel) -> list[torch.Tensor]:
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [cast("torch.Tensor", layer.weight) for layer in layers if layer is not None]

@@ -1,0 +1,1 @@
+"""Stage 2, token store to checkpoints and an adapter."""

@@ -1,0 +1,237 @@
+"""Checkpoints of a run: whole tensors by parameter name, whatever the workers and the ZeRO stage.
+
+A checkpoint is a directory `step-00000100/` with safetensors shards, each holding `weight`,
+`exp_avg` and `exp_avg_sq` of some parameters, and a `manifest.json`, which lists every tensor and
+the SHA256 of every shard, and carries the rest of the state as JSON. Nothing is pickled. It is
+built under another name and renamed, so it is there whole or not at all; and since a disk can
+still lose bits, a reader trusts only hashes that fit.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raytune_llama.config import settings
+from raytune_llama.storage import (
+    publish_directory,
+    read_json,
+    sha256_file,
+    write_json_atomic,
+)
+from raytune_llama.train.engine import Engine, ParameterState
+from raytune_llama.train.workers import Workers
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SHARD_BYTES = 2 * 2**30
+"""Size at which a shard is written; host memory needed to save, beside one parameter's state."""
+
+_PARTS = ("weight", "exp_avg", "exp_avg_sq")
+_NAME = re.compile(r"step-(\d{8})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be trusted or does not fit the run."""
+
+
+@settings
+class CheckpointConfig:
+    """When a run is saved, and what is kept."""
+
+    every_steps: Annotated[int, Field(ge=1)] = 200
+    """Optimizer steps between checkpoints. One more is written at the end and on SIGTERM."""
+
+    keep_last: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints kept."""
+
+    keep_best: bool = True
+    """Also save and keep the step with the lowest `eval/loss`."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """All of a run's state that is no tensor."""
+
+    step: int = 0
+    """Optimizer steps done; the next step's batch follows from it alone."""
+
+    tokens: int = 0
+    """Target tokens trained on."""
+
+    num_skipped_steps: int = 0
+    """Steps that moved no weight since half-precision gradients overflowed."""
+
+    seconds: float = 0.0
+    """Time spent training, evaluating and saving, over all starts of the run."""
+
+    best_step: int | None = None
+    """Step with the lowest evaluation loss so far."""
+
+    best_loss: float | None = None
+    """That loss, in nats a token."""
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def save_checkpoint(run_dir: Path, state: RunState, engine: Engine, workers: Workers) -> None:
+    """Write the checkpoint of `state.step`; collective, the first worker writes.
+
+    A checkpoint of this step that is there already is kept: equal steps of a run are equal.
+    """
+    target = checkpoint_path(run_dir, state.step)
+    if workers.broadcast(target.exists()):
+        return
+    scalars = engine.scalar_state()
+    if not workers.is_first:
+        for _ in engine.trainable_state():
+            pass
+        return
+    with publish_directory(target) as folder:
+        tensors = _write_shards(engine.trainable_state(), folder)
+        files = sorted(path.name for path in folder.iterdir())
+        manifest = {
+            "format": FORMAT_VERSION,
+            "state": asdict(state),
+            "scalars": scalars,
+            "tensors": tensors,
+            "files": {name: _file_entry(folder / name) for name in files},
+            "world_size": workers.world_size,
+        }
+        write_json_atomic(folder / MANIFEST, manifest)
+    num_bytes = sum(entry["bytes"] for entry in manifest["files"].values())
+    logger.info("checkpoint: step %d, %.1f MiB, %s", state.step, num_bytes / 2**20, target)
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def _write_shards(parameters: Iterable[tuple[str, ParameterState]], folder: Path) -> dict[str, Any]:
+    """Write parameters into shards of bounded size and return where each lies."""
+    index: dict[str, Any] = {}
+    shard: dict[str, Tensor] = {}
+    num_files = 0
+    num_bytes = 0
+
+    def flush() -> None:
+        nonlocal shard, num_files, num_bytes
+        save_file(shard, folder / _shard_name(num_files))
+        shard, num_files, num_bytes = {}, num_files + 1, 0
+
+    for name, state in parameters:
+        for part in _PARTS:
+            tensor: Tensor = getattr(state, part).contiguous()
+            shard[f"{part}/{name}"] = tensor
+            num_bytes += tensor.numel() * tensor.element_size()
+        index[name] = {"shape": list(state.weight.shape), "file": _shard_name(num_files)}
+        if num_bytes >= SHARD_BYTES:
+            flush()
+    if shard:
+        flush()
+    return index
+
+
+def _shard_name(number: int) -> str:
+    return f"state-{number:05d}.safetensors"
+
+
+def restore(run_dir: Path, engine: Engine, workers: Workers) -> RunState:
+    """Load the newest checkpoint that can be trusted, or start at step 0; collective.
+
+    A checkpoint that cannot be trusted is named in the log and renamed out of the way, so that
+    the run can save that step again.
+
+    Raises:
+        CheckpointError: the newest trusted checkpoint does not fit the model.
+    """
+    found = workers.broadcast(_newest_trusted(run_dir) if workers.is_first else None)
+    if found is None:
+        return RunState()
+    manifest = read_json(found / MANIFEST)
+
+    def read(name: str) -> ParameterState:
+        if name not in manifest["tensors"]:
+            raise CheckpointError(
+                f"{found} has no parameter {name}; it was written with another model or adapter: "
+                "use another run_dir"
+            )
+        with safe_open(found / manifest["tensors"][name]["file"], framework="pt") as file:
+            return ParameterState(*(file.get_tensor(f"{part}/{name}") for part in _PARTS))
+
+    engine.load_trainable_state(read)
+    engine.load_scalar_state(manifest["scalars"])
+    state = RunState(**manifest["state"])
+    logger.info("resumed from %s: step %d done", found, state.step)
+    if manifest["world_size"] != workers.world_size:
+        logger.info(
+            "workers: %d when it was saved, %d now", manifest["world_size"], workers.world_size
+        )
+    return state
+
+
+def _newest_trusted(run_dir: Path) -> Path | None:
+    for path in reversed(list_checkpoints(run_dir)):
+        problem = check_checkpoint(path)
+        if problem is None:
+            return path
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        logger.warning("%s; it is now %s, the checkpoint before it is used", problem, aside.name)
+    return None
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the run's checkpoint directories, oldest first, trusted or not."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def check_checkpoint(path: Path) -> str | None:
+    """Return why a checkpoint cannot be trusted, or None: every file's size and hash is read."""
+    try:
+        manifest = read_json(path / MANIFEST)
+    except (OSError, ValueError) as error:
+        return f"checkpoint {path}: {error}"
+    if manifest.get("format") != FORMAT_VERSION:
+        return f"checkpoint {path}: format {manifest.get('format')}, wanted {FORMAT_VERSION}"
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            return f"checkpoint {path}: {name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return (
+                f"checkpoint {path}: {name} has {file.stat().st_size} bytes, not {entry['bytes']}"
+            )
+        if sha256_file(file) != entry["sha256"]:
+            return f"checkpoint {path}: the content of {name} does not fit its hash"
+    return None
+
+
+def delete_old_checkpoints(
+    run_dir: Path, config: CheckpointConfig, state: RunState, workers: Workers
+) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the best one; the first worker does."""
+    if not workers.is_first:
+        return
+    best = checkpoint_path(run_dir, state.best_step) if state.best_step is not None else None
+    for path in list_checkpoints(run_dir)[: -config.keep_last]:
+        if not (config.keep_best and path == best):
+            shutil.rmtree(path)
+            logger.info("checkpoint: %s deleted", path.name)

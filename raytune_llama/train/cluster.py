@@ -1,0 +1,184 @@
+"""The Ray cluster under a run: connect, check that it can hold the workers, check every node."""
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raytune_llama.config import ConfigError
+from raytune_llama.data.store import TokenStore
+from raytune_llama.model.llama import check_model_directory
+from raytune_llama.train.config import PretrainConfig, ScaleConfig
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 5.0
+NODE_CHECK_SECONDS = 120.0
+
+
+def in_submitted_job() -> bool:
+    """Whether this process is the driver of a job that was submitted to a cluster."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """Connect to the cluster that the environment names, or start one here; leave it at the end.
+
+    In a process that is connected already, that connection is used and kept.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    # Workers' output is forwarded by our own channel.
+    ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def worker_resources(scale: ScaleConfig) -> dict[str, float]:
+    """Return what Ray reserves for one worker."""
+    gpu = {"GPU": 1.0} if scale.use_gpu else {}
+    return {"CPU": float(scale.cpus_per_worker), **gpu}
+
+
+def wait_for_resources(scale: ScaleConfig) -> None:
+    """Return once the cluster's nodes can hold the workers; wait at most `wait_seconds`.
+
+    Raises:
+        ConfigError: they cannot, and no node that could has come in time.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    needs = worker_resources(scale)
+    start = time.monotonic()
+    asked = False
+    while (shortage := find_shortage(ray.nodes(), needs, scale)) is not None:
+        waited = time.monotonic() - start
+        if waited >= scale.wait_seconds:
+            raise ConfigError([shortage])
+        if not asked:
+            request_resources(bundles=[needs] * scale.num_workers)
+            asked = True
+        logger.info("waiting for nodes, %.0f of %.0f s: %s", waited, scale.wait_seconds, shortage)
+        time.sleep(min(POLL_SECONDS, scale.wait_seconds - waited))
+
+
+def find_shortage(
+    nodes: list[dict[str, Any]], needs: dict[str, float], scale: ScaleConfig
+) -> str | None:
+    """Return why the nodes of a cluster cannot hold the workers, or None.
+
+    Args:
+        nodes: as `ray.nodes()` lists them.
+        needs: what one worker reserves.
+        scale: how many workers there are.
+    """
+    alive = [node for node in nodes if node["Alive"]]
+    held = sum(_num_held(node, needs) for node in alive)
+    if held >= scale.num_workers:
+        return None
+    have = "; ".join(
+        f"{node['NodeManagerAddress']}: {node['Resources'].get('CPU', 0):g} CPUs, "
+        f"{node['Resources'].get('GPU', 0):g} GPUs"
+        for node in alive
+    )
+    field, remedy = "scale.num_workers", "lower it, add nodes"
+    if scale.use_gpu and not any(node["Resources"].get("GPU") for node in alive):
+        field, remedy = "scale.use_gpu", "set it to false, add nodes with GPUs"
+    wants = " and ".join(f"{amount:g} {name}" for name, amount in needs.items())
+    return (
+        f"{field}: {scale.num_workers} workers of {wants} each are asked for, and the cluster can "
+        f"hold {held} ({have}); {remedy}, or set scale.wait_seconds where it scales by itself"
+    )
+
+
+def worker_nodes(needs: dict[str, float]) -> list[dict[str, Any]]:
+    """Return the nodes that can hold at least one worker."""
+    return [node for node in ray.nodes() if node["Alive"] and _num_held(node, needs) > 0]
+
+
+def _num_held(node: dict[str, Any], needs: dict[str, float]) -> int:
+    return min(int(node["Resources"].get(name, 0.0) // amount) for name, amount in needs.items())
+
+
+def check_nodes(config: PretrainConfig) -> None:
+    """On every node that may train: write and read in the run directory, open model and store.
+
+    Raises:
+        ConfigError: names each node that cannot, and why.
+    """
+    run_dir = Path(config.run_dir)
+    existed = run_dir.exists()
+    probes = run_dir / f".probe-{uuid.uuid4().hex}"
+    probes.mkdir(parents=True)
+    try:
+        (probes / "driver").write_text("driver")
+        problems = _probe_all(config, probes)
+    finally:
+        shutil.rmtree(probes, ignore_errors=True)
+        if not existed:
+            # A run that never started leaves nothing behind.
+            with contextlib.suppress(OSError):
+                run_dir.rmdir()
+    if problems:
+        raise ConfigError(problems)
+
+
+def _probe_all(config: PretrainConfig, probes: Path) -> list[str]:
+    task: Any = ray.remote(probe_node)
+    pending: dict[Any, str] = {}
+    for node in worker_nodes(worker_resources(config.scale)):
+        here = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+        call = task.options(num_cpus=0, scheduling_strategy=here, max_retries=0)
+        address = node["NodeManagerAddress"]
+        pending[call.remote(config, str(probes), node["NodeID"])] = (
+            f"{address} {node['NodeID'][:8]}"
+        )
+    done, late = ray.wait(list(pending), num_returns=len(pending), timeout=NODE_CHECK_SECONDS)
+    problems = [f"node {pending[ref]}: no answer in {NODE_CHECK_SECONDS:.0f} s" for ref in late]
+    for ref in done:
+        name = pending[ref]
+        try:
+            node_id, found = ray.get(ref)
+        except RayError as error:
+            problems.append(f"node {name}: {error}")
+            continue
+        problems += [f"node {name}: {problem}" for problem in found]
+        if not found and not (probes / node_id).is_file():
+            problems.append(
+                f"node {name}: what it writes in {config.run_dir} is not seen by the driver; "
+                "run_dir has to be on storage that every node mounts"
+            )
+    return problems
+
+
+def probe_node(config: PretrainConfig, probes: str, node_id: str) -> tuple[str, list[str]]:
+    """Return the node's id and what it cannot do; runs as a Ray task on the node."""
+    problems = check_model_directory(Path(config.model.path))
+    try:
+        if not (Path(probes) / "driver").is_file():
+            problems.append(
+                f"run_dir: {config.run_dir} is not the driver's; it has to be on storage that "
+                "every node mounts"
+            )
+        else:
+            (Path(probes) / node_id).write_text(node_id)
+    except OSError as error:
+        problems.append(f"run_dir: cannot write in {config.run_dir}: {error}")
+    try:
+        TokenStore.open(Path(config.data.store_dir))
+    except (ValueError, OSError) as error:
+        problems.append(f"data.store_dir: {error}")
+    return node_id, problems

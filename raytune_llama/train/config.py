@@ -1,0 +1,189 @@
+"""The settings of a training run, composed from the modules that use them."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from raytune_llama.config import PLACEMENT, settings
+from raytune_llama.data.encode import DataConfig
+from raytune_llama.model.llama import ModelConfig
+from raytune_llama.model.lora import LoraConfig
+from raytune_llama.train.checkpoint import CheckpointConfig
+from raytune_llama.train.engine import EngineConfig, OptimConfig
+from raytune_llama.train.schedule import ScheduleConfig
+
+
+@settings
+class BatchConfig:
+    """What one optimizer step sees."""
+
+    sequence_tokens: Annotated[int, Field(ge=2)] = 512
+    """Tokens of a sequence; documents are packed into sequences, longer ones are split."""
+
+    sequences_per_step: Annotated[int, Field(ge=1)] = 8
+    """Sequences of one optimizer step over all workers, whatever their number."""
+
+    micro_batch_sequences: Annotated[int, Field(ge=1), PLACEMENT] = 1
+    """Sequences of one forward pass of one worker; has to divide `sequences_per_step`."""
+
+    isolate_documents: bool = True
+    """Documents in one sequence don't see each other, and none predicts the next one's first
+    token. False: plain concatenation, as the Chinese-LLaMA scripts train."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "BatchConfig":
+        if self.sequences_per_step % self.micro_batch_sequences:
+            divisors = [
+                n for n in range(1, self.sequences_per_step + 1) if not self.sequences_per_step % n
+            ]
+            raise ValueError(
+                f"micro_batch_sequences: {self.micro_batch_sequences} does not divide "
+                f"sequences_per_step, {self.sequences_per_step}; choose one of "
+                f"{', '.join(map(str, divisors[:12]))}"
+            )
+        return self
+
+
+@settings
+class EvalConfig:
+    """Evaluation on the token store's validation documents, before, during and after training."""
+
+    every_steps: Annotated[int, Field(ge=1)] | None = 100
+    """Optimizer steps between evaluations; null: before the first and after the last only."""
+
+    max_sequences: Annotated[int, Field(ge=1)] | None = 256
+    """Sequences evaluated, the first of the split; null: all."""
+
+
+@settings
+class ScaleConfig:
+    """The workers, and what Ray is asked for."""
+
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    """Training processes, one a GPU where `use_gpu`."""
+
+    use_gpu: bool = False
+    """Train on GPUs over NCCL; false: on CPUs over gloo."""
+
+    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    """CPUs reserved for a worker, and its number of threads."""
+
+    wait_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """How long an autoscaling cluster may take to bring the nodes; 0: refuse at once what the
+    cluster does not have."""
+
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts of the workers from the newest checkpoint before the run gives up."""
+
+    collective_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """A worker that waits longer for the others fails, and the workers are restarted."""
+
+    network_interface: str | None = None
+    """Interface for gloo and NCCL, such as eth0, where hostnames resolve to a loopback address;
+    null: the libraries choose."""
+
+
+@settings
+class LoggingConfig:
+    """What a run tells while it runs; every step is in metrics.jsonl in any case."""
+
+    every_steps: Annotated[int, Field(ge=1)] = 10
+    """Optimizer steps between progress lines."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files beside metrics.jsonl."""
+
+
+@settings
+class PretrainConfig:
+    """Continued pre-training of a causal LM on plain text."""
+
+    run_dir: Annotated[str, Field(min_length=1), PLACEMENT]
+    """Directory of the run, on storage that every node mounts. The same command with the same
+    directory goes on where the run was."""
+
+    train: Literal["lora", "full"] = "lora"
+    """What is trained: an adapter (and `lora.modules_to_save`), or every weight."""
+
+    lora: LoraConfig | None = None
+    """A new adapter; null with `adapter`, or for full training."""
+
+    adapter: Annotated[str | None, PLACEMENT] = None
+    """Directory of an adapter in PEFT's format to go on from, with its own settings; null: a new
+    one."""
+
+    model: ModelConfig
+    """Base model and tokenizer."""
+
+    data: Annotated[DataConfig, PLACEMENT]
+    """Text and token store; compared by the store's fingerprint."""
+
+    batch: BatchConfig = BatchConfig()
+    """Sequences and steps."""
+
+    optim: OptimConfig = OptimConfig()
+    """Optimizer."""
+
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate over the run."""
+
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps of the run; null: given by `num_epochs`."""
+
+    num_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training split, the last step may be smaller; null: given by `max_steps`."""
+
+    seed: Annotated[int, Field(ge=0)] = 1
+    """Decides the adapter's start, the order of the sequences and dropout."""
+
+    engine: EngineConfig = EngineConfig()
+    """Precision, ZeRO, memory."""
+
+    scale: Annotated[ScaleConfig, PLACEMENT] = ScaleConfig()
+    """Workers and resources."""
+
+    checkpoint: Annotated[CheckpointConfig, PLACEMENT] = CheckpointConfig()
+    """Saving."""
+
+    eval: Annotated[EvalConfig, PLACEMENT] = EvalConfig()
+    """Evaluation."""
+
+    logging: Annotated[LoggingConfig, PLACEMENT] = LoggingConfig()
+    """Progress."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PretrainConfig":
+        if (self.max_steps is None) == (self.num_epochs is None):
+            raise ValueError("max_steps: set either max_steps or num_epochs, and the other to null")
+        if self.train == "full" and (self.lora is not None or self.adapter is not None):
+            raise ValueError(
+                "train: full trains every weight; set lora and adapter to null, or use lora"
+            )
+        if self.train == "lora" and (self.lora is None) == (self.adapter is None):
+            raise ValueError(
+                "lora: set lora for a new adapter, or adapter to go on from one with its own "
+                "settings, and the other to null"
+            )
+        if (
+            self.scale.num_workers * self.batch.micro_batch_sequences
+            > self.batch.sequences_per_step
+        ):
+            raise ValueError(
+                f"scale.num_workers: {self.scale.num_workers} workers with micro-batches of "
+                f"{self.batch.micro_batch_sequences} exceed batch.sequences_per_step, "
+                f"{self.batch.sequences_per_step}; use fewer workers or a larger step"
+            )
+        if (
+            self.engine.precision == "fp16"
+            and not self.scale.use_gpu
+            and self.engine.zero_stage > 0
+        ):
+            raise ValueError(
+                "engine.precision: DeepSpeed has no fp16 on CPUs; use bf16, fp32 or zero_stage=0"
+            )
+        return self
+
+    @property
+    def result_name(self) -> str:
+        """Name of the output directory in `run_dir`."""
+        return "pt_lora_model" if self.train == "lora" else "pt_model"

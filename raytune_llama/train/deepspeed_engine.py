@@ -1,0 +1,265 @@
+"""DeepSpeed ZeRO 1 to 3 behind the engine protocol; the one module that imports deepspeed."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raytune_llama.data.batches import MicroBatch
+from raytune_llama.model.llama import DTYPES, SummedLoss
+from raytune_llama.train.engine import (
+    EngineConfig,
+    OptimConfig,
+    ParameterState,
+    StepResult,
+    build_optimizer,
+    evaluate_batch,
+    parameter_groups,
+    to_device,
+    trained_parameters,
+)
+from raytune_llama.train.workers import Workers
+
+logger = logging.getLogger(__name__)
+
+
+def deepspeed_config(
+    engine: EngineConfig, optim: OptimConfig, *, micro_batch_sequences: int, num_micro_batches: int
+) -> dict[str, Any]:
+    """Return DeepSpeed's JSON for our fields, with the user's further keys.
+
+    Raises:
+        ValueError: a further key contradicts one of our fields.
+    """
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if engine.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_sequences,
+        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_clipping": optim.max_grad_norm or 0.0,
+        "bf16": {"enabled": engine.precision == "bf16"},
+        "fp16": {"enabled": engine.precision == "fp16"},
+        "zero_optimization": zero,
+        # The optimizer is PyTorch's own, on the CPU and the GPU alike.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # Sums of half-precision gradients lose digits with every worker and micro-batch.
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        # Its progress line; ours says more.
+        "steps_per_print": 2**31,
+    }
+    if engine.zero_stage == 1 and engine.precision == "bf16":
+        # DeepSpeed then picks another optimizer wrapper, which ignores the rest of this JSON.
+        del ours["data_types"]
+    return _merged(ours, engine.deepspeed, "engine.deepspeed")
+
+
+def _merged(ours: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(ours.get(key), dict):
+            merged[key] = _merged(ours[key], value, f"{path}.{key}")
+        elif key in ours and ours[key] != value:
+            raise ValueError(
+                f"{path}.{key}: {value!r} contradicts {ours[key]!r}, which follows from our own "
+                "fields; remove it and set the field"
+            )
+        else:
+            merged[key] = value
+    return merged
+
+
+class DeepSpeedEngine:
+    """ZeRO: optimizer state, gradients and weights partitioned over the workers."""
+
+    def __init__(
+        self,
+        module: SummedLoss,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        workers: Workers,
+        *,
+        micro_batch_sequences: int,
+        num_micro_batches: int,
+    ) -> None:
+        deepspeed = _import_deepspeed(workers.device)
+        self._deepspeed = deepspeed
+        self._config = engine
+        self._workers = workers
+        # Taken before ZeRO 3 leaves each parameter with an empty tensor of one dimension.
+        named = trained_parameters(module)
+        self._named = named
+        self._shapes = {name: parameter.shape for name, parameter in named}
+        module.to(DTYPES[engine.precision])
+        json = deepspeed_config(
+            engine,
+            optim,
+            micro_batch_sequences=micro_batch_sequences,
+            num_micro_batches=num_micro_batches,
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=build_optimizer(parameter_groups(named, optim), optim),
+            config=json,
+            dist_init_required=False,
+        )
+        self.module = module
+        self._num_applied = 0
+        self._has_moments = False
+
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        seeds: Sequence[int],
+        num_targets: float,
+        learning_rate: float,
+    ) -> StepResult:
+        """Take one optimizer step; see `Engine`."""
+        scale = self._loss_scale
+        loss_sum = torch.zeros((), device=self._workers.device)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        for batch, seed in zip(micro_batches, seeds, strict=True):
+            torch.manual_seed(seed)
+            loss = self._engine(*to_device(batch, self._workers.device))
+            # DeepSpeed averages gradients over the workers; ours is a sum over the whole step.
+            self._engine.backward(
+                loss * (self._workers.world_size / num_targets), scale_wrt_gas=False
+            )
+            self._engine.step()
+            loss_sum += loss.detach()
+        was_applied = self._engine.was_step_applied()
+        self._num_applied += was_applied
+        self._has_moments = True
+        norm = float(self._engine.get_global_grad_norm() or 0.0) if was_applied else float("inf")
+        return StepResult(loss_sum.item(), norm, was_applied, scale)
+
+    def loss_sum(self, batch: MicroBatch) -> float:
+        """Return the summed loss of a batch; see `Engine`."""
+        return evaluate_batch(self._engine, self._engine, batch, self._workers.device)
+
+    def trainable_state(self) -> Iterator[tuple[str, ParameterState]]:
+        """Yield the state of every trained parameter; see `Engine`."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for name, parameter in self._named:
+            weight = safe_get_full_fp32_param(parameter)
+            moments = [
+                safe_get_full_optimizer_state(parameter, key)
+                if self._has_moments
+                else torch.zeros_like(cast("Tensor", weight))
+                for key in ("exp_avg", "exp_avg_sq")
+            ]
+            whole = [cast("Tensor", tensor).detach() for tensor in (weight, *moments)]
+            shaped = [tensor.reshape(self._shapes[name]).cpu() for tensor in whole]
+            yield name, ParameterState(*shaped)
+
+    def load_trainable_state(self, read: Callable[[str], ParameterState]) -> None:
+        """Set the state of every trained parameter; see `Engine`."""
+        self._make_moments()
+        for name, parameter in self._named:
+            state = read(name)
+            self._set_weight(parameter, state.weight)
+            self._set_master(parameter, state.weight, None)
+            self._set_master(parameter, state.exp_avg, "exp_avg")
+            self._set_master(parameter, state.exp_avg_sq, "exp_avg_sq")
+
+    def _make_moments(self) -> None:
+        """Take a step without targets at rate zero: the optimizer's state exists only after one."""
+        ids = torch.zeros((1, 2), dtype=torch.long)
+        nothing = MicroBatch(ids, torch.full_like(ids, -100), torch.arange(2).unsqueeze(0))
+        count = self._engine.gradient_accumulation_steps()
+        self.train_step([nothing] * count, [0] * count, 1.0, 0.0)
+
+    @torch.no_grad()
+    def _set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set what the forward pass reads; the masters are apart from it."""
+        if self._config.zero_stage < 3:
+            parameter.copy_(value)
+            return
+        with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if self._workers.is_first:
+                parameter.copy_(value)
+
+    def _set_master(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        value = value.to(self._workers.device)
+        if self._config.zero_stage < 3:
+            if moment is None:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, moment)
+            return
+        # The setter of whole tensors fails where a size does not divide by the workers.
+        numel = parameter.ds_tensor.ds_numel  # pyright: ignore[reportAttributeAccessIssue]  # set by ZeRO 3
+        padded = nn.functional.pad(
+            value.flatten(), (0, numel * self._workers.world_size - value.numel())
+        )
+        mine = padded.narrow(0, numel * self._workers.rank, numel)
+        if moment is None:
+            safe_set_local_fp32_param(parameter, mine)
+        else:
+            safe_set_local_optimizer_state(parameter, mine, moment)
+
+    @property
+    def _loss_scale(self) -> float:
+        return float(self._engine.optimizer.loss_scale) if self._config.precision == "fp16" else 1.0
+
+    def scalar_state(self) -> dict[str, float]:
+        """Return the applied steps and the loss scaler; see `Engine`."""
+        state: dict[str, float] = {"num_applied": self._num_applied}
+        if self._config.precision == "fp16":
+            scaler = self._engine.optimizer.loss_scaler
+            state |= {
+                "loss_scale": scaler.cur_scale,
+                "num_good": scaler.cur_iter - scaler.last_overflow_iter - 1,
+                "hysteresis": scaler.cur_hysteresis,
+            }
+        return state
+
+    def load_scalar_state(self, state: dict[str, float]) -> None:
+        """Set what `scalar_state` returned; see `Engine`."""
+        self._num_applied = int(state["num_applied"])
+        for moments in self._engine.optimizer.optimizer.state.values():
+            moments["step"].fill_(self._num_applied)
+        if self._config.precision == "fp16":
+            scaler = self._engine.optimizer.loss_scaler
+            scaler.cur_scale = state["loss_scale"]
+            scaler.last_overflow_iter = -1
+            scaler.cur_iter = int(state["num_good"])
+            scaler.cur_hysteresis = int(state.get("hysteresis") or scaler.cur_hysteresis)
+
+
+def _import_deepspeed(device: torch.device) -> Any:  # noqa: ANN401  # the module is untyped
+    """Import DeepSpeed for a device, in a process group of its own where there is none."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    # Its ops are compiled by ninja, which pip puts beside the interpreter.
+    tools = str(Path(sys.executable).parent)
+    if tools not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    deepspeed.init_distributed(dist_init_required=False)
+    return deepspeed

@@ -1,0 +1,355 @@
+"""What moves the weights: one small protocol, and plain data parallelism behind it.
+
+An engine owns the module, its optimizer and the exchange of gradients. All it does is defined on
+sums over the whole step, so that results do not depend on how a step is cut into micro-batches
+and workers.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from raytune_llama.config import PLACEMENT, settings
+from raytune_llama.data.batches import MicroBatch
+from raytune_llama.model.llama import DTYPES, Precision, SummedLoss
+from raytune_llama.train.workers import Workers
+
+logger = logging.getLogger(__name__)
+
+BUCKET_NUMEL = 16 * 2**20
+"""Gradients are exchanged in buckets of this many numbers (64 MiB)."""
+
+
+@settings
+class OptimConfig:
+    """AdamW (arXiv:1711.05101); matrices decay, vectors (norms, biases, magnitudes) do not."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay of matrices, per step relative to the learning rate."""
+
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the mean of gradients."""
+
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the mean of squared gradients."""
+
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the mean of squared gradients."""
+
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this global L2 norm; null: never."""
+
+
+@settings
+class EngineConfig:
+    """How a step is computed and spread over the workers."""
+
+    precision: Precision = "bf16"
+    """Of frozen weights and of computing. Trained weights have float32 masters in any case."""
+
+    zero_stage: Annotated[Literal[0, 1, 2, 3], PLACEMENT] = 2
+    """What DeepSpeed ZeRO partitions: 1 optimizer state, 2 and gradients, 3 and weights. 0: every
+    worker holds everything, gradients are summed once a step, DeepSpeed is not used."""
+
+    offload_optimizer: Annotated[bool, PLACEMENT] = False
+    """Keep the optimizer state in host memory (ZeRO 1 to 3)."""
+
+    offload_parameters: Annotated[bool, PLACEMENT] = False
+    """Keep partitioned weights in host memory (ZeRO 3)."""
+
+    gradient_checkpointing: Annotated[bool, PLACEMENT] = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third more
+    computing."""
+
+    deepspeed: Annotated[dict[str, Any], PLACEMENT] = Field(default_factory=dict)
+    """Further keys of DeepSpeed's JSON; one that contradicts a field here is refused."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EngineConfig":
+        if self.zero_stage == 0 and (self.offload_optimizer or self.deepspeed):
+            field = "offload_optimizer" if self.offload_optimizer else "deepspeed"
+            raise ValueError(f"{field}: DeepSpeed is not used with zero_stage 0; set zero_stage")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_parameters: weights are partitioned by zero_stage 3 only, "
+                f"got {self.zero_stage}; set zero_stage=3"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, as this worker saw it."""
+
+    loss_sum: float
+    """Summed loss of this worker's targets, in nats."""
+
+    grad_norm: float
+    """L2 norm of the step's whole gradient before clipping; inf where it overflowed."""
+
+    was_applied: bool
+    """False where half-precision gradients overflowed, so that no weight moved."""
+
+    loss_scale: float
+    """Factor that kept half-precision gradients in range; 1 without one."""
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """All that AdamW knows of one parameter: whole tensors, float32, on the CPU."""
+
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+class Engine(Protocol):
+    """Moves the weights of a module that returns summed losses."""
+
+    module: SummedLoss
+
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        seeds: Sequence[int],
+        num_targets: float,
+        learning_rate: float,
+    ) -> StepResult:
+        """Take one optimizer step on the mean loss of the step's targets.
+
+        Args:
+            micro_batches: this worker's; every worker passes the same number.
+            seeds: of the dropout of each micro-batch.
+            num_targets: target tokens of the step over all workers.
+            learning_rate: of this step.
+        """
+        ...
+
+    def loss_sum(self, batch: MicroBatch) -> float:
+        """Return the summed loss of a batch in nats, dropout off; collective under ZeRO 3."""
+        ...
+
+    def trainable_state(self) -> Iterator[tuple[str, ParameterState]]:
+        """Yield the state of every trained parameter by name, in one order; collective."""
+        ...
+
+    def load_trainable_state(self, read: Callable[[str], ParameterState]) -> None:
+        """Set the state of every trained parameter; collective."""
+        ...
+
+    def scalar_state(self) -> dict[str, float]:
+        """Return the rest of what a checkpoint needs.
+
+        `num_applied` steps; with a loss scaler also `loss_scale` and `num_good`, the steps since
+        it last changed.
+        """
+        ...
+
+    def load_scalar_state(self, state: dict[str, float]) -> None:
+        """Set what `scalar_state` returned."""
+        ...
+
+
+def parameter_groups(
+    named: Sequence[tuple[str, nn.Parameter]], optim: OptimConfig
+) -> list[dict[str, Any]]:
+    """Split parameters into those that decay (matrices) and those that do not."""
+    decayed = [parameter for _, parameter in named if parameter.ndim >= 2]
+    plain = [parameter for _, parameter in named if parameter.ndim < 2]
+    groups = [
+        {"params": decayed, "weight_decay": optim.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.AdamW:
+    """Build PyTorch's fused AdamW, on the CPU or the GPU wherever its parameters are."""
+    return torch.optim.AdamW(
+        groups,
+        lr=optim.learning_rate,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.epsilon,
+        fused=True,
+    )
+
+
+def trained_parameters(module: SummedLoss) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters that are trained, by their name in the wrapped model."""
+    return [(name, p) for name, p in module.model.named_parameters() if p.requires_grad]
+
+
+def evaluate_batch(
+    call: Callable[..., Tensor], module: nn.Module, batch: MicroBatch, device: torch.device
+) -> float:
+    """Return the summed loss of a batch without dropout and without a graph."""
+    module.eval()
+    with torch.no_grad():
+        loss = call(*to_device(batch, device))
+    module.train()
+    return loss.item()
+
+
+def to_device(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a batch's ids, positions and labels on a device, in the order of `SummedLoss`."""
+    tensors = (batch.ids_BT, batch.positions_BT, batch.labels_BT)
+    ids, positions, labels = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    return ids, positions, labels
+
+
+class DataParallelEngine:
+    """Every worker holds the whole model; gradients are summed in float32 once a step.
+
+    Chosen over DeepSpeed's stage 0, which wraps its optimizer differently for each precision and
+    keeps the float32 masters to itself, and over DistributedDataParallel, which reduces in the
+    weights' own precision.
+    """
+
+    def __init__(
+        self, module: SummedLoss, precision: Precision, optim: OptimConfig, workers: Workers
+    ) -> None:
+        self.module = module.to(workers.device)
+        self.module.train()
+        self._workers = workers
+        self._max_grad_norm = optim.max_grad_norm or float("inf")
+        named = trained_parameters(module)
+        self._names = [name for name, _ in named]
+        self._weights = [weight for _, weight in named]
+        self._masters = [
+            weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
+            for weight in self._weights
+        ]
+        masters = list(zip(self._names, self._masters, strict=True))
+        self._optimizer = build_optimizer(parameter_groups(masters, optim), optim)
+        self._scaler = torch.amp.GradScaler(
+            workers.device.type, enabled=DTYPES[precision] == torch.float16
+        )
+        self._num_applied = 0
+
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        seeds: Sequence[int],
+        num_targets: float,
+        learning_rate: float,
+    ) -> StepResult:
+        """Take one optimizer step; see `Engine`."""
+        loss_sum = torch.zeros((), device=self._workers.device)
+        for batch, seed in zip(micro_batches, seeds, strict=True):
+            torch.manual_seed(seed)
+            loss = self.module(*to_device(batch, self._workers.device))
+            self._scaler.scale(loss / num_targets).backward()
+            self._collect_gradients()
+            loss_sum += loss.detach()
+        self._sum_gradients()
+        scale = self._scaler.get_scale()
+        self._scaler.unscale_(self._optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self._masters, self._max_grad_norm))
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        was_applied = not self._scaler.is_enabled() or norm < float("inf")
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._num_applied += was_applied
+        self._write_weights()
+        return StepResult(
+            loss_sum.item(), norm if was_applied else float("inf"), was_applied, scale
+        )
+
+    def _collect_gradients(self) -> None:
+        """Add half-precision gradients to the masters' in float32, micro-batch by micro-batch."""
+        for weight, master in zip(self._weights, self._masters, strict=True):
+            if weight is master or weight.grad is None:
+                continue
+            gradient = weight.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            weight.grad = None
+
+    def _sum_gradients(self) -> None:
+        for master in self._masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        if self._workers.world_size == 1:
+            return
+        bucket: list[Tensor] = []
+        for master in self._masters:
+            assert master.grad is not None
+            bucket.append(master.grad)
+            if sum(gradient.numel() for gradient in bucket) >= BUCKET_NUMEL:
+                _all_reduce(bucket)
+                bucket = []
+        if bucket:
+            _all_reduce(bucket)
+
+    @torch.no_grad()
+    def _write_weights(self) -> None:
+        for weight, master in zip(self._weights, self._masters, strict=True):
+            if weight is not master:
+                weight.copy_(master)
+
+    def loss_sum(self, batch: MicroBatch) -> float:
+        """Return the summed loss of a batch; see `Engine`."""
+        return evaluate_batch(self.module, self.module, batch, self._workers.device)
+
+    def trainable_state(self) -> Iterator[tuple[str, ParameterState]]:
+        """Yield the state of every trained parameter; see `Engine`."""
+        for name, master in zip(self._names, self._masters, strict=True):
+            weight = master.detach().cpu()
+            moments = self._optimizer.state.get(master) or {}
+            averages = [
+                moments[key].cpu() if moments else torch.zeros_like(weight)
+                for key in ("exp_avg", "exp_avg_sq")
+            ]
+            yield name, ParameterState(weight, *averages)
+
+    @torch.no_grad()
+    def load_trainable_state(self, read: Callable[[str], ParameterState]) -> None:
+        """Set the state of every trained parameter; see `Engine`."""
+        for name, master in zip(self._names, self._masters, strict=True):
+            state = read(name)
+            master.copy_(state.weight)
+            self._optimizer.state[master] = {
+                "step": torch.tensor(0.0, device=master.device),
+                "exp_avg": state.exp_avg.to(master.device, copy=True),
+                "exp_avg_sq": state.exp_avg_sq.to(master.device, copy=True),
+            }
+        self._write_weights()
+
+    def scalar_state(self) -> dict[str, float]:
+        """Return the applied steps and the loss scaler; see `Engine`."""
+        state: dict[str, float] = {"num_applied": self._num_applied}
+        if self._scaler.is_enabled():
+            scaler = self._scaler.state_dict()
+            state |= {"loss_scale": scaler["scale"], "num_good": scaler["_growth_tracker"]}
+        return state
+
+    def load_scalar_state(self, state: dict[str, float]) -> None:
+        """Set what `scalar_state` returned; see `Engine`."""
+        self._num_applied = int(state["num_applied"])
+        for moments in self._optimizer.state.values():
+            moments["step"].fill_(self._num_applied)
+        if self._scaler.is_enabled():
+            mine = {"scale": state["loss_scale"], "_growth_tracker": int(state["num_good"])}
+            self._scaler.load_state_dict(self._scaler.state_dict() | mine)
+
+
+def _all_reduce(gradients: list[Tensor]) -> None:
+    """Sum tensors over the workers in place, as one message."""
+    if len(gradients) == 1:
+        dist.all_reduce(gradients[0])
+        return
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,103 @@
+"""The result of a run: an adapter or a model directory that can prove where it came from."""
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+
+import raytune_llama
+from raytune_llama.config import to_dict
+from raytune_llama.data.store import TokenStore
+from raytune_llama.model.llama import DTYPES, causal_lm
+from raytune_llama.model.lora import write_adapter
+from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
+from raytune_llama.storage import publish_directory, read_json, sha256_file, write_json_atomic
+from raytune_llama.train.checkpoint import RunState
+from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.engine import Engine
+from raytune_llama.train.workers import Workers
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+def result_path(config: PretrainConfig) -> Path:
+    """Return where the result of a run lies once it is finished."""
+    return Path(config.run_dir) / config.result_name
+
+
+def read_result(config: PretrainConfig) -> dict[str, Any] | None:
+    """Return the manifest of a finished run's result, or None."""
+    manifest = result_path(config) / MANIFEST
+    return read_json(manifest) if manifest.is_file() else None
+
+
+def write_result(
+    config: PretrainConfig, store: TokenStore, engine: Engine, state: RunState, workers: Workers
+) -> None:
+    """Write the adapter or the model, its tokenizer and a manifest; collective.
+
+    Every trained tensor is written whole and in float32 for an adapter, in the run's precision
+    for a model.
+    """
+    trained: dict[str, Tensor] = {}
+    for name, parameter in engine.trainable_state():
+        if workers.is_first:
+            trained[name] = parameter.weight
+    if not workers.is_first:
+        return
+    with publish_directory(result_path(config)) as folder:
+        norms = _write_weights(config, engine, trained, folder)
+        load_tokenizer(Path(config.model.tokenizer_path)).save_pretrained(folder)
+        manifest = {
+            "format": 1,
+            "kind": "adapter" if config.train == "lora" else "model",
+            "raytune_llama": raytune_llama.__version__,
+            "step": state.step,
+            "tokens": state.tokens,
+            "base": fingerprint_model(Path(config.model.path)),
+            "adapter": fingerprint_adapter(config),
+            "tokenizer_sha256": tokenizer_sha256(Path(config.model.tokenizer_path)),
+            "store": store.fingerprint,
+            "num_trained": sum(tensor.numel() for tensor in trained.values()),
+            "tensor_norms": norms,
+            "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},
+            "config": to_dict(config),
+        }
+        write_json_atomic(folder / MANIFEST, manifest)
+    logger.info("%s written to %s", manifest["kind"], result_path(config))
+
+
+def _write_weights(
+    config: PretrainConfig, engine: Engine, trained: Mapping[str, Tensor], folder: Path
+) -> dict[str, float]:
+    model = engine.module.model
+    if isinstance(model, PeftModel):
+        return write_adapter(model, trained, folder)
+    dtype = DTYPES[config.engine.precision]
+    lm = causal_lm(model)
+    lm.save_pretrained(
+        folder, state_dict={name: tensor.to(dtype) for name, tensor in trained.items()}
+    )
+    return {name: float(tensor.norm()) for name, tensor in trained.items()}
+
+
+def fingerprint_model(path: Path) -> dict[str, str]:
+    """Return the SHA256 of a model's configuration and weight files, by name."""
+    files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    # Hashing leaves Python's lock, so that threads help with large models.
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return dict(zip((file.name for file in files), pool.map(sha256_file, files), strict=True))
+
+
+def fingerprint_adapter(config: PretrainConfig) -> dict[str, str] | None:
+    """Return the SHA256 of the files of the adapter that a run goes on from, or None."""
+    if config.adapter is None:
+        return None
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    return {name: sha256_file(Path(config.adapter) / name) for name in names}

@@ -1,0 +1,148 @@
+"""Names of metrics, where they are written, and what the hardware could do."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from raytune_llama.storage import write_bytes_atomic
+
+LOSS = "train/loss"
+LEARNING_RATE = "train/lr"
+GRAD_NORM = "train/grad_norm"
+TOKENS_PER_SECOND = "train/tokens_per_second"
+MFU = "train/mfu"
+TARGET_TOKENS = "train/target_tokens"
+FILLER_SEQUENCES = "train/filler_sequences"
+SKIPPED_STEPS = "train/skipped_steps"
+LOSS_SCALE = "train/loss_scale"
+EVAL_LOSS = "eval/loss"
+EVAL_PERPLEXITY = "eval/perplexity"
+EVAL_BITS_PER_BYTE = "eval/bits_per_byte"
+STEP_SECONDS = "time/step_seconds"
+DATA_SECONDS = "time/data_seconds"
+DATA_SHARE = "time/data_share"
+EVAL_SECONDS = "time/eval_seconds"
+CHECKPOINT_SECONDS = "time/checkpoint_seconds"
+PEAK_MEMORY = "memory/peak_gib"
+
+METRICS_FILE = "metrics.jsonl"
+
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "V100": 125e12,
+}
+"""Dense half-precision FLOP/s by a part of the CUDA device's name, from NVIDIA's data sheets."""
+
+
+class MetricsLog:
+    """Appends records to `metrics.jsonl` and TensorBoard; each has a `step` and numbers."""
+
+    def __init__(self, run_dir: Path, *, resumed_step: int, tensorboard: bool) -> None:
+        path = run_dir / METRICS_FILE
+        # Steps behind the checkpoint are done again; a step stands in the file once.
+        kept = (
+            [r for r in read_metrics(run_dir) if r["step"] <= resumed_step] if resumed_step else []
+        )
+        write_bytes_atomic(path, "".join(_line(record) for record in kept).encode())
+        self._file = path.open("a")
+        self._writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one record; a value that is not finite is written as null."""
+        finite = {name: v if abs(v) < float("inf") else None for name, v in values.items()}
+        self._file.write(_line({"step": step, **finite}))
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Bring everything to the disk."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _line(record: Mapping[str, float | None]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """Return a run's records in order; a last line cut by a crash is left out."""
+    path = run_dir / METRICS_FILE
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")
+    # Only what ends with a line break was written whole.
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def flops_per_token(model: PreTrainedModel, sequence_tokens: int) -> float:
+    """Count the floating-point operations of training on one token.
+
+    A matrix counts 4 a weight where it is frozen (forward, and the gradient of the activations)
+    and 6 where it is trained, so LoRA comes to about 4N and full training to 6N. An input
+    embedding of its own is a look-up and counts nothing. Causal attention adds 6 x layers x
+    hidden x tokens. Recomputed activations are not counted: these are the model's FLOPs, as in
+    PaLM (arXiv:2204.02311, appendix B).
+
+    Args:
+        model: read for shapes only, so its weights may be partitioned.
+        sequence_tokens: tokens of a sequence.
+    """
+    config = model.config
+    table = cast("Tensor", model.get_input_embeddings().weight)
+    head = model.get_output_embeddings()
+    is_look_up = head is None or head.weight is not table
+    total = 6.0 * config.num_hidden_layers * config.hidden_size * sequence_tokens
+    for name, weight in model.named_parameters():
+        # ZeRO 3 leaves the whole shape in an attribute; PEFT keeps a frozen copy of saved modules.
+        shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
+        if len(shape) < 2 or (is_look_up and weight is table) or ".original_module." in name:
+            continue
+        total += (6 if weight.requires_grad else 4) * shape.numel()
+    return total
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return what the device can do in half precision, in FLOP/s, or None where not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return this worker's peak memory: the GPU's allocator, or the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,214 @@
+"""Everything that can be known to be wrong before Ray is asked for anything, all at once."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from raytune_llama.config import (
+    ConfigError,
+    differences,
+    from_dict,
+    identity,
+    override,
+    to_dict,
+    write_yaml,
+)
+from raytune_llama.data.encode import check_data
+from raytune_llama.model.llama import check_model_directory, check_output_projection, load_skeleton
+from raytune_llama.model.lora import check_adapter_directory, check_adapter_targets, is_tied
+from raytune_llama.model.tokenizer import tokenizer_sha256
+from raytune_llama.model.vocab import check_vocabulary, num_embedding_rows
+from raytune_llama.storage import local_path, read_json, write_json_atomic
+from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.export import fingerprint_adapter, fingerprint_model
+
+logger = logging.getLogger(__name__)
+
+IDENTITY = "identity.json"
+RESOLVED_CONFIG = "run.yaml"
+
+
+def resolve_places(config: PretrainConfig, *, in_job: bool) -> PretrainConfig:
+    """Make every path of a config absolute, from the current folder.
+
+    Args:
+        config: as the user wrote it.
+        in_job: whether this is the driver of a submitted job, whose folder is temporary.
+
+    Raises:
+        ConfigError: a path is no local path, or is written to and relative in a job.
+    """
+    fields: dict[str, str | None] = {
+        "run_dir": config.run_dir,
+        "data.store_dir": config.data.store_dir,
+        "model.path": config.model.path,
+        "model.tokenizer": config.model.tokenizer,
+        "adapter": config.adapter,
+    }
+    for number, source in enumerate(config.data.sources):
+        fields[f"data.sources.{number}.path"] = source.path
+    problems: list[str] = []
+    resolved: dict[str, str] = {}
+    for field, text in fields.items():
+        if text is None:
+            continue
+        if in_job and field in {"run_dir", "data.store_dir"} and not Path(text).is_absolute():
+            problems.append(
+                f"{field}: {text!r} is relative, and a submitted job's folder is deleted after it; "
+                f"name a path that every node mounts, such as {field}=/shared/{text}"
+            )
+        try:
+            resolved[field] = str(local_path(text, field))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
+    return override(config, resolved)
+
+
+def check_run(config: PretrainConfig) -> None:
+    """Check a config, with absolute paths, against the files that it names.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems = check_model_directory(Path(config.model.path))
+    if not problems:
+        model = load_skeleton(Path(config.model.path))
+        problems += check_output_projection(model)
+        if config.lora is not None:
+            problems += check_adapter_targets(model, config.lora)
+        problems += _check_adapter(config)
+        problems += _check_vocabulary(config, model)
+    problems += check_data(config.data, Path(config.model.tokenizer_path))
+    problems += _check_run_dir(Path(config.run_dir))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_adapter(config: PretrainConfig) -> list[str]:
+    problem = check_adapter_directory(Path(config.adapter)) if config.adapter else None
+    return [problem] if problem else []
+
+
+def _check_vocabulary(config: PretrainConfig, model: PreTrainedModel) -> list[str]:
+    try:
+        fit = check_vocabulary(
+            num_embedding_rows(model), Path(config.model.path), Path(config.model.tokenizer_path)
+        )
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    if fit.num_surplus_rows:
+        logger.info(
+            "the model has %d rows for the tokenizer's %d ids: %d surplus rows are kept",
+            fit.num_rows,
+            fit.num_ids,
+            fit.num_surplus_rows,
+        )
+    untrained = _untrained_tables(config, model)
+    if fit.num_new_ids and untrained and not config.model.allow_untrained_rows:
+        return [
+            f"model.tokenizer: it has {fit.num_new_ids} ids that the model was not trained with, "
+            f"and {' and '.join(untrained)} would keep their new rows as initialised; add "
+            f"{', '.join(untrained)} to lora.modules_to_save, or set model.allow_untrained_rows"
+        ]
+    return []
+
+
+def _untrained_tables(config: PretrainConfig, model: PreTrainedModel) -> list[str]:
+    """Return the embedding tables, by module name, that the run does not train."""
+    if config.train == "full":
+        return []
+    saved = _modules_to_save(config)
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if module is model.get_input_embeddings() or module is model.get_output_embeddings()
+    }
+    trained = {name for name in names if name in saved}
+    if trained and is_tied(model):
+        return []
+    return sorted(names - trained)
+
+
+def _modules_to_save(config: PretrainConfig) -> tuple[str, ...]:
+    if config.lora is not None:
+        return config.lora.modules_to_save
+    if config.adapter is None or check_adapter_directory(Path(config.adapter)):
+        return ()
+    settings = read_json(Path(config.adapter) / "adapter_config.json")
+    return tuple(name.rpartition(".")[2] for name in settings.get("modules_to_save") or ())
+
+
+def _check_run_dir(run_dir: Path) -> list[str]:
+    if not run_dir.exists() or (run_dir / IDENTITY).is_file():
+        return []
+    if run_dir.is_dir() and not any(run_dir.iterdir()):
+        return []
+    return [
+        f"run_dir: {run_dir} exists and is not the directory of a run (it has no {IDENTITY}); "
+        "name another one, or an empty folder"
+    ]
+
+
+def identify(config: PretrainConfig) -> dict[str, Any]:
+    """Return what makes this run this run: settings that decide the result, and inputs by hash.
+
+    The token store's fingerprint is added once the store is there.
+    """
+    return {
+        "config": identity(config),
+        "model": fingerprint_model(Path(config.model.path)),
+        "adapter": fingerprint_adapter(config),
+        "tokenizer": tokenizer_sha256(Path(config.model.tokenizer_path)),
+    }
+
+
+def check_identity(run_dir: Path, now: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that was started with other settings or inputs.
+
+    Args:
+        run_dir: the run's directory; nothing is checked where it is new.
+        now: what `identify` returned, or a part of it.
+
+    Raises:
+        ConfigError: with every field that differs.
+    """
+    file = run_dir / IDENTITY
+    if not file.is_file():
+        return
+    then = read_json(file)
+    changed = differences({key: then.get(key) for key in now}, now)
+    if changed:
+        raise ConfigError(
+            [
+                f"run_dir: {run_dir} holds a run with other settings or inputs (then -> now); "
+                "set them back, or name another run_dir",
+                *changed,
+            ]
+        )
+
+
+def write_identity(config: PretrainConfig, now: Mapping[str, Any]) -> None:
+    """Write `run.yaml` and `identity.json` before the first step; log what may change and did."""
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    before = run_dir / RESOLVED_CONFIG
+    if before.is_file():
+        for change in placement_changes(config, before):
+            logger.info("changed since the run's last start: %s", change)
+    write_yaml(config, before)
+    write_json_atomic(run_dir / IDENTITY, now)
+
+
+def placement_changes(config: PretrainConfig, before: Path) -> list[str]:
+    """Return the fields that differ from an earlier `run.yaml` of the run."""
+    from raytune_llama.yaml12 import read_mapping
+
+    data, problems = read_mapping(before)
+    if data is None or problems:
+        return [f"{before} can't be read ({'; '.join(problems)}); it is written anew"]
+    return differences(to_dict(from_dict(PretrainConfig, data)), to_dict(config))

@@ -1,0 +1,185 @@
+"""What a run tells while it runs: metrics of every step, and a line now and then.
+
+Every worker calls the same methods; the first one writes.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from raytune_llama.data.batches import BatchPlan, StepBatch
+from raytune_llama.model.llama import SummedLoss, causal_lm
+from raytune_llama.train import metrics
+from raytune_llama.train.checkpoint import RunState
+from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.engine import StepResult
+from raytune_llama.train.metrics import MetricsLog
+from raytune_llama.train.workers import Workers
+
+logger = logging.getLogger(__name__)
+
+
+class Report:
+    """Times the loop, adds to the run's state, and writes both down."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        plan: BatchPlan,
+        module: SummedLoss,
+        state: RunState,
+        workers: Workers,
+    ) -> None:
+        self._config = config
+        self._plan = plan
+        self._workers = workers
+        model = causal_lm(module.model)
+        self._flops_per_token = metrics.flops_per_token(model, plan.sequence_tokens)
+        peak = metrics.peak_flops(workers.device)
+        self._peak_flops = peak * workers.world_size if peak else None
+        self._resumed_step = state.step
+        self._data_seconds = 0.0
+        self._started = self._lap = time.perf_counter()
+        self._log: MetricsLog | None = None
+
+    def __enter__(self) -> Self:
+        if self._workers.is_first:
+            self._log = MetricsLog(
+                Path(self._config.run_dir),
+                resumed_step=self._resumed_step,
+                tensorboard=self._config.logging.tensorboard,
+            )
+            logger.info("%s", self._opening_line())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._log is not None:
+            self._log.close()
+
+    def _opening_line(self) -> str:
+        batch = self._plan
+        per_token = self._flops_per_token / 1e9
+        known = "" if self._peak_flops else ", the device's peak is not known: no MFU"
+        return (
+            f"steps {self._resumed_step} to {batch.num_steps} of {batch.sequences_per_step} "
+            f"sequences of {batch.sequence_tokens} tokens on {self._workers.world_size} workers "
+            f"({self._workers.device.type}); {per_token:.3g} GFLOP a token{known}"
+        )
+
+    def timed(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
+        """Pass batches through and time how long the loop waits for each."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator, None)
+            self._data_seconds = time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def step(
+        self, state: RunState, batch: StepBatch, result: StepResult, num_targets: float, rate: float
+    ) -> RunState:
+        """Write down an optimizer step; return the state after it.
+
+        Args:
+            state: before the step.
+            batch: this worker's share.
+            result: with the loss summed over all workers.
+            num_targets: target tokens of the step over all workers.
+            rate: learning rate of the step.
+        """
+        seconds = self._lap_seconds()
+        state = replace(
+            state,
+            step=batch.step + 1,
+            tokens=state.tokens + int(num_targets),
+            num_skipped_steps=state.num_skipped_steps + (not result.was_applied),
+            seconds=state.seconds + seconds,
+        )
+        values = {
+            metrics.LOSS: result.loss_sum / max(num_targets, 1.0),
+            metrics.LEARNING_RATE: rate,
+            metrics.GRAD_NORM: result.grad_norm,
+            metrics.TARGET_TOKENS: num_targets,
+            metrics.TOKENS_PER_SECOND: num_targets / seconds,
+            metrics.FILLER_SEQUENCES: float(batch.num_filler_sequences),
+            metrics.STEP_SECONDS: seconds,
+            metrics.DATA_SECONDS: self._data_seconds,
+            metrics.DATA_SHARE: self._data_seconds / seconds,
+            metrics.PEAK_MEMORY: metrics.peak_memory_gib(self._workers.device),
+        }
+        if self._peak_flops:
+            flops = num_targets / seconds * self._flops_per_token
+            values[metrics.MFU] = flops / self._peak_flops
+        if self._config.engine.precision == "fp16":
+            values[metrics.LOSS_SCALE] = result.loss_scale
+            values[metrics.SKIPPED_STEPS] = float(state.num_skipped_steps)
+        self._write(state.step, values)
+        if self._is_shown(state.step):
+            logger.info("%s", self._progress_line(state, values))
+        return state
+
+    def _is_shown(self, step: int) -> bool:
+        every = self._config.logging.every_steps
+        first = step == self._resumed_step + 1
+        return self._workers.is_first and (
+            first or step == self._plan.num_steps or not step % every
+        )
+
+    def _progress_line(self, state: RunState, values: dict[str, float]) -> str:
+        done = state.step - self._resumed_step
+        left = self._plan.num_steps - state.step
+        to_go = (time.perf_counter() - self._started) / done * left
+        mfu = f", MFU {values[metrics.MFU]:.1%}" if metrics.MFU in values else ""
+        skipped = f", {state.num_skipped_steps} skipped" if state.num_skipped_steps else ""
+        return (
+            f"step {state.step}/{self._plan.num_steps}: loss {values[metrics.LOSS]:.4f}, "
+            f"lr {values[metrics.LEARNING_RATE]:.3g}, "
+            f"grad norm {values[metrics.GRAD_NORM]:.3g}, "
+            f"{values[metrics.TOKENS_PER_SECOND]:,.0f} tokens/s{mfu}{skipped}, "
+            f"{timedelta(seconds=round(to_go))} to go"
+        )
+
+    def evaluation(self, state: RunState, values: dict[str, float], seconds: float) -> RunState:
+        """Write down an evaluation; return the state with its time and, if it is, the best step."""
+        self._write(state.step, {**values, metrics.EVAL_SECONDS: seconds})
+        loss = values[metrics.EVAL_LOSS]
+        if self._workers.is_first:
+            logger.info(
+                "evaluation at step %d: loss %.4f, %.4f bits per byte (%.1f s)",
+                state.step,
+                loss,
+                values[metrics.EVAL_BITS_PER_BYTE],
+                seconds,
+            )
+        state = replace(state, seconds=state.seconds + self._lap_seconds())
+        if state.best_loss is None or loss < state.best_loss:
+            return replace(state, best_step=state.step, best_loss=loss)
+        return state
+
+    @contextlib.contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Time the saving of a checkpoint, during which training stands still."""
+        yield
+        self._write(step, {metrics.CHECKPOINT_SECONDS: self._lap_seconds()})
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        if self._log is not None:
+            self._log.write(step, values)
+
+    def _lap_seconds(self) -> float:
+        now = time.perf_counter()
+        seconds, self._lap = now - self._lap, now
+        return seconds

@@ -1,0 +1,60 @@
+"""The group of workers that train together, as one worker sees it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This worker's place in the group, and the small collectives that the loop needs."""
+
+    rank: int
+    """This worker's number, from 0."""
+
+    world_size: int
+    """Number of workers."""
+
+    device: torch.device
+    """Where this worker computes."""
+
+    @classmethod
+    def alone(cls, device: torch.device | None = None) -> Self:
+        """Return a group of one, without a process group."""
+        return cls(rank=0, world_size=1, device=device or torch.device("cpu"))
+
+    @classmethod
+    def of_process_group(cls, device: torch.device) -> Self:
+        """Return this process's place in the initialised torch process group."""
+        return cls(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this worker writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Add numbers up over the workers, in double precision; every worker gets the sums."""
+        if self.world_size == 1:
+            return list(values)
+        # NCCL reduces on the GPU only, and every CUDA device has doubles.
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def broadcast(self, value: T) -> T:
+        """Return the first worker's value on every worker; small objects only."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every worker is here."""
+        self.sum([0.0])

@@ -1,0 +1,138 @@
+"""YAML files as the YAML 1.2 core schema reads them, with every mistake named by file and line.
+
+PyYAML follows YAML 1.1, where `1e-4` is a text, `no` is false, `010` is 8, `1:30` is 90 and the
+second of two equal keys wins. Here `1e-4` is a number, only `true` and `false` are booleans, such
+odd integers stay texts (which a strict config refuses) and equal keys are a mistake.
+"""
+
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# Tag, form of the plain scalars that have it, and their possible first characters.
+_SCALARS: tuple[tuple[str, str, str], ...] = (
+    ("null", r"~|null|Null|NULL", "~nN"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)", "-+0123456789"),
+    ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?[0-9]+[eE][-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+)
+
+
+_UNICODE_BREAKS = re.compile("[\\x85\\u2028\\u2029]")
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader for the core schema that notes bad keys and reads on."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.bad_keys: list[tuple[int, str]] = []
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002
+        """Build a mapping with text keys, each given once."""
+        mapping: dict[Hashable, Any] = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                self.bad_keys.append((line, f"the key {key!r} is not a text; put it in quotes"))
+            elif key in mapping:
+                self.bad_keys.append((line, f"the key {key!r} is given twice; delete one"))
+            else:
+                mapping[key] = self.construct_object(value_node, deep=deep)
+        return mapping
+
+
+class _Dumper(yaml.SafeDumper):
+    """A safe dumper that quotes texts which YAML 1.1 or 1.2 would read as something else."""
+
+    def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002
+        """Write equal values out: a reader of settings should not have to follow references."""
+        return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Write a text; those with Unicode's own line breaks escaped, or reading changes them."""
+        style = '"' if _UNICODE_BREAKS.search(data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+# Nothing of YAML 1.1 is inherited: PyYAML copies its resolvers only where a class has none.
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _form, _first in _SCALARS:
+    _pattern = re.compile(f"(?:{_form})\\Z")
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
+# An empty scalar has no first character; both classes look it up under the empty text.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"\Z"), [""])
+
+
+def read_mapping(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """Read a YAML file that holds one mapping.
+
+    Returns:
+        The mapping, empty for an empty file, None if nothing could be read; and the mistakes, one
+        line each, with file and line number.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None, [f"{path}: no such file"]
+    except (OSError, UnicodeDecodeError) as error:
+        return None, [f"{path}: cannot be read as UTF-8 text: {error}"]
+    try:
+        data, bad_keys = _parse(text)
+    except yaml.YAMLError as error:
+        return None, [f"{path}{_where(error)}"]
+    problems = [f"{path}:{line}: {problem}" for line, problem in bad_keys]
+    if data is None:
+        return {}, problems
+    if not isinstance(data, dict):
+        kind = type(data).__name__
+        return None, [*problems, f"{path}: got a {kind}, wanted a mapping of fields to values"]
+    return data, problems
+
+
+def read_value(text: str) -> tuple[Any, list[str]]:
+    """Read one YAML value, as the right side of an override gives it.
+
+    Returns:
+        The value, and what is wrong with it (then the value means nothing).
+    """
+    try:
+        value, bad_keys = _parse(text)
+    except yaml.YAMLError as error:
+        return None, [
+            f"{text!r} is not YAML; put texts with special characters in quotes ({_reason(error)})"
+        ]
+    return value, [problem for _, problem in bad_keys]
+
+
+def dump(data: Mapping[str, Any]) -> str:
+    """Return plain data as block-style YAML in the given order; `read_mapping` gives it back."""
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _parse(text: str) -> tuple[Any, list[tuple[int, str]]]:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data(), loader.bad_keys
+    finally:
+        loader.dispose()
+
+
+def _where(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    line = "" if mark is None else f":{mark.line + 1}"
+    return f"{line}: not YAML: {_reason(error)}"
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    """Return what PyYAML found, on one line and without its excerpt of the text."""
+    reason = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    return " ".join(str(reason).split())

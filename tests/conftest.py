@@ -1,0 +1,78 @@
+"""What tests share: a tokenizer that is trained here, and one Ray cluster for the session."""
+
+# ruff: noqa: E402 - the environment comes before what reads it at import.
+
+import os
+import secrets
+import tempfile
+
+# Before transformers is imported: a test that needs the hub is a mistake and must fail at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# Ray reads its authentication mode when it is imported, and would write a token to the home folder.
+_TOKEN_FILE = tempfile.NamedTemporaryFile("w", prefix="ray-auth-token-")  # noqa: SIM115
+_TOKEN_FILE.write(secrets.token_hex(32))
+_TOKEN_FILE.flush()
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN_PATH"] = _TOKEN_FILE.name
+os.environ.pop("RAY_ADDRESS", None)  # never another cluster than the tests' own
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
+
+CONTROL_TOKENS = ("<s>", "</s>", "<|im_end|>")
+"""The control tokens of `tokenizer_dir`: beginning, end, and one that only a template uses."""
+
+_TEXT = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Data stages meet only through directories, and nothing is silent.",
+    "人民日报一九九八年一月一日。新年的钟声敲响了。",
+    "for index in range(10): total += index",
+)
+
+
+def train_tokenizer(path: Path, *, special: bool = True) -> Path:
+    """Train a byte-level BPE of 400 pieces and save it; without `special` it has no bos and eos."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(CONTROL_TOKENS) if special else [],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT * 4, trainer)
+    bos, eos, extra = CONTROL_TOKENS
+    names = (
+        {"bos_token": bos, "eos_token": eos, "additional_special_tokens": [extra]}
+        if special
+        else {}
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A cluster of two CPUs that all tests with the marker `ray` share."""
+    import ray
+
+    ray.init(num_cpus=2, object_store_memory=200 * 2**20, _node_ip_address="127.0.0.1")
+    yield
+    ray.shutdown()

@@ -1,0 +1,207 @@
+"""Promise: the store's bytes are the same whatever the workers, their timing or restarts."""
+
+import json
+import os
+import shutil
+import signal
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_llama.data import encode, units
+from raytune_llama.data.documents import SourceError
+from raytune_llama.data.encode import DataConfig, prepare_data
+from raytune_llama.data.manifest import SPLITS, StoreError
+from raytune_llama.data.sources import SourceConfig
+from raytune_llama.data.store import TokenStore
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+def write_corpus(folder: Path) -> Path:
+    folder.mkdir()
+    for number in range(4):
+        lines = [f"file {number} line {line} 人民日报 </s>" for line in range(60)]
+        (folder / f"{number}.txt").write_text("\n".join([*lines, "", "the same text"]))
+    return folder
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path / "corpus")
+
+
+def make_config(corpus: Path, store: Path, **fields: Any) -> DataConfig:  # noqa: ANN401
+    return DataConfig(
+        sources=(SourceConfig(path=str(corpus)),),
+        store_dir=str(store),
+        **{"validation_fraction": 0.2, **fields},
+    )
+
+
+def content(store: TokenStore) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in store.path.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path
+) -> TokenStore:
+    """The store of the same corpus, elsewhere, made by one worker without an incident."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = make_config(write_corpus(folder / "corpus"), folder / "store", num_workers=1)
+    return prepare_data(config, tokenizer_dir)
+
+
+@pytest.fixture
+def expected(undisturbed: TokenStore) -> dict[str, bytes]:
+    return content(undisturbed)
+
+
+def test_prepare_data_two_workers_elsewhere_give_the_bytes_of_one(
+    corpus: Path, tmp_path: Path, tokenizer_dir: Path, expected: dict[str, bytes]
+) -> None:
+    config = make_config(corpus, tmp_path / "store", num_workers=2)
+    store = prepare_data(config, tokenizer_dir)
+    assert content(store) == expected
+    assert not list(tmp_path.glob("*.partial-*"))
+    assert not any(str(tmp_path.parent).encode() in data for data in expected.values())
+
+
+def test_prepare_data_manifest_accounts_for_every_line(undisturbed: TokenStore) -> None:
+    undisturbed.verify()
+    assert undisturbed.manifest.skipped == {"blank": 4, "no_tokens": 0}
+    splits = [undisturbed.split("train"), undisturbed.split("validation")]
+    assert sum(split.num_documents for split in splits) == 4 * 61
+    corpus = undisturbed.path.with_name("corpus")
+    text = "".join(file.read_text() for file in corpus.iterdir())
+    assert sum(split.num_bytes for split in splits) == len(text.replace("\n", "").encode())
+
+
+def test_prepare_data_same_text_in_many_files_is_on_one_side(undisturbed: TokenStore) -> None:
+    sides = []
+    for name in SPLITS:
+        split = undisturbed.split(name)
+        starts = [*split.document_starts(0, split.num_tokens).tolist(), split.num_tokens]
+        sides.append([tuple(split.tokens(*pair).tolist()) for pair in pairwise(starts)])
+    assert max(Counter(sides[0] + sides[1]).values()) == 4
+    assert not set(sides[0]) & set(sides[1])
+
+
+def test_prepare_data_killed_worker_gives_the_same_bytes(
+    corpus: Path,
+    tmp_path: Path,
+    tokenizer_dir: Path,
+    expected: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A local class travels by value: the workers cannot import this module.
+    class KillingEncoder(encode.UnitEncoder):
+        def __call__(self, batch: Any) -> Any:  # noqa: ANN401
+            result = super().__call__(batch)
+            marker = self._plan.work_dir / "killed-once"
+            if not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+    monkeypatch.setattr(encode, "UnitEncoder", KillingEncoder)
+    config = make_config(corpus, tmp_path / "store", num_workers=1)
+    assert content(prepare_data(config, tokenizer_dir)) == expected
+
+
+def test_prepare_data_after_a_failed_run_keeps_its_work_and_gives_the_same_bytes(
+    corpus: Path, tmp_path: Path, tokenizer_dir: Path, expected: dict[str, bytes]
+) -> None:
+    good = (corpus / "3.txt").read_bytes()
+    (corpus / "3.txt").write_bytes(good + b"\n\xff")
+    config = make_config(corpus, tmp_path / "store", num_workers=1)
+    with pytest.raises(SourceError) as caught:
+        prepare_data(config, tokenizer_dir)
+    # The whole message: nothing of Ray's wrapping.
+    place = f"{corpus / '3.txt'}: row 63: byte 0xff at offset {len(good) + 1}"
+    assert str(caught.value) == f"{place} is not UTF-8; convert the file to UTF-8"
+    assert not (tmp_path / "store").exists()
+    (work,) = tmp_path.glob("store.partial-*")
+    done = work / "store" / "train-00000.arrow"
+    before = done.stat().st_ino
+    # What a killed worker leaves behind, and a torn shard.
+    (work / "store" / ".train-00003.arrow.0.tmp").write_bytes(b"half")
+    torn = work / "store" / "train-00001.arrow"
+    torn.write_bytes(torn.read_bytes()[:100])
+
+    (corpus / "3.txt").write_bytes(good)
+    store = prepare_data(config, tokenizer_dir)
+    assert content(store) == expected
+    assert (store.path / "train-00000.arrow").stat().st_ino == before
+
+
+def test_prepare_data_crashing_file_is_refused_by_name(
+    corpus: Path, tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CrashingEncoder(encode.UnitEncoder):
+        def __call__(self, batch: Any) -> Any:  # noqa: ANN401
+            if batch.column("unit")[0].as_py() == 2:
+                # Where the tokenizer's native code would crash: after the attempt was noted.
+                units.encode_text = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(batch)
+
+    monkeypatch.setattr(encode, "UnitEncoder", CrashingEncoder)
+    with pytest.raises(SourceError, match=r"2\.txt: encoding it ended the process 3 times"):
+        prepare_data(make_config(corpus, tmp_path / "store", num_workers=1), tokenizer_dir)
+
+
+def test_prepare_data_complete_store_is_reused(
+    corpus: Path, tmp_path: Path, tokenizer_dir: Path, undisturbed: TokenStore
+) -> None:
+    copy = shutil.copytree(undisturbed.path, tmp_path / "store")
+    inode = (copy / "manifest.json").stat().st_ino
+    store = prepare_data(make_config(corpus, copy), tokenizer_dir)
+    assert store.fingerprint == undisturbed.fingerprint
+    assert (copy / "manifest.json").stat().st_ino == inode
+
+
+def test_prepare_data_stale_store_is_refused_naming_the_fields(
+    corpus: Path, tmp_path: Path, tokenizer_dir: Path, undisturbed: TokenStore
+) -> None:
+    copy = shutil.copytree(undisturbed.path, tmp_path / "store")
+    (corpus / "1.txt").write_text("changed")
+    with pytest.raises(StoreError) as caught:
+        prepare_data(make_config(corpus, copy, eos=False), tokenizer_dir)
+    assert "tokenizer.eos_id: 1 -> None" in str(caught.value)
+    assert "sources.1.sha256: " in str(caught.value)
+    assert "sources.0" not in str(caught.value)
+    assert content(TokenStore.open(copy)) == content(undisturbed)
+
+
+def test_prepare_data_other_tokenizer_settings_make_the_store_stale(
+    corpus: Path, tmp_path: Path, tokenizer_dir: Path, undisturbed: TokenStore
+) -> None:
+    # The tokenizer's own files stay as they are, and yet each text gets an id more.
+    changed = shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
+    settings = json.loads((changed / "tokenizer_config.json").read_text())
+    settings.update(tokenizer_class="GPT2Tokenizer", add_prefix_space=True)
+    (changed / "tokenizer_config.json").write_text(json.dumps(settings))
+    copy = shutil.copytree(undisturbed.path, tmp_path / "store")
+    with pytest.raises(StoreError, match=r"tokenizer\.engine_sha256: "):
+        prepare_data(make_config(corpus, copy), changed)
+
+
+@pytest.mark.parametrize("fraction", [0.0001, 0.999999])
+def test_prepare_data_empty_split_is_refused(
+    corpus: Path, tmp_path: Path, tokenizer_dir: Path, fraction: float
+) -> None:
+    config = make_config(corpus, tmp_path / "store", validation_fraction=fraction)
+    with pytest.raises(SourceError, match=r"^data\.validation_fraction: "):
+        prepare_data(config, tokenizer_dir)
+    assert not (tmp_path / "store").exists()
+
+
+def test_prepare_data_blank_corpus_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("\n \n")
+    with pytest.raises(SourceError, match=r"no document has any text .*2 blank"):
+        prepare_data(make_config(tmp_path / "corpus", tmp_path / "store"), tokenizer_dir)

@@ -1,0 +1,88 @@
+"""One line an event, on stderr, with the package's own news and only the warnings of others."""
+
+import logging
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from raytune_llama.logs import setup_logging
+
+
+@pytest.fixture(autouse=True)
+def _restored_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.getLogger("raytune_llama").setLevel(logging.NOTSET)
+
+
+def test_event_of_a_module_is_one_line_with_time_and_part(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    setup_logging()
+    logging.getLogger("raytune_llama.train.loop").info("step %d of %d:\n\nloss %.1f", 3, 9, 2.5)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"\d\d:\d\d:\d\d train: step 3 of 9: \| loss 2\.5\n", err)
+
+
+def test_warnings_carry_their_level(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging()
+    logging.getLogger("raytune_llama.data.store").warning("2 rows quarantined")
+    assert capsys.readouterr().err.endswith(" data: warning: 2 rows quarantined\n")
+
+
+@pytest.mark.parametrize(
+    ("level", "heard"), [("debug", ["d", "i", "w"]), ("info", ["i", "w"]), ("warning", ["w"])]
+)
+def test_level_selects_own_events(
+    level: str, heard: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging(level)
+    logger = logging.getLogger("raytune_llama.model.lora")
+    logger.debug("d")
+    logger.info("i")
+    logger.warning("w")
+    assert [line[-1] for line in capsys.readouterr().err.splitlines()] == heard
+
+
+@pytest.mark.parametrize("library", ["ray.train", "transformers.modeling", "DeepSpeed", "any.one"])
+def test_libraries_are_heard_from_warnings_on(
+    library: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logging.getLogger("ray").setLevel(logging.INFO)
+    setup_logging("debug")
+    logging.getLogger(library).info("news")
+    assert capsys.readouterr().err == ""
+
+
+def test_second_setup_replaces_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging()
+    setup_logging()
+    logging.getLogger("raytune_llama.data").info("once")
+    assert capsys.readouterr().err.count("once") == 1
+
+
+def test_handlers_of_others_stay(caplog: pytest.LogCaptureFixture) -> None:
+    setup_logging()
+    logging.getLogger("raytune_llama.data").info("also for pytest")
+    assert "also for pytest" in caplog.messages
+
+
+def test_traceback_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging()
+    try:
+        _ = 1 / 0
+    except ZeroDivisionError:
+        logging.getLogger("raytune_llama.data").exception("write failed")
+    err = capsys.readouterr().err
+    assert "write failed" in err.splitlines()[0]
+    assert "ZeroDivisionError" in err
+
+
+def test_unknown_level_is_refused() -> None:
+    with pytest.raises(ValueError, match="LOUD"):
+        setup_logging("loud")

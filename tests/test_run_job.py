@@ -1,0 +1,63 @@
+"""A job tells its user's mistakes from its own bugs by exit status and traceback."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from raytune_llama.config import ConfigError
+
+JOB = """
+import sys
+from raytune_llama.config import ConfigError, run_job
+
+class StoreError(ValueError):
+    pass
+
+def main():
+    kinds = {"config": ConfigError(["a.b: bad", "c: bad"]), "store": StoreError("stale store"),
+             "value": ValueError("a bug")}
+    if sys.argv[1] in kinds:
+        raise kinds[sys.argv[1]]
+    return int(sys.argv[1]) or None
+
+run_job(main, StoreError)
+"""
+
+
+@pytest.mark.parametrize(
+    ("argument", "status", "stderr"),
+    [
+        ("config", 2, "a.b: bad\nc: bad\n"),
+        ("store", 2, "stale store\n"),
+        ("0", 0, ""),
+        ("3", 3, ""),
+    ],
+)
+def test_job_exits_with_status_and_message(argument: str, status: int, stderr: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", JOB, argument], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (status, stderr)
+
+
+def test_job_keeps_the_traceback_of_a_bug() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", JOB, "value"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "a bug" in done.stderr
+
+
+def test_import_needs_no_heavy_package() -> None:
+    heavy = "{'ray', 'torch', 'transformers'} & set(sys.modules)"
+    code = f"import sys, raytune_llama.config; sys.exit(bool({heavy}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_error_survives_pickling_with_its_problems() -> None:
+    error = pickle.loads(pickle.dumps(ConfigError(["a: x", "b: y"])))  # noqa: S301
+    assert error.problems == ["a: x", "b: y"]
+    assert str(error) == "a: x\nb: y"

@@ -1,0 +1,148 @@
+"""A tiny real run: a LLaMA of a few thousand parameters, its tokenizer, and a store of real text.
+
+Nothing here needs Ray: the store is written through its own writer.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from raytune_llama.config import from_dict
+from raytune_llama.data.manifest import Manifest, SplitManifest, fingerprint_of, write_manifest
+from raytune_llama.data.store import ShardWriter
+from raytune_llama.model.tokenizer import encode_text, load_tokenizer
+from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.loop import Outcome, train
+from raytune_llama.train.workers import Workers
+
+MakeConfig = Callable[..., PretrainConfig]
+
+WORDS = [
+    "the",
+    "store",
+    "of",
+    "a",
+    "run",
+    "holds",
+    "every",
+    "token",
+    "once",
+    "and",
+    "人民",
+    "日报",
+    "新年",
+    "钟声",
+    "nothing",
+    "is",
+    "lost",
+]
+
+
+def write_model(path: Path, *, tied: bool = True, rows: int = 410, seed: int = 0) -> Path:
+    """Write a LLaMA of two layers; it has surplus rows behind the tokenizer's 400 ids."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=rows,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        # Larger than usual, so that what attention lets through shows in the loss.
+        initializer_range=0.3,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    path = write_model(tmp_path_factory.mktemp("tied"))
+    load_tokenizer(tokenizer_dir).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def untied_model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    path = write_model(tmp_path_factory.mktemp("untied"), tied=False)
+    load_tokenizer(tokenizer_dir).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def store_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    """A token store of 120 training and 12 validation documents."""
+    path = tmp_path_factory.mktemp("store")
+    tokenizer = load_tokenizer(tokenizer_dir)
+    generator = random.Random(0)
+    texts = [" ".join(generator.choices(WORDS, k=generator.randint(2, 40))) for _ in range(132)]
+    encoded = list(zip(texts, encode_text(tokenizer, texts), strict=True))
+    splits: dict[Any, SplitManifest] = {}
+    for name, documents in {"train": encoded[:120], "validation": encoded[120:]}.items():
+        with ShardWriter(path / f"{name}-00000.arrow", "uint16") as writer:
+            for row, (text, ids) in enumerate(documents):
+                writer.write([0, *ids, 1], len(text.encode()), 0, row)
+        assert writer.shard is not None
+        splits[name] = SplitManifest.of([writer.shard])
+    inputs = {"texts": texts}
+    manifest = Manifest(
+        format_version=1,
+        fingerprint=fingerprint_of(inputs),
+        inputs=inputs,
+        token_dtype="uint16",  # noqa: S106 - a type's name
+        splits=splits,
+        skipped={},
+    )
+    write_manifest(path / "manifest.json", manifest)
+    return path
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, model_dir: Path, store_dir: Path) -> MakeConfig:
+    """Build the config of a run of six steps; keywords replace its fields by dotted path."""
+
+    def make(name: str = "run", **fields: Any) -> PretrainConfig:  # noqa: ANN401
+        values: dict[str, Any] = {
+            "run_dir": str(tmp_path / name),
+            "model": {"path": str(model_dir)},
+            "data": {"sources": [], "store_dir": str(store_dir)},
+            "lora": {"rank": 4, "dropout": 0.1, "modules_to_save": ["embed_tokens"]},
+            "batch": {"sequence_tokens": 24, "sequences_per_step": 4, "micro_batch_sequences": 2},
+            "optim": {"learning_rate": 0.01},
+            "engine": {"precision": "fp32", "zero_stage": 0},
+            "checkpoint": {"every_steps": 2},
+            "eval": {"every_steps": 3, "max_sequences": 8},
+            "logging": {"tensorboard": False},
+            "max_steps": 6,
+        }
+        for field, value in fields.items():
+            *parents, last = field.split("__")
+            place = values
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[last] = value
+        return from_dict(PretrainConfig, values)
+
+    return make
+
+
+def run_here(config: PretrainConfig, *, stop_after: int | None = None) -> Outcome:
+    """Run the loop in this process, on one worker; ask it to stop after some steps."""
+    asked = 0
+
+    def stop_requested() -> bool:
+        nonlocal asked
+        asked += 1
+        return stop_after is not None and asked > stop_after
+
+    Path(config.run_dir).mkdir(exist_ok=True)
+    return train(config, Workers.alone(), stop_requested)

@@ -1,0 +1,77 @@
+"""Promise: a run that is stopped and started again equals one that never was, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from raytune_llama.model.llama import causal_lm
+from raytune_llama.model.lora import is_tied
+from raytune_llama.storage import sha256_file
+from raytune_llama.train.checkpoint import list_checkpoints
+from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, LOSS, read_metrics
+from tests.train.conftest import MakeConfig, run_here
+
+IDS = torch.arange(5, 25)[None]
+
+
+def losses(run_dir: str) -> dict[float, float]:
+    """Return the training loss by step; a step that stands twice in the file is an error."""
+    found = [(r["step"], r[LOSS]) for r in read_metrics(Path(run_dir)) if LOSS in r]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 5])
+def test_train_stopped_and_started_again_equals_the_uninterrupted_run(
+    make_config: MakeConfig, stop_after: int
+) -> None:
+    whole, parts = make_config("whole"), make_config("parts")
+    assert run_here(whole).status == "finished"
+    stopped = run_here(parts, stop_after=stop_after)
+    assert (stopped.status, stopped.step) == ("stopped", stop_after)
+    assert run_here(parts).status == "finished"
+    assert losses(parts.run_dir) == losses(whole.run_dir)
+    name = "pt_lora_model/adapter_model.safetensors"
+    assert sha256_file(Path(parts.run_dir, name)) == sha256_file(Path(whole.run_dir, name))
+
+
+def test_train_of_real_text_lowers_loss_and_bits_per_byte(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=30, eval__every_steps=None)
+    run_here(config)
+    records = read_metrics(Path(config.run_dir))
+    bits = [r[EVAL_BITS_PER_BYTE] for r in records if EVAL_BITS_PER_BYTE in r]
+    assert len(bits) == 2
+    assert bits[1] < 0.8 * bits[0]
+
+
+def test_train_with_modules_to_save_writes_an_adapter_that_peft_loads(
+    make_config: MakeConfig, model_dir: Path
+) -> None:
+    config = make_config()
+    run_here(config)
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    plain = base(IDS).logits.detach().clone()
+    result = Path(config.run_dir, "pt_lora_model")
+    loaded = PeftModel.from_pretrained(base, str(result))
+    # The masters of the last checkpoint are what was trained.
+    state = load_file(list_checkpoints(Path(config.run_dir))[-1] / "state-00000.safetensors")
+    trained = {key.removeprefix("weight/"): t for key, t in state.items() if "weight/" in key}
+    mine = dict(loaded.named_parameters())
+    assert trained
+    assert all(torch.equal(mine[name], tensor) for name, tensor in trained.items())
+    assert is_tied(causal_lm(loaded))
+    assert not torch.allclose(loaded(IDS).logits, plain, atol=0.1)
+
+
+def test_train_full_writes_a_model_that_transformers_loads(make_config: MakeConfig) -> None:
+    config = make_config(train="full", lora=None, optim__learning_rate=1e-3)
+    run_here(config)
+    result = Path(config.run_dir, "pt_model")
+    model = AutoModelForCausalLM.from_pretrained(result)
+    state = load_file(list_checkpoints(Path(config.run_dir))[-1] / "state-00000.safetensors")
+    assert all(torch.equal(p, state[f"weight/{name}"]) for name, p in model.named_parameters())
+    assert is_tied(model)
