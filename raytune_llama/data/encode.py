@@ -8,7 +8,6 @@ the files that are done, and publishes the same bytes as an undisturbed run.
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ import pydantic
 import ray
 import ray.data
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from raytune_llama.config import PLACEMENT, ConfigError, settings
 from raytune_llama.data.documents import SourceError
@@ -204,7 +203,6 @@ def _encoding_inputs(
         "format_version": FORMAT_VERSION,
         "tokenizer": {
             "sha256": tokenizer_sha256(tokenizer_path),
-            "engine_sha256": _engine_sha256(tokenizer),
             "bos_id": tokenizer.bos_token_id if config.bos else None,
             "eos_id": tokenizer.eos_token_id if config.eos else None,
             # The length would be too small for a vocabulary with gaps.
@@ -213,16 +211,6 @@ def _encoding_inputs(
         "validation_fraction": config.validation_fraction,
         "versions": {name: version(name) for name in ("tokenizers", "transformers")},
     }
-
-
-def _engine_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Hash the engine as it was loaded: settings beside the tokenizer's files change it too.
-
-    An example is `add_prefix_space` in tokenizer_config.json. None for a tokenizer in Python.
-    """
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return None
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def _reuse(store_dir: Path, inputs: dict[str, Any]) -> TokenStore:

@@ -9,13 +9,14 @@ from typing import Annotated, Literal, cast
 import torch
 from peft import PeftModel
 from pydantic import Field
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from raytune_llama.config import PLACEMENT, settings
 from raytune_llama.model.loss import summed_cross_entropy
 from raytune_llama.model.tokenizer import load_tokenizer
-from raytune_llama.model.vocab import grow_embeddings
+from raytune_llama.model.vocab import grow_embeddings, has_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,9 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 """A model directory has one of them; formats that need unpickling are not read."""
+
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that Git LFS has not replaced by its content."""
 
 
 @settings
@@ -66,19 +70,45 @@ def check_model_directory(path: Path) -> list[str]:
         problems.append(
             f"model.path: {path} has no config.json; name a Hugging Face model directory"
         )
-    if not any((path / name).is_file() for name in WEIGHT_FILES):
+    single, index = (path / name for name in WEIGHT_FILES)
+    if single.is_file():
+        return problems + _check_weight_files([single])
+    if not index.is_file():
         problems.append(
             f"model.path: {path} has no weights, neither {' nor '.join(WEIGHT_FILES)}; "
             "convert or download them as safetensors"
         )
-    index = path / WEIGHT_FILES[1]
-    if index.is_file():
+        return problems
+    try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        problems += [
-            f"model.path: {path} lacks the weight shard {shard} that its index names"
-            for shard in shards
-            if not (path / shard).is_file()
-        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [*problems, f"model.path: {index} is no index of weights ({error}); fetch it again"]
+    problems += [
+        f"model.path: {path} lacks the weight shard {shard} that its index names"
+        for shard in shards
+        if not (path / shard).is_file()
+    ]
+    return problems + _check_weight_files(
+        [path / shard for shard in shards if (path / shard).is_file()]
+    )
+
+
+def _check_weight_files(files: list[Path]) -> list[str]:
+    """Return which files are not whole safetensors; only their headers are read."""
+    problems: list[str] = []
+    for file in files:
+        with file.open("rb") as opened:
+            is_pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
+        if is_pointer:
+            problems.append(
+                f"model.path: {file} is a Git LFS pointer, not weights; run git lfs pull there"
+            )
+            continue
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            problems.append(f"model.path: {file} is damaged or cut short ({error}); fetch it again")
     return problems
 
 
@@ -123,7 +153,7 @@ def load_model(config: ModelConfig, precision: Precision, device: torch.device) 
         use_safetensors=True,
     )
     model.config.use_cache = False
-    if config.tokenizer is not None:
+    if config.tokenizer is not None and has_tokenizer(Path(config.path)):
         old, new = load_tokenizer(Path(config.path)), load_tokenizer(Path(config.tokenizer))
         grow_embeddings(model, old, new)
     return model

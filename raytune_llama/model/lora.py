@@ -1,15 +1,19 @@
 """Low-rank adapters: attach them, name what is trained, and write them in PEFT's own format."""
 
+import copy
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
 import peft
+import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -44,7 +48,7 @@ class LoraConfig:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Probability of zeroing an input of A while training."""
 
-    targets: tuple[str, ...] = LLAMA_PROJECTIONS
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = LLAMA_PROJECTIONS
     """Name endings of the linear layers to adapt; each has to match at least one."""
 
     modules_to_save: tuple[str, ...] = ()
@@ -58,23 +62,30 @@ class LoraConfig:
     """Train the magnitude of each adapted column apart from its direction (arXiv:2402.09353)."""
 
 
-def check_adapter_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+def check_adapter_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     """Return what is wrong with the module names of `config` for `model`; empty where all fit."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    modules = [name for name, _ in model.named_modules() if name]
-    endings = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+    modules = dict(model.named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     problems = [
         f"lora.targets: no linear layer of the model ends with {target!r}; "
-        f"its linear layers end with {endings}"
+        f"its linear layers end with {_last_parts(linear)}"
         for target in config.targets
         if not any(_ends_with(name, target) for name in linear)
     ]
     for saved in config.modules_to_save:
-        if not any(_ends_with(name, saved) for name in modules):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in modules if "." in name}))
+        # PEFT compares letters, not whole names: its "norm" is every input_layernorm too.
+        matched = [name for name in modules if saved and name.endswith(saved)]
+        others = [name for name in matched if not _ends_with(name, saved)]
+        if len(others) == len(matched):
             problems.append(
                 f"lora.modules_to_save: no module of the model ends with {saved!r}; "
-                f"its modules end with {known}"
+                f"its modules end with {_last_parts(name for name in modules if '.' in name)}"
+            )
+        elif others:
+            problems.append(
+                f"lora.modules_to_save: {saved!r} would train {_last_parts(others)} too; "
+                "write more of the name, such as "
+                f"{next(name for name in matched if name not in others)}"
             )
     both = sorted(set(config.targets) & set(config.modules_to_save))
     if both:
@@ -82,12 +93,17 @@ def check_adapter_targets(model: nn.Module, config: LoraConfig) -> list[str]:
             f"lora.modules_to_save: {', '.join(both)} stand in lora.targets too; "
             "adapt a module or train it whole"
         )
-    if any(_ends_with("lm_head", target) for target in config.targets):
+    head = next((name for name in linear if modules[name] is model.get_output_embeddings()), None)
+    if head and any(_ends_with(head, target) for target in config.targets):
         problems.append(
-            "lora.targets: lm_head cannot be adapted, since the loss reads its weight whole; "
+            f"lora.targets: {head} cannot be adapted, since the loss reads its weight whole; "
             "name it in lora.modules_to_save to train it"
         )
     return problems
+
+
+def _last_parts(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
 def _ends_with(name: str, ending: str) -> bool:
@@ -99,8 +115,6 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> 
 
     A tied input and output embedding stays one table, also where it is trained.
     """
-    from torch import random
-
     settings_ = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
@@ -112,10 +126,11 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> 
         use_dora=config.dora,
         ensure_weight_tying=bool(config.modules_to_save) and is_tied(model),
     )
-    with random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT announces the tying that was just asked for.
         warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")
-        random.manual_seed(seed)
+        # The model is on the CPU; `torch.manual_seed` would set the devices' generators too.
+        torch.default_generator.manual_seed(seed)
         attached = peft.get_peft_model(model, settings_)
     assert isinstance(attached, PeftModel)
     return attached
@@ -125,11 +140,13 @@ def load_adapter(model: PreTrainedModel, path: Path) -> PeftModel:
     """Attach the adapter of a directory, trainable, with its own settings.
 
     Raises:
-        ValueError: the directory holds no adapter, or nothing in it can be trained.
+        ValueError: the directory holds no adapter, it is not one of this model, or nothing in it
+            can be trained.
     """
     problem = check_adapter_directory(path)
-    if problem:
-        raise ValueError(problem)
+    problems = [problem] if problem else check_adapter_fits(model, path)
+    if problems:
+        raise ValueError("\n".join(problems))
     attached = PeftModel.from_pretrained(model, str(path), is_trainable=True)
     if not any(parameter.requires_grad for parameter in attached.parameters()):
         raise ValueError(f"adapter: {path} has no parameter that can be trained")
@@ -144,6 +161,50 @@ def check_adapter_directory(path: Path) -> str | None:
     if missing:
         return f"adapter: {path} lacks {', '.join(missing)}; name a directory written by PEFT"
     return None
+
+
+def check_adapter_fits(model: PreTrainedModel, path: Path, *, num_ids: int = 0) -> list[str]:
+    """Return where the adapter of a directory does not fit `model`; empty where it does.
+
+    Only the model's class and settings and the header of the adapter's weights are read.
+
+    Args:
+        model: the base, with or without its weights; it is left as it is.
+        path: an adapter directory; see `check_adapter_directory`.
+        num_ids: ids of the tokenizer, for which the base will have grown.
+    """
+    config = copy.deepcopy(model.config)
+    config.vocab_size = max(config.vocab_size, num_ids)
+    try:
+        settings_ = peft.PeftConfig.from_pretrained(str(path))
+        with torch.device("meta"):
+            base = type(model)(config)
+            was_tied = is_tied(base)
+            attached = peft.get_peft_model(base, settings_)
+        with safe_open(path / ADAPTER_WEIGHTS, framework="pt") as file:
+            stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (ValueError, TypeError, SafetensorError) as error:
+        return [f"adapter: {path} cannot be attached to {config.name_or_path}: {error}"]
+    assert isinstance(attached, PeftModel)
+    if isinstance(base.get_output_embeddings(), BaseTunerLayer):
+        return [f"adapter: {path} adapts the output projection, whose weight the loss reads whole"]
+    if was_tied and not is_tied(base):
+        return [
+            f"adapter: {path} unties the embeddings of {config.name_or_path}, one table in the "
+            "base; merge it into the base first, and train on the result"
+        ]
+    state = peft.get_peft_model_state_dict(attached, save_embedding_layers=False)
+    wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    differing = [key for key in sorted(wanted | stored) if wanted.get(key) != stored.get(key)]
+    if not differing:
+        return []
+    key = differing[0]
+    return [
+        f"adapter: {path} is not of the model {config.name_or_path}: {len(differing)} of "
+        f"{len(wanted)} tensors differ, the first is {key}, {stored.get(key, 'missing')} in the "
+        f"adapter and {wanted.get(key, 'missing')} for the model; name the base that it was "
+        "trained on, and its tokenizer"
+    ]
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -169,6 +230,13 @@ def write_adapter(
     Raises:
         ValueError: a tensor is empty or not finite, or the adapter would hold less than `model`.
     """
+    missing = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name not in trained
+    ]
+    if missing:
+        raise ValueError(f"adapter: {len(missing)} trained tensors are not given: {missing[0]}")
     by_parameter: dict[nn.Parameter, Tensor] = {}
     for name, parameter in model.named_parameters():
         if name in trained:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from raytune_llama.model.tokenizer import (
     TOKENIZER_FILES,
@@ -52,11 +52,17 @@ def check_vocabulary(num_rows: int, model_path: Path, tokenizer_path: Path) -> V
 
     Raises:
         ValueError: the tokenizer gives other meanings to ids that the model was trained with, or
-            the model's own tokenizer has ids beyond its rows.
+            the model's own tokenizer has ids beyond its rows, or the model has none to grow from.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     num_ids = _num_ids(tokenizer)
     if not has_tokenizer(model_path):
+        if num_ids > num_rows:
+            raise ValueError(
+                f"model.tokenizer: {tokenizer_path} has ids up to {num_ids - 1}, and the embedding "
+                f"of {model_path} has {num_rows} rows; it can grow only from the tokenizer that "
+                "the model was trained with: put that one into model.path"
+            )
         logger.warning("%s has no tokenizer of its own: only sizes can be compared", model_path)
         return VocabularyFit(num_rows=num_rows, num_base_ids=num_rows, num_ids=num_ids)
     own = load_tokenizer(model_path)
@@ -93,29 +99,25 @@ def _refuse_foreign(
         raise ValueError(
             f"model.tokenizer: {tokenizer_path} ({len(other_ids)} tokens) is neither the tokenizer "
             f"of {model_path} ({len(own_ids)} tokens) nor grown from it: {len(changed)} tokens "
-            f"have another id or none, the first is {token!r}, {id_} there and {other_ids.get(token)} "
-            "here; use the model's own tokenizer or one grown from it"
+            f"have another id or none, the first is {token!r}, {id_} there and "
+            f"{other_ids.get(token)} here; use the model's own tokenizer or one grown from it"
         )
 
 
 @torch.no_grad()
 def grow_embeddings(
-    model: PreTrainedModel, old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase
+    model: PreTrainedModel, old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast
 ) -> int:
     """Give every id of `new` that `old` lacks a row, and return how many there are.
 
-    A new row is the mean of the rows of the tokens into which `old` splits the new token's text,
-    in the input embedding and, where it is not tied, in the output projection. A control token,
-    which has no text, starts as the mean of all old rows. Rows of old ids keep their bits.
+    A new row is the mean of the rows of the tokens into which `old` splits the new token, in the
+    input embedding and, where it is not tied, in the output projection. A control token, which
+    stands for no text, starts as the mean of all old rows. Rows of old ids keep their bits.
     """
     num_old, num_new = _num_ids(old), _num_ids(new)
     if num_new <= num_old:
         return 0
-    controls = set(new.all_special_ids)
-    pieces = {
-        id_: [] if id_ in controls else encode_text(old, [str(new.decode([id_]))])[0]
-        for id_ in range(num_old, num_new)
-    }
+    pieces = {id_: split_new_token(old, new, id_) for id_ in range(num_old, num_new)}
     if num_new > num_embedding_rows(model):
         model.resize_token_embeddings(num_new, mean_resizing=False)
     for table in {id(table): table for table in _embedding_tables(model)}.values():
@@ -132,6 +134,25 @@ def grow_embeddings(
         num_unsplit,
     )
     return len(pieces)
+
+
+def split_new_token(
+    old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast, id_: int
+) -> list[int]:
+    """Return the ids into which `old` splits a token of `new`; none for a control token."""
+    added = new.added_tokens_decoder.get(id_)
+    if added is None:
+        # Tokens are spelled in the engine's own alphabet, in which a space and a part of a
+        # character can be told from text; decoding and encoding again would lose both.
+        token = new.convert_ids_to_tokens(id_)
+        return [] if token is None else [p.id for p in old.backend_tokenizer.model.tokenize(token)]
+    if added.special or id_ in new.all_special_ids:
+        return []
+    # Behind a line break no space is put before the text, as at the beginning of a document.
+    line, ids = encode_text(old, ["\n", f"\n{added.content}"])
+    if ids[: len(line)] == line:
+        return ids[len(line) :]
+    return encode_text(old, [added.content])[0]
 
 
 def num_embedding_rows(model: PreTrainedModel) -> int:

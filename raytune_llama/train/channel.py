@@ -10,6 +10,7 @@ import threading
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,13 @@ class Channel:
     """The driver's end: shows the workers' records while training runs, and can request a stop."""
 
     def __init__(self) -> None:
-        # Every worker waits in the actor for the request to stop, so it serves many calls at once.
+        # Beside the driver, so that no other node's end is the channel's.
+        node_id = ray.get_runtime_context().get_node_id()
+        here = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
         actor: Any = ray.remote(ChannelActor)
-        self.actor: Any = actor.options(num_cpus=0, max_concurrency=1000).remote()
+        # Every worker waits in the actor for the request to stop, so it serves many calls at once.
+        options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
+        self.actor: Any = actor.options(**options).remote()
         self._closed = threading.Event()
         self._stop_requested = threading.Event()
         self._thread = threading.Thread(target=self._forward, name="channel", daemon=True)
@@ -102,6 +107,12 @@ class StopRequest:
         self._answer = actor.wait_for_stop.remote()
 
     def __call__(self) -> bool:
-        """Whether a stop was requested."""
+        """Whether a stop was requested.
+
+        Raises:
+            RayActorError: the channel is gone, which is no request.
+        """
         ready, _ = ray.wait([self._answer], timeout=0)
+        if ready:
+            ray.get(ready)
         return bool(ready)

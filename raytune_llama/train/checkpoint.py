@@ -2,15 +2,17 @@
 
 A checkpoint is a directory `step-00000100/` with safetensors shards, each holding `weight`,
 `exp_avg` and `exp_avg_sq` of some parameters, and a `manifest.json`, which lists every tensor and
-the SHA256 of every shard, and carries the rest of the state as JSON. Nothing is pickled. It is
-built under another name and renamed, so it is there whole or not at all; and since a disk can
-still lose bits, a reader trusts only hashes that fit.
+the SHA256 of every shard and of itself, and carries the rest of the state as JSON. Nothing is
+pickled. It is built under another name and renamed, so it is there whole or not at all; and since
+a disk can still lose bits, a reader trusts only hashes that fit.
 """
 
+import hashlib
+import json
 import logging
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +29,7 @@ from raytune_llama.storage import (
     sha256_file,
     write_json_atomic,
 )
-from raytune_llama.train.engine import Engine, ParameterState
+from raytune_llama.train.engine import Engine, ParameterState, trained_parameters
 from raytune_llama.train.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,9 @@ SHARD_BYTES = 2 * 2**30
 """Size at which a shard is written; host memory needed to save, beside one parameter's state."""
 
 _PARTS = ("weight", "exp_avg", "exp_avg_sq")
-_NAME = re.compile(r"step-(\d{8})")
+_NAME = re.compile(r"step-\d{8}")
+_UNFINISHED = re.compile(r"\.step-\d{8}\..*\.tmp")
+_DIGEST = "sha256"
 
 
 class CheckpointError(ValueError):
@@ -111,9 +115,15 @@ def save_checkpoint(run_dir: Path, state: RunState, engine: Engine, workers: Wor
             "files": {name: _file_entry(folder / name) for name in files},
             "world_size": workers.world_size,
         }
-        write_json_atomic(folder / MANIFEST, manifest)
+        write_json_atomic(folder / MANIFEST, {**manifest, _DIGEST: _digest(manifest)})
     num_bytes = sum(entry["bytes"] for entry in manifest["files"].values())
     logger.info("checkpoint: step %d, %.1f MiB, %s", state.step, num_bytes / 2**20, target)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Hash all of a manifest but its own hash."""
+    content = {key: value for key, value in manifest.items() if key != _DIGEST}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _file_entry(path: Path) -> dict[str, Any]:
@@ -162,13 +172,9 @@ def restore(run_dir: Path, engine: Engine, workers: Workers) -> RunState:
     if found is None:
         return RunState()
     manifest = read_json(found / MANIFEST)
+    _check_fit(found, manifest["tensors"], engine)
 
     def read(name: str) -> ParameterState:
-        if name not in manifest["tensors"]:
-            raise CheckpointError(
-                f"{found} has no parameter {name}; it was written with another model or adapter: "
-                "use another run_dir"
-            )
         with safe_open(found / manifest["tensors"][name]["file"], framework="pt") as file:
             return ParameterState(*(file.get_tensor(f"{part}/{name}") for part in _PARTS))
 
@@ -181,6 +187,28 @@ def restore(run_dir: Path, engine: Engine, workers: Workers) -> RunState:
             "workers: %d when it was saved, %d now", manifest["world_size"], workers.world_size
         )
     return state
+
+
+def _check_fit(path: Path, tensors: Mapping[str, Any], engine: Engine) -> None:
+    """Refuse a checkpoint of other parameters than the engine's, by name or by shape."""
+    # ZeRO 3 leaves the whole shape in an attribute.
+    wanted = {
+        name: list(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in trained_parameters(engine.module)
+    }
+    problems = [f"it has no parameter {name}" for name in wanted if name not in tensors]
+    problems += [f"its {name} is not trained now" for name in tensors if name not in wanted]
+    problems += [
+        f"its {name} is of shape {tensors[name]['shape']}, the model's of {shape}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name]["shape"] != shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{path}: {'; '.join(problems[:3])}{more}: it was written with another model or "
+            "adapter; use another run_dir"
+        )
 
 
 def _newest_trusted(run_dir: Path) -> Path | None:
@@ -206,30 +234,42 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 def check_checkpoint(path: Path) -> str | None:
     """Return why a checkpoint cannot be trusted, or None: every file's size and hash is read."""
     try:
-        manifest = read_json(path / MANIFEST)
+        problem = _find_damage(path)
     except (OSError, ValueError) as error:
-        return f"checkpoint {path}: {error}"
-    if manifest.get("format") != FORMAT_VERSION:
-        return f"checkpoint {path}: format {manifest.get('format')}, wanted {FORMAT_VERSION}"
+        problem = str(error)
+    return f"checkpoint {path}: {problem}" if problem else None
+
+
+def _find_damage(path: Path) -> str | None:
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get(_DIGEST) != _digest(manifest):
+        return f"the content of {MANIFEST} does not fit its hash"
+    if manifest["format"] != FORMAT_VERSION:
+        return f"format {manifest['format']}, wanted {FORMAT_VERSION}"
     for name, entry in manifest["files"].items():
         file = path / name
         if not file.is_file():
-            return f"checkpoint {path}: {name} is missing"
+            return f"{name} is missing"
         if file.stat().st_size != entry["bytes"]:
-            return (
-                f"checkpoint {path}: {name} has {file.stat().st_size} bytes, not {entry['bytes']}"
-            )
+            return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
         if sha256_file(file) != entry["sha256"]:
-            return f"checkpoint {path}: the content of {name} does not fit its hash"
+            return f"the content of {name} does not fit its hash"
     return None
 
 
 def delete_old_checkpoints(
     run_dir: Path, config: CheckpointConfig, state: RunState, workers: Workers
 ) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best one; the first worker does."""
+    """Delete all but the newest `keep_last` checkpoints and the best one; the first worker does.
+
+    What a killed process left of a checkpoint that it was writing goes too.
+    """
     if not workers.is_first:
         return
+    for path in (run_dir / "checkpoints").iterdir():
+        if _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path)
+            logger.info("checkpoint: %s, which was never finished, deleted", path.name)
     best = checkpoint_path(run_dir, state.best_step) if state.best_step is not None else None
     for path in list_checkpoints(run_dir)[: -config.keep_last]:
         if not (config.keep_best and path == best):

@@ -59,20 +59,34 @@ def wait_for_resources(scale: ScaleConfig) -> None:
     Raises:
         ConfigError: they cannot, and no node that could has come in time.
     """
+    needs = worker_resources(scale)
+    shortage = find_shortage(ray.nodes(), needs, scale)
+    if shortage is None:
+        return
+    start = time.monotonic()
+    with _requested([needs] * scale.num_workers):
+        while shortage is not None:
+            waited = time.monotonic() - start
+            if waited >= scale.wait_seconds:
+                raise ConfigError([shortage])
+            logger.info(
+                "waiting for nodes, %.0f of %.0f s: %s", waited, scale.wait_seconds, shortage
+            )
+            time.sleep(min(POLL_SECONDS, scale.wait_seconds - waited))
+            shortage = find_shortage(ray.nodes(), needs, scale)
+
+
+@contextlib.contextmanager
+def _requested(bundles: list[dict[str, float]]) -> Iterator[None]:
+    """Ask the autoscaler for nodes while the block runs."""
     from ray.autoscaler.sdk import request_resources
 
-    needs = worker_resources(scale)
-    start = time.monotonic()
-    asked = False
-    while (shortage := find_shortage(ray.nodes(), needs, scale)) is not None:
-        waited = time.monotonic() - start
-        if waited >= scale.wait_seconds:
-            raise ConfigError([shortage])
-        if not asked:
-            request_resources(bundles=[needs] * scale.num_workers)
-            asked = True
-        logger.info("waiting for nodes, %.0f of %.0f s: %s", waited, scale.wait_seconds, shortage)
-        time.sleep(min(POLL_SECONDS, scale.wait_seconds - waited))
+    request_resources(bundles=bundles)
+    try:
+        yield
+    finally:
+        # A request outlives its job, and the cluster would never shrink again.
+        request_resources(bundles=[])
 
 
 def find_shortage(
@@ -94,9 +108,13 @@ def find_shortage(
         f"{node['Resources'].get('GPU', 0):g} GPUs"
         for node in alive
     )
+    have = have or "no node is alive"
     field, remedy = "scale.num_workers", "lower it, add nodes"
     if scale.use_gpu and not any(node["Resources"].get("GPU") for node in alive):
         field, remedy = "scale.use_gpu", "set it to false, add nodes with GPUs"
+    elif held == 0:
+        # No number of workers is small enough: one alone is larger than every node.
+        field, remedy = "scale.cpus_per_worker", "lower it, add larger nodes"
     wants = " and ".join(f"{amount:g} {name}" for name, amount in needs.items())
     return (
         f"{field}: {scale.num_workers} workers of {wants} each are asked for, and the cluster can "
@@ -122,7 +140,10 @@ def check_nodes(config: PretrainConfig) -> None:
     run_dir = Path(config.run_dir)
     existed = run_dir.exists()
     probes = run_dir / f".probe-{uuid.uuid4().hex}"
-    probes.mkdir(parents=True)
+    try:
+        probes.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError([f"run_dir: cannot write in {config.run_dir}: {error}"]) from error
     try:
         (probes / "driver").write_text("driver")
         problems = _probe_all(config, probes)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raytune_llama.config import PLACEMENT, settings
+from raytune_llama.config import PLACEMENT, ConfigError, settings
 from raytune_llama.data.encode import DataConfig
 from raytune_llama.model.llama import ModelConfig
 from raytune_llama.model.lora import LoraConfig
@@ -36,10 +36,12 @@ class BatchConfig:
             divisors = [
                 n for n in range(1, self.sequences_per_step + 1) if not self.sequences_per_step % n
             ]
-            raise ValueError(
-                f"micro_batch_sequences: {self.micro_batch_sequences} does not divide "
-                f"sequences_per_step, {self.sequences_per_step}; choose one of "
-                f"{', '.join(map(str, divisors[:12]))}"
+            raise ConfigError(
+                [
+                    f"micro_batch_sequences: {self.micro_batch_sequences} does not divide "
+                    f"sequences_per_step, {self.sequences_per_step}; choose one of "
+                    f"{', '.join(map(str, divisors[:12]))}"
+                ]
             )
         return self
 
@@ -153,34 +155,32 @@ class PretrainConfig:
 
     @model_validator(mode="after")
     def _check(self) -> "PretrainConfig":
+        problems: list[str] = []
         if (self.max_steps is None) == (self.num_epochs is None):
-            raise ValueError("max_steps: set either max_steps or num_epochs, and the other to null")
+            problems.append("max_steps: set either max_steps or num_epochs, and the other to null")
         if self.train == "full" and (self.lora is not None or self.adapter is not None):
-            raise ValueError(
+            problems.append(
                 "train: full trains every weight; set lora and adapter to null, or use lora"
             )
         if self.train == "lora" and (self.lora is None) == (self.adapter is None):
-            raise ValueError(
+            problems.append(
                 "lora: set lora for a new adapter, or adapter to go on from one with its own "
                 "settings, and the other to null"
             )
-        if (
-            self.scale.num_workers * self.batch.micro_batch_sequences
-            > self.batch.sequences_per_step
-        ):
-            raise ValueError(
-                f"scale.num_workers: {self.scale.num_workers} workers with micro-batches of "
-                f"{self.batch.micro_batch_sequences} exceed batch.sequences_per_step, "
-                f"{self.batch.sequences_per_step}; use fewer workers or a larger step"
+        num_workers, micro_batch = self.scale.num_workers, self.batch.micro_batch_sequences
+        if num_workers * micro_batch > self.batch.sequences_per_step:
+            problems.append(
+                f"scale.num_workers: {num_workers} workers with micro-batches of {micro_batch} "
+                f"exceed batch.sequences_per_step, {self.batch.sequences_per_step}; use fewer "
+                "workers, smaller micro-batches or a larger step"
             )
-        if (
-            self.engine.precision == "fp16"
-            and not self.scale.use_gpu
-            and self.engine.zero_stage > 0
-        ):
-            raise ValueError(
+        on_cpu_with_zero = not self.scale.use_gpu and self.engine.zero_stage > 0
+        if self.engine.precision == "fp16" and on_cpu_with_zero:
+            problems.append(
                 "engine.precision: DeepSpeed has no fp16 on CPUs; use bf16, fp32 or zero_stage=0"
             )
+        if problems:
+            raise ConfigError(problems)
         return self
 
     @property

@@ -35,14 +35,19 @@ PEAK_MEMORY = "memory/peak_gib"
 METRICS_FILE = "metrics.jsonl"
 
 PEAK_FLOPS = {
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
     "A10G": 70e12,
+    "V100-PCIE": 112e12,
     "V100": 125e12,
 }
-"""Dense half-precision FLOP/s by a part of the CUDA device's name, from NVIDIA's data sheets."""
+"""Dense half-precision FLOP/s by a part of the CUDA device's name, from NVIDIA's data sheets; the
+first part that fits counts."""
 
 
 class MetricsLog:
@@ -60,7 +65,9 @@ class MetricsLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+            # A run that starts anew evaluates at step 0 anew.
+            purge_step = resumed_step + 1 if resumed_step else 0
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one record; a value that is not finite is written as null."""
@@ -71,9 +78,13 @@ class MetricsLog:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        """Bring everything to the disk."""
+    def sync(self) -> None:
+        """Bring all records so far to the disk."""
         os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Bring everything to the disk, and end."""
+        self.sync()
         self._file.close()
         if self._writer is not None:
             self._writer.close()

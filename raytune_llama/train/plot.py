@@ -1,5 +1,6 @@
 """The picture of a run: loss, evaluation and learning rate over steps."""
 
+import io
 from pathlib import Path
 
 from raytune_llama.storage import write_bytes_atomic
@@ -11,8 +12,6 @@ SMOOTHING_STEPS = 20
 
 def write_plot(run_dir: Path) -> Path:
     """Draw `loss.png` in a run directory from its metrics, and return its path."""
-    import io
-
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -24,7 +23,9 @@ def write_plot(run_dir: Path) -> Path:
     upper.plot(steps, losses, color="0.75", linewidth=0.8, label="training, each step")
     window = min(SMOOTHING_STEPS, max(1, len(losses) // 5))
     upper.plot(steps, _smoothed(losses, window), color="C0", label=f"training, mean of {window}")
-    upper.plot(*_series(records, EVAL_LOSS), color="C3", marker="o", label="validation")
+    evaluations = _series(records, EVAL_LOSS)
+    if evaluations[0]:
+        upper.plot(*evaluations, color="C3", marker="o", label="validation")
     upper.set_ylabel("loss (nats a token)")
     upper.legend()
     upper.grid(alpha=0.3)
@@ -32,7 +33,8 @@ def write_plot(run_dir: Path) -> Path:
     lower.set_ylabel("learning rate")
     lower.set_xlabel("optimizer step")
     lower.grid(alpha=0.3)
-    figure.suptitle(run_dir.name)
+    # A folder's name may hold dollar signs, which are no formula.
+    figure.suptitle(run_dir.name, parse_math=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
     path = run_dir / PLOT_FILE

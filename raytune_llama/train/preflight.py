@@ -24,6 +24,7 @@ from raytune_llama.model.vocab import check_vocabulary, num_embedding_rows
 from raytune_llama.storage import local_path, read_json, write_json_atomic
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.export import fingerprint_adapter, fingerprint_model
+from raytune_llama.yaml12 import read_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +56,17 @@ def resolve_places(config: PretrainConfig, *, in_job: bool) -> PretrainConfig:
     for field, text in fields.items():
         if text is None:
             continue
-        if in_job and field in {"run_dir", "data.store_dir"} and not Path(text).is_absolute():
-            problems.append(
-                f"{field}: {text!r} is relative, and a submitted job's folder is deleted after it; "
-                f"name a path that every node mounts, such as {field}=/shared/{text}"
-            )
         try:
             resolved[field] = str(local_path(text, field))
         except ValueError as error:
             problems.append(str(error))
+            continue
+        is_written = field in {"run_dir", "data.store_dir"}
+        if in_job and is_written and not Path(text).expanduser().is_absolute():
+            problems.append(
+                f"{field}: {text!r} is relative, and a submitted job's folder is deleted after it; "
+                f"name a path that every node mounts, such as {field}=/shared/{text}"
+            )
     if problems:
         raise ConfigError(problems)
     return override(config, resolved)
@@ -75,18 +78,27 @@ def check_run(config: PretrainConfig) -> None:
     Raises:
         ConfigError: with every problem found.
     """
-    problems = check_model_directory(Path(config.model.path))
-    if not problems:
-        model = load_skeleton(Path(config.model.path))
-        problems += check_output_projection(model)
-        if config.lora is not None:
-            problems += check_adapter_targets(model, config.lora)
-        problems += _check_adapter(config)
-        problems += _check_vocabulary(config, model)
+    problems = _check_model(config) + _check_adapter(config)
     problems += check_data(config.data, Path(config.model.tokenizer_path))
-    problems += _check_run_dir(Path(config.run_dir))
+    problems += _check_run_dir(config)
     if problems:
-        raise ConfigError(problems)
+        # The vocabulary and the data both need the tokenizer, and say so alike.
+        raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def _check_model(config: PretrainConfig) -> list[str]:
+    path = Path(config.model.path)
+    try:
+        problems = check_model_directory(path)
+        if problems:
+            return problems
+        model = load_skeleton(path)
+    except (ValueError, OSError) as error:
+        return [f"model.path: {path} is no causal LM that can be read: {error}"]
+    problems = check_output_projection(model)
+    if config.lora is not None:
+        problems += check_adapter_targets(model, config.lora)
+    return problems + _check_vocabulary(config, model)
 
 
 def _check_adapter(config: PretrainConfig) -> list[str]:
@@ -123,15 +135,17 @@ def _untrained_tables(config: PretrainConfig, model: PreTrainedModel) -> list[st
     if config.train == "full":
         return []
     saved = _modules_to_save(config)
-    names = {
-        name.rpartition(".")[2]
+    tables = [
+        name
         for name, module in model.named_modules()
         if module is model.get_input_embeddings() or module is model.get_output_embeddings()
-    }
-    trained = {name for name in names if name in saved}
-    if trained and is_tied(model):
+    ]
+    untrained = [
+        name for name in tables if not any(f".{name}".endswith(f".{ending}") for ending in saved)
+    ]
+    if len(untrained) < len(tables) and is_tied(model):
         return []
-    return sorted(names - trained)
+    return sorted(name.rpartition(".")[2] for name in untrained)
 
 
 def _modules_to_save(config: PretrainConfig) -> tuple[str, ...]:
@@ -140,18 +154,27 @@ def _modules_to_save(config: PretrainConfig) -> tuple[str, ...]:
     if config.adapter is None or check_adapter_directory(Path(config.adapter)):
         return ()
     settings = read_json(Path(config.adapter) / "adapter_config.json")
-    return tuple(name.rpartition(".")[2] for name in settings.get("modules_to_save") or ())
+    return tuple(settings.get("modules_to_save") or ())
 
 
-def _check_run_dir(run_dir: Path) -> list[str]:
+def _check_run_dir(config: PretrainConfig) -> list[str]:
+    run_dir = Path(config.run_dir)
     if not run_dir.exists() or (run_dir / IDENTITY).is_file():
         return []
-    if run_dir.is_dir() and not any(run_dir.iterdir()):
+    if not run_dir.is_dir():
+        return [f"run_dir: {run_dir} is a file; name a folder"]
+    if all(_is_ours(path, Path(config.data.store_dir)) for path in run_dir.iterdir()):
         return []
     return [
         f"run_dir: {run_dir} exists and is not the directory of a run (it has no {IDENTITY}); "
         "name another one, or an empty folder"
     ]
+
+
+def _is_ours(path: Path, store_dir: Path) -> bool:
+    """Whether an earlier start of the run that came to no training may have left this behind."""
+    is_store = store_dir.is_relative_to(path) or path.name.startswith(f"{store_dir.name}.partial-")
+    return is_store or path.name.startswith(".")
 
 
 def identify(config: PretrainConfig) -> dict[str, Any]:
@@ -200,15 +223,17 @@ def write_identity(config: PretrainConfig, now: Mapping[str, Any]) -> None:
     if before.is_file():
         for change in placement_changes(config, before):
             logger.info("changed since the run's last start: %s", change)
-    write_yaml(config, before)
+    # First what makes the folder that of a run: a start that is killed in between can be repeated.
     write_json_atomic(run_dir / IDENTITY, now)
+    write_yaml(config, before)
 
 
 def placement_changes(config: PretrainConfig, before: Path) -> list[str]:
     """Return the fields that differ from an earlier `run.yaml` of the run."""
-    from raytune_llama.yaml12 import read_mapping
-
     data, problems = read_mapping(before)
-    if data is None or problems:
-        return [f"{before} can't be read ({'; '.join(problems)}); it is written anew"]
-    return differences(to_dict(from_dict(PretrainConfig, data)), to_dict(config))
+    if data is not None and not problems:
+        try:
+            return differences(to_dict(from_dict(PretrainConfig, data)), to_dict(config))
+        except ConfigError as error:
+            problems = error.problems
+    return [f"{before} can't be read ({'; '.join(problems)}); it is written anew"]

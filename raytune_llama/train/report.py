@@ -5,6 +5,7 @@ Every worker calls the same methods; the first one writes.
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -45,7 +46,7 @@ class Report:
         self._peak_flops = peak * workers.world_size if peak else None
         self._resumed_step = state.step
         self._data_seconds = 0.0
-        self._started = self._lap = time.perf_counter()
+        self._started = self._lap = self._counted = time.perf_counter()
         self._log: MetricsLog | None = None
 
     def __enter__(self) -> Self:
@@ -106,7 +107,7 @@ class Report:
             step=batch.step + 1,
             tokens=state.tokens + int(num_targets),
             num_skipped_steps=state.num_skipped_steps + (not result.was_applied),
-            seconds=state.seconds + seconds,
+            seconds=state.seconds + self._uncounted_seconds(),
         )
         values = {
             metrics.LOSS: result.loss_sum / max(num_targets, 1.0),
@@ -114,7 +115,7 @@ class Report:
             metrics.GRAD_NORM: result.grad_norm,
             metrics.TARGET_TOKENS: num_targets,
             metrics.TOKENS_PER_SECOND: num_targets / seconds,
-            metrics.FILLER_SEQUENCES: float(batch.num_filler_sequences),
+            metrics.FILLER_SEQUENCES: float(self._count_filler(batch.step)),
             metrics.STEP_SECONDS: seconds,
             metrics.DATA_SECONDS: self._data_seconds,
             metrics.DATA_SHARE: self._data_seconds / seconds,
@@ -130,6 +131,12 @@ class Report:
         if self._is_shown(state.step):
             logger.info("%s", self._progress_line(state, values))
         return state
+
+    def _count_filler(self, step: int) -> int:
+        """Return the filler sequences of a step over all workers."""
+        plan, num_workers = self._plan, self._workers.world_size
+        rows = plan.num_micro_batches(num_workers) * plan.micro_batch_sequences * num_workers
+        return rows - len(plan.positions(step, 0, 1))
 
     def _is_shown(self, step: int) -> bool:
         every = self._config.logging.every_steps
@@ -164,14 +171,18 @@ class Report:
                 values[metrics.EVAL_BITS_PER_BYTE],
                 seconds,
             )
-        state = replace(state, seconds=state.seconds + self._lap_seconds())
-        if state.best_loss is None or loss < state.best_loss:
+        self._lap_seconds()
+        state = replace(state, seconds=state.seconds + self._uncounted_seconds())
+        if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
             return replace(state, best_step=state.step, best_loss=loss)
         return state
 
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:
         """Time the saving of a checkpoint, during which training stands still."""
+        if self._log is not None:
+            # A run that goes on from the checkpoint keeps the records up to it.
+            self._log.sync()
         yield
         self._write(step, {metrics.CHECKPOINT_SECONDS: self._lap_seconds()})
 
@@ -182,4 +193,10 @@ class Report:
     def _lap_seconds(self) -> float:
         now = time.perf_counter()
         seconds, self._lap = now - self._lap, now
+        return seconds
+
+    def _uncounted_seconds(self) -> float:
+        """Return the time that the run's state does not have yet, that of saving included."""
+        now = time.perf_counter()
+        seconds, self._counted = now - self._counted, now
         return seconds

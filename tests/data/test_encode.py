@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections import Counter
@@ -17,6 +18,7 @@ from raytune_llama.data.encode import DataConfig, prepare_data
 from raytune_llama.data.manifest import SPLITS, StoreError
 from raytune_llama.data.sources import SourceConfig
 from raytune_llama.data.store import TokenStore
+from raytune_llama.model.tokenizer import load_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -79,6 +81,16 @@ def test_prepare_data_manifest_accounts_for_every_line(undisturbed: TokenStore) 
     corpus = undisturbed.path.with_name("corpus")
     text = "".join(file.read_text() for file in corpus.iterdir())
     assert sum(split.num_bytes for split in splits) == len(text.replace("\n", "").encode())
+
+
+def test_prepare_data_stream_is_in_source_order(
+    undisturbed: TokenStore, tokenizer_dir: Path
+) -> None:
+    split = undisturbed.split("train")
+    text = str(load_tokenizer(tokenizer_dir).decode(split.tokens(0, split.num_tokens).tolist()))
+    places = [tuple(map(int, found)) for found in re.findall(r"file (\d+) line (\d+)", text)]
+    assert len(places) > 100
+    assert places == sorted(places)
 
 
 def test_prepare_data_same_text_in_many_files_is_on_one_side(undisturbed: TokenStore) -> None:
@@ -186,7 +198,7 @@ def test_prepare_data_other_tokenizer_settings_make_the_store_stale(
     settings.update(tokenizer_class="GPT2Tokenizer", add_prefix_space=True)
     (changed / "tokenizer_config.json").write_text(json.dumps(settings))
     copy = shutil.copytree(undisturbed.path, tmp_path / "store")
-    with pytest.raises(StoreError, match=r"tokenizer\.engine_sha256: "):
+    with pytest.raises(StoreError, match=r"tokenizer\.sha256: "):
         prepare_data(make_config(corpus, copy), changed)
 
 

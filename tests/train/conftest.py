@@ -22,25 +22,8 @@ from raytune_llama.train.workers import Workers
 
 MakeConfig = Callable[..., PretrainConfig]
 
-WORDS = [
-    "the",
-    "store",
-    "of",
-    "a",
-    "run",
-    "holds",
-    "every",
-    "token",
-    "once",
-    "and",
-    "人民",
-    "日报",
-    "新年",
-    "钟声",
-    "nothing",
-    "is",
-    "lost",
-]
+TEXT = "the store of a run holds every token once and nothing is lost 人民 日报 新年 钟声"
+WORDS = TEXT.split()
 
 
 def write_model(path: Path, *, tied: bool = True, rows: int = 410, seed: int = 0) -> Path:

@@ -1,0 +1,169 @@
+"""The peer: the stack of the Chinese-LLaMA training scripts, as torchrun starts it.
+
+`hf_trainer.py SETTINGS.json`: transformers' Trainer, PEFT, DeepSpeed ZeRO 2 with the scripts' own
+JSON, less its fp16 block, which DeepSpeed does not have on CPUs. The Trainer is used as it is; it
+is only watched: a subclass notes each step's loss, a callback the time.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+DEEPSPEED = {
+    "zero_optimization": {
+        "stage": 2,
+        "allgather_partitions": True,
+        "allgather_bucket_size": 1e8,
+        "overlap_comm": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": 1e8,
+        "contiguous_gradients": True,
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "steps_per_print": 2000,
+    "wall_clock_breakdown": False,
+}
+
+
+class Sequences(Dataset[dict[str, Tensor]]):
+    """Sequences in a fixed order, with labels that are shifted already."""
+
+    def __init__(self, file: str) -> None:
+        arrays = np.load(file)
+        self._ids, self._labels = (
+            torch.from_numpy(arrays["ids"]),
+            torch.from_numpy(arrays["labels"]),
+        )
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        # The loss reads `shift_labels`; the model asks for `labels` to take a loss at all.
+        labels = self._labels[index]
+        return {"input_ids": self._ids[index], "labels": labels, "shift_labels": labels}
+
+
+class WatchedTrainer(Trainer):
+    """The Trainer, noting the loss of each step on this worker."""
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401  # the Trainer's own
+        super().__init__(**options)
+        self.step_losses: list[Tensor] = []
+
+    def training_step(self, *arguments: Any, **options: Any) -> Tensor:  # noqa: ANN401
+        """Take the Trainer's own step."""
+        loss = super().training_step(*arguments, **options)
+        self.step_losses.append(loss)
+        return loss
+
+
+class Clock(TrainerCallback):
+    """Notes when each step ends."""
+
+    def __init__(self) -> None:
+        self.laps: list[float] = []
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,  # noqa: ARG002  # the signature of a callback
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,  # noqa: ANN401
+    ) -> None:
+        """Start."""
+        self.laps.append(time.perf_counter())
+
+    # A step ends for both sides when its weights are written.
+    on_step_end = on_train_begin
+
+
+def training_arguments(settings: dict[str, Any]) -> TrainingArguments:
+    """Return the scripts' arguments, with the numbers of our config."""
+    return TrainingArguments(
+        output_dir=settings["run_dir"],
+        deepspeed=DEEPSPEED,
+        use_cpu=True,
+        ddp_backend="gloo",
+        per_device_train_batch_size=settings["sequences_per_worker"],
+        gradient_accumulation_steps=1,
+        max_steps=settings["num_steps"],
+        learning_rate=settings["learning_rate"],
+        weight_decay=settings["weight_decay"],
+        max_grad_norm=settings["max_grad_norm"],
+        lr_scheduler_type="cosine",
+        warmup_steps=0,
+        adam_beta1=settings["beta1"],
+        adam_beta2=settings["beta2"],
+        adam_epsilon=settings["epsilon"],
+        # The default of this version of transformers, and ours: PyTorch's fused AdamW.
+        optim="adamw_torch_fused",
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        logging_steps=10,
+        logging_first_step=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=settings["seed"],
+    )
+
+
+def main() -> None:
+    """Train, and write what was measured as the first of the processes."""
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(1)
+    arguments = training_arguments(settings)
+    base = AutoModelForCausalLM.from_pretrained(
+        settings["model"],
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        use_cache=False,
+    )
+    model = PeftModel.from_pretrained(base, settings["adapter"], is_trainable=True)
+    clock = Clock()
+    trainer = WatchedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Sequences(settings["sequences"]),
+        callbacks=[clock],
+    )
+    trainer.train()
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    losses = torch.stack(trainer.step_losses).double()
+    dist.all_reduce(losses)
+    if dist.get_rank() == 0:
+        measured = {
+            "step_seconds": np.diff(clock.laps).tolist(),
+            "losses": (losses / dist.get_world_size()).tolist(),
+            "peak_gib": peak_gib,
+        }
+        Path(settings["result"]).write_text(json.dumps(measured))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

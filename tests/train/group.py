@@ -1,0 +1,75 @@
+"""Worker processes with gloo between them, as under Ray Train but without Ray, kept for many runs."""
+
+import os
+import traceback
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from raytune_llama.config import from_dict, to_dict
+from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.loop import train
+from raytune_llama.train.workers import Workers
+
+TIMEOUT_SECONDS = 300
+
+
+def _serve(
+    rank: int, world_size: int, store: str, jobs: "Queue[Any]", answers: "Queue[Any]"
+) -> None:
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    files = dist.FileStore(store, world_size)
+    dist.init_process_group("gloo", store=files, rank=rank, world_size=world_size)
+    workers = Workers.of_process_group(torch.device("cpu"))
+    while (job := jobs.get()) is not None:
+        settings, stop_after = job
+        steps = iter(range(10**9))
+
+        def stop_requested(steps: Any = steps, stop_after: int | None = stop_after) -> bool:  # noqa: ANN401
+            return next(steps) == stop_after
+
+        try:
+            train(from_dict(PretrainConfig, settings), workers, stop_requested)
+            answers.put(None)
+        except BaseException:  # noqa: BLE001 - every failure is the test's to show
+            answers.put(traceback.format_exc())
+    dist.destroy_process_group()
+
+
+class Group:
+    """Runs the loop on a fixed number of processes, one run after the other."""
+
+    def __init__(self, world_size: int, folder: Path) -> None:
+        context = mp.get_context("spawn")
+        self._jobs = [context.Queue() for _ in range(world_size)]
+        self._answers = context.Queue()
+        store = str(folder / "rendezvous")
+        self._processes = [
+            context.Process(target=_serve, args=(rank, world_size, store, jobs, self._answers))
+            for rank, jobs in enumerate(self._jobs)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, config: PretrainConfig, *, stop_after: int | None = None) -> None:
+        """Train on all processes; raise what any of them raised."""
+        Path(config.run_dir).mkdir(exist_ok=True)
+        for jobs in self._jobs:
+            jobs.put((to_dict(config), stop_after))
+        problems = [self._answers.get(timeout=TIMEOUT_SECONDS) for _ in self._jobs]
+        failed = [problem for problem in problems if problem]
+        assert not failed, failed[0]
+
+    def close(self) -> None:
+        """End the processes."""
+        for jobs in self._jobs:
+            jobs.put(None)
+        for process in self._processes:
+            process.join(30)
+            if process.is_alive():
+                process.kill()

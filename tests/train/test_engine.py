@@ -1,0 +1,180 @@
+"""Promise: results do not depend on workers, micro-batches or the ZeRO stage.
+
+Workers here are processes with gloo between them, as under Ray Train, without Ray.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from raytune_llama.train.checkpoint import list_checkpoints
+from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.deepspeed_engine import deepspeed_config
+from raytune_llama.train.engine import EngineConfig, OptimConfig
+from raytune_llama.train.metrics import GRAD_NORM, LOSS, read_metrics
+from tests.train.conftest import MakeConfig, run_here
+from tests.train.group import Group
+
+# With DeepSpeed's default, tensors as small as these stay whole under ZeRO 3.
+PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+SAME = 1e-5
+"""Relative difference allowed between worker counts and stages in fp32."""
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+    group = Group(2, tmp_path_factory.mktemp("two"))
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+    group = Group(3, tmp_path_factory.mktemp("three"))
+    yield group
+    group.close()
+
+
+def curve(config: PretrainConfig, name: str = LOSS) -> list[float]:
+    return [record[name] for record in read_metrics(Path(config.run_dir)) if name in record]
+
+
+def stage_fields(stage: int) -> dict[str, Any]:
+    extra = {"engine__deepspeed": PARTITION_ALL} if stage == 3 else {}
+    return {"engine__zero_stage": stage, **extra}
+
+
+def assert_close(ours: list[float], reference: list[float], tolerance: float) -> None:
+    assert len(ours) == len(reference)
+    assert ours == pytest.approx(reference, rel=tolerance)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_train_zero_stages_on_two_workers_equal_one_worker_without(
+    make_config: MakeConfig, two: Group, stage: int
+) -> None:
+    reference = make_config("reference", lora__dropout=0.0)
+    run_here(reference)
+    config = make_config("zero", lora__dropout=0.0, **stage_fields(stage))
+    two.run(config)
+    assert_close(curve(config), curve(reference), SAME)
+    # The gradient's norm shows wrong sums that AdamW, which is blind to scale, would hide.
+    assert_close(curve(config, GRAD_NORM), curve(reference, GRAD_NORM), 1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_train_bf16_stages_reach_the_losses_of_fp32(
+    make_config: MakeConfig, two: Group, stage: int
+) -> None:
+    reference = make_config("reference", lora__dropout=0.0, optim__learning_rate=1e-3)
+    run_here(reference)
+    fields = {"engine__precision": "bf16", "optim__learning_rate": 1e-3, **stage_fields(stage)}
+    config = make_config("bf16", lora__dropout=0.0, **fields)
+    two.run(config)
+    assert_close(curve(config), curve(reference), 1e-2)
+
+
+def test_train_three_workers_with_filler_equal_one(make_config: MakeConfig, three: Group) -> None:
+    fields = {"lora__dropout": 0.0, "batch__micro_batch_sequences": 1}
+    reference = make_config("reference", **fields)
+    run_here(reference)
+    config = make_config("three", **fields)
+    three.run(config)
+    assert_close(curve(config), curve(reference), SAME)
+
+
+def test_train_micro_batches_of_any_size_give_the_same_losses(make_config: MakeConfig) -> None:
+    curves: list[list[float]] = []
+    for size in (1, 2, 4):
+        config = make_config(f"micro{size}", lora__dropout=0.0, batch__micro_batch_sequences=size)
+        run_here(config)
+        curves.append(curve(config))
+    assert_close(curves[1], curves[0], SAME)
+    assert_close(curves[2], curves[0], SAME)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_train_resumed_on_the_same_workers_is_bit_equal(
+    make_config: MakeConfig, two: Group, stage: int
+) -> None:
+    whole = make_config("whole", **stage_fields(stage))
+    parts = make_config("parts", **stage_fields(stage))
+    two.run(whole)
+    two.run(parts, stop_after=3)
+    two.run(parts)
+    assert curve(parts) == curve(whole)
+    final = [list_checkpoints(Path(config.run_dir))[-1] for config in (whole, parts)]
+    names = sorted(path.name for path in final[0].glob("*.safetensors"))
+    assert names
+    for name in names:
+        assert (final[0] / name).read_bytes() == (final[1] / name).read_bytes()
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 1), (0, 2)])
+def test_train_resumed_on_other_workers_and_stage_keeps_the_losses(
+    make_config: MakeConfig, two: Group, three: Group, first: int, second: int
+) -> None:
+    fields: dict[str, Any] = {"lora__dropout": 0.0, "batch__micro_batch_sequences": 1}
+    reference = make_config("reference", **fields)
+    run_here(reference)
+    two.run(make_config("parts", **fields, **stage_fields(first)), stop_after=3)
+    config = make_config("parts", **fields, **stage_fields(second))
+    three.run(config)
+    assert_close(curve(config), curve(reference), SAME)
+
+
+@pytest.mark.parametrize(
+    ("fields", "file"),
+    [
+        ({"lora__dropout": 0.0}, "pt_lora_model/adapter_model.safetensors"),
+        ({"train": "full", "lora": None}, "pt_model/model.safetensors"),
+    ],
+)
+def test_train_zero_3_saves_whole_tensors(
+    make_config: MakeConfig, two: Group, fields: dict[str, Any], file: str
+) -> None:
+    plain = make_config("plain", **fields, optim__learning_rate=1e-3)
+    partitioned = make_config("zero3", **fields, optim__learning_rate=1e-3, **stage_fields(3))
+    run_here(plain)
+    two.run(partitioned)
+    ours, wanted = load_file(Path(partitioned.run_dir, file)), load_file(Path(plain.run_dir, file))
+    assert ours.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_train_gradient_checkpointing_changes_no_loss(make_config: MakeConfig) -> None:
+    plain = make_config("plain", lora__modules_to_save=[])
+    recomputed = make_config(
+        "recomputed", lora__modules_to_save=[], engine__gradient_checkpointing=True
+    )
+    run_here(plain)
+    run_here(recomputed)
+    assert_close(curve(recomputed), curve(plain), SAME)
+
+
+def test_train_fp16_overflow_skips_the_step_and_resumes_exactly(make_config: MakeConfig) -> None:
+    fields = {"engine__precision": "fp16", "lora__modules_to_save": []}
+    whole, parts = make_config("whole", **fields), make_config("parts", **fields)
+    run_here(whole)
+    run_here(parts, stop_after=3)
+    run_here(parts)
+    assert curve(parts) == curve(whole)
+
+
+def test_deepspeed_config_contradicting_key_is_refused_by_name() -> None:
+    engine = EngineConfig(zero_stage=2, deepspeed={"zero_optimization": {"stage": 3}})
+    with pytest.raises(ValueError, match=r"engine\.deepspeed\.zero_optimization\.stage: 3"):
+        deepspeed_config(engine, OptimConfig(), micro_batch_sequences=1, num_micro_batches=1)
+
+
+def test_deepspeed_config_without_offload_fields_offloads_nothing() -> None:
+    for stage in (1, 2, 3):
+        engine = EngineConfig(zero_stage=stage, deepspeed={"wall_clock_breakdown": True})
+        json = deepspeed_config(engine, OptimConfig(), micro_batch_sequences=1, num_micro_batches=1)
+        assert "offload" not in str(json)
+        assert json["wall_clock_breakdown"] is True
