@@ -69,10 +69,15 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A cluster of two CPUs that all tests with the marker `ray` share."""
+def ray_cluster() -> Iterator[str]:
+    """A cluster of two CPUs that all tests with the marker `ray` share; its dashboard's address."""
     import ray
 
-    ray.init(num_cpus=2, object_store_memory=200 * 2**20, _node_ip_address="127.0.0.1")
-    yield
+    context = ray.init(
+        num_cpus=2,
+        object_store_memory=200 * 2**20,
+        _node_ip_address="127.0.0.1",
+        log_to_driver=False,
+    )
+    yield f"http://{context.dashboard_url}"
     ray.shutdown()

@@ -50,7 +50,7 @@ class ModelConfig:
 
     attention: Annotated[Literal["auto", "sdpa", "flash_attention_2"], PLACEMENT] = "auto"
     """Attention kernel; auto: FlashAttention 2 where it is installed, on CUDA in half precision,
-    and PyTorch's SDPA elsewhere."""
+    and PyTorch's SDPA elsewhere, or a model's own code where it has no other."""
 
     allow_untrained_rows: bool = False
     """Go on although new rows of the embeddings would stay as they were initialised."""
@@ -144,14 +144,17 @@ def load_model(config: ModelConfig, precision: Precision, device: torch.device) 
     a worker.
     """
     attention = choose_attention(config.attention, precision, device)
-    logger.info("attention: %s", attention)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         config.path,
         dtype=DTYPES[precision],
-        attn_implementation=attention,
+        # Without a name: SDPA, but a model's own code where it has no other (Bloom).
+        attn_implementation=None
+        if (config.attention, attention) == ("auto", "sdpa")
+        else attention,
         local_files_only=True,
         use_safetensors=True,
     )
+    logger.info("attention: %s", model.config._attn_implementation)  # noqa: SLF001
     model.config.use_cache = False
     if config.tokenizer is not None and has_tokenizer(Path(config.path)):
         old, new = load_tokenizer(Path(config.path)), load_tokenizer(Path(config.tokenizer))

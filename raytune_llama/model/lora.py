@@ -79,7 +79,7 @@ def check_adapter_targets(model: PreTrainedModel, config: LoraConfig) -> list[st
         if len(others) == len(matched):
             problems.append(
                 f"lora.modules_to_save: no module of the model ends with {saved!r}; "
-                f"its modules end with {_last_parts(name for name in modules if '.' in name)}"
+                f"its modules end with {_last_parts(name for name in modules if name)}"
             )
         elif others:
             problems.append(
@@ -103,7 +103,8 @@ def check_adapter_targets(model: PreTrainedModel, config: LoraConfig) -> list[st
 
 
 def _last_parts(names: Iterable[str]) -> str:
-    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+    parts = {name.rpartition(".")[2] for name in names}
+    return ", ".join(sorted(part for part in parts if not part.isdigit()))
 
 
 def _ends_with(name: str, ending: str) -> bool:
@@ -183,7 +184,7 @@ def check_adapter_fits(model: PreTrainedModel, path: Path, *, num_ids: int = 0) 
             attached = peft.get_peft_model(base, settings_)
         with safe_open(path / ADAPTER_WEIGHTS, framework="pt") as file:
             stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (ValueError, TypeError, SafetensorError) as error:
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
         return [f"adapter: {path} cannot be attached to {config.name_or_path}: {error}"]
     assert isinstance(attached, PeftModel)
     if isinstance(base.get_output_embeddings(), BaseTunerLayer):

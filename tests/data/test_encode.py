@@ -50,7 +50,7 @@ def content(store: TokenStore) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path
+    ray_cluster: str, tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path
 ) -> TokenStore:
     """The store of the same corpus, elsewhere, made by one worker without an incident."""
     folder = tmp_path_factory.mktemp("undisturbed")

@@ -95,15 +95,14 @@ def test_loss_half_precision_in_many_chunks_stays_within_rounding(
 def test_loss_half_precision_sums_many_chunks_without_losing_the_late_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """4,000 equal chunks: a sum held in bfloat16 would stand still after 256 of them."""
+    """600 equal chunks: a sum held in bfloat16 would stand still after 256 of them."""
     monkeypatch.setattr(loss, "CHUNK_BYTES", 1)
-    hidden_ND = torch.ones(4000, 1, dtype=torch.bfloat16)
+    hidden_ND = torch.ones(600, 1, dtype=torch.bfloat16)
     weight_VD = torch.zeros(2, 1, dtype=torch.bfloat16)
-    labels_N = torch.zeros(4000, dtype=torch.long)
+    labels_N = torch.zeros(600, dtype=torch.long)
     total, _, grad_weight = ours(hidden_ND, weight_VD, labels_N)
-    # Four thousand float32 additions.
-    assert total.item() == pytest.approx(4000 * math.log(2), rel=1e-4)
-    assert grad_weight.flatten().tolist() == pytest.approx([-2000, 2000], rel=4e-3)
+    assert total.item() == pytest.approx(600 * math.log(2), rel=1e-5)
+    assert grad_weight.flatten().tolist() == pytest.approx([-300, 300], rel=4e-3)
 
 
 @pytest.mark.parametrize("num", [0, 5])

@@ -1,4 +1,4 @@
-"""Worker processes with gloo between them, as under Ray Train but without Ray, kept for many runs."""
+"""Processes with gloo between them, as under Ray Train but without Ray; kept for many runs."""
 
 import os
 import traceback
@@ -23,8 +23,7 @@ def _serve(
 ) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
-    files = dist.FileStore(store, world_size)
-    dist.init_process_group("gloo", store=files, rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     workers = Workers.of_process_group(torch.device("cpu"))
     while (job := jobs.get()) is not None:
         settings, stop_after = job

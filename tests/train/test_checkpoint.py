@@ -1,0 +1,329 @@
+"""Promise: what a checkpoint gives back is what was saved, or it is not used."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from raytune_llama.config import from_dict, override
+from raytune_llama.storage import read_json, write_json_atomic
+from raytune_llama.train import checkpoint
+from raytune_llama.train.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    RunState,
+    check_checkpoint,
+    checkpoint_path,
+    delete_old_checkpoints,
+    list_checkpoints,
+    restore,
+    save_checkpoint,
+)
+from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.engine import Engine, ParameterState
+from raytune_llama.train.loop import count_targets, open_session, read_batches, take_step
+from raytune_llama.train.workers import Workers
+from tests.train.conftest import MakeConfig, run_here
+
+ALONE = Workers.alone()
+SHARD = "state-00000.safetensors"
+MANIFEST = "manifest.json"
+FULL = {"train": "full", "lora": None}
+
+Damage = Callable[[Path], None]
+
+
+def build(config: PretrainConfig, num_steps: int = 0) -> Engine:
+    """Build the engine of a run and take its first steps."""
+    session = open_session(config, ALONE)
+    batches = read_batches(session, 0)
+    for _ in range(num_steps):
+        batch = next(batches)
+        take_step(session, batch, count_targets(batch))
+    return session.engine
+
+
+def state_of(engine: Engine) -> dict[str, ParameterState]:
+    def copied(state: ParameterState) -> ParameterState:
+        return ParameterState(state.weight.clone(), state.exp_avg.clone(), state.exp_avg_sq.clone())
+
+    return {name: copied(state) for name, state in engine.trainable_state()}
+
+
+def assert_same(ours: Engine, wanted: Engine) -> None:
+    assert ours.scalar_state() == wanted.scalar_state()
+    left, right = state_of(ours), state_of(wanted)
+    assert list(left) == list(right)
+    for name, state in right.items():
+        for part in ("weight", "exp_avg", "exp_avg_sq"):
+            tensor = getattr(state, part)
+            assert tensor.dtype == torch.float32
+            assert torch.equal(getattr(left[name], part), tensor), f"{part} of {name}"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """One run to its end, and one of the same config that was stopped after step 5."""
+
+    config: PretrainConfig
+    whole: Path
+    stopped: Path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, store_dir: Path) -> Runs:
+    folder = tmp_path_factory.mktemp("runs")
+    config = from_dict(
+        PretrainConfig,
+        {
+            "run_dir": str(folder / "whole"),
+            "model": {"path": str(model_dir)},
+            "data": {"sources": [], "store_dir": str(store_dir)},
+            "lora": {"rank": 4, "dropout": 0.1},
+            "batch": {"sequence_tokens": 24, "sequences_per_step": 2},
+            "optim": {"learning_rate": 0.01},
+            "engine": {"precision": "fp32", "zero_stage": 0},
+            "checkpoint": {"every_steps": 2, "keep_last": 2, "keep_best": False},
+            "logging": {"tensorboard": False},
+            "max_steps": 6,
+        },
+    )
+    run_here(config)
+    stopped = override(config, {"run_dir": str(folder / "stopped")})
+    run_here(stopped, stop_after=5)
+    return Runs(config, folder / "whole", folder / "stopped")
+
+
+@pytest.fixture
+def stopped(runs: Runs, tmp_path: Path) -> PretrainConfig:
+    """The config of a copy of the stopped run, whose checkpoints are of the steps 4 and 5."""
+    shutil.copytree(runs.stopped, tmp_path / "run")
+    return override(runs.config, {"run_dir": str(tmp_path / "run")})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_restore_gives_back_every_tensor_and_number(
+    make_config: MakeConfig, tmp_path: Path, precision: str
+) -> None:
+    # The adapter's own weights are float32 in any case; whole training has bf16 ones.
+    fields = FULL if precision == "bf16" else {}
+    config = make_config(engine__precision=precision, **fields)
+    engine = build(config, num_steps=2)
+    moments = [state.exp_avg for state in state_of(engine).values()]
+    assert any(bool(moment.any()) for moment in moments)
+    saved = RunState(
+        step=2, tokens=1234, num_skipped_steps=1, seconds=0.1 + 0.2, best_step=1, best_loss=1 / 3
+    )
+    save_checkpoint(tmp_path, saved, engine, ALONE)
+    fresh = build(config)
+    assert restore(tmp_path, fresh, ALONE) == saved
+    assert_same(fresh, engine)
+    if precision == "bf16":
+        # The masters hold more than the weights that compute, and the weights follow them.
+        states = state_of(fresh)
+        named = dict(fresh.module.model.named_parameters())
+        assert any(not torch.equal(s.weight, s.weight.bfloat16().float()) for s in states.values())
+        assert all(torch.equal(named[n], s.weight.bfloat16()) for n, s in states.items())
+
+
+def test_restore_in_an_empty_folder_starts_at_step_0(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config()
+    engine = build(config)
+    assert restore(tmp_path, engine, ALONE) == RunState()
+    assert_same(engine, build(config))
+
+
+def test_save_checkpoint_small_shards_restore(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 8192)
+    config = make_config(**FULL)
+    engine = build(config, num_steps=1)
+    save_checkpoint(tmp_path, RunState(step=1), engine, ALONE)
+    shards = sorted(checkpoint_path(tmp_path, 1).glob("*.safetensors"))
+    largest = max(state.weight.numel() for state in state_of(engine).values())
+    assert len(shards) > 3
+    assert max(shard.stat().st_size for shard in shards) < 8192 + 3 * 4 * largest + 4096
+    fresh = build(config)
+    restore(tmp_path, fresh, ALONE)
+    assert_same(fresh, engine)
+
+
+def test_save_checkpoint_manifest_names_every_tensor(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    engine = build(make_config())
+    save_checkpoint(tmp_path, RunState(step=3), engine, ALONE)
+    folder = checkpoint_path(tmp_path, 3)
+    tensors = read_json(folder / MANIFEST)["tensors"]
+    found = {name: list(state.weight.shape) for name, state in engine.trainable_state()}
+    assert {name: entry["shape"] for name, entry in tensors.items()} == found
+    for name, entry in tensors.items():
+        with safe_open(folder / entry["file"], framework="pt") as file:
+            assert file.get_slice(f"weight/{name}").get_shape() == entry["shape"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def change_number(path: Path) -> None:
+    """Leave valid JSON, in which one number of the state is another."""
+    text = path.read_text()
+    changed = text.replace('"num_applied": 5', '"num_applied": 4')
+    assert changed != text
+    path.write_text(changed)
+
+
+def drop_list_of_files(path: Path) -> None:
+    path.write_text(json.dumps({**read_json(path), "files": {}}))
+
+
+def make_list(path: Path) -> None:
+    path.write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (SHARD, truncate),
+        (SHARD, flip_bit),
+        (SHARD, Path.unlink),
+        (MANIFEST, truncate),
+        (MANIFEST, flip_bit),
+        (MANIFEST, Path.unlink),
+        (MANIFEST, change_number),
+        (MANIFEST, drop_list_of_files),
+        (MANIFEST, make_list),
+    ],
+)
+def test_restore_damaged_newest_uses_the_one_before(
+    stopped: PretrainConfig, name: str, damage: Damage
+) -> None:
+    run_dir = Path(stopped.run_dir)
+    before, newest = list_checkpoints(run_dir)
+    damage(newest / name)
+    state = restore(run_dir, build(stopped), ALONE)
+    assert state.step == 4
+    assert list_checkpoints(run_dir) == [before]
+    # Kept for whoever wants to look at it.
+    assert newest.with_name(f"{newest.name}.damaged").is_dir()
+
+
+def test_train_after_damage_ends_with_the_same_weights(stopped: PretrainConfig, runs: Runs) -> None:
+    flip_bit(list_checkpoints(Path(stopped.run_dir))[-1] / SHARD)
+    assert run_here(stopped).status == "finished"
+    ours, wanted = (checkpoint_path(d, 6) / SHARD for d in (Path(stopped.run_dir), runs.whole))
+    assert ours.read_bytes() == wanted.read_bytes()
+
+
+def test_restore_all_damaged_starts_at_step_0(stopped: PretrainConfig) -> None:
+    for path in list_checkpoints(Path(stopped.run_dir)):
+        truncate(path / SHARD)
+    assert restore(Path(stopped.run_dir), build(stopped), ALONE) == RunState()
+    assert list_checkpoints(Path(stopped.run_dir)) == []
+
+
+def test_check_checkpoint_unknown_format_is_refused_by_number(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build(make_config())
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT_VERSION", 99)
+        save_checkpoint(tmp_path, RunState(step=1), engine, ALONE)
+        assert check_checkpoint(checkpoint_path(tmp_path, 1)) is None
+    problem = check_checkpoint(checkpoint_path(tmp_path, 1))
+    assert problem is not None
+    assert "99" in problem
+
+
+def test_restore_ignores_an_unfinished_checkpoint_and_a_later_save_deletes_it(
+    stopped: PretrainConfig,
+) -> None:
+    run_dir = Path(stopped.run_dir)
+    newest = list_checkpoints(run_dir)[-1]
+    unfinished = newest.with_name(".step-00000006.0123abcd.tmp")
+    shutil.copytree(newest, unfinished)
+    state = restore(run_dir, build(stopped), ALONE)
+    assert state.step == 5
+    delete_old_checkpoints(run_dir, stopped.checkpoint, state, ALONE)
+    assert not unfinished.exists()
+    assert newest.is_dir()
+
+
+def test_save_checkpoint_of_a_step_that_is_there_keeps_it(stopped: PretrainConfig) -> None:
+    run_dir = Path(stopped.run_dir)
+    engine = build(stopped)
+    state = restore(run_dir, engine, ALONE)
+    before = (checkpoint_path(run_dir, 5) / MANIFEST).read_bytes()
+    save_checkpoint(run_dir, state, engine, ALONE)
+    assert (checkpoint_path(run_dir, 5) / MANIFEST).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        ({"keep_last": 2, "keep_best": True}, [2, 4, 5]),
+        ({"keep_last": 2, "keep_best": False}, [4, 5]),
+        ({"keep_last": 1, "keep_best": True}, [2, 5]),
+        ({"keep_last": 9, "keep_best": True}, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_delete_old_checkpoints_keeps_the_newest_and_the_best(
+    tmp_path: Path, keep: dict[str, object], kept: list[int]
+) -> None:
+    for step in range(1, 6):
+        checkpoint_path(tmp_path, step).mkdir(parents=True)
+    config = from_dict(CheckpointConfig, keep)
+    state = RunState(step=5, best_step=2, best_loss=1.0)
+    delete_old_checkpoints(tmp_path, config, state, ALONE)
+    assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, step) for step in kept]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"lora__rank": 8}, r"lora_A\.default\.weight"),
+        ({"lora__modules_to_save": []}, r"embed_tokens"),
+        ({"lora__targets": ["q_proj"]}, r"down_proj\.lora_A\.default\.weight is not trained"),
+        ({"lora__dora": True}, r"lora_magnitude_vector"),
+        (FULL, r"embed_tokens"),
+    ],
+)
+def test_restore_into_another_model_is_refused_by_parameter(
+    make_config: MakeConfig, tmp_path: Path, fields: dict[str, object], named: str
+) -> None:
+    save_checkpoint(tmp_path, RunState(step=1), build(make_config()), ALONE)
+    other = build(make_config(**fields))
+    before = state_of(other)
+    with pytest.raises(CheckpointError, match=named):
+        restore(tmp_path, other, ALONE)
+    after = state_of(other)
+    assert all(torch.equal(after[name].weight, state.weight) for name, state in before.items())
+
+
+def test_save_checkpoint_that_fails_leaves_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
+    state = RunState(step=1, best_step=1, best_loss=float("nan"))
+    with pytest.raises(ValueError, match="JSON"):
+        save_checkpoint(tmp_path, state, build(make_config()), ALONE)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_check_checkpoint_written_again_by_hand_is_not_trusted(stopped: PretrainConfig) -> None:
+    path = list_checkpoints(Path(stopped.run_dir))[-1]
+    assert check_checkpoint(path) is None
+    write_json_atomic(path / MANIFEST, {**read_json(path / MANIFEST), "world_size": 7})
+    assert check_checkpoint(path) is not None

@@ -1,0 +1,158 @@
+"""Promise: a config that makes no sense is refused by field, with all that is wrong in it."""
+
+from typing import Any
+
+import pytest
+
+from raytune_llama.config import ConfigError, describe, from_dict, identity, to_dict
+from raytune_llama.fields import walk
+from raytune_llama.train.config import PretrainConfig
+
+
+def values(**fields: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return a config of three steps; keywords replace its fields by dotted path."""
+    plain: dict[str, Any] = {
+        "run_dir": "/runs/a",
+        "model": {"path": "/models/a"},
+        "data": {"sources": [{"path": "/corpus"}], "store_dir": "/stores/a"},
+        "lora": {},
+        "max_steps": 3,
+    }
+    for field, value in fields.items():
+        *parents, last = field.split("__")
+        place = plain
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return plain
+
+
+def problems_of(**fields: Any) -> list[str]:  # noqa: ANN401
+    try:
+        from_dict(PretrainConfig, values(**fields))
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"max_steps": None, "num_epochs": 0.5},
+        {"lora": None, "adapter": "/adapters/a"},
+        {"lora": None, "train": "full"},
+        {"batch__sequences_per_step": 6, "batch__micro_batch_sequences": 3},
+        {"scale__num_workers": 4, "batch__micro_batch_sequences": 2},
+        {"engine__zero_stage": 3, "engine__offload_parameters": True},
+        {"engine__zero_stage": 1, "engine__offload_optimizer": True},
+        {"engine__precision": "fp16", "engine__zero_stage": 0},
+        {"engine__precision": "fp16", "scale__use_gpu": True},
+    ],
+)
+def test_pretrain_config_sensible_relations_are_accepted(fields: dict[str, Any]) -> None:
+    assert problems_of(**fields) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "start"),
+    [
+        ({"max_steps": None}, "max_steps: "),
+        ({"num_epochs": 1}, "max_steps: "),
+        ({"train": "full"}, "train: "),
+        ({"train": "full", "lora": None, "adapter": "/adapters/a"}, "train: "),
+        ({"lora": None}, "lora: "),
+        ({"adapter": "/adapters/a"}, "lora: "),
+        ({"batch__micro_batch_sequences": 3}, "batch.micro_batch_sequences: 3 "),
+        ({"scale__num_workers": 9}, "scale.num_workers: 9 "),
+        (
+            {"scale__num_workers": 4, "batch__micro_batch_sequences": 4},
+            "scale.num_workers: 4 workers with micro-batches of 4 ",
+        ),
+        ({"engine__precision": "fp16"}, "engine.precision: "),
+        ({"run_dir": ""}, "run_dir: "),
+        ({"optim__learning_rate": 0}, "optim.learning_rate: "),
+        ({"optim__learning_rat": 1}, "optim.learning_rat: "),
+        ({"schedule__warmup_ratio": 1.0}, "schedule.warmup_ratio: "),
+        ({"batch__sequence_tokens": 1}, "batch.sequence_tokens: "),
+    ],
+)
+def test_pretrain_config_broken_relation_is_refused_by_field(
+    fields: dict[str, Any], start: str
+) -> None:
+    (problem,) = problems_of(**fields)
+    assert problem.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"zero_stage": 2, "offload_parameters": True}, "offload_parameters"),
+        ({"zero_stage": 0, "offload_parameters": True}, "offload_parameters"),
+        ({"zero_stage": 0, "offload_optimizer": True}, "offload_optimizer"),
+        ({"zero_stage": 0, "deepspeed": {"wall_clock_breakdown": True}}, "deepspeed"),
+    ],
+)
+def test_pretrain_config_setting_that_the_stage_would_ignore_is_refused(
+    fields: dict[str, Any], field: str
+) -> None:
+    (problem,) = problems_of(engine=fields)
+    assert problem.startswith("engine")
+    assert field in problem
+
+
+def test_pretrain_config_all_broken_relations_are_reported_together() -> None:
+    problems = problems_of(
+        max_steps=None, lora=None, scale__num_workers=99, engine__precision="fp16"
+    )
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "max_steps",
+        "lora",
+        "scale.num_workers",
+        "engine.precision",
+    ]
+
+
+def test_pretrain_config_micro_batch_message_names_what_divides() -> None:
+    fields = {"batch__sequences_per_step": 12, "batch__micro_batch_sequences": 5}
+    (problem,) = problems_of(**fields)
+    assert "1, 2, 3, 4, 6, 12" in problem
+
+
+def test_pretrain_config_survives_plain_data() -> None:
+    config = from_dict(PretrainConfig, values())
+    assert from_dict(PretrainConfig, to_dict(config)) == config
+
+
+def test_describe_pretrain_config_explains_every_field() -> None:
+    lines = describe(PretrainConfig).splitlines()
+    paths = [path for path, _ in walk(PretrainConfig)]
+    assert len(paths) > 50
+    for path, field in walk(PretrainConfig):
+        (at,) = [i for i, line in enumerate(lines) if line.startswith(f"{path}: ")]
+        assert field.description
+        assert lines[at + 1].strip() == field.description.splitlines()[0].strip()
+
+
+def test_pretrain_config_identity_holds_what_decides_the_result_and_nothing_else() -> None:
+    kept = identity(from_dict(PretrainConfig, values()))
+    assert set(kept) == {
+        "train",
+        "lora",
+        "model",
+        "batch",
+        "optim",
+        "schedule",
+        "max_steps",
+        "num_epochs",
+        "seed",
+        "engine",
+    }
+    assert set(kept["batch"]) == {"sequence_tokens", "sequences_per_step", "isolate_documents"}
+    assert set(kept["engine"]) == {"precision"}
+
+
+def test_pretrain_config_result_name_says_what_was_trained() -> None:
+    assert from_dict(PretrainConfig, values()).result_name == "pt_lora_model"
+    full = values(train="full", lora=None)
+    assert from_dict(PretrainConfig, full).result_name == "pt_model"

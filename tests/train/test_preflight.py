@@ -1,0 +1,330 @@
+"""Promise: what is wrong with a run is said before it starts, all at once, by field."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_llama.config import ConfigError, override
+from raytune_llama.model.llama import load_model
+from raytune_llama.model.lora import LoraConfig, attach_adapter
+from raytune_llama.model.tokenizer import load_tokenizer
+from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.preflight import (
+    check_identity,
+    check_run,
+    identify,
+    placement_changes,
+    resolve_places,
+    write_identity,
+)
+from raytune_llama.train.workers import Workers
+from tests.train.conftest import MakeConfig, write_model
+
+Change = Callable[[Path], None]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "corpus.txt").write_text("one line of text\n")
+    return {"path": str(tmp_path / "corpus.txt")}
+
+
+@pytest.fixture
+def make(make_config: MakeConfig, source: dict[str, Any]) -> MakeConfig:
+    """Make a config that passes all checks but for the fields given."""
+
+    def made(name: str = "run", **fields: Any) -> PretrainConfig:  # noqa: ANN401
+        return make_config(name, **{"data__sources": [source], **fields})
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def grown_tokenizer(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    path = tmp_path_factory.mktemp("grown")
+    tokenizer = load_tokenizer(tokenizer_dir)
+    assert tokenizer.add_tokens(["人民日报", "新年"]) == 2
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def problems_of(config: PretrainConfig) -> list[str]:
+    try:
+        check_run(config)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def fields_of(problems: list[str]) -> list[str]:
+    return [problem.partition(":")[0] for problem in problems]
+
+
+def test_resolve_places_relative_becomes_absolute(
+    make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = make(
+        run_dir="runs/a",
+        model__path="m",
+        model__tokenizer="t",
+        data__store_dir="s",
+        data__sources=[{"path": "c/*.txt"}, {"path": "/d"}],
+    )
+    resolved = resolve_places(config, in_job=False)
+    assert resolved.run_dir == str(tmp_path / "runs/a")
+    assert (resolved.model.path, resolved.model.tokenizer) == (
+        str(tmp_path / "m"),
+        str(tmp_path / "t"),
+    )
+    assert resolved.data.store_dir == str(tmp_path / "s")
+    assert [source.path for source in resolved.data.sources] == [str(tmp_path / "c/*.txt"), "/d"]
+    adapter = make(lora=None, adapter="a")
+    assert resolve_places(adapter, in_job=False).adapter == str(tmp_path / "a")
+
+
+def test_resolve_places_in_a_job_outputs_have_to_be_absolute(make: MakeConfig) -> None:
+    inputs = {"model__path": "m", "data__sources": [{"path": "c"}]}
+    absolute = make(**inputs)
+    assert Path(resolve_places(absolute, in_job=True).model.path).is_absolute()
+    relative = make(**inputs, run_dir="runs/a", data__store_dir="stores/b")
+    with pytest.raises(ConfigError) as caught:
+        resolve_places(relative, in_job=True)
+    first, second = caught.value.problems
+    assert first.startswith("run_dir: ")
+    assert "run_dir=/shared/runs/a" in first
+    assert second.startswith("data.store_dir: ")
+    assert "data.store_dir=/shared/stores/b" in second
+
+
+def test_resolve_places_in_a_job_home_is_absolute(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    resolved = resolve_places(make(run_dir="~/runs/a"), in_job=True)
+    assert resolved.run_dir == "/home/someone/runs/a"
+
+
+@pytest.mark.parametrize("in_job", [True, False])
+def test_resolve_places_object_storage_is_refused_once_a_field(
+    make: MakeConfig, *, in_job: bool
+) -> None:
+    config = make(
+        run_dir="s3://b/r", model__path="gs://b/m", data__sources=[{"path": "s3://b/*.txt"}]
+    )
+    with pytest.raises(ConfigError) as caught:
+        resolve_places(config, in_job=in_job)
+    assert fields_of(caught.value.problems) == ["run_dir", "model.path", "data.sources.0.path"]
+
+
+def test_check_run_sound_config_passes(make: MakeConfig) -> None:
+    assert problems_of(make()) == []
+
+
+def test_check_run_reports_all_problems_at_once(
+    make: MakeConfig, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    run_dir = tmp_path / "foreign"
+    run_dir.mkdir()
+    (run_dir / "thesis.tex").write_text("")
+    config = make(
+        "foreign",
+        lora__targets=["q_proj", "qproj"],
+        lora__modules_to_save=["wte"],
+        data__sources=[{"path": str(tmp_path / "no" / "*.txt")}],
+    )
+    problems = problems_of(config)
+    assert [p.split(": ")[0] for p in problems] == [
+        "lora.targets",
+        "lora.modules_to_save",
+        "data.sources.0.path",
+        "run_dir",
+    ]
+    assert "'qproj'" in problems[0]
+    assert "q_proj" in problems[0]
+    lost = override(config, {"model.path": str(tmp_path / "no"), "model.tokenizer": None})
+    assert fields_of(problems_of(lost)) == [
+        "model.path",
+        "data.sources.0.path",
+        "tokenizer",
+        "run_dir",
+    ]
+
+
+def test_check_run_missing_tokenizer_is_said_once(make: MakeConfig, tmp_path: Path) -> None:
+    bare = write_model(tmp_path / "bare")
+    problems = problems_of(make(model__path=str(bare)))
+    assert fields_of(problems) == ["tokenizer"]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"model_type": "nope"}', '{"model_type": "t5"}']
+)
+def test_check_run_config_that_is_no_causal_lm_is_a_problem_of_its_path(
+    make: MakeConfig, model_dir: Path, tmp_path: Path, text: str
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model_dir, broken)
+    (broken / "config.json").write_text(text)
+    problems = problems_of(make(model__path=str(broken), lora__targets=["qproj"]))
+    assert "model.path" in fields_of(problems)
+
+
+def test_check_run_adapter_without_weights_is_refused(make: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    config = make(lora=None, adapter=str(tmp_path / "adapter"))
+    assert fields_of(problems_of(config)) == ["adapter"]
+
+
+def test_check_run_run_dir_that_is_a_file_is_refused(make: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    (problem,) = problems_of(make())
+    assert problem.startswith(f"run_dir: {tmp_path / 'run'} is a file")
+
+
+def test_check_run_folder_of_an_interrupted_start_passes(make: MakeConfig, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / ".probe-0123").mkdir(parents=True)
+    (run_dir / "data" / "store").mkdir(parents=True)
+    assert problems_of(make(data__store_dir=str(run_dir / "data" / "store"))) == []
+    (run_dir / "store.partial-0123").mkdir()
+    assert fields_of(problems_of(make(data__store_dir=str(run_dir / "store")))) == ["run_dir"]
+    shutil.rmtree(run_dir / "data")
+    assert problems_of(make(data__store_dir=str(run_dir / "store"))) == []
+
+
+def test_check_run_new_ids_need_trained_tables(
+    make: MakeConfig, grown_tokenizer: Path, model_dir: Path, untied_model_dir: Path
+) -> None:
+    def found(model: Path, **fields: Any) -> list[str]:  # noqa: ANN401
+        values = {"model__path": str(model), "model__tokenizer": str(grown_tokenizer), **fields}
+        return problems_of(make(**values))
+
+    def saved(*names: str) -> dict[str, Any]:
+        return {"lora__modules_to_save": list(names)}
+
+    (problem,) = found(untied_model_dir, **saved())
+    assert problem.startswith("model.tokenizer: it has 2 ids")
+    assert "embed_tokens, lm_head" in problem
+    (problem,) = found(untied_model_dir, **saved("embed_tokens"))
+    assert "lm_head" in problem
+    assert "embed_tokens" not in problem
+    assert found(untied_model_dir, **saved("embed_tokens", "lm_head")) == []
+    assert found(untied_model_dir, **saved("model.embed_tokens", "lm_head")) == []
+    # Tied, there is one table, by whichever name.
+    assert len(found(model_dir, **saved())) == 1
+    assert found(model_dir, **saved("embed_tokens")) == []
+    assert found(model_dir, **saved("lm_head")) == []
+    # Whole training trains them; and a user may want it so.
+    assert found(untied_model_dir, train="full", lora=None) == []
+    assert found(untied_model_dir, model__allow_untrained_rows=True, **saved()) == []
+
+
+@pytest.mark.parametrize(("saved", "num_problems"), [([], 1), (["embed_tokens", "lm_head"], 0)])
+def test_check_run_new_ids_with_an_adapter_need_its_trained_tables(
+    make: MakeConfig,
+    grown_tokenizer: Path,
+    untied_model_dir: Path,
+    tmp_path: Path,
+    saved: list[str],
+    num_problems: int,
+) -> None:
+    config = make(model__path=str(untied_model_dir))
+    model = load_model(config.model, "fp32", Workers.alone().device)
+    lora = LoraConfig(modules_to_save=tuple(saved))
+    attach_adapter(model, lora, seed=0).save_pretrained(str(tmp_path / "adapter"))
+    config = make(
+        model__path=str(untied_model_dir),
+        model__tokenizer=str(grown_tokenizer),
+        lora=None,
+        adapter=str(tmp_path / "adapter"),
+    )
+    assert len(problems_of(config)) == num_problems
+
+
+def test_check_identity_changed_learning_rate_is_refused_with_both_values(
+    make: MakeConfig,
+) -> None:
+    config = make()
+    write_identity(config, identify(config))
+    check_identity(Path(config.run_dir), identify(config))
+    changed = make(optim__learning_rate=0.02, seed=7)
+    with pytest.raises(ConfigError) as caught:
+        check_identity(Path(config.run_dir), identify(changed))
+    head, *lines = caught.value.problems
+    assert head.startswith("run_dir: ")
+    assert lines == ["config.optim.learning_rate: 0.01 -> 0.02", "config.seed: 1 -> 7"]
+
+
+def test_check_identity_placement_may_change(make: MakeConfig) -> None:
+    config = make()
+    write_identity(config, identify(config))
+    changed = make(
+        scale__num_workers=2,
+        engine__zero_stage=2,
+        batch__micro_batch_sequences=1,
+        checkpoint__every_steps=3,
+        eval__every_steps=None,
+        data__store_dir="/elsewhere",
+    )
+    check_identity(Path(config.run_dir), identify(changed))
+
+
+def test_check_identity_new_run_dir_passes(make: MakeConfig) -> None:
+    config = make()
+    check_identity(Path(config.run_dir), identify(config))
+
+
+def test_check_identity_moved_model_is_the_same_and_other_weights_are_not(
+    make: MakeConfig, model_dir: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(model_dir, first)
+    config = make(model__path=str(first))
+    write_identity(config, identify(config))
+    first.rename(second)
+    moved = make(model__path=str(second))
+    check_identity(Path(config.run_dir), identify(moved))
+    write_model(second, seed=1)
+    with pytest.raises(ConfigError, match=r"model\.model\.safetensors: "):
+        check_identity(Path(config.run_dir), identify(moved))
+
+
+def test_check_identity_part_that_came_later_is_compared(make: MakeConfig) -> None:
+    config = make()
+    write_identity(config, {**identify(config), "store": "a" * 64})
+    with pytest.raises(ConfigError, match="store: "):
+        check_identity(Path(config.run_dir), {**identify(config), "store": "b" * 64})
+
+
+def test_write_identity_makes_the_folder_a_run(make: MakeConfig) -> None:
+    config = make()
+    write_identity(config, identify(config))
+    assert problems_of(config) == []
+    assert json.loads(Path(config.run_dir, "identity.json").read_text()) == identify(config)
+    assert placement_changes(config, Path(config.run_dir, "run.yaml")) == []
+
+
+def test_placement_changes_names_field_and_both_values(make: MakeConfig) -> None:
+    config = make()
+    write_identity(config, identify(config))
+    changed = make(scale__num_workers=2, logging__every_steps=3)
+    assert placement_changes(changed, Path(config.run_dir, "run.yaml")) == [
+        "scale.num_workers: 1 -> 2",
+        "logging.every_steps: 10 -> 3",
+    ]
+
+
+@pytest.mark.parametrize("text", ["{", "- a", "no_such_field: 1\n", ""])
+def test_write_identity_unreadable_run_yaml_is_written_anew(make: MakeConfig, text: str) -> None:
+    config = make()
+    write_identity(config, identify(config))
+    file = Path(config.run_dir, "run.yaml")
+    file.write_text(text)
+    assert len(placement_changes(config, file)) == 1
+    write_identity(config, identify(config))
+    assert placement_changes(config, file) == []
