@@ -154,7 +154,7 @@ def load_model(config: ModelConfig, precision: Precision, device: torch.device) 
         local_files_only=True,
         use_safetensors=True,
     )
-    logger.info("attention: %s", model.config._attn_implementation)  # noqa: SLF001
+    logger.info("attention: %s", model.config._attn_implementation)
     model.config.use_cache = False
     if config.tokenizer is not None and has_tokenizer(Path(config.path)):
         old, new = load_tokenizer(Path(config.path)), load_tokenizer(Path(config.tokenizer))

@@ -21,6 +21,7 @@ from raytune_llama.train.engine import (
     build_optimizer,
     evaluate_batch,
     parameter_groups,
+    precise_buffers,
     to_device,
     trained_parameters,
 )
@@ -100,19 +101,20 @@ class DeepSpeedEngine:
         named = trained_parameters(module)
         self._named = named
         self._shapes = {name: parameter.shape for name, parameter in named}
-        module.to(DTYPES[engine.precision])
         json = deepspeed_config(
             engine,
             optim,
             micro_batch_sequences=micro_batch_sequences,
             num_micro_batches=num_micro_batches,
         )
-        self._engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=build_optimizer(parameter_groups(named, optim), optim),
-            config=json,
-            dist_init_required=False,
-        )
+        with precise_buffers(module, workers.device):
+            module.to(DTYPES[engine.precision])
+            self._engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=build_optimizer(parameter_groups(named, optim), optim),
+                config=json,
+                dist_init_required=False,
+            )
         self.module = module
         self._num_applied = 0
         self._has_moments = False

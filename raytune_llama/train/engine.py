@@ -5,6 +5,7 @@ sums over the whole step, so that results do not depend on how a step is cut int
 and workers.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -188,6 +189,24 @@ def trained_parameters(module: SummedLoss) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in module.model.named_parameters() if p.requires_grad]
 
 
+@contextlib.contextmanager
+def precise_buffers(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Keep buffers in their own precision while a block casts a module's weights.
+
+    Cast to bfloat16, the frequencies of rotary embeddings are off by up to 0.4 %, which turns
+    tokens at position 1,000 by radians; models compute them in float32 in any precision.
+    """
+    kept = [
+        (owner, name, buffer)
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+        if buffer.is_floating_point()
+    ]
+    yield
+    for owner, name, buffer in kept:
+        setattr(owner, name, buffer.to(device))
+
+
 def evaluate_batch(
     call: Callable[..., Tensor], module: nn.Module, batch: MicroBatch, device: torch.device
 ) -> float:
@@ -217,7 +236,8 @@ class DataParallelEngine:
     def __init__(
         self, module: SummedLoss, precision: Precision, optim: OptimConfig, workers: Workers
     ) -> None:
-        self.module = module.to(workers.device)
+        with precise_buffers(module, workers.device):
+            self.module = module.to(workers.device, DTYPES[precision])
         self.module.train()
         self._workers = workers
         self._max_grad_norm = optim.max_grad_norm or float("inf")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from raytune_llama.config import ConfigError, from_dict
@@ -174,7 +174,9 @@ def test_attach_adapter_to_a_known_model_trains_the_known_number_of_weights(
 def test_attach_adapter_to_a_half_precision_base_can_be_trained(
     make_llama: MakeModel, dtype: torch.dtype
 ) -> None:
-    attached = attach_adapter(make_llama().to(dtype), LoraConfig(modules_to_save=BOTH), seed=0)
+    model = make_llama()
+    nn.Module.to(model, dtype)
+    attached = attach_adapter(model, LoraConfig(modules_to_save=BOTH), seed=0)
     SummedLoss(attached)(IDS, IDS - 5, IDS).backward()
     missing = [n for n, p in attached.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []
@@ -195,6 +197,7 @@ def test_attach_adapter_to_a_half_precision_base_can_be_trained(
 def test_write_adapter_of_any_kind_is_loaded_by_peft_with_equal_logits(
     make_llama: MakeModel,
     write: Callable[..., tuple[PeftModel, Path]],
+    *,
     tied: bool,
     fields: dict[str, Any],
 ) -> None:
@@ -261,7 +264,7 @@ def test_load_adapter_trains_with_the_adapters_own_settings(
     make_llama: MakeModel, write: Callable[..., tuple[PeftModel, Path]]
 ) -> None:
     _, path = write(rank=3, alpha=7.5, targets=("q_proj",), rslora=True)
-    settings = load_adapter(make_llama(), path).peft_config["default"]
+    settings: Any = load_adapter(make_llama(), path).peft_config["default"]
     assert (settings.r, settings.lora_alpha, settings.use_rslora) == (3, 7.5, True)
     assert settings.target_modules == {"q_proj"}
 

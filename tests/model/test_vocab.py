@@ -43,8 +43,8 @@ def grown_dir(tmp_path: Path, tokenizer_dir: Path) -> Path:
 
 def tables_of(model: LlamaForCausalLM) -> dict[str, Tensor]:
     return {
-        "input": model.get_input_embeddings().weight.detach().clone(),
-        "output": model.get_output_embeddings().weight.detach().clone(),
+        "input": model.model.embed_tokens.weight.detach().clone(),
+        "output": model.lm_head.weight.detach().clone(),
     }
 
 
@@ -99,6 +99,7 @@ def test_grow_embeddings_starts_new_rows_as_means_and_keeps_the_old_ones(
     make_llama: MakeModel,
     tokenizer_dir: Path,
     grown_dir: Path,
+    *,
     tied: bool,
     rows: int,
     rows_after: int,
@@ -120,7 +121,7 @@ def test_grow_embeddings_starts_new_rows_as_means_and_keeps_the_old_ones(
         wanted = torch.stack([*(kept[ids].mean(dim=0) for ids in pieces), kept.mean(dim=0)])
         torch.testing.assert_close(table[400:403], wanted)
         assert torch.equal(table[403:], before[name][403:])
-    one_table = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    one_table = model.model.embed_tokens.weight is model.lm_head.weight
     assert one_table == tied == model.config.tie_word_embeddings
     assert torch.equal(after["input"], after["output"]) == tied
 
@@ -149,7 +150,7 @@ def test_grow_embeddings_of_a_grown_model_can_be_saved_and_loaded(
 def test_grow_embeddings_takes_any_special_token_for_a_control_token(
     make_llama: MakeModel, tokenizer_dir: Path, grown_dir: Path
 ) -> None:
-    """Without its settings file a tokenizer lists no special tokens, but its tokens still say it."""
+    """Without its settings file a tokenizer lists no special tokens, but its tokens say it."""
     (grown_dir / "tokenizer_config.json").unlink()
     old, new = load_tokenizer(tokenizer_dir), load_tokenizer(grown_dir)
     assert new.all_special_ids == []

@@ -49,7 +49,10 @@ def test_pretrain_run_twice_finishes_once_and_says_so(make_job: MakeJob) -> None
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"scale__num_workers": 3}, "scale.num_workers"),
+        (
+            {"scale__num_workers": 3, "batch__micro_batch_sequences": 1},
+            "scale.num_workers",
+        ),
         ({"scale__use_gpu": True}, "scale.use_gpu"),
         ({"scale__cpus_per_worker": 2}, "scale.num_workers"),
         ({"model__path": "/no/such/model"}, "model.path"),

@@ -35,10 +35,7 @@ def log_as_worker(actor: object, rank: int) -> None:
     logger.addHandler(WorkerHandler(actor, rank))
     logger.debug("too much detail")
     logger.info("100%% of rank %d", rank)
-    try:
-        raise ArithmeticError("nothing adds up")
-    except ArithmeticError:
-        logger.exception("failed")
+    logger.error("failed", exc_info=ArithmeticError("nothing adds up"))
 
 
 def test_channel_shows_each_record_once_with_name_and_level(

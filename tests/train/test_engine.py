@@ -11,11 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from raytune_llama.data.batches import MicroBatch
+from raytune_llama.data.store import TokenStore
+from raytune_llama.model.llama import SummedLoss, load_model
 from raytune_llama.train.checkpoint import list_checkpoints
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.deepspeed_engine import deepspeed_config
 from raytune_llama.train.engine import EngineConfig, OptimConfig
+from raytune_llama.train.loop import build_engine, plan_run
 from raytune_llama.train.metrics import GRAD_NORM, LOSS, read_metrics
+from raytune_llama.train.workers import Workers
 from tests.train.conftest import MakeConfig, run_here
 from tests.train.group import Group
 
@@ -145,6 +150,20 @@ def test_train_zero_3_saves_whole_tensors(
     assert ours.keys() == wanted.keys()
     for key, tensor in wanted.items():
         torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_engine_bf16_keeps_positions_precise(make_config: MakeConfig, stage: int) -> None:
+    config = make_config(engine__precision="bf16", lora__dropout=0.0, **stage_fields(stage))
+    model = load_model(config.model, "bf16", torch.device("cpu"))
+    ids_BT = torch.randint(400, (1, 121), generator=torch.Generator().manual_seed(3))
+    positions_BT = torch.arange(120)[None]
+    batch = MicroBatch(ids_BT[:, :-1], ids_BT[:, 1:], positions_BT)
+    with torch.no_grad():
+        wanted = SummedLoss(model)(batch.ids_BT, positions_BT, batch.labels_BT).item()
+    store = TokenStore.open(Path(config.data.store_dir))
+    engine = build_engine(config, plan_run(config, store), Workers.alone())
+    assert engine.loss_sum(batch) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_train_gradient_checkpointing_changes_no_loss(make_config: MakeConfig) -> None:

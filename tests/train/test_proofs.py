@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from raytune_llama.model.llama import DTYPES, Precision, SummedLoss
 from raytune_llama.train.engine import DataParallelEngine, OptimConfig
@@ -26,37 +25,21 @@ class ScaledLogits(LlamaForCausalLM):
         return output
 
 
-class Positionless(nn.Module):
-    """A decoder that counts positions itself and so lets documents see each other."""
+class PositionlessDecoder(LlamaModel):
+    """Counts positions by itself, and so lets documents see each other."""
 
-    def __init__(self, decoder: nn.Module) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
-        return self.decoder(input_ids=input_ids, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:  # noqa: ANN401
+        kwargs.pop("position_ids")
+        return super().forward(*args, **kwargs)
 
 
-class Shifted(Positionless):
-    """A decoder that isolates documents but goes on counting positions in the second one."""
+class Positionless(LlamaForCausalLM):
+    """Ignores the positions that it is given."""
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
-        assert position_ids is not None
-        starts = position_ids.eq(0).cumsum(-1) - 1
-        # A jump beyond one is what tells documents apart; it need not begin at 0 again.
-        return self.decoder(
-            input_ids=input_ids, position_ids=position_ids + 40 * starts * starts, **kwargs
-        )
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model = PositionlessDecoder(config)
+        self.post_init()
 
 
 def engine_of(model: LlamaForCausalLM, precision: Precision) -> DataParallelEngine:
@@ -88,8 +71,7 @@ def test_prove_sdpa_passes_and_leaves_the_model_in_training(
 def test_prove_positions_ignored_is_refused_where_documents_are_isolated(
     model_dir: Path, precision: Precision
 ) -> None:
-    model = load(model_dir, precision, LlamaForCausalLM)
-    model.model = Positionless(model.model)  # pyright: ignore[reportAttributeAccessIssue]
+    model = load(model_dir, precision, Positionless)
     with pytest.raises(RuntimeError, match="isolate_documents"):
         run_proofs(model, precision, isolate=True)
     run_proofs(model, precision, isolate=False)

@@ -43,15 +43,16 @@ def open_report(session: Session, state: RunState, *, world_size: int = 1) -> Re
 def test_report_over_two_starts_adds_up_and_shows_the_steps_asked_for(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = make_config(logging__every_steps=4, max_steps=10, checkpoint__every_steps=100)
+    config = make_config(logging__every_steps=4, max_steps=10)
     with caplog.at_level(logging.INFO, logger="raytune_llama"):
         run_here(config, stop_after=5)
         assert shown_steps(caplog) == [1, 4]
+        stopped = state_at(config, 5)
         run_here(config)
         # The first of a start, each at the interval, and the last.
         assert shown_steps(caplog) == [6, 8, 10]
     records = read_metrics(Path(config.run_dir))
-    stopped, finished = state_at(config, 5), state_at(config, 10)
+    finished = state_at(config, 10)
 
     def values(name: str) -> list[float]:
         return [record[name] for record in records if name in record]
@@ -63,8 +64,11 @@ def test_report_over_two_starts_adds_up_and_shows_the_steps_asked_for(
     spent = sum(values(metrics.STEP_SECONDS)) + sum(values(metrics.EVAL_SECONDS))
     assert spent <= finished.seconds + 1e-6
     assert finished.seconds > stopped.seconds > 0
-    losses = {record["step"]: record[metrics.EVAL_LOSS] for record in records
-              if metrics.EVAL_LOSS in record}
+    losses = {
+        record["step"]: record[metrics.EVAL_LOSS]
+        for record in records
+        if metrics.EVAL_LOSS in record
+    }
     assert set(losses) == {0, 3, 6, 9, 10}
     best = min(losses, key=lambda step: losses[step])
     assert (finished.best_step, finished.best_loss) == (best, losses[best])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from raytune_llama.train.workers import Workers
 
@@ -14,8 +14,7 @@ ODD = 2.0**24 + 1
 
 
 def _work(rank: int, folder: str) -> None:
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     workers = Workers.of_process_group(torch.device("cpu"))
     seen = {
         "rank": workers.rank,
@@ -31,7 +30,7 @@ def _work(rank: int, folder: str) -> None:
 
 
 def test_workers_two_processes_agree(tmp_path: Path) -> None:
-    mp.spawn(_work, args=(str(tmp_path),), nprocs=2)
+    spawn(_work, args=(str(tmp_path),), nprocs=2)
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
             "rank": rank,
