@@ -6,12 +6,14 @@ import socket
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from raytune_llama.config import to_dict
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.metrics import LOSS, PEAK_MEMORY, STEP_SECONDS, read_metrics
+from raytune_llama.train.trainer import worker_environment
 
 from .material import NUM_WORKERS, write_json
 
@@ -60,15 +62,22 @@ def run_torchrun_loop(config: PretrainConfig) -> Measurement:
     """Run our loop as torchrun starts it; leave nothing behind."""
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True)
-    run_torchrun("torchrun_loop.py", write_json(run_dir / "benchmark.json", to_dict(config)))
+    settings = write_json(run_dir / "benchmark.json", to_dict(config))
+    # What our trainer gives its workers belongs to our side.
+    run_torchrun("torchrun_loop.py", settings, extra=worker_environment(config.scale))
     assert config.max_steps is not None
     measured = read_measurement(run_dir, config.max_steps)
     shutil.rmtree(run_dir)
     return measured
 
 
-def run_torchrun(program: str, *arguments: Path) -> None:
+def run_torchrun(program: str, *arguments: Path, extra: Mapping[str, str] | None = None) -> None:
     """Run a program of `peers/` in two processes of one thread each.
+
+    Args:
+        program: file name in `peers/`.
+        arguments: passed on to it.
+        extra: environment variables beside those that both sides get.
 
     Raises:
         RuntimeError: it failed; the end of its output is in the message.
@@ -90,6 +99,7 @@ def run_torchrun(program: str, *arguments: Path) -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
+        **(extra or {}),
     }
     done = subprocess.run(
         command,

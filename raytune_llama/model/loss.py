@@ -53,16 +53,21 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden_ND) if wants_hidden else None
         # Many chunks are added up: in half precision the late ones would vanish in the sum.
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        buffer = weight_VD.new_empty(min(rows, len(targets)), weight_VD.shape[0])
         for chunk_C in targets.split(rows):
             hidden_CD = hidden_ND[chunk_C]
-            logits_CV = (hidden_CD @ weight_VD.T).float()
+            logits_CV = torch.mm(hidden_CD, weight_VD.T, out=buffer[: len(chunk_C)]).float()
             label_C1 = labels_N[chunk_C].unsqueeze(1)
-            normalizer_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
-            total += (normalizer_C1 - logits_CV.gather(1, label_C1)).sum()
+            label_logit_C1 = logits_CV.gather(1, label_C1)
+            peak_C1 = logits_CV.amax(dim=1, keepdim=True)
+            # From here on the logits' memory holds exponentials, then gradients.
+            scaled_CV = logits_CV.sub_(peak_C1).exp_()
+            sum_C1 = scaled_CV.sum(dim=1, keepdim=True)
+            total += (sum_C1.log() + peak_C1 - label_logit_C1).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            # d loss / d logits = softmax - one_hot, written over the logits.
-            grad_CV = logits_CV.sub_(normalizer_C1).exp_()
+            # d loss / d logits = softmax - one_hot.
+            grad_CV = scaled_CV.div_(sum_C1)
             grad_CV.scatter_add_(1, label_C1, grad_CV.new_full(label_C1.shape, -1.0))
             grad_CV = grad_CV.to(weight_VD.dtype)
             if grad_hidden is not None:
@@ -73,7 +78,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 else:
                     grad_weight += grad_CV.T @ hidden_CD
         ctx.weight_dtype = weight_VD.dtype
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.gradients = (grad_hidden, grad_weight)
         return total
 
     @staticmethod
@@ -82,9 +87,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401  # torch adds what forward stored
         grad_total: Tensor,
     ) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        # Taken from the context, so that they are scaled in place, and by one backward only.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the summed cross-entropy can be differentiated only once")
+        grad_hidden, grad_weight = gradients
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+            grad_hidden.mul_(grad_total)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+            grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None

@@ -29,9 +29,10 @@ class ChannelActor:
         self._records.append(record)
 
     async def drain(self) -> list[dict[str, Any]]:
-        """Return and forget the records so far."""
+        """Return and forget the records so far, by their time."""
+        # Ray keeps no order of the calls of an actor that serves many at once.
         records, self._records = self._records, []
-        return records
+        return sorted(records, key=lambda record: record["created"])
 
     async def request_stop(self) -> None:
         """Ask all workers to save and stop."""

@@ -22,6 +22,7 @@ SENTENCES = (
 
 NAMES_LLAMA = {
     "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
     "bos_token": "<s>",
     "eos_token": "</s>",
     "unk_token": "<unk>",

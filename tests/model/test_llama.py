@@ -267,13 +267,21 @@ def test_check_model_directory_with_a_broken_index_names_it(tmp_path: Path, text
     assert "model.safetensors.index.json" in problem
 
 
-def test_choose_attention_without_flash_attention_uses_sdpa_or_says_why() -> None:
-    assert choose_attention("auto", "fp32", CPU) == "sdpa"
-    assert choose_attention("auto", "bf16", CPU) == "sdpa"
-    # Asked for by name it may not fall back; CUDA in half precision needs the package alone.
-    cases: list[tuple[Precision, torch.device]] = [("bf16", CPU), ("fp32", torch.device("cuda"))]
+def test_choose_attention_with_the_package_uses_it_on_cuda_in_half_precision_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    cuda = torch.device("cuda")
+    assert choose_attention("auto", "bf16", cuda) == "flash_attention_2"
+    assert choose_attention("flash_attention_2", "fp16", cuda) == "flash_attention_2"
+    assert choose_attention("sdpa", "bf16", cuda) == "sdpa"
+    # Asked for by name it may not fall back.
+    cases: list[tuple[Precision, torch.device]] = [("bf16", CPU), ("fp32", cuda)]
     for precision, device in cases:
-        with pytest.raises(ValueError, match=r"model\.attention.*use auto or sdpa"):
+        assert choose_attention("auto", precision, device) == "sdpa"
+        with pytest.raises(ValueError, match=rf"{device.type} in {precision}.*use auto or sdpa"):
             choose_attention("flash_attention_2", precision, device)
 
 

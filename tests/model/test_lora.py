@@ -123,6 +123,35 @@ def test_attach_adapter_leaves_the_logits_as_they_were(make_llama: MakeModel) ->
     assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 6 / 4), (True, 6 / 2)])
+def test_attach_adapter_adds_the_scaled_product_to_the_weight(
+    make_llama: MakeModel, *, rslora: bool, scale: float
+) -> None:
+    config = LoraConfig(rank=4, alpha=6.0, rslora=rslora, targets=("q_proj",))
+    attached = attach_adapter(make_llama(), config, seed=0).eval()
+    disturb(attached)
+    layer = "base_model.model.model.layers.1.self_attn.q_proj"
+    weights = dict(attached.named_parameters())
+    a, b = (weights[f"{layer}.lora_{name}.default.weight"] for name in "AB")
+    whole = weights[f"{layer}.base_layer.weight"] + scale * b @ a
+    x_BD = torch.randn(3, 16)
+    torch.testing.assert_close(attached.get_submodule(layer)(x_BD), x_BD @ whole.T)
+
+
+def test_attach_adapter_with_dora_trains_a_magnitude_for_each_layer(make_llama: MakeModel) -> None:
+    attached = attach_adapter(make_llama(), LoraConfig(dora=True), seed=0)
+    magnitudes = [name for name in trained_of(attached) if "magnitude" in name]
+    assert len(magnitudes) == 14
+
+
+def test_attach_adapter_drops_inputs_in_training_only(make_llama: MakeModel) -> None:
+    attached = attach_adapter(make_llama(), LoraConfig(dropout=0.5), seed=0)
+    disturb(attached)
+    for training in (True, False):
+        attached.train(training)
+        assert torch.equal(attached(IDS).logits, attached(IDS).logits) != training
+
+
 @pytest.mark.parametrize("saved", [("embed_tokens",), ("lm_head",), BOTH])
 def test_attach_adapter_to_a_tied_base_trains_one_table(
     make_llama: MakeModel, saved: tuple[str, ...]
@@ -330,7 +359,6 @@ def test_check_adapter_fits_of_an_adapter_that_unties_the_base_is_refused(
     "change",
     [
         {"target_modules": ["nothing"], "modules_to_save": None},
-        {"target_modules": ["q_proj", "lm_head"]},
         {"peft_type": "PERHAPS"},
     ],
 )
@@ -344,6 +372,13 @@ def test_check_adapter_fits_of_settings_that_cannot_be_attached_is_refused(
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     [problem] = check_adapter_fits(make_llama(), path)
     assert problem.startswith(f"adapter: {path} ")
+
+
+def test_check_adapter_fits_of_an_adapted_output_projection_is_refused(
+    make_llama: MakeModel, write: Callable[..., tuple[PeftModel, Path]]
+) -> None:
+    _, path = write(targets=("q_proj", "lm_head"))
+    assert len(check_adapter_fits(make_llama(), path)) == 1
 
 
 def test_check_adapter_fits_of_a_file_that_lacks_a_tensor_names_it(

@@ -1,5 +1,6 @@
 """Promise: workers' log records reach the driver's log, and its request to stop reaches them."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -8,15 +9,13 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from raytune_llama.train.channel import Channel, StopRequest, WorkerHandler
-
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+from raytune_llama.train.channel import Channel, ChannelActor, StopRequest, WorkerHandler
 
 NAME = "raytune_llama.somewhere"
 
 
 @pytest.fixture
-def channel() -> Iterator[Channel]:
+def channel(ray_cluster: None) -> Iterator[Channel]:
     opened = Channel()
     yield opened
     opened.close()
@@ -38,6 +37,8 @@ def log_as_worker(actor: object, rank: int) -> None:
     logger.error("failed", exc_info=ArithmeticError("nothing adds up"))
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_channel_shows_each_record_once_with_name_and_level(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -48,14 +49,26 @@ def test_channel_shows_each_record_once_with_name_and_level(
         # What is left is shown before the channel ends.
         assert holds_soon(lambda: len(caplog.records) >= 3)
         channel.close()
-    shown = [(r.name, r.levelno, r.getMessage()) for r in caplog.records if r.name == NAME]
-    assert [level for _, level, _ in shown] == [logging.INFO, logging.ERROR, logging.ERROR]
-    assert shown[0][2] == "100% of rank 0"
-    assert "nothing adds up" in shown[1][2]
+    records = sorted((r for r in caplog.records if r.name == NAME), key=lambda r: r.created)
+    assert [r.levelno for r in records] == [logging.INFO, logging.ERROR, logging.ERROR]
+    first, second, third = (record.getMessage() for record in records)
+    assert first == "100% of rank 0"
+    assert "nothing adds up" in second
     # What all do alike is said once, and what fails names its worker.
-    assert "worker 1" in shown[2][2]
+    assert "worker 1" in third
 
 
+def test_channel_actor_drain_is_in_the_order_of_time_and_forgets() -> None:
+    async def drained_twice() -> list[list[float]]:
+        actor = ChannelActor()
+        for created in (2.0, 3.0, 1.0):
+            await actor.put({"created": created})
+        return [[record["created"] for record in await actor.drain()] for _ in range(2)]
+
+    assert asyncio.run(drained_twice()) == [[1.0, 2.0, 3.0], []]
+
+
+@pytest.mark.ray
 def test_stop_request_is_seen_only_after_it_was_made(channel: Channel) -> None:
     first, second = StopRequest(channel.actor), StopRequest(channel.actor)
     assert not first()
@@ -66,6 +79,8 @@ def test_stop_request_is_seen_only_after_it_was_made(channel: Channel) -> None:
     assert holds_soon(StopRequest(channel.actor))
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_stop_request_lost_channel_is_no_request() -> None:
     channel = Channel()
     stop = StopRequest(channel.actor)
@@ -75,6 +90,7 @@ def test_stop_request_lost_channel_is_no_request() -> None:
         holds_soon(stop)
 
 
+@pytest.mark.ray
 def test_channel_actor_takes_no_cpu(channel: Channel) -> None:
     total = ray.cluster_resources()["CPU"]
     assert holds_soon(lambda: ray.available_resources().get("CPU") == total)
