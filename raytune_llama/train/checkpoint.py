@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+DAMAGED = ".damaged"
 SHARD_BYTES = 2 * 2**30
 """Size at which a shard is written; host memory needed to save, beside one parameter's state."""
 
@@ -166,8 +167,10 @@ def restore(run_dir: Path, engine: Engine, workers: Workers) -> RunState:
     the run can save that step again.
 
     Raises:
-        CheckpointError: the newest trusted checkpoint does not fit the model.
+        CheckpointError: the newest trusted checkpoint does not fit the model, or there are
+            checkpoints and none can be trusted.
     """
+    # An error of the first worker ends the others too: they fail in the broadcast.
     found = workers.broadcast(_newest_trusted(run_dir) if workers.is_first else None)
     if found is None:
         return RunState()
@@ -212,14 +215,23 @@ def _check_fit(path: Path, tensors: Mapping[str, Any], engine: Engine) -> None:
 
 
 def _newest_trusted(run_dir: Path) -> Path | None:
+    """Return the newest checkpoint that can be trusted; None in a run that never saved one."""
     for path in reversed(list_checkpoints(run_dir)):
         problem = check_checkpoint(path)
         if problem is None:
             return path
-        aside = path.with_name(f"{path.name}.damaged")
+        aside = path.with_name(f"{path.name}{DAMAGED}")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         logger.warning("%s; it is now %s, the checkpoint before it is used", problem, aside.name)
+    damaged = sorted((run_dir / "checkpoints").glob(f"*{DAMAGED}"))
+    if damaged:
+        # Starting over would throw a run away that a person can perhaps still mend.
+        raise CheckpointError(
+            f"{run_dir}: none of its {len(damaged)} checkpoints can be trusted, the newest is "
+            f"{damaged[-1].name}; restore one from a backup under its own name, or delete them to "
+            "start at step 0"
+        )
     return None
 
 

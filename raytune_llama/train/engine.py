@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raytune_llama.config import PLACEMENT, settings
+from raytune_llama.config import PLACEMENT, ConfigError, settings
 from raytune_llama.data.batches import MicroBatch
 from raytune_llama.model.llama import DTYPES, Precision, SummedLoss
 from raytune_llama.train.workers import Workers
@@ -76,14 +76,18 @@ class EngineConfig:
 
     @model_validator(mode="after")
     def _check(self) -> "EngineConfig":
-        if self.zero_stage == 0 and (self.offload_optimizer or self.deepspeed):
-            field = "offload_optimizer" if self.offload_optimizer else "deepspeed"
-            raise ValueError(f"{field}: DeepSpeed is not used with zero_stage 0; set zero_stage")
+        problems = [
+            f"{field}: zero_stage 0 does not use DeepSpeed; set zero_stage"
+            for field in ("offload_optimizer", "deepspeed")
+            if self.zero_stage == 0 and getattr(self, field)
+        ]
         if self.offload_parameters and self.zero_stage != 3:
-            raise ValueError(
-                f"offload_parameters: weights are partitioned by zero_stage 3 only, "
-                f"got {self.zero_stage}; set zero_stage=3"
+            problems.append(
+                "offload_parameters: only zero_stage 3 partitions weights, got "
+                f"{self.zero_stage}; set zero_stage=3"
             )
+        if problems:
+            raise ConfigError(problems)
         return self
 
 

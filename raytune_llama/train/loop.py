@@ -76,9 +76,8 @@ def train(config: PretrainConfig, workers: Workers, stop_requested: Callable[[],
             state = report.step(state, batch, result, num_targets, rate)
             if is_due(state.step, config.eval.every_steps, session.plan.num_steps):
                 state = evaluate(session, state, report)
-            if wants_checkpoint(state, config):
+            if wants_checkpoint(state, config, session.plan.num_steps):
                 save(session, state, report)
-        save(session, state, report)
 
     write_result(config, session.store, session.engine, state, workers)
     return Outcome("finished", state.step)
@@ -220,10 +219,10 @@ def save(session: Session, state: RunState, report: Report) -> None:
         delete_old_checkpoints(run_dir, session.config.checkpoint, state, session.workers)
 
 
-def wants_checkpoint(state: RunState, config: PretrainConfig) -> bool:
-    """Whether a step is saved: at the interval, and where evaluation was never better."""
+def wants_checkpoint(state: RunState, config: PretrainConfig, num_steps: int) -> bool:
+    """Whether a step is saved: at the interval, the last, and where evaluation was never better."""
     is_best = config.checkpoint.keep_best and state.best_step == state.step
-    return is_best or state.step % config.checkpoint.every_steps == 0
+    return is_best or is_due(state.step, config.checkpoint.every_steps, num_steps)
 
 
 def is_due(step: int, every_steps: int | None, num_steps: int) -> bool:

@@ -18,7 +18,12 @@ from raytune_llama.config import (
 )
 from raytune_llama.data.encode import check_data
 from raytune_llama.model.llama import check_model_directory, check_output_projection, load_skeleton
-from raytune_llama.model.lora import check_adapter_directory, check_adapter_targets, is_tied
+from raytune_llama.model.lora import (
+    check_adapter_directory,
+    check_adapter_fits,
+    check_adapter_targets,
+    is_tied,
+)
 from raytune_llama.model.tokenizer import tokenizer_sha256
 from raytune_llama.model.vocab import check_vocabulary, num_embedding_rows
 from raytune_llama.storage import local_path, read_json, write_json_atomic
@@ -127,6 +132,8 @@ def _check_vocabulary(config: PretrainConfig, model: PreTrainedModel) -> list[st
             f"and {' and '.join(untrained)} would keep their new rows as initialised; add "
             f"{', '.join(untrained)} to lora.modules_to_save, or set model.allow_untrained_rows"
         ]
+    if config.adapter is not None and not _check_adapter(config):
+        return check_adapter_fits(model, Path(config.adapter), num_ids=fit.num_ids)
     return []
 
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from conftest import train_tokenizer
 
 from raytune_llama.config import ConfigError, from_dict, identity, load
 from raytune_llama.data.encode import DataConfig, PrepareDataConfig, prepare_data
+from tests.conftest import train_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -230,11 +230,16 @@ def test_train_after_damage_ends_with_the_same_weights(stopped: PretrainConfig, 
     assert ours.read_bytes() == wanted.read_bytes()
 
 
-def test_restore_all_damaged_starts_at_step_0(stopped: PretrainConfig) -> None:
-    for path in list_checkpoints(Path(stopped.run_dir)):
+def test_restore_all_damaged_stops_rather_than_start_over(stopped: PretrainConfig) -> None:
+    run_dir = Path(stopped.run_dir)
+    for path in list_checkpoints(run_dir):
         truncate(path / SHARD)
-    assert restore(Path(stopped.run_dir), build(stopped), ALONE) == RunState()
-    assert list_checkpoints(Path(stopped.run_dir)) == []
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="none of its"):
+            restore(run_dir, build(stopped), ALONE)
+    for path in (run_dir / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    assert restore(run_dir, build(stopped), ALONE) == RunState()
 
 
 def test_check_checkpoint_unknown_format_is_refused_by_number(
