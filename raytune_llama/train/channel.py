@@ -72,7 +72,7 @@ class Channel:
     def _forward(self) -> None:
         is_last = told = False
         while not is_last:
-            is_last = self._closed.wait(POLL_SECONDS / 4)
+            is_last = self._closed.wait(POLL_SECONDS)
             if self._stop_requested.is_set() and not told:
                 ray.get(self.actor.request_stop.remote())
                 told = True
