@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from raytune_llama.config import from_dict, write_yaml
+from raytune_llama.config import write_yaml
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.metrics import LOSS, read_metrics
-from tests.train.conftest import WORDS, write_model
+from tests.train.conftest import WORDS, build_config, write_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,13 +60,7 @@ def make_job(tmp_path: Path, job_inputs: Path) -> MakeJob:
             "logging": {"tensorboard": False, "every_steps": 1},
             "max_steps": 8,
         }
-        for field, value in fields.items():
-            *parents, last = field.split("__")
-            place = values
-            for parent in parents:
-                place = place.setdefault(parent, {})
-            place[last] = value
-        return from_dict(PretrainConfig, values)
+        return build_config(values, fields)
 
     return make
 

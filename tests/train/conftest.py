@@ -107,15 +107,20 @@ def make_config(tmp_path: Path, model_dir: Path, store_dir: Path) -> MakeConfig:
             "logging": {"tensorboard": False},
             "max_steps": 6,
         }
-        for field, value in fields.items():
-            *parents, last = field.split("__")
-            place = values
-            for parent in parents:
-                place = place.setdefault(parent, {})
-            place[last] = value
-        return from_dict(PretrainConfig, values)
+        return build_config(values, fields)
 
     return make
+
+
+def build_config(values: dict[str, Any], fields: dict[str, Any]) -> PretrainConfig:
+    """Build a config from plain data, after setting fields in it by paths such as `lora__rank`."""
+    for field, value in fields.items():
+        *parents, last = field.split("__")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return from_dict(PretrainConfig, values)
 
 
 def run_here(config: PretrainConfig, *, stop_after: int | None = None) -> Outcome:
