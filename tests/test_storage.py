@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from raytune_llama.storage import (
-    local_path,
+from raytune_llama.files import (
     publish_directory,
     read_json,
     sha256_file,
     write_bytes_atomic,
     write_json_atomic,
 )
+from raytune_llama.storage import local_path
 
 
 class _StopError(Exception):

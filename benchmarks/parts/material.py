@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from raytune_llama.config import from_dict
 from raytune_llama.data.batches import read_steps
 from raytune_llama.data.manifest import (
+    FORMAT_VERSION,
     MANIFEST_NAME,
     Manifest,
     SplitManifest,
@@ -185,7 +186,7 @@ def _write_store(
     dtype = token_dtype(vocabulary)
     path.mkdir()
     written = 0
-    with ShardWriter(path / "train-00000.arrow", dtype) as writer:
+    with ShardWriter(path / "train-00000.arrow", dtype, source=0) as writer:
         for number, ids in enumerate(documents):
             writer.write(ids, 2 * len(ids), 0, number)
             written += len(ids)
@@ -200,7 +201,7 @@ def _write_store(
     }
     inputs = {"shard": writer.shard.sha256}
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         fingerprint=fingerprint_of(inputs),
         inputs=inputs,
         token_dtype=dtype,

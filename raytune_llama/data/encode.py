@@ -51,8 +51,9 @@ from raytune_llama.data.units import (
     encode_unit,
     finished_record,
 )
+from raytune_llama.files import move_directory, sha256_file
 from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
-from raytune_llama.storage import local_path, move_directory, sha256_file
+from raytune_llama.storage import local_path
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any, Literal, Self
 import pydantic
 
 from raytune_llama.config import differences
-from raytune_llama.storage import write_json_atomic
+from raytune_llama.files import write_json_atomic
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the directory's layout; part of the fingerprint."""
 
 MANIFEST_NAME = "manifest.json"
@@ -42,6 +42,8 @@ class Shard:
 
     name: str
     """File name inside the store."""
+    source: int
+    """Index of the configured source that its documents are from."""
     sha256: str
     """Hash of the file."""
     file_bytes: int

@@ -41,6 +41,8 @@ class SourceConfig:
 class SourceFile:
     """One file of a corpus and how to read it."""
 
+    source: int
+    """Index of the configured source that it belongs to."""
     path: Path
     """Absolute."""
     name: str
@@ -78,7 +80,7 @@ def discover_files(sources: tuple[SourceConfig, ...]) -> list[SourceFile]:
             if same in seen:
                 problems.append(f"{field}.path: {path} is already part of {seen[same]}")
             seen.setdefault(same, field)
-            files.append(SourceFile(path, name, options))
+            files.append(SourceFile(number, path, name, options))
     if problems:
         raise ConfigError(problems)
     return files

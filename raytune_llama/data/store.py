@@ -31,7 +31,7 @@ from raytune_llama.data.manifest import (
     StoreError,
     read_manifest,
 )
-from raytune_llama.storage import sha256_file, temporary_sibling
+from raytune_llama.files import sha256_file, temporary_sibling
 
 _BATCH_TOKENS = 1 << 20  # bounds a writer's memory; a batch may exceed it by one document
 _BATCH_DOCUMENTS = 1 << 16
@@ -40,13 +40,15 @@ _BATCH_DOCUMENTS = 1 << 16
 class ShardWriter:
     """Write documents to one shard; the file appears under its name when the block succeeds.
 
+    `source` is the configured source that all of them are from.
     `shard` is its entry for the manifest afterwards, or None when there was no document: then no
     file is written. Memory stays bounded by one record batch.
     """
 
-    def __init__(self, path: Path, dtype: Literal["uint16", "uint32"]) -> None:
+    def __init__(self, path: Path, dtype: Literal["uint16", "uint32"], *, source: int) -> None:
         self.shard: Shard | None = None
         self._path = path
+        self._source = source
         self._temporary = temporary_sibling(path)
         self._dtype = np.dtype(dtype)
         self._schema = _schema(dtype)
@@ -91,6 +93,7 @@ class ShardWriter:
             return
         self.shard = Shard(
             name=self._path.name,
+            source=self._source,
             sha256=sha256_file(self._temporary),
             file_bytes=self._temporary.stat().st_size,
             documents=self._documents,
@@ -204,6 +207,19 @@ class TokenSplit:
     def num_bytes(self) -> int:
         """UTF-8 bytes of the text."""
         return self.manifest.text_bytes
+
+    def source_ranges(self) -> dict[int, range]:
+        """Return the stretch of the flat stream that each configured source has, in store order.
+
+        A source without documents in this split is left out.
+        """
+        ranges: dict[int, range] = {}
+        start = 0
+        for shard in self.manifest.shards:
+            stop = start + shard.tokens
+            ranges[shard.source] = range(ranges.get(shard.source, range(start, 0)).start, stop)
+            start = stop
+        return ranges
 
     def tokens(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
         """Return the ids of a range of the flat stream, a read-only view where one batch has it.

@@ -25,8 +25,8 @@ from raytune_llama.data.documents import Document, SourceError, read_documents
 from raytune_llama.data.manifest import SPLITS, Shard, SplitName, fingerprint_of
 from raytune_llama.data.sources import SourceFile
 from raytune_llama.data.store import ShardWriter
+from raytune_llama.files import sha256_file, write_json_atomic
 from raytune_llama.model.tokenizer import encode_text
-from raytune_llama.storage import sha256_file, write_json_atomic
 
 MAX_ATTEMPTS = 3
 """A unit that ended its process this often is refused: Ray would restart it for ever."""
@@ -54,7 +54,12 @@ class Unit:
     def inputs(self) -> dict[str, Any]:
         """What the unit adds to the store's fingerprint; settings that its format ignores not."""
         options = self.file.options
-        fields = {"name": self.file.name, "sha256": self.sha256, "format": options.format}
+        fields = {
+            "source": self.file.source,
+            "name": self.file.name,
+            "sha256": self.sha256,
+            "format": options.format,
+        }
         if options.format == "txt":
             return fields | {"document": options.document}
         return fields | {"text_field": options.text_field}
@@ -147,7 +152,11 @@ def encode_unit(unit: Unit, plan: EncodePlan, tokenizer: PreTrainedTokenizerBase
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(
-                ShardWriter(plan.store_dir / f"{split}-{unit.index:05d}.arrow", plan.dtype)
+                ShardWriter(
+                    plan.store_dir / f"{split}-{unit.index:05d}.arrow",
+                    plan.dtype,
+                    source=unit.file.source,
+                )
             )
             for split in SPLITS
         }

@@ -23,12 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raytune_llama.config import settings
-from raytune_llama.storage import (
-    publish_directory,
-    read_json,
-    sha256_file,
-    write_json_atomic,
-)
+from raytune_llama.files import publish_directory, read_json, sha256_file, write_json_atomic
 from raytune_llama.train.engine import Engine, ParameterState, trained_parameters
 from raytune_llama.train.workers import Workers
 

@@ -12,10 +12,10 @@ from torch import Tensor
 import raytune_llama
 from raytune_llama.config import to_dict
 from raytune_llama.data.store import TokenStore
+from raytune_llama.files import publish_directory, read_json, sha256_file, write_json_atomic
 from raytune_llama.model.llama import DTYPES, causal_lm
 from raytune_llama.model.lora import write_adapter
 from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
-from raytune_llama.storage import publish_directory, read_json, sha256_file, write_json_atomic
 from raytune_llama.train.checkpoint import RunState
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engine import Engine

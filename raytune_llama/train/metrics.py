@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raytune_llama.storage import write_bytes_atomic
+from raytune_llama.files import write_bytes_atomic
 
 LOSS = "train/loss"
 LEARNING_RATE = "train/lr"

@@ -3,7 +3,7 @@
 import io
 from pathlib import Path
 
-from raytune_llama.storage import write_bytes_atomic
+from raytune_llama.files import write_bytes_atomic
 from raytune_llama.train.metrics import EVAL_LOSS, LEARNING_RATE, LOSS, read_metrics
 
 PLOT_FILE = "loss.png"

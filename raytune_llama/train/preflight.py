@@ -17,6 +17,7 @@ from raytune_llama.config import (
     write_yaml,
 )
 from raytune_llama.data.encode import check_data
+from raytune_llama.files import read_json, write_json_atomic
 from raytune_llama.model.llama import check_model_directory, check_output_projection, load_skeleton
 from raytune_llama.model.lora import (
     check_adapter_directory,
@@ -26,7 +27,7 @@ from raytune_llama.model.lora import (
 )
 from raytune_llama.model.tokenizer import tokenizer_sha256
 from raytune_llama.model.vocab import check_vocabulary, num_embedding_rows
-from raytune_llama.storage import local_path, read_json, write_json_atomic
+from raytune_llama.storage import local_path
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.export import fingerprint_adapter, fingerprint_model
 from raytune_llama.yaml12 import read_mapping

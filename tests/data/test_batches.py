@@ -29,7 +29,7 @@ KNOWN_ORDER = [1, 3, 5, 4, 2, 9, 8, 0, 11, 7, 6, 10, 5, 2]
 def split(tmp_path_factory: pytest.TempPathFactory) -> TokenSplit:
     """A stream of 0, 1, 2, ... 45 in documents of 5 and more: 12 sequences, the last one short."""
     folder = tmp_path_factory.mktemp("split")
-    with ShardWriter(folder / "train-00000.arrow", "uint16") as writer:
+    with ShardWriter(folder / "train-00000.arrow", "uint16", source=0) as writer:
         for start in range(0, 40, 5):
             writer.write(list(range(start, start + 5)), 10, 0, 0)
         writer.write(list(range(40, 46)), 12, 0, 0)

@@ -31,7 +31,7 @@ def make_split(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Documents]
         shards = []
         half = len(documents) // 2
         for number, part in enumerate((documents[:half], documents[half:])):
-            with ShardWriter(folder / f"train-{number:05d}.arrow", "uint16") as writer:
+            with ShardWriter(folder / f"train-{number:05d}.arrow", "uint16", source=0) as writer:
                 for ids in part:
                     writer.write(ids, 3 * len(ids), number, 0)
             shards.append(writer.shard)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from raytune_llama.data import store as store_module
 from raytune_llama.data.manifest import (
+    FORMAT_VERSION,
     Manifest,
     Shard,
     SplitManifest,
@@ -38,7 +39,7 @@ def write_shards(folder: Path, documents: list[list[int]], sizes: list[int]) -> 
     shards: list[Shard] = []
     start = 0
     for number, size in enumerate(sizes):
-        with ShardWriter(folder / f"train-{number:05d}.arrow", "uint16") as writer:
+        with ShardWriter(folder / f"train-{number:05d}.arrow", "uint16", source=number) as writer:
             for row in range(start, start + size):
                 writer.write(documents[row], NUM_BYTES[row % len(NUM_BYTES)], number, 100 * row)
         start += size
@@ -51,7 +52,7 @@ def write_store(path: Path) -> Path:
     path.mkdir()
     train = write_shards(path, DOCUMENTS, [2, 3])
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         fingerprint=fingerprint_of(INPUTS),
         inputs=INPUTS,
         token_dtype="uint16",  # noqa: S106 - a type's name
@@ -155,7 +156,7 @@ def test_shard_writer_exception_leaves_no_file(tmp_path: Path) -> None:
         pass
 
     def write_some() -> None:
-        with ShardWriter(tmp_path / "x.arrow", "uint32") as writer:
+        with ShardWriter(tmp_path / "x.arrow", "uint32", source=0) as writer:
             for _ in range(70_000):
                 writer.write([1], 1, 0, 0)
             assert list(tmp_path.iterdir())
@@ -256,3 +257,15 @@ def test_compare_fingerprint_stale_store_names_field_and_both_values(tmp_path: P
     assert "sources.1.sha256: '11' -> '22'" in message
     assert "tokenizer.eos_id: 2 -> None" in message
     assert "sources.0" not in message
+
+
+def test_source_ranges_cover_the_stream_without_gap(tmp_path: Path) -> None:
+    """Two shards of one source between those of two others, one of which has none here."""
+    shards: list[Shard] = []
+    for number, source in enumerate([0, 2, 2, 3]):
+        with ShardWriter(tmp_path / f"{number}.arrow", "uint16", source=source) as writer:
+            writer.write([7] * (number + 1), 1, number, 0)
+        assert writer.shard is not None
+        shards.append(writer.shard)
+    split = TokenSplit(tmp_path, SplitManifest.of(shards))
+    assert split.source_ranges() == {0: range(1), 2: range(1, 6), 3: range(6, 10)}

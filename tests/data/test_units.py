@@ -22,8 +22,8 @@ from raytune_llama.data.units import (
     finished_record,
     split_of,
 )
+from raytune_llama.files import sha256_file
 from raytune_llama.model.tokenizer import load_tokenizer
-from raytune_llama.storage import sha256_file
 
 TEXT = "The quick brown fox.\n\n人民日报 jumps\nover </s> the <|im_end|> lazy <s> dog\n"
 

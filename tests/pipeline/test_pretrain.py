@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from raytune_llama.config import ConfigError, override, write_yaml
-from raytune_llama.storage import sha256_file
+from raytune_llama.files import sha256_file
 from raytune_llama.train.trainer import pretrain
 from tests.pipeline.conftest import (
     ROOT,

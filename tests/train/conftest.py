@@ -13,7 +13,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raytune_llama.config import from_dict
-from raytune_llama.data.manifest import Manifest, SplitManifest, fingerprint_of, write_manifest
+from raytune_llama.data.manifest import (
+    FORMAT_VERSION,
+    Manifest,
+    SplitManifest,
+    fingerprint_of,
+    write_manifest,
+)
 from raytune_llama.data.store import ShardWriter
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.train.config import PretrainConfig
@@ -71,14 +77,14 @@ def store_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> 
     encoded = list(zip(texts, encode_text(tokenizer, texts), strict=True))
     splits: dict[Any, SplitManifest] = {}
     for name, documents in {"train": encoded[:120], "validation": encoded[120:]}.items():
-        with ShardWriter(path / f"{name}-00000.arrow", "uint16") as writer:
+        with ShardWriter(path / f"{name}-00000.arrow", "uint16", source=0) as writer:
             for row, (text, ids) in enumerate(documents):
                 writer.write([0, *ids, 1], len(text.encode()), 0, row)
         assert writer.shard is not None
         splits[name] = SplitManifest.of([writer.shard])
     inputs = {"texts": texts}
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         fingerprint=fingerprint_of(inputs),
         inputs=inputs,
         token_dtype="uint16",  # noqa: S106 - a type's name

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from raytune_llama.config import from_dict, override
-from raytune_llama.storage import read_json, write_json_atomic
+from raytune_llama.files import read_json, write_json_atomic
 from raytune_llama.train import checkpoint
 from raytune_llama.train.checkpoint import (
     CheckpointConfig,

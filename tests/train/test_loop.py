@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from raytune_llama.data.store import TokenStore
+from raytune_llama.files import sha256_file
 from raytune_llama.model.llama import causal_lm
 from raytune_llama.model.lora import is_tied
 from raytune_llama.model.tokenizer import load_tokenizer
-from raytune_llama.storage import sha256_file
 from raytune_llama.train.checkpoint import list_checkpoints
 from raytune_llama.train.loop import plan_run
 from raytune_llama.train.metrics import (

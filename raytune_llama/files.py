@@ -1,0 +1,123 @@
+"""Local files and directories that appear whole or not at all.
+
+A file is written under a temporary name in its own folder, synced and renamed; a directory is
+built beside its target and renamed. A reader therefore never meets half of anything, and what it
+meets survives a power cut.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def sha256_file(path: Path) -> str:
+    """Hash a file's bytes as lower-case hex; releases the GIL, so threads hash in parallel."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def temporary_sibling(path: Path) -> Path:
+    """Name a hidden, unique path in the same folder, so that a rename to `path` is atomic."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write a file that is either the old one or whole and synced; its folder must exist."""
+    temporary = temporary_sibling(path)
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_json_atomic(path: Path, obj: Any) -> None:  # noqa: ANN401 - any JSON value
+    """Write JSON with sorted keys, so that equal values are equal bytes.
+
+    Raises:
+        ValueError: A float is NaN or infinite, which is not JSON.
+    """
+    write_bytes_atomic(path, json_bytes(obj))
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
+    """Read a UTF-8 JSON file.
+
+    Raises:
+        ValueError: The file is not JSON; the message names it.
+    """
+    return parse_json(path.read_bytes(), str(path))
+
+
+def json_bytes(obj: Any) -> bytes:  # noqa: ANN401 - any JSON value
+    """Turn a value into indented UTF-8 JSON with sorted keys; NaN is a ValueError."""
+    text = json.dumps(obj, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def parse_json(data: bytes, name: str) -> Any:  # noqa: ANN401 - any JSON value
+    """Parse a file's bytes; a ValueError names the file."""
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{name}: not a JSON file ({error}); restore or delete it") from error
+
+
+def move_directory(source: Path, target: Path) -> None:
+    """Sync all files below `source`, then rename it to `target`; both on one file system.
+
+    Raises:
+        FileExistsError: `target` exists.
+    """
+    # rename() would replace an empty folder: nothing that exists is ever replaced.
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target} exists; delete it or choose another place")
+    for folder, _, names in os.walk(source):
+        for name in names:
+            sync(Path(folder, name))
+        sync(Path(folder))
+    source.rename(target)
+    sync(target.parent)
+
+
+@contextlib.contextmanager
+def publish_directory(target: Path) -> Iterator[Path]:
+    """Build a directory that appears under its name only when the block has succeeded.
+
+    Yields:
+        An empty folder beside `target` to write into; removed when the block raises.
+
+    Raises:
+        FileExistsError: `target` exists, at the start or at the end of the block.
+    """
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target} exists; delete it or choose another place")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_sibling(target)
+    temporary.mkdir()
+    try:
+        yield temporary
+        move_directory(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder's list of names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
