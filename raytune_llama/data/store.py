@@ -32,6 +32,10 @@ from raytune_llama.data.manifest import (
     read_manifest,
 )
 from raytune_llama.files import sha256_file, temporary_sibling
+from raytune_llama.storage import Place
+
+Ids = NDArray[np.unsignedinteger] | list[int]
+"""Token ids of a document."""
 
 _BATCH_TOKENS = 1 << 20  # bounds a writer's memory; a batch may exceed it by one document
 _BATCH_DOCUMENTS = 1 << 16
@@ -45,7 +49,15 @@ class ShardWriter:
     file is written. Memory stays bounded by one record batch.
     """
 
-    def __init__(self, path: Path, dtype: Literal["uint16", "uint32"], *, source: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        dtype: Literal["uint16", "uint32"],
+        *,
+        source: int,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+    ) -> None:
         self.shard: Shard | None = None
         self._path = path
         self._source = source
@@ -54,15 +66,17 @@ class ShardWriter:
         self._schema = _schema(dtype)
         self._sink: pa.OSFile | None = None
         self._writer: pa.RecordBatchFileWriter | None = None
-        self._rows: list[tuple[list[int], int, int, int]] = []
+        self._before = np.array([] if bos_id is None else [bos_id], dtype=self._dtype)
+        self._behind = np.array([] if eos_id is None else [eos_id], dtype=self._dtype)
+        self._rows: list[tuple[NDArray[np.unsignedinteger], int, int, int]] = []
         self._pending_tokens = 0
         self._documents = self._tokens = self._text_bytes = 0
 
     def __enter__(self) -> Self:
         return self
 
-    def write(self, ids: list[int], num_bytes: int, source: int, offset: int) -> None:
-        """Append a document.
+    def write(self, ids: Ids, num_bytes: int, source: int, offset: int) -> None:
+        """Append a document; `bos_id` and `eos_id` are put around it.
 
         Args:
             ids: Its token ids, at least one.
@@ -70,9 +84,11 @@ class ShardWriter:
             source: Index of its source file.
             offset: Where it starts in that file.
         """
-        assert ids, "a document without tokens cannot be found in the flat stream"
+        assert len(ids), "a document without tokens cannot be found in the flat stream"
+        if isinstance(ids, list):
+            ids = np.array(ids, dtype=self._dtype)
         self._rows.append((ids, num_bytes, source, offset))
-        self._pending_tokens += len(ids)
+        self._pending_tokens += len(ids) + len(self._before) + len(self._behind)
         if self._pending_tokens >= _BATCH_TOKENS or len(self._rows) >= _BATCH_DOCUMENTS:
             self._flush()
 
@@ -107,8 +123,12 @@ class ShardWriter:
             self._sink = pa.OSFile(str(self._temporary), "wb")
             self._writer = pa.ipc.new_file(self._sink, self._schema)
         ids, num_bytes, source, offset = zip(*self._rows, strict=True)
-        lengths = [len(one) for one in ids]
-        flat = np.fromiter(chain.from_iterable(ids), self._dtype, count=self._pending_tokens)
+        around = len(self._before) + len(self._behind)
+        lengths = [len(one) + around for one in ids]
+        pieces = chain.from_iterable((self._before, one, self._behind) for one in ids)
+        flat = np.concatenate(list(pieces))
+        assert flat.max() <= np.iinfo(self._dtype).max, "an id is beyond the vocabulary"
+        flat = flat.astype(self._dtype, copy=False)
         offsets = np.zeros(len(ids) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
         tokens = pa.LargeListArray.from_arrays(
@@ -134,13 +154,13 @@ class TokenStore:
     """What it holds."""
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path | Place) -> Self:
         """Open a store after checking its manifest and the size of every shard.
 
         Raises:
             StoreError: It is no token store, of another format, or damaged; names the file.
         """
-        path = path.absolute()
+        path = path.path if isinstance(path, Place) else path.absolute()
         file = path / MANIFEST_NAME
         if not file.is_file():
             raise StoreError(f"{path}: no {MANIFEST_NAME} there; name a folder of prepare_data")
