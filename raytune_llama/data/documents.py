@@ -260,10 +260,12 @@ def _follows_text(file: pa.NativeFile, start: int, options: ReadOptions) -> bool
         file.seek(begin)
         tail = file.read(end - begin) + tail
         line = tail.rpartition(b"\n")[2]
-        # The first character may be cut: it is no white space that is longer than a byte then.
-        if line.decode(options.encoding, errors="ignore").strip():
+        is_whole = b"\n" in tail or begin == 0
+        # Bytes that are no text are not blank; those of a character that is cut say nothing.
+        errors = "replace" if is_whole else "ignore"
+        if line.decode(options.encoding, errors=errors).strip():
             return True
-        if b"\n" in tail:
+        if is_whole:
             return False
         end = begin
     return False

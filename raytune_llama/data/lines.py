@@ -4,6 +4,7 @@ Lines end with "\n" only, and a "\r" before it is dropped: U+2028, form feeds an
 `str.splitlines` cuts at, are part of the text.
 """
 
+import contextlib
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
@@ -47,12 +48,11 @@ def decode_lines(block: LineBlock, codec: str, first_line: int, max_line_bytes: 
         raws.pop()  # what is behind the last line end
     sizes = list(map(len, raws))
     offsets = list(accumulate(chain([block.offset], (size + 1 for size in sizes[:-1]))))
-    try:
-        text = block.data.decode(codec)
-        is_clean = b"\0" not in block.data and max(sizes) <= max_line_bytes
-    except UnicodeDecodeError:
-        is_clean = False
-    if not is_clean:
+    text = None
+    if b"\0" not in block.data and max(sizes) <= max_line_bytes:
+        with contextlib.suppress(UnicodeDecodeError):
+            text = block.data.decode(codec)
+    if text is None:
         return _decode_each(block, offsets, codec, first_line, max_line_bytes)
     texts = text.split("\n")[: len(raws)]
     if b"\r" in block.data:

@@ -173,7 +173,7 @@ def token_dtype(vocabulary_size: int) -> Literal["uint16", "uint32"]:
     return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
 
 
-def compare_fingerprint(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def compare_fingerprint(path: Place, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse a store that was made from other inputs than the config describes now.
 
     Args:

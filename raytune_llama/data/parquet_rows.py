@@ -70,7 +70,7 @@ def _rows_of(column: pa.Array, name: str, first_row: int, options: ReadOptions) 
         try:
             value = None if data is None else data.decode()
         except UnicodeDecodeError as error:
-            detail = f"byte 0x{data[error.start]:02x} is not utf-8: {excerpt(data)}"
+            detail = f"byte 0x{error.object[error.start]:02x} is not utf-8: {excerpt(error.object)}"
             batch.bad.append(BadRow(number + 1, row, "invalid_bytes", detail))
             continue
         add_row(batch, {name: value}, number + 1, row, options)

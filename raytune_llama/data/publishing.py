@@ -44,7 +44,7 @@ def build_manifest(
     """Sum up the records of all units, and write the quarantine file beside the shards."""
     rows = sum((record.rows for record in records), RowCounts())
     assert rows.is_balanced, f"rows were lost: {rows}"
-    lengths = np.sum([record.lengths for record in records], axis=0, dtype=np.int64)
+    lengths = np.array([record.lengths for record in records], dtype=np.int64).sum(axis=0)
     return Manifest(
         format_version=FORMAT_VERSION,
         fingerprint=fingerprint_of(inputs),
@@ -56,7 +56,7 @@ def build_manifest(
         },
         rows=rows,
         quarantine=_write_quarantine(units, plan, records),
-        lengths=np.trim_zeros(lengths, "b").tolist(),
+        lengths=np.trim_zeros(np.atleast_1d(lengths), "b").tolist(),
     )
 
 

@@ -6,6 +6,7 @@ corpus on every machine.
 """
 
 import logging
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -103,6 +104,7 @@ def discover_files(
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
         inspected = list(threads.map(lambda pair: _inspect(sources, *pair), readable))
     problems += [result for result in inspected if isinstance(result, str)]
+    problems.sort(key=_source_number)
     if found and not problems and not any(status.num_bytes for *_, status in found):
         problems.append(f"sources: all {len(found)} files are empty; name files with text")
     if problems:
@@ -125,6 +127,11 @@ def check_sources(sources: tuple[SourceConfig, ...]) -> list[str]:
     except ConfigError as error:
         return error.problems
     return []
+
+
+def _source_number(problem: str) -> int:
+    found = re.match(r"sources\.(\d+)\.", problem)
+    return int(found[1]) if found else -1
 
 
 def _kind_of(source: SourceConfig, place: Place, number: int) -> tuple[FileKind | None, str | None]:

@@ -143,7 +143,9 @@ def finished_record(unit: Unit, plan: EncodePlan) -> UnitRecord | None:
         record = pydantic.TypeAdapter(UnitRecord).validate_json(place.read_bytes())
     except pydantic.ValidationError:
         return None
-    files = [(plan.store / shard.name, shard) for shard in record.shards.values() if shard]
+    files: list[tuple[Place, Shard | QuarantinePart]] = [
+        (plan.store / shard.name, shard) for shard in record.shards.values() if shard
+    ]
     if record.quarantine:
         files.append((quarantine_place(unit, plan), record.quarantine))
     if record.key != unit.key or not all(_is_whole(*file) for file in files):
@@ -233,7 +235,7 @@ def _encode_into(folder: Path, unit: Unit, plan: EncodePlan, encoder: TextEncode
     bad_rows = _bad_rows_file(folder, unit, plan)
     with ExitStack() as stack:
         quarantine = stack.enter_context(QuarantineWriter(bad_rows))
-        writers = {
+        writers: dict[SplitName, ShardWriter] = {
             split: stack.enter_context(
                 ShardWriter(
                     folder / f"{split}-{unit.index:05d}.arrow",

@@ -111,13 +111,13 @@ def test_txt_lines_any_text_offsets_point_at_the_bytes(text: str, bom: bytes) ->
     broken=st.booleans(),
 )
 def test_txt_any_ranges_give_the_rows_of_the_whole_file(
+    *,
     lines: list[str],
     end: str,
     size: int,
     num_bytes: int,
     document: Any,  # noqa: ANN401
     codec: str,
-    *,
     broken: bool,
 ) -> None:
     data = ("\n".join(lines) + end).encode(codec)
