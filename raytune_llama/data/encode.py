@@ -30,7 +30,13 @@ from raytune_llama.data.plan import Unit, plan_units
 from raytune_llama.data.publishing import build_manifest, check_counts, publish
 from raytune_llama.data.rows import SourceError
 from raytune_llama.data.seen import SeenFiles, hash_files
-from raytune_llama.data.sources import SourceConfig, SourceFile, check_sources, discover_files
+from raytune_llama.data.sources import (
+    SourceConfig,
+    SourceFile,
+    check_sources,
+    discover_files,
+    source_names,
+)
 from raytune_llama.data.store import TokenStore
 from raytune_llama.data.units import EncodePlan, UnitRecord
 from raytune_llama.data.workers import read_sample, run_units
@@ -81,6 +87,10 @@ class PrepareDataConfig:
     """Directory of a tokenizer, or of a model with its tokenizer."""
     data: DataConfig
     """What to encode, and where to."""
+    preview: bool = False
+    """Print some documents of each source as tokens, and build nothing."""
+    preview_documents: Annotated[int, Field(ge=1)] = 3
+    """How many of each source."""
 
 
 def prepare_data(config: DataConfig, tokenizer_path: Path) -> TokenStore:
@@ -139,7 +149,7 @@ def prepare_data(config: DataConfig, tokenizer_path: Path) -> TokenStore:
         with _space_for(plan):
             manifest = build_manifest(inputs, units, plan, records)
             check_counts(manifest, plan, config.validation_fraction, config.max_bad_fraction)
-            publish(manifest, seen, plan, store_dir)
+            publish(manifest, seen, plan, store_dir, source_names(config.sources))
     return TokenStore.open(store_dir)
 
 

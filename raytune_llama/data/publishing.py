@@ -24,6 +24,7 @@ from raytune_llama.data.manifest import (
     write_manifest,
 )
 from raytune_llama.data.plan import Unit
+from raytune_llama.data.report import REPORT_NAME, render_report
 from raytune_llama.data.rows import SourceError
 from raytune_llama.data.seen import SeenFiles
 from raytune_llama.data.units import EncodePlan, UnitRecord, quarantine_place
@@ -105,7 +106,13 @@ def _check_splits(manifest: Manifest, validation_fraction: float, skipped: str) 
             )
 
 
-def publish(manifest: Manifest, seen: SeenFiles, plan: EncodePlan, store_dir: Place) -> None:
+def publish(
+    manifest: Manifest,
+    seen: SeenFiles,
+    plan: EncodePlan,
+    store_dir: Place,
+    source_names: list[str],
+) -> None:
     """Turn the collected shards into the store; its manifest is written last."""
     listed = {shard.name for split in manifest.splits.values() for shard in split.shards}
     if manifest.quarantine:
@@ -114,6 +121,7 @@ def publish(manifest: Manifest, seen: SeenFiles, plan: EncodePlan, store_dir: Pl
         if place.name not in listed:  # left by a killed worker, or by files no longer configured
             place.delete()
     seen.write(plan.store)
+    (plan.store / REPORT_NAME).write_bytes(render_report(manifest, source_names).encode())
     write_manifest(plan.store / MANIFEST_NAME, manifest)
     if plan.store.is_local:
         move_directory(plan.store.path, store_dir.path)

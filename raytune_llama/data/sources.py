@@ -129,6 +129,11 @@ def check_sources(sources: tuple[SourceConfig, ...]) -> list[str]:
     return []
 
 
+def source_names(sources: tuple[SourceConfig, ...]) -> list[str]:
+    """Return a name for each source, for people: the last part of its path."""
+    return [source.path.rstrip("/").rpartition("/")[2] for source in sources]
+
+
 def _source_number(problem: str) -> int:
     found = re.match(r"sources\.(\d+)\.", problem)
     return int(found[1]) if found else -1

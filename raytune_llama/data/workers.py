@@ -16,7 +16,7 @@ import ray.data
 from raytune_llama.data.documents import OpenRange, read_rows
 from raytune_llama.data.plan import Unit
 from raytune_llama.data.ranges import HashedRange
-from raytune_llama.data.rows import SourceError
+from raytune_llama.data.rows import RowBatch, SourceError
 from raytune_llama.data.sources import SourceFile
 from raytune_llama.data.units import (
     EncodePlan,
@@ -163,18 +163,22 @@ def read_sample(files: list[SourceFile]) -> list[str]:
     texts: list[str] = []
     for file in chosen:
         left = _SAMPLE_BYTES // len(chosen)
-        with file.place.open() as opened:
-            stop = len(file.row_group_bytes[:1]) or file.status.num_bytes
-            reader = HashedRange(opened, 0, 0)
-            part = OpenRange(file.place, opened, 0, stop, reader)
-            for batch in read_rows(part, file.options):
-                for text, num_bytes in zip(batch.texts, batch.num_bytes, strict=True):
-                    if left > 0:
-                        texts.append(text)
-                        left -= num_bytes
-                if left <= 0:
-                    break
+        for batch in read_beginning(file):
+            for text, num_bytes in zip(batch.texts, batch.num_bytes, strict=True):
+                if left > 0:
+                    texts.append(text)
+                    left -= num_bytes
+            if left <= 0:
+                break
     return texts
+
+
+def read_beginning(file: SourceFile) -> Iterator[RowBatch]:
+    """Stream the rows of a file (of a Parquet file, its first row group) from its beginning."""
+    with file.place.open() as opened:
+        stop = len(file.row_group_bytes[:1]) or file.status.num_bytes
+        part = OpenRange(file.place, opened, 0, stop, HashedRange(opened, 0, 0))
+        yield from read_rows(part, file.options)
 
 
 class _Progress:

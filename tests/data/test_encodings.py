@@ -4,7 +4,7 @@ import pytest
 
 from raytune_llama.data.encodings import TextEncoding, detect_encoding
 
-CHINESE = "人民日报说，新年的钟声已经敲响。\n" * 40
+CHINESE = "人民日报说，新年的钟声已经敲响。\n" * 40  # noqa: RUF001 - Chinese punctuation
 ENGLISH = "the bell of the new year\n" * 40
 
 
