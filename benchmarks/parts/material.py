@@ -30,7 +30,8 @@ from raytune_llama.data.manifest import (
     token_dtype,
     write_manifest,
 )
-from raytune_llama.data.store import ShardWriter, TokenStore
+from raytune_llama.data.shards import ShardWriter
+from raytune_llama.data.store import TokenStore
 from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.storage import Place

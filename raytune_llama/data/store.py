@@ -12,10 +12,8 @@ documents in source order; their ids one after the other are the split's flat to
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -31,117 +29,8 @@ from raytune_llama.data.manifest import (
     StoreError,
     read_manifest,
 )
-from raytune_llama.files import sha256_file, temporary_sibling
+from raytune_llama.files import sha256_file
 from raytune_llama.storage import Place
-
-Ids = NDArray[np.unsignedinteger] | list[int]
-"""Token ids of a document."""
-
-_BATCH_TOKENS = 1 << 20  # bounds a writer's memory; a batch may exceed it by one document
-_BATCH_DOCUMENTS = 1 << 16
-
-
-class ShardWriter:
-    """Write documents to one shard; the file appears under its name when the block succeeds.
-
-    `source` is the configured source that all of them are from.
-    `shard` is its entry for the manifest afterwards, or None when there was no document: then no
-    file is written. Memory stays bounded by one record batch.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        dtype: Literal["uint16", "uint32"],
-        *,
-        source: int,
-        bos_id: int | None = None,
-        eos_id: int | None = None,
-    ) -> None:
-        self.shard: Shard | None = None
-        self._path = path
-        self._source = source
-        self._temporary = temporary_sibling(path)
-        self._dtype = np.dtype(dtype)
-        self._schema = _schema(dtype)
-        self._sink: pa.OSFile | None = None
-        self._writer: pa.RecordBatchFileWriter | None = None
-        self._before = np.array([] if bos_id is None else [bos_id], dtype=self._dtype)
-        self._behind = np.array([] if eos_id is None else [eos_id], dtype=self._dtype)
-        self._rows: list[tuple[NDArray[np.unsignedinteger], int, int, int]] = []
-        self._pending_tokens = 0
-        self._documents = self._tokens = self._text_bytes = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def write(self, ids: Ids, num_bytes: int, source: int, offset: int) -> None:
-        """Append a document; `bos_id` and `eos_id` are put around it.
-
-        Args:
-            ids: Its token ids, at least one.
-            num_bytes: UTF-8 bytes of its text.
-            source: Index of its source file.
-            offset: Where it starts in that file.
-        """
-        assert len(ids), "a document without tokens cannot be found in the flat stream"
-        if isinstance(ids, list):
-            ids = np.array(ids, dtype=self._dtype)
-        self._rows.append((ids, num_bytes, source, offset))
-        self._pending_tokens += len(ids) + len(self._before) + len(self._behind)
-        if self._pending_tokens >= _BATCH_TOKENS or len(self._rows) >= _BATCH_DOCUMENTS:
-            self._flush()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is None and self._rows:
-            self._flush()
-        if self._writer is None or self._sink is None:
-            return
-        self._writer.close()
-        self._sink.close()
-        if kind is not None:
-            self._temporary.unlink()
-            return
-        self.shard = Shard(
-            name=self._path.name,
-            source=self._source,
-            sha256=sha256_file(self._temporary),
-            file_bytes=self._temporary.stat().st_size,
-            documents=self._documents,
-            tokens=self._tokens,
-            text_bytes=self._text_bytes,
-        )
-        self._temporary.replace(self._path)
-
-    def _flush(self) -> None:
-        if self._writer is None:
-            self._sink = pa.OSFile(str(self._temporary), "wb")
-            self._writer = pa.ipc.new_file(self._sink, self._schema)
-        ids, num_bytes, source, offset = zip(*self._rows, strict=True)
-        around = len(self._before) + len(self._behind)
-        lengths = [len(one) + around for one in ids]
-        pieces = chain.from_iterable((self._before, one, self._behind) for one in ids)
-        flat = np.concatenate(list(pieces))
-        assert flat.max() <= np.iinfo(self._dtype).max, "an id is beyond the vocabulary"
-        flat = flat.astype(self._dtype, copy=False)
-        offsets = np.zeros(len(ids) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        tokens = pa.LargeListArray.from_arrays(
-            pa.array(offsets), pa.array(flat), type=self._schema.field("tokens").type
-        )
-        columns = [tokens, pa.array(num_bytes, pa.int64()), pa.array(source, pa.int32())]
-        columns.append(pa.array(offset, pa.int64()))
-        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
-        self._documents += len(ids)
-        self._tokens += self._pending_tokens
-        self._text_bytes += sum(num_bytes)
-        self._rows = []
-        self._pending_tokens = 0
 
 
 @dataclass(frozen=True)
@@ -320,12 +209,6 @@ class _Batch:
     ids: NDArray[np.unsignedinteger]
     offsets: NDArray[np.int64]
     num_bytes: NDArray[np.int64]
-
-
-def _schema(dtype: str) -> pa.Schema:
-    ids = pa.large_list(pa.field("item", pa.type_for_alias(dtype), nullable=False))
-    columns = {"tokens": ids, "num_bytes": pa.int64(), "source": pa.int32(), "offset": pa.int64()}
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
 def _map_batches(directory: Path, shards: list[Shard]) -> Iterable[_Batch]:

@@ -19,7 +19,8 @@ from raytune_llama.data.batches import (
     sequence_at,
 )
 from raytune_llama.data.manifest import SplitManifest
-from raytune_llama.data.store import ShardWriter, TokenSplit
+from raytune_llama.data.shards import ShardWriter
+from raytune_llama.data.store import TokenSplit
 
 T = 4
 KNOWN_ORDER = [1, 3, 5, 4, 2, 9, 8, 0, 11, 7, 6, 10, 5, 2]

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from raytune_llama.data.manifest import SplitManifest
 from raytune_llama.data.packing import IGNORED_LABEL, num_sequences, read_sequence
-from raytune_llama.data.store import ShardWriter, TokenSplit
+from raytune_llama.data.shards import ShardWriter
+from raytune_llama.data.store import TokenSplit
 
 Documents = list[list[int]]
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_llama.data import store as store_module
+from raytune_llama.data import shards as shards_module
 from raytune_llama.data.manifest import (
     FORMAT_VERSION,
     Manifest,
@@ -24,7 +24,8 @@ from raytune_llama.data.manifest import (
     token_dtype,
     write_manifest,
 )
-from raytune_llama.data.store import ShardWriter, TokenSplit, TokenStore
+from raytune_llama.data.shards import ShardWriter
+from raytune_llama.data.store import TokenSplit, TokenStore
 from raytune_llama.storage import Place
 
 INPUTS: dict[str, Any] = {
@@ -76,7 +77,7 @@ def edit_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a shard have several record batches: two documents each."""
-    monkeypatch.setattr(store_module, "_BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr(shards_module, "_BATCH_DOCUMENTS", 2)
 
 
 @pytest.mark.usefixtures("small_batches")

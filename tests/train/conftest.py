@@ -21,7 +21,7 @@ from raytune_llama.data.manifest import (
     fingerprint_of,
     write_manifest,
 )
-from raytune_llama.data.store import ShardWriter
+from raytune_llama.data.shards import ShardWriter
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.storage import Place
 from raytune_llama.train.config import PretrainConfig
