@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, cast, get_args
 
+from pydantic import Field
+
 from raytune_llama.config import PLACEMENT, ConfigError, settings
 from raytune_llama.data.documents import (
     DocumentMode,
@@ -35,6 +37,13 @@ class SourceConfig:
     `blank_line`."""
     text_field: str = "text"
     """The field of a JSON object, or the column of a Parquet file, that holds the text."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of the run's sequences, relative to the other sources' weights; for all sources or for
+    none. Null: every sequence once an epoch. It is the run's, a token store does not depend on
+    it."""
+    name: Annotated[Annotated[str, Field(pattern=r"^[\w.-]+$")] | None, PLACEMENT] = None
+    """Name in metrics and manifests, of letters, digits, `_`, `.` and `-`; no two sources have the
+    same. Null: the last part of the path, without suffix and wildcards."""
 
 
 @dataclass(frozen=True)
