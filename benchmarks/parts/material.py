@@ -33,7 +33,7 @@ from raytune_llama.data.store import ShardWriter, TokenStore
 from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.loop import plan_run, read_sources
+from raytune_llama.train.loop import build_sources, plan_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_WORKERS = 2
@@ -222,7 +222,7 @@ def read_sequences(config: PretrainConfig) -> tuple[NDArray[np.int64], NDArray[n
     store = TokenStore.open(Path(config.data.store_dir))
     plan = plan_run(config, store)
     workers = config.scale.num_workers
-    sources = [source.sequences for source in read_sources(config, store)]
+    sources = [source.sequences for source in build_sources(config, store)]
     streams = [
         read_steps(sources, store.fingerprint, plan, rank=rank, world_size=workers)
         for rank in range(workers)

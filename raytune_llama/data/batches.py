@@ -189,7 +189,7 @@ def read_steps(
             sample = plan.sample(position, fingerprint)
             rows.append(sources[sample.source].read(sample))
             num_sequences[sample.source] += 1
-            num_targets[sample.source] += int((rows[-1].labels_T != IGNORED_LABEL).sum())
+            num_targets[sample.source] += int(np.count_nonzero(rows[-1].labels_T != IGNORED_LABEL))
         yield StepBatch(
             step=step,
             micro_batches=tuple(

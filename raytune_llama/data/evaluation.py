@@ -10,7 +10,7 @@ from raytune_llama.config import ConfigError
 from raytune_llama.data.batches import MicroBatch, num_micro_batches, stack_sequences
 from raytune_llama.data.mixture import source_names
 from raytune_llama.data.order import Sample, apportion
-from raytune_llama.data.packing import JoinedSequences, PackedForm, cut_packed, read_stretches
+from raytune_llama.data.packing import JoinedSequences, PackedForm, cut_packed, find_stretches
 from raytune_llama.data.sources import SourceConfig
 from raytune_llama.data.store import TokenSplit
 
@@ -73,7 +73,7 @@ def choose_evaluated(
     names = source_names(configs)
     cut = {
         source: cut_packed(stretch, form, sequence_tokens)
-        for source, stretch in read_stretches(split).items()
+        for source, stretch in find_stretches(split).items()
     }
     found = {source: sequences for source, sequences in cut.items() if sequences.num_sequences}
     if not found:

@@ -16,7 +16,7 @@ from typing import Any
 
 from raytune_llama.config import ConfigError
 from raytune_llama.data.order import block_quotas, block_sequences
-from raytune_llama.data.packing import SequenceForm, SourceSequences, cut_stretch, read_stretches
+from raytune_llama.data.packing import SequenceForm, SourceSequences, cut_stretch, find_stretches
 from raytune_llama.data.sources import SourceConfig
 from raytune_llama.data.store import TokenSplit
 from raytune_llama.storage import Place
@@ -91,7 +91,7 @@ def cut_sources(
     Raises:
         ConfigError: No source has a sequence, or one with a weight has none.
     """
-    names, stretches = source_names(configs), read_stretches(split)
+    names, stretches = source_names(configs), find_stretches(split)
     assert len(configs) > max(stretches, default=-1), "the store has sources that the config lacks"
     found: list[Source] = []
     problems: list[str] = []

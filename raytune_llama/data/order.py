@@ -192,6 +192,8 @@ def permuted_indices(num_items: int, key: int) -> NDArray[np.int64]:
     return indices.astype(np.int64)
 
 
+# An epoch's key is asked for at every position of it.
+@lru_cache(maxsize=64)
 def derived_key(*parts: str | int) -> int:
     """Hash what names a choice, such as (fingerprint, seed, epoch), to 64 bits."""
     text = "/".join(str(part) for part in parts).encode()

@@ -1,6 +1,6 @@
 """Fixed-length training sequences, cut from what one source has in a split's flat token stream.
 
-    stretch = read_stretches(split)[0]
+    stretch = find_stretches(split)[0]
     sequences = cut_stretch(stretch, "isolated", 512, fingerprint=store.fingerprint, seed=1)
     first = sequences.read(Sample(source=0, index=0, epoch=0))
 
@@ -126,7 +126,7 @@ class JoinedSequences:
         """Cut one sequence out; the padding of a short one is a segment of its own."""
         span = self._span(sample.index)
         tokens = self.stretch.split.tokens(span.start, span.stop)
-        return _padded(tokens[:-1], tokens[1:], self.sequence_tokens, [])
+        return _padded(tokens[:-1], tokens[1:], self.sequence_tokens)
 
     def covered(self, index: int) -> range:
         """Return the part of the flat stream that one sequence accounts for: its targets.
@@ -154,8 +154,7 @@ class IsolatedSequences(JoinedSequences):
         split = self.stretch.split
         tokens = split.tokens(span.start, span.stop)
         starts = split.document_starts(span.start, span.stop) - span.start
-        inside = starts[starts < len(tokens) - 1].tolist()
-        sequence = _padded(tokens[:-1], tokens[1:], self.sequence_tokens, inside)
+        sequence = _padded(tokens[:-1], tokens[1:], self.sequence_tokens, starts)
         sequence.labels_T[starts[starts > 0] - 1] = IGNORED_LABEL
         return sequence
 
@@ -209,7 +208,7 @@ class Crops:
             # The high half of a 128-bit product: uniform but for one part in 2**64 / num_starts.
             start += key * num_starts >> 64
         ids = self.stretch.split.tokens(start, min(start + self.sequence_tokens, stop))
-        return _padded(ids, ids[1:], self.sequence_tokens, [])
+        return _padded(ids, ids[1:], self.sequence_tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +269,7 @@ class SeedBlocks:
         group_start, group_stop = (int(bound) for bound in self.group_bounds[group : group + 2])
         start = group_start + (sample.index - blocks_before) * self.sequence_tokens
         ids = self.stretch.split.tokens(start, min(start + self.sequence_tokens, group_stop))
-        return _padded(ids, ids[1:], self.sequence_tokens, [])
+        return _padded(ids, ids[1:], self.sequence_tokens)
 
 
 def num_sequences(num_tokens: int, sequence_tokens: int) -> int:
@@ -283,7 +282,7 @@ def num_sequences(num_tokens: int, sequence_tokens: int) -> int:
     return max(0, -(-(num_tokens - 1) // sequence_tokens))
 
 
-def read_stretches(split: TokenSplit) -> dict[int, Stretch]:
+def find_stretches(split: TokenSplit) -> dict[int, Stretch]:
     """Return what each configured source has in a split; one without documents is left out."""
     documents = split.source_documents()
     return {
@@ -331,21 +330,21 @@ def _padded(
     ids: NDArray[np.unsignedinteger],
     labels: NDArray[np.unsignedinteger],
     length: int,
-    segment_starts: list[int],
+    starts: NDArray[np.int64] | None = None,
 ) -> Sequence:
-    """Make a sequence of ids and the labels of the first of them; the padding is a segment."""
+    """Make a sequence of ids and the labels of the first of them.
+
+    Positions count up from 0, and from 0 again at the starts and where the padding begins.
+    """
     ids_T = np.full(length, PAD_ID, dtype=np.int64)
     labels_T = np.full(length, IGNORED_LABEL, dtype=np.int64)
     ids_T[: len(ids)] = ids
     labels_T[: len(labels)] = labels
-    positions_T = _restarting_positions(length, [*segment_starts, len(ids)])
+    positions_T = np.arange(length, dtype=np.int64)
+    if starts is not None:
+        origins = np.zeros(length, dtype=np.int64)
+        inside = starts[starts < len(ids)]
+        origins[inside] = inside
+        positions_T -= np.maximum.accumulate(origins)
+    positions_T[len(ids) :] = np.arange(length - len(ids))
     return Sequence(ids_T, labels_T, positions_T)
-
-
-def _restarting_positions(length: int, segment_starts: list[int]) -> NDArray[np.int64]:
-    """Count up from 0, and from 0 again at each start below `length`."""
-    positions = np.arange(length, dtype=np.int64)
-    origin = np.zeros(length, dtype=np.int64)
-    starts = np.array([start for start in segment_starts if start < length], dtype=np.int64)
-    origin[starts] = starts
-    return positions - np.maximum.accumulate(origin)

@@ -56,8 +56,12 @@ class Session:
 def train(config: PretrainConfig, workers: Workers, stop_requested: Callable[[], bool]) -> Outcome:
     """Train from the newest checkpoint to the end of the run; the same call on every worker."""
     session = open_session(config, workers)
-    isolated = config.batch.evaluation_form == "isolated"
-    prove(session.engine, config.engine.precision, workers, isolated)
+    prove(
+        session.engine,
+        config.engine.precision,
+        workers,
+        isolate_documents=config.batch.evaluation_form == "isolated",
+    )
     state = restore(Path(config.run_dir), session.engine, workers)
 
     with Report(config, session.plan, session.engine.module, state, workers) as report:
@@ -93,7 +97,7 @@ def plan_run(config: PretrainConfig, store: TokenStore) -> BatchPlan:
     Raises:
         ConfigError: the store has too little text, of any or of a weighted source.
     """
-    sources = read_sources(config, store)
+    sources = build_sources(config, store)
     weights = [source.weight for source in sources if source.weight is not None]
     return BatchPlan.of(
         [source.sequences.num_sequences for source in sources],
@@ -107,7 +111,7 @@ def plan_run(config: PretrainConfig, store: TokenStore) -> BatchPlan:
     )
 
 
-def read_sources(config: PretrainConfig, store: TokenStore) -> tuple[Source, ...]:
+def build_sources(config: PretrainConfig, store: TokenStore) -> tuple[Source, ...]:
     """Return the sources that the run trains on, cut into sequences."""
     return cut_sources(
         config.data.sources,
@@ -119,7 +123,7 @@ def read_sources(config: PretrainConfig, store: TokenStore) -> tuple[Source, ...
     )
 
 
-def read_evaluated(config: PretrainConfig, store: TokenStore) -> tuple[EvaluatedSource, ...]:
+def build_evaluation(config: PretrainConfig, store: TokenStore) -> tuple[EvaluatedSource, ...]:
     """Return what is evaluated of each source with validation text.
 
     Raises:
@@ -163,7 +167,7 @@ def build_engine(config: PretrainConfig, plan: BatchPlan, workers: Workers) -> E
 def read_batches(session: Session, start_step: int) -> Iterator[StepBatch]:
     """Stream this worker's share of each step from a step on."""
     return read_steps(
-        [source.sequences for source in read_sources(session.config, session.store)],
+        [source.sequences for source in build_sources(session.config, session.store)],
         session.store.fingerprint,
         session.plan,
         rank=session.workers.rank,
@@ -214,7 +218,7 @@ def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
 
 def evaluate(session: Session, state: RunState, report: Report) -> RunState:
     """Evaluate on the validation split, if it has any text; return the state with the best step."""
-    sources = read_evaluated(session.config, session.store)
+    sources = build_evaluation(session.config, session.store)
     if not sources:
         return state
     start = time.perf_counter()
@@ -246,7 +250,7 @@ def sum_evaluation(session: Session, sources: Sequence[EvaluatedSource]) -> list
 
 def sum_up_mixture(session: Session, state: RunState) -> dict[str, dict[str, Any]]:
     """Return what the run has seen of each source, by name."""
-    sources = read_sources(session.config, session.store)
+    sources = build_sources(session.config, session.store)
     return mixture_record(sources, state.source_sequences, state.source_targets)
 
 

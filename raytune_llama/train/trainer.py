@@ -28,7 +28,7 @@ from raytune_llama.train.cluster import (
 )
 from raytune_llama.train.config import PretrainConfig, ScaleConfig
 from raytune_llama.train.export import read_result, result_path
-from raytune_llama.train.loop import Outcome, plan_run, read_evaluated, read_sources, train
+from raytune_llama.train.loop import Outcome, build_evaluation, build_sources, plan_run, train
 from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, read_metrics
 from raytune_llama.train.plot import write_plot
 from raytune_llama.train.preflight import (
@@ -102,8 +102,8 @@ def pretrain(config: PretrainConfig) -> Summary:
 def _check_plan(config: PretrainConfig, store: TokenStore) -> None:
     """Refuse a store that the run can't be trained or evaluated on; log what it will see of it."""
     plan = plan_run(config, store)
-    read_evaluated(config, store)
-    log_mixture(read_sources(config, store), plan.order.shares, plan.total_positions)
+    build_evaluation(config, store)
+    log_mixture(build_sources(config, store), plan.order.shares, plan.total_positions)
 
 
 def _fit(config: PretrainConfig) -> Outcome:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raytune_llama.data.batches import BatchPlan, StepBatch, read_steps
-from raytune_llama.data.packing import SequenceForm, SourceSequences, cut_stretch, read_stretches
+from raytune_llama.data.packing import SequenceForm, SourceSequences, cut_stretch, find_stretches
 from tests.data.conftest import MakeSplit
 
 T = 4
@@ -57,12 +57,16 @@ class Run:
 FORMS: list[SequenceForm] = ["isolated", "joined", "crops", "seed_blocks"]
 
 
-@pytest.fixture(params=[(form, weights) for form in FORMS for weights in (None, (0.7, 0.3))])
+PLAIN = [(form, None) for form in FORMS]
+WEIGHTED = [(form, (0.7, 0.3)) for form in FORMS]
+
+
+@pytest.fixture(params=PLAIN + WEIGHTED)
 def run(request: pytest.FixtureRequest, make_split: MakeSplit) -> Run:
     form, weights = request.param
     first = [list(range(start, start + 5 + start % 7)) for start in range(0, 90, 15)]
     second = [list(range(1000, 1023)), [1100, 1101]]
-    stretches = read_stretches(make_split([first], [second])).values()
+    stretches = find_stretches(make_split([first], [second])).values()
     sources = [cut_stretch(one, form, T, fingerprint="f", seed=7) for one in stretches]
     return Run(form, weights, sources)
 
@@ -99,9 +103,8 @@ def test_read_steps_other_world_size_trains_the_same_rows_in_each_step(
             assert tuple(map(sum, counts)) == getattr(expected, name)
 
 
+@pytest.mark.parametrize("run", PLAIN, indirect=True)
 def test_read_steps_epoch_without_weights_has_every_sequence(run: Run) -> None:
-    if run.weights:
-        pytest.skip("with weights each source has its own epochs")
     (steps,) = run.steps(run.plan(num_epochs=1), 1)
     rows = Counter(str(row) for batch in steps for row in real_rows(batch))
     assert rows.total() == sum(source.num_sequences for source in run.sources)
@@ -109,9 +112,8 @@ def test_read_steps_epoch_without_weights_has_every_sequence(run: Run) -> None:
     assert set(rows.values()) == {1}
 
 
+@pytest.mark.parametrize("run", WEIGHTED, indirect=True)
 def test_read_steps_weights_decide_the_sequences_of_each_source(run: Run) -> None:
-    if not run.weights:
-        pytest.skip("without weights")
     (steps,) = run.steps(run.plan(max_steps=8), 1)
     assert [sum(batch.source_sequences[source] for batch in steps) for source in (0, 1)] == [28, 12]
 
@@ -157,7 +159,7 @@ def test_read_steps_from_a_later_step_equals_the_rest_of_the_run(run: Run, world
 
 
 def test_read_steps_tensors_are_int64_with_shifted_labels(make_split: MakeSplit) -> None:
-    (stretch,) = read_stretches(make_split([[list(range(46))]])).values()
+    (stretch,) = find_stretches(make_split([[list(range(46))]])).values()
     joined = Run("joined", None, [cut_stretch(stretch, "joined", T, fingerprint="f", seed=7)])
     (steps,) = joined.steps(joined.plan(num_epochs=0.5), 1)
     micro = steps[0].micro_batches[0]

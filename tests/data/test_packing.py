@@ -17,8 +17,8 @@ from raytune_llama.data.packing import (
     SourceSequences,
     cut_packed,
     cut_stretch,
+    find_stretches,
     num_sequences,
-    read_stretches,
 )
 from raytune_llama.data.store import TokenSplit
 from tests.data.conftest import Documents, MakeSplit
@@ -32,7 +32,7 @@ LENGTH = st.integers(2, 20)
 def cut(split: TokenSplit, form: SequenceForm, length: int, seed: int = 1) -> list[SourceSequences]:
     return [
         cut_stretch(stretch, form, length, fingerprint="f", seed=seed)
-        for stretch in read_stretches(split).values()
+        for stretch in find_stretches(split).values()
     ]
 
 
@@ -103,7 +103,7 @@ def test_isolated_positions_count_from_each_document_start(
 def test_packed_sequences_account_for_each_token_once(
     make_split: MakeSplit, form: PackedForm, sources: list[list[Documents]], length: int
 ) -> None:
-    stretches = read_stretches(make_split(*sources)).values()
+    stretches = find_stretches(make_split(*sources)).values()
     for stretch in stretches:
         sequences = cut_packed(stretch, form, length)
         if sequences.num_sequences:
@@ -192,7 +192,7 @@ def test_crops_starts_over_epochs_are_uniform(make_split: MakeSplit) -> None:
 
 def test_crops_are_decided_by_fingerprint_seed_epoch_and_document(make_split: MakeSplit) -> None:
     ids = list(range(1, 5000))
-    (stretch,) = read_stretches(make_split([[ids, ids]])).values()
+    (stretch,) = find_stretches(make_split([[ids, ids]])).values()
 
     def starts(fingerprint: str = "f", seed: int = 1, epoch: int = 0) -> list[int]:
         sequences = cut_stretch(stretch, "crops", 8, fingerprint=fingerprint, seed=seed)

@@ -14,11 +14,12 @@ from raytune_llama.data.store import TokenStore
 from raytune_llama.files import sha256_file
 from raytune_llama.model.llama import causal_lm
 from raytune_llama.model.lora import is_tied
+from raytune_llama.model.loss import IGNORE
 from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.train.checkpoint import list_checkpoints
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.export import read_result
-from raytune_llama.train.loop import plan_run
+from raytune_llama.train.loop import open_session, plan_run, read_batches
 from raytune_llama.train.metrics import (
     EVAL_BITS_PER_BYTE,
     EVAL_LOSS,
@@ -27,6 +28,7 @@ from raytune_llama.train.metrics import (
     TARGET_TOKENS,
     read_metrics,
 )
+from raytune_llama.train.workers import Workers
 from tests.train.conftest import MakeConfig, run_here
 
 IDS = torch.arange(5, 25)[None]
@@ -172,6 +174,9 @@ def test_train_in_any_form_resumes_exactly_and_counts_each_source(
     seen = mixture_of(whole)
     targets = [r[TARGET_TOKENS] for r in read_metrics(Path(whole.run_dir)) if TARGET_TOKENS in r]
     assert sum(source["target_tokens"] for source in seen.values()) == sum(targets)
+    batches = read_batches(open_session(whole, Workers.alone()), 0)
+    labels = [part.labels_BT for batch in batches for part in batch.micro_batches]
+    assert sum(targets) == sum(int((label != IGNORE).sum()) for label in labels)
     assert sum(source["sequences"] for source in seen.values()) == 16
     if sources is WEIGHTED:
         assert [seen[name]["sequences"] for name in ("large", "small")] == [4, 12]
