@@ -116,7 +116,7 @@ class MixedOrder:
 
 @dataclass(frozen=True, eq=False)
 class _Dealt:
-    """The places of a block: whose each is, and the how manieth of that source in the block."""
+    """The places of a block: the source of each, and its number among that source's places."""
 
     sources: NDArray[np.int64]
     turns: NDArray[np.int64]
