@@ -122,13 +122,45 @@ class TokenSplit:
 
         A source without documents in this split is left out.
         """
-        ranges: dict[int, range] = {}
-        start = 0
-        for shard in self.manifest.shards:
-            stop = start + shard.tokens
-            ranges[shard.source] = range(ranges.get(shard.source, range(start, 0)).start, stop)
-            start = stop
-        return ranges
+        return self._by_source([shard.tokens for shard in self.manifest.shards])
+
+    def source_documents(self) -> dict[int, range]:
+        """Return the numbers of the documents that each configured source has, in the same way."""
+        return self._by_source([shard.documents for shard in self.manifest.shards])
+
+    def token_starts(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the flat positions at which documents start, by their numbers in the split.
+
+        The number `num_documents` stands for the end of the stream. A document is found by a
+        binary search over the batches; none is scanned.
+
+        Raises:
+            IndexError: A number is below 0 or above `num_documents`.
+        """
+        if len(documents) and not 0 <= documents.min() <= documents.max() <= self.num_documents:
+            found = f"documents {documents.min()} to {documents.max()}"
+            raise IndexError(f"{found} of a split with {self.num_documents}")
+        starts = np.empty(len(documents), dtype=np.int64)
+        owners = np.searchsorted(self._batch_documents, documents, side="right") - 1
+        for number in np.unique(owners):
+            batch, chosen = self._batches[number], owners == number
+            rows = documents[chosen] - self._batch_documents[number]
+            starts[chosen] = batch.offsets[rows] + batch.token_start
+        return starts
+
+    def file_starts(self, documents: range) -> NDArray[np.int64]:
+        """Return the numbers of the documents in a range with which a source file starts there.
+
+        The first of the range is always one of them.
+        """
+        starts: list[int] = []
+        before = -1
+        for first, batch in zip(self._batch_documents.tolist(), self._batches, strict=True):
+            files = batch.files[max(0, documents.start - first) : max(0, documents.stop - first)]
+            changes = np.flatnonzero(np.diff(files, prepend=before))
+            starts.extend((changes + max(first, documents.start)).tolist())
+            before = files[-1] if len(files) else before
+        return np.array(starts, dtype=np.int64)
 
     def tokens(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
         """Return the ids of a range of the flat stream, a read-only view where one batch has it.
@@ -174,10 +206,26 @@ class TokenSplit:
         return np.array([batch.token_start for batch in self._batches], dtype=np.int64)
 
     @cached_property
+    def _batch_documents(self) -> NDArray[np.int64]:
+        """Documents before each batch."""
+        counts = [len(batch.files) for batch in self._batches]
+        return np.cumsum(np.array([0, *counts], dtype=np.int64))[:-1]
+
+    @cached_property
     def _batch_bytes(self) -> NDArray[np.int64]:
         """Bytes of text before each batch."""
         sums = [0, *(int(batch.num_bytes.sum()) for batch in self._batches)]
         return np.cumsum(np.array(sums, dtype=np.int64))
+
+    def _by_source(self, sizes: list[int]) -> dict[int, range]:
+        """Add up the shards' sizes to one range for each source."""
+        ranges: dict[int, range] = {}
+        start = 0
+        for shard, size in zip(self.manifest.shards, sizes, strict=True):
+            first = ranges.get(shard.source, range(start, start)).start
+            ranges[shard.source] = range(first, start + size)
+            start += size
+        return ranges
 
     def _overlapping(self, start: int, stop: int) -> "list[_Batch]":
         if start >= stop:
@@ -209,6 +257,7 @@ class _Batch:
     ids: NDArray[np.unsignedinteger]
     offsets: NDArray[np.int64]
     num_bytes: NDArray[np.int64]
+    files: NDArray[np.int32]
 
 
 def _map_batches(directory: Path, shards: list[Shard]) -> Iterable[_Batch]:
@@ -228,7 +277,8 @@ def _map_batches(directory: Path, shards: list[Shard]) -> Iterable[_Batch]:
             tokens = batch.column("tokens")
             ids = tokens.values.to_numpy()
             num_bytes = batch.column("num_bytes").to_numpy()
-            yield _Batch(token_start, ids, tokens.offsets.to_numpy(), num_bytes)
+            files = batch.column("source").to_numpy()
+            yield _Batch(token_start, ids, tokens.offsets.to_numpy(), num_bytes, files)
             token_start += len(ids)
             documents += batch.num_rows
         if (documents, token_start - first) != (shard.documents, shard.tokens):

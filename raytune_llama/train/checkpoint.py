@@ -13,7 +13,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,6 +68,12 @@ class RunState:
 
     tokens: int = 0
     """Target tokens trained on."""
+
+    source_sequences: list[int] = field(default_factory=list)
+    """Sequences trained on, of each source that has any; empty before the first step."""
+
+    source_targets: list[int] = field(default_factory=list)
+    """Target tokens trained on, of each such source; they sum up to `tokens`."""
 
     num_skipped_steps: int = 0
     """Steps that moved no weight since half-precision gradients overflowed."""
