@@ -307,7 +307,7 @@ def _write_batch(
     """Encode and write a batch; a text that becomes no token is counted. Return the lengths."""
     encoded = encoder.encode(documents.texts)
     lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-    ids = np.concatenate(encoded)
+    ids = encoded[0] if len(encoded) == 1 else np.concatenate(encoded)
     columns = [
         np.array(column, dtype=np.int64) for column in (documents.num_bytes, documents.offsets)
     ]
