@@ -122,7 +122,7 @@ def read_line_blocks(
     """
     lines = _LineReader(reader, start, stop, max_line_bytes)
     if not at_line_start:
-        lines.skip_line()
+        lines.skip_line(only_here=True)
     return lines
 
 
@@ -146,13 +146,18 @@ class _LineReader(Iterator[LineBlock]):
             raise StopIteration
         return block
 
-    def skip_line(self) -> int:
-        """Drop everything up to the end of the present line; return how many bytes that were."""
+    def skip_line(self, *, only_here: bool = False) -> int:
+        """Drop everything up to the end of the present line; return how many bytes that were.
+
+        Args:
+            only_here: Stop at the end of the range: no line that starts in it comes behind.
+        """
         skipped = 0
         while (end := self._held.find(b"\n")) < 0:
             skipped += len(self._held)
             self._drop(len(self._held))
-            if not self._fill():
+            is_behind = self._stop is not None and self._offset >= self._stop
+            if (only_here and is_behind) or not self._fill():
                 return skipped
         self._drop(end + 1)
         return skipped + end + 1
