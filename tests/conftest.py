@@ -39,6 +39,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.storage import Place
+from tests.faulty_s3 import FaultyServer
 
 # A busy machine is no failure.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -103,6 +104,14 @@ def s3() -> Iterator[Place]:
 def s3_path(s3: Place) -> Place:
     """A folder of a test's own in object storage, as `tmp_path` is one on the disk."""
     return s3 / uuid.uuid4().hex
+
+
+@pytest.fixture
+def faulty_s3(s3: Place) -> Iterator[FaultyServer]:
+    """A front of the same buckets that can be told to fail."""
+    server = FaultyServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

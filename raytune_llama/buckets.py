@@ -1,0 +1,62 @@
+"""How a bucket of object storage is reached: options of its URI, retries, credentials.
+
+Credentials come from the vendor's own chain alone: the environment, its credentials file, or the
+machine's role.
+"""
+
+import functools
+from datetime import timedelta
+from urllib.parse import parse_qsl
+
+import pyarrow.fs as pafs
+
+REMOTE_OPTIONS = {
+    "s3": {"endpoint_override", "scheme", "region"},
+    "gs": {"endpoint_override", "scheme"},
+}
+"""Known schemes, and what may stand behind `?` in their URIs."""
+
+NUM_ATTEMPTS = 8
+"""Of a request to S3, with growing pauses: it fails after about a minute."""
+
+RETRY_SECONDS = 60
+"""How long a request to Google's storage is made again; the library's own limit is 15 minutes."""
+
+NUM_CONNECTIONS = 8
+"""Files of a folder that are on their way at once."""
+
+_CONNECT_SECONDS = 10
+
+
+@functools.lru_cache(maxsize=64)
+def connect(scheme: str, bucket: str, options: str) -> pafs.FileSystem:
+    """Return the file system of a bucket; nothing is asked of it yet.
+
+    Args:
+        scheme: `s3`, `gs`, or empty for the local disk.
+        bucket: Its name; empty for the local disk.
+        options: What stands behind `?` in the URI.
+
+    Raises:
+        OSError: The vendor does not say in which region the bucket is.
+    """
+    if not scheme:
+        return pafs.LocalFileSystem()
+    given = dict(parse_qsl(options))
+    if scheme == "gs":
+        return pafs.GcsFileSystem(**given, retry_time_limit=timedelta(seconds=RETRY_SECONDS))
+    query = f"?{options}" if options else ""
+    # This asks the vendor for the bucket's region where neither it nor an endpoint is given.
+    filesystem, _ = pafs.FileSystem.from_uri(f"{scheme}://{bucket}{query}")
+    assert isinstance(filesystem, pafs.S3FileSystem)
+    return pafs.S3FileSystem(
+        region=filesystem.region,
+        endpoint_override=given.get("endpoint_override"),
+        scheme=given.get("scheme", "https"),
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=NUM_ATTEMPTS),
+        connect_timeout=_CONNECT_SECONDS,
+        # Both decide what is left of an upload that fails: with the other value of the first, the
+        # parts that did not fail become the file; of the second, nothing becomes an empty file.
+        background_writes=True,
+        allow_delayed_open=False,
+    )
