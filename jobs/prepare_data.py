@@ -22,7 +22,7 @@ def main() -> None:
     config = load(PrepareDataConfig, sys.argv[1:], default=DEFAULT_CONFIG)
     ray.init(logging_level=logging.WARNING)
     store = prepare_data(config.data, local_path(config.tokenizer, "tokenizer"))
-    print(f"token store: {store.path}")
+    print(f"token store: {store.place}")
 
 
 if __name__ == "__main__":

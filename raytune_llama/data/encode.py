@@ -53,7 +53,7 @@ from raytune_llama.data.units import (
 )
 from raytune_llama.files import move_directory, sha256_file
 from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
-from raytune_llama.storage import local_path
+from raytune_llama.storage import Place, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,10 @@ class DataConfig:
     """Whether each document ends with the tokenizer's end-of-text id."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the documents that go to the validation split, chosen by a hash of their text."""
+    cache_dir: Annotated[str | None, PLACEMENT] = None
+    """Folder on each node's own disk where training keeps copies of the shards of a store in
+    object storage, for the next run too; it may be deleted when none runs. Null: `raytune_llama`
+    in the user's cache folder."""
     num_workers: Annotated[Annotated[int, Field(ge=1)] | None, PLACEMENT] = None
     """Encoding processes, one CPU each. Null: one for each CPU that is free at the start."""
 
@@ -134,6 +138,17 @@ def prepare_data(config: DataConfig, tokenizer_path: Path) -> TokenStore:
         _check_counts(manifest, config.validation_fraction)
         _publish(manifest, plan, store_dir)
     return TokenStore.open(store_dir)
+
+
+def open_store(config: DataConfig) -> TokenStore:
+    """Open the token store that a config names, as it is.
+
+    Raises:
+        StoreError: It is no token store, of another format, or damaged.
+        OSError: Its place cannot be reached.
+    """
+    cache_dir = Path(config.cache_dir) if config.cache_dir is not None else None
+    return TokenStore.open(Place.parse(config.store_dir, "data.store_dir"), cache_dir)
 
 
 class UnitEncoder:

@@ -11,6 +11,7 @@ import pydantic
 
 from raytune_llama.config import differences
 from raytune_llama.files import write_json_atomic
+from raytune_llama.storage import Place
 
 FORMAT_VERSION = 2
 """Version of the directory's layout; part of the fingerprint."""
@@ -138,7 +139,7 @@ def compare_fingerprint(path: Path, stored: Mapping[str, Any], wanted: Mapping[s
     )
 
 
-def read_manifest(file: Path) -> Manifest:
+def read_manifest(file: Path | Place) -> Manifest:
     """Read and check a manifest.
 
     Raises:

@@ -20,6 +20,7 @@ from raytune_llama.data.batches import (
 )
 from raytune_llama.data.manifest import SplitManifest
 from raytune_llama.data.store import ShardWriter, TokenSplit
+from raytune_llama.storage import Place
 
 T = 4
 KNOWN_ORDER = [1, 3, 5, 4, 2, 9, 8, 0, 11, 7, 6, 10, 5, 2]
@@ -34,7 +35,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> TokenSplit:
             writer.write(list(range(start, start + 5)), 10, 0, 0)
         writer.write(list(range(40, 46)), 12, 0, 0)
     assert writer.shard
-    return TokenSplit(folder, SplitManifest.of([writer.shard]))
+    return TokenSplit(Place.local(folder), SplitManifest.of([writer.shard]))
 
 
 def make_plan(split: TokenSplit, **changes: object) -> BatchPlan:
@@ -211,7 +212,7 @@ def test_plan_impossible_numbers_are_refused(
 
 def test_plan_split_without_a_sequence_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="0 tokens"):
-        make_plan(TokenSplit(tmp_path, SplitManifest.of([])))
+        make_plan(TokenSplit(Place.local(tmp_path), SplitManifest.of([])))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 20])

@@ -45,7 +45,7 @@ def make_config(corpus: Path, store: Path, **fields: Any) -> DataConfig:  # noqa
 
 
 def content(store: TokenStore) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in store.path.iterdir()}
+    return {path.name: path.read_bytes() for path in store.place.path.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_prepare_data_manifest_accounts_for_every_line(undisturbed: TokenStore) 
     assert undisturbed.manifest.skipped == {"blank": 4, "no_tokens": 0}
     splits = [undisturbed.split("train"), undisturbed.split("validation")]
     assert sum(split.num_documents for split in splits) == 4 * 61
-    corpus = undisturbed.path.with_name("corpus")
+    corpus = undisturbed.place.path.with_name("corpus")
     text = "".join(file.read_text() for file in corpus.iterdir())
     assert sum(split.num_bytes for split in splits) == len(text.replace("\n", "").encode())
 
@@ -148,7 +148,7 @@ def test_prepare_data_after_a_failed_run_keeps_its_work_and_gives_the_same_bytes
     (corpus / "3.txt").write_bytes(good)
     store = prepare_data(config, tokenizer_dir)
     assert content(store) == expected
-    assert (store.path / "train-00000.arrow").stat().st_ino == before
+    assert (store.place.path / "train-00000.arrow").stat().st_ino == before
 
 
 def test_prepare_data_crashing_file_is_refused_by_name(
@@ -169,7 +169,7 @@ def test_prepare_data_crashing_file_is_refused_by_name(
 def test_prepare_data_complete_store_is_reused(
     corpus: Path, tmp_path: Path, tokenizer_dir: Path, undisturbed: TokenStore
 ) -> None:
-    copy = shutil.copytree(undisturbed.path, tmp_path / "store")
+    copy = shutil.copytree(undisturbed.place.path, tmp_path / "store")
     inode = (copy / "manifest.json").stat().st_ino
     store = prepare_data(make_config(corpus, copy), tokenizer_dir)
     assert store.fingerprint == undisturbed.fingerprint
@@ -179,7 +179,7 @@ def test_prepare_data_complete_store_is_reused(
 def test_prepare_data_stale_store_is_refused_naming_the_fields(
     corpus: Path, tmp_path: Path, tokenizer_dir: Path, undisturbed: TokenStore
 ) -> None:
-    copy = shutil.copytree(undisturbed.path, tmp_path / "store")
+    copy = shutil.copytree(undisturbed.place.path, tmp_path / "store")
     (corpus / "1.txt").write_text("changed")
     with pytest.raises(StoreError) as caught:
         prepare_data(make_config(corpus, copy, eos=False), tokenizer_dir)
@@ -197,7 +197,7 @@ def test_prepare_data_other_tokenizer_settings_make_the_store_stale(
     settings = json.loads((changed / "tokenizer_config.json").read_text())
     settings.update(tokenizer_class="GPT2Tokenizer", add_prefix_space=True)
     (changed / "tokenizer_config.json").write_text(json.dumps(settings))
-    copy = shutil.copytree(undisturbed.path, tmp_path / "store")
+    copy = shutil.copytree(undisturbed.place.path, tmp_path / "store")
     with pytest.raises(StoreError, match=r"tokenizer\.sha256: "):
         prepare_data(make_config(corpus, copy), changed)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from raytune_llama.data.manifest import SplitManifest
 from raytune_llama.data.packing import IGNORED_LABEL, num_sequences, read_sequence
 from raytune_llama.data.store import ShardWriter, TokenSplit
+from raytune_llama.storage import Place
 
 Documents = list[list[int]]
 
@@ -35,7 +36,7 @@ def make_split(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Documents]
                 for ids in part:
                     writer.write(ids, 3 * len(ids), number, 0)
             shards.append(writer.shard)
-        return TokenSplit(folder, SplitManifest.of(shard for shard in shards if shard))
+        return TokenSplit(Place.local(folder), SplitManifest.of(shard for shard in shards if shard))
 
     return make
 

@@ -24,6 +24,7 @@ from raytune_llama.data.manifest import (
     write_manifest,
 )
 from raytune_llama.data.store import ShardWriter, TokenSplit, TokenStore
+from raytune_llama.storage import Place
 
 INPUTS: dict[str, Any] = {
     "format_version": 1,
@@ -92,7 +93,9 @@ def test_document_starts_and_bytes_any_range_equal_a_plain_count(
     cut = data.draw(st.integers(0, len(lengths)))
     documents = [[1] * length for length in lengths]
     folder = tmp_path_factory.mktemp("split")
-    split = TokenSplit(folder, write_shards(folder, documents, [cut, len(lengths) - cut]))
+    split = TokenSplit(
+        Place.local(folder), write_shards(folder, documents, [cut, len(lengths) - cut])
+    )
     starts = np.cumsum([0, *lengths])
     low, high = sorted(data.draw(st.lists(st.integers(0, starts[-1]), min_size=2, max_size=2)))
 
@@ -267,5 +270,5 @@ def test_source_ranges_cover_the_stream_without_gap(tmp_path: Path) -> None:
             writer.write([7] * (number + 1), 1, number, 0)
         assert writer.shard is not None
         shards.append(writer.shard)
-    split = TokenSplit(tmp_path, SplitManifest.of(shards))
+    split = TokenSplit(Place.local(tmp_path), SplitManifest.of(shards))
     assert split.source_ranges() == {0: range(1), 2: range(1, 6), 3: range(6, 10)}

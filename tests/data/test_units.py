@@ -24,6 +24,7 @@ from raytune_llama.data.units import (
 )
 from raytune_llama.files import sha256_file
 from raytune_llama.model.tokenizer import load_tokenizer
+from raytune_llama.storage import Place
 
 TEXT = "The quick brown fox.\n\n人民日报 jumps\nover </s> the <|im_end|> lazy <s> dog\n"
 
@@ -54,7 +55,7 @@ def make_plan(work_dir: Path, *, validation_fraction: float = 0.0) -> EncodePlan
 def split_of_record(plan: EncodePlan, record: UnitRecord) -> TokenSplit:
     shard = record.shards["train"]
     assert shard
-    return TokenSplit(plan.store_dir, SplitManifest.of([shard]))
+    return TokenSplit(Place.local(plan.store_dir), SplitManifest.of([shard]))
 
 
 def documents_of(split: TokenSplit) -> list[list[int]]:
