@@ -7,9 +7,10 @@ from pathlib import Path
 import ray
 
 from raytune_llama.config import load, run_job
-from raytune_llama.data.documents import SourceError
 from raytune_llama.data.encode import PrepareDataConfig, prepare_data
 from raytune_llama.data.manifest import StoreError
+from raytune_llama.data.preview import render_preview
+from raytune_llama.data.rows import SourceError
 from raytune_llama.logs import setup_logging
 from raytune_llama.storage import local_path
 
@@ -17,11 +18,16 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "prepare_data_smollm2.yaml"
 
 
 def main() -> None:
-    """Load the config, build the store, print where it is."""
+    """Load the config, build the store, print where it is; or print a preview."""
     setup_logging()
     config = load(PrepareDataConfig, sys.argv[1:], default=DEFAULT_CONFIG)
+    tokenizer = local_path(config.tokenizer, "tokenizer")
+    if config.preview:
+        number, colour = config.preview_documents, sys.stdout.isatty()
+        print(render_preview(config.data, tokenizer, num_documents=number, colour=colour))
+        return
     ray.init(logging_level=logging.WARNING)
-    store = prepare_data(config.data, local_path(config.tokenizer, "tokenizer"))
+    store = prepare_data(config.data, tokenizer)
     print(f"token store: {store.place}")
 
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from raytune_llama.config import ConfigError, load, run_job
-from raytune_llama.data.documents import SourceError
 from raytune_llama.data.manifest import StoreError
+from raytune_llama.data.rows import SourceError
 from raytune_llama.logs import setup_logging
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.trainer import pretrain

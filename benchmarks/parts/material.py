@@ -23,6 +23,7 @@ from raytune_llama.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     Manifest,
+    RowCounts,
     SplitManifest,
     SplitName,
     fingerprint_of,
@@ -32,6 +33,7 @@ from raytune_llama.data.manifest import (
 from raytune_llama.data.store import ShardWriter, TokenStore
 from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
+from raytune_llama.storage import Place
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.loop import plan_run
 
@@ -206,9 +208,11 @@ def _write_store(
         inputs=inputs,
         token_dtype=dtype,
         splits=splits,
-        skipped={},
+        rows=RowCounts(),
+        quarantine=None,
+        lengths=[],
     )
-    write_manifest(path / MANIFEST_NAME, manifest)
+    write_manifest(Place.local(path / MANIFEST_NAME), manifest)
 
 
 def read_sequences(config: PretrainConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

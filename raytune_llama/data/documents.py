@@ -1,242 +1,302 @@
-r"""The documents of one file, with their places in it; streamed, except `.json`.
+"""The rows of one file, or of a range of it, whatever its format; streamed in bounded memory.
 
-Reading is strict: a byte that is not UTF-8, a row that is not JSON or has no text is an error that
-names file, row and byte offset. Nothing is guessed, repaired or dropped.
+    with place.open() as file:
+        for batch in read_rows(RangeOfFile(place, file, start, stop), options): ...
 
-Lines end with "\n" only, and a "\r" before it is dropped: U+2028, form feeds and the like, which
-`str.splitlines` cuts at, are part of the text.
+Nothing is repaired or dropped: what cannot be used comes as a bad row with a reason.
 """
 
-import json
-from collections.abc import Iterable, Iterator
+import codecs
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
-from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-Format = Literal["txt", "json", "jsonl", "parquet"]
-"""How a file is parsed."""
+from raytune_llama.data.encodings import TranscodingReader
+from raytune_llama.data.json_rows import add_json_lines, check_text, read_json_stream
+from raytune_llama.data.lines import TextLines, decode_lines
+from raytune_llama.data.parquet_rows import open_parquet, read_parquet_rows
+from raytune_llama.data.ranges import (
+    READ_BYTES,
+    ByteReader,
+    HashedRange,
+    LineBlock,
+    read_line_blocks,
+    starts_line,
+)
+from raytune_llama.data.rows import BadRow, ReadOptions, Reason, RowBatch, SourceError
+from raytune_llama.storage import Place
 
-DocumentMode = Literal["line", "file", "blank_line"]
-"""What a document of a txt file is."""
-
-_BOM = b"\xef\xbb\xbf"
-_JSON_SPACE = " \t\r\n"
-_PARQUET_ROWS = 1024  # a batch of rows in memory
-
-
-class SourceError(ValueError):
-    """A file of a corpus that cannot be read as configured."""
+_SHORT_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
-class ReadOptions:
-    """How to read a file; part of a store's fingerprint."""
+class OpenRange:
+    """A part of a file that is open; `start` and `stop` are row groups in Parquet, else bytes."""
 
-    format: Format
-    """Its format."""
-    document: DocumentMode
-    """What a document is; used for txt only."""
-    text_field: str
-    """Where the text is; not used for txt."""
+    place: Place
+    """The file."""
+    file: pa.NativeFile
+    """Open for reading at any offset."""
+    start: int
+    """First byte or row group."""
+    stop: int
+    """End, not in it."""
+    reader: HashedRange
+    """Reads and hashes the part's bytes; stands at `start` but for Parquet."""
 
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A text and where it came from."""
-
-    text: str
-    """Without its line end."""
-    offset: int
-    """Byte at which it (for JSON: its object) starts in the file; for Parquet, its row from 0."""
-    num_bytes: int
-    """UTF-8 bytes of `text`."""
-
-    @property
-    def is_blank(self) -> bool:
-        """Whether there is nothing but white space: the caller skips and counts it."""
-        return not self.text.strip()
+    def error(self, problem: str) -> SourceError:
+        """Return an error that names the file."""
+        return SourceError(f"{self.place}: {problem}")
 
 
-def read_documents(path: Path, options: ReadOptions) -> Iterator[Document]:
-    """Stream the documents of a file in their order, blank ones too.
+def read_rows(part: OpenRange, options: ReadOptions) -> Iterator[RowBatch]:
+    """Stream the rows that start in a part of a file, in their order, blank ones too.
 
     Raises:
-        SourceError: The file cannot be read or is not what `options` say; names file, row (from 1)
-            and byte offset.
+        SourceError: The file is not what `options` say, or is compressed and damaged; names it.
+        OSError: The file cannot be read.
     """
-    readers = {"jsonl": _read_jsonl, "json": _read_json, "parquet": _read_parquet}
-    try:
-        if options.format == "txt":
-            yield from _read_txt(path, options.document)
-        else:
-            yield from readers[options.format](path, options.text_field)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def check_parquet(path: Path, text_field: str) -> None:
-    """Check that a Parquet file has a column of text, by its footer only.
-
-    Raises:
-        SourceError: It is no Parquet file, or has no such column of strings.
-    """
-    try:
-        schema = pq.read_schema(path)
-    except pa.ArrowInvalid as error:
-        raise SourceError(f"{path}: not a Parquet file ({error})") from error
-    if text_field not in schema.names:
-        raise SourceError(_no_field(f"{path}", text_field, schema.names))
-    kind = schema.field(text_field).type
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (
-        pa.types.is_string(value)
-        or pa.types.is_large_string(value)
-        or pa.types.is_string_view(value)
-    ):
-        raise SourceError(f"{path}: column {text_field!r} is {kind}, wanted string")
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """A line of a file without its end."""
-
-    number: int
-    offset: int
-    data: bytes
-
-
-def _read_lines(path: Path) -> Iterator[_Line]:
-    offset = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            skipped = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
-            data = raw[skipped:].removesuffix(b"\n").removesuffix(b"\r")
-            yield _Line(number, offset + skipped, data)
-            offset += len(raw)
-
-
-def _decode(data: bytes, offset: int, place: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{place}: byte 0x{data[error.start]:02x} at offset {offset + error.start} is not "
-            "UTF-8; convert the file to UTF-8"
-        ) from error
-
-
-def _read_txt(path: Path, mode: DocumentMode) -> Iterator[Document]:
-    lines = (
-        (line.offset, _decode(line.data, line.offset, f"{path}: row {line.number}"))
-        for line in _read_lines(path)
-    )
-    if mode == "line":
-        for offset, text in lines:
-            yield _document(text, offset)
-    elif mode == "file":
-        yield _joined(lines)
+    if options.format == "parquet":
+        parquet = open_parquet(part.file, part.place, options.text_fields)
+        yield from read_parquet_rows(parquet, options, range(part.start, part.stop))
+    elif options.format == "json":
+        text = _open_text(part, options)
+        yield from read_json_stream(text.reader, options, str(part.place), text.start)
+    elif options.format == "jsonl":
+        for lines in _read_lines(part, options):
+            batch = RowBatch(num_lines=len(lines.texts))
+            add_json_lines(batch, lines, options)
+            yield batch
+    elif options.document == "line":
+        for lines in _read_lines(part, options):
+            yield _rows_of_lines(lines)
+    elif options.document == "blank_line":
+        yield from _read_paragraphs(part, options)
     else:
-        for blank, paragraph in groupby(lines, key=lambda line: not line[1].strip()):
-            if not blank:
-                yield _joined(paragraph)
+        yield _read_whole(part, options)
 
 
-def _joined(lines: Iterable[tuple[int, str]]) -> Document:
-    listed = list(lines)
-    return _document("\n".join(text for _, text in listed), listed[0][0] if listed else 0)
+@dataclass(frozen=True)
+class _Text:
+    """The bytes of a text file without compression and mark."""
+
+    reader: ByteReader
+    start: int
+    codec: str
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
-    for line in _read_lines(path):
-        place = f"{path}: row {line.number}"
-        text = _decode(line.data, line.offset, place)
-        place = f"{place} at byte {line.offset}"
-        if not text.strip(_JSON_SPACE):
-            yield Document("", line.offset, 0)
-            continue
+def _open_text(part: OpenRange, options: ReadOptions) -> _Text:
+    """Undo what keeps bytes from being cut into lines; the reader stands behind the mark."""
+    reader: ByteReader = part.reader
+    codec, mark_bytes = options.encoding, options.bom_bytes
+    if options.compression != "none":
+        reader = _Decompressed(part, options)
+    # JSON is scanned as characters; in UTF-16 the bytes of a line end stand in other characters.
+    if codec.startswith("utf-16") or (options.format == "json" and codec != "utf-8"):
+        reader, codec = TranscodingReader(reader, codec), "utf-8"
+        mark_bytes = len(codecs.BOM_UTF8) if mark_bytes else 0
+    start = part.start
+    if start == 0:
+        while start < mark_bytes and (data := reader.read(mark_bytes - start)):
+            start += len(data)
+    return _Text(reader, start, codec)
+
+
+class _Decompressed:
+    """Reads a compressed file; its end is an error when it comes too early."""
+
+    def __init__(self, part: OpenRange, options: ReadOptions) -> None:
+        self._part = part
+        raw = pa.PythonFile(part.reader, mode="r")
+        self._stream = pa.CompressedInputStream(raw, options.compression)
+
+    def read(self, num_bytes: int, /) -> bytes:
+        """Return some of the next bytes; none behind the end only."""
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise SourceError(f"{place}: not JSON ({error}); mend or remove the row") from error
-        yield _document_of_row(row, text_field, place, line.offset)
+            return self._stream.read(num_bytes)
+        except (OSError, pa.ArrowInvalid) as error:
+            # How many rows are lost cannot be known, so that no share of bad rows would be true.
+            raise self._part.error(f"damaged or cut off ({error}); fetch it again") from error
 
 
-def _read_json(path: Path, text_field: str) -> Iterator[Document]:
-    """Yield the objects of an array, or the one object; the whole file is in memory."""
-    data = path.read_bytes()
-    offset = len(_BOM) if data.startswith(_BOM) else 0
-    text = _decode(data[offset:], offset, f"{path}")
+def _read_lines(part: OpenRange, options: ReadOptions) -> Iterator[TextLines]:
+    """Stream the decoded lines that start in a part."""
+    at_line_start = starts_line(part.file, part.start)
+    text = _open_text(part, options)
+    blocks = read_line_blocks(
+        text.reader,
+        text.start,
+        part.stop if options.is_splittable else None,
+        at_line_start=at_line_start,
+        max_line_bytes=options.max_document_bytes,
+    )
+    return _decode_blocks(blocks, text.codec, options)
+
+
+def _decode_blocks(
+    blocks: Iterator[LineBlock], codec: str, options: ReadOptions, first_line: int = 1
+) -> Iterator[TextLines]:
+    for block in blocks:
+        lines = decode_lines(block, codec, first_line, options.max_document_bytes)
+        first_line += len(lines.texts)
+        yield lines
+
+
+def _rows_of_lines(lines: TextLines) -> RowBatch:
+    batch = RowBatch(num_rows=len(lines.texts), num_lines=len(lines.texts))
+    if not lines.bad:
+        batch.texts, batch.offsets = lines.texts, lines.offsets
+        batch.num_bytes = lines.num_bytes
+        return batch
+    for number, text in enumerate(lines.texts):
+        if number not in lines.bad:
+            batch.add(text, lines.offsets[number], lines.num_bytes[number])
+    batch.bad = list(lines.bad.values())
+    return batch
+
+
+def _read_paragraphs(part: OpenRange, options: ReadOptions) -> Iterator[RowBatch]:
+    """Stream the paragraphs whose first line starts in a part, also where they end behind it."""
+    open_paragraph: _Paragraph | None = None
+    skipping = None  # whether the lines here belong to a paragraph of the part before
+    end = part.start
+    for lines in _read_lines(part, options):
+        batch = RowBatch(num_lines=len(lines.texts))
+        if skipping is None:
+            skipping = part.start > 0 and _follows_text(part.file, lines.offsets[0], options)
+        for number, is_blank in enumerate(_blanks(lines)):
+            if is_blank:
+                skipping = False
+                _close(open_paragraph, batch)
+                open_paragraph = None
+            elif not skipping:
+                open_paragraph = open_paragraph or _Paragraph(lines, number, options)
+                open_paragraph.append(lines, number)
+        end = lines.end
+        yield batch
+    batch = RowBatch()
+    if open_paragraph is not None and options.is_splittable:
+        for lines in _read_behind(part, end, options):
+            first_blank = next((n for n, is_blank in enumerate(_blanks(lines)) if is_blank), None)
+            for number in range(len(lines.texts) if first_blank is None else first_blank):
+                open_paragraph.append(lines, number)
+            if first_blank is not None:
+                break
+    _close(open_paragraph, batch)
+    yield batch
+
+
+def _blanks(lines: TextLines) -> list[bool]:
+    """Say which lines end a paragraph: a line that cannot be decoded belongs to one."""
+    return [number not in lines.bad and not text.strip() for number, text in enumerate(lines.texts)]
+
+
+def _read_behind(part: OpenRange, start: int, options: ReadOptions) -> Iterator[TextLines]:
+    """Stream the lines behind a part, a little at a time."""
+    part.file.seek(start)
+    blocks = read_line_blocks(
+        _ShortReads(part.file),
+        start,
+        None,
+        at_line_start=True,
+        max_line_bytes=options.max_document_bytes,
+    )
+    return _decode_blocks(blocks, options.encoding, options)
+
+
+class _ShortReads:
+    def __init__(self, file: pa.NativeFile) -> None:
+        self._file = file
+
+    def read(self, num_bytes: int, /) -> bytes:
+        return self._file.read(min(num_bytes, _SHORT_BYTES))
+
+
+class _Paragraph:
+    """Lines of one document."""
+
+    def __init__(self, lines: TextLines, number: int, options: ReadOptions) -> None:
+        self.offset = lines.offsets[number]
+        self.line = lines.first_line + number
+        self.texts: list[str] = []
+        self.num_bytes = -1  # one line end fewer than lines
+        self.max_bytes = options.max_document_bytes
+        self.bad: BadRow | None = None
+
+    def append(self, lines: TextLines, number: int) -> None:
+        """Add a line; one that cannot be used spoils the document, which is then not kept."""
+        self.num_bytes += lines.num_bytes[number] + 1
+        reason: Reason | None = None
+        detail = ""
+        if number in lines.bad:
+            reason, detail = lines.bad[number].reason, lines.bad[number].detail
+        elif self.num_bytes > self.max_bytes:
+            reason, detail = "too_long", f"max_document_bytes is {self.max_bytes}"
+        if reason and self.bad is None:
+            self.bad = BadRow(self.line, self.offset, reason, detail)
+        if self.bad:
+            self.texts.clear()
+        else:
+            self.texts.append(lines.texts[number])
+
+
+def _close(paragraph: _Paragraph | None, batch: RowBatch) -> None:
+    """Append a paragraph, if there is one."""
+    if paragraph is None:
+        return
+    batch.num_rows += 1
+    if paragraph.bad:
+        batch.bad.append(paragraph.bad)
+    else:
+        batch.add("\n".join(paragraph.texts), paragraph.offset, paragraph.num_bytes)
+
+
+def _follows_text(file: pa.NativeFile, start: int, options: ReadOptions) -> bool:
+    """Whether the line before the one at `start` is not blank; only its end may be read."""
+    end, tail = start - 1, b""
+    while end > 0:
+        begin = max(0, end - _SHORT_BYTES)
+        file.seek(begin)
+        tail = file.read(end - begin) + tail
+        line = tail.rpartition(b"\n")[2]
+        is_whole = b"\n" in tail or begin == 0
+        # Bytes that are no text are not blank; those of a character that is cut say nothing.
+        errors = "replace" if is_whole else "ignore"
+        if line.decode(options.encoding, errors=errors).strip():
+            return True
+        if is_whole:
+            return False
+        end = begin
+    return False
+
+
+def _read_whole(part: OpenRange, options: ReadOptions) -> RowBatch:
+    """Read a file that is one document."""
+    text = _open_text(part, options)
+    pieces: list[bytes] = []
+    num_bytes = 0
+    while data := text.reader.read(READ_BYTES):
+        num_bytes += len(data)
+        if num_bytes <= options.max_document_bytes:
+            pieces.append(data)
+    batch = RowBatch(num_rows=1)
+    reason: Reason | None = None
+    detail = f"{num_bytes} bytes, max_document_bytes is {options.max_document_bytes}"
+    if num_bytes > options.max_document_bytes:
+        batch.bad.append(BadRow(1, text.start, "too_long", detail))
+        return batch
+    data = b"".join(pieces)
     try:
-        is_array = isinstance(json.loads(text), list)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(
-            f"{path}: not JSON ({error}); set format to jsonl if each line is an object"
-        ) from error
-    # The text is known to be valid: commas and white space are all that is between two rows.
-    decoder = json.JSONDecoder()
-    between = _JSON_SPACE + "," if is_array else _JSON_SPACE
-    end, number = (text.index("[") + 1, 1) if is_array else (0, 1)
-    offset += end
-    while (start := _skip(text, end, between)) < len(text) and text[start] != "]":
-        offset += start - end
-        row, end = decoder.raw_decode(text, start)
-        yield _document_of_row(row, text_field, f"{path}: row {number} at byte {offset}", offset)
-        offset += len(text[start:end].encode())
-        number += 1
-
-
-def _skip(text: str, start: int, characters: str) -> int:
-    while start < len(text) and text[start] in characters:
-        start += 1
-    return start
-
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
-    check_parquet(path, text_field)
-    row = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_PARQUET_ROWS, columns=[text_field]):
-                for value in batch.column(0):
-                    place = f"{path}: row {row + 1}"
-                    yield _document_of_row({text_field: value.as_py()}, text_field, place, row)
-                    row += 1
+        document = data.decode(text.codec).replace("\r\n", "\n").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: row {row + 1}: not UTF-8 ({error}); mend the row") from error
-    except pa.ArrowInvalid as error:
-        raise SourceError(f"{path}: damaged behind row {row} ({error})") from error
-
-
-def _document_of_row(row: object, text_field: str, place: str, offset: int) -> Document:
-    if not isinstance(row, dict):
-        raise SourceError(f"{place}: got {_kind(row)}, wanted an object with field {text_field!r}")
-    if text_field not in row:
-        raise SourceError(_no_field(place, text_field, list(row)))
-    text = row[text_field]
-    if not isinstance(text, str):
-        raise SourceError(f"{place}: field {text_field!r} is {_kind(text)}, wanted a text")
-    try:
-        return _document(text, offset)
-    except UnicodeEncodeError as error:
-        raise SourceError(
-            f"{place}: field {text_field!r} holds half of a surrogate pair at character "
-            f"{error.start}, which no UTF-8 text can; mend the row"
-        ) from error
-
-
-def _document(text: str, offset: int) -> Document:
-    return Document(text, offset, len(text.encode()))
-
-
-def _no_field(place: str, text_field: str, names: list[str]) -> str:
-    there = ", ".join(names[:20]) or "none"
-    return f"{place}: no field {text_field!r}; there are: {there}. Set text_field to one of them"
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "an array", str: "a text", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")
+        detail = f"byte 0x{data[error.start]:02x} at offset {text.start + error.start}"
+        detail += f" is not {text.codec}"
+        batch.bad.append(BadRow(1, text.start, "invalid_bytes", detail))
+        return batch
+    reason, detail, num_bytes = check_text(document, options.max_document_bytes)
+    if reason is None:
+        batch.add(document, text.start, num_bytes)
+    else:
+        batch.bad.append(BadRow(1, text.start, reason, detail))
+    return batch

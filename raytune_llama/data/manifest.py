@@ -3,14 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 import pydantic
 
 from raytune_llama.config import differences
-from raytune_llama.files import write_json_atomic
 from raytune_llama.storage import Place
 
 FORMAT_VERSION = 2
@@ -85,6 +83,57 @@ class SplitManifest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowCounts:
+    """Rows of the sources; `total` is counted apart and is the sum of all others."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    total: int = 0
+    """Rows that were read."""
+    documents: int = 0
+    """Rows that are documents of the store."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Usable rows that were left out on purpose, by reason: blank, too short, twice there."""
+    quarantined: dict[str, int] = field(default_factory=dict)
+    """Rows that cannot be used, by reason."""
+    aliased: int = 0
+    """Documents (and skipped rows) whose text was under another name of its field."""
+
+    @property
+    def num_quarantined(self) -> int:
+        """Rows in quarantine."""
+        return sum(self.quarantined.values())
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether every row was accounted for."""
+        return self.total == self.documents + sum(self.skipped.values()) + self.num_quarantined
+
+    def __add__(self, other: "RowCounts") -> "RowCounts":
+        return RowCounts(
+            total=self.total + other.total,
+            documents=self.documents + other.documents,
+            skipped=_sum(self.skipped, other.skipped),
+            quarantined=_sum(self.quarantined, other.quarantined),
+            aliased=self.aliased + other.aliased,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quarantine:
+    """The file with the rows that cannot be used, a JSON object a line."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    """File name inside the store."""
+    sha256: str
+    """Hash of the file."""
+    file_bytes: int
+    """Size of the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a store is made of and what is in it; `manifest.json`."""
 
@@ -100,8 +149,16 @@ class Manifest:
     """The smallest type that holds the vocabulary."""
     splits: dict[SplitName, SplitManifest]
     """All splits, also empty ones."""
-    skipped: dict[str, int]
-    """Documents that are in no split, by reason."""
+    rows: RowCounts
+    """What became of every row of the sources."""
+    quarantine: Quarantine | None
+    """The file that lists the rows in quarantine; None when there are none."""
+    lengths: list[int]
+    """Documents by length: the n-th number counts those of 2**n to 2**(n + 1) - 1 tokens."""
+
+
+def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {name: one.get(name, 0) + other.get(name, 0) for name in sorted({*one, *other})}
 
 
 def fingerprint_of(inputs: Mapping[str, Any]) -> str:
@@ -115,7 +172,7 @@ def token_dtype(vocabulary_size: int) -> Literal["uint16", "uint32"]:
     return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
 
 
-def compare_fingerprint(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def compare_fingerprint(path: Place, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse a store that was made from other inputs than the config describes now.
 
     Args:
@@ -139,7 +196,7 @@ def compare_fingerprint(path: Path, stored: Mapping[str, Any], wanted: Mapping[s
     )
 
 
-def read_manifest(file: Path | Place) -> Manifest:
+def read_manifest(file: Place) -> Manifest:
     """Read and check a manifest.
 
     Raises:
@@ -163,9 +220,9 @@ def read_manifest(file: Path | Place) -> Manifest:
     return manifest
 
 
-def write_manifest(file: Path, manifest: Manifest) -> None:
+def write_manifest(place: Place, manifest: Manifest) -> None:
     """Write a manifest as JSON; equal manifests are equal bytes."""
-    write_json_atomic(file, asdict(manifest))
+    place.write_json(asdict(manifest))
 
 
 def _indexed(value: Any) -> Any:  # noqa: ANN401 - any JSON value

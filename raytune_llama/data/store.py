@@ -12,9 +12,7 @@ index of its source file and its offset there. The rows of a split, shard after 
 documents in source order; their ids one after the other are the split's flat token stream.
 """
 
-import logging
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -26,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raytune_llama.buckets import NUM_CONNECTIONS
+from raytune_llama.data.copies import local_shards
 from raytune_llama.data.manifest import (
     MANIFEST_NAME,
     REBUILD,
@@ -39,9 +37,9 @@ from raytune_llama.data.manifest import (
 )
 from raytune_llama.files import sha256_file, temporary_sibling
 from raytune_llama.storage import FileStatus, Place
-from raytune_llama.transfers import default_cache_dir, local_copy
 
-logger = logging.getLogger(__name__)
+Ids = NDArray[np.unsignedinteger] | list[int]
+"""Token ids of a document."""
 
 _BATCH_TOKENS = 1 << 20  # bounds a writer's memory; a batch may exceed it by one document
 _BATCH_DOCUMENTS = 1 << 16
@@ -55,7 +53,15 @@ class ShardWriter:
     file is written. Memory stays bounded by one record batch.
     """
 
-    def __init__(self, path: Path, dtype: Literal["uint16", "uint32"], *, source: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        dtype: Literal["uint16", "uint32"],
+        *,
+        source: int,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+    ) -> None:
         self.shard: Shard | None = None
         self._path = path
         self._source = source
@@ -64,15 +70,17 @@ class ShardWriter:
         self._schema = _schema(dtype)
         self._sink: pa.OSFile | None = None
         self._writer: pa.RecordBatchFileWriter | None = None
-        self._rows: list[tuple[list[int], int, int, int]] = []
+        self._before = np.array([] if bos_id is None else [bos_id], dtype=self._dtype)
+        self._behind = np.array([] if eos_id is None else [eos_id], dtype=self._dtype)
+        self._rows: list[tuple[NDArray[np.unsignedinteger], int, int, int]] = []
         self._pending_tokens = 0
         self._documents = self._tokens = self._text_bytes = 0
 
     def __enter__(self) -> Self:
         return self
 
-    def write(self, ids: list[int], num_bytes: int, source: int, offset: int) -> None:
-        """Append a document.
+    def write(self, ids: Ids, num_bytes: int, source: int, offset: int) -> None:
+        """Append a document; `bos_id` and `eos_id` are put around it.
 
         Args:
             ids: Its token ids, at least one.
@@ -80,9 +88,11 @@ class ShardWriter:
             source: Index of its source file.
             offset: Where it starts in that file.
         """
-        assert ids, "a document without tokens cannot be found in the flat stream"
+        assert len(ids), "a document without tokens cannot be found in the flat stream"
+        if isinstance(ids, list):
+            ids = np.array(ids, dtype=self._dtype)
         self._rows.append((ids, num_bytes, source, offset))
-        self._pending_tokens += len(ids)
+        self._pending_tokens += len(ids) + len(self._before) + len(self._behind)
         if self._pending_tokens >= _BATCH_TOKENS or len(self._rows) >= _BATCH_DOCUMENTS:
             self._flush()
 
@@ -117,8 +127,12 @@ class ShardWriter:
             self._sink = pa.OSFile(str(self._temporary), "wb")
             self._writer = pa.ipc.new_file(self._sink, self._schema)
         ids, num_bytes, source, offset = zip(*self._rows, strict=True)
-        lengths = [len(one) for one in ids]
-        flat = np.fromiter(chain.from_iterable(ids), self._dtype, count=self._pending_tokens)
+        around = len(self._before) + len(self._behind)
+        lengths = [len(one) + around for one in ids]
+        pieces = chain.from_iterable((self._before, one, self._behind) for one in ids)
+        flat = np.concatenate(list(pieces))
+        assert flat.max() <= np.iinfo(self._dtype).max, "an id is beyond the vocabulary"
+        flat = flat.astype(self._dtype, copy=False)
         offsets = np.zeros(len(ids) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
         tokens = pa.LargeListArray.from_arrays(
@@ -332,7 +346,7 @@ def _schema(dtype: str) -> pa.Schema:
 def _map_batches(place: Place, shards: list[Shard], cache_dir: Path | None) -> Iterable[_Batch]:
     """Map all record batches; raise StoreError where rows or tokens differ from the manifest."""
     token_start = 0
-    for shard, path in zip(shards, _local_shards(place, shards, cache_dir), strict=True):
+    for shard, path in zip(shards, local_shards(place, shards, cache_dir), strict=True):
         documents, first = 0, token_start
         try:
             # Closing gives the file descriptor back; the mapping lives as long as its arrays.
@@ -354,28 +368,6 @@ def _map_batches(place: Place, shards: list[Shard], cache_dir: Path | None) -> I
                 f"{path}: {documents} documents with {token_start - first} tokens, the manifest "
                 f"says {shard.documents} with {shard.tokens}; {REBUILD}"
             )
-
-
-def _local_shards(place: Place, shards: Sequence[Shard], cache_dir: Path | None) -> list[Path]:
-    """Return where the shards lie on this node, in order; what is not there yet is fetched."""
-    folder = cache_dir or default_cache_dir()
-    if not place.is_local and shards:
-        gib = sum(shard.file_bytes for shard in shards) / 2**30
-        logger.info("%s: %d shards, %.3f GiB, read from %s", place, len(shards), gib, folder)
-
-    def fetch(shard: Shard) -> Path:
-        file = place / shard.name
-        try:
-            return local_copy(
-                file, sha256=shard.sha256, num_bytes=shard.file_bytes, cache_dir=folder
-            )
-        except OSError as error:
-            raise StoreError(f"{file}: cannot be copied to {folder} ({error})") from error
-        except ValueError as error:
-            raise StoreError(f"{error}; {REBUILD}") from error
-
-    with ThreadPoolExecutor(NUM_CONNECTIONS) as threads:
-        return list(threads.map(fetch, shards))
 
 
 def _check_size(file: Place, files: dict[Place, FileStatus], file_bytes: int) -> None:

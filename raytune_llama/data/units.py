@@ -1,35 +1,51 @@
-"""One work unit of building a token store: a source file becomes its shards and a record.
+"""One work unit of building a token store: pieces of source files become shards and a record.
 
-A unit depends on nothing but its file and the plan, so that its bytes are the same on whatever
+A unit depends on nothing but its files and the plan, so that its bytes are the same on whatever
 worker, in whatever order and after however many restarts. The work directory holds
 
-    store/train-00000.arrow ...   what becomes the store
-    units/00000.json              record of a finished unit: hashes and counts of its shards
-    units/00000.attempts          a byte for each time that the unit was begun and not finished
-    stop                          some unit has failed: the others give up
+    store/train-00000.arrow ...     what becomes the store (in object storage: lies there already)
+    units/00000.json                record of a finished unit: hashes and counts
+    units/00000.quarantine.jsonl    its bad rows
+    units/00000.attempts            a byte for each time that it was begun and not finished
+    stop                            some unit has failed: the others give up
 """
 
-import os
+import contextlib
+import errno
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import pydantic
-from transformers import PreTrainedTokenizerBase
+from numpy.typing import NDArray
 
-from raytune_llama.data.documents import Document, SourceError, read_documents
-from raytune_llama.data.manifest import SPLITS, Shard, SplitName, fingerprint_of
+from raytune_llama.data.manifest import SPLITS, RowCounts, Shard, SplitName
+from raytune_llama.data.plan import Unit
+from raytune_llama.data.reading import (
+    Documents,
+    PieceRecord,
+    QuarantineWriter,
+    Tally,
+    read_unit,
+)
+from raytune_llama.data.rows import SourceError
 from raytune_llama.data.sources import SourceFile
 from raytune_llama.data.store import ShardWriter
-from raytune_llama.files import sha256_file, write_json_atomic
-from raytune_llama.model.tokenizer import encode_text
+from raytune_llama.files import sha256_file
+from raytune_llama.model.reference import TextEncoder
+from raytune_llama.storage import Place
 
 MAX_ATTEMPTS = 3
 """A unit that ended its process this often is refused: Ray would restart it for ever."""
+
+NUM_LENGTH_BINS = 40
+"""Powers of two that the histogram of lengths knows."""
 
 _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 1 << 20
@@ -39,43 +55,20 @@ class UnitStoppedError(Exception):
     """A unit gave up because another one has failed."""
 
 
-@dataclass(frozen=True)
-class Unit:
-    """A source file to encode."""
-
-    index: int
-    """Its place among the source files."""
-    file: SourceFile
-    """Where it is and how to read it."""
-    sha256: str
-    """Hash of its bytes."""
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """What the unit adds to the store's fingerprint; settings that its format ignores not."""
-        options = self.file.options
-        fields = {
-            "source": self.file.source,
-            "name": self.file.name,
-            "sha256": self.sha256,
-            "format": options.format,
-        }
-        if options.format == "txt":
-            return fields | {"document": options.document}
-        return fields | {"text_field": options.text_field}
-
-    @property
-    def key(self) -> str:
-        """Identifies a finished unit in a work directory."""
-        return fingerprint_of({"index": self.index, **self.inputs})
+class NoSpaceError(SourceError):
+    """A disk is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodePlan:
     """What all units have in common."""
 
-    work_dir: Path
-    """The work directory, on a disk that all nodes share; absolute."""
+    work: Place
+    """The work directory, on storage that all nodes share."""
+    store: Place
+    """Where the shards are collected."""
+    files: list[SourceFile]
+    """All source files."""
     bos_id: int | None
     """Id before each document, if any."""
     eos_id: int | None
@@ -86,19 +79,26 @@ class EncodePlan:
     """Share of the documents that go to the validation split."""
 
     @property
-    def store_dir(self) -> Path:
-        """Where the shards are collected."""
-        return self.work_dir / "store"
-
-    @property
-    def units_dir(self) -> Path:
+    def units(self) -> Place:
         """Where the records of units are."""
-        return self.work_dir / "units"
+        return self.work / "units"
 
     @property
-    def stop_file(self) -> Path:
+    def stop(self) -> Place:
         """Exists when some unit has failed."""
-        return self.work_dir / "stop"
+        return self.work / "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuarantinePart:
+    """The bad rows of a unit."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    sha256: str
+    """Hash of the file."""
+    file_bytes: int
+    """Its size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,123 +111,220 @@ class UnitRecord:
     """`Unit.key`."""
     shards: dict[SplitName, Shard | None]
     """Its shard in each split; None when no document went there."""
-    skipped: dict[str, int]
-    """Documents that are in no shard, by reason."""
+    rows: RowCounts
+    """What became of its rows."""
+    pieces: list[PieceRecord]
+    """One for each piece."""
+    quarantine: QuarantinePart | None
+    """Its file of bad rows; None when there are none."""
+    lengths: list[int]
+    """Documents by the power of two of their tokens."""
 
 
 def split_of(text: str, validation_fraction: float) -> SplitName:
     """Choose the side of a document by its text alone: equal texts are on the same side."""
+    if not validation_fraction:
+        return "train"
     place = int.from_bytes(sha256(text.encode()).digest()[:8], "big")
     return "validation" if place < int(validation_fraction * 2**64) else "train"
 
 
+def quarantine_place(unit: Unit, plan: EncodePlan) -> Place:
+    """Where the bad rows of a unit are."""
+    return plan.units / f"{unit.index:05d}.quarantine.jsonl"
+
+
 def finished_record(unit: Unit, plan: EncodePlan) -> UnitRecord | None:
-    """Return the record of a unit if it and the shards it lists are whole."""
-    file = _record_file(unit, plan)
-    if not file.is_file():
+    """Return the record of a unit if it and the files it lists are whole."""
+    place = _record_place(unit, plan)
+    if not place.exists():
         return None
     try:
-        record = pydantic.TypeAdapter(UnitRecord).validate_json(file.read_bytes())
+        record = pydantic.TypeAdapter(UnitRecord).validate_json(place.read_bytes())
     except pydantic.ValidationError:
         return None
-    for shard in record.shards.values():
-        path = plan.store_dir / shard.name if shard else None
-        # Shards are synced only when the store is published: after a power cut one may be torn.
-        if shard and path and not (path.is_file() and sha256_file(path) == shard.sha256):
-            return None
-    return record if record.key == unit.key else None
+    files: list[tuple[Place, Shard | QuarantinePart]] = [
+        (plan.store / shard.name, shard) for shard in record.shards.values() if shard
+    ]
+    if record.quarantine:
+        files.append((quarantine_place(unit, plan), record.quarantine))
+    if record.key != unit.key or not all(_is_whole(*file) for file in files):
+        return None
+    return record
 
 
-def encode_unit(unit: Unit, plan: EncodePlan, tokenizer: PreTrainedTokenizerBase) -> UnitRecord:
-    """Encode a file and write its shards and its record.
+def _is_whole(place: Place, wanted: Shard | QuarantinePart) -> bool:
+    status = place.status()
+    if status is None or status.num_bytes != wanted.file_bytes:
+        return False
+    # Shards are synced only when the store is published: after a power cut one may be torn. An
+    # upload is never torn, and hashing it would mean to download it.
+    return not place.is_local or sha256_file(place.path) == wanted.sha256
+
+
+def encode_unit(unit: Unit, plan: EncodePlan, encoder: TextEncoder) -> UnitRecord:
+    """Encode a unit and write its shards and its record.
 
     Raises:
-        SourceError: The file cannot be read as configured, was changed meanwhile, or has ended
+        SourceError: A file cannot be read as configured, was changed meanwhile, or has ended
             the process too often.
+        NoSpaceError: A disk is full; what other units have done stays.
         UnitStoppedError: Another unit has failed.
     """
-    attempts_file = plan.units_dir / f"{unit.index:05d}.attempts"
-    _count_attempt(attempts_file, unit.file.path)
-    skipped: Counter[str] = Counter(blank=0, no_tokens=0)
+    attempts = plan.units / f"{unit.index:05d}.attempts"
+    try:
+        _count_attempt(attempts, unit, plan)
+        with _scratch(plan) as folder:
+            record = _encode_into(folder, unit, plan, encoder)
+            _upload(folder, unit, plan, record)
+        _record_place(unit, plan).write_json(asdict(record))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise NoSpaceError(_no_space(unit, plan, error)) from error
+    attempts.delete()
+    return record
+
+
+def _record_place(unit: Unit, plan: EncodePlan) -> Place:
+    return plan.units / f"{unit.index:05d}.json"
+
+
+def _count_attempt(attempts: Place, unit: Unit, plan: EncodePlan) -> None:
+    """Note in storage that a unit is begun; refuse it when it has been too often."""
+    done = attempts.read_bytes() if attempts.exists() else b""
+    if len(done) >= MAX_ATTEMPTS:
+        raise SourceError(
+            f"{_name(unit, plan)}: encoding it ended the process {len(done)} times (out of "
+            "memory, a crash of the tokenizer, or lost machines); look into the workers' logs, or "
+            "leave the file out"
+        )
+    attempts.write_bytes(done + b".")
+
+
+def _name(unit: Unit, plan: EncodePlan) -> str:
+    first, more = unit.pieces[0], len(unit.pieces) - 1
+    name = f"{plan.files[first.file].place}"
+    if more:
+        return f"{name} and {more} files behind it"
+    kind = "row groups" if plan.files[first.file].options.format == "parquet" else "bytes"
+    return f"{name}, {kind} {first.start} to {first.stop}"
+
+
+def _no_space(unit: Unit, plan: EncodePlan, error: OSError) -> str:
+    where = error.filename or plan.store
+    return (
+        f"no space left for {where} while {_name(unit, plan)} ({unit.num_bytes:,} bytes of text) "
+        "was encoded; make room and run the same command again: what is done is kept"
+    )
+
+
+@contextlib.contextmanager
+def _scratch(plan: EncodePlan) -> Iterator[Path]:
+    """Yield where shards are written: the store itself, or a local folder to upload from."""
+    if plan.store.is_local:
+        yield plan.store.path
+        return
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def _encode_into(folder: Path, unit: Unit, plan: EncodePlan, encoder: TextEncoder) -> UnitRecord:
+    tally = Tally()
+    lengths = np.zeros(NUM_LENGTH_BINS, dtype=np.int64)
+    bad_rows = _bad_rows_file(folder, unit, plan)
     with ExitStack() as stack:
-        writers = {
+        quarantine = stack.enter_context(QuarantineWriter(bad_rows))
+        writers: dict[SplitName, ShardWriter] = {
             split: stack.enter_context(
                 ShardWriter(
-                    plan.store_dir / f"{split}-{unit.index:05d}.arrow",
+                    folder / f"{split}-{unit.index:05d}.arrow",
                     plan.dtype,
-                    source=unit.file.source,
+                    source=unit.source,
+                    bos_id=plan.bos_id,
+                    eos_id=plan.eos_id,
                 )
             )
             for split in SPLITS
         }
-        documents = _without_blank(read_documents(unit.file.path, unit.file.options), skipped)
-        for batch in _batched(documents):
-            if plan.stop_file.exists():
+        for documents in read_unit(unit, plan.files, tally, quarantine):
+            if plan.stop.exists():
                 raise UnitStoppedError
-            for document, ids in _encode(batch, plan, tokenizer, skipped):
-                writer = writers[split_of(document.text, plan.validation_fraction)]
-                writer.write(ids, document.num_bytes, unit.index, document.offset)
-        if sha256_file(unit.file.path) != unit.sha256:
-            raise SourceError(f"{unit.file.path} was changed while it was read; run again")
-    shards: dict[SplitName, Shard | None] = {split: writers[split].shard for split in SPLITS}
-    record = UnitRecord(key=unit.key, shards=shards, skipped=dict(skipped))
-    write_json_atomic(_record_file(unit, plan), asdict(record))
-    attempts_file.unlink()
-    return record
+            for batch in _batched(documents):
+                lengths += _write_batch(batch, plan, encoder, writers, tally)
+    tally.documents = sum(writer.shard.documents for writer in writers.values() if writer.shard)
+    return UnitRecord(
+        key=unit.key,
+        shards={split: writers[split].shard for split in SPLITS},
+        rows=tally.counts(),
+        pieces=tally.pieces,
+        quarantine=_quarantine_part(bad_rows),
+        lengths=lengths.tolist(),
+    )
 
 
-def _record_file(unit: Unit, plan: EncodePlan) -> Path:
-    return plan.units_dir / f"{unit.index:05d}.json"
+def _bad_rows_file(folder: Path, unit: Unit, plan: EncodePlan) -> Path:
+    place = quarantine_place(unit, plan)
+    return place.path if place.is_local else folder / place.name
 
 
-def _count_attempt(file: Path, source: Path) -> None:
-    """Note on disk that a unit is begun; refuse it when it has been too often."""
-    attempts = file.stat().st_size if file.exists() else 0
-    if attempts >= MAX_ATTEMPTS:
-        raise SourceError(
-            f"{source}: encoding it ended the process {attempts} times (out of memory, a crash of "
-            "the tokenizer, or lost machines); look into the workers' logs, or leave the file out"
-        )
-    with file.open("ab") as opened:
-        opened.write(b".")
-        opened.flush()
-        os.fsync(opened.fileno())
+def _quarantine_part(file: Path) -> QuarantinePart | None:
+    if not file.exists():
+        return None
+    return QuarantinePart(sha256=sha256_file(file), file_bytes=file.stat().st_size)
 
 
-def _without_blank(documents: Iterable[Document], skipped: Counter[str]) -> Iterator[Document]:
-    for document in documents:
-        if document.is_blank:
-            skipped["blank"] += 1
-        else:
-            yield document
+def _upload(folder: Path, unit: Unit, plan: EncodePlan, record: UnitRecord) -> None:
+    """Bring the files of a unit to object storage."""
+    if plan.store.is_local:
+        return
+    for shard in record.shards.values():
+        if shard:
+            (plan.store / shard.name).upload(folder / shard.name)
+    if record.quarantine:
+        quarantine_place(unit, plan).upload(_bad_rows_file(folder, unit, plan))
 
 
-def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Group documents so that a batch is worth a call and yet fits in memory."""
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _batched(documents: Documents) -> Iterator[Documents]:
+    """Cut documents so that a batch is worth a call and yet fits in memory."""
+    start = characters = 0
+    for number, text in enumerate(documents.texts):
+        characters += len(text)
+        if number + 1 - start == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield _part(documents, start, number + 1)
+            start, characters = number + 1, 0
+    if start < len(documents.texts):
+        yield _part(documents, start, len(documents.texts))
 
 
-def _encode(
-    batch: list[Document],
+def _part(documents: Documents, start: int, stop: int) -> Documents:
+    return Documents(
+        documents.file,
+        documents.texts[start:stop],
+        documents.offsets[start:stop],
+        documents.num_bytes[start:stop],
+    )
+
+
+def _write_batch(
+    documents: Documents,
     plan: EncodePlan,
-    tokenizer: PreTrainedTokenizerBase,
-    skipped: Counter[str],
-) -> Iterator[tuple[Document, list[int]]]:
-    """Encode a batch; a text that the tokenizer turns into nothing is counted, not written."""
-    before = [] if plan.bos_id is None else [plan.bos_id]
-    behind = [] if plan.eos_id is None else [plan.eos_id]
-    encoded = encode_text(tokenizer, [document.text for document in batch])
-    for document, ids in zip(batch, encoded, strict=True):
-        if ids:
-            yield document, [*before, *ids, *behind]
-        else:
-            skipped["no_tokens"] += 1
+    encoder: TextEncoder,
+    writers: dict[SplitName, ShardWriter],
+    tally: Tally,
+) -> NDArray[np.int64]:
+    """Encode and write a batch; a text that becomes no token is counted. Return the lengths."""
+    num_tokens: Counter[int] = Counter()
+    encoded = encoder.encode(documents.texts)
+    for number, ids in enumerate(encoded):
+        if not len(ids):
+            tally.skipped["no_tokens"] += 1
+            continue
+        text = documents.texts[number]
+        writer = writers[split_of(text, plan.validation_fraction)]
+        writer.write(ids, documents.num_bytes[number], documents.file, documents.offsets[number])
+        num_tokens[len(ids).bit_length() - 1] += 1
+    lengths = np.zeros(NUM_LENGTH_BINS, dtype=np.int64)
+    for power, count in num_tokens.items():
+        lengths[power] = count
+    return lengths

@@ -15,7 +15,7 @@ from raytune_llama.data.store import TokenStore
 from raytune_llama.files import publish_directory, read_json, sha256_file, write_json_atomic
 from raytune_llama.model.llama import DTYPES, causal_lm
 from raytune_llama.model.lora import write_adapter
-from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
+from raytune_llama.model.tokenizer import tokenizer_sha256, write_tokenizer
 from raytune_llama.train.checkpoint import RunState
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engine import Engine
@@ -53,7 +53,7 @@ def write_result(
         return
     with publish_directory(result_path(config)) as folder:
         norms = _write_weights(config, engine, trained, folder)
-        load_tokenizer(Path(config.model.tokenizer_path)).save_pretrained(folder)
+        write_tokenizer(Path(config.model.tokenizer_path), folder)
         manifest = {
             "format": 1,
             "kind": "adapter" if config.train == "lora" else "model",

@@ -155,7 +155,9 @@ def worker_environment(scale: ScaleConfig) -> dict[str, str]:
     }
     if not scale.use_gpu:
         # glibc maps and unmaps each large tensor, and its pages are zeroed anew every time: a
-        # quarter of a small model's step. So freed memory is kept for the next step.
+        # quarter of a small model's step. So freed memory is kept for the next step. Ray runs the
+        # loop in a thread of its own, whose arena could not grow beyond 64 MiB: one arena for all.
+        environment["MALLOC_ARENA_MAX"] = "1"
         environment["MALLOC_MMAP_THRESHOLD_"] = str(4 * 2**30)
         environment["MALLOC_TRIM_THRESHOLD_"] = str(8 * 2**30)
     if scale.network_interface is not None:

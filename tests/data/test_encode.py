@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from raytune_llama.data import encode, units
-from raytune_llama.data.documents import SourceError
+from raytune_llama.data import workers
 from raytune_llama.data.encode import DataConfig, prepare_data
 from raytune_llama.data.manifest import SPLITS, StoreError
+from raytune_llama.data.rows import SourceError
+from raytune_llama.data.seen import SEEN_NAME
 from raytune_llama.data.sources import SourceConfig
 from raytune_llama.data.store import TokenStore
 from raytune_llama.model.tokenizer import load_tokenizer
@@ -23,11 +24,18 @@ from raytune_llama.model.tokenizer import load_tokenizer
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
+NUM_LINES = [31_000, 500, 800, 32_000]
+"""Of four files: with ranges of 1 MiB the first and last are cut, the others share a unit."""
+
+
 def write_corpus(folder: Path) -> Path:
     folder.mkdir()
-    for number in range(4):
-        lines = [f"file {number} line {line} 人民日报 </s>" for line in range(60)]
-        (folder / f"{number}.txt").write_text("\n".join([*lines, "", "the same text"]))
+    for number in (2, 0, 3, 1):  # their order on the disk is not that of their names
+        lines = [f"file {number} line {line} 人民日报 </s>" for line in range(NUM_LINES[number])]
+        lines[300:300] = ["", "the same text"]
+        (folder / f"{number}.txt").write_text("\n".join(lines))
+        with (folder / f"{number}.txt").open("ab") as file:
+            file.write(b"\nbad \xff line\n" * (number == 3))
     return folder
 
 
@@ -40,12 +48,14 @@ def make_config(corpus: Path, store: Path, **fields: Any) -> DataConfig:  # noqa
     return DataConfig(
         sources=(SourceConfig(path=str(corpus)),),
         store_dir=str(store),
-        **{"validation_fraction": 0.2, **fields},
+        **{"validation_fraction": 0.2, "range_mib": 1, **fields},
     )
 
 
 def content(store: TokenStore) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in store.place.path.iterdir()}
+    """Return the files of a store, without what it remembers of its sources' times."""
+    names = [path for path in store.place.path.iterdir() if path.name != SEEN_NAME]
+    return {path.name: path.read_bytes() for path in names}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +78,7 @@ def test_prepare_data_two_workers_elsewhere_give_the_bytes_of_one(
 ) -> None:
     config = make_config(corpus, tmp_path / "store", num_workers=2)
     store = prepare_data(config, tokenizer_dir)
+    assert len(expected) == 1 + 1 + 5 * 2  # manifest, quarantine, five units of two splits
     assert content(store) == expected
     assert not list(tmp_path.glob("*.partial-*"))
     assert not any(str(tmp_path.parent).encode() in data for data in expected.values())
@@ -75,12 +86,37 @@ def test_prepare_data_two_workers_elsewhere_give_the_bytes_of_one(
 
 def test_prepare_data_manifest_accounts_for_every_line(undisturbed: TokenStore) -> None:
     undisturbed.verify()
-    assert undisturbed.manifest.skipped == {"blank": 4, "no_tokens": 0}
+    rows = undisturbed.manifest.rows
+    total = sum(NUM_LINES) + 4 * 2 + 1
+    assert (rows.total, rows.skipped, rows.quarantined) == (
+        total,
+        {"blank": 4},
+        {"invalid_bytes": 1},
+    )
     splits = [undisturbed.split("train"), undisturbed.split("validation")]
-    assert sum(split.num_documents for split in splits) == 4 * 61
+    assert sum(split.num_documents for split in splits) == rows.documents == total - 5
     corpus = undisturbed.place.path.with_name("corpus")
-    text = "".join(file.read_text() for file in corpus.iterdir())
-    assert sum(split.num_bytes for split in splits) == len(text.replace("\n", "").encode())
+    data = b"".join(file.read_bytes() for file in corpus.iterdir()).replace(b"bad \xff line", b"")
+    assert sum(split.num_bytes for split in splits) == len(data.replace(b"\n", b""))
+    (bad,) = (undisturbed.place.path / "quarantine.jsonl").read_text().splitlines()
+    row = json.loads(bad)
+    # The line is that of the file, though the row was found in its second range.
+    assert (row["file"], row["line"]) == ("3.txt", NUM_LINES[3] + 3)
+    assert row["offset"] == (corpus / "3.txt").stat().st_size - len(b"bad \xff line\n")
+
+
+def test_prepare_data_other_ranges_give_the_same_documents(
+    corpus: Path, tmp_path: Path, tokenizer_dir: Path, undisturbed: TokenStore
+) -> None:
+    store = prepare_data(make_config(corpus, tmp_path / "store", range_mib=2), tokenizer_dir)
+    assert store.fingerprint == undisturbed.fingerprint
+    assert store.manifest.rows == undisturbed.manifest.rows
+    for name in SPLITS:
+        mine, other = store.split(name), undisturbed.split(name)
+        assert len(mine.manifest.shards) != len(other.manifest.shards)
+        assert (mine.tokens(0, mine.num_tokens) == other.tokens(0, other.num_tokens)).all()
+        starts = [one.document_starts(0, one.num_tokens) for one in (mine, other)]
+        assert (starts[0] == starts[1]).all()
 
 
 def test_prepare_data_stream_is_in_source_order(
@@ -111,16 +147,16 @@ def test_prepare_data_killed_worker_gives_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A local class travels by value: the workers cannot import this module.
-    class KillingEncoder(encode.UnitEncoder):
+    class KillingEncoder(workers.UnitEncoder):
         def __call__(self, batch: Any) -> Any:  # noqa: ANN401
             result = super().__call__(batch)
-            marker = self._plan.work_dir / "killed-once"
+            marker = self._plan.work.path / "killed-once"
             if not marker.exists():
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
-    monkeypatch.setattr(encode, "UnitEncoder", KillingEncoder)
+    monkeypatch.setattr(workers, "UnitEncoder", KillingEncoder)
     config = make_config(corpus, tmp_path / "store", num_workers=1)
     assert content(prepare_data(config, tokenizer_dir)) == expected
 
@@ -129,15 +165,18 @@ def test_prepare_data_after_a_failed_run_keeps_its_work_and_gives_the_same_bytes
     corpus: Path, tmp_path: Path, tokenizer_dir: Path, expected: dict[str, bytes]
 ) -> None:
     good = (corpus / "3.txt").read_bytes()
-    (corpus / "3.txt").write_bytes(good + b"\n\xff")
+    (corpus / "3.txt").write_bytes(good + b"\xff\n" * 80)
     config = make_config(corpus, tmp_path / "store", num_workers=1)
     with pytest.raises(SourceError) as caught:
         prepare_data(config, tokenizer_dir)
-    # The whole message: nothing of Ray's wrapping.
-    place = f"{corpus / '3.txt'}: row 63: byte 0xff at offset {len(good) + 1}"
-    assert str(caught.value) == f"{place} is not UTF-8; convert the file to UTF-8"
+    message = str(caught.value)
+    assert message.startswith("data.max_bad_fraction: 81 of 64389 rows cannot be used (81 invalid")
+    listed = message.split("\n  ")[1:]
+    assert len(listed) == 10
+    assert listed[1].startswith(f"3.txt: line {NUM_LINES[3] + 4}, byte {len(good)}: invalid_bytes")
     assert not (tmp_path / "store").exists()
     (work,) = tmp_path.glob("store.partial-*")
+    assert len((work / "store" / "quarantine.jsonl").read_text().splitlines()) == 81
     done = work / "store" / "train-00000.arrow"
     before = done.stat().st_ino
     # What a killed worker leaves behind, and a torn shard.
@@ -154,15 +193,18 @@ def test_prepare_data_after_a_failed_run_keeps_its_work_and_gives_the_same_bytes
 def test_prepare_data_crashing_file_is_refused_by_name(
     corpus: Path, tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class CrashingEncoder(encode.UnitEncoder):
+    class CrashingEncoder(workers.UnitEncoder):
         def __call__(self, batch: Any) -> Any:  # noqa: ANN401
             if batch.column("unit")[0].as_py() == 2:
                 # Where the tokenizer's native code would crash: after the attempt was noted.
-                units.encode_text = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+                crash: Any = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+                self._encoder.encode = crash
             return super().__call__(batch)
 
-    monkeypatch.setattr(encode, "UnitEncoder", CrashingEncoder)
-    with pytest.raises(SourceError, match=r"2\.txt: encoding it ended the process 3 times"):
+    monkeypatch.setattr(workers, "UnitEncoder", CrashingEncoder)
+    with pytest.raises(
+        SourceError, match=r"1\.txt and 1 files behind it: encoding it ended the process 3 times"
+    ):
         prepare_data(make_config(corpus, tmp_path / "store", num_workers=1), tokenizer_dir)
 
 
@@ -174,6 +216,13 @@ def test_prepare_data_complete_store_is_reused(
     store = prepare_data(make_config(corpus, copy), tokenizer_dir)
     assert store.fingerprint == undisturbed.fingerprint
     assert (copy / "manifest.json").stat().st_ino == inode
+    # The second time no source file is read: their sizes and times are those of the first.
+    seen = json.loads((copy / SEEN_NAME).read_text())
+    for file in seen.values():
+        file["sha256"] = "of another file"
+    (copy / SEEN_NAME).write_text(json.dumps(seen))
+    with pytest.raises(StoreError, match=r"sources\.0\.sha256"):
+        prepare_data(make_config(corpus, copy), tokenizer_dir)
 
 
 def test_prepare_data_stale_store_is_refused_naming_the_fields(
@@ -202,7 +251,7 @@ def test_prepare_data_other_tokenizer_settings_make_the_store_stale(
         prepare_data(make_config(corpus, copy), changed)
 
 
-@pytest.mark.parametrize("fraction", [0.0001, 0.999999])
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 def test_prepare_data_empty_split_is_refused(
     corpus: Path, tmp_path: Path, tokenizer_dir: Path, fraction: float
 ) -> None:

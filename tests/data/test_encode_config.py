@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def test_prepare_data_many_mistakes_are_reported_together(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(tmp_path / "tokenizer", special=False)
-    data = {"sources": [{"path": str(tmp_path / "none.txt")}], "store_dir": "s3://bucket/store"}
+    data = {"sources": [{"path": str(tmp_path / "none.txt")}], "store_dir": "ftp://host/store"}
     with pytest.raises(ConfigError) as caught:
         prepare_data(from_dict(DataConfig, data), tokenizer)
     starts = [problem.split(":")[0] for problem in caught.value.problems]

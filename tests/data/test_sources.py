@@ -77,7 +77,7 @@ def test_discover_all_mistakes_are_reported_together(corpus: Path) -> None:
         source(corpus),
         source(corpus / "a.txt", text_field="body"),
         source(corpus / "sub" / "c.jsonl", document="file"),
-        source("s3://bucket/x.txt"),
+        source("ftp://host/x.txt"),
     )
     with pytest.raises(ConfigError) as caught:
         discover_files(sources)
@@ -85,7 +85,9 @@ def test_discover_all_mistakes_are_reported_together(corpus: Path) -> None:
     assert starts == [
         "sources.0.path",
         "sources.1.format",
+        "sources.2.path",  # they are in the folder of the second source
         "sources.2.text_field",
+        "sources.3.path",
         "sources.3.document",
         "sources.4.path",
     ]

@@ -15,6 +15,7 @@ from raytune_llama.data import store as store_module
 from raytune_llama.data.manifest import (
     FORMAT_VERSION,
     Manifest,
+    RowCounts,
     Shard,
     SplitManifest,
     StoreError,
@@ -58,9 +59,11 @@ def write_store(path: Path) -> Path:
         inputs=INPUTS,
         token_dtype="uint16",  # noqa: S106 - a type's name
         splits={"train": train, "validation": SplitManifest.of([])},
-        skipped={"blank": 1},
+        rows=RowCounts(),
+        quarantine=None,
+        lengths=[],
     )
-    write_manifest(path / "manifest.json", manifest)
+    write_manifest(Place.local(path / "manifest.json"), manifest)
     return path
 
 
@@ -214,7 +217,7 @@ def test_verify_flipped_bit_names_the_file(tmp_path: Path) -> None:
         (lambda data: data.update(format_version=99), "format_version is 99"),
         (lambda data: data["inputs"]["tokenizer"].update(eos_id=3), "fingerprint"),
         (lambda data: data["splits"]["train"].update(tokens=12), "counts of train"),
-        (lambda data: data.pop("skipped"), "skipped"),
+        (lambda data: data.pop("rows"), "rows"),
         (lambda data: data.update(surplus=1), "surplus"),
     ],
 )
@@ -247,7 +250,7 @@ def test_split_shard_of_other_length_is_refused(tmp_path: Path) -> None:
 
 
 def test_compare_fingerprint_equal_inputs_pass(tmp_path: Path) -> None:
-    compare_fingerprint(tmp_path, INPUTS, json.loads(json.dumps(INPUTS)))
+    compare_fingerprint(Place.local(tmp_path), INPUTS, json.loads(json.dumps(INPUTS)))
 
 
 def test_compare_fingerprint_stale_store_names_field_and_both_values(tmp_path: Path) -> None:
@@ -255,7 +258,7 @@ def test_compare_fingerprint_stale_store_names_field_and_both_values(tmp_path: P
     wanted["sources"][1]["sha256"] = "22"
     wanted["tokenizer"]["eos_id"] = None
     with pytest.raises(StoreError) as caught:
-        compare_fingerprint(tmp_path, INPUTS, wanted)
+        compare_fingerprint(Place.local(tmp_path), INPUTS, wanted)
     message = str(caught.value)
     assert "sources.1.sha256: '11' -> '22'" in message
     assert "tokenizer.eos_id: 2 -> None" in message

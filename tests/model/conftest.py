@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+from sentencepiece.sentencepiece_model_pb2 import (
+    ModelProto,  # pyright: ignore[reportAttributeAccessIssue]  # made at import
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 MakeModel = Callable[..., LlamaForCausalLM]
@@ -87,3 +90,21 @@ def llama_tokenizer_dir(tmp_path: Path, piece_model: Path) -> Path:
     shutil.copy(piece_model, path)
     (path / "tokenizer_config.json").write_text(json.dumps(NAMES_LLAMA))
     return path
+
+
+TIED_PIECES = ("日报", "人民", "民日", "新年", "年的", "的新", "钟声", "声敲")
+"""Pieces that overlap in text; those that come first there are not those that are listed first."""
+
+
+@pytest.fixture
+def merged_tokenizer_dir(llama_tokenizer_dir: Path) -> Path:
+    """A vocabulary merged as the seeds' stack does it: new pieces behind, all with score 0."""
+    file = llama_tokenizer_dir / "tokenizer.model"
+    proto = ModelProto.FromString(file.read_bytes())
+    known = {piece.piece for piece in proto.pieces}
+    characters = sorted({*"".join(TIED_PIECES)} - known)
+    for text in (*characters, *TIED_PIECES):
+        if text not in known:
+            proto.pieces.add(piece=text, score=0.0)
+    file.write_bytes(proto.SerializeToString())
+    return llama_tokenizer_dir

@@ -6,10 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import (
+    ModelProto,  # pyright: ignore[reportAttributeAccessIssue]  # made at import
+)
 
-from raytune_llama.model.tokenizer import encode_text, load_tokenizer, tokenizer_sha256
+from raytune_llama.model.tokenizer import (
+    encode_text,
+    load_reference,
+    load_tokenizer,
+    tokenizer_sha256,
+    write_tokenizer,
+)
 from tests.conftest import CONTROL_TOKENS
 from tests.model.conftest import NAMES_LLAMA, SENTENCES
 
@@ -22,6 +32,9 @@ TEXTS = (
     "def f(x): return x ** 2",
 )
 
+CHINESE = ("人民日报", "新年的新年", "敲钟声敲", "人民日报的新年的钟声敲")
+"""Texts in which several pieces of a merged vocabulary overlap."""
+
 
 @pytest.fixture(params=["byte-level", "sentencepiece"])
 def any_tokenizer_dir(request: pytest.FixtureRequest) -> Path:
@@ -29,10 +42,40 @@ def any_tokenizer_dir(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(name)
 
 
-def test_encode_text_of_plain_text_equals_the_tokenizers_own_ids(any_tokenizer_dir: Path) -> None:
-    tokenizer = load_tokenizer(any_tokenizer_dir)
+def test_encode_text_of_a_tokenizer_json_equals_the_tokenizers_own_ids(tokenizer_dir: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_dir)
     own = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     assert encode_text(tokenizer, list(TEXTS)) == own
+    assert [ids.tolist() for ids in load_reference(tokenizer_dir).encode(TEXTS)] == own
+
+
+@pytest.mark.parametrize("name", ["llama_tokenizer_dir", "merged_tokenizer_dir"])
+@pytest.mark.parametrize("files", ["model", "both"])
+def test_encode_text_of_a_tokenizer_model_equals_sentencepiece(
+    request: pytest.FixtureRequest, name: str, tmp_path: Path, files: str
+) -> None:
+    path = request.getfixturevalue(name)
+    if files == "both":
+        write_tokenizer(path, tmp_path)
+        assert (tmp_path / "tokenizer.json").is_file()
+        path = tmp_path
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+    wanted = processor.encode([*TEXTS, *CHINESE])
+    assert encode_text(load_tokenizer(path), [*TEXTS, *CHINESE]) == wanted
+    encoded = load_reference(path).encode([*TEXTS, *CHINESE])
+    assert [ids.tolist() for ids in encoded] == wanted
+    assert {ids.dtype for ids in encoded} == {np.dtype(np.uint32)}
+
+
+def test_encode_text_with_tied_scores_differs_from_the_conversion(
+    merged_tokenizer_dir: Path,
+) -> None:
+    """Why there is a reference at all: Hugging Face's ids of a merged vocabulary are others."""
+    tokenizer = load_tokenizer(merged_tokenizer_dir)
+    own = tokenizer(list(CHINESE), add_special_tokens=False)["input_ids"]
+    ids = encode_text(tokenizer, list(CHINESE))
+    assert ids != own
+    assert [tokenizer.decode(text) for text in ids] == list(CHINESE)
 
 
 def test_encode_text_with_control_tokens_written_in_it_keeps_them_text(
@@ -47,17 +90,78 @@ def test_encode_text_with_control_tokens_written_in_it_keeps_them_text(
         assert tokenizer.decode(ids) == text
 
 
-def test_encode_text_with_only_a_tokenizer_model_equals_sentencepiece(
-    llama_tokenizer_dir: Path,
+@pytest.mark.parametrize("kind", [1, 4])
+def test_encode_text_with_a_special_piece_of_the_model_written_keeps_it_text(
+    llama_tokenizer_dir: Path, kind: int
 ) -> None:
+    """As a normal (1) or user-defined (4) piece SentencePiece itself would find it in a text."""
+    file = llama_tokenizer_dir / "tokenizer.model"
+    proto = ModelProto.FromString(file.read_bytes())
+    for text in ("<s>x", "xy"):
+        proto.pieces.add(piece=text, score=-1.0, type=kind)
+    file.write_bytes(proto.SerializeToString())
+    plain = encode_text(load_tokenizer(llama_tokenizer_dir), ["a xy"])
+    assert 361 in plain[0]
+    names = NAMES_LLAMA | {"added_tokens_decoder": {"361": {"content": "xy", "special": True}}}
+    (llama_tokenizer_dir / "tokenizer_config.json").write_text(json.dumps(names))
     tokenizer = load_tokenizer(llama_tokenizer_dir)
-    processor = sentencepiece.SentencePieceProcessor(
-        model_file=str(llama_tokenizer_dir / "tokenizer.model")
-    )
-    for text in TEXTS:
-        # Before a leading space Hugging Face's LLaMA tokenizer puts no further one.
-        wanted = processor.encode(text)[1:] if text.startswith(" ") else processor.encode(text)
-        assert encode_text(tokenizer, [text]) == [wanted]
+    [ids] = encode_text(tokenizer, ["a xy"])
+    assert 361 not in ids
+    assert tokenizer.decode(ids) == "a xy"
+
+
+def test_reference_of_a_tokenizer_with_a_new_special_token_stays_sentencepiece(
+    merged_tokenizer_dir: Path,
+) -> None:
+    before = load_reference(merged_tokenizer_dir)
+    names = NAMES_LLAMA | {"pad_token": "[PAD]"}
+    (merged_tokenizer_dir / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = load_tokenizer(merged_tokenizer_dir)
+    assert tokenizer.pad_token_id == max(tokenizer.get_vocab().values())
+    after = load_reference(merged_tokenizer_dir)
+    assert after.name == "sentencepiece"
+    texts = [*TEXTS, *CHINESE, "a [PAD] b"]
+    for ids, wanted in zip(after.encode(texts), before.encode(texts), strict=True):
+        np.testing.assert_array_equal(ids, wanted)
+
+
+def test_reference_of_a_tokenizer_with_text_added_as_tokens_is_tokenizers(
+    llama_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """SentencePiece knows nothing of such tokens, so that its ids are not the tokenizer's."""
+    tokenizer = load_tokenizer(llama_tokenizer_dir)
+    tokenizer.add_tokens(["fox"])
+    tokenizer.save_pretrained(tmp_path / "grown")
+    shutil.copy(llama_tokenizer_dir / "tokenizer.model", tmp_path / "grown")
+    reference = load_reference(tmp_path / "grown")
+    assert reference.name == "tokenizers"
+    [ids] = reference.encode(["a fox"])
+    assert ids.tolist() == encode_text(tokenizer, ["a fox"])[0]
+    assert tokenizer.convert_tokens_to_ids("fox") in ids
+
+
+def test_load_tokenizer_of_two_tokenizers_in_one_directory_is_refused(
+    tokenizer_dir: Path, llama_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(tokenizer_dir, both)
+    shutil.copy(llama_tokenizer_dir / "tokenizer.model", both)
+    with pytest.raises(ValueError, match="two tokenizers"):
+        load_tokenizer(both)
+
+
+def test_reference_beside_a_tokenizer_model_of_another_format_is_tokenizers(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(tokenizer_dir, both)
+    (both / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # tiktoken's
+    assert load_reference(both).name == "tokenizers"
+
+
+def test_reference_of_half_a_surrogate_pair_raises_a_value_error(any_tokenizer_dir: Path) -> None:
+    with pytest.raises(ValueError, match="surrogates"):
+        load_reference(any_tokenizer_dir).encode(["text", "half \ud83d of it"])
 
 
 @pytest.mark.parametrize("names", [None, {}, {"tokenizer_class": "PreTrainedTokenizerFast"}])
@@ -80,7 +184,8 @@ def test_load_tokenizer_of_a_directory_without_one_is_refused(tmp_path: Path) ->
 def test_tokenizer_sha256_of_the_same_tokenizer_saved_again_stays(
     any_tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    load_tokenizer(any_tokenizer_dir).save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved").mkdir()
+    write_tokenizer(any_tokenizer_dir, tmp_path / "saved")
     assert tokenizer_sha256(tmp_path / "saved") == tokenizer_sha256(any_tokenizer_dir)
 
 

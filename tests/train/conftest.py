@@ -16,12 +16,14 @@ from raytune_llama.config import from_dict
 from raytune_llama.data.manifest import (
     FORMAT_VERSION,
     Manifest,
+    RowCounts,
     SplitManifest,
     fingerprint_of,
     write_manifest,
 )
 from raytune_llama.data.store import ShardWriter
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
+from raytune_llama.storage import Place
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.loop import Outcome, train
 from raytune_llama.train.workers import Workers
@@ -89,9 +91,11 @@ def store_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> 
         inputs=inputs,
         token_dtype="uint16",  # noqa: S106 - a type's name
         splits=splits,
-        skipped={},
+        rows=RowCounts(),
+        quarantine=None,
+        lengths=[],
     )
-    write_manifest(path / "manifest.json", manifest)
+    write_manifest(Place.local(path / "manifest.json"), manifest)
     return path
 
 

@@ -1,0 +1,180 @@
+"""The documents of one unit of work: its rows, without what is blank, bad or filtered out.
+
+Every row is counted where it ends up, so that the tally balances.
+"""
+
+import errno
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pydantic
+
+from raytune_llama.data.documents import OpenRange, read_rows
+from raytune_llama.data.manifest import RowCounts
+from raytune_llama.data.plan import Piece, Unit
+from raytune_llama.data.ranges import HashedRange
+from raytune_llama.data.rows import BadRow, RowBatch, SourceError
+from raytune_llama.data.sources import SourceFile
+
+_HOPELESS_ROWS = 1000  # so many bad rows, and more bad ones than good: the file is something else
+_FIRST_REASONS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceRecord:
+    """What was met in a piece of a file."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    digests: list[str]
+    """Hash of each block that the piece hashes."""
+    lines: int
+    """Lines that start in it, to number those of the next piece."""
+
+
+@dataclass(slots=True)
+class Documents:
+    """Documents one after the other; the lists go together."""
+
+    file: int
+    """Index of the source file that all are from."""
+    texts: list[str]
+    """As they are encoded."""
+    offsets: list[int]
+    """Where each starts in the file."""
+    num_bytes: list[int]
+    """UTF-8 bytes of each text."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of the rows of a unit; filled while it is read."""
+
+    total: int = 0
+    documents: int = 0
+    aliased: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    quarantined: Counter[str] = field(default_factory=Counter)
+    pieces: list[PieceRecord] = field(default_factory=list)
+
+    def counts(self) -> RowCounts:
+        """Return the counts for a manifest."""
+        return RowCounts(
+            total=self.total,
+            documents=self.documents,
+            skipped=dict(sorted(self.skipped.items())),
+            quarantined=dict(sorted(self.quarantined.items())),
+            aliased=self.aliased,
+        )
+
+
+class QuarantineWriter:
+    """Write bad rows to a local file, a JSON object a line; without any there is no file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._path.unlink(missing_ok=True)
+        self._file = None
+        self.first: list[str] = []
+
+    def write(self, row: BadRow, file: SourceFile, piece: int) -> None:
+        """Append a row; its line is counted from the start of the piece of its unit."""
+        if self._file is None:
+            self._file = self._path.open("w")
+        place = {"source": file.source, "file": file.name, "piece": piece}
+        self._file.write(json.dumps(place | asdict(row), ensure_ascii=False) + "\n")
+        if len(self.first) < _FIRST_REASONS:
+            self.first.append(f"{file.place}: byte {row.offset}: {row.reason}: {row.detail}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def read_unit(
+    unit: Unit, files: list[SourceFile], tally: Tally, quarantine: QuarantineWriter | None
+) -> Iterator[Documents]:
+    """Stream the documents of a unit, and account for every row.
+
+    Args:
+        unit: What to read.
+        files: All source files.
+        tally: Counts rows, blank and bad ones; the caller counts what it does with the rest.
+        quarantine: Takes the bad rows; None where they were taken in an earlier pass.
+
+    Raises:
+        SourceError: A file cannot be read as configured, was changed since it was listed, or is
+            something else than the config says: most of its rows are bad.
+    """
+    for number, piece in enumerate(unit.pieces):
+        file = files[piece.file]
+        try:
+            yield from _read_piece(piece, number, file, tally, quarantine)
+            status = file.place.status()
+        except OSError as error:
+            if error.errno == errno.ENOSPC:  # not of this file, but of one that is written
+                raise
+            problem = f"{file.place}: cannot be read: {error.strerror or error}"
+            raise SourceError(problem) from error
+        if status is None or status.version != file.status.version:
+            raise SourceError(f"{file.place} was changed while it was read; run again")
+
+
+def _read_piece(
+    piece: Piece,
+    number: int,
+    file: SourceFile,
+    tally: Tally,
+    quarantine: QuarantineWriter | None,
+) -> Iterator[Documents]:
+    lines = 0
+    with file.place.open() as opened:
+        reader = HashedRange(opened, piece.hash_start, piece.hash_stop)
+        part = OpenRange(file.place, opened, piece.start, piece.stop, reader)
+        for batch in read_rows(part, file.options):
+            lines += batch.num_lines
+            tally.total += batch.num_rows
+            tally.aliased += batch.num_alias_rows
+            for row in batch.bad:
+                tally.quarantined[row.reason] += 1
+                if quarantine is not None:
+                    quarantine.write(row, file, number)
+            _check_hope(tally, file, quarantine)
+            yield _without_blank(batch, piece.file, tally)
+        tally.pieces.append(PieceRecord(digests=reader.digests(), lines=lines))
+
+
+def _check_hope(tally: Tally, file: SourceFile, quarantine: QuarantineWriter | None) -> None:
+    bad = tally.quarantined.total()
+    if quarantine is not None and bad > _HOPELESS_ROWS and 2 * bad > tally.total:
+        listed = "\n  ".join(quarantine.first)
+        raise SourceError(
+            f"{file.place}: {bad} of its first {tally.total} rows cannot be used; check format, "
+            f"encoding and text_field of its source. The first ones:\n  {listed}"
+        )
+
+
+def _without_blank(batch: RowBatch, file: int, tally: Tally) -> Documents:
+    kept = [number for number, text in enumerate(batch.texts) if text and not text.isspace()]
+    tally.skipped["blank"] += len(batch.texts) - len(kept)
+    if len(kept) == len(batch.texts):
+        return Documents(file, batch.texts, batch.offsets, batch.num_bytes)
+    return Documents(
+        file,
+        [batch.texts[number] for number in kept],
+        [batch.offsets[number] for number in kept],
+        [batch.num_bytes[number] for number in kept],
+    )
