@@ -1,13 +1,15 @@
-"""How a bucket of object storage is reached: options of its URI, retries, credentials.
+"""How a bucket of object storage is reached and written: URI options, retries, credentials.
 
 Credentials come from the vendor's own chain alone: the environment, its credentials file, or the
 machine's role.
 """
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from urllib.parse import parse_qsl
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 REMOTE_OPTIONS = {
@@ -24,6 +26,9 @@ RETRY_SECONDS = 60
 
 NUM_CONNECTIONS = 8
 """Files of a folder that are on their way at once."""
+
+PIECE_BYTES = 64 * 2**20
+"""Of a file that are on their way at once, in parts of 10 MiB."""
 
 _CONNECT_SECONDS = 10
 
@@ -60,3 +65,19 @@ def connect(scheme: str, bucket: str, options: str) -> pafs.FileSystem:
         background_writes=True,
         allow_delayed_open=False,
     )
+
+
+def write_object(filesystem: pafs.FileSystem, key: str, data: pa.Buffer) -> None:
+    """Upload a file from memory, or from a map of a local file; it appears whole or not at all."""
+
+    def write() -> None:
+        with filesystem.open_output_stream(key) as file:
+            for start in range(0, data.size, PIECE_BYTES):
+                file.write(data[start : start + PIECE_BYTES])
+                # Bounds what is on its way; a failed part shows here, and nothing appears.
+                file.flush()
+
+    # A stream shows what it has so far when it is closed, so nothing may interrupt it: signals
+    # raise in the main thread alone, which waits here until the file is whole.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(write).result()

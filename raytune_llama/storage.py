@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Self
@@ -22,7 +22,7 @@ from urllib.parse import parse_qsl, urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from raytune_llama.buckets import REMOTE_OPTIONS, connect
+from raytune_llama.buckets import REMOTE_OPTIONS, connect, write_object
 from raytune_llama.files import (
     json_bytes,
     parse_json,
@@ -33,7 +33,6 @@ from raytune_llama.files import (
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _COPY_BYTES = 8 * 2**20
-_PIECE_BYTES = 64 * 2**20  # on their way at once, in parts of 10 MiB
 _SERVER_COPY_BYTES = 5 * 2**30  # S3 copies no larger object by itself
 
 
@@ -172,7 +171,7 @@ class Place:
         if self.is_local:
             return self._local_files("**/*" if recursive else "*")
         selector = pafs.FileSelector(self.key, allow_not_found=True, recursive=recursive)
-        infos = sorted(self._filesystem.get_file_info(selector), key=lambda info: info.path)
+        infos = sorted(self.filesystem.get_file_info(selector), key=lambda info: info.path)
         return {
             Place(self.scheme, info.path, self.options): self._status(info)
             for info in infos
@@ -184,7 +183,7 @@ class Place:
         selector = pafs.FileSelector(self.key, allow_not_found=True)
         return sorted(
             Place(self.scheme, info.path, self.options)
-            for info in self._filesystem.get_file_info(selector)
+            for info in self.filesystem.get_file_info(selector)
             if info.type == pafs.FileType.Directory
         )
 
@@ -194,11 +193,11 @@ class Place:
         Raises:
             OSError: There is no such file, or it cannot be read.
         """
-        return self._filesystem.open_input_file(self.key)
+        return self.filesystem.open_input_file(self.key)
 
     def read_bytes(self) -> bytes:
         """Read a whole file."""
-        with self.open() as file:
+        with self._named_errors(), self.open() as file:
             return file.read()
 
     def write_bytes(self, data: bytes) -> None:
@@ -207,7 +206,7 @@ class Place:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes_atomic(self.path, data)
         else:
-            self._put(pa.py_buffer(data))
+            write_object(self.filesystem, self.key, pa.py_buffer(data))
 
     def sha256(self) -> str:
         """Hash a file's bytes as lower-case hex; all of them are read, from wherever it is."""
@@ -233,9 +232,9 @@ class Place:
             else:
                 self.path.unlink(missing_ok=True)
         elif self.is_dir():
-            self._filesystem.delete_dir(self.key)
+            self.filesystem.delete_dir(self.key)
         elif self.exists():
-            self._filesystem.delete_file(self.key)
+            self.filesystem.delete_file(self.key)
 
     def delete_empty(self) -> None:
         """Delete a folder that nothing is in; any other stays."""
@@ -263,7 +262,7 @@ class Place:
         for file, status in self.files(recursive=True).items():
             copy = target / file.relative_to(self)
             if status.num_bytes <= _SERVER_COPY_BYTES:
-                self._filesystem.copy_file(file.key, copy.key)
+                self.filesystem.copy_file(file.key, copy.key)
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 file.download(Path(folder, file.name))
@@ -284,10 +283,10 @@ class Place:
                 temporary.unlink(missing_ok=True)
                 raise
         elif source.stat().st_size == 0:  # which cannot be mapped
-            self._put(pa.py_buffer(b""))
+            write_object(self.filesystem, self.key, pa.py_buffer(b""))
         else:
             with pa.memory_map(str(source)) as file:
-                self._put(file.read_buffer())
+                write_object(self.filesystem, self.key, file.read_buffer())
 
     def download(self, target: Path, *, sha256: str | None = None) -> None:
         """Copy a file to a local path, which appears when it is whole and on the disk.
@@ -308,7 +307,8 @@ class Place:
             raise
 
     @property
-    def _filesystem(self) -> pafs.FileSystem:
+    def filesystem(self) -> pafs.FileSystem:
+        """Where `key` is a path; for libraries that speak pyarrow's own types."""
         bucket = self.key.partition("/")[0]
         return connect(self.scheme, "" if self.is_local else bucket, self.options)
 
@@ -323,30 +323,25 @@ class Place:
     def _read_into(self, target: BinaryIO | None) -> str:
         """Copy a file's bytes, where a target is given, and return their hash."""
         digest = hashlib.sha256()
-        with self.open() as file:
+        with self._named_errors(), self.open() as file:
             while block := file.read(_COPY_BYTES):
                 digest.update(block)
                 if target is not None:
                     target.write(block)
         return digest.hexdigest()
 
-    def _put(self, data: pa.Buffer) -> None:
-        """Upload a file of object storage from memory (or from a map of a local file)."""
-
-        def write() -> None:
-            with self._filesystem.open_output_stream(self.key) as file:
-                for start in range(0, data.size, _PIECE_BYTES):
-                    file.write(data[start : start + _PIECE_BYTES])
-                    # Bounds what is on its way; a failed part shows here, and nothing appears.
-                    file.flush()
-
-        # A stream shows what it has so far when it is closed, so nothing may interrupt it: signals
-        # raise in the main thread alone, which waits here until the file is whole.
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(write).result()
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Name the file in errors of a server, which say what failed but not with what."""
+        try:
+            yield
+        except OSError as error:
+            if self.is_local or self.key in str(error):
+                raise
+            raise OSError(f"{self}: {error}") from error
 
     def _info(self, key: str) -> pafs.FileInfo:
-        return self._filesystem.get_file_info(key)
+        return self.filesystem.get_file_info(key)
 
     def _status(self, info: pafs.FileInfo) -> FileStatus:
         size = int(info.size or 0)

@@ -293,7 +293,7 @@ def test_upload_of_what_cannot_be_read_leaves_the_old_file(
 def test_upload_that_is_interrupted_is_whole(
     faulty_s3: FaultyServer, s3_path: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_PIECE_BYTES", 10 * MIB)
+    monkeypatch.setattr(buckets, "PIECE_BYTES", 10 * MIB)
     data = os.urandom(25 * MIB)
     (tmp_path / "source").write_bytes(data)
 
@@ -359,6 +359,17 @@ def test_upload_that_fails_for_good_leaves_the_old_file(
     with pytest.raises(OSError, match=s3_path.name):
         file.upload(tmp_path / "source")
     assert (s3_path / "file").read_bytes() == b"old"
+
+
+def test_read_that_is_refused_names_the_file(
+    faulty_s3: FaultyServer, s3_path: Place, tmp_path: Path
+) -> None:
+    file = faulty_s3.front_of(s3_path) / "file"
+    file.write_bytes(b"x")
+    faulty_s3.fault = lambda request, _: HTTPStatus.FORBIDDEN if request.startswith("GET") else None
+    for read in (file.read_bytes, file.sha256, lambda: file.download(tmp_path / "copy")):
+        with pytest.raises(OSError, match=re.escape(str(file))):
+            read()
 
 
 def test_check_place_that_can_be_used_has_no_problem(folder: Place) -> None:

@@ -42,7 +42,7 @@ from raytune_llama.data.units import EncodePlan, UnitRecord
 from raytune_llama.data.workers import read_sample, run_units
 from raytune_llama.model.encoder import EncoderChoice, Engine, choose_encoder
 from raytune_llama.model.tokenizer import fingerprint_tokenizer, load_tokenizer
-from raytune_llama.storage import Place
+from raytune_llama.storage import Place, check_place
 
 logger = logging.getLogger(__name__)
 
@@ -175,9 +175,10 @@ def check_data(config: DataConfig, tokenizer_path: Path) -> list[str]:
     """
     problems = [f"data.{problem}" for problem in check_sources(config.sources)]
     try:
-        Place.parse(config.store_dir, "data.store_dir")
+        problem = check_place(Place.parse(config.store_dir, "data.store_dir"), "data.store_dir")
     except ValueError as error:
-        problems.append(str(error))
+        problem = str(error)
+    problems += [problem] if problem else []
     try:
         tokenizer = load_tokenizer(tokenizer_path)
     except (ValueError, OSError) as error:

@@ -16,6 +16,7 @@ from raytune_llama.data.batches import (
     read_evaluation,
     read_steps,
 )
+from raytune_llama.data.encode import open_store
 from raytune_llama.data.store import TokenSplit, TokenStore
 from raytune_llama.model.llama import SummedLoss, load_model
 from raytune_llama.model.lora import attach_adapter, load_adapter
@@ -62,7 +63,7 @@ def train(config: PretrainConfig, workers: Workers, stop_requested: Callable[[],
     """Train from the newest checkpoint to the end of the run; the same call on every worker."""
     session = open_session(config, workers)
     prove(session.engine, config.engine.precision, workers, config.batch.isolate_documents)
-    state = restore(Path(config.run_dir), session.engine, workers)
+    state = restore(config.run_place, session.engine, workers)
 
     with Report(config, session.plan, session.engine.module, state, workers) as report:
         if state.step == 0:
@@ -85,7 +86,7 @@ def train(config: PretrainConfig, workers: Workers, stop_requested: Callable[[],
 
 def open_session(config: PretrainConfig, workers: Workers) -> Session:
     """Open the token store and build the engine."""
-    store = TokenStore.open(Path(config.data.store_dir))
+    store = open_store(config.data)
     plan = plan_run(config, store)
     return Session(config, store, plan, build_engine(config, plan, workers), workers)
 
@@ -213,7 +214,7 @@ def sum_evaluation(session: Session, split: TokenSplit) -> list[float]:
 
 def save(session: Session, state: RunState, report: Report) -> None:
     """Write a checkpoint and delete those that are not kept any more."""
-    run_dir = Path(session.config.run_dir)
+    run_dir = session.config.run_place
     with report.saving(state.step):
         save_checkpoint(run_dir, state, session.engine, session.workers)
         delete_old_checkpoints(run_dir, session.config.checkpoint, state, session.workers)

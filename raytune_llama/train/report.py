@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -52,7 +51,7 @@ class Report:
     def __enter__(self) -> Self:
         if self._workers.is_first:
             self._log = MetricsLog(
-                Path(self._config.run_dir),
+                self._config.run_place,
                 resumed_step=self._resumed_step,
                 tensorboard=self._config.logging.tensorboard,
             )
@@ -171,6 +170,8 @@ class Report:
                 values[metrics.EVAL_BITS_PER_BYTE],
                 seconds,
             )
+        if self._log is not None:
+            self._log.sync()
         self._lap_seconds()
         state = replace(state, seconds=state.seconds + self._uncounted_seconds())
         if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
