@@ -30,12 +30,13 @@ from raytune_llama.data.manifest import (
     token_dtype,
     write_manifest,
 )
-from raytune_llama.data.store import ShardWriter, TokenStore
+from raytune_llama.data.shards import ShardWriter
+from raytune_llama.data.store import TokenStore
 from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.storage import Place
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.loop import plan_run
+from raytune_llama.train.loop import build_sources, plan_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_WORKERS = 2
@@ -94,7 +95,7 @@ class Material:
         fields: dict[str, Any] = {
             "run_dir": str(run_dir),
             "model": {"path": str(self.model), "attention": "sdpa"},
-            "data": {"sources": [], "store_dir": str(self.store)},
+            "data": {"sources": [{"path": "corpus.txt"}], "store_dir": str(self.store)},
             "adapter": str(self.adapter),
             "batch": {
                 "sequence_tokens": shape.sequence_tokens,
@@ -226,8 +227,9 @@ def read_sequences(config: PretrainConfig) -> tuple[NDArray[np.int64], NDArray[n
     store = TokenStore.open(Path(config.data.store_dir))
     plan = plan_run(config, store)
     workers = config.scale.num_workers
+    sources = [source.sequences for source in build_sources(config, store)]
     streams = [
-        read_steps(store.split("train"), store.fingerprint, plan, rank=rank, world_size=workers)
+        read_steps(sources, store.fingerprint, plan, rank=rank, world_size=workers)
         for rank in range(workers)
     ]
     parts = [

@@ -26,6 +26,7 @@ from raytune_llama.data.manifest import (
     fingerprint_of,
     token_dtype,
 )
+from raytune_llama.data.mixture import source_names
 from raytune_llama.data.plan import Unit, plan_units
 from raytune_llama.data.publishing import build_manifest, check_counts, publish
 from raytune_llama.data.rows import SourceError
@@ -35,7 +36,6 @@ from raytune_llama.data.sources import (
     SourceFile,
     check_sources,
     discover_files,
-    source_names,
 )
 from raytune_llama.data.store import TokenStore
 from raytune_llama.data.units import EncodePlan, UnitRecord
@@ -153,7 +153,7 @@ def prepare_data(config: DataConfig, tokenizer_path: Path) -> TokenStore:
         with _space_for(plan):
             manifest = build_manifest(inputs, units, plan, records)
             check_counts(manifest, plan, config.validation_fraction, config.max_bad_fraction)
-            publish(manifest, seen, plan, store_dir, source_names(config.sources))
+            publish(manifest, seen, plan, store_dir, list(source_names(config.sources)))
     return open_store(config)
 
 

@@ -55,6 +55,8 @@ def detect_encoding(head: bytes, declared: Encoding) -> TextEncoding:
             if declared not in ("auto", "utf-16" if codec.startswith("utf-16") else codec, codec):
                 raise ValueError(f"it begins with the mark of {codec}, but encoding is {declared}")
             return TextEncoding(codec, len(mark), is_guessed=False)
+    if declared == "utf-16" and not head:
+        return TextEncoding("utf-16-le", 0, is_guessed=False)
     if declared == "utf-16":
         raise ValueError("it has no UTF-16 mark at its start; set utf-16-le or utf-16-be")
     if declared != "auto":

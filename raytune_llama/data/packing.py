@@ -1,16 +1,32 @@
-"""Fixed-length training sequences as views of a split's flat token stream.
+"""Fixed-length training sequences, cut from what one source has in a split's flat token stream.
 
-The stream is cut every T tokens. A sequence predicts the T tokens that follow its own, so that
-neighbours overlap by one token and every token but the stream's first is a target exactly once.
+    stretch = find_stretches(split)[0]
+    sequences = cut_stretch(stretch, "isolated", 512, fingerprint=store.fingerprint, seed=1)
+    first = sequences.read(Sample(source=0, index=0, epoch=0))
+
+There are four forms, one class each. A sequence holds tokens of one source only.
+
+- `isolated` and `joined` (packing): the stretch is cut every T tokens. A sequence predicts the T
+  tokens that follow its own, so that neighbours overlap by one token and every token but the
+  stretch's first is a target exactly once.
+- `crops` (Finetune_LLAMA's loader): one window of T tokens of each document, a new one each epoch.
+- `seed_blocks` (Chinese-LLaMA-Alpaca's `group_texts`): documents by the thousand, joined and cut,
+  the remainder dropped.
+
+A window of the last two is T ids, as with the programs they follow, which shift labels inside the
+model: it has T - 1 targets, and its first id is none.
 
 Shapes: T = tokens of a sequence.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raytune_llama.data.order import Sample, derived_key
 from raytune_llama.data.store import TokenSplit
 
 IGNORED_LABEL = -100
@@ -19,69 +35,316 @@ IGNORED_LABEL = -100
 PAD_ID = 0
 """The id at padded positions. Any id of the vocabulary would do: nothing attends to it."""
 
+GROUP_DOCUMENTS = 1000
+"""Documents that `seed_blocks` joins: what the datasets library hands to a mapped function."""
+
+PackedForm = Literal["isolated", "joined"]
+"""Packed sequences whose documents don't see each other, or are plainly concatenated."""
+
+SequenceForm = Literal["isolated", "joined", "crops", "seed_blocks"]
+"""How a source is cut into sequences; see the head of this file."""
+
+_CHUNK_DOCUMENTS = 1 << 16  # bounds the memory of a pass over the documents' lengths
+
 
 @dataclass(frozen=True)
 class Sequence:
     """One training sequence; all arrays are int64 and T long."""
 
     ids_T: NDArray[np.int64]
-    """Input ids, `PAD_ID` behind the end of the stream."""
+    """Input ids, `PAD_ID` behind the last real one."""
     labels_T: NDArray[np.int64]
     """The id that follows each input, or `IGNORED_LABEL`."""
     positions_T: NDArray[np.int64]
     """Position ids; they restart at 0 where a segment that must not see the one before begins."""
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """What one source has in a split."""
+
+    split: TokenSplit
+    """Where the tokens are."""
+    tokens: range
+    """Its part of the flat stream."""
+    documents: range
+    """Its documents by their numbers in the split."""
+
+
+class SourceSequences(Protocol):
+    """The sequences of one source in one form."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of an epoch."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the source."""
+        ...
+
+    @property
+    def num_read_tokens(self) -> int:
+        """Tokens of the source that an epoch reads; the rest is in none of its sequences."""
+        ...
+
+    def read(self, sample: Sample) -> Sequence:
+        """Cut one sequence out.
+
+        Raises:
+            IndexError: There is no such sequence.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class JoinedSequences:
+    """A stretch cut every T tokens, as one text."""
+
+    stretch: Stretch
+    """What is cut."""
+    sequence_tokens: int
+    """T."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of the stretch; the last one may be short."""
+        return num_sequences(len(self.stretch.tokens), self.sequence_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the stretch."""
+        return len(self.stretch.tokens)
+
+    @property
+    def num_read_tokens(self) -> int:
+        """All tokens of the stretch."""
+        return self.num_tokens
+
+    def read(self, sample: Sample) -> Sequence:
+        """Cut one sequence out; the padding of a short one is a segment of its own."""
+        span = self._span(sample.index)
+        tokens = self.stretch.split.tokens(span.start, span.stop)
+        return _padded(tokens[:-1], tokens[1:], self.sequence_tokens)
+
+    def covered(self, index: int) -> range:
+        """Return the part of the flat stream that one sequence accounts for: its targets.
+
+        The first sequence accounts for the stretch's first token too, so that all together
+        account for each token of the stretch once.
+        """
+        span = self._span(index)
+        return range(span.start + (index > 0), span.stop)
+
+    def _span(self, index: int) -> range:
+        """Return the flat positions of a sequence's ids and of the target behind them."""
+        _check_index(index, self.num_sequences)
+        start = self.stretch.tokens.start + index * self.sequence_tokens
+        return range(start, min(start + self.sequence_tokens + 1, self.stretch.tokens.stop))
+
+
+@dataclass(frozen=True)
+class IsolatedSequences(JoinedSequences):
+    """The same cut; positions restart at each document, and none predicts the next one's start."""
+
+    def read(self, sample: Sample) -> Sequence:
+        """Cut one sequence out; the padding of a short one is a segment of its own."""
+        span = self._span(sample.index)
+        split = self.stretch.split
+        tokens = split.tokens(span.start, span.stop)
+        starts = split.document_starts(span.start, span.stop) - span.start
+        sequence = _padded(tokens[:-1], tokens[1:], self.sequence_tokens, starts)
+        sequence.labels_T[starts[starts > 0] - 1] = IGNORED_LABEL
+        return sequence
+
+
+@dataclass(frozen=True)
+class Crops:
+    """One window of T tokens of each document and epoch; a shorter document is padded.
+
+    Where a window starts is a pure function of (fingerprint, seed, epoch, document), uniform over
+    all starts that leave it whole.
+    """
+
+    stretch: Stretch
+    """The documents."""
+    sequence_tokens: int
+    """T."""
+    fingerprint: str
+    """The token store's."""
+    seed: int
+    """The run's."""
+
+    @property
+    def num_sequences(self) -> int:
+        """One for each document."""
+        return len(self.stretch.documents)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents."""
+        return len(self.stretch.tokens)
+
+    @property
+    def num_read_tokens(self) -> int:
+        """Tokens of an epoch's windows; reads the length of every document once."""
+        documents, total = self.stretch.documents, 0
+        for first in range(documents.start, documents.stop, _CHUNK_DOCUMENTS):
+            stop = min(first + _CHUNK_DOCUMENTS, documents.stop)
+            starts = self.stretch.split.token_starts(np.arange(first, stop + 1))
+            total += int(np.minimum(np.diff(starts), self.sequence_tokens).sum())
+        return total
+
+    def read(self, sample: Sample) -> Sequence:
+        """Cut an epoch's window out of a document."""
+        _check_index(sample.index, self.num_sequences)
+        document = self.stretch.documents[sample.index]
+        starts = self.stretch.split.token_starts(np.array([document, document + 1]))
+        start, stop = (int(bound) for bound in starts)
+        num_starts = stop - start - self.sequence_tokens + 1
+        if num_starts > 1:
+            key = derived_key(self.fingerprint, self.seed, "crop", sample.epoch, document)
+            # The high half of a 128-bit product: uniform but for one part in 2**64 / num_starts.
+            start += key * num_starts >> 64
+        ids = self.stretch.split.tokens(start, min(start + self.sequence_tokens, stop))
+        return _padded(ids, ids[1:], self.sequence_tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class SeedBlocks:
+    """The blocks of Chinese-LLaMA-Alpaca's `group_texts`, with what it loses.
+
+    The documents of a source file are taken `GROUP_DOCUMENTS` at a time and joined. A group of at
+    least T tokens gives whole blocks, and its remainder is dropped; a smaller one gives one short
+    block. Nothing is masked inside a block and positions are not reset. Two deviations: the
+    original counts blank lines, each a lone BOS, while a store has no blank documents; and it
+    takes validation blocks out afterwards, while a store takes documents out before.
+    """
+
+    stretch: Stretch
+    """The documents."""
+    sequence_tokens: int
+    """T."""
+    group_bounds: NDArray[np.int64]
+    """Flat positions at which the groups start, and the end of the last one."""
+    block_ends: NDArray[np.int64]
+    """Blocks up to the end of each group."""
+
+    @classmethod
+    def of(cls, stretch: Stretch, sequence_tokens: int) -> Self:
+        """Group a stretch's documents."""
+        documents, split = stretch.documents, stretch.split
+        files = [*split.file_starts(documents).tolist(), documents.stop]
+        first_documents = [
+            np.arange(start, stop, GROUP_DOCUMENTS) for start, stop in pairwise(files)
+        ]
+        bounds = split.token_starts(np.concatenate([*first_documents, [documents.stop]]))
+        # A document has at least one token, so that no group is empty.
+        num_blocks = np.maximum(np.diff(bounds) // sequence_tokens, 1)
+        return cls(stretch, sequence_tokens, bounds, np.cumsum(num_blocks))
+
+    @property
+    def num_sequences(self) -> int:
+        """Blocks of all groups."""
+        return int(self.block_ends[-1])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents, the dropped ones too."""
+        return len(self.stretch.tokens)
+
+    @property
+    def num_read_tokens(self) -> int:
+        """Tokens that are in a block."""
+        sizes = np.diff(self.group_bounds)
+        num_blocks = np.diff(self.block_ends, prepend=0)
+        return int(np.minimum(sizes, num_blocks * self.sequence_tokens).sum())
+
+    def read(self, sample: Sample) -> Sequence:
+        """Cut one block out."""
+        _check_index(sample.index, self.num_sequences)
+        group = int(np.searchsorted(self.block_ends, sample.index, side="right"))
+        blocks_before = int(self.block_ends[group - 1]) if group else 0
+        group_start, group_stop = (int(bound) for bound in self.group_bounds[group : group + 2])
+        start = group_start + (sample.index - blocks_before) * self.sequence_tokens
+        ids = self.stretch.split.tokens(start, min(start + self.sequence_tokens, group_stop))
+        return _padded(ids, ids[1:], self.sequence_tokens)
+
+
 def num_sequences(num_tokens: int, sequence_tokens: int) -> int:
-    """Count the sequences of a stream; the last one may be short. A stream of one token has none.
+    """Count the packed sequences of a stretch; one of a single token has none.
 
     Args:
-        num_tokens: Tokens of the stream.
+        num_tokens: Tokens of the stretch.
         sequence_tokens: T.
     """
     return max(0, -(-(num_tokens - 1) // sequence_tokens))
 
 
-def read_sequence(
-    split: TokenSplit, index: int, sequence_tokens: int, *, isolate_documents: bool
-) -> Sequence:
-    """Cut one sequence out of the stream.
+def find_stretches(split: TokenSplit) -> dict[int, Stretch]:
+    """Return what each configured source has in a split; one without documents is left out."""
+    documents = split.source_documents()
+    return {
+        source: Stretch(split, tokens, documents[source])
+        for source, tokens in split.source_ranges().items()
+    }
+
+
+def cut_packed(stretch: Stretch, form: PackedForm, sequence_tokens: int) -> JoinedSequences:
+    """Cut a stretch into packed sequences of T tokens."""
+    match form:
+        case "isolated":
+            return IsolatedSequences(stretch, sequence_tokens)
+        case "joined":
+            return JoinedSequences(stretch, sequence_tokens)
+
+
+def cut_stretch(
+    stretch: Stretch, form: SequenceForm, sequence_tokens: int, *, fingerprint: str, seed: int
+) -> SourceSequences:
+    """Cut a stretch into sequences.
 
     Args:
-        split: Where the tokens are.
-        index: Which sequence, from 0 to `num_sequences(...) - 1`.
+        stretch: What a source has in a split.
+        form: How it is cut.
         sequence_tokens: T.
-        isolate_documents: True restarts the positions at each document and ignores a label that
-            is the first token of the next document. False is plain concatenation.
-
-    Raises:
-        IndexError: There is no such sequence.
+        fingerprint: The token store's; with `seed` it decides where crops start.
+        seed: The run's.
     """
-    start = index * sequence_tokens
-    if not 0 <= start < split.num_tokens - 1:
-        last = num_sequences(split.num_tokens, sequence_tokens) - 1
-        raise IndexError(f"sequence {index} of a split with sequences 0 to {last}")
-    stop = min(start + sequence_tokens + 1, split.num_tokens)
-    tokens = split.tokens(start, stop)
-    num_real = len(tokens) - 1
-
-    ids_T = np.full(sequence_tokens, PAD_ID, dtype=np.int64)
-    labels_T = np.full(sequence_tokens, IGNORED_LABEL, dtype=np.int64)
-    ids_T[:num_real] = tokens[:-1]
-    labels_T[:num_real] = tokens[1:]
-
-    segment_starts = [num_real]  # the padding, when there is any, is a segment of its own
-    if isolate_documents:
-        starts = split.document_starts(start, stop) - start
-        labels_T[starts[starts > 0] - 1] = IGNORED_LABEL
-        segment_starts = [*starts[starts < num_real].tolist(), num_real]
-    return Sequence(ids_T, labels_T, _restarting_positions(sequence_tokens, segment_starts))
+    match form:
+        case "crops":
+            return Crops(stretch, sequence_tokens, fingerprint, seed)
+        case "seed_blocks":
+            return SeedBlocks.of(stretch, sequence_tokens)
+        case packed:
+            return cut_packed(stretch, packed, sequence_tokens)
 
 
-def _restarting_positions(length: int, segment_starts: list[int]) -> NDArray[np.int64]:
-    """Count up from 0, and from 0 again at each start below `length`."""
-    positions = np.arange(length, dtype=np.int64)
-    origin = np.zeros(length, dtype=np.int64)
-    starts = np.array([start for start in segment_starts if start < length], dtype=np.int64)
-    origin[starts] = starts
-    return positions - np.maximum.accumulate(origin)
+def _check_index(index: int, count: int) -> None:
+    if not 0 <= index < count:
+        raise IndexError(f"sequence {index} of a source with {count} sequences")
+
+
+def _padded(
+    ids: NDArray[np.unsignedinteger],
+    labels: NDArray[np.unsignedinteger],
+    length: int,
+    starts: NDArray[np.int64] | None = None,
+) -> Sequence:
+    """Make a sequence of ids and the labels of the first of them.
+
+    Positions count up from 0, and from 0 again at the starts and where the padding begins.
+    """
+    ids_T = np.full(length, PAD_ID, dtype=np.int64)
+    labels_T = np.full(length, IGNORED_LABEL, dtype=np.int64)
+    ids_T[: len(ids)] = ids
+    labels_T[: len(labels)] = labels
+    positions_T = np.arange(length, dtype=np.int64)
+    if starts is not None:
+        origins = np.zeros(length, dtype=np.int64)
+        inside = starts[starts < len(ids)]
+        origins[inside] = inside
+        positions_T -= np.maximum.accumulate(origins)
+    positions_T[len(ids) :] = np.arange(length - len(ids))
+    return Sequence(ids_T, labels_T, positions_T)

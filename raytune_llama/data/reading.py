@@ -67,7 +67,8 @@ class Tally:
         return RowCounts(
             total=self.total,
             documents=self.documents,
-            skipped=dict(sorted(self.skipped.items())),
+            # Without reasons of which there was none.
+            skipped=dict(sorted((+self.skipped).items())),
             quarantined=dict(sorted(self.quarantined.items())),
             aliased=self.aliased,
         )

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from raytune_llama.config import PLACEMENT, ConfigError, settings
 from raytune_llama.data.encodings import Encoding
 from raytune_llama.data.inspection import NAMES_OF_SUFFIXES, FileKind, Inspection, inspect_file
@@ -45,6 +47,13 @@ class SourceConfig:
     """The field of a JSON object, or the column of a Parquet file, that holds the text."""
     text_aliases: tuple[str, ...] = ()
     """Other names that this field has in some rows; rows read under them are counted."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of the run's sequences, relative to the other sources' weights; for all sources or for
+    none. Null: every sequence once an epoch. It is the run's, a token store does not depend on
+    it."""
+    name: Annotated[Annotated[str, Field(pattern=r"^[\w.-]+$")] | None, PLACEMENT] = None
+    """Name in metrics and manifests, of letters, digits, `_`, `.` and `-`; no two sources have the
+    same. Null: the last part of the path, without suffix and wildcards."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +136,6 @@ def check_sources(sources: tuple[SourceConfig, ...]) -> list[str]:
     except ConfigError as error:
         return error.problems
     return []
-
-
-def source_names(sources: tuple[SourceConfig, ...]) -> list[str]:
-    """Return a name for each source, for people: the last part of its path."""
-    return [source.path.rstrip("/").rpartition("/")[2] for source in sources]
 
 
 def _source_number(problem: str) -> int:

@@ -15,10 +15,8 @@ documents in source order; their ids one after the other are the split's flat to
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -35,117 +33,7 @@ from raytune_llama.data.manifest import (
     StoreError,
     read_manifest,
 )
-from raytune_llama.files import sha256_file, temporary_sibling
 from raytune_llama.storage import FileStatus, Place
-
-Ids = NDArray[np.unsignedinteger] | list[int]
-"""Token ids of a document."""
-
-_BATCH_TOKENS = 1 << 20  # bounds a writer's memory; a batch may exceed it by one document
-_BATCH_DOCUMENTS = 1 << 16
-
-
-class ShardWriter:
-    """Write documents to one shard; the file appears under its name when the block succeeds.
-
-    `source` is the configured source that all of them are from.
-    `shard` is its entry for the manifest afterwards, or None when there was no document: then no
-    file is written. Memory stays bounded by one record batch.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        dtype: Literal["uint16", "uint32"],
-        *,
-        source: int,
-        bos_id: int | None = None,
-        eos_id: int | None = None,
-    ) -> None:
-        self.shard: Shard | None = None
-        self._path = path
-        self._source = source
-        self._temporary = temporary_sibling(path)
-        self._dtype = np.dtype(dtype)
-        self._schema = _schema(dtype)
-        self._sink: pa.OSFile | None = None
-        self._writer: pa.RecordBatchFileWriter | None = None
-        self._before = np.array([] if bos_id is None else [bos_id], dtype=self._dtype)
-        self._behind = np.array([] if eos_id is None else [eos_id], dtype=self._dtype)
-        self._rows: list[tuple[NDArray[np.unsignedinteger], int, int, int]] = []
-        self._pending_tokens = 0
-        self._documents = self._tokens = self._text_bytes = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def write(self, ids: Ids, num_bytes: int, source: int, offset: int) -> None:
-        """Append a document; `bos_id` and `eos_id` are put around it.
-
-        Args:
-            ids: Its token ids, at least one.
-            num_bytes: UTF-8 bytes of its text.
-            source: Index of its source file.
-            offset: Where it starts in that file.
-        """
-        assert len(ids), "a document without tokens cannot be found in the flat stream"
-        if isinstance(ids, list):
-            ids = np.array(ids, dtype=self._dtype)
-        self._rows.append((ids, num_bytes, source, offset))
-        self._pending_tokens += len(ids) + len(self._before) + len(self._behind)
-        if self._pending_tokens >= _BATCH_TOKENS or len(self._rows) >= _BATCH_DOCUMENTS:
-            self._flush()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is None and self._rows:
-            self._flush()
-        if self._writer is None or self._sink is None:
-            return
-        self._writer.close()
-        self._sink.close()
-        if kind is not None:
-            self._temporary.unlink()
-            return
-        self.shard = Shard(
-            name=self._path.name,
-            source=self._source,
-            sha256=sha256_file(self._temporary),
-            file_bytes=self._temporary.stat().st_size,
-            documents=self._documents,
-            tokens=self._tokens,
-            text_bytes=self._text_bytes,
-        )
-        self._temporary.replace(self._path)
-
-    def _flush(self) -> None:
-        if self._writer is None:
-            self._sink = pa.OSFile(str(self._temporary), "wb")
-            self._writer = pa.ipc.new_file(self._sink, self._schema)
-        ids, num_bytes, source, offset = zip(*self._rows, strict=True)
-        around = len(self._before) + len(self._behind)
-        lengths = [len(one) + around for one in ids]
-        pieces = chain.from_iterable((self._before, one, self._behind) for one in ids)
-        flat = np.concatenate(list(pieces))
-        assert flat.max() <= np.iinfo(self._dtype).max, "an id is beyond the vocabulary"
-        flat = flat.astype(self._dtype, copy=False)
-        offsets = np.zeros(len(ids) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        tokens = pa.LargeListArray.from_arrays(
-            pa.array(offsets), pa.array(flat), type=self._schema.field("tokens").type
-        )
-        columns = [tokens, pa.array(num_bytes, pa.int64()), pa.array(source, pa.int32())]
-        columns.append(pa.array(offset, pa.int64()))
-        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
-        self._documents += len(ids)
-        self._tokens += self._pending_tokens
-        self._text_bytes += sum(num_bytes)
-        self._rows = []
-        self._pending_tokens = 0
 
 
 @dataclass(frozen=True)
@@ -248,13 +136,45 @@ class TokenSplit:
 
         A source without documents in this split is left out.
         """
-        ranges: dict[int, range] = {}
-        start = 0
-        for shard in self.manifest.shards:
-            stop = start + shard.tokens
-            ranges[shard.source] = range(ranges.get(shard.source, range(start, 0)).start, stop)
-            start = stop
-        return ranges
+        return self._by_source([shard.tokens for shard in self.manifest.shards])
+
+    def source_documents(self) -> dict[int, range]:
+        """Return the numbers of the documents that each configured source has, in the same way."""
+        return self._by_source([shard.documents for shard in self.manifest.shards])
+
+    def token_starts(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the flat positions at which documents start, by their numbers in the split.
+
+        The number `num_documents` stands for the end of the stream. A document is found by a
+        binary search over the batches; none is scanned.
+
+        Raises:
+            IndexError: A number is below 0 or above `num_documents`.
+        """
+        if len(documents) and not 0 <= documents.min() <= documents.max() <= self.num_documents:
+            found = f"documents {documents.min()} to {documents.max()}"
+            raise IndexError(f"{found} of a split with {self.num_documents}")
+        starts = np.empty(len(documents), dtype=np.int64)
+        owners = np.searchsorted(self._batch_documents, documents, side="right") - 1
+        for number in np.unique(owners):
+            batch, chosen = self._batches[number], owners == number
+            rows = documents[chosen] - self._batch_documents[number]
+            starts[chosen] = batch.offsets[rows] + batch.token_start
+        return starts
+
+    def file_starts(self, documents: range) -> NDArray[np.int64]:
+        """Return the numbers of the documents in a range with which a source file starts there.
+
+        The first of the range is always one of them.
+        """
+        starts: list[int] = []
+        before = -1
+        for first, batch in zip(self._batch_documents.tolist(), self._batches, strict=True):
+            files = batch.files[max(0, documents.start - first) : max(0, documents.stop - first)]
+            changes = np.flatnonzero(np.diff(files, prepend=before))
+            starts.extend((changes + max(first, documents.start)).tolist())
+            before = files[-1] if len(files) else before
+        return np.array(starts, dtype=np.int64)
 
     def tokens(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
         """Return the ids of a range of the flat stream, a read-only view where one batch has it.
@@ -300,10 +220,26 @@ class TokenSplit:
         return np.array([batch.token_start for batch in self._batches], dtype=np.int64)
 
     @cached_property
+    def _batch_documents(self) -> NDArray[np.int64]:
+        """Documents before each batch."""
+        counts = [len(batch.files) for batch in self._batches]
+        return np.cumsum(np.array([0, *counts], dtype=np.int64))[:-1]
+
+    @cached_property
     def _batch_bytes(self) -> NDArray[np.int64]:
         """Bytes of text before each batch."""
         sums = [0, *(int(batch.num_bytes.sum()) for batch in self._batches)]
         return np.cumsum(np.array(sums, dtype=np.int64))
+
+    def _by_source(self, sizes: list[int]) -> dict[int, range]:
+        """Add up the shards' sizes to one range for each source."""
+        ranges: dict[int, range] = {}
+        start = 0
+        for shard, size in zip(self.manifest.shards, sizes, strict=True):
+            first = ranges.get(shard.source, range(start, start)).start
+            ranges[shard.source] = range(first, start + size)
+            start += size
+        return ranges
 
     def _overlapping(self, start: int, stop: int) -> "list[_Batch]":
         if start >= stop:
@@ -335,12 +271,7 @@ class _Batch:
     ids: NDArray[np.unsignedinteger]
     offsets: NDArray[np.int64]
     num_bytes: NDArray[np.int64]
-
-
-def _schema(dtype: str) -> pa.Schema:
-    ids = pa.large_list(pa.field("item", pa.type_for_alias(dtype), nullable=False))
-    columns = {"tokens": ids, "num_bytes": pa.int64(), "source": pa.int32(), "offset": pa.int64()}
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
+    files: NDArray[np.int32]
 
 
 def _map_batches(place: Place, shards: list[Shard], cache_dir: Path | None) -> Iterable[_Batch]:
@@ -360,7 +291,8 @@ def _map_batches(place: Place, shards: list[Shard], cache_dir: Path | None) -> I
             tokens = batch.column("tokens")
             ids = tokens.values.to_numpy()
             num_bytes = batch.column("num_bytes").to_numpy()
-            yield _Batch(token_start, ids, tokens.offsets.to_numpy(), num_bytes)
+            files = batch.column("source").to_numpy()
+            yield _Batch(token_start, ids, tokens.offsets.to_numpy(), num_bytes, files)
             token_start += len(ids)
             documents += batch.num_rows
         if (documents, token_start - first) != (shard.documents, shard.tokens):

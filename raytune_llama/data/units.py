@@ -13,7 +13,6 @@ worker, in whatever order and after however many restarts. The work directory ho
 import contextlib
 import errno
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -35,8 +34,8 @@ from raytune_llama.data.reading import (
     read_unit,
 )
 from raytune_llama.data.rows import SourceError
+from raytune_llama.data.shards import ShardWriter
 from raytune_llama.data.sources import SourceFile
-from raytune_llama.data.store import ShardWriter
 from raytune_llama.files import sha256_file
 from raytune_llama.model.reference import TextEncoder
 from raytune_llama.storage import Place
@@ -119,14 +118,6 @@ class UnitRecord:
     """Its file of bad rows; None when there are none."""
     lengths: list[int]
     """Documents by the power of two of their tokens."""
-
-
-def split_of(text: str, validation_fraction: float) -> SplitName:
-    """Choose the side of a document by its text alone: equal texts are on the same side."""
-    if not validation_fraction:
-        return "train"
-    place = int.from_bytes(sha256(text.encode()).digest()[:8], "big")
-    return "validation" if place < int(validation_fraction * 2**64) else "train"
 
 
 def quarantine_place(unit: Unit, plan: EncodePlan) -> Place:
@@ -314,17 +305,38 @@ def _write_batch(
     tally: Tally,
 ) -> NDArray[np.int64]:
     """Encode and write a batch; a text that becomes no token is counted. Return the lengths."""
-    num_tokens: Counter[int] = Counter()
     encoded = encoder.encode(documents.texts)
-    for number, ids in enumerate(encoded):
-        if not len(ids):
-            tally.skipped["no_tokens"] += 1
-            continue
-        text = documents.texts[number]
-        writer = writers[split_of(text, plan.validation_fraction)]
-        writer.write(ids, documents.num_bytes[number], documents.file, documents.offsets[number])
-        num_tokens[len(ids).bit_length() - 1] += 1
-    lengths = np.zeros(NUM_LENGTH_BINS, dtype=np.int64)
-    for power, count in num_tokens.items():
-        lengths[power] = count
-    return lengths
+    lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+    ids = np.concatenate(encoded)
+    columns = [
+        np.array(column, dtype=np.int64) for column in (documents.num_bytes, documents.offsets)
+    ]
+    tally.skipped["no_tokens"] += int((lengths == 0).sum())
+    for split, of_split in choose_sides(documents.texts, plan.validation_fraction).items():
+        chosen = of_split & (lengths > 0)
+        writers[split].write_documents(
+            ids if chosen.all() else ids[np.repeat(chosen, lengths)],
+            lengths[chosen],
+            columns[0][chosen],
+            documents.file,
+            columns[1][chosen],
+        )
+    # The power of two below: an exact one for all lengths, unlike a logarithm's.
+    powers = np.frexp(lengths[lengths > 0])[1] - 1
+    return np.bincount(powers, minlength=NUM_LENGTH_BINS)
+
+
+def choose_sides(
+    texts: list[str], validation_fraction: float
+) -> dict[SplitName, NDArray[np.bool_]]:
+    """Say which documents go to each split, by their texts alone: equal texts stay together.
+
+    A text is for validation where the first 64 bits of its SHA-256, as a share of their range,
+    are below the fraction.
+    """
+    if not validation_fraction:
+        return {"train": np.ones(len(texts), dtype=bool)}
+    bound = int(validation_fraction * 2**64).to_bytes(8, "big")
+    below = (sha256(text.encode()).digest()[:8] < bound for text in texts)
+    validation = np.fromiter(below, dtype=bool, count=len(texts))
+    return {"train": ~validation, "validation": validation}

@@ -3,10 +3,11 @@
 Both encode plain text: no special token is added, and one that is written in a text stays text.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
@@ -18,7 +19,17 @@ from sentencepiece.sentencepiece_model_pb2 import (
 )
 from tokenizers import Tokenizer
 
-_PIECE = ModelProto.SentencePiece
+from raytune_llama.model.cuts import (
+    Cuts,
+    build_engine_cuts,
+    build_pair_cuts,
+    encode_in_stretches,
+)
+
+PIECE = ModelProto.SentencePiece
+"""Kinds of pieces: `PIECE.NORMAL`, `PIECE.CONTROL` and so on."""
+
+_BPE = 2
 
 
 class TextEncoder(Protocol):
@@ -26,7 +37,7 @@ class TextEncoder(Protocol):
 
     @property
     def name(self) -> str:
-        """The library that makes the ids."""
+        """The engine that makes the ids."""
         ...
 
     @property
@@ -37,8 +48,12 @@ class TextEncoder(Protocol):
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text, uint32, without special tokens.
 
+        Texts of any number and length: memory stays bounded beyond what texts and ids take.
+
         Raises:
             UnicodeEncodeError: A text holds half of a surrogate pair (a `ValueError`).
+            UncuttableTextError: A text is millions of characters long without a place where it
+                could be cut (a `ValueError`).
         """
         ...
 
@@ -60,23 +75,30 @@ class SentencePieceReference:
             controls: Ids that may not come out of a text.
         """
         self.version = version("sentencepiece")
-        proto = ModelProto.FromString(model)
-        self._user_defined: set[int] = set()
-        for id_, piece in enumerate(proto.pieces):
-            if piece.type == _PIECE.USER_DEFINED and id_ not in controls:
-                self._user_defined.add(id_)
-            if id_ in controls and piece.type in (_PIECE.NORMAL, _PIECE.USER_DEFINED):
-                piece.type = _PIECE.CONTROL
+        self.proto = ModelProto.FromString(model)
+        for id_, piece in enumerate(self.proto.pieces):
+            if id_ in controls and piece.type in (PIECE.NORMAL, PIECE.USER_DEFINED):
+                piece.type = PIECE.CONTROL
+        self.cuts: Cuts | None = None
+        if is_plain_merging(self.proto):
+            self.cuts = build_pair_cuts(
+                [piece.piece for piece in self.proto.pieces if piece.type in _TEXT_TYPES]
+            )
         self._processor = sentencepiece.SentencePieceProcessor(
-            model_proto=proto.SerializeToString()
+            model_proto=self.proto.SerializeToString()
         )
 
     def is_user_defined(self, id_: int) -> bool:
         """Whether an id stands for text that is always one token, wherever it is."""
-        return id_ in self._user_defined
+        pieces = self.proto.pieces
+        return id_ < len(pieces) and pieces[id_].type == PIECE.USER_DEFINED
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `TextEncoder.encode`."""
+        return encode_in_stretches(texts, self.cuts, self.encode_whole)
+
+    def encode_whole(self, texts: Sequence[str], _: int = 0) -> list[np.ndarray]:
+        """Encode texts whole: time and memory grow with the longest."""
         utf8 = [text.encode() for text in texts]
         encoded = self._processor.encode(utf8, return_type="numpy", num_threads=1)
         return [ids.astype(np.uint32) for ids in encoded]
@@ -94,20 +116,47 @@ class TokenizersReference:
         """
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.version = version("tokenizers")
-        self._engine = Tokenizer.from_str(engine)
-        self._engine.no_truncation()
-        self._engine.no_padding()
-        self._engine.encode_special_tokens = True
+        self.engine: dict[str, Any] = json.loads(engine)
+        self.cuts = build_engine_cuts(self.engine)
+        self._tokenizer = Tokenizer.from_str(engine)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `TextEncoder.encode`."""
+        return encode_in_stretches(texts, self.cuts, self.encode_whole)
+
+    def encode_whole(self, texts: Sequence[str], _: int = 0) -> list[np.ndarray]:
+        """Encode texts whole: time and memory grow with the longest."""
         for text in texts:
-            text.encode()
-        encoded = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
+            text.encode()  # the library says of half of a surrogate pair that it is no str
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
 
 
 Reference = SentencePieceReference | TokenizersReference
+
+_TEXT_TYPES = (PIECE.NORMAL, PIECE.USER_DEFINED)
+
+
+def is_plain_merging(proto: Any) -> bool:  # noqa: ANN401  # made when protobuf is imported
+    """Whether a SentencePiece model merges the characters of a text as they are.
+
+    Not so are: unigram models; a normalizer that changes characters or strips spaces; unused
+    pieces, of which the parts depend on the whole text; and models without byte fallback, which
+    make one token of unknown characters in a row.
+    """
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    return bool(
+        trainer.model_type == _BPE
+        and trainer.byte_fallback
+        and not trainer.treat_whitespace_as_suffix
+        and not normalizer.precompiled_charsmap
+        and not normalizer.remove_extra_whitespaces
+        and normalizer.escape_whitespaces
+        and not any(piece.type == PIECE.UNUSED for piece in proto.pieces)
+    )
 
 
 def is_sentencepiece(content: bytes) -> bool:

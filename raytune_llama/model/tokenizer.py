@@ -110,6 +110,13 @@ def control_strings(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     return frozenset(tokenizer.convert_ids_to_tokens(sorted(control_ids(tokenizer))))
 
 
+def token_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Return the text of each token that stands for text."""
+    controls = control_ids(tokenizer)
+    ids = sorted(set(tokenizer.get_vocab().values()) - controls)
+    return tokenizer.backend_tokenizer.decode_batch([[id_] for id_ in ids])
+
+
 def load_reference(path: Path) -> Reference:
     """Load what defines the ids of a tokenizer's directory.
 

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,6 +74,12 @@ class RunState:
 
     tokens: int = 0
     """Target tokens trained on."""
+
+    source_sequences: list[int] = field(default_factory=list)
+    """Sequences trained on, of each source that has any; empty before the first step."""
+
+    source_targets: list[int] = field(default_factory=list)
+    """Target tokens trained on, of each such source; they sum up to `tokens`."""
 
     num_skipped_steps: int = 0
     """Steps that moved no weight since half-precision gradients overflowed."""

@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from raytune_llama.config import PLACEMENT, ConfigError, settings
 from raytune_llama.data.encode import DataConfig
+from raytune_llama.data.mixture import check_mixture
+from raytune_llama.data.packing import PackedForm, SequenceForm
 from raytune_llama.model.llama import ModelConfig
 from raytune_llama.model.lora import LoraConfig
 from raytune_llama.storage import Place
@@ -19,7 +21,7 @@ class BatchConfig:
     """What one optimizer step sees."""
 
     sequence_tokens: Annotated[int, Field(ge=2)] = 512
-    """Tokens of a sequence; documents are packed into sequences, longer ones are split."""
+    """Tokens of a sequence."""
 
     sequences_per_step: Annotated[int, Field(ge=1)] = 8
     """Sequences of one optimizer step over all workers, whatever their number."""
@@ -27,24 +29,53 @@ class BatchConfig:
     micro_batch_sequences: Annotated[int, Field(ge=1), PLACEMENT] = 1
     """Sequences of one forward pass of one worker; has to divide `sequences_per_step`."""
 
-    isolate_documents: bool = True
-    """Documents in one sequence don't see each other, and none predicts the next one's first
-    token. False: plain concatenation, as the Chinese-LLaMA scripts train."""
+    packing: Literal["packed", "crops", "seed_blocks"] = "packed"
+    """How a source becomes sequences. `packed`: cut every `sequence_tokens`, nothing is lost.
+    `crops`: of each document one window an epoch, at a new random place; a shorter document is
+    padded. `seed_blocks`: as the Chinese-LLaMA scripts, 1,000 documents of a file joined and cut,
+    the remainder dropped. Evaluation is always packed."""
+
+    isolate_documents: bool | None = None
+    """Whether documents in one sequence don't see each other, and none predicts the next one's
+    first token. False: plain concatenation. Null: true, but false with `seed_blocks`, which is
+    plain concatenation."""
 
     @model_validator(mode="after")
     def _check(self) -> "BatchConfig":
+        problems: list[str] = []
         if self.sequences_per_step % self.micro_batch_sequences:
             divisors = [
                 n for n in range(1, self.sequences_per_step + 1) if not self.sequences_per_step % n
             ]
-            raise ConfigError(
-                [
-                    f"micro_batch_sequences: {self.micro_batch_sequences} does not divide "
-                    f"sequences_per_step, {self.sequences_per_step}; choose one of "
-                    f"{', '.join(map(str, divisors[:12]))}"
-                ]
+            problems.append(
+                f"micro_batch_sequences: {self.micro_batch_sequences} does not divide "
+                f"sequences_per_step, {self.sequences_per_step}; choose one of "
+                f"{', '.join(map(str, divisors[:12]))}"
             )
+        if self.packing == "seed_blocks" and self.isolate_documents:
+            problems.append(
+                "isolate_documents: got true, but seed_blocks joins documents plainly; set it to "
+                "null, or use packing=packed"
+            )
+        if self.packing == "crops" and self.isolate_documents is False:
+            problems.append(
+                "isolate_documents: got false, but a crop holds one document; set it to null, or "
+                "use packing=packed"
+            )
+        if problems:
+            raise ConfigError(problems)
         return self
+
+    @property
+    def evaluation_form(self) -> PackedForm:
+        """How validation text is cut; its documents see each other where those trained on do."""
+        joined = self.isolate_documents is False or self.packing == "seed_blocks"
+        return "joined" if joined else "isolated"
+
+    @property
+    def form(self) -> SequenceForm:
+        """How the text trained on is cut."""
+        return self.evaluation_form if self.packing == "packed" else self.packing
 
 
 @settings
@@ -55,7 +86,7 @@ class EvalConfig:
     """Optimizer steps between evaluations; null: before the first and after the last only."""
 
     max_sequences: Annotated[int, Field(ge=1)] | None = 256
-    """Sequences evaluated, the first of the split; null: all."""
+    """Sequences evaluated: of each source its share, at even distances; null: all."""
 
 
 @settings
@@ -121,7 +152,7 @@ class PretrainConfig:
     """Base model and tokenizer."""
 
     data: Annotated[DataConfig, PLACEMENT]
-    """Text and token store; compared by the store's fingerprint."""
+    """Text and token store; compared by the store's fingerprint and the sources' weights."""
 
     batch: BatchConfig = BatchConfig()
     """Sequences and steps."""
@@ -136,7 +167,8 @@ class PretrainConfig:
     """Optimizer steps of the run; null: given by `num_epochs`."""
 
     num_epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the training split, the last step may be smaller; null: given by `max_steps`."""
+    """Passes over the training split, the last step may be smaller; null: given by `max_steps`.
+    Sources with weights have epochs of their own, and need `max_steps`."""
 
     seed: Annotated[int, Field(ge=0)] = 1
     """Decides the adapter's start, the order of the sequences and dropout."""
@@ -170,6 +202,7 @@ class PretrainConfig:
                 "lora: set lora for a new adapter, or adapter to go on from one with its own "
                 "settings, and the other to null"
             )
+        problems += self._check_sources()
         num_workers, micro_batch = self.scale.num_workers, self.batch.micro_batch_sequences
         if num_workers * micro_batch > self.batch.sequences_per_step:
             problems.append(
@@ -185,6 +218,16 @@ class PretrainConfig:
         if problems:
             raise ConfigError(problems)
         return self
+
+    def _check_sources(self) -> list[str]:
+        total = self.max_steps and self.max_steps * self.batch.sequences_per_step
+        problems = check_mixture(self.data.sources, total)
+        if self.num_epochs is not None and any(source.weight for source in self.data.sources):
+            problems.append(
+                f"num_epochs: got {self.num_epochs}, but sources with weights have epochs of their "
+                "own; set max_steps, or drop the weights"
+            )
+        return problems
 
     @property
     def run_place(self) -> Place:

@@ -40,7 +40,13 @@ def read_result(config: PretrainConfig) -> dict[str, Any] | None:
 
 
 def write_result(
-    config: PretrainConfig, store: TokenStore, engine: Engine, state: RunState, workers: Workers
+    config: PretrainConfig,
+    store: TokenStore,
+    engine: Engine,
+    state: RunState,
+    workers: Workers,
+    *,
+    mixture: Mapping[str, Any],
 ) -> None:
     """Write the adapter or the model, its tokenizer and a manifest; collective.
 
@@ -66,6 +72,7 @@ def write_result(
             "adapter": fingerprint_adapter(config),
             "tokenizer_sha256": tokenizer_sha256(Path(config.model.tokenizer_path)),
             "store": store.fingerprint,
+            "mixture": mixture,
             "num_trained": sum(tensor.numel() for tensor in trained.values()),
             "tensor_norms": norms,
             "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},

@@ -2,22 +2,17 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from raytune_llama.data.batches import (
-    BatchPlan,
-    StepBatch,
-    evaluation_bytes,
-    num_evaluation_sequences,
-    read_evaluation,
-    read_steps,
-)
+from raytune_llama.data.batches import BatchPlan, StepBatch, StepTotal, read_steps
 from raytune_llama.data.encode import open_store
-from raytune_llama.data.store import TokenSplit, TokenStore
+from raytune_llama.data.evaluation import EvaluatedSource, choose_evaluated, read_evaluation
+from raytune_llama.data.mixture import Source, cut_sources, mixture_record
+from raytune_llama.data.store import TokenStore
 from raytune_llama.model.llama import SummedLoss, load_model
 from raytune_llama.model.lora import attach_adapter, load_adapter
 from raytune_llama.model.loss import IGNORE
@@ -30,7 +25,7 @@ from raytune_llama.train.checkpoint import (
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engine import DataParallelEngine, Engine, StepResult
 from raytune_llama.train.export import write_result
-from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS, EVAL_PERPLEXITY
+from raytune_llama.train.metrics import EvaluatedText, evaluation_values
 from raytune_llama.train.proofs import prove
 from raytune_llama.train.report import Report
 from raytune_llama.train.schedule import rate_factor
@@ -62,25 +57,31 @@ class Session:
 def train(config: PretrainConfig, workers: Workers, stop_requested: Callable[[], bool]) -> Outcome:
     """Train from the newest checkpoint to the end of the run; the same call on every worker."""
     session = open_session(config, workers)
-    prove(session.engine, config.engine.precision, workers, config.batch.isolate_documents)
+    prove(
+        session.engine,
+        config.engine.precision,
+        workers,
+        isolate_documents=config.batch.evaluation_form == "isolated",
+    )
     state = restore(config.run_place, session.engine, workers)
 
     with Report(config, session.plan, session.engine.module, state, workers) as report:
         if state.step == 0:
             state = evaluate(session, state, report)
         for batch in report.timed(read_batches(session, state.step)):
-            num_targets, stop = workers.sum([count_targets(batch), float(stop_requested())])
+            total, stop = sum_step(batch, stop_requested, workers)
             if stop:
                 save(session, state, report)
                 return Outcome("stopped", state.step)
-            result, rate = take_step(session, batch, num_targets)
-            state = report.step(state, batch, result, num_targets, rate)
+            result, rate = take_step(session, batch, total.num_targets)
+            state = report.step(state, batch, result, total, rate)
             if is_due(state.step, config.eval.every_steps, session.plan.num_steps):
                 state = evaluate(session, state, report)
             if wants_checkpoint(state, config, session.plan.num_steps):
                 save(session, state, report)
 
-    write_result(config, session.store, session.engine, state, workers)
+    mixture = sum_up_mixture(session, state)
+    write_result(config, session.store, session.engine, state, workers, mixture=mixture)
     return Outcome("finished", state.step)
 
 
@@ -92,16 +93,49 @@ def open_session(config: PretrainConfig, workers: Workers) -> Session:
 
 
 def plan_run(config: PretrainConfig, store: TokenStore) -> BatchPlan:
-    """Return the order of the whole run, which depends on no worker."""
-    return BatchPlan.for_split(
-        store.split("train"),
+    """Return the order of the whole run, which depends on no worker.
+
+    Raises:
+        ConfigError: the store has too little text, of any or of a weighted source.
+    """
+    sources = build_sources(config, store)
+    weights = [source.weight for source in sources if source.weight is not None]
+    return BatchPlan.of(
+        [source.sequences.num_sequences for source in sources],
         sequence_tokens=config.batch.sequence_tokens,
         sequences_per_step=config.batch.sequences_per_step,
         micro_batch_sequences=config.batch.micro_batch_sequences,
-        isolate_documents=config.batch.isolate_documents,
         seed=config.seed,
+        weights=weights or None,
         max_steps=config.max_steps,
         num_epochs=config.num_epochs,
+    )
+
+
+def build_sources(config: PretrainConfig, store: TokenStore) -> tuple[Source, ...]:
+    """Return the sources that the run trains on, cut into sequences."""
+    return cut_sources(
+        config.data.sources,
+        store.split("train"),
+        config.batch.form,
+        config.batch.sequence_tokens,
+        fingerprint=store.fingerprint,
+        seed=config.seed,
+    )
+
+
+def build_evaluation(config: PretrainConfig, store: TokenStore) -> tuple[EvaluatedSource, ...]:
+    """Return what is evaluated of each source with validation text.
+
+    Raises:
+        ConfigError: `eval.max_sequences` is less than one for each of them.
+    """
+    return choose_evaluated(
+        config.data.sources,
+        store.split("validation"),
+        config.batch.evaluation_form,
+        config.batch.sequence_tokens,
+        config.eval.max_sequences,
     )
 
 
@@ -134,7 +168,7 @@ def build_engine(config: PretrainConfig, plan: BatchPlan, workers: Workers) -> E
 def read_batches(session: Session, start_step: int) -> Iterator[StepBatch]:
     """Stream this worker's share of each step from a step on."""
     return read_steps(
-        session.store.split("train"),
+        [source.sequences for source in build_sources(session.config, session.store)],
         session.store.fingerprint,
         session.plan,
         rank=session.workers.rank,
@@ -143,12 +177,18 @@ def read_batches(session: Session, start_step: int) -> Iterator[StepBatch]:
     )
 
 
-def count_targets(batch: StepBatch) -> float:
-    """Return the target tokens in this worker's share of a step."""
-    return float(sum(int((part.labels_BT != IGNORE).sum()) for part in batch.micro_batches))
+def sum_step(
+    batch: StepBatch, stop_requested: Callable[[], bool], workers: Workers
+) -> tuple[StepTotal, bool]:
+    """Return what the step takes over all workers, and whether any of them is asked to stop."""
+    count = len(batch.source_sequences)
+    mine = [*batch.source_sequences, *batch.source_targets, float(stop_requested())]
+    numbers = workers.sum(mine)
+    counts = [round(number) for number in numbers[:-1]]
+    return StepTotal(tuple(counts[:count]), tuple(counts[count:])), numbers[-1] > 0
 
 
-def take_step(session: Session, batch: StepBatch, num_targets: float) -> tuple[StepResult, float]:
+def take_step(session: Session, batch: StepBatch, num_targets: int) -> tuple[StepResult, float]:
     """Take one optimizer step; return what it did, the loss summed over workers, and its rate.
 
     Raises:
@@ -161,7 +201,7 @@ def take_step(session: Session, batch: StepBatch, num_targets: float) -> tuple[S
         dropout_seed(config.seed, batch.step, number, workers.rank)
         for number in range(len(batch.micro_batches))
     ]
-    result = session.engine.train_step(batch.micro_batches, seeds, max(num_targets, 1.0), rate)
+    result = session.engine.train_step(batch.micro_batches, seeds, max(num_targets, 1), rate)
     (loss_sum,) = workers.sum([result.loss_sum])
     if not math.isfinite(loss_sum):
         raise FloatingPointError(
@@ -179,37 +219,40 @@ def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
 
 def evaluate(session: Session, state: RunState, report: Report) -> RunState:
     """Evaluate on the validation split, if it has any text; return the state with the best step."""
-    split = session.store.split("validation")
-    num_tokens = session.config.batch.sequence_tokens
-    limit = session.config.eval.max_sequences
-    if num_evaluation_sequences(split, num_tokens, limit) == 0:
+    sources = build_evaluation(session.config, session.store)
+    if not sources:
         return state
     start = time.perf_counter()
-    loss_sum, num_targets = sum_evaluation(session, split)
-    values = {
-        EVAL_LOSS: loss_sum / num_targets,
-        EVAL_PERPLEXITY: math.exp(min(loss_sum / num_targets, 700.0)),
-        EVAL_BITS_PER_BYTE: loss_sum / math.log(2) / evaluation_bytes(split, num_tokens, limit),
-    }
+    values = evaluation_values(sum_evaluation(session, sources))
     return report.evaluation(state, values, time.perf_counter() - start)
 
 
-def sum_evaluation(session: Session, split: TokenSplit) -> list[float]:
-    """Return the summed loss of the evaluated sequences, in nats, and their target tokens."""
-    config, workers = session.config, session.workers
-    loss_sum = num_targets = 0.0
-    for batch in read_evaluation(
-        split,
-        sequence_tokens=config.batch.sequence_tokens,
-        micro_batch_sequences=config.batch.micro_batch_sequences,
-        isolate_documents=config.batch.isolate_documents,
-        rank=workers.rank,
-        world_size=workers.world_size,
-        max_sequences=config.eval.max_sequences,
-    ):
-        loss_sum += session.engine.loss_sum(batch)
-        num_targets += int((batch.labels_BT != IGNORE).sum())
-    return workers.sum([loss_sum, num_targets])
+def sum_evaluation(session: Session, sources: Sequence[EvaluatedSource]) -> list[EvaluatedText]:
+    """Return the summed loss of what is evaluated of each source, over all workers."""
+    workers = session.workers
+    sums: list[float] = []
+    for source in sources:
+        loss_sum = num_targets = 0.0
+        for batch in read_evaluation(
+            source,
+            micro_batch_sequences=session.config.batch.micro_batch_sequences,
+            rank=workers.rank,
+            world_size=workers.world_size,
+        ):
+            loss_sum += session.engine.loss_sum(batch)
+            num_targets += int((batch.labels_BT != IGNORE).sum())
+        sums += [loss_sum, num_targets]
+    totals = workers.sum(sums)
+    return [
+        EvaluatedText(source.name, loss_sum, round(num_targets), source.num_bytes)
+        for source, loss_sum, num_targets in zip(sources, totals[::2], totals[1::2], strict=True)
+    ]
+
+
+def sum_up_mixture(session: Session, state: RunState) -> dict[str, dict[str, Any]]:
+    """Return what the run has seen of each source, by name."""
+    sources = build_sources(session.config, session.store)
+    return mixture_record(sources, state.source_sequences, state.source_targets)
 
 
 def save(session: Session, state: RunState, report: Report) -> None:

@@ -1,8 +1,10 @@
 """Names of metrics, where they are written, and what the hardware could do."""
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, cast
 
@@ -22,6 +24,7 @@ TARGET_TOKENS = "train/target_tokens"
 FILLER_SEQUENCES = "train/filler_sequences"
 SKIPPED_STEPS = "train/skipped_steps"
 LOSS_SCALE = "train/loss_scale"
+# Of several sources each has `eval/loss/<name>` and `eval/bits_per_byte/<name>` too.
 EVAL_LOSS = "eval/loss"
 EVAL_PERPLEXITY = "eval/perplexity"
 EVAL_BITS_PER_BYTE = "eval/bits_per_byte"
@@ -48,6 +51,50 @@ PEAK_FLOPS = {
 }
 """Dense half-precision FLOP/s by a part of the CUDA device's name, from NVIDIA's data sheets; the
 first part that fits counts."""
+
+
+@dataclass(frozen=True)
+class EvaluatedText:
+    """What an evaluation found on the text of one source."""
+
+    name: str
+    """Of the source."""
+
+    loss_sum: float
+    """Summed loss of its targets, in nats."""
+
+    num_targets: int
+    """Target tokens."""
+
+    num_bytes: float
+    """Bytes of text that the evaluated sequences account for."""
+
+
+def evaluation_values(texts: Sequence[EvaluatedText]) -> dict[str, float]:
+    """Return the metrics of an evaluation: over all sources and, of several, of each.
+
+    A text without a target has no loss: nan.
+    """
+    total = EvaluatedText(
+        "",
+        sum(text.loss_sum for text in texts),
+        sum(text.num_targets for text in texts),
+        sum(text.num_bytes for text in texts),
+    )
+    values = {EVAL_LOSS: _loss(total), EVAL_PERPLEXITY: math.exp(min(_loss(total), 700.0))}
+    values[EVAL_BITS_PER_BYTE] = _bits_per_byte(total)
+    for text in texts if len(texts) > 1 else ():
+        values[f"{EVAL_LOSS}/{text.name}"] = _loss(text)
+        values[f"{EVAL_BITS_PER_BYTE}/{text.name}"] = _bits_per_byte(text)
+    return values
+
+
+def _loss(text: EvaluatedText) -> float:
+    return text.loss_sum / text.num_targets if text.num_targets else math.nan
+
+
+def _bits_per_byte(text: EvaluatedText) -> float:
+    return text.loss_sum / math.log(2) / text.num_bytes if text.num_targets else math.nan
 
 
 class MetricsLog:

@@ -207,6 +207,8 @@ def identify(config: PretrainConfig) -> dict[str, Any]:
     """
     return {
         "config": identity(config),
+        # All else that decides the result in the group `data` is in the store's fingerprint.
+        "data": {"sources": [{"weight": source.weight} for source in config.data.sources]},
         "model": fingerprint_model(Path(config.model.path)),
         "adapter": fingerprint_adapter(config),
         "tokenizer": tokenizer_sha256(Path(config.model.tokenizer_path)),

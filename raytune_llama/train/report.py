@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from itertools import zip_longest
 from types import TracebackType
 from typing import Self
 
-from raytune_llama.data.batches import BatchPlan, StepBatch
+from raytune_llama.data.batches import BatchPlan, StepBatch, StepTotal
 from raytune_llama.model.llama import SummedLoss, causal_lm
 from raytune_llama.train import metrics
 from raytune_llama.train.checkpoint import RunState
@@ -89,7 +90,7 @@ class Report:
             yield batch
 
     def step(
-        self, state: RunState, batch: StepBatch, result: StepResult, num_targets: float, rate: float
+        self, state: RunState, batch: StepBatch, result: StepResult, total: StepTotal, rate: float
     ) -> RunState:
         """Write down an optimizer step; return the state after it.
 
@@ -97,19 +98,22 @@ class Report:
             state: before the step.
             batch: this worker's share.
             result: with the loss summed over all workers.
-            num_targets: target tokens of the step over all workers.
+            total: what the step takes over all workers.
             rate: learning rate of the step.
         """
         seconds = self._lap_seconds()
+        num_targets = total.num_targets
         state = replace(
             state,
             step=batch.step + 1,
-            tokens=state.tokens + int(num_targets),
+            tokens=state.tokens + num_targets,
+            source_sequences=_added(state.source_sequences, total.source_sequences),
+            source_targets=_added(state.source_targets, total.source_targets),
             num_skipped_steps=state.num_skipped_steps + (not result.was_applied),
             seconds=state.seconds + self._uncounted_seconds(),
         )
         values = {
-            metrics.LOSS: result.loss_sum / max(num_targets, 1.0),
+            metrics.LOSS: result.loss_sum / max(num_targets, 1),
             metrics.LEARNING_RATE: rate,
             metrics.GRAD_NORM: result.grad_norm,
             metrics.TARGET_TOKENS: num_targets,
@@ -163,11 +167,18 @@ class Report:
         self._write(state.step, {**values, metrics.EVAL_SECONDS: seconds})
         loss = values[metrics.EVAL_LOSS]
         if self._workers.is_first:
+            name = metrics.EVAL_BITS_PER_BYTE
+            sources = [
+                f", {source.removeprefix(f'{name}/')} {value:.4f}"
+                for source, value in values.items()
+                if source.startswith(f"{name}/")
+            ]
             logger.info(
-                "evaluation at step %d: loss %.4f, %.4f bits per byte (%.1f s)",
+                "evaluation at step %d: loss %.4f, %.4f bits per byte%s (%.1f s)",
                 state.step,
                 loss,
-                values[metrics.EVAL_BITS_PER_BYTE],
+                values[name],
+                "".join(sources),
                 seconds,
             )
         if self._log is not None:
@@ -201,3 +212,8 @@ class Report:
         now = time.perf_counter()
         seconds, self._counted = now - self._counted, now
         return seconds
+
+
+def _added(numbers: list[int], more: tuple[int, ...]) -> list[int]:
+    """Add up number by number; before the first step there are none."""
+    return [a + b for a, b in zip_longest(numbers, more, fillvalue=0)]

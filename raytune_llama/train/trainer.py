@@ -14,8 +14,8 @@ from typing import Any, Literal, cast
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raytune_llama.config import ConfigError
 from raytune_llama.data.encode import prepare_data
+from raytune_llama.data.mixture import log_mixture
 from raytune_llama.data.store import TokenStore
 from raytune_llama.logs import setup_logging
 from raytune_llama.storage import Place
@@ -29,7 +29,7 @@ from raytune_llama.train.cluster import (
 )
 from raytune_llama.train.config import PretrainConfig, ScaleConfig
 from raytune_llama.train.export import read_result, result_path
-from raytune_llama.train.loop import Outcome, plan_run, train
+from raytune_llama.train.loop import Outcome, build_evaluation, build_sources, plan_run, train
 from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, read_metrics
 from raytune_llama.train.plot import write_plot
 from raytune_llama.train.preflight import (
@@ -101,10 +101,10 @@ def pretrain(config: PretrainConfig) -> Summary:
 
 
 def _check_plan(config: PretrainConfig, store: TokenStore) -> None:
-    try:
-        plan_run(config, store)
-    except ValueError as error:
-        raise ConfigError([f"data.sources: {error}"]) from error
+    """Refuse a store that the run can't be trained or evaluated on; log what it will see of it."""
+    plan = plan_run(config, store)
+    build_evaluation(config, store)
+    log_mixture(build_sources(config, store), plan.order.shares, plan.total_positions)
 
 
 def _fit(config: PretrainConfig) -> Outcome:

@@ -57,6 +57,11 @@ def test_discover_several_sources_keep_their_order(corpus: Path) -> None:
     assert names(source(corpus / "b.txt"), source(corpus / "a.txt")) == ["b.txt", "a.txt"]
 
 
+def test_discover_weight_and_name_do_not_change_what_is_read(corpus: Path) -> None:
+    plain = discover_files((source(corpus),))
+    assert discover_files((source(corpus, weight=2, name="other"),)) == plain
+
+
 def test_discover_link_to_a_folder_above_ends(corpus: Path) -> None:
     (corpus / "sub" / "up").symlink_to(corpus)
     assert names(source(corpus)) == ["a.txt", "b.txt", "sub/c.jsonl", "sub/deep/d.txt"]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_llama.data import store as store_module
+from raytune_llama.data import shards as shards_module
 from raytune_llama.data.manifest import (
     FORMAT_VERSION,
     Manifest,
@@ -24,7 +24,8 @@ from raytune_llama.data.manifest import (
     token_dtype,
     write_manifest,
 )
-from raytune_llama.data.store import ShardWriter, TokenSplit, TokenStore
+from raytune_llama.data.shards import ShardWriter
+from raytune_llama.data.store import TokenSplit, TokenStore
 from raytune_llama.storage import Place
 
 INPUTS: dict[str, Any] = {
@@ -76,7 +77,7 @@ def edit_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a shard have several record batches: two documents each."""
-    monkeypatch.setattr(store_module, "_BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr(shards_module, "_BATCH_DOCUMENTS", 2)
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -275,3 +276,42 @@ def test_source_ranges_cover_the_stream_without_gap(tmp_path: Path) -> None:
         shards.append(writer.shard)
     split = TokenSplit(Place.local(tmp_path), SplitManifest.of(shards))
     assert split.source_ranges() == {0: range(1), 2: range(1, 6), 3: range(6, 10)}
+    assert split.source_documents() == {0: range(1), 2: range(1, 3), 3: range(3, 4)}
+
+
+@given(
+    files=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=9), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_documents_and_files_are_found_by_number(
+    tmp_path_factory: pytest.TempPathFactory, files: list[list[int]], data: st.DataObject
+) -> None:
+    """Files of documents of given sizes, in small batches, one shard for two files."""
+    folder = tmp_path_factory.mktemp("split")
+    shards: list[Shard] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards_module, "_BATCH_DOCUMENTS", 4)
+        for first in range(0, len(files), 2):
+            with ShardWriter(folder / f"{first}.arrow", "uint16", source=0) as writer:
+                for number, sizes in enumerate(files[first : first + 2], start=first):
+                    for size in sizes:
+                        writer.write([7] * size, 1, number, 0)
+            assert writer.shard is not None
+            shards.append(writer.shard)
+    split = TokenSplit(Place.local(folder), SplitManifest.of(shards))
+    sizes = [size for file in files for size in file]
+    starts = np.cumsum([0, *sizes])
+    numbers = np.array(data.draw(st.lists(st.integers(0, len(sizes)), max_size=9)), dtype=np.int64)
+    assert split.token_starts(numbers).tolist() == starts[numbers].tolist()
+    file_of = [number for number, file in enumerate(files) for _ in file]
+    start = data.draw(st.integers(0, len(sizes) - 1))
+    stop = data.draw(st.integers(start + 1, len(sizes)))
+    expected = [n for n in range(start, stop) if n == start or file_of[n] != file_of[n - 1]]
+    assert split.file_starts(range(start, stop)).tolist() == expected
+
+
+@pytest.mark.parametrize("number", [-1, 6])
+def test_token_starts_outside_the_split_is_refused(tmp_path: Path, number: int) -> None:
+    split = TokenSplit(Place.local(tmp_path), write_shards(tmp_path, DOCUMENTS, [2, 3]))
+    with pytest.raises(IndexError, match=str(number)):
+        split.token_starts(np.array([0, number]))

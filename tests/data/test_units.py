@@ -23,10 +23,10 @@ from raytune_llama.data.units import (
     EncodePlan,
     UnitRecord,
     UnitStoppedError,
+    choose_sides,
     encode_unit,
     finished_record,
     quarantine_place,
-    split_of,
 )
 from raytune_llama.model.reference import TextEncoder
 from raytune_llama.model.tokenizer import build_reference, load_tokenizer
@@ -226,20 +226,21 @@ def test_encode_unit_after_another_failed_gives_up(
     assert list(plan.store.path.iterdir()) == []
 
 
-@given(text=st.text(max_size=20), fraction=st.floats(0, 1, exclude_max=True))
-def test_split_of_any_text_follows_the_first_64_bits_of_its_hash(
-    text: str, fraction: float
+@given(
+    texts=st.lists(st.text(st.characters(codec="utf-8"), max_size=20), max_size=5),
+    fraction=st.floats(0, 1, exclude_max=True),
+)
+def test_choose_sides_any_text_follows_the_first_64_bits_of_its_hash(
+    texts: list[str], fraction: float
 ) -> None:
-    try:
-        data = text.encode()
-    except UnicodeEncodeError:
-        return
-    share = int(sha256(data).hexdigest()[:16], 16) / 2**64
-    assert split_of(text, fraction) == ("validation" if share < fraction else "train")
+    shares = [int(sha256(text.encode()).hexdigest()[:16], 16) / 2**64 for text in texts]
+    sides = choose_sides(texts, fraction)
+    assert sides["train"].tolist() == [share >= fraction for share in shares]
+    if fraction:
+        assert sides["validation"].tolist() == [share < fraction for share in shares]
 
 
-def test_split_of_many_texts_keeps_the_fraction() -> None:
-    sides = [split_of(f"document {number}", 0.1) for number in range(10_000)]
+def test_choose_sides_of_many_texts_keeps_the_fraction() -> None:
+    sides = choose_sides([f"document {number}" for number in range(10_000)], 0.1)
     # Five standard deviations of a binomial count are 150.
-    assert abs(sides.count("validation") - 1000) < 150
-    assert {split_of("same", 0.0) for _ in range(3)} == {"train"}
+    assert abs(sides["validation"].sum() - 1000) < 150

@@ -18,11 +18,12 @@ from raytune_llama.data.manifest import (
     FORMAT_VERSION,
     Manifest,
     RowCounts,
+    Shard,
     SplitManifest,
     fingerprint_of,
     write_manifest,
 )
-from raytune_llama.data.store import ShardWriter
+from raytune_llama.data.shards import ShardWriter
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.storage import Place
 from raytune_llama.train.config import PretrainConfig
@@ -74,30 +75,56 @@ def untied_model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Pa
 def store_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
     """A token store of 120 training and 12 validation documents."""
     path = tmp_path_factory.mktemp("store")
+    texts = make_texts(132, seed=0)
+    write_store(path, tokenizer_dir, train=[texts[:120]], validation=[texts[120:]])
+    return path
+
+
+@pytest.fixture(scope="session")
+def two_sources_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    """A token store of two sources: 90 and 30 training, 9 and 6 validation documents."""
+    path = tmp_path_factory.mktemp("two_sources")
+    large, small = make_texts(99, seed=1), make_texts(36, seed=2)
+    write_store(
+        path, tokenizer_dir, train=[large[:90], small[:30]], validation=[large[90:], small[30:]]
+    )
+    return path
+
+
+def make_texts(count: int, *, seed: int) -> list[str]:
+    """Return documents of 2 to 40 words."""
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(2, 40))) for _ in range(count)]
+
+
+def write_store(path: Path, tokenizer_dir: Path, **splits: list[list[str]]) -> None:
+    """Write a token store; a split is a list of sources, which are lists of documents."""
     tokenizer = load_tokenizer(tokenizer_dir)
-    generator = random.Random(0)
-    texts = [" ".join(generator.choices(WORDS, k=generator.randint(2, 40))) for _ in range(132)]
-    encoded = list(zip(texts, encode_text(tokenizer, texts), strict=True))
-    splits: dict[Any, SplitManifest] = {}
-    for name, documents in {"train": encoded[:120], "validation": encoded[120:]}.items():
-        with ShardWriter(path / f"{name}-00000.arrow", "uint16", source=0) as writer:
-            for row, (text, ids) in enumerate(documents):
-                writer.write([0, *ids, 1], len(text.encode()), 0, row)
-        assert writer.shard is not None
-        splits[name] = SplitManifest.of([writer.shard])
-    inputs = {"texts": texts}
+    listed: dict[Any, SplitManifest] = {}
+    for name, sources in splits.items():
+        shards: list[Shard] = []
+        for source, texts in enumerate(sources):
+            file = path / f"{name}-{source:05d}.arrow"
+            with ShardWriter(file, "uint16", source=source) as writer:
+                for row, (text, ids) in enumerate(
+                    zip(texts, encode_text(tokenizer, texts), strict=True)
+                ):
+                    writer.write([0, *ids, 1], len(text.encode()), source, row)
+            assert writer.shard is not None
+            shards.append(writer.shard)
+        listed[name] = SplitManifest.of(shards)
+    inputs = {"texts": splits}
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         fingerprint=fingerprint_of(inputs),
         inputs=inputs,
         token_dtype="uint16",  # noqa: S106 - a type's name
-        splits=splits,
+        splits=listed,
         rows=RowCounts(),
         quarantine=None,
         lengths=[],
     )
     write_manifest(Place.local(path / "manifest.json"), manifest)
-    return path
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -116,7 +143,7 @@ def make_config(tmp_path: Path, model_dir: Path, store_dir: Path) -> MakeConfig:
         values: dict[str, Any] = {
             "run_dir": str(tmp_path / name),
             "model": {"path": str(model_dir)},
-            "data": {"sources": [], "store_dir": str(store_dir)},
+            "data": {"sources": [{"path": "corpus.txt"}], "store_dir": str(store_dir)},
             "lora": {"rank": 4, "dropout": 0.1, "modules_to_save": ["embed_tokens"]},
             "batch": {"sequence_tokens": 24, "sequences_per_step": 4, "micro_batch_sequences": 2},
             "optim": {"learning_rate": 0.01},
@@ -171,7 +198,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, store_dir: P
         {
             "run_dir": str(folder / "whole"),
             "model": {"path": str(model_dir)},
-            "data": {"sources": [], "store_dir": str(store_dir)},
+            "data": {"sources": [{"path": "corpus.txt"}], "store_dir": str(store_dir)},
             "lora": {"rank": 4, "dropout": 0.1},
             "batch": {"sequence_tokens": 24, "sequences_per_step": 2},
             "optim": {"learning_rate": 0.01},

@@ -23,7 +23,7 @@ from raytune_llama.train.checkpoint import (
 )
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engine import Engine, ParameterState
-from raytune_llama.train.loop import count_targets, open_session, read_batches, take_step
+from raytune_llama.train.loop import open_session, read_batches, take_step
 from raytune_llama.train.workers import Workers
 from tests.train.conftest import MakeConfig, Runs, copy_run, run_here
 
@@ -41,7 +41,7 @@ def build(config: PretrainConfig, num_steps: int = 0) -> Engine:
     batches = read_batches(session, 0)
     for _ in range(num_steps):
         batch = next(batches)
-        take_step(session, batch, count_targets(batch))
+        take_step(session, batch, sum(batch.source_targets))
     return session.engine
 
 
@@ -82,7 +82,14 @@ def test_restore_gives_back_every_tensor_and_number(
     moments = [state.exp_avg for state in state_of(engine).values()]
     assert any(bool(moment.any()) for moment in moments)
     saved = RunState(
-        step=2, tokens=1234, num_skipped_steps=1, seconds=0.1 + 0.2, best_step=1, best_loss=1 / 3
+        step=2,
+        tokens=1234,
+        source_sequences=[5, 3],
+        source_targets=[1000, 234],
+        num_skipped_steps=1,
+        seconds=0.1 + 0.2,
+        best_step=1,
+        best_loss=1 / 3,
     )
     save_checkpoint(run_dir, saved, engine, ALONE)
     fresh = build(config)

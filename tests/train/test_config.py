@@ -48,6 +48,11 @@ def problems_of(**fields: Any) -> list[str]:  # noqa: ANN401
         {"engine__zero_stage": 1, "engine__offload_optimizer": True},
         {"engine__precision": "fp16", "engine__zero_stage": 0},
         {"engine__precision": "fp16", "scale__use_gpu": True},
+        {"batch__packing": "packed", "batch__isolate_documents": False},
+        {"batch__packing": "crops", "batch__isolate_documents": True},
+        {"batch__packing": "seed_blocks", "batch__isolate_documents": False},
+        {"data__sources": [{"path": "/a", "weight": 3}, {"path": "/b", "weight": 0.1}]},
+        {"data__sources": [{"path": "/a", "weight": 1}]},
     ],
 )
 def test_pretrain_config_sensible_relations_are_accepted(fields: dict[str, Any]) -> None:
@@ -75,6 +80,35 @@ def test_pretrain_config_sensible_relations_are_accepted(fields: dict[str, Any])
         ({"optim__learning_rat": 1}, "optim.learning_rat: "),
         ({"schedule__warmup_ratio": 1.0}, "schedule.warmup_ratio: "),
         ({"batch__sequence_tokens": 1}, "batch.sequence_tokens: "),
+        ({"batch__packing": "crop"}, "batch.packing: "),
+        (
+            {"batch__packing": "seed_blocks", "batch__isolate_documents": True},
+            "batch.isolate_documents: got true",
+        ),
+        (
+            {"batch__packing": "crops", "batch__isolate_documents": False},
+            "batch.isolate_documents: got false",
+        ),
+        ({"data__sources": [{"path": "/a", "name": "a/b"}]}, "data.sources.0.name: "),
+        ({"data__sources": [{"path": "/a", "weight": 0}]}, "data.sources.0.weight: "),
+        ({"data__sources": [{"path": "/x/a"}, {"path": "/y/a"}]}, "data.sources.1.name: 'a'"),
+        (
+            {"data__sources": [{"path": "/a"}, {"path": "/b", "weight": 1}]},
+            "data.sources.0.weight: got null",
+        ),
+        # Three steps of eight sequences.
+        (
+            {"data__sources": [{"path": "/a", "weight": 1}, {"path": "/b", "weight": 0.01}]},
+            "data.sources.1.weight: 0.01 of 1.01 is less than one of 24 ",
+        ),
+        (
+            {
+                "data__sources": [{"path": "/a", "weight": 1}],
+                "max_steps": None,
+                "num_epochs": 1,
+            },
+            "num_epochs: got 1",
+        ),
     ],
 )
 def test_pretrain_config_broken_relation_is_refused_by_field(
@@ -119,6 +153,26 @@ def test_pretrain_config_micro_batch_message_names_what_divides() -> None:
     assert "1, 2, 3, 4, 6, 12" in problem
 
 
+@pytest.mark.parametrize(
+    ("packing", "isolate", "form", "evaluation_form"),
+    [
+        ("packed", None, "isolated", "isolated"),
+        ("packed", False, "joined", "joined"),
+        ("crops", None, "crops", "isolated"),
+        ("seed_blocks", None, "seed_blocks", "joined"),
+    ],
+)
+def test_batch_config_form_follows_packing_and_isolation(
+    packing: str,
+    isolate: bool | None,  # noqa: FBT001
+    form: str,
+    evaluation_form: str,
+) -> None:
+    fields = values(batch__packing=packing, batch__isolate_documents=isolate)
+    batch = from_dict(PretrainConfig, fields).batch
+    assert (batch.form, batch.evaluation_form) == (form, evaluation_form)
+
+
 def test_pretrain_config_survives_plain_data() -> None:
     config = from_dict(PretrainConfig, values())
     assert from_dict(PretrainConfig, to_dict(config)) == config
@@ -148,7 +202,12 @@ def test_pretrain_config_identity_holds_what_decides_the_result_and_nothing_else
         "seed",
         "engine",
     }
-    assert set(kept["batch"]) == {"sequence_tokens", "sequences_per_step", "isolate_documents"}
+    assert set(kept["batch"]) == {
+        "sequence_tokens",
+        "sequences_per_step",
+        "packing",
+        "isolate_documents",
+    }
     assert set(kept["engine"]) == {"precision"}
 
 

@@ -19,8 +19,15 @@ from raytune_llama.train.checkpoint import list_checkpoints
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.deepspeed_engine import deepspeed_config
 from raytune_llama.train.engine import EngineConfig, OptimConfig
+from raytune_llama.train.export import read_result
 from raytune_llama.train.loop import build_engine, plan_run
-from raytune_llama.train.metrics import GRAD_NORM, LOSS, read_metrics
+from raytune_llama.train.metrics import (
+    EVAL_BITS_PER_BYTE,
+    EVAL_LOSS,
+    GRAD_NORM,
+    LOSS,
+    read_metrics,
+)
 from raytune_llama.train.workers import Workers
 from tests.faulty_s3 import FaultyServer
 from tests.train.conftest import MakeConfig, run_here
@@ -71,6 +78,27 @@ def test_train_zero_stages_on_two_workers_equal_one_worker_without(
     assert_close(curve(config), curve(reference), SAME)
     # The gradient's norm shows wrong sums that AdamW, which is blind to scale, would hide.
     assert_close(curve(config, GRAD_NORM), curve(reference, GRAD_NORM), 1e-4)
+
+
+def test_train_mixture_on_two_workers_equals_one_worker(
+    make_config: MakeConfig, two: Group, two_sources_dir: Path
+) -> None:
+    fields = {
+        "data__store_dir": str(two_sources_dir),
+        "data__sources": [{"path": "/a", "weight": 1}, {"path": "/b", "weight": 2}],
+        "batch__packing": "crops",
+        # One source has a single evaluated sequence: the other worker has only filler for it.
+        "eval__max_sequences": 3,
+        "lora__dropout": 0.0,
+    }
+    reference, config = make_config("reference", **fields), make_config("two", **fields)
+    run_here(reference)
+    two.run(config)
+    for name in (LOSS, EVAL_LOSS, f"{EVAL_LOSS}/a", f"{EVAL_LOSS}/b", f"{EVAL_BITS_PER_BYTE}/b"):
+        assert curve(reference, name)
+        assert_close(curve(config, name), curve(reference, name), SAME)
+    mixtures = [(read_result(one) or {})["mixture"] for one in (config, reference)]
+    assert mixtures[0] == mixtures[1]
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -1,6 +1,8 @@
 """Promise: a run that is stopped and started again equals one that never was, bit for bit."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,13 @@ from raytune_llama.data.store import TokenStore
 from raytune_llama.files import sha256_file
 from raytune_llama.model.llama import causal_lm
 from raytune_llama.model.lora import is_tied
+from raytune_llama.model.loss import IGNORE
 from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import list_checkpoints
-from raytune_llama.train.loop import plan_run
+from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.export import read_result
+from raytune_llama.train.loop import open_session, plan_run, read_batches
 from raytune_llama.train.metrics import (
     EVAL_BITS_PER_BYTE,
     EVAL_LOSS,
@@ -24,6 +29,7 @@ from raytune_llama.train.metrics import (
     TARGET_TOKENS,
     read_metrics,
 )
+from raytune_llama.train.workers import Workers
 from tests.train.conftest import MakeConfig, run_here
 
 IDS = torch.arange(5, 25)[None]
@@ -137,3 +143,80 @@ def test_train_of_epochs_ends_with_a_smaller_step(make_config: MakeConfig) -> No
     # Isolated documents: every token but the first of each is a target, once.
     assert sum(r[TARGET_TOKENS] for r in records) == split.num_tokens - split.num_documents
     assert records[-1][FILLER_SEQUENCES] == (-plan.total_positions) % 4
+
+
+TWO = [{"path": "/corpora/large.txt"}, {"path": "/corpora/small.txt"}]
+WEIGHTED = [{**source, "weight": weight} for source, weight in zip(TWO, (0.25, 0.75), strict=True)]
+
+
+def mixture_of(config: PretrainConfig) -> dict[str, dict[str, Any]]:
+    manifest = read_result(config)
+    assert manifest is not None
+    return manifest["mixture"]
+
+
+@pytest.mark.parametrize(
+    ("packing", "sources"), [("packed", WEIGHTED), ("crops", WEIGHTED), ("seed_blocks", TWO)]
+)
+def test_train_in_any_form_resumes_exactly_and_counts_each_source(
+    make_config: MakeConfig, two_sources_dir: Path, packing: str, sources: list[dict[str, Any]]
+) -> None:
+    fields = {
+        "data__store_dir": str(two_sources_dir),
+        "data__sources": sources,
+        "batch__packing": packing,
+        "eval__every_steps": None,
+        "max_steps": 4,
+    }
+    whole, parts = make_config("whole", **fields), make_config("parts", **fields)
+    run_here(whole)
+    run_here(parts, stop_after=3)
+    run_here(parts)
+    assert losses(parts.run_dir) == losses(whole.run_dir)
+    assert mixture_of(parts) == mixture_of(whole)
+    seen = mixture_of(whole)
+    targets = [r[TARGET_TOKENS] for r in read_metrics(whole.run_place) if TARGET_TOKENS in r]
+    assert sum(source["target_tokens"] for source in seen.values()) == sum(targets)
+    batches = read_batches(open_session(whole, Workers.alone()), 0)
+    labels = [part.labels_BT for batch in batches for part in batch.micro_batches]
+    assert sum(targets) == sum(int((label != IGNORE).sum()) for label in labels)
+    assert sum(source["sequences"] for source in seen.values()) == 16
+    if sources is WEIGHTED:
+        assert [seen[name]["sequences"] for name in ("large", "small")] == [4, 12]
+        assert [seen[name]["weight"] for name in ("large", "small")] == [0.25, 0.75]
+
+
+def test_train_of_two_sources_tells_the_loss_of_each(
+    make_config: MakeConfig, two_sources_dir: Path
+) -> None:
+    fields = {
+        "data__store_dir": str(two_sources_dir),
+        "data__sources": [TWO[0], {**TWO[1], "name": "pocket"}],
+        "max_steps": 1,
+        "eval__max_sequences": None,
+    }
+    config = make_config(**fields)
+    run_here(config)
+    (record,) = [r for r in read_metrics(config.run_place) if EVAL_LOSS in r][-1:]
+    split = TokenStore.open(two_sources_dir).split("validation")
+    names = ("large", "pocket")
+    stretches = list(split.source_ranges().values())
+    documents = list(split.source_documents().values())
+    # Isolated documents: every token but the first of each is a target.
+    targets = [len(tokens) - len(rows) for tokens, rows in zip(stretches, documents, strict=True)]
+    nats = [record[f"{EVAL_LOSS}/{name}"] * n for name, n in zip(names, targets, strict=True)]
+    assert record[EVAL_LOSS] == pytest.approx(sum(nats) / sum(targets))
+    num_bytes = [split.bytes_between(tokens.start, tokens.stop) for tokens in stretches]
+    assert sum(num_bytes) == split.num_bytes
+    bits = [nat / math.log(2) for nat in nats]
+    for name, bit, size in zip(names, bits, num_bytes, strict=True):
+        assert record[f"{EVAL_BITS_PER_BYTE}/{name}"] == pytest.approx(bit / size)
+    assert record[EVAL_BITS_PER_BYTE] == pytest.approx(sum(bits) / split.num_bytes)
+    assert record[f"{EVAL_LOSS}/large"] != record[f"{EVAL_LOSS}/pocket"]
+
+
+def test_train_of_one_source_has_no_loss_of_a_source(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=1)
+    run_here(config)
+    names = {name for record in read_metrics(config.run_place) for name in record}
+    assert {name for name in names if name.startswith(EVAL_LOSS)} == {EVAL_LOSS}

@@ -1,5 +1,6 @@
 """Promise: every step stands once in metrics.jsonl, and FLOPs are counted as a hand would."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from raytune_llama.model.llama import causal_lm
 from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.storage import Place
 from raytune_llama.train import metrics
-from raytune_llama.train.metrics import LOSS, MetricsLog, flops_per_token, read_metrics
+from raytune_llama.train.metrics import (
+    LOSS,
+    EvaluatedText,
+    MetricsLog,
+    evaluation_values,
+    flops_per_token,
+    read_metrics,
+)
 
 HIDDEN, INNER, LAYERS, ROWS, TOKENS = 32, 48, 2, 410, 24
 # Query and output are square, key and value half as wide, and three matrices make the MLP.
@@ -155,3 +163,27 @@ def test_metric_names_are_unique_and_have_a_group() -> None:
     assert len(names) > 15
     assert len(set(names)) == len(names)
     assert all(name.count("/") == 1 for name in names)
+
+
+def test_evaluation_values_of_sources_add_up_to_the_total() -> None:
+    texts = [EvaluatedText("a", 30.0, 10, 25.0), EvaluatedText("b", 20.0, 40, 75.0)]
+    values = evaluation_values(texts)
+    assert values == pytest.approx(
+        {
+            "eval/loss": 1.0,
+            "eval/perplexity": math.e,
+            "eval/bits_per_byte": 0.5 / math.log(2),
+            "eval/loss/a": 3.0,
+            "eval/bits_per_byte/a": 1.2 / math.log(2),
+            "eval/loss/b": 0.5,
+            "eval/bits_per_byte/b": 20 / 75 / math.log(2),
+        }
+    )
+
+
+def test_evaluation_values_of_text_without_a_target_are_not_numbers() -> None:
+    texts = [EvaluatedText("a", 30.0, 10, 25.0), EvaluatedText("b", 0.0, 0, 4.0)]
+    values = evaluation_values(texts)
+    assert values["eval/loss"] == 3.0
+    assert math.isnan(values["eval/loss/b"])
+    assert math.isnan(evaluation_values(texts[1:])["eval/loss"])

@@ -311,6 +311,18 @@ def test_check_identity_changed_learning_rate_is_refused_with_both_values(
     assert lines == ["config.optim.learning_rate: 0.01 -> 0.02", "config.seed: 1 -> 7"]
 
 
+def test_check_identity_changed_weight_is_refused_by_field(
+    make: MakeConfig, source: dict[str, Any]
+) -> None:
+    config = make(data__sources=[{**source, "weight": 1}])
+    write_identity(config, identify(config))
+    changed = make(data__sources=[{**source, "weight": 2}])
+    with pytest.raises(ConfigError, match=r"data\.sources\.0\.weight: 1\.0 -> 2\.0"):
+        check_identity(config.run_place, identify(changed))
+    renamed = make(data__sources=[{**source, "weight": 1, "name": "other"}])
+    check_identity(config.run_place, identify(renamed))
+
+
 def test_check_identity_placement_may_change(make: MakeConfig) -> None:
     config = make()
     write_identity(config, identify(config))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from raytune_llama.config import override
+from raytune_llama.data.batches import StepTotal
 from raytune_llama.train import metrics
 from raytune_llama.train.checkpoint import RunState, checkpoint_path
 from raytune_llama.train.config import PretrainConfig
@@ -18,6 +19,7 @@ from raytune_llama.train.report import Report
 from raytune_llama.train.workers import Workers
 from tests.train.conftest import MakeConfig, run_here
 
+TOTAL = StepTotal(source_sequences=(3, 1), source_targets=(20, 5))
 RESULT = StepResult(loss_sum=50.0, grad_norm=2.0, was_applied=True, loss_scale=1.0)
 
 
@@ -58,6 +60,7 @@ def test_report_over_two_starts_adds_up_and_shows_the_steps_asked_for(
     assert len(targets) == 10
     assert stopped.tokens == sum(targets[:5])
     assert finished.tokens == sum(targets)
+    assert (finished.source_sequences, finished.source_targets) == ([40], [sum(targets)])
     spent = sum(values(metrics.STEP_SECONDS)) + sum(values(metrics.EVAL_SECONDS))
     assert spent <= finished.seconds + 1e-6
     assert finished.seconds > stopped.seconds > 0
@@ -76,11 +79,12 @@ def test_report_step_counts_what_is_done_and_the_filler_of_all_workers(
 ) -> None:
     # Three workers take 2, 1 and 1 of four sequences, in two micro-batches each.
     session = open_session(make_config(batch__micro_batch_sequences=1), Workers.alone())
-    start = RunState(tokens=7, num_skipped_steps=1)
+    start = RunState(tokens=7, source_sequences=[1, 2], source_targets=[3, 4], num_skipped_steps=1)
     batch = next(iter(read_batches(session, 0)))
     with open_report(session, start, world_size=3) as report:
-        state = report.step(start, batch, replace(RESULT, was_applied=False), 25.0, 0.5)
+        state = report.step(start, batch, replace(RESULT, was_applied=False), TOTAL, 0.5)
     assert (state.step, state.tokens, state.num_skipped_steps) == (1, 32, 2)
+    assert (state.source_sequences, state.source_targets) == ([4, 3], [23, 9])
     (record,) = read_metrics(session.config.run_place)
     assert record["step"] == 1
     assert record[metrics.LOSS] == 2.0
@@ -113,11 +117,11 @@ def test_report_saving_time_is_part_of_the_run(
     state = RunState(seconds=100.0)
     with open_report(session, state) as report:
         clock[0] += 1.0
-        state = report.step(state, batch, RESULT, 25.0, 0.5)
+        state = report.step(state, batch, RESULT, TOTAL, 0.5)
         with report.saving(state.step):
             clock[0] += 4.0
         clock[0] += 2.0
-        state = report.step(state, batch, RESULT, 25.0, 0.5)
+        state = report.step(state, batch, RESULT, TOTAL, 0.5)
     assert state.seconds == 107.0
     steps = [r for r in read_metrics(session.config.run_place) if metrics.LOSS in r]
     assert [record[metrics.STEP_SECONDS] for record in steps] == [1.0, 2.0]
@@ -139,7 +143,7 @@ def test_report_waiting_for_data_is_timed(
     with open_report(session, state) as report:
         for timed in report.timed(slow()):  # pyright: ignore[reportArgumentType]
             clock[0] += 1.0
-            state = report.step(state, timed, RESULT, 25.0, 0.5)
+            state = report.step(state, timed, RESULT, TOTAL, 0.5)
     (record,) = read_metrics(session.config.run_place)
     assert (record[metrics.DATA_SECONDS], record[metrics.DATA_SHARE]) == (3.0, 0.75)
 
@@ -151,6 +155,6 @@ def test_report_only_the_first_worker_writes(make_config: MakeConfig) -> None:
     quiet = override(config, {"logging.every_steps": 1})
     state = RunState()
     with Report(quiet, session.plan, session.engine.module, state, second) as report:
-        state = report.step(state, next(iter(read_batches(session, 0))), RESULT, 25.0, 0.5)
+        state = report.step(state, next(iter(read_batches(session, 0))), RESULT, TOTAL, 0.5)
     assert state.step == 1
     assert not config.run_place.exists()

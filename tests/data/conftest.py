@@ -1,0 +1,45 @@
+"""A split of given ids, for what is cut from it."""
+
+from collections.abc import Callable
+
+import pytest
+
+from raytune_llama.data.manifest import Shard, SplitManifest
+from raytune_llama.data.shards import ShardWriter
+from raytune_llama.data.store import TokenSplit
+from raytune_llama.storage import Place
+
+Documents = list[list[int]]
+MakeSplit = Callable[..., TokenSplit]
+
+BYTES_PER_TOKEN = 3
+
+
+@pytest.fixture(scope="session")
+def make_split(tmp_path_factory: pytest.TempPathFactory) -> MakeSplit:
+    """Write a split: each argument is a source, a list of files, which are lists of documents.
+
+    A file has two shards, so that ranges cross them. A document has `BYTES_PER_TOKEN` bytes for
+    each of its tokens.
+    """
+    root = tmp_path_factory.mktemp("splits")
+
+    def make(*sources: list[Documents]) -> TokenSplit:
+        folder = root / str(len(list(root.iterdir())))  # so that none is overwritten
+        folder.mkdir()
+        shards: list[Shard] = []
+        file_number = 0
+        for source, files in enumerate(sources):
+            for documents in files:
+                half = len(documents) // 2
+                for part in (documents[:half], documents[half:]):
+                    path = folder / f"train-{len(shards):05d}.arrow"
+                    with ShardWriter(path, "uint16", source=source) as writer:
+                        for ids in part:
+                            writer.write(ids, BYTES_PER_TOKEN * len(ids), file_number, 0)
+                    if writer.shard:
+                        shards.append(writer.shard)
+                file_number += 1
+        return TokenSplit(Place.local(folder), SplitManifest.of(shards))
+
+    return make
