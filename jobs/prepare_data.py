@@ -28,7 +28,7 @@ def main() -> None:
         return
     ray.init(logging_level=logging.WARNING)
     store = prepare_data(config.data, tokenizer)
-    print(f"token store: {store.path}")
+    print(f"token store: {store.place}")
 
 
 if __name__ == "__main__":

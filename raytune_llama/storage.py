@@ -3,13 +3,12 @@
     place = Place.parse("s3://bucket/stores/demo", "data.store_dir")
     (place / "manifest.json").write_json({"documents": 2})
 
-On a local disk things appear as `files.py` says. Object storage has no rename: a file appears
-there when its upload is complete, and a directory counts as whole when the file that is written
-last is there. A reader therefore never meets half of anything.
+On a local disk files appear as `files.py` says, in object storage when their upload is complete.
+How whole folders appear is in `transfers.py`.
 """
 
 import contextlib
-import functools
+import hashlib
 import os
 import re
 import shutil
@@ -17,27 +16,24 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from raytune_llama.buckets import REMOTE_OPTIONS, connect, write_object
 from raytune_llama.files import (
     json_bytes,
     parse_json,
-    publish_directory,
     sync,
     temporary_sibling,
     write_bytes_atomic,
 )
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
-_REMOTE_OPTIONS = {"s3": {"endpoint_override", "scheme", "region"}, "gs": {"endpoint_override"}}
-_NUM_ATTEMPTS = 8  # of a request to S3, with growing pauses: about half a minute
-_CONNECT_SECONDS = 10
-_REQUEST_SECONDS = 60
 _COPY_BYTES = 8 * 2**20
+_SERVER_COPY_BYTES = 5 * 2**30  # S3 copies no larger object by itself
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ class Place:
         if not _SCHEME.match(text):
             return cls("", os.path.normpath(Path(text).expanduser().absolute()))
         parts = urlsplit(text)
-        known = _REMOTE_OPTIONS.get(parts.scheme)
+        known = REMOTE_OPTIONS.get(parts.scheme)
         if known is None:
             raise ValueError(
                 f"{field}: got {text!r}; wanted a local path, s3://bucket/key or gs://bucket/key"
@@ -92,11 +88,13 @@ class Place:
             )
         if not parts.netloc:
             raise ValueError(f"{field}: got {text!r}, which names no bucket")
-        unknown = sorted({name for name, _ in parse_qsl(parts.query)} - known)
+        given = parse_qsl(parts.query, keep_blank_values=True)
+        unknown = sorted({name for name, _ in given} - known)
+        unknown += [f"{name} without a value" for name, value in given if not value]
         if unknown:
             raise ValueError(
                 f"{field}: unknown option {', '.join(unknown)} in {text!r}; there are: "
-                f"{', '.join(sorted(known))}"
+                f"{', '.join(f'{name}=...' for name in sorted(known))}"
             )
         # A "#" is a legal character of a key, which urlsplit cuts at.
         path = parts.path + (f"#{parts.fragment}" if parts.fragment else "")
@@ -133,12 +131,18 @@ class Place:
 
     @property
     def parent(self) -> "Place":
-        """The folder that it is in."""
-        return Place(self.scheme, str(PurePosixPath(self.key).parent), self.options)
+        """The folder that it is in; of a whole disk or bucket, itself."""
+        folder = str(PurePosixPath(self.key).parent)
+        return self if folder == "." else Place(self.scheme, folder, self.options)
 
     def with_name(self, name: str) -> "Place":
         """Return its neighbour of another name."""
         return self.parent / name
+
+    def is_below(self, folder: "Place") -> bool:
+        """Whether it is a folder or anything in it, by name."""
+        same_root = (self.scheme, self.options) == (folder.scheme, folder.options)
+        return same_root and PurePosixPath(self.key).is_relative_to(folder.key)
 
     def relative_to(self, folder: "Place") -> str:
         """Return the parts behind a folder above it, with "/" between them."""
@@ -147,7 +151,7 @@ class Place:
     def status(self) -> FileStatus | None:
         """Return what is known of a file; None where there is no file (but perhaps a folder)."""
         info = self._info(self.key)
-        return _status(info) if info.type == pafs.FileType.File else None
+        return self._status(info) if info.type == pafs.FileType.File else None
 
     def exists(self) -> bool:
         """Whether there is a file or folder; in object storage a folder exists by its files."""
@@ -164,10 +168,12 @@ class Place:
 
         A local link to a folder is not followed.
         """
+        if self.is_local:
+            return self._local_files("**/*" if recursive else "*")
         selector = pafs.FileSelector(self.key, allow_not_found=True, recursive=recursive)
-        infos = sorted(self._filesystem.get_file_info(selector), key=lambda info: info.path)
+        infos = sorted(self.filesystem.get_file_info(selector), key=lambda info: info.path)
         return {
-            Place(self.scheme, info.path, self.options): _status(info)
+            Place(self.scheme, info.path, self.options): self._status(info)
             for info in infos
             if info.type == pafs.FileType.File
         }
@@ -177,7 +183,7 @@ class Place:
         selector = pafs.FileSelector(self.key, allow_not_found=True)
         return sorted(
             Place(self.scheme, info.path, self.options)
-            for info in self._filesystem.get_file_info(selector)
+            for info in self.filesystem.get_file_info(selector)
             if info.type == pafs.FileType.Directory
         )
 
@@ -187,11 +193,11 @@ class Place:
         Raises:
             OSError: There is no such file, or it cannot be read.
         """
-        return self._filesystem.open_input_file(self.key)
+        return self.filesystem.open_input_file(self.key)
 
     def read_bytes(self) -> bytes:
         """Read a whole file."""
-        with self.open() as file:
+        with self._named_errors(), self.open() as file:
             return file.read()
 
     def write_bytes(self, data: bytes) -> None:
@@ -199,9 +205,12 @@ class Place:
         if self.is_local:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes_atomic(self.path, data)
-            return
-        with self._filesystem.open_output_stream(self.key) as file:
-            file.write(data)
+        else:
+            write_object(self.filesystem, self.key, pa.py_buffer(data))
+
+    def sha256(self) -> str:
+        """Hash a file's bytes as lower-case hex; all of them are read, from wherever it is."""
+        return self._read_into(None)
 
     def read_json(self) -> Any:  # noqa: ANN401 - any JSON value
         """Read a UTF-8 JSON file.
@@ -223,100 +232,152 @@ class Place:
             else:
                 self.path.unlink(missing_ok=True)
         elif self.is_dir():
-            self._filesystem.delete_dir(self.key)
+            self.filesystem.delete_dir(self.key)
         elif self.exists():
-            self._filesystem.delete_file(self.key)
+            self.filesystem.delete_file(self.key)
+
+    def delete_empty(self) -> None:
+        """Delete a folder that nothing is in; any other stays."""
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+        elif not self.files() and not self.folders():
+            self.delete()
+
+    def move(self, target: "Place", *, first: str) -> None:
+        """Give a folder another name; what has that name is deleted before.
+
+        Object storage has no rename: there every file is copied, and then deleted here. Killed in
+        between, both are there.
+
+        Args:
+            target: The new name; at the same kind of place.
+            first: The file that is deleted here before the others, without which a reader does
+                not trust what is left.
+        """
+        target.delete()
+        if self.is_local:
+            self.path.rename(target.path)
+            return
+        for file, status in self.files(recursive=True).items():
+            copy = target / file.relative_to(self)
+            if status.num_bytes <= _SERVER_COPY_BYTES:
+                self.filesystem.copy_file(file.key, copy.key)
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                file.download(Path(folder, file.name))
+                copy.upload(Path(folder, file.name))
+        (self / first).delete()
+        self.delete()
 
     def upload(self, source: Path) -> None:
         """Write a local file's bytes; the file appears when all of them are there."""
         if self.is_local:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = temporary_sibling(self.path)
-            shutil.copyfile(source, temporary)
-            sync(temporary)
-            temporary.replace(self.path)
-            return
-        with source.open("rb") as file, self._filesystem.open_output_stream(self.key) as target:
-            while block := file.read(_COPY_BYTES):
-                target.write(block)
+            try:
+                shutil.copyfile(source, temporary)
+                sync(temporary)
+                temporary.replace(self.path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        elif source.stat().st_size == 0:  # which cannot be mapped
+            write_object(self.filesystem, self.key, pa.py_buffer(b""))
+        else:
+            with pa.memory_map(str(source)) as file:
+                write_object(self.filesystem, self.key, file.read_buffer())
 
-    def download(self, target: Path) -> None:
-        """Copy a file to a local path, which appears when it is whole."""
+    def download(self, target: Path, *, sha256: str | None = None) -> None:
+        """Copy a file to a local path, which appears when it is whole and on the disk.
+
+        Raises:
+            ValueError: Its bytes have another hash than the one given; nothing appears.
+        """
         temporary = temporary_sibling(target)
         try:
-            with self.open() as source, temporary.open("xb") as file:
-                while block := source.read(_COPY_BYTES):
-                    file.write(block)
+            with temporary.open("xb") as file:
+                got = self._read_into(file)
+            if sha256 is not None:
+                _check_hash(self, got, sha256)
+            sync(temporary)
             temporary.replace(target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
 
     @property
-    def _filesystem(self) -> pafs.FileSystem:
+    def filesystem(self) -> pafs.FileSystem:
+        """Where `key` is a path; for libraries that speak pyarrow's own types."""
         bucket = self.key.partition("/")[0]
-        return _filesystem(self.scheme, "" if self.is_local else bucket, self.options)
+        return connect(self.scheme, "" if self.is_local else bucket, self.options)
+
+    def _local_files(self, pattern: str) -> dict["Place", FileStatus]:
+        found = {
+            Place.local(path): status
+            for path in self.path.glob(pattern)
+            if path.is_file() and (status := Place.local(path).status())
+        }
+        return dict(sorted(found.items()))
+
+    def _read_into(self, target: BinaryIO | None) -> str:
+        """Copy a file's bytes, where a target is given, and return their hash."""
+        digest = hashlib.sha256()
+        with self._named_errors(), self.open() as file:
+            while block := file.read(_COPY_BYTES):
+                digest.update(block)
+                if target is not None:
+                    target.write(block)
+        return digest.hexdigest()
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Name the file in errors of a server, which say what failed but not with what."""
+        try:
+            yield
+        except OSError as error:
+            if self.is_local or self.key in str(error):
+                raise
+            raise OSError(f"{self}: {error}") from error
 
     def _info(self, key: str) -> pafs.FileInfo:
-        return self._filesystem.get_file_info(key)
+        return self.filesystem.get_file_info(key)
+
+    def _status(self, info: pafs.FileInfo) -> FileStatus:
+        size = int(info.size or 0)
+        if not self.is_local:
+            return FileStatus(size, str(info.mtime_ns))
+        # A changed file can keep its size and be given its old time, but not its change time.
+        local = Path(info.path).stat()
+        return FileStatus(size, f"{local.st_mtime_ns}.{local.st_ctime_ns}.{local.st_ino}")
 
 
-@functools.lru_cache(maxsize=64)
-def _filesystem(scheme: str, bucket: str, options: str) -> pafs.FileSystem:
-    """Connect to a bucket; the credentials come from the vendor's own chain."""
-    if not scheme:
-        return pafs.LocalFileSystem()
-    query = f"?{options}" if options else ""
-    # This asks the vendor for the bucket's region where none is given.
-    filesystem, _ = pafs.FileSystem.from_uri(f"{scheme}://{bucket}{query}")
-    if not isinstance(filesystem, pafs.S3FileSystem):
-        return filesystem
-    given = dict(parse_qsl(options))
-    return pafs.S3FileSystem(
-        region=filesystem.region,
-        endpoint_override=given.get("endpoint_override"),
-        scheme=given.get("scheme", "https"),
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_NUM_ATTEMPTS),
-        connect_timeout=_CONNECT_SECONDS,
-        request_timeout=_REQUEST_SECONDS,
-    )
+def _check_hash(place: Place, got: str, wanted: str) -> None:
+    if got != wanted:
+        raise ValueError(f"{place}: SHA-256 is {got}, wanted {wanted}")
 
 
-def _status(info: pafs.FileInfo) -> FileStatus:
-    size = int(info.size or 0)
-    if not isinstance(info.path, str) or not info.path.startswith("/"):
-        return FileStatus(size, str(info.mtime_ns))
-    # A changed file can keep its size and be given its old time; it cannot keep its change time.
-    local = Path(info.path).stat()
-    return FileStatus(size, f"{local.st_mtime_ns}.{local.st_ctime_ns}.{local.st_ino}")
-
-
-@contextlib.contextmanager
-def publish_place(target: Place, last: str) -> Iterator[Path]:
-    """Build a directory that counts as whole only when the block has succeeded.
+def check_place(place: Place, field: str) -> str | None:
+    """Return why a place in object storage cannot be used, or None; nothing is written.
 
     Args:
-        target: A local folder appears by a rename; in object storage the files are uploaded.
-        last: The file, relative to the folder, without which a reader does not trust it.
-
-    Yields:
-        An empty local folder to write into; removed when the block raises.
-
-    Raises:
-        FileExistsError: `target` exists: locally anything, in object storage its file `last`.
+        place: Where something is, or will be.
+        field: The config field that holds it, for the message.
     """
-    if target.is_local:
-        with publish_directory(target.path) as folder:
-            yield folder
-        return
-    if (target / last).exists():
-        raise FileExistsError(f"{target} exists; delete it or choose another place")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        yield folder
-        files = [path for path in folder.rglob("*") if path.is_file() and path != folder / last]
-        for path in [*sorted(files), folder / last]:
-            (target / path.relative_to(folder).as_posix()).upload(path)
+    if place.is_local:
+        return None
+    bucket = Place(place.scheme, place.key.partition("/")[0], place.options)
+    try:
+        if place.exists() or bucket.exists():
+            return None
+    except (OSError, pa.ArrowException) as error:
+        return (
+            f"{field}: {place} cannot be reached ({error}); check the endpoint and the region, and "
+            "that the credentials of this machine and of every node may list, read and write there"
+        )
+    return (
+        f"{field}: {place}: there is no bucket {bucket.key}; create it, or name one that is there"
+    )
 
 
 def local_path(text: str, field: str) -> Path:

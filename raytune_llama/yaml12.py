@@ -85,16 +85,21 @@ def read_mapping(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
         return None, [f"{path}: no such file"]
     except (OSError, UnicodeDecodeError) as error:
         return None, [f"{path}: cannot be read as UTF-8 text: {error}"]
+    return parse_mapping(text, str(path))
+
+
+def parse_mapping(text: str, name: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """Read the text of a YAML file, as `read_mapping` does; `name` is for the mistakes."""
     try:
         data, bad_keys = _parse(text)
     except yaml.YAMLError as error:
-        return None, [f"{path}{_where(error)}"]
-    problems = [f"{path}:{line}: {problem}" for line, problem in bad_keys]
+        return None, [f"{name}{_where(error)}"]
+    problems = [f"{name}:{line}: {problem}" for line, problem in bad_keys]
     if data is None:
         return {}, problems
     if not isinstance(data, dict):
         kind = type(data).__name__
-        return None, [*problems, f"{path}: got a {kind}, wanted a mapping of fields to values"]
+        return None, [*problems, f"{name}: got a {kind}, wanted a mapping of fields to values"]
     return data, problems
 
 

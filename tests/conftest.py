@@ -18,6 +18,18 @@ os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN_PATH"] = _TOKEN_FILE.name
 os.environ.pop("RAY_ADDRESS", None)  # never another cluster than the tests' own
 
+# Never anyone's own account, and no search for one on the network. Ray's workers inherit this too.
+for _name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+    os.environ.pop(_name, None)
+os.environ |= {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+import logging
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +37,9 @@ import hypothesis
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from raytune_llama.storage import Place
+from tests.faulty_s3 import FaultyServer
 
 # A busy machine is no failure.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -66,6 +81,37 @@ def train_tokenizer(path: Path, *, special: bool = True) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Place]:
+    """A bucket of a real S3 server that all tests share; other processes of this machine see it."""
+    import pyarrow.fs as pafs
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = {"endpoint_override": f"{host}:{port}", "scheme": "http"}
+    pafs.S3FileSystem(**options, allow_bucket_creation=True).create_dir("bucket")
+    query = "&".join(f"{name}={value}" for name, value in options.items())
+    yield Place.parse(f"s3://bucket?{query}", "s3")
+    server.stop()
+
+
+@pytest.fixture
+def s3_path(s3: Place) -> Place:
+    """A folder of a test's own in object storage, as `tmp_path` is one on the disk."""
+    return s3 / uuid.uuid4().hex
+
+
+@pytest.fixture
+def faulty_s3(s3: Place) -> Iterator[FaultyServer]:
+    """A front of the same buckets that can be told to fail."""
+    server = FaultyServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

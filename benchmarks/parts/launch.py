@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raytune_llama.config import to_dict
+from raytune_llama.storage import Place
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.metrics import LOSS, PEAK_MEMORY, STEP_SECONDS, read_metrics
 from raytune_llama.train.trainer import worker_environment
@@ -48,7 +49,7 @@ def read_measurement(run_dir: Path, num_steps: int) -> Measurement:
     Raises:
         RuntimeError: not every step stands there.
     """
-    records = [record for record in read_metrics(run_dir) if STEP_SECONDS in record]
+    records = [record for record in read_metrics(Place.local(run_dir)) if STEP_SECONDS in record]
     if [record["step"] for record in records] != list(range(1, num_steps + 1)):
         raise RuntimeError(f"{run_dir}: {len(records)} steps were measured, wanted {num_steps}")
     return Measurement(

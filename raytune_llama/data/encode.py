@@ -42,7 +42,7 @@ from raytune_llama.data.units import EncodePlan, UnitRecord
 from raytune_llama.data.workers import read_sample, run_units
 from raytune_llama.model.encoder import EncoderChoice, Engine, choose_encoder
 from raytune_llama.model.tokenizer import fingerprint_tokenizer, load_tokenizer
-from raytune_llama.storage import Place
+from raytune_llama.storage import Place, check_place
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,10 @@ class DataConfig:
     engine: Annotated[Engine, PLACEMENT] = "auto"
     """What makes the ids. `auto`: a fast engine, where its ids were compared with the reference's
     on a sample of this corpus; `reference`: SentencePiece or tokenizers themselves."""
+    cache_dir: Annotated[str | None, PLACEMENT] = None
+    """Folder on each node's own disk where training keeps copies of the shards of a store in
+    object storage, for the next run too; it may be deleted when none runs. Null: `raytune_llama`
+    in the user's cache folder."""
     num_workers: Annotated[Annotated[int, Field(ge=1)] | None, PLACEMENT] = None
     """Encoding processes, one CPU each. Null: one for each CPU that is free at the start."""
 
@@ -120,7 +124,7 @@ def prepare_data(config: DataConfig, tokenizer_path: Path) -> TokenStore:
     files = discover_files(config.sources, max_document_bytes=config.max_document_mib * _MIB)
     encoding = _encoding_inputs(config, tokenizer, tokenizer_path)
     if (store_dir / MANIFEST_NAME).exists():
-        return _reuse(store_dir, encoding, files)
+        return _reuse(config, encoding, files)
     if store_dir.is_local and store_dir.exists():
         raise ConfigError(
             [
@@ -150,7 +154,18 @@ def prepare_data(config: DataConfig, tokenizer_path: Path) -> TokenStore:
             manifest = build_manifest(inputs, units, plan, records)
             check_counts(manifest, plan, config.validation_fraction, config.max_bad_fraction)
             publish(manifest, seen, plan, store_dir, list(source_names(config.sources)))
-    return TokenStore.open(store_dir)
+    return open_store(config)
+
+
+def open_store(config: DataConfig) -> TokenStore:
+    """Open the token store that a config names, as it is.
+
+    Raises:
+        StoreError: It is no token store, of another format, or damaged.
+        OSError: Its place cannot be reached.
+    """
+    cache_dir = Path(config.cache_dir) if config.cache_dir is not None else None
+    return TokenStore.open(Place.parse(config.store_dir, "data.store_dir"), cache_dir)
 
 
 def check_data(config: DataConfig, tokenizer_path: Path) -> list[str]:
@@ -160,9 +175,10 @@ def check_data(config: DataConfig, tokenizer_path: Path) -> list[str]:
     """
     problems = [f"data.{problem}" for problem in check_sources(config.sources)]
     try:
-        Place.parse(config.store_dir, "data.store_dir")
+        problem = check_place(Place.parse(config.store_dir, "data.store_dir"), "data.store_dir")
     except ValueError as error:
-        problems.append(str(error))
+        problem = str(error)
+    problems += [problem] if problem else []
     try:
         tokenizer = load_tokenizer(tokenizer_path)
     except (ValueError, OSError) as error:
@@ -193,14 +209,14 @@ def _encoding_inputs(
     }
 
 
-def _reuse(store_dir: Place, encoding: dict[str, Any], files: list[SourceFile]) -> TokenStore:
+def _reuse(config: DataConfig, encoding: dict[str, Any], files: list[SourceFile]) -> TokenStore:
     """Open a store that is there, if it is the one that would be built."""
-    store = TokenStore.open(store_dir)
-    seen = hash_files(files, SeenFiles.read(store_dir))
+    store = open_store(config)
+    seen = hash_files(files, SeenFiles.read(store.place))
     inputs = encoding | {"sources": seen.inputs(files)}
-    compare_fingerprint(store_dir, store.manifest.inputs, inputs)
-    seen.write(store_dir)
-    logger.info("token store %s is complete: nothing to do", store_dir)
+    compare_fingerprint(store.place, store.manifest.inputs, inputs)
+    seen.write(store.place)
+    logger.info("token store %s is complete: nothing to do", store.place)
     return store
 
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import pydantic
@@ -197,7 +196,7 @@ def compare_fingerprint(path: Place, stored: Mapping[str, Any], wanted: Mapping[
     )
 
 
-def read_manifest(file: Path) -> Manifest:
+def read_manifest(file: Place) -> Manifest:
     """Read and check a manifest.
 
     Raises:

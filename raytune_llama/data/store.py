@@ -1,8 +1,11 @@
 """The token store: a directory of memory-mapped Arrow shards and a manifest that proves them.
 
-    store = TokenStore.open(Path("stores/demo"))
+    store = TokenStore.open(Place.parse("s3://bucket/stores/demo", "data.store_dir"))
     train = store.split("train")
     ids = train.tokens(0, 1024)
+
+A store on a local disk is mapped where it is. Of one in object storage, a split's shards are
+copied to a folder of the node when it is first read, and mapped there.
 
 A shard is an Arrow IPC file with one row a document: its token ids, the bytes of its text, the
 index of its source file and its offset there. The rows of a split, shard after shard, are the
@@ -19,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raytune_llama.data.copies import local_shards
 from raytune_llama.data.manifest import (
     MANIFEST_NAME,
     REBUILD,
@@ -29,37 +33,45 @@ from raytune_llama.data.manifest import (
     StoreError,
     read_manifest,
 )
-from raytune_llama.files import sha256_file
-from raytune_llama.storage import Place
+from raytune_llama.storage import FileStatus, Place
 
 
 @dataclass(frozen=True)
 class TokenStore:
     """An open token store; only its manifest is in memory."""
 
-    path: Path
-    """Its directory, absolute."""
+    place: Place
+    """Its directory."""
     manifest: Manifest
     """What it holds."""
+    cache_dir: Path | None = None
+    """As given to `open`."""
 
     @classmethod
-    def open(cls, path: Path | Place) -> Self:
+    def open(cls, place: Place | Path, cache_dir: Path | None = None) -> Self:
         """Open a store after checking its manifest and the size of every shard.
+
+        Args:
+            place: Its directory.
+            cache_dir: Local folder for copies of its shards, where it is in object storage; None:
+                `raytune_llama` in the user's cache folder.
 
         Raises:
             StoreError: It is no token store, of another format, or damaged; names the file.
+            OSError: Its place cannot be reached.
         """
-        path = path.path if isinstance(path, Place) else path.absolute()
-        file = path / MANIFEST_NAME
-        if not file.is_file():
-            raise StoreError(f"{path}: no {MANIFEST_NAME} there; name a folder of prepare_data")
+        place = Place.local(place) if isinstance(place, Path) else place
+        file = place / MANIFEST_NAME
+        if file.status() is None:
+            raise StoreError(f"{place}: no {MANIFEST_NAME} there; name a folder of prepare_data")
         manifest = read_manifest(file)
+        files = place.files()
         for split, content in manifest.splits.items():
             if content != SplitManifest.of(content.shards):
                 raise StoreError(f"{file}: counts of {split} don't fit its shards; {REBUILD}")
             for shard in content.shards:
-                _check_size(path / shard.name, shard.file_bytes)
-        return cls(path, manifest)
+                _check_size(place / shard.name, files, shard.file_bytes)
+        return cls(place, manifest, cache_dir)
 
     @property
     def fingerprint(self) -> str:
@@ -74,33 +86,35 @@ class TokenStore:
         """
         if name not in self.manifest.splits:
             known = ", ".join(self.manifest.splits)
-            raise StoreError(f"{self.path}: no split {name!r}; there are {known}")
-        return TokenSplit(self.path, self.manifest.splits[name])
+            raise StoreError(f"{self.place}: no split {name!r}; there are {known}")
+        return TokenSplit(self.place, self.manifest.splits[name], self.cache_dir)
 
     def verify(self) -> None:
-        """Read every shard and compare its hash with the manifest's.
+        """Read every shard where the store is, no copy, and compare its hash with the manifest's.
 
         Raises:
             StoreError: A shard has other bytes; names the file.
         """
         for split in self.manifest.splits.values():
             for shard in split.shards:
-                got = sha256_file(self.path / shard.name)
+                got = (self.place / shard.name).sha256()
                 if got != shard.sha256:
                     raise StoreError(
-                        f"{self.path / shard.name}: SHA-256 is {got}, the manifest says "
+                        f"{self.place / shard.name}: SHA-256 is {got}, the manifest says "
                         f"{shard.sha256}; {REBUILD}"
                     )
 
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """The flat token stream of a split, memory-mapped; pickles as its path and manifest."""
+    """The flat token stream of a split, memory-mapped; pickles as its place and manifest."""
 
-    directory: Path
+    place: Place
     """The store."""
     manifest: SplitManifest
     """Counts and shards."""
+    cache_dir: Path | None = None
+    """As the store's; where it is None, each node takes its own user's cache folder."""
 
     @property
     def num_documents(self) -> int:
@@ -195,11 +209,11 @@ class TokenSplit:
 
     def __getstate__(self) -> dict[str, Any]:
         # The cached map of the shards stays behind: the other process maps them itself.
-        return {"directory": self.directory, "manifest": self.manifest}
+        return {"place": self.place, "manifest": self.manifest, "cache_dir": self.cache_dir}
 
     @cached_property
     def _batches(self) -> "list[_Batch]":
-        return list(_map_batches(self.directory, self.manifest.shards))
+        return list(_map_batches(self.place, self.manifest.shards, self.cache_dir))
 
     @cached_property
     def _batch_starts(self) -> NDArray[np.int64]:
@@ -260,11 +274,10 @@ class _Batch:
     files: NDArray[np.int32]
 
 
-def _map_batches(directory: Path, shards: list[Shard]) -> Iterable[_Batch]:
+def _map_batches(place: Place, shards: list[Shard], cache_dir: Path | None) -> Iterable[_Batch]:
     """Map all record batches; raise StoreError where rows or tokens differ from the manifest."""
     token_start = 0
-    for shard in shards:
-        path = directory / shard.name
+    for shard, path in zip(shards, local_shards(place, shards, cache_dir), strict=True):
         documents, first = 0, token_start
         try:
             # Closing gives the file descriptor back; the mapping lives as long as its arrays.
@@ -272,7 +285,8 @@ def _map_batches(directory: Path, shards: list[Shard]) -> Iterable[_Batch]:
                 reader = pa.ipc.open_file(file)
                 batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         except (OSError, pa.ArrowInvalid) as error:
-            raise StoreError(f"{path}: cannot be mapped ({error}); {REBUILD}") from error
+            remedy = REBUILD if place.is_local else f"delete it, a copy of {place / shard.name}"
+            raise StoreError(f"{path}: cannot be mapped ({error}); {remedy}") from error
         for batch in batches:
             tokens = batch.column("tokens")
             ids = tokens.values.to_numpy()
@@ -288,8 +302,8 @@ def _map_batches(directory: Path, shards: list[Shard]) -> Iterable[_Batch]:
             )
 
 
-def _check_size(path: Path, file_bytes: int) -> None:
-    got = path.stat().st_size if path.is_file() else None
+def _check_size(file: Place, files: dict[Place, FileStatus], file_bytes: int) -> None:
+    got = files[file].num_bytes if file in files else None
     if got != file_bytes:
         state = "is missing" if got is None else f"has {got} bytes"
-        raise StoreError(f"{path} {state}, the manifest says {file_bytes} bytes; {REBUILD}")
+        raise StoreError(f"{file} {state}, the manifest says {file_bytes} bytes; {REBUILD}")

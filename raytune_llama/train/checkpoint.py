@@ -3,16 +3,20 @@
 A checkpoint is a directory `step-00000100/` with safetensors shards, each holding `weight`,
 `exp_avg` and `exp_avg_sq` of some parameters, and a `manifest.json`, which lists every tensor and
 the SHA256 of every shard and of itself, and carries the rest of the state as JSON. Nothing is
-pickled. It is built under another name and renamed, so it is there whole or not at all; and since
-a disk can still lose bits, a reader trusts only hashes that fit.
+pickled. It is built under another name and renamed, so it is there whole or not at all; in object
+storage, which has no rename, it is there once its manifest is, which is uploaded last. Since bits
+can still be lost, a reader trusts only hashes that fit.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,9 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raytune_llama.config import settings
-from raytune_llama.files import publish_directory, read_json, sha256_file, write_json_atomic
+from raytune_llama.files import sha256_file, write_json_atomic
+from raytune_llama.storage import Place
 from raytune_llama.train.engine import Engine, ParameterState, trained_parameters
 from raytune_llama.train.workers import Workers
+from raytune_llama.transfers import is_published, local_copy, publish_place
 
 logger = logging.getLogger(__name__)
 
@@ -88,25 +94,25 @@ class RunState:
     """That loss, in nats a token."""
 
 
-def checkpoint_path(run_dir: Path, step: int) -> Path:
+def checkpoint_path(run_dir: Place, step: int) -> Place:
     """Return where the checkpoint of a step lies."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def save_checkpoint(run_dir: Path, state: RunState, engine: Engine, workers: Workers) -> None:
+def save_checkpoint(run_dir: Place, state: RunState, engine: Engine, workers: Workers) -> None:
     """Write the checkpoint of `state.step`; collective, the first worker writes.
 
     A checkpoint of this step that is there already is kept: equal steps of a run are equal.
     """
     target = checkpoint_path(run_dir, state.step)
-    if workers.broadcast(target.exists()):
+    if workers.broadcast(workers.is_first and is_published(target, MANIFEST)):
         return
     scalars = engine.scalar_state()
     if not workers.is_first:
         for _ in engine.trainable_state():
             pass
         return
-    with publish_directory(target) as folder:
+    with publish_place(target, last=MANIFEST) as folder:
         tensors = _write_shards(engine.trainable_state(), folder)
         files = sorted(path.name for path in folder.iterdir())
         manifest = {
@@ -161,28 +167,32 @@ def _shard_name(number: int) -> str:
     return f"state-{number:05d}.safetensors"
 
 
-def restore(run_dir: Path, engine: Engine, workers: Workers) -> RunState:
+def restore(run_dir: Place, engine: Engine, workers: Workers) -> RunState:
     """Load the newest checkpoint that can be trusted, or start at step 0; collective.
 
     A checkpoint that cannot be trusted is named in the log and renamed out of the way, so that
-    the run can save that step again.
+    the run can save that step again. From object storage, each node fetches a checkpoint once.
 
     Raises:
         CheckpointError: the newest trusted checkpoint does not fit the model, or there are
             checkpoints and none can be trusted.
+        OSError: the run directory cannot be reached.
     """
-    # An error of the first worker ends the others too: they fail in the broadcast.
-    found = workers.broadcast(_newest_trusted(run_dir) if workers.is_first else None)
-    if found is None:
-        return RunState()
-    manifest = read_json(found / MANIFEST)
-    _check_fit(found, manifest["tensors"], engine)
+    with _node_folder(workers) as copies:
+        # An error of the first worker ends the others too: they fail in the broadcast.
+        found = workers.broadcast(_newest_trusted(run_dir, copies) if workers.is_first else None)
+        if found is None:
+            return RunState()
+        manifest = (found / MANIFEST).read_json()
+        _check_fit(found, manifest["tensors"], engine)
 
-    def read(name: str) -> ParameterState:
-        with safe_open(found / manifest["tensors"][name]["file"], framework="pt") as file:
-            return ParameterState(*(file.get_tensor(f"{part}/{name}") for part in _PARTS))
+        def read(name: str) -> ParameterState:
+            shard = manifest["tensors"][name]["file"]
+            path = _shard_path(found, shard, manifest["files"][shard], copies)
+            with safe_open(path, framework="pt") as file:
+                return ParameterState(*(file.get_tensor(f"{part}/{name}") for part in _PARTS))
 
-    engine.load_trainable_state(read)
+        engine.load_trainable_state(read)
     engine.load_scalar_state(manifest["scalars"])
     state = RunState(**manifest["state"])
     logger.info("resumed from %s: step %d done", found, state.step)
@@ -193,7 +203,27 @@ def restore(run_dir: Path, engine: Engine, workers: Workers) -> RunState:
     return state
 
 
-def _check_fit(path: Path, tensors: Mapping[str, Any], engine: Engine) -> None:
+@contextlib.contextmanager
+def _node_folder(workers: Workers) -> Iterator[Path]:
+    """A folder that the workers of a node have together; deleted at the end; collective."""
+    name = workers.broadcast(f"raytune_llama-{uuid.uuid4().hex}")
+    folder = Path(tempfile.gettempdir(), name)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        yield folder
+        workers.barrier()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shard_path(path: Place, name: str, entry: Mapping[str, Any], copies: Path) -> Path:
+    """Return a local path to a shard: where it is, or of one in object storage a checked copy."""
+    return local_copy(
+        path / name, sha256=entry["sha256"], num_bytes=entry["bytes"], cache_dir=copies
+    )
+
+
+def _check_fit(path: Place, tensors: Mapping[str, Any], engine: Engine) -> None:
     """Refuse a checkpoint of other parameters than the engine's, by name or by shape."""
     # ZeRO 3 leaves the whole shape in an attribute.
     wanted = {
@@ -215,17 +245,17 @@ def _check_fit(path: Path, tensors: Mapping[str, Any], engine: Engine) -> None:
         )
 
 
-def _newest_trusted(run_dir: Path) -> Path | None:
+def _newest_trusted(run_dir: Place, copies: Path) -> Place | None:
     """Return the newest checkpoint that can be trusted; None in a run that never saved one."""
     for path in reversed(list_checkpoints(run_dir)):
-        problem = check_checkpoint(path)
+        problem = check_checkpoint(path, copies)
         if problem is None:
             return path
         aside = path.with_name(f"{path.name}{DAMAGED}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        path.move(aside, first=MANIFEST)
         logger.warning("%s; it is now %s, the checkpoint before it is used", problem, aside.name)
-    damaged = sorted((run_dir / "checkpoints").glob(f"*{DAMAGED}"))
+    folders = (run_dir / "checkpoints").folders()
+    damaged = [folder for folder in folders if folder.name.endswith(DAMAGED)]
     if damaged:
         # Starting over would throw a run away that a person can perhaps still mend.
         raise CheckpointError(
@@ -236,42 +266,56 @@ def _newest_trusted(run_dir: Path) -> Path | None:
     return None
 
 
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return the run's checkpoint directories, oldest first, trusted or not."""
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+def list_checkpoints(run_dir: Place) -> list[Place]:
+    """Return the run's finished checkpoints, oldest first, trusted or not."""
+    return [
+        path
+        for path in (run_dir / "checkpoints").folders()
+        if _NAME.fullmatch(path.name) and is_published(path, MANIFEST)
+    ]
 
 
-def check_checkpoint(path: Path) -> str | None:
-    """Return why a checkpoint cannot be trusted, or None: every file's size and hash is read."""
+def check_checkpoint(path: Place, copies: Path) -> str | None:
+    """Return why a checkpoint cannot be trusted, or None: every file's size and hash is read.
+
+    Args:
+        path: The checkpoint.
+        copies: Local folder for copies of its files, where it is in object storage.
+
+    Raises:
+        OSError: Object storage cannot be reached.
+    """
     try:
-        problem = _find_damage(path)
-    except (OSError, ValueError) as error:
+        problem = _find_damage(path, copies)
+    except ValueError as error:
+        problem = str(error)
+    except OSError as error:
+        # A disk that cannot be read has lost the file; a server that does not answer has not.
+        if not path.is_local and not isinstance(error, FileNotFoundError):
+            raise
         problem = str(error)
     return f"checkpoint {path}: {problem}" if problem else None
 
 
-def _find_damage(path: Path) -> str | None:
-    manifest = read_json(path / MANIFEST)
+def _find_damage(path: Place, copies: Path) -> str | None:
+    manifest = (path / MANIFEST).read_json()
     if not isinstance(manifest, dict) or manifest.get(_DIGEST) != _digest(manifest):
         return f"the content of {MANIFEST} does not fit its hash"
     if manifest["format"] != FORMAT_VERSION:
         return f"format {manifest['format']}, wanted {FORMAT_VERSION}"
     for name, entry in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
+        status = (path / name).status()
+        if status is None:
             return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
-        if sha256_file(file) != entry["sha256"]:
+        if status.num_bytes != entry["bytes"]:
+            return f"{name} has {status.num_bytes} bytes, not {entry['bytes']}"
+        if sha256_file(_shard_path(path, name, entry, copies)) != entry["sha256"]:
             return f"the content of {name} does not fit its hash"
     return None
 
 
 def delete_old_checkpoints(
-    run_dir: Path, config: CheckpointConfig, state: RunState, workers: Workers
+    run_dir: Place, config: CheckpointConfig, state: RunState, workers: Workers
 ) -> None:
     """Delete all but the newest `keep_last` checkpoints and the best one; the first worker does.
 
@@ -279,12 +323,13 @@ def delete_old_checkpoints(
     """
     if not workers.is_first:
         return
-    for path in (run_dir / "checkpoints").iterdir():
-        if _UNFINISHED.fullmatch(path.name):
-            shutil.rmtree(path)
+    for path in (run_dir / "checkpoints").folders():
+        is_half = _NAME.fullmatch(path.name) and not is_published(path, MANIFEST)
+        if is_half or _UNFINISHED.fullmatch(path.name):
+            path.delete()
             logger.info("checkpoint: %s, which was never finished, deleted", path.name)
     best = checkpoint_path(run_dir, state.best_step) if state.best_step is not None else None
     for path in list_checkpoints(run_dir)[: -config.keep_last]:
         if not (config.keep_best and path == best):
-            shutil.rmtree(path)
+            path.delete()
             logger.info("checkpoint: %s deleted", path.name)

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,8 +14,9 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_llama.config import ConfigError
-from raytune_llama.data.store import TokenStore
+from raytune_llama.data.encode import open_store
 from raytune_llama.model.llama import check_model_directory
+from raytune_llama.storage import Place
 from raytune_llama.train.config import PretrainConfig, ScaleConfig
 
 logger = logging.getLogger(__name__)
@@ -137,36 +137,32 @@ def check_nodes(config: PretrainConfig) -> None:
     Raises:
         ConfigError: names each node that cannot, and why.
     """
-    run_dir = Path(config.run_dir)
+    run_dir = config.run_place
     existed = run_dir.exists()
     probes = run_dir / f".probe-{uuid.uuid4().hex}"
     try:
-        probes.mkdir(parents=True)
+        (probes / "driver").write_bytes(b"driver")
     except OSError as error:
-        raise ConfigError([f"run_dir: cannot write in {config.run_dir}: {error}"]) from error
+        raise ConfigError([f"run_dir: cannot write in {run_dir}: {error}"]) from error
     try:
-        (probes / "driver").write_text("driver")
         problems = _probe_all(config, probes)
     finally:
-        shutil.rmtree(probes, ignore_errors=True)
+        probes.delete()
         if not existed:
             # A run that never started leaves nothing behind.
-            with contextlib.suppress(OSError):
-                run_dir.rmdir()
+            run_dir.delete_empty()
     if problems:
         raise ConfigError(problems)
 
 
-def _probe_all(config: PretrainConfig, probes: Path) -> list[str]:
+def _probe_all(config: PretrainConfig, probes: Place) -> list[str]:
     task: Any = ray.remote(probe_node)
     pending: dict[Any, str] = {}
     for node in worker_nodes(worker_resources(config.scale)):
         here = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
         call = task.options(num_cpus=0, scheduling_strategy=here, max_retries=0)
         address = node["NodeManagerAddress"]
-        pending[call.remote(config, str(probes), node["NodeID"])] = (
-            f"{address} {node['NodeID'][:8]}"
-        )
+        pending[call.remote(config, probes, node["NodeID"])] = f"{address} {node['NodeID'][:8]}"
     done, late = ray.wait(list(pending), num_returns=len(pending), timeout=NODE_CHECK_SECONDS)
     problems = [f"node {pending[ref]}: no answer in {NODE_CHECK_SECONDS:.0f} s" for ref in late]
     for ref in done:
@@ -177,7 +173,7 @@ def _probe_all(config: PretrainConfig, probes: Path) -> list[str]:
             problems.append(f"node {name}: {error}")
             continue
         problems += [f"node {name}: {problem}" for problem in found]
-        if not found and not (probes / node_id).is_file():
+        if not found and not (probes / node_id).exists():
             problems.append(
                 f"node {name}: what it writes in {config.run_dir} is not seen by the driver; "
                 "run_dir has to be on storage that every node mounts"
@@ -185,21 +181,21 @@ def _probe_all(config: PretrainConfig, probes: Path) -> list[str]:
     return problems
 
 
-def probe_node(config: PretrainConfig, probes: str, node_id: str) -> tuple[str, list[str]]:
+def probe_node(config: PretrainConfig, probes: Place, node_id: str) -> tuple[str, list[str]]:
     """Return the node's id and what it cannot do; runs as a Ray task on the node."""
     problems = check_model_directory(Path(config.model.path))
     try:
-        if not (Path(probes) / "driver").is_file():
+        if not (probes / "driver").exists():
             problems.append(
                 f"run_dir: {config.run_dir} is not the driver's; it has to be on storage that "
                 "every node mounts"
             )
         else:
-            (Path(probes) / node_id).write_text(node_id)
+            (probes / node_id).write_bytes(node_id.encode())
     except OSError as error:
-        problems.append(f"run_dir: cannot write in {config.run_dir}: {error}")
+        problems.append(f"run_dir: cannot read and write in {config.run_dir}: {error}")
     try:
-        TokenStore.open(Path(config.data.store_dir))
+        open_store(config.data)
     except (ValueError, OSError) as error:
         problems.append(f"data.store_dir: {error}")
     return node_id, problems

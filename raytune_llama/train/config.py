@@ -10,6 +10,7 @@ from raytune_llama.data.mixture import check_mixture
 from raytune_llama.data.packing import PackedForm, SequenceForm
 from raytune_llama.model.llama import ModelConfig
 from raytune_llama.model.lora import LoraConfig
+from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import CheckpointConfig
 from raytune_llama.train.engine import EngineConfig, OptimConfig
 from raytune_llama.train.schedule import ScheduleConfig
@@ -132,8 +133,10 @@ class PretrainConfig:
     """Continued pre-training of a causal LM on plain text."""
 
     run_dir: Annotated[str, Field(min_length=1), PLACEMENT]
-    """Directory of the run, on storage that every node mounts. The same command with the same
-    directory goes on where the run was."""
+    """Directory of the run: on storage that every node mounts, or `s3://...`, `gs://...`. The same
+    command with the same directory goes on where the run was. Object storage shows metrics as of
+    the newest evaluation or checkpoint, and saving and resuming need room for one checkpoint in
+    the temporary folder (TMPDIR) of the nodes."""
 
     train: Literal["lora", "full"] = "lora"
     """What is trained: an adapter (and `lora.modules_to_save`), or every weight."""
@@ -225,6 +228,11 @@ class PretrainConfig:
                 "own; set max_steps, or drop the weights"
             )
         return problems
+
+    @property
+    def run_place(self) -> Place:
+        """Where `run_dir` is."""
+        return Place.parse(self.run_dir, "run_dir")
 
     @property
     def result_name(self) -> str:

@@ -12,29 +12,31 @@ from torch import Tensor
 import raytune_llama
 from raytune_llama.config import to_dict
 from raytune_llama.data.store import TokenStore
-from raytune_llama.files import publish_directory, read_json, sha256_file, write_json_atomic
+from raytune_llama.files import sha256_file, write_json_atomic
 from raytune_llama.model.llama import DTYPES, causal_lm
 from raytune_llama.model.lora import write_adapter
 from raytune_llama.model.tokenizer import tokenizer_sha256, write_tokenizer
+from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import RunState
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engine import Engine
 from raytune_llama.train.workers import Workers
+from raytune_llama.transfers import publish_place
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 
 
-def result_path(config: PretrainConfig) -> Path:
+def result_path(config: PretrainConfig) -> Place:
     """Return where the result of a run lies once it is finished."""
-    return Path(config.run_dir) / config.result_name
+    return config.run_place / config.result_name
 
 
 def read_result(config: PretrainConfig) -> dict[str, Any] | None:
     """Return the manifest of a finished run's result, or None."""
     manifest = result_path(config) / MANIFEST
-    return read_json(manifest) if manifest.is_file() else None
+    return manifest.read_json() if manifest.status() is not None else None
 
 
 def write_result(
@@ -57,7 +59,7 @@ def write_result(
             trained[name] = parameter.weight
     if not workers.is_first:
         return
-    with publish_directory(result_path(config)) as folder:
+    with publish_place(result_path(config), last=MANIFEST) as folder:
         norms = _write_weights(config, engine, trained, folder)
         write_tokenizer(Path(config.model.tokenizer_path), folder)
         manifest = {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raytune_llama.data.batches import BatchPlan, StepBatch, StepTotal, read_steps
+from raytune_llama.data.encode import open_store
 from raytune_llama.data.evaluation import EvaluatedSource, choose_evaluated, read_evaluation
 from raytune_llama.data.mixture import Source, cut_sources, mixture_record
 from raytune_llama.data.store import TokenStore
@@ -62,7 +63,7 @@ def train(config: PretrainConfig, workers: Workers, stop_requested: Callable[[],
         workers,
         isolate_documents=config.batch.evaluation_form == "isolated",
     )
-    state = restore(Path(config.run_dir), session.engine, workers)
+    state = restore(config.run_place, session.engine, workers)
 
     with Report(config, session.plan, session.engine.module, state, workers) as report:
         if state.step == 0:
@@ -86,7 +87,7 @@ def train(config: PretrainConfig, workers: Workers, stop_requested: Callable[[],
 
 def open_session(config: PretrainConfig, workers: Workers) -> Session:
     """Open the token store and build the engine."""
-    store = TokenStore.open(Path(config.data.store_dir))
+    store = open_store(config.data)
     plan = plan_run(config, store)
     return Session(config, store, plan, build_engine(config, plan, workers), workers)
 
@@ -256,7 +257,7 @@ def sum_up_mixture(session: Session, state: RunState) -> dict[str, dict[str, Any
 
 def save(session: Session, state: RunState, report: Report) -> None:
     """Write a checkpoint and delete those that are not kept any more."""
-    run_dir = Path(session.config.run_dir)
+    run_dir = session.config.run_place
     with report.saving(state.step):
         save_checkpoint(run_dir, state, session.engine, session.workers)
         delete_old_checkpoints(run_dir, session.config.checkpoint, state, session.workers)

@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
 
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raytune_llama.files import write_bytes_atomic
+from raytune_llama.storage import Place
+from raytune_llama.transfers import Mirror
 
 LOSS = "train/loss"
 LEARNING_RATE = "train/lr"
@@ -98,23 +98,29 @@ def _bits_per_byte(text: EvaluatedText) -> float:
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl` and TensorBoard; each has a `step` and numbers."""
+    """Appends records to `metrics.jsonl` and TensorBoard; each has a `step` and numbers.
 
-    def __init__(self, run_dir: Path, *, resumed_step: int, tensorboard: bool) -> None:
-        path = run_dir / METRICS_FILE
+    In object storage, where nothing can be appended, they appear at each `sync`.
+    """
+
+    def __init__(self, run_dir: Place, *, resumed_step: int, tensorboard: bool) -> None:
+        self._mirror = Mirror(run_dir)
         # Steps behind the checkpoint are done again; a step stands in the file once.
         kept = (
             [r for r in read_metrics(run_dir) if r["step"] <= resumed_step] if resumed_step else []
         )
-        write_bytes_atomic(path, "".join(_line(record) for record in kept).encode())
-        self._file = path.open("a")
+        file = Place.local(self._mirror.folder / METRICS_FILE)
+        file.write_bytes("".join(_line(record) for record in kept).encode())
+        self._file = file.path.open("a")
         self._writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # A run that starts anew evaluates at step 0 anew.
             purge_step = resumed_step + 1 if resumed_step else 0
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+            self._writer = SummaryWriter(
+                str(self._mirror.folder / "tensorboard"), purge_step=purge_step
+            )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one record; a value that is not finite is written as null."""
@@ -126,15 +132,19 @@ class MetricsLog:
                 self._writer.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """Bring all records so far to the disk."""
+        """Bring all records so far to the run directory."""
         os.fsync(self._file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
+        self._mirror.push()
 
     def close(self) -> None:
-        """Bring everything to the disk, and end."""
-        self.sync()
+        """Bring everything to the run directory, and end."""
+        os.fsync(self._file.fileno())
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+        self._mirror.close()
 
     def __enter__(self) -> Self:
         return self
@@ -152,12 +162,12 @@ def _line(record: Mapping[str, float | None]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+def read_metrics(run_dir: Place) -> list[dict[str, float]]:
     """Return a run's records in order; a last line cut by a crash is left out."""
-    path = run_dir / METRICS_FILE
-    if not path.is_file():
+    file = run_dir / METRICS_FILE
+    if file.status() is None:
         return []
-    lines = path.read_text().split("\n")
+    lines = file.read_bytes().decode().split("\n")
     # Only what ends with a line break was written whole.
     return [json.loads(line) for line in lines[:-1] if line]
 

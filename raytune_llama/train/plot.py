@@ -1,17 +1,16 @@
 """The picture of a run: loss, evaluation and learning rate over steps."""
 
 import io
-from pathlib import Path
 
-from raytune_llama.files import write_bytes_atomic
+from raytune_llama.storage import Place
 from raytune_llama.train.metrics import EVAL_LOSS, LEARNING_RATE, LOSS, read_metrics
 
 PLOT_FILE = "loss.png"
 SMOOTHING_STEPS = 20
 
 
-def write_plot(run_dir: Path) -> Path:
-    """Draw `loss.png` in a run directory from its metrics, and return its path."""
+def write_plot(run_dir: Place) -> Place:
+    """Draw `loss.png` in a run directory from its metrics, and return its place."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -37,9 +36,9 @@ def write_plot(run_dir: Path) -> Path:
     figure.suptitle(run_dir.name, parse_math=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
-    path = run_dir / PLOT_FILE
-    write_bytes_atomic(path, buffer.getvalue())
-    return path
+    file = run_dir / PLOT_FILE
+    file.write_bytes(buffer.getvalue())
+    return file
 
 
 def _series(records: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:

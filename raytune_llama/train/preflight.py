@@ -14,10 +14,10 @@ from raytune_llama.config import (
     identity,
     override,
     to_dict,
-    write_yaml,
+    to_yaml,
 )
 from raytune_llama.data.encode import check_data
-from raytune_llama.files import read_json, write_json_atomic
+from raytune_llama.files import read_json
 from raytune_llama.model.llama import check_model_directory, check_output_projection, load_skeleton
 from raytune_llama.model.lora import (
     check_adapter_directory,
@@ -27,15 +27,22 @@ from raytune_llama.model.lora import (
 )
 from raytune_llama.model.tokenizer import tokenizer_sha256
 from raytune_llama.model.vocab import check_vocabulary, num_embedding_rows
-from raytune_llama.storage import local_path
+from raytune_llama.storage import Place, check_place, local_path
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.export import fingerprint_adapter, fingerprint_model
-from raytune_llama.yaml12 import read_mapping
+from raytune_llama.yaml12 import parse_mapping
 
 logger = logging.getLogger(__name__)
 
 IDENTITY = "identity.json"
 RESOLVED_CONFIG = "run.yaml"
+
+_ON_ANY_STORAGE = {"run_dir", "data.store_dir"}
+_WRITTEN = {
+    "run_dir": "a path that every node mounts, such as run_dir=/shared/{}",
+    "data.store_dir": "a path that every node mounts, such as data.store_dir=/shared/{}",
+    "data.cache_dir": "one on each node's own disk, such as data.cache_dir=/local/{}",
+}
 
 
 def resolve_places(config: PretrainConfig, *, in_job: bool) -> PretrainConfig:
@@ -46,11 +53,13 @@ def resolve_places(config: PretrainConfig, *, in_job: bool) -> PretrainConfig:
         in_job: whether this is the driver of a submitted job, whose folder is temporary.
 
     Raises:
-        ConfigError: a path is no local path, or is written to and relative in a job.
+        ConfigError: a path is not of the kind that its field takes, or is written to and
+            relative in a job.
     """
     fields: dict[str, str | None] = {
         "run_dir": config.run_dir,
         "data.store_dir": config.data.store_dir,
+        "data.cache_dir": config.data.cache_dir,
         "model.path": config.model.path,
         "model.tokenizer": config.model.tokenizer,
         "adapter": config.adapter,
@@ -63,15 +72,17 @@ def resolve_places(config: PretrainConfig, *, in_job: bool) -> PretrainConfig:
         if text is None:
             continue
         try:
-            resolved[field] = str(local_path(text, field))
+            is_any = field in _ON_ANY_STORAGE or field.startswith("data.sources.")
+            place = Place.parse(text, field) if is_any else Place.local(local_path(text, field))
         except ValueError as error:
             problems.append(str(error))
             continue
-        is_written = field in {"run_dir", "data.store_dir"}
-        if in_job and is_written and not Path(text).expanduser().is_absolute():
+        resolved[field] = str(place)
+        is_relative = place.is_local and not Path(text).expanduser().is_absolute()
+        if in_job and is_relative and field in _WRITTEN:
             problems.append(
                 f"{field}: {text!r} is relative, and a submitted job's folder is deleted after it; "
-                f"name a path that every node mounts, such as {field}=/shared/{text}"
+                f"name {_WRITTEN[field].format(text)}"
             )
     if problems:
         raise ConfigError(problems)
@@ -166,12 +177,16 @@ def _modules_to_save(config: PretrainConfig) -> tuple[str, ...]:
 
 
 def _check_run_dir(config: PretrainConfig) -> list[str]:
-    run_dir = Path(config.run_dir)
-    if not run_dir.exists() or (run_dir / IDENTITY).is_file():
+    run_dir = config.run_place
+    problem = check_place(run_dir, "run_dir")
+    if problem is not None:
+        return [problem]
+    if not run_dir.exists() or (run_dir / IDENTITY).exists():
         return []
     if not run_dir.is_dir():
         return [f"run_dir: {run_dir} is a file; name a folder"]
-    if all(_is_ours(path, Path(config.data.store_dir)) for path in run_dir.iterdir()):
+    store_dir = Place.parse(config.data.store_dir, "data.store_dir")
+    if all(_is_ours(place, store_dir) for place in [*run_dir.files(), *run_dir.folders()]):
         return []
     return [
         f"run_dir: {run_dir} exists and is not the directory of a run (it has no {IDENTITY}); "
@@ -179,10 +194,10 @@ def _check_run_dir(config: PretrainConfig) -> list[str]:
     ]
 
 
-def _is_ours(path: Path, store_dir: Path) -> bool:
+def _is_ours(place: Place, store_dir: Place) -> bool:
     """Whether an earlier start of the run that came to no training may have left this behind."""
-    is_store = store_dir.is_relative_to(path) or path.name.startswith(f"{store_dir.name}.partial-")
-    return is_store or path.name.startswith(".")
+    is_store = store_dir.is_below(place) or place.name.startswith(f"{store_dir.name}.partial-")
+    return is_store or place.name.startswith(".")
 
 
 def identify(config: PretrainConfig) -> dict[str, Any]:
@@ -200,7 +215,7 @@ def identify(config: PretrainConfig) -> dict[str, Any]:
     }
 
 
-def check_identity(run_dir: Path, now: Mapping[str, Any]) -> None:
+def check_identity(run_dir: Place, now: Mapping[str, Any]) -> None:
     """Refuse to go on with a run that was started with other settings or inputs.
 
     Args:
@@ -211,9 +226,9 @@ def check_identity(run_dir: Path, now: Mapping[str, Any]) -> None:
         ConfigError: with every field that differs.
     """
     file = run_dir / IDENTITY
-    if not file.is_file():
+    if not file.exists():
         return
-    then = read_json(file)
+    then = file.read_json()
     changed = differences({key: then.get(key) for key in now}, now)
     if changed:
         raise ConfigError(
@@ -227,20 +242,18 @@ def check_identity(run_dir: Path, now: Mapping[str, Any]) -> None:
 
 def write_identity(config: PretrainConfig, now: Mapping[str, Any]) -> None:
     """Write `run.yaml` and `identity.json` before the first step; log what may change and did."""
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    before = run_dir / RESOLVED_CONFIG
-    if before.is_file():
+    before = config.run_place / RESOLVED_CONFIG
+    if before.exists():
         for change in placement_changes(config, before):
             logger.info("changed since the run's last start: %s", change)
     # First what makes the folder that of a run: a start that is killed in between can be repeated.
-    write_json_atomic(run_dir / IDENTITY, now)
-    write_yaml(config, before)
+    (config.run_place / IDENTITY).write_json(now)
+    before.write_bytes(to_yaml(config).encode())
 
 
-def placement_changes(config: PretrainConfig, before: Path) -> list[str]:
+def placement_changes(config: PretrainConfig, before: Place) -> list[str]:
     """Return the fields that differ from an earlier `run.yaml` of the run."""
-    data, problems = read_mapping(before)
+    data, problems = parse_mapping(before.read_bytes().decode(errors="replace"), str(before))
     if data is not None and not problems:
         try:
             return differences(to_dict(from_dict(PretrainConfig, data)), to_dict(config))

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from itertools import zip_longest
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -53,7 +52,7 @@ class Report:
     def __enter__(self) -> Self:
         if self._workers.is_first:
             self._log = MetricsLog(
-                Path(self._config.run_dir),
+                self._config.run_place,
                 resumed_step=self._resumed_step,
                 tensorboard=self._config.logging.tensorboard,
             )
@@ -182,6 +181,8 @@ class Report:
                 "".join(sources),
                 seconds,
             )
+        if self._log is not None:
+            self._log.sync()
         self._lap_seconds()
         state = replace(state, seconds=state.seconds + self._uncounted_seconds())
         if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):

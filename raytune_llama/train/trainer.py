@@ -18,6 +18,7 @@ from raytune_llama.data.encode import prepare_data
 from raytune_llama.data.mixture import log_mixture
 from raytune_llama.data.store import TokenStore
 from raytune_llama.logs import setup_logging
+from raytune_llama.storage import Place
 from raytune_llama.train.channel import Channel, StopRequest, WorkerHandler
 from raytune_llama.train.cluster import (
     check_nodes,
@@ -53,10 +54,10 @@ class Summary:
     status: Literal["finished", "already finished", "stopped"]
     """Stopped: saved on SIGTERM; the same command goes on."""
 
-    run_dir: Path
+    run_dir: Place
     """Where everything of the run lies."""
 
-    result: Path | None
+    result: Place | None
     """The adapter or model directory of a finished run."""
 
     step: int
@@ -79,7 +80,7 @@ def pretrain(config: PretrainConfig) -> Summary:
     """
     config = resolve_places(config, in_job=in_submitted_job())
     check_run(config)
-    run_dir = Path(config.run_dir)
+    run_dir = config.run_place
     identity = identify(config)
     check_identity(run_dir, identity)
     result = read_result(config)
@@ -138,7 +139,8 @@ def build_trainer(config: PretrainConfig, channel: Any) -> TorchTrainer:  # noqa
         ),
         run_config=RunConfig(
             name="ray",
-            storage_path=config.run_dir,
+            storage_path=config.run_place.key,
+            storage_filesystem=config.run_place.filesystem,
             failure_config=FailureConfig(
                 max_failures=scale.max_failures, controller_failure_limit=STARTUP_FAILURES
             ),
@@ -212,7 +214,7 @@ def _stop_on_sigterm(channel: Channel) -> Iterator[None]:
 def _summary(
     config: PretrainConfig, status: Literal["finished", "already finished", "stopped"], step: int
 ) -> Summary:
-    run_dir = Path(config.run_dir)
+    run_dir = config.run_place
     bits = [
         record[EVAL_BITS_PER_BYTE]
         for record in read_metrics(run_dir)

@@ -7,6 +7,7 @@ import pytest
 from raytune_llama.data.manifest import Shard, SplitManifest
 from raytune_llama.data.shards import ShardWriter
 from raytune_llama.data.store import TokenSplit
+from raytune_llama.storage import Place
 
 Documents = list[list[int]]
 MakeSplit = Callable[..., TokenSplit]
@@ -39,6 +40,6 @@ def make_split(tmp_path_factory: pytest.TempPathFactory) -> MakeSplit:
                     if writer.shard:
                         shards.append(writer.shard)
                 file_number += 1
-        return TokenSplit(folder, SplitManifest.of(shards))
+        return TokenSplit(Place.local(folder), SplitManifest.of(shards))
 
     return make

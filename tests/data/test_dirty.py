@@ -163,7 +163,7 @@ def test_dirty_input_is_accounted_for_by_reason(
     plan, record = encode(tmp_path, tokenizer_dir, **settings)
     shard = record.shards["train"]
     assert shard is not None
-    split = TokenSplit(plan.store.path, SplitManifest.of([shard]))
+    split = TokenSplit(plan.store, SplitManifest.of([shard]))
     ids = split.tokens(0, split.num_tokens).tolist()
     wanted = [[*one.tolist(), 1] for one in load_reference(tokenizer_dir).encode(texts)]
     assert ids == [id_ for one in wanted for id_ in one]

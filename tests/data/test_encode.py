@@ -54,7 +54,7 @@ def make_config(corpus: Path, store: Path, **fields: Any) -> DataConfig:  # noqa
 
 def content(store: TokenStore) -> dict[str, bytes]:
     """Return the files of a store, without what it remembers of its sources' times."""
-    names = [path for path in store.path.iterdir() if path.name != SEEN_NAME]
+    names = [path for path in store.place.path.iterdir() if path.name != SEEN_NAME]
     return {path.name: path.read_bytes() for path in names}
 
 
@@ -95,10 +95,10 @@ def test_prepare_data_manifest_accounts_for_every_line(undisturbed: TokenStore) 
     )
     splits = [undisturbed.split("train"), undisturbed.split("validation")]
     assert sum(split.num_documents for split in splits) == rows.documents == total - 5
-    corpus = undisturbed.path.with_name("corpus")
+    corpus = undisturbed.place.path.with_name("corpus")
     data = b"".join(file.read_bytes() for file in corpus.iterdir()).replace(b"bad \xff line", b"")
     assert sum(split.num_bytes for split in splits) == len(data.replace(b"\n", b""))
-    (bad,) = (undisturbed.path / "quarantine.jsonl").read_text().splitlines()
+    (bad,) = (undisturbed.place.path / "quarantine.jsonl").read_text().splitlines()
     row = json.loads(bad)
     # The line is that of the file, though the row was found in its second range.
     assert (row["file"], row["line"]) == ("3.txt", NUM_LINES[3] + 3)
@@ -187,7 +187,7 @@ def test_prepare_data_after_a_failed_run_keeps_its_work_and_gives_the_same_bytes
     (corpus / "3.txt").write_bytes(good)
     store = prepare_data(config, tokenizer_dir)
     assert content(store) == expected
-    assert (store.path / "train-00000.arrow").stat().st_ino == before
+    assert (store.place.path / "train-00000.arrow").stat().st_ino == before
 
 
 def test_prepare_data_crashing_file_is_refused_by_name(
@@ -211,7 +211,7 @@ def test_prepare_data_crashing_file_is_refused_by_name(
 def test_prepare_data_complete_store_is_reused(
     corpus: Path, tmp_path: Path, tokenizer_dir: Path, undisturbed: TokenStore
 ) -> None:
-    copy = shutil.copytree(undisturbed.path, tmp_path / "store")
+    copy = shutil.copytree(undisturbed.place.path, tmp_path / "store")
     inode = (copy / "manifest.json").stat().st_ino
     store = prepare_data(make_config(corpus, copy), tokenizer_dir)
     assert store.fingerprint == undisturbed.fingerprint
@@ -228,7 +228,7 @@ def test_prepare_data_complete_store_is_reused(
 def test_prepare_data_stale_store_is_refused_naming_the_fields(
     corpus: Path, tmp_path: Path, tokenizer_dir: Path, undisturbed: TokenStore
 ) -> None:
-    copy = shutil.copytree(undisturbed.path, tmp_path / "store")
+    copy = shutil.copytree(undisturbed.place.path, tmp_path / "store")
     (corpus / "1.txt").write_text("changed")
     with pytest.raises(StoreError) as caught:
         prepare_data(make_config(corpus, copy, eos=False), tokenizer_dir)
@@ -246,7 +246,7 @@ def test_prepare_data_other_tokenizer_settings_make_the_store_stale(
     settings = json.loads((changed / "tokenizer_config.json").read_text())
     settings.update(tokenizer_class="GPT2Tokenizer", add_prefix_space=True)
     (changed / "tokenizer_config.json").write_text(json.dumps(settings))
-    copy = shutil.copytree(undisturbed.path, tmp_path / "store")
+    copy = shutil.copytree(undisturbed.place.path, tmp_path / "store")
     with pytest.raises(StoreError, match=r"tokenizer\.sha256: "):
         prepare_data(make_config(corpus, copy), changed)
 

@@ -97,7 +97,9 @@ def test_document_starts_and_bytes_any_range_equal_a_plain_count(
     cut = data.draw(st.integers(0, len(lengths)))
     documents = [[1] * length for length in lengths]
     folder = tmp_path_factory.mktemp("split")
-    split = TokenSplit(folder, write_shards(folder, documents, [cut, len(lengths) - cut]))
+    split = TokenSplit(
+        Place.local(folder), write_shards(folder, documents, [cut, len(lengths) - cut])
+    )
     starts = np.cumsum([0, *lengths])
     low, high = sorted(data.draw(st.lists(st.integers(0, starts[-1]), min_size=2, max_size=2)))
 
@@ -272,7 +274,7 @@ def test_source_ranges_cover_the_stream_without_gap(tmp_path: Path) -> None:
             writer.write([7] * (number + 1), 1, number, 0)
         assert writer.shard is not None
         shards.append(writer.shard)
-    split = TokenSplit(tmp_path, SplitManifest.of(shards))
+    split = TokenSplit(Place.local(tmp_path), SplitManifest.of(shards))
     assert split.source_ranges() == {0: range(1), 2: range(1, 6), 3: range(6, 10)}
     assert split.source_documents() == {0: range(1), 2: range(1, 3), 3: range(3, 4)}
 
@@ -296,7 +298,7 @@ def test_documents_and_files_are_found_by_number(
                         writer.write([7] * size, 1, number, 0)
             assert writer.shard is not None
             shards.append(writer.shard)
-    split = TokenSplit(folder, SplitManifest.of(shards))
+    split = TokenSplit(Place.local(folder), SplitManifest.of(shards))
     sizes = [size for file in files for size in file]
     starts = np.cumsum([0, *sizes])
     numbers = np.array(data.draw(st.lists(st.integers(0, len(sizes)), max_size=9)), dtype=np.int64)
@@ -310,6 +312,6 @@ def test_documents_and_files_are_found_by_number(
 
 @pytest.mark.parametrize("number", [-1, 6])
 def test_token_starts_outside_the_split_is_refused(tmp_path: Path, number: int) -> None:
-    split = TokenSplit(tmp_path, write_shards(tmp_path, DOCUMENTS, [2, 3]))
+    split = TokenSplit(Place.local(tmp_path), write_shards(tmp_path, DOCUMENTS, [2, 3]))
     with pytest.raises(IndexError, match=str(number)):
         split.token_starts(np.array([0, number]))

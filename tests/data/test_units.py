@@ -70,7 +70,7 @@ def unit_of(plan: EncodePlan) -> Unit:
 def split_of_record(plan: EncodePlan, record: UnitRecord) -> TokenSplit:
     shard = record.shards["train"]
     assert shard
-    return TokenSplit(plan.store.path, SplitManifest.of([shard]))
+    return TokenSplit(plan.store, SplitManifest.of([shard]))
 
 
 def documents_of(split: TokenSplit) -> list[list[int]]:

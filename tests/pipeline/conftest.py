@@ -81,7 +81,7 @@ def own_cluster() -> dict[str, str]:
 
 def losses(config: PretrainConfig) -> dict[float, float]:
     """Return the training loss by step; a step that stands twice is an error."""
-    found = [(r["step"], r[LOSS]) for r in read_metrics(Path(config.run_dir)) if LOSS in r]
+    found = [(r["step"], r[LOSS]) for r in read_metrics(config.run_place) if LOSS in r]
     assert len(dict(found)) == len(found)
     return dict(found)
 

@@ -5,6 +5,7 @@ Nothing here needs Ray: the store is written through its own writer.
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from raytune_llama.config import from_dict
+from raytune_llama.config import from_dict, override
 from raytune_llama.data.manifest import (
     FORMAT_VERSION,
     Manifest,
@@ -126,6 +127,14 @@ def write_store(path: Path, tokenizer_dir: Path, **splits: list[list[str]]) -> N
     write_manifest(Place.local(path / "manifest.json"), manifest)
 
 
+@pytest.fixture(params=["local", "s3"])
+def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """The directory of a run, on the disk and in object storage; not there yet."""
+    if request.param == "local":
+        return Place.local(tmp_path / "run")
+    return request.getfixturevalue("s3_path")
+
+
 @pytest.fixture
 def make_config(tmp_path: Path, model_dir: Path, store_dir: Path) -> MakeConfig:
     """Build the config of a run of six steps; keywords replace its fields by dotted path."""
@@ -169,5 +178,44 @@ def run_here(config: PretrainConfig, *, stop_after: int | None = None) -> Outcom
         asked += 1
         return stop_after is not None and asked > stop_after
 
-    Path(config.run_dir).mkdir(exist_ok=True)
     return train(config, Workers.alone(), stop_requested)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """One run to its end, and one of the same config that was stopped after step 5."""
+
+    config: PretrainConfig
+    whole: Path
+    stopped: Path
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, store_dir: Path) -> Runs:
+    folder = tmp_path_factory.mktemp("runs")
+    config = from_dict(
+        PretrainConfig,
+        {
+            "run_dir": str(folder / "whole"),
+            "model": {"path": str(model_dir)},
+            "data": {"sources": [{"path": "corpus.txt"}], "store_dir": str(store_dir)},
+            "lora": {"rank": 4, "dropout": 0.1},
+            "batch": {"sequence_tokens": 24, "sequences_per_step": 2},
+            "optim": {"learning_rate": 0.01},
+            "engine": {"precision": "fp32", "zero_stage": 0},
+            "checkpoint": {"every_steps": 2, "keep_last": 2, "keep_best": False},
+            "logging": {"tensorboard": False},
+            "max_steps": 6,
+        },
+    )
+    run_here(config)
+    stopped = override(config, {"run_dir": str(folder / "stopped")})
+    run_here(stopped, stop_after=5)
+    return Runs(config, folder / "whole", folder / "stopped")
+
+
+def copy_run(runs: Runs, run_dir: Place) -> None:
+    """Copy the stopped run to the directory of another."""
+    for file in runs.stopped.rglob("*"):
+        if file.is_file():
+            (run_dir / file.relative_to(runs.stopped).as_posix()).upload(file)

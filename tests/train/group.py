@@ -57,7 +57,6 @@ class Group:
 
     def run(self, config: PretrainConfig, *, stop_after: int | None = None) -> None:
         """Train on all processes; raise what any of them raised."""
-        Path(config.run_dir).mkdir(exist_ok=True)
         for jobs in self._jobs:
             jobs.put((to_dict(config), stop_after))
         problems = [self._answers.get(timeout=TIMEOUT_SECONDS) for _ in self._jobs]

@@ -1,9 +1,6 @@
 """Promise: what a checkpoint gives back is what was saved, or it is not used."""
 
-import json
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from raytune_llama.config import from_dict, override
-from raytune_llama.files import read_json, write_json_atomic
+from raytune_llama.storage import Place
 from raytune_llama.train import checkpoint
 from raytune_llama.train.checkpoint import (
     CheckpointConfig,
@@ -28,14 +25,14 @@ from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engine import Engine, ParameterState
 from raytune_llama.train.loop import open_session, read_batches, take_step
 from raytune_llama.train.workers import Workers
-from tests.train.conftest import MakeConfig, run_here
+from tests.train.conftest import MakeConfig, Runs, copy_run, run_here
 
 ALONE = Workers.alone()
 SHARD = "state-00000.safetensors"
 MANIFEST = "manifest.json"
 FULL = {"train": "full", "lora": None}
 
-Damage = Callable[[Path], None]
+Damage = Callable[[Place], None]
 
 
 def build(config: PretrainConfig, num_steps: int = 0) -> Engine:
@@ -66,50 +63,18 @@ def assert_same(ours: Engine, wanted: Engine) -> None:
             assert torch.equal(getattr(left[name], part), tensor), f"{part} of {name}"
 
 
-@dataclass(frozen=True)
-class Runs:
-    """One run to its end, and one of the same config that was stopped after step 5."""
-
-    config: PretrainConfig
-    whole: Path
-    stopped: Path
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, store_dir: Path) -> Runs:
-    folder = tmp_path_factory.mktemp("runs")
-    config = from_dict(
-        PretrainConfig,
-        {
-            "run_dir": str(folder / "whole"),
-            "model": {"path": str(model_dir)},
-            "data": {"sources": [{"path": "corpus.txt"}], "store_dir": str(store_dir)},
-            "lora": {"rank": 4, "dropout": 0.1},
-            "batch": {"sequence_tokens": 24, "sequences_per_step": 2},
-            "optim": {"learning_rate": 0.01},
-            "engine": {"precision": "fp32", "zero_stage": 0},
-            "checkpoint": {"every_steps": 2, "keep_last": 2, "keep_best": False},
-            "logging": {"tensorboard": False},
-            "max_steps": 6,
-        },
-    )
-    run_here(config)
-    stopped = override(config, {"run_dir": str(folder / "stopped")})
-    run_here(stopped, stop_after=5)
-    return Runs(config, folder / "whole", folder / "stopped")
-
-
 @pytest.fixture
-def stopped(runs: Runs, tmp_path: Path) -> PretrainConfig:
+def stopped(runs: Runs, run_dir: Place) -> PretrainConfig:
     """The config of a copy of the stopped run, whose checkpoints are of the steps 4 and 5."""
-    shutil.copytree(runs.stopped, tmp_path / "run")
-    return override(runs.config, {"run_dir": str(tmp_path / "run")})
+    copy_run(runs, run_dir)
+    return override(runs.config, {"run_dir": str(run_dir)})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_restore_gives_back_every_tensor_and_number(
     make_config: MakeConfig, tmp_path: Path, precision: str
 ) -> None:
+    run_dir = Place.local(tmp_path)
     # The adapter's own weights are float32 in any case; whole training has bf16 ones.
     fields = FULL if precision == "bf16" else {}
     config = make_config(engine__precision=precision, **fields)
@@ -126,9 +91,9 @@ def test_restore_gives_back_every_tensor_and_number(
         best_step=1,
         best_loss=1 / 3,
     )
-    save_checkpoint(tmp_path, saved, engine, ALONE)
+    save_checkpoint(run_dir, saved, engine, ALONE)
     fresh = build(config)
-    assert restore(tmp_path, fresh, ALONE) == saved
+    assert restore(run_dir, fresh, ALONE) == saved
     assert_same(fresh, engine)
     if precision == "bf16":
         # The masters hold more than the weights that compute, and the weights follow them.
@@ -139,68 +104,71 @@ def test_restore_gives_back_every_tensor_and_number(
 
 
 def test_restore_in_an_empty_folder_starts_at_step_0(
-    make_config: MakeConfig, tmp_path: Path
+    make_config: MakeConfig, run_dir: Place
 ) -> None:
     config = make_config()
     engine = build(config)
-    assert restore(tmp_path, engine, ALONE) == RunState()
+    assert restore(run_dir, engine, ALONE) == RunState()
     assert_same(engine, build(config))
 
 
 def test_save_checkpoint_small_shards_restore(
-    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, run_dir: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 8192)
     config = make_config(**FULL)
     engine = build(config, num_steps=1)
-    save_checkpoint(tmp_path, RunState(step=1), engine, ALONE)
-    shards = sorted(checkpoint_path(tmp_path, 1).glob("*.safetensors"))
+    save_checkpoint(run_dir, RunState(step=1), engine, ALONE)
+    files = checkpoint_path(run_dir, 1).files()
+    shards = [status.num_bytes for file, status in files.items() if file.name != MANIFEST]
     largest = max(state.weight.numel() for state in state_of(engine).values())
     assert len(shards) > 3
-    assert max(shard.stat().st_size for shard in shards) < 8192 + 3 * 4 * largest + 4096
+    assert max(shards) < 8192 + 3 * 4 * largest + 4096
     fresh = build(config)
-    restore(tmp_path, fresh, ALONE)
+    restore(run_dir, fresh, ALONE)
     assert_same(fresh, engine)
 
 
 def test_save_checkpoint_manifest_names_every_tensor(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
+    run_dir = Place.local(tmp_path)
     engine = build(make_config())
-    save_checkpoint(tmp_path, RunState(step=3), engine, ALONE)
-    folder = checkpoint_path(tmp_path, 3)
-    tensors = read_json(folder / MANIFEST)["tensors"]
+    save_checkpoint(run_dir, RunState(step=3), engine, ALONE)
+    folder = checkpoint_path(run_dir, 3)
+    tensors = (folder / MANIFEST).read_json()["tensors"]
     found = {name: list(state.weight.shape) for name, state in engine.trainable_state()}
     assert {name: entry["shape"] for name, entry in tensors.items()} == found
     for name, entry in tensors.items():
-        with safe_open(folder / entry["file"], framework="pt") as file:
+        (folder / entry["file"]).download(tmp_path / "shard")
+        with safe_open(tmp_path / "shard", framework="pt") as file:
             assert file.get_slice(f"weight/{name}").get_shape() == entry["shape"]
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-10])
+def truncate(file: Place) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
 
 
-def flip_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
+def flip_bit(file: Place) -> None:
+    data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
+    file.write_bytes(bytes(data))
 
 
-def change_number(path: Path) -> None:
+def change_number(file: Place) -> None:
     """Leave valid JSON, in which one number of the state is another."""
-    text = path.read_text()
+    text = file.read_bytes().decode()
     changed = text.replace('"num_applied": 5', '"num_applied": 4')
     assert changed != text
-    path.write_text(changed)
+    file.write_bytes(changed.encode())
 
 
-def drop_list_of_files(path: Path) -> None:
-    path.write_text(json.dumps({**read_json(path), "files": {}}))
+def drop_list_of_files(file: Place) -> None:
+    file.write_json({**file.read_json(), "files": {}})
 
 
-def make_list(path: Path) -> None:
-    path.write_text("[]")
+def make_list(file: Place) -> None:
+    file.write_bytes(b"[]")
 
 
 @pytest.mark.parametrize(
@@ -208,10 +176,9 @@ def make_list(path: Path) -> None:
     [
         (SHARD, truncate),
         (SHARD, flip_bit),
-        (SHARD, Path.unlink),
+        (SHARD, Place.delete),
         (MANIFEST, truncate),
         (MANIFEST, flip_bit),
-        (MANIFEST, Path.unlink),
         (MANIFEST, change_number),
         (MANIFEST, drop_list_of_files),
         (MANIFEST, make_list),
@@ -220,44 +187,59 @@ def make_list(path: Path) -> None:
 def test_restore_damaged_newest_uses_the_one_before(
     stopped: PretrainConfig, name: str, damage: Damage
 ) -> None:
-    run_dir = Path(stopped.run_dir)
+    run_dir = stopped.run_place
     before, newest = list_checkpoints(run_dir)
     damage(newest / name)
+    left = {file.name: file.read_bytes() for file in newest.files()}
     state = restore(run_dir, build(stopped), ALONE)
     assert state.step == 4
     assert list_checkpoints(run_dir) == [before]
-    # Kept for whoever wants to look at it.
-    assert newest.with_name(f"{newest.name}.damaged").is_dir()
+    # Kept, as it is, for whoever wants to look at it.
+    aside = newest.with_name(f"{newest.name}.damaged")
+    assert {file.name: file.read_bytes() for file in aside.files()} == left
+    assert not newest.exists()
+
+
+def test_restore_lost_manifest_on_a_disk_uses_the_one_before(runs: Runs, tmp_path: Path) -> None:
+    # In object storage this is what an upload that was killed leaves.
+    run_dir = Place.local(tmp_path / "run")
+    copy_run(runs, run_dir)
+    newest = list_checkpoints(run_dir)[-1]
+    (newest / MANIFEST).delete()
+    assert restore(run_dir, build(runs.config), ALONE).step == 4
+    assert newest.with_name(f"{newest.name}.damaged").exists()
 
 
 def test_train_after_damage_ends_with_the_same_weights(stopped: PretrainConfig, runs: Runs) -> None:
-    flip_bit(list_checkpoints(Path(stopped.run_dir))[-1] / SHARD)
+    flip_bit(list_checkpoints(stopped.run_place)[-1] / SHARD)
     assert run_here(stopped).status == "finished"
-    ours, wanted = (checkpoint_path(d, 6) / SHARD for d in (Path(stopped.run_dir), runs.whole))
+    places = (stopped.run_place, Place.local(runs.whole))
+    ours, wanted = (checkpoint_path(place, 6) / SHARD for place in places)
     assert ours.read_bytes() == wanted.read_bytes()
 
 
 def test_restore_all_damaged_stops_rather_than_start_over(stopped: PretrainConfig) -> None:
-    run_dir = Path(stopped.run_dir)
+    run_dir = stopped.run_place
     for path in list_checkpoints(run_dir):
         truncate(path / SHARD)
     for _ in range(2):
         with pytest.raises(CheckpointError, match="none of its"):
             restore(run_dir, build(stopped), ALONE)
-    for path in (run_dir / "checkpoints").iterdir():
-        shutil.rmtree(path)
+    for path in (run_dir / "checkpoints").folders():
+        path.delete()
     assert restore(run_dir, build(stopped), ALONE) == RunState()
 
 
 def test_check_checkpoint_unknown_format_is_refused_by_number(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run_dir = Place.local(tmp_path)
     engine = build(make_config())
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT_VERSION", 99)
-        save_checkpoint(tmp_path, RunState(step=1), engine, ALONE)
-        assert check_checkpoint(checkpoint_path(tmp_path, 1)) is None
-    problem = check_checkpoint(checkpoint_path(tmp_path, 1))
+        save_checkpoint(run_dir, RunState(step=1), engine, ALONE)
+        assert check_checkpoint(checkpoint_path(run_dir, 1), tmp_path) is None
+    problem = check_checkpoint(checkpoint_path(run_dir, 1), tmp_path)
     assert problem is not None
     assert "99" in problem
 
@@ -265,19 +247,20 @@ def test_check_checkpoint_unknown_format_is_refused_by_number(
 def test_restore_ignores_an_unfinished_checkpoint_and_a_later_save_deletes_it(
     stopped: PretrainConfig,
 ) -> None:
-    run_dir = Path(stopped.run_dir)
+    run_dir = stopped.run_place
     newest = list_checkpoints(run_dir)[-1]
-    unfinished = newest.with_name(".step-00000006.0123abcd.tmp")
-    shutil.copytree(newest, unfinished)
+    name = ".step-00000006.0123abcd.tmp" if run_dir.is_local else "step-00000006"
+    unfinished = newest.with_name(name)
+    (unfinished / SHARD).write_bytes((newest / SHARD).read_bytes())
     state = restore(run_dir, build(stopped), ALONE)
     assert state.step == 5
     delete_old_checkpoints(run_dir, stopped.checkpoint, state, ALONE)
     assert not unfinished.exists()
-    assert newest.is_dir()
+    assert len(list_checkpoints(run_dir)) == 2
 
 
 def test_save_checkpoint_of_a_step_that_is_there_keeps_it(stopped: PretrainConfig) -> None:
-    run_dir = Path(stopped.run_dir)
+    run_dir = stopped.run_place
     engine = build(stopped)
     state = restore(run_dir, engine, ALONE)
     before = (checkpoint_path(run_dir, 5) / MANIFEST).read_bytes()
@@ -295,14 +278,14 @@ def test_save_checkpoint_of_a_step_that_is_there_keeps_it(stopped: PretrainConfi
     ],
 )
 def test_delete_old_checkpoints_keeps_the_newest_and_the_best(
-    tmp_path: Path, keep: dict[str, object], kept: list[int]
+    run_dir: Place, keep: dict[str, object], kept: list[int]
 ) -> None:
     for step in range(1, 6):
-        checkpoint_path(tmp_path, step).mkdir(parents=True)
+        (checkpoint_path(run_dir, step) / MANIFEST).write_bytes(b"{}")
     config = from_dict(CheckpointConfig, keep)
     state = RunState(step=5, best_step=2, best_loss=1.0)
-    delete_old_checkpoints(tmp_path, config, state, ALONE)
-    assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, step) for step in kept]
+    delete_old_checkpoints(run_dir, config, state, ALONE)
+    assert list_checkpoints(run_dir) == [checkpoint_path(run_dir, step) for step in kept]
 
 
 @pytest.mark.parametrize(
@@ -318,24 +301,27 @@ def test_delete_old_checkpoints_keeps_the_newest_and_the_best(
 def test_restore_into_another_model_is_refused_by_parameter(
     make_config: MakeConfig, tmp_path: Path, fields: dict[str, object], named: str
 ) -> None:
-    save_checkpoint(tmp_path, RunState(step=1), build(make_config()), ALONE)
+    run_dir = Place.local(tmp_path)
+    save_checkpoint(run_dir, RunState(step=1), build(make_config()), ALONE)
     other = build(make_config(**fields))
     before = state_of(other)
     with pytest.raises(CheckpointError, match=named):
-        restore(tmp_path, other, ALONE)
+        restore(run_dir, other, ALONE)
     after = state_of(other)
     assert all(torch.equal(after[name].weight, state.weight) for name, state in before.items())
 
 
-def test_save_checkpoint_that_fails_leaves_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_save_checkpoint_that_fails_leaves_nothing(make_config: MakeConfig, run_dir: Place) -> None:
     state = RunState(step=1, best_step=1, best_loss=float("nan"))
     with pytest.raises(ValueError, match="JSON"):
-        save_checkpoint(tmp_path, state, build(make_config()), ALONE)
-    assert list((tmp_path / "checkpoints").iterdir()) == []
+        save_checkpoint(run_dir, state, build(make_config()), ALONE)
+    assert (run_dir / "checkpoints").folders() == []
 
 
-def test_check_checkpoint_written_again_by_hand_is_not_trusted(stopped: PretrainConfig) -> None:
-    path = list_checkpoints(Path(stopped.run_dir))[-1]
-    assert check_checkpoint(path) is None
-    write_json_atomic(path / MANIFEST, {**read_json(path / MANIFEST), "world_size": 7})
-    assert check_checkpoint(path) is not None
+def test_check_checkpoint_written_again_by_hand_is_not_trusted(
+    stopped: PretrainConfig, tmp_path: Path
+) -> None:
+    path = list_checkpoints(stopped.run_place)[-1]
+    assert check_checkpoint(path, tmp_path) is None
+    (path / MANIFEST).write_json({**(path / MANIFEST).read_json(), "world_size": 7})
+    assert check_checkpoint(path, tmp_path) is not None

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from raytune_llama.data.batches import MicroBatch
 from raytune_llama.data.store import TokenStore
 from raytune_llama.model.llama import SummedLoss, load_model
+from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import list_checkpoints
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.deepspeed_engine import deepspeed_config
@@ -28,6 +29,7 @@ from raytune_llama.train.metrics import (
     read_metrics,
 )
 from raytune_llama.train.workers import Workers
+from tests.faulty_s3 import FaultyServer
 from tests.train.conftest import MakeConfig, run_here
 from tests.train.group import Group
 
@@ -52,7 +54,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
 
 
 def curve(config: PretrainConfig, name: str = LOSS) -> list[float]:
-    return [record[name] for record in read_metrics(Path(config.run_dir)) if name in record]
+    return [record[name] for record in read_metrics(config.run_place) if name in record]
 
 
 def stage_fields(stage: int) -> dict[str, Any]:
@@ -140,11 +142,27 @@ def test_train_resumed_on_the_same_workers_is_bit_equal(
     two.run(parts, stop_after=3)
     two.run(parts)
     assert curve(parts) == curve(whole)
-    final = [list_checkpoints(Path(config.run_dir))[-1] for config in (whole, parts)]
-    names = sorted(path.name for path in final[0].glob("*.safetensors"))
+    final = [list_checkpoints(config.run_place)[-1] for config in (whole, parts)]
+    names = [file.name for file in final[0].files() if file.name != "manifest.json"]
     assert names
     for name in names:
         assert (final[0] / name).read_bytes() == (final[1] / name).read_bytes()
+
+
+def test_train_resumed_in_object_storage_is_bit_equal_and_fetches_once_for_both_workers(
+    make_config: MakeConfig, two: Group, s3_path: Place, faulty_s3: FaultyServer
+) -> None:
+    whole = make_config("whole")
+    parts = make_config(run_dir=str(faulty_s3.front_of(s3_path)))
+    two.run(whole)
+    two.run(parts, stop_after=3)
+    faulty_s3.requests.clear()
+    two.run(parts)
+    assert curve(parts) == curve(whole)
+    name = "pt_lora_model/adapter_model.safetensors"
+    assert (parts.run_place / name).read_bytes() == (whole.run_place / name).read_bytes()
+    fetched = [r for r in faulty_s3.requests if r.startswith("GET") and r.endswith(".safetensors")]
+    assert len([request for request in fetched if "step-00000003" in request]) == 1
 
 
 @pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 1), (0, 2)])

@@ -16,6 +16,7 @@ from raytune_llama.model.llama import causal_lm
 from raytune_llama.model.lora import is_tied
 from raytune_llama.model.loss import IGNORE
 from raytune_llama.model.tokenizer import load_tokenizer
+from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import list_checkpoints
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.export import read_result
@@ -36,7 +37,9 @@ IDS = torch.arange(5, 25)[None]
 
 def losses(run_dir: str) -> dict[float, float]:
     """Return the training loss by step; a step that stands twice in the file is an error."""
-    found = [(r["step"], r[LOSS]) for r in read_metrics(Path(run_dir)) if LOSS in r]
+    found = [
+        (r["step"], r[LOSS]) for r in read_metrics(Place.parse(run_dir, "run_dir")) if LOSS in r
+    ]
     assert len(dict(found)) == len(found)
     return dict(found)
 
@@ -58,7 +61,7 @@ def test_train_stopped_and_started_again_equals_the_uninterrupted_run(
 def test_train_of_real_text_lowers_loss_and_bits_per_byte(make_config: MakeConfig) -> None:
     config = make_config(max_steps=30, eval__every_steps=None)
     run_here(config)
-    records = read_metrics(Path(config.run_dir))
+    records = read_metrics(config.run_place)
     bits = [r[EVAL_BITS_PER_BYTE] for r in records if EVAL_BITS_PER_BYTE in r]
     assert len(bits) == 2
     assert bits[1] < 0.8 * bits[0]
@@ -74,7 +77,7 @@ def test_train_with_modules_to_save_writes_an_adapter_that_peft_loads(
     result = Path(config.run_dir, "pt_lora_model")
     loaded = PeftModel.from_pretrained(base, str(result))
     # The masters of the last checkpoint are what was trained.
-    state = load_file(list_checkpoints(Path(config.run_dir))[-1] / "state-00000.safetensors")
+    state = load_file(list_checkpoints(config.run_place)[-1].path / "state-00000.safetensors")
     trained = {key.removeprefix("weight/"): t for key, t in state.items() if "weight/" in key}
     mine = dict(loaded.named_parameters())
     assert trained
@@ -88,13 +91,13 @@ def test_train_full_writes_a_model_that_transformers_loads(make_config: MakeConf
     run_here(config)
     result = Path(config.run_dir, "pt_model")
     model = AutoModelForCausalLM.from_pretrained(result)
-    state = load_file(list_checkpoints(Path(config.run_dir))[-1] / "state-00000.safetensors")
+    state = load_file(list_checkpoints(config.run_place)[-1].path / "state-00000.safetensors")
     assert all(torch.equal(p, state[f"weight/{name}"]) for name, p in model.named_parameters())
     assert is_tied(model)
 
 
 def eval_losses(run_dir: str) -> list[float]:
-    return [r[EVAL_LOSS] for r in read_metrics(Path(run_dir)) if EVAL_LOSS in r]
+    return [r[EVAL_LOSS] for r in read_metrics(Place.parse(run_dir, "run_dir")) if EVAL_LOSS in r]
 
 
 def test_train_from_an_adapter_goes_on_where_it_ended(make_config: MakeConfig) -> None:
@@ -134,7 +137,7 @@ def test_train_of_epochs_ends_with_a_smaller_step(make_config: MakeConfig) -> No
     config = make_config(max_steps=None, num_epochs=1.0, eval__every_steps=None)
     outcome = run_here(config)
     plan = plan_run(config, TokenStore.open(Path(config.data.store_dir)))
-    records = [r for r in read_metrics(Path(config.run_dir)) if LOSS in r]
+    records = [r for r in read_metrics(config.run_place) if LOSS in r]
     assert outcome.step == plan.num_steps == len(records)
     split = TokenStore.open(Path(config.data.store_dir)).split("train")
     # Isolated documents: every token but the first of each is a target, once.
@@ -172,7 +175,7 @@ def test_train_in_any_form_resumes_exactly_and_counts_each_source(
     assert losses(parts.run_dir) == losses(whole.run_dir)
     assert mixture_of(parts) == mixture_of(whole)
     seen = mixture_of(whole)
-    targets = [r[TARGET_TOKENS] for r in read_metrics(Path(whole.run_dir)) if TARGET_TOKENS in r]
+    targets = [r[TARGET_TOKENS] for r in read_metrics(whole.run_place) if TARGET_TOKENS in r]
     assert sum(source["target_tokens"] for source in seen.values()) == sum(targets)
     batches = read_batches(open_session(whole, Workers.alone()), 0)
     labels = [part.labels_BT for batch in batches for part in batch.micro_batches]
@@ -194,7 +197,7 @@ def test_train_of_two_sources_tells_the_loss_of_each(
     }
     config = make_config(**fields)
     run_here(config)
-    (record,) = [r for r in read_metrics(Path(config.run_dir)) if EVAL_LOSS in r][-1:]
+    (record,) = [r for r in read_metrics(config.run_place) if EVAL_LOSS in r][-1:]
     split = TokenStore.open(two_sources_dir).split("validation")
     names = ("large", "pocket")
     stretches = list(split.source_ranges().values())
@@ -215,5 +218,5 @@ def test_train_of_two_sources_tells_the_loss_of_each(
 def test_train_of_one_source_has_no_loss_of_a_source(make_config: MakeConfig) -> None:
     config = make_config(max_steps=1)
     run_here(config)
-    names = {name for record in read_metrics(Path(config.run_dir)) for name in record}
+    names = {name for record in read_metrics(config.run_place) for name in record}
     assert {name for name in names if name.startswith(EVAL_LOSS)} == {EVAL_LOSS}

@@ -1,6 +1,5 @@
 """Promise: every step stands once in metrics.jsonl, and FLOPs are counted as a hand would."""
 
-import json
 import math
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from raytune_llama.model.llama import causal_lm
 from raytune_llama.model.lora import LoraConfig, attach_adapter
+from raytune_llama.storage import Place
 from raytune_llama.train import metrics
 from raytune_llama.train.metrics import (
     LOSS,
@@ -41,67 +41,75 @@ def tiny(*, tied: bool) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def write_steps(run_dir: Path, resumed_step: int, steps: range) -> None:
+def write_steps(run_dir: Place, resumed_step: int, steps: range) -> None:
     log = MetricsLog(run_dir, resumed_step=resumed_step, tensorboard=False)
     with log:
         for step in steps:
             log.write(step, {LOSS: float(step)})
 
 
-def steps_in(run_dir: Path) -> list[float]:
+def steps_in(run_dir: Place) -> list[float]:
     return [record["step"] for record in read_metrics(run_dir)]
 
 
-def test_metrics_log_after_resume_holds_each_step_once(tmp_path: Path) -> None:
-    write_steps(tmp_path, 0, range(1, 6))
-    write_steps(tmp_path, 3, range(4, 8))
-    assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
-    write_steps(tmp_path, 0, range(1, 3))
-    assert steps_in(tmp_path) == [1, 2]
+def test_metrics_log_after_resume_holds_each_step_once(run_dir: Place) -> None:
+    write_steps(run_dir, 0, range(1, 6))
+    write_steps(run_dir, 3, range(4, 8))
+    assert steps_in(run_dir) == [1, 2, 3, 4, 5, 6, 7]
+    write_steps(run_dir, 0, range(1, 3))
+    assert steps_in(run_dir) == [1, 2]
 
 
-def test_metrics_log_last_line_cut_is_left_out_and_written_anew(tmp_path: Path) -> None:
-    write_steps(tmp_path, 0, range(1, 5))
-    file = tmp_path / "metrics.jsonl"
+def test_metrics_log_last_line_cut_is_left_out_and_written_anew(run_dir: Place) -> None:
+    write_steps(run_dir, 0, range(1, 5))
+    file = run_dir / "metrics.jsonl"
     file.write_bytes(file.read_bytes()[:-4])
-    assert steps_in(tmp_path) == [1, 2, 3]
-    write_steps(tmp_path, 3, range(4, 6))
-    assert steps_in(tmp_path) == [1, 2, 3, 4, 5]
+    assert steps_in(run_dir) == [1, 2, 3]
+    write_steps(run_dir, 3, range(4, 6))
+    assert steps_in(run_dir) == [1, 2, 3, 4, 5]
 
 
 def test_metrics_log_number_cut_to_another_number_is_not_believed(tmp_path: Path) -> None:
     # Without its line break, a cut record may still be JSON.
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 2.0}\n{"step": 2, "a": 2.0}')
-    assert steps_in(tmp_path) == [1]
+    assert steps_in(Place.local(tmp_path)) == [1]
 
 
 def test_metrics_log_not_finite_is_null(tmp_path: Path) -> None:
+    run_dir = Place.local(tmp_path)
     values = {"a": float("nan"), "b": float("inf"), "c": -float("inf"), "d": 0.1 + 0.2}
-    with MetricsLog(tmp_path, resumed_step=0, tensorboard=False) as log:
+    with MetricsLog(run_dir, resumed_step=0, tensorboard=False) as log:
         log.write(1, values)
-    assert read_metrics(tmp_path) == [{"step": 1, "a": None, "b": None, "c": None, "d": 0.1 + 0.2}]
+    assert read_metrics(run_dir) == [{"step": 1, "a": None, "b": None, "c": None, "d": 0.1 + 0.2}]
 
 
-def test_metrics_log_is_readable_while_it_is_open(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path, resumed_step=0, tensorboard=False) as log:
+def test_metrics_log_is_readable_while_it_is_open(run_dir: Place) -> None:
+    with MetricsLog(run_dir, resumed_step=0, tensorboard=False) as log:
         log.write(1, {LOSS: 2.0})
-        assert steps_in(tmp_path) == [1]
-        assert json.loads((tmp_path / "metrics.jsonl").read_text())[LOSS] == 2.0
+        # Nothing can be appended in object storage.
+        assert steps_in(run_dir) == ([1] if run_dir.is_local else [])
+        log.sync()
+        assert steps_in(run_dir) == [1]
+        assert (run_dir / "metrics.jsonl").read_json()[LOSS] == 2.0
 
 
-def test_metrics_log_with_tensorboard_writes_events(tmp_path: Path) -> None:
+def test_metrics_log_with_tensorboard_writes_events(run_dir: Place, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for resumed, last in ((0, 5), (3, 7)):
-        with MetricsLog(tmp_path, resumed_step=resumed, tensorboard=True) as log:
+        with MetricsLog(run_dir, resumed_step=resumed, tensorboard=True) as log:
             for step in range(resumed + 1, last):
                 log.write(step, {LOSS: float(step)})
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+            log.sync()
+            assert len((run_dir / "tensorboard").files()) == (1 if resumed == 0 else 2)
+    for file in (run_dir / "tensorboard").files():
+        file.download(tmp_path / file.name)
+    events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars(LOSS)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_read_metrics_without_a_file_is_empty(tmp_path: Path) -> None:
-    assert read_metrics(tmp_path) == []
+def test_read_metrics_without_a_file_is_empty(run_dir: Place) -> None:
+    assert read_metrics(run_dir) == []
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,6 +1,5 @@
 """Promise: what is wrong with a run is said before it starts, all at once, by field."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from raytune_llama.config import ConfigError, override
 from raytune_llama.model.llama import load_model
 from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.model.tokenizer import load_tokenizer
+from raytune_llama.storage import Place
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.preflight import (
     check_identity,
@@ -22,6 +22,7 @@ from raytune_llama.train.preflight import (
     write_identity,
 )
 from raytune_llama.train.workers import Workers
+from tests.faulty_s3 import FaultyServer
 from tests.train.conftest import MakeConfig, write_model
 
 Change = Callable[[Path], None]
@@ -110,15 +111,35 @@ def test_resolve_places_in_a_job_home_is_absolute(
 
 
 @pytest.mark.parametrize("in_job", [True, False])
-def test_resolve_places_object_storage_is_refused_once_a_field(
+def test_resolve_places_object_storage_is_kept_where_it_can_be_read(
     make: MakeConfig, *, in_job: bool
 ) -> None:
-    config = make(
-        run_dir="s3://b/r", model__path="gs://b/m", data__sources=[{"path": "s3://b/*.txt"}]
-    )
+    options = "?endpoint_override=host:1&scheme=http"
+    places = {
+        "run_dir": f"s3://b/r{options}",
+        "data__store_dir": "gs://b/s",
+        "data__sources": [{"path": f"s3://b/**/*.txt{options}"}],
+    }
+    config = make(**places)
+    assert resolve_places(config, in_job=in_job) == config
+    local_only = {"model__path": "gs://b/m", "model__tokenizer": "s3://b/t"}
     with pytest.raises(ConfigError) as caught:
-        resolve_places(config, in_job=in_job)
-    assert fields_of(caught.value.problems) == ["run_dir", "model.path", "data.sources.0.path"]
+        resolve_places(make(**places, **local_only, data__cache_dir="s3://b/c"), in_job=in_job)
+    assert sorted(fields_of(caught.value.problems)) == [
+        "data.cache_dir",
+        "model.path",
+        "model.tokenizer",
+    ]
+    with pytest.raises(ConfigError, match=r"^adapter: "):
+        resolve_places(make(lora=None, adapter="s3://b/a"), in_job=in_job)
+
+
+def test_resolve_places_in_a_job_relative_cache_is_refused(make: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"^data\.cache_dir: .*data\.cache_dir=/local/copies"):
+        resolve_places(make(data__cache_dir="copies"), in_job=True)
+    resolved = resolve_places(make(data__cache_dir="copies"), in_job=False)
+    assert resolved.data.cache_dir is not None
+    assert Path(resolved.data.cache_dir).is_absolute()
 
 
 def test_check_run_sound_config_passes(make: MakeConfig) -> None:
@@ -195,6 +216,38 @@ def test_check_run_folder_of_an_interrupted_start_passes(make: MakeConfig, tmp_p
     assert problems_of(make(data__store_dir=str(run_dir / "store"))) == []
 
 
+def test_check_run_in_object_storage_only_a_run_or_nothing_passes(
+    make: MakeConfig, s3_path: Place
+) -> None:
+    config = make(run_dir=str(s3_path / "run"), data__store_dir=str(s3_path / "run/data/store"))
+    assert problems_of(config) == []
+    (s3_path / "run/.probe-0123/driver").write_bytes(b"")
+    (s3_path / "run/data/store/train.arrow").write_bytes(b"")
+    assert problems_of(config) == []
+    (s3_path / "run/thesis.tex").write_bytes(b"")
+    assert fields_of(problems_of(config)) == ["run_dir"]
+    (s3_path / "run/identity.json").write_json({})
+    assert problems_of(config) == []
+
+
+def test_check_run_missing_bucket_is_a_problem_of_each_field(make: MakeConfig, s3: Place) -> None:
+    missing = Place(s3.scheme, "no-such-bucket", s3.options)
+    config = make(run_dir=str(missing / "run"), data__store_dir=str(missing / "store"))
+    problems = problems_of(config)
+    assert sorted(fields_of(problems)) == ["data.store_dir", "run_dir"]
+    assert all("there is no bucket no-such-bucket" in problem for problem in problems)
+
+
+def test_check_run_wrong_credentials_are_a_problem_of_each_field(
+    make: MakeConfig, s3_path: Place, faulty_s3: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)
+    place = faulty_s3.front_of(s3_path)
+    problems = problems_of(make(run_dir=str(place / "run"), data__store_dir=str(place / "store")))
+    assert sorted(fields_of(problems)) == ["data.store_dir", "run_dir"]
+    assert all("credentials" in problem for problem in problems)
+
+
 def test_check_run_new_ids_need_trained_tables(
     make: MakeConfig, grown_tokenizer: Path, model_dir: Path, untied_model_dir: Path
 ) -> None:
@@ -245,14 +298,14 @@ def test_check_run_new_ids_with_an_adapter_need_its_trained_tables(  # noqa: PLR
 
 
 def test_check_identity_changed_learning_rate_is_refused_with_both_values(
-    make: MakeConfig,
+    make: MakeConfig, run_dir: Place
 ) -> None:
-    config = make()
+    config = make(run_dir=str(run_dir))
     write_identity(config, identify(config))
-    check_identity(Path(config.run_dir), identify(config))
-    changed = make(optim__learning_rate=0.02, seed=7)
+    check_identity(config.run_place, identify(config))
+    changed = make(run_dir=str(run_dir), optim__learning_rate=0.02, seed=7)
     with pytest.raises(ConfigError) as caught:
-        check_identity(Path(config.run_dir), identify(changed))
+        check_identity(config.run_place, identify(changed))
     head, *lines = caught.value.problems
     assert head.startswith("run_dir: ")
     assert lines == ["config.optim.learning_rate: 0.01 -> 0.02", "config.seed: 1 -> 7"]
@@ -265,9 +318,9 @@ def test_check_identity_changed_weight_is_refused_by_field(
     write_identity(config, identify(config))
     changed = make(data__sources=[{**source, "weight": 2}])
     with pytest.raises(ConfigError, match=r"data\.sources\.0\.weight: 1\.0 -> 2\.0"):
-        check_identity(Path(config.run_dir), identify(changed))
+        check_identity(config.run_place, identify(changed))
     renamed = make(data__sources=[{**source, "weight": 1, "name": "other"}])
-    check_identity(Path(config.run_dir), identify(renamed))
+    check_identity(config.run_place, identify(renamed))
 
 
 def test_check_identity_placement_may_change(make: MakeConfig) -> None:
@@ -281,12 +334,12 @@ def test_check_identity_placement_may_change(make: MakeConfig) -> None:
         eval__every_steps=None,
         data__store_dir="/elsewhere",
     )
-    check_identity(Path(config.run_dir), identify(changed))
+    check_identity(config.run_place, identify(changed))
 
 
 def test_check_identity_new_run_dir_passes(make: MakeConfig) -> None:
     config = make()
-    check_identity(Path(config.run_dir), identify(config))
+    check_identity(config.run_place, identify(config))
 
 
 def test_check_identity_moved_model_is_the_same_and_other_weights_are_not(
@@ -298,32 +351,32 @@ def test_check_identity_moved_model_is_the_same_and_other_weights_are_not(
     write_identity(config, identify(config))
     first.rename(second)
     moved = make(model__path=str(second))
-    check_identity(Path(config.run_dir), identify(moved))
+    check_identity(config.run_place, identify(moved))
     write_model(second, seed=1)
     with pytest.raises(ConfigError, match=r"model\.model\.safetensors: "):
-        check_identity(Path(config.run_dir), identify(moved))
+        check_identity(config.run_place, identify(moved))
 
 
 def test_check_identity_part_that_came_later_is_compared(make: MakeConfig) -> None:
     config = make()
     write_identity(config, {**identify(config), "store": "a" * 64})
     with pytest.raises(ConfigError, match="store: "):
-        check_identity(Path(config.run_dir), {**identify(config), "store": "b" * 64})
+        check_identity(config.run_place, {**identify(config), "store": "b" * 64})
 
 
-def test_write_identity_makes_the_folder_a_run(make: MakeConfig) -> None:
-    config = make()
+def test_write_identity_makes_the_folder_a_run(make: MakeConfig, run_dir: Place) -> None:
+    config = make(run_dir=str(run_dir))
     write_identity(config, identify(config))
     assert problems_of(config) == []
-    assert json.loads(Path(config.run_dir, "identity.json").read_text()) == identify(config)
-    assert placement_changes(config, Path(config.run_dir, "run.yaml")) == []
+    assert (run_dir / "identity.json").read_json() == identify(config)
+    assert placement_changes(config, config.run_place / "run.yaml") == []
 
 
 def test_placement_changes_names_field_and_both_values(make: MakeConfig) -> None:
     config = make()
     write_identity(config, identify(config))
     changed = make(scale__num_workers=2, logging__every_steps=3)
-    assert placement_changes(changed, Path(config.run_dir, "run.yaml")) == [
+    assert placement_changes(changed, config.run_place / "run.yaml") == [
         "scale.num_workers: 1 -> 2",
         "logging.every_steps: 10 -> 3",
     ]
@@ -333,8 +386,8 @@ def test_placement_changes_names_field_and_both_values(make: MakeConfig) -> None
 def test_write_identity_unreadable_run_yaml_is_written_anew(make: MakeConfig, text: str) -> None:
     config = make()
     write_identity(config, identify(config))
-    file = Path(config.run_dir, "run.yaml")
-    file.write_text(text)
+    file = config.run_place / "run.yaml"
+    file.write_bytes(text.encode())
     assert len(placement_changes(config, file)) == 1
     write_identity(config, identify(config))
     assert placement_changes(config, file) == []

@@ -1,10 +1,8 @@
 """Promise: what a run tells is what happened, over all its starts."""
 
-import json
 import logging
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,8 +24,8 @@ RESULT = StepResult(loss_sum=50.0, grad_norm=2.0, was_applied=True, loss_scale=1
 
 
 def state_at(config: PretrainConfig, step: int) -> RunState:
-    manifest = checkpoint_path(Path(config.run_dir), step) / "manifest.json"
-    return RunState(**json.loads(manifest.read_text())["state"])
+    manifest = checkpoint_path(config.run_place, step) / "manifest.json"
+    return RunState(**manifest.read_json()["state"])
 
 
 def shown_steps(caplog: pytest.LogCaptureFixture) -> list[int]:
@@ -38,7 +36,6 @@ def shown_steps(caplog: pytest.LogCaptureFixture) -> list[int]:
 
 def open_report(session: Session, state: RunState, *, world_size: int = 1) -> Report:
     workers = Workers(rank=0, world_size=world_size, device=torch.device("cpu"))
-    Path(session.config.run_dir).mkdir(exist_ok=True)
     return Report(session.config, session.plan, session.engine.module, state, workers)
 
 
@@ -53,7 +50,7 @@ def test_report_over_two_starts_adds_up_and_shows_the_steps_asked_for(
         run_here(config)
         # The first of a start, each at the interval, and the last.
         assert shown_steps(caplog) == [6, 8, 10]
-    records = read_metrics(Path(config.run_dir))
+    records = read_metrics(config.run_place)
     finished = state_at(config, 10)
 
     def values(name: str) -> list[float]:
@@ -88,7 +85,7 @@ def test_report_step_counts_what_is_done_and_the_filler_of_all_workers(
         state = report.step(start, batch, replace(RESULT, was_applied=False), TOTAL, 0.5)
     assert (state.step, state.tokens, state.num_skipped_steps) == (1, 32, 2)
     assert (state.source_sequences, state.source_targets) == ([4, 3], [23, 9])
-    (record,) = read_metrics(Path(session.config.run_dir))
+    (record,) = read_metrics(session.config.run_place)
     assert record["step"] == 1
     assert record[metrics.LOSS] == 2.0
     assert record[metrics.LEARNING_RATE] == 0.5
@@ -126,7 +123,7 @@ def test_report_saving_time_is_part_of_the_run(
         clock[0] += 2.0
         state = report.step(state, batch, RESULT, TOTAL, 0.5)
     assert state.seconds == 107.0
-    steps = [r for r in read_metrics(Path(session.config.run_dir)) if metrics.LOSS in r]
+    steps = [r for r in read_metrics(session.config.run_place) if metrics.LOSS in r]
     assert [record[metrics.STEP_SECONDS] for record in steps] == [1.0, 2.0]
 
 
@@ -147,7 +144,7 @@ def test_report_waiting_for_data_is_timed(
         for timed in report.timed(slow()):  # pyright: ignore[reportArgumentType]
             clock[0] += 1.0
             state = report.step(state, timed, RESULT, TOTAL, 0.5)
-    (record,) = read_metrics(Path(session.config.run_dir))
+    (record,) = read_metrics(session.config.run_place)
     assert (record[metrics.DATA_SECONDS], record[metrics.DATA_SHARE]) == (3.0, 0.75)
 
 
@@ -156,9 +153,8 @@ def test_report_only_the_first_worker_writes(make_config: MakeConfig) -> None:
     session = open_session(config, Workers.alone())
     second = Workers(rank=1, world_size=2, device=torch.device("cpu"))
     quiet = override(config, {"logging.every_steps": 1})
-    Path(config.run_dir).mkdir()
     state = RunState()
     with Report(quiet, session.plan, session.engine.module, state, second) as report:
         state = report.step(state, next(iter(read_batches(session, 0))), RESULT, TOTAL, 0.5)
     assert state.step == 1
-    assert list(Path(config.run_dir).iterdir()) == []
+    assert not config.run_place.exists()
