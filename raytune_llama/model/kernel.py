@@ -32,8 +32,17 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xD6E8FEB86659FD93)
 _APOSTROPHE = 0x27
 
+_inlined = njit(inline="always")
 
-@njit(cache=True, nogil=True)
+
+def _jit(function):
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no folder to keep the machine code in: each process compiles, in seconds
+        return njit(nogil=True)(function)
+
+
+@_jit
 def encode(codes, stops, vocabulary, memo, out, ends, left_out):
     """Encode segments.
 
@@ -70,7 +79,7 @@ def encode(codes, stops, vocabulary, memo, out, ends, left_out):
         start = stop
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _write(symbols, num, ids, byte_ids, out, at):
     """Write the ids of symbols; return how many, or -1 if `num` is that."""
     written = at
@@ -84,7 +93,7 @@ def _write(symbols, num, ids, byte_ids, out, at):
     return written - at if num >= 0 else -1
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _spell(codes, start, stop, spelling, by_bytes, symbols):
     """Write the symbols of a segment; return how many, -1 for too many or an unknown one."""
     if (stop - start) * (4 if by_bytes else 1) > MAX_SYMBOLS:
@@ -103,7 +112,7 @@ def _spell(codes, start, stop, spelling, by_bytes, symbols):
     return num
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _merge(symbols, ranks, num, pairs, pair_ranks, merged):
     """Merge the first `num` symbols in place until nothing merges; return how many are left."""
     for index in range(num - 1):
@@ -127,13 +136,13 @@ def _merge(symbols, ranks, num, pairs, pair_ranks, merged):
     return num
 
 
-@njit(inline="always")
+@_inlined
 def _rank(left, right, pairs, pair_ranks):
     place = _find(left, right, pairs)
     return pair_ranks[place] if place >= 0 else _NEVER
 
 
-@njit(inline="always")
+@_inlined
 def _find(left, right, pairs):
     """Return the place of a pair in its table, or -1."""
     mask = pairs.shape[0] - 1
@@ -146,7 +155,7 @@ def _find(left, right, pairs):
     return place
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def fill_pairs(merges, pairs, pair_ranks, merged):
     """Enter merges (int64 rows of left, right, rank, symbol) into an empty hash table.
 
@@ -163,7 +172,7 @@ def fill_pairs(merges, pairs, pair_ranks, merged):
         merged[place] = merges[index, 3]
 
 
-@njit(inline="always")
+@_inlined
 def _slot(codes, start, stop, slots, pool):
     """Return where in the memo's hash table a segment is, or is to be."""
     key = np.uint64(stop - start)
@@ -177,7 +186,7 @@ def _slot(codes, start, stop, slots, pool):
     return slot
 
 
-@njit(inline="always")
+@_inlined
 def _equal(codes, start, stop, entry, pool):
     if pool[entry] != stop - start:
         return False
@@ -188,7 +197,7 @@ def _equal(codes, start, stop, entry, pool):
     return at == stop
 
 
-@njit(inline="always")
+@_inlined
 def _recall(entry, pool, out, at):
     """Write the ids of an entry of the memo; return how many, -1 if there is no entry."""
     if entry < 0:
@@ -200,7 +209,7 @@ def _recall(entry, pool, out, at):
     return num
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _remember(codes, start, stop, out, at, num_ids, pool, used):
     """Add an entry to the memo; return its place in the pool, or -1 if it is full."""
     entry, num = used[1], stop - start
@@ -216,7 +225,7 @@ def _remember(codes, start, stop, out, at, num_ids, pool, used):
     return entry
 
 
-@njit(inline="always")
+@_inlined
 def _write_character(code, spelling, ids, byte_ids, out, at):
     symbol = spelling[code]
     id_ = ids[symbol] if symbol >= 0 else np.int32(-1) - np.int32(code)
@@ -226,7 +235,7 @@ def _write_character(code, spelling, ids, byte_ids, out, at):
     return 1
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _write_bytes(code, byte_ids, out, at):
     num = _utf8(code, out, at)
     for index in range(at, at + num):
@@ -234,7 +243,7 @@ def _write_bytes(code, byte_ids, out, at):
     return num
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _utf8(code, out, at):
     """Write the bytes of a code point to `out[at:]`; return how many."""
     code = np.int32(code)
@@ -249,7 +258,7 @@ def _utf8(code, out, at):
     return num
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def split(codes, starts, boundaries, stops, apart):
     """Split texts into segments.
 
@@ -282,14 +291,14 @@ def split(codes, starts, boundaries, stops, apart):
     return num
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _word_end(codes, start, end, classes, pattern):
     if pattern in (WORDS_1, WORDS_3):
         return _modern_end(codes, start, end, classes, 3 if pattern == WORDS_3 else 1)
     return _gpt2_end(codes, start, end, classes, pattern == GPT2_DIGITS)
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _gpt2_end(codes, start, end, classes, digits):
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+.
 
@@ -316,7 +325,7 @@ def _gpt2_end(codes, start, end, classes, digits):
     return stop
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _modern_end(codes, start, end, classes, most_digits):
     r"""(?i:'s|...)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|..."""
     stop = _contraction_end(codes, start, end, 0x20)
@@ -340,7 +349,7 @@ def _modern_end(codes, start, end, classes, most_digits):
     return last if last > start else _blank_end(codes, start, end, classes)
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _contraction_end(codes, start, end, low):
     """Return the end of 's, 't, 're, 've, 'm, 'll or 'd at `start`, or `start`.
 
@@ -359,7 +368,7 @@ def _contraction_end(codes, start, end, low):
     return start
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _run_end(codes, start, end, classes, kind):
     """Return the end of a run of one class."""
     stop = start
@@ -368,7 +377,7 @@ def _run_end(codes, start, end, classes, kind):
     return stop
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _space_end(codes, start, end, classes):
     """Return the end of a run of spaces and line breaks."""
     stop = start
@@ -377,7 +386,7 @@ def _space_end(codes, start, end, classes):
     return stop
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _blank_end(codes, start, end, classes):
     r"""\s+(?!\S)|\s+: the last of several spaces belongs to the word behind."""
     stop = _space_end(codes, start, end, classes)
