@@ -136,6 +136,11 @@ class Cleaner:
         )
         """The reasons of the rules that are on, in the order in which they are tried."""
 
+    @property
+    def is_on(self) -> bool:
+        """Whether it can change a text, or leave one out."""
+        return bool(self.reasons) or self._config.normalization is not None
+
     def clean(self, text: str) -> Cleaned:
         """Clean one document; `clean_all` is faster for many."""
         return self.clean_all([text])[0]

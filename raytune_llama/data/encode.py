@@ -19,6 +19,7 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from raytune_llama.config import PLACEMENT, ConfigError, settings
+from raytune_llama.data.cleaning import CleaningConfig
 from raytune_llama.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -65,6 +66,9 @@ class DataConfig:
     """Whether each document ends with the tokenizer's end-of-text id."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the documents that go to the validation split, chosen by a hash of their text."""
+    cleaning: CleaningConfig = CleaningConfig()
+    """Normalisation, and rules that leave documents out; all off. What they leave out is counted
+    by reason."""
     max_document_mib: Annotated[int, Field(ge=1, le=1024)] = 256
     """A longer document goes to quarantine. A worker needs about five times as much memory."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1), PLACEMENT] = 0.001
@@ -143,6 +147,7 @@ def prepare_data(config: DataConfig, tokenizer_path: Path) -> TokenStore:
         eos_id=encoding["tokenizer"]["eos_id"],
         dtype=token_dtype(encoding["tokenizer"]["vocabulary_size"]),
         validation_fraction=config.validation_fraction,
+        cleaning=config.cleaning,
     )
     units = plan_units(files, config.range_mib * _MIB)
     with _exclusive(plan):
@@ -206,6 +211,7 @@ def _encoding_inputs(
             "vocabulary_size": max(tokenizer.get_vocab().values()) + 1,
         },
         "validation_fraction": config.validation_fraction,
+        "cleaning": config.cleaning.inputs,
     }
 
 

@@ -14,7 +14,9 @@ from typing import Self
 
 import pydantic
 
+from raytune_llama.data.cleaning import Cleaner
 from raytune_llama.data.documents import OpenRange, read_rows
+from raytune_llama.data.lines import count_bytes
 from raytune_llama.data.manifest import RowCounts
 from raytune_llama.data.plan import Piece, Unit
 from raytune_llama.data.ranges import HashedRange
@@ -106,7 +108,11 @@ class QuarantineWriter:
 
 
 def read_unit(
-    unit: Unit, files: list[SourceFile], tally: Tally, quarantine: QuarantineWriter | None
+    unit: Unit,
+    files: list[SourceFile],
+    tally: Tally,
+    quarantine: QuarantineWriter | None,
+    cleaner: Cleaner,
 ) -> Iterator[Documents]:
     """Stream the documents of a unit, and account for every row.
 
@@ -115,6 +121,7 @@ def read_unit(
         files: All source files.
         tally: Counts rows, blank and bad ones; the caller counts what it does with the rest.
         quarantine: Takes the bad rows; None where they were taken in an earlier pass.
+        cleaner: Normalises texts, and says which of them are left out.
 
     Raises:
         SourceError: A file cannot be read as configured, was changed since it was listed, or is
@@ -123,7 +130,8 @@ def read_unit(
     for number, piece in enumerate(unit.pieces):
         file = files[piece.file]
         try:
-            yield from _read_piece(piece, number, file, tally, quarantine)
+            for documents in _read_piece(piece, number, file, tally, quarantine):
+                yield _clean(documents, cleaner, tally)
             status = file.place.status()
         except OSError as error:
             if error.errno == errno.ENOSPC:  # not of this file, but of one that is written
@@ -156,6 +164,21 @@ def _read_piece(
             _check_hope(tally, file, quarantine)
             yield _without_blank(batch, piece.file, tally)
         tally.pieces.append(PieceRecord(digests=reader.digests(), lines=lines))
+
+
+def _clean(documents: Documents, cleaner: Cleaner, tally: Tally) -> Documents:
+    if not cleaner.is_on:
+        return documents
+    kept = Documents(documents.file, [], [], [])
+    cleaned = cleaner.clean_all(documents.texts)
+    for (text, reason), offset in zip(cleaned, documents.offsets, strict=True):
+        if reason is not None:
+            tally.skipped[reason] += 1
+        else:
+            kept.texts.append(text)
+            kept.offsets.append(offset)
+            kept.num_bytes.append(count_bytes(text))
+    return kept
 
 
 def _check_hope(tally: Tally, file: SourceFile, quarantine: QuarantineWriter | None) -> None:

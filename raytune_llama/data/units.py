@@ -16,7 +16,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -25,6 +25,7 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
+from raytune_llama.data.cleaning import Cleaner, CleaningConfig
 from raytune_llama.data.manifest import SPLITS, RowCounts, Shard, SplitName
 from raytune_llama.data.plan import Unit
 from raytune_llama.data.reading import (
@@ -81,6 +82,8 @@ class EncodePlan:
     """Type of the ids in the shards."""
     validation_fraction: float
     """Share of the documents that go to the validation split."""
+    cleaning: CleaningConfig = field(default_factory=CleaningConfig)
+    """What is done to texts before they are encoded."""
 
     @property
     def units(self) -> Place:
@@ -243,7 +246,7 @@ def _encode_into(folder: Path, unit: Unit, plan: EncodePlan, encoder: TextEncode
             )
             for split in SPLITS
         }
-        for documents in read_unit(unit, plan.files, tally, quarantine):
+        for documents in read_unit(unit, plan.files, tally, quarantine, Cleaner(plan.cleaning)):
             if plan.stop.exists():
                 raise UnitStoppedError
             for batch in _batched(documents):

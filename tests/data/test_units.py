@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from raytune_llama.data.cleaning import CleaningConfig
 from raytune_llama.data.manifest import RowCounts, SplitManifest
 from raytune_llama.data.plan import Unit, plan_units
 from raytune_llama.data.rows import SourceError
@@ -135,6 +136,21 @@ def test_encode_unit_bad_rows_are_counted_and_listed(tmp_path: Path, encoder: Te
         ("corpus.txt", 2, 5),
         ("corpus.txt", 5, 22),
     ]
+
+
+def test_encode_unit_cleaning_counts_what_it_leaves_out_and_encodes_what_it_changes(
+    tmp_path: Path, encoder: TextEncoder
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("e\u0301t\u00e9 is long enough\nshort\nanother text that stays\n")
+    cleaning = CleaningConfig(normalization="NFC", min_characters=10)
+    plan = make_plan(tmp_path / "work", corpus, cleaning=cleaning)
+    record = encode_unit(unit_of(plan), plan, encoder)
+    assert record.rows == RowCounts(total=3, documents=2, skipped={"too_short": 1})
+    split = split_of_record(plan, record)
+    texts = ["\u00e9t\u00e9 is long enough", "another text that stays"]
+    assert documents_of(split) == [[0, *ids.tolist(), 1] for ids in encoder.encode(texts)]
+    assert split.num_bytes == sum(len(text.encode()) for text in texts)
 
 
 def test_encode_unit_file_that_is_something_else_is_given_up_early(
