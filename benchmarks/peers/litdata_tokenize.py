@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import litdata
+import litdata  # pyright: ignore[reportMissingImports]  # installed apart
 import torch
-from litdata.streaming import TokensLoader
+from litdata.streaming import TokensLoader  # pyright: ignore[reportMissingImports]  # installed apart
 from tokenizers import Tokenizer
 
 

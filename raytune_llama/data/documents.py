@@ -9,6 +9,7 @@ Nothing is repaired or dropped: what cannot be used comes as a bad row with a re
 import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 
@@ -64,13 +65,10 @@ def read_rows(part: OpenRange, options: ReadOptions) -> Iterator[RowBatch]:
         text = _open_text(part, options)
         yield from read_json_stream(text.reader, options, str(part.place), text.start)
     elif options.format == "jsonl":
-        for lines in _read_lines(part, options):
-            batch = RowBatch(num_lines=len(lines.texts))
-            add_json_lines(batch, lines, options)
-            yield batch
+        # By map and not in a loop, whose variable would keep a large line while it is encoded.
+        yield from map(partial(_rows_of_json_lines, options=options), _read_lines(part, options))
     elif options.document == "line":
-        for lines in _read_lines(part, options):
-            yield _rows_of_lines(lines)
+        yield from map(_rows_of_lines, _read_lines(part, options))
     elif options.document == "blank_line":
         yield from _read_paragraphs(part, options)
     else:
@@ -131,16 +129,27 @@ def _read_lines(part: OpenRange, options: ReadOptions) -> Iterator[TextLines]:
         at_line_start=at_line_start,
         max_line_bytes=options.max_document_bytes,
     )
-    return _decode_blocks(blocks, text.codec, options)
+    return map(_Decoder(text.codec, options), blocks)
 
 
-def _decode_blocks(
-    blocks: Iterator[LineBlock], codec: str, options: ReadOptions, first_line: int = 1
-) -> Iterator[TextLines]:
-    for block in blocks:
-        lines = decode_lines(block, codec, first_line, options.max_document_bytes)
-        first_line += len(lines.texts)
-        yield lines
+class _Decoder:
+    """Decodes blocks one after the other, and numbers their lines."""
+
+    def __init__(self, codec: str, options: ReadOptions) -> None:
+        self._codec = codec
+        self._options = options
+        self._first_line = 1
+
+    def __call__(self, block: LineBlock) -> TextLines:
+        lines = decode_lines(block, self._codec, self._first_line, self._options.max_document_bytes)
+        self._first_line += len(lines.texts)
+        return lines
+
+
+def _rows_of_json_lines(lines: TextLines, options: ReadOptions) -> RowBatch:
+    batch = RowBatch(num_lines=len(lines.texts))
+    add_json_lines(batch, lines, options)
+    return batch
 
 
 def _rows_of_lines(lines: TextLines) -> RowBatch:
@@ -202,7 +211,7 @@ def _read_behind(part: OpenRange, start: int, options: ReadOptions) -> Iterator[
         at_line_start=True,
         max_line_bytes=options.max_document_bytes,
     )
-    return _decode_blocks(blocks, options.encoding, options)
+    return map(_Decoder(options.encoding, options), blocks)
 
 
 class _ShortReads:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from raytune_llama.data.lines import TextLines
+from raytune_llama.data.lines import TextLines, count_bytes
 from raytune_llama.data.ranges import READ_BYTES, ByteReader
 from raytune_llama.data.rows import BadRow, ReadOptions, Reason, RowBatch, SourceError, excerpt
 
@@ -15,6 +15,7 @@ _BETWEEN = re.compile(r"[ \t\r\n,]*")
 # Where a row can begin behind one that is broken: on a line of its own, or behind another object.
 _NEXT_ROW = re.compile(r"\n[ \t]*(?=\{)|\}[ \t\r\n]*,[ \t\r\n]*(?=\{)")
 _UNDECODED = re.compile("[\udc80-\udcff]")
+_PART_CHARACTERS = 1 << 20
 _BATCH_ROWS = 1024
 _NEAR_END_CHARACTERS = 32  # an escape or a number that is cut fails at most this far from the end
 
@@ -91,7 +92,7 @@ def add_row(batch: RowBatch, row: object, line: int, offset: int, options: ReadO
 def check_text(text: str, max_bytes: int) -> tuple[Reason | None, str, int]:
     """Return why a text cannot be used (None where it can), the detail, and its UTF-8 bytes."""
     try:
-        num_bytes = len(text.encode())
+        num_bytes = count_bytes(text)
     except UnicodeEncodeError as error:
         place = f"half of a surrogate pair at character {error.start}: {excerpt(text)}"
         return "lone_surrogate", place, 0
@@ -173,13 +174,13 @@ def _add_value(stream: "_Stream", batch: RowBatch, options: ReadOptions) -> None
     line, offset = stream.line, stream.offset
     batch.num_rows += 1
     try:
-        value, raw = stream.parse()
+        value, bytes_of_none = stream.parse()
     except _BrokenRowError as error:
         batch.bad.append(BadRow(line, offset, error.reason, error.detail))
         stream.resynchronise()
         return
-    if _UNDECODED.search(raw):
-        detail = f"bytes that are no text: {excerpt(raw.encode(errors='surrogateescape'))}"
+    if bytes_of_none:
+        detail = f"bytes that are no text: {excerpt(bytes_of_none)}"
         batch.bad.append(BadRow(line, offset, "invalid_bytes", detail))
     else:
         add_row(batch, value, line, offset, options)
@@ -217,13 +218,16 @@ class _Stream:
         """Return what is held from here on."""
         return self._text[self._position :]
 
-    def advance(self, num_characters: int) -> str:
-        """Go on within what is held; return what was passed."""
-        passed = self._text[self._position : self._position + num_characters]
-        self._position += num_characters
-        self.offset += len(passed.encode(errors="surrogateescape"))
-        self.line += passed.count("\n")
-        return passed
+    def advance(self, num_characters: int) -> None:
+        """Go on within what is held; what lies far behind is held no more."""
+        end = self._position + num_characters
+        self.line += self._text.count("\n", self._position, end)
+        for start in range(self._position, end, _PART_CHARACTERS):
+            part = self._text[start : min(start + _PART_CHARACTERS, end)]
+            self.offset += len(part.encode(errors="surrogateescape"))
+        self._position = end
+        if end > READ_BYTES:
+            self._text, self._position = self._text[end:], 0
 
     def skip(self, pattern: re.Pattern[str]) -> None:
         """Pass all that a pattern matches."""
@@ -233,8 +237,8 @@ class _Stream:
                 return
             self.advance(match.end() - self._position)
 
-    def parse(self) -> tuple[object, str]:
-        """Pass one value; return it with its text.
+    def parse(self) -> tuple[object, bytes]:
+        """Pass one value; return it with the beginning of what in it is no text, if anything is.
 
         Raises:
             _BrokenRowError: It is no JSON, too long, or cut by the end of the file; nothing is
@@ -258,7 +262,11 @@ class _Stream:
             if end == len(self._text) and not self._at_end:
                 self._fill()  # a number could go on
                 continue
-            return value, self.advance(end - self._position)
+            found = _UNDECODED.search(self._text, self._position, end)
+            start = found.start() if found else 0
+            undecoded = self._text[start : start + 40] if found else ""
+            self.advance(end - self._position)
+            return value, undecoded.encode(errors="surrogateescape")
 
     def resynchronise(self) -> None:
         """Pass a broken row: up to where the next one can begin, or to the end of the file."""

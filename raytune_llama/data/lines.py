@@ -11,6 +11,8 @@ from itertools import accumulate, chain
 from raytune_llama.data.ranges import LineBlock
 from raytune_llama.data.rows import BadRow, excerpt
 
+_PART_CHARACTERS = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class TextLines:
@@ -41,8 +43,9 @@ def decode_lines(block: LineBlock, codec: str, first_line: int, max_line_bytes: 
     """
     if block.overlong_bytes:
         bad = _too_long(first_line, block.offset, block.overlong_bytes, max_line_bytes)
-        end = block.offset + block.overlong_bytes
-        return TextLines(first_line, [""], [block.offset], [0], {0: bad}, end)
+        return TextLines(first_line, [""], [block.offset], [0], {0: bad}, block.end)
+    if block.data.find(b"\n", 0, -1) < 0 and (line := _decode_one(block, codec, max_line_bytes)):
+        return TextLines(first_line, [line], [block.offset], [count_bytes(line)], {}, block.end)
     raws = block.data.split(b"\n")
     if not raws[-1]:
         raws.pop()  # what is behind the last line end
@@ -60,14 +63,36 @@ def decode_lines(block: LineBlock, codec: str, first_line: int, max_line_bytes: 
         sizes = [size - raw.endswith(b"\r") for size, raw in zip(sizes, raws, strict=True)]
     if codec != "utf-8":
         sizes = [len(line.encode()) for line in texts]
-    return TextLines(first_line, texts, offsets, sizes, {}, block.offset + len(block.data))
+    return TextLines(first_line, texts, offsets, sizes, {}, block.end)
+
+
+def _decode_one(block: LineBlock, codec: str, max_line_bytes: int) -> str | None:
+    """Decode a block of one line without a copy of it, which may be large; None where it is bad."""
+    body = memoryview(block.data)
+    if block.data.endswith(b"\n"):
+        body = body[:-1]
+    if body[-1:] == b"\r":
+        body = body[:-1]
+    if len(body) > max_line_bytes or b"\0" in block.data:
+        return None
+    with contextlib.suppress(UnicodeDecodeError):
+        return str(body, codec)
+    return None
+
+
+def count_bytes(text: str) -> int:
+    """Count the bytes of a text in UTF-8, a part at a time."""
+    return sum(
+        len(text[start : start + _PART_CHARACTERS].encode())
+        for start in range(0, len(text), _PART_CHARACTERS)
+    )
 
 
 def _decode_each(
     block: LineBlock, offsets: list[int], codec: str, first_line: int, max_line_bytes: int
 ) -> TextLines:
     raws = block.data.split(b"\n")[: len(offsets)]
-    lines = TextLines(first_line, [], offsets, [], {}, block.offset + len(block.data))
+    lines = TextLines(first_line, [], offsets, [], {}, block.end)
     for number, raw in enumerate(raws):
         text, bad = "", None
         line, offset = first_line + number, offsets[number]

@@ -93,6 +93,11 @@ class LineBlock:
     overlong_bytes: int = 0
     """Length of a line that is longer than allowed, which is all of the block; else 0."""
 
+    @property
+    def end(self) -> int:
+        """Offset behind the block."""
+        return self.offset + (len(self.data) or self.overlong_bytes)
+
 
 def starts_line(file: pa.NativeFile, start: int) -> bool:
     r"""Whether a line starts at an offset: the byte before it is "\n", or there is none."""
@@ -117,13 +122,12 @@ def read_line_blocks(
     """
     lines = _LineReader(reader, start, stop, max_line_bytes)
     if not at_line_start:
-        lines.skip_line()
-    while not lines.is_done and (block := lines.next_block()) is not None:
-        yield block
+        lines.skip_line(only_here=True)
+    return lines
 
 
-class _LineReader:
-    """Cuts a stream of bytes into blocks of whole lines."""
+class _LineReader(Iterator[LineBlock]):
+    """Cuts a stream of bytes into blocks of whole lines; keeps no block that it has given."""
 
     def __init__(
         self, reader: ByteReader, start: int, stop: int | None, max_line_bytes: int
@@ -134,24 +138,31 @@ class _LineReader:
         self._offset = start  # of the first byte of `_held`
         self._held = b""
 
-    @property
-    def is_done(self) -> bool:
-        """Whether no more line starts in the range."""
-        return self._stop is not None and self._offset >= self._stop
+    def __next__(self) -> LineBlock:
+        if self._stop is not None and self._offset >= self._stop:
+            raise StopIteration
+        block = self._next_block()
+        if block is None:
+            raise StopIteration
+        return block
 
-    def skip_line(self) -> int:
-        """Drop everything up to the end of the present line; return how many bytes that were."""
+    def skip_line(self, *, only_here: bool = False) -> int:
+        """Drop everything up to the end of the present line; return how many bytes that were.
+
+        Args:
+            only_here: Stop at the end of the range: no line that starts in it comes behind.
+        """
         skipped = 0
         while (end := self._held.find(b"\n")) < 0:
             skipped += len(self._held)
             self._drop(len(self._held))
-            if not self._fill():
+            is_behind = self._stop is not None and self._offset >= self._stop
+            if (only_here and is_behind) or not self._fill():
                 return skipped
         self._drop(end + 1)
         return skipped + end + 1
 
-    def next_block(self) -> LineBlock | None:
-        """Return the next lines; None at the end of the file."""
+    def _next_block(self) -> LineBlock | None:
         pieces, num_bytes = [self._held], len(self._held)
         while (end := pieces[-1].rfind(b"\n") + 1) == 0:
             if num_bytes > self._max:

@@ -121,7 +121,11 @@ class ShardWriter:
         if self._writer is None:
             self._sink = pa.OSFile(str(self._temporary), "wb")
             self._writer = pa.ipc.new_file(self._sink, self._schema)
-        columns = [np.concatenate(column) for column in zip(*self._held, strict=True)]
+        columns = [
+            column[0] if len(column) == 1 else np.concatenate(column)
+            for column in zip(*self._held, strict=True)
+        ]
+        self._held = []
         flat, lengths, num_bytes, files, offsets = columns
         bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=bounds[1:])
@@ -133,7 +137,6 @@ class ShardWriter:
         self._documents += len(lengths)
         self._tokens += len(flat)
         self._text_bytes += int(num_bytes.sum())
-        self._held = []
         self._held_tokens = self._held_documents = 0
 
 
@@ -158,6 +161,11 @@ def _with_ends(
     if not before + behind:
         return ids.astype(dtype, copy=False), lengths
     longer = lengths + before + behind
+    if len(lengths) == 1:  # it may be large
+        result = np.empty(longer[0], dtype=dtype)
+        result[:before], result[longer[0] - behind :] = bos_id or 0, eos_id or 0
+        result[before : before + lengths[0]] = ids
+        return result, longer
     stops = np.cumsum(longer)
     is_end = np.zeros(stops[-1], dtype=bool)
     result = np.empty(stops[-1], dtype=dtype)

@@ -12,6 +12,7 @@ worker, in whatever order and after however many restarts. The work directory ho
 
 import contextlib
 import errno
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -37,8 +38,12 @@ from raytune_llama.data.rows import SourceError
 from raytune_llama.data.shards import ShardWriter
 from raytune_llama.data.sources import SourceFile
 from raytune_llama.files import sha256_file
+from raytune_llama.model.cuts import UncuttableTextError
+from raytune_llama.model.encoder import IdsDifferError
 from raytune_llama.model.reference import TextEncoder
 from raytune_llama.storage import Place
+
+logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 """A unit that ended its process this often is refused: Ray would restart it for ever."""
@@ -305,9 +310,9 @@ def _write_batch(
     tally: Tally,
 ) -> NDArray[np.int64]:
     """Encode and write a batch; a text that becomes no token is counted. Return the lengths."""
-    encoded = encoder.encode(documents.texts)
+    encoded = _encode(documents, plan, encoder, tally)
     lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-    ids = np.concatenate(encoded)
+    ids = encoded[0] if len(encoded) == 1 else np.concatenate(encoded)
     columns = [
         np.array(column, dtype=np.int64) for column in (documents.num_bytes, documents.offsets)
     ]
@@ -324,6 +329,30 @@ def _write_batch(
     # The power of two below: an exact one for all lengths, unlike a logarithm's.
     powers = np.frexp(lengths[lengths > 0])[1] - 1
     return np.bincount(powers, minlength=NUM_LENGTH_BINS)
+
+
+def _encode(
+    documents: Documents, plan: EncodePlan, encoder: TextEncoder, tally: Tally
+) -> list[NDArray[np.uint32]]:
+    """Encode a batch; a text that is too long to encode is counted, and has no ids."""
+    place = plan.files[documents.file].place
+    try:
+        return encoder.encode(documents.texts)
+    except IdsDifferError as error:
+        offset = documents.offsets[error.index]
+        raise SourceError(f"{place}: byte {offset}: {error}") from error
+    except UncuttableTextError:
+        pass
+    encoded: list[NDArray[np.uint32]] = []
+    for text, offset in zip(documents.texts, documents.offsets, strict=True):
+        try:
+            encoded += encoder.encode([text])
+        except UncuttableTextError as error:
+            logger.warning("%s: byte %d: left out: %s", place, offset, error)
+            tally.skipped["uncuttable"] += 1
+            tally.skipped["no_tokens"] -= 1  # which the caller counts for all that have none
+            encoded.append(np.empty(0, dtype=np.uint32))
+    return encoded
 
 
 def choose_sides(

@@ -16,25 +16,21 @@ import numpy as np
 from raytune_llama.model import kernel
 from raytune_llama.model.cuts import SPACE, encode_in_stretches
 from raytune_llama.model.reference import Reference, SentencePieceReference
-from raytune_llama.model.tables import PairTables, build_tables
+from raytune_llama.model.tables import build_tables
 
 REVISION = 1
 """To be counted up with each change of the kernel."""
-
-_MEMO_ENTRIES = 1 << 17
 
 
 class Memo(NamedTuple):
     """The ids of segments seen; of fixed size."""
 
     slots: np.ndarray
-    """int32: a hash table of entries, -1 where free."""
-    entries: np.ndarray
-    """int32, (entries, 4): where its code points are in `pool`, how many; its ids, how many."""
+    """int32: a hash table of places in `pool`, -1 where free."""
     pool: np.ndarray
-    """int32: code points and ids of all entries."""
+    """int32: for each entry the numbers of its code points and ids, and these."""
     used: np.ndarray
-    """int64: entries in use, places in `pool` in use."""
+    """int64: entries and places in `pool` in use, and how many entries there may be."""
 
 
 class CompiledEncoder:
@@ -42,8 +38,13 @@ class CompiledEncoder:
 
     name = "compiled"
 
-    def __init__(self, reference: Reference) -> None:
+    def __init__(self, reference: Reference, memo_entries: int = 1 << 17) -> None:
         """Turn a reference into tables.
+
+        Args:
+            reference: What to encode like.
+            memo_entries: How many segments are remembered, at 80 bytes each; when they are full,
+                all are forgotten.
 
         Raises:
             ValueError: The reference is of a kind that the kernel knows nothing of; says why.
@@ -53,12 +54,11 @@ class CompiledEncoder:
         self.num_apart = 0
         """How many texts were left to the reference."""
         self._reference = reference
-        self._vocabulary, self._words = build_tables(reference)
+        self._vocabulary, self._boundaries = build_tables(reference)
         self._memo = Memo(
-            slots=np.full(4 * _MEMO_ENTRIES, -1, np.int32),
-            entries=np.zeros((_MEMO_ENTRIES, 4), np.int32),
-            pool=np.zeros(16 * _MEMO_ENTRIES, np.int32),
-            used=np.zeros(2, np.int64),
+            slots=np.full(4 * memo_entries, -1, np.int32),
+            pool=np.zeros(16 * memo_entries, np.int32),
+            used=np.array([0, 0, memo_entries]),
         )
         self._spaced, self._unless = "", ()
         self._normal_form, self._strings = False, ()
@@ -93,7 +93,9 @@ class CompiledEncoder:
         apart = np.zeros(len(texts), bool)
         if self._strings or self._normal_form:
             apart[:] = [self._is_apart(text) for text in texts]
-        stops = self._split(codes, starts, apart)
+        stops = np.zeros(len(codes) + 1, np.int32)
+        num = kernel.split(codes, starts, self._boundaries, stops[1:], apart)
+        stops = stops[: num + 1]
         ids, ends = np.empty(4 * len(codes), np.int32), np.zeros(len(stops), np.int32)
         left_out = np.zeros(len(stops), bool)
         self._forget_if_full()
@@ -116,15 +118,6 @@ class CompiledEncoder:
                 encoded[index] = ids
         return encoded
 
-    def _split(self, codes: np.ndarray, starts: np.ndarray, apart: np.ndarray) -> np.ndarray:
-        """Return where segments end, behind a 0."""
-        stops = np.zeros(len(codes) + 1, np.int32)
-        if isinstance(self._words, PairTables):
-            num = kernel.split_pairs(codes, starts, self._words, stops[1:])
-        else:
-            num = kernel.split_words(codes, starts, self._words, stops[1:], apart)
-        return stops[: num + 1]
-
     def _with_space(self, text: str) -> str:
         return self._spaced + text if text and not text.startswith(self._unless) else text
 
@@ -135,10 +128,10 @@ class CompiledEncoder:
         return self._normal_form and not unicodedata.is_normalized("NFC", text)
 
     def _forget_if_full(self) -> None:
-        entries, places = self._memo.used.tolist()
-        if entries == len(self._memo.entries) or places > len(self._memo.pool) - 256:
+        entries, places, most_entries = self._memo.used.tolist()
+        if entries == most_entries or places > 0.9 * len(self._memo.pool):
             self._memo.slots.fill(-1)
-            self._memo.used.fill(0)
+            self._memo.used[:2] = 0
 
 
 def compiled_version() -> str:

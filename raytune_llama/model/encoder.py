@@ -23,8 +23,7 @@ from raytune_llama.model.reference import Reference, TextEncoder
 from raytune_llama.model.tokenizer import (
     build_reference,
     control_strings,
-    fingerprint_tokenizer,
-    load_reference,
+    fingerprint_loaded,
     load_tokenizer,
     token_texts,
 )
@@ -99,7 +98,7 @@ def choose_encoder(path: Path, sample: Sequence[str], engine: Engine = "auto") -
     choice = EncoderChoice(
         engine=chosen.name,
         version=chosen.version,
-        reference=fingerprint_tokenizer(path),
+        reference=fingerprint_loaded(tokenizer),
         verified=fast is not None,
         num_texts=len(texts) if fast else 0,
         num_bytes=sum(len(text.encode()) for text in texts) if fast else 0,
@@ -152,13 +151,14 @@ def build_encoder(path: Path, choice: EncoderChoice) -> TextEncoder:
     Raises:
         ValueError: The directory or the engine is not the one that was looked at.
     """
-    found = fingerprint_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    found = fingerprint_loaded(tokenizer)
     if found != choice.reference:
         raise ValueError(
             f"tokenizer: {path} is {found} on this node and {choice.reference} on the driver's; "
             "give all nodes the same directory and the same packages"
         )
-    encoder = reference = load_reference(path)
+    encoder = reference = build_reference(tokenizer)
     if choice.verified:
         from raytune_llama.model.compiled import CompiledEncoder
 

@@ -1,10 +1,11 @@
 """Byte-pair merging in machine code: what `compiled.py` runs, compiled by numba at the first call.
 
-Texts are an array of code points. They are split into segments between which nothing merges: words
-of a byte-level tokenizer's pattern, or the stretches between two characters that no piece holds
-side by side. Each segment is spelled in symbols, and of all adjacent pairs that the vocabulary can
-merge the one of lowest rank is merged first, the leftmost of several: SentencePiece's rule for
-pieces of equal score as well as that of `tokenizers`. A memo keeps the ids of segments seen.
+Texts are an array of code points. They are split into words, where the tokenizer does so, and these
+into segments between which nothing merges, since no piece of the vocabulary holds the two
+characters (or bytes, where these are merged) side by side. Each segment is spelled in symbols, and
+of all adjacent pairs that the vocabulary can merge the one of lowest rank is merged first, the
+leftmost of several: SentencePiece's rule for pieces of equal score as well as that of `tokenizers`.
+A memo keeps the ids of segments seen.
 
 Arrays are passed one by one: numba copies a tuple of them, and counts references, at each call.
 All functions are in this file: numba's cache on disk knows of changes of one file alone.
@@ -15,11 +16,11 @@ All functions are in this file: numba's cache on disk knows of changes of one fi
 import numpy as np
 from numba import njit
 
-GPT2, GPT2_DIGITS, WORDS_1, WORDS_3 = range(4)
-"""Patterns that split a text into words: `WordTables.pattern`."""
+NO_WORDS, GPT2, GPT2_DIGITS, WORDS_1, WORDS_3 = range(5)
+"""Patterns that split a text into words: `Boundaries.pattern`."""
 
 OTHER, LETTER, NUMBER, SPACE, NEWLINE, UNKNOWN = range(6)
-"""Classes of code points: `WordTables.classes`."""
+"""Classes of code points: `Boundaries.classes`."""
 
 MAX_SYMBOLS = 512
 """A segment of more symbols is left to the reference: merging takes the square of its length."""
@@ -31,8 +32,17 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xD6E8FEB86659FD93)
 _APOSTROPHE = 0x27
 
+_inlined = njit(inline="always")
 
-@njit(cache=True, nogil=True)
+
+def _jit(function):
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no folder to keep the machine code in: each process compiles, in seconds
+        return njit(nogil=True)(function)
+
+
+@_jit
 def encode(codes, stops, vocabulary, memo, out, ends, left_out):
     """Encode segments.
 
@@ -46,7 +56,7 @@ def encode(codes, stops, vocabulary, memo, out, ends, left_out):
         left_out: bool, one a segment: set where the ids can't be told here.
     """
     pairs, pair_ranks, merged, ids, spelling, byte_ids, by_bytes = vocabulary
-    slots, entries, pool, used = memo
+    slots, pool, used = memo
     symbols, ranks = np.empty(MAX_SYMBOLS, np.int32), np.empty(MAX_SYMBOLS, np.int32)
     start, at = 0, 0
     for segment in range(stops.shape[0]):
@@ -55,21 +65,21 @@ def encode(codes, stops, vocabulary, memo, out, ends, left_out):
         if stop - start == 1 and not by_bytes:
             num = _write_character(codes[start], spelling, ids, byte_ids, out, at)
         elif stop - start <= _MAX_REMEMBERED:
-            slot = _slot(codes, start, stop, slots, entries, pool)
-            num = _recall(slots[slot], entries, pool, out, at)
+            slot = _slot(codes, start, stop, slots, pool)
+            num = _recall(slots[slot], pool, out, at)
         if num < 0:
             num = _spell(codes, start, stop, spelling, by_bytes, symbols)
             num = _merge(symbols, ranks, num, pairs, pair_ranks, merged)
             num = _write(symbols, num, ids, byte_ids, out, at)
             if slot >= 0 and num >= 0:
-                slots[slot] = _remember(codes, start, stop, out, at, num, entries, pool, used)
+                slots[slot] = _remember(codes, start, stop, out, at, num, pool, used)
         at += max(num, 0)
         ends[segment] = at
         left_out[segment] = num < 0
         start = stop
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _write(symbols, num, ids, byte_ids, out, at):
     """Write the ids of symbols; return how many, or -1 if `num` is that."""
     written = at
@@ -83,7 +93,7 @@ def _write(symbols, num, ids, byte_ids, out, at):
     return written - at if num >= 0 else -1
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _spell(codes, start, stop, spelling, by_bytes, symbols):
     """Write the symbols of a segment; return how many, -1 for too many or an unknown one."""
     if (stop - start) * (4 if by_bytes else 1) > MAX_SYMBOLS:
@@ -102,7 +112,7 @@ def _spell(codes, start, stop, spelling, by_bytes, symbols):
     return num
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _merge(symbols, ranks, num, pairs, pair_ranks, merged):
     """Merge the first `num` symbols in place until nothing merges; return how many are left."""
     for index in range(num - 1):
@@ -126,13 +136,13 @@ def _merge(symbols, ranks, num, pairs, pair_ranks, merged):
     return num
 
 
-@njit(inline="always")
+@_inlined
 def _rank(left, right, pairs, pair_ranks):
     place = _find(left, right, pairs)
     return pair_ranks[place] if place >= 0 else _NEVER
 
 
-@njit(inline="always")
+@_inlined
 def _find(left, right, pairs):
     """Return the place of a pair in its table, or -1."""
     mask = pairs.shape[0] - 1
@@ -145,7 +155,7 @@ def _find(left, right, pairs):
     return place
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def fill_pairs(merges, pairs, pair_ranks, merged):
     """Enter merges (int64 rows of left, right, rank, symbol) into an empty hash table.
 
@@ -162,8 +172,8 @@ def fill_pairs(merges, pairs, pair_ranks, merged):
         merged[place] = merges[index, 3]
 
 
-@njit(inline="always")
-def _slot(codes, start, stop, slots, entries, pool):
+@_inlined
+def _slot(codes, start, stop, slots, pool):
     """Return where in the memo's hash table a segment is, or is to be."""
     key = np.uint64(stop - start)
     for index in range(start, stop):
@@ -171,51 +181,51 @@ def _slot(codes, start, stop, slots, entries, pool):
     mask = slots.shape[0] - 1
     key = (key ^ (key >> np.uint64(32))) * _GOLDEN
     slot = np.int64((key >> np.uint64(32)) & np.uint64(mask))
-    while slots[slot] >= 0 and not _equal(codes, start, stop, slots[slot], entries, pool):
+    while slots[slot] >= 0 and not _equal(codes, start, stop, slots[slot], pool):
         slot = (slot + 1) & mask
     return slot
 
 
-@njit(inline="always")
-def _equal(codes, start, stop, entry, entries, pool):
-    if entries[entry, 1] != stop - start:
+@_inlined
+def _equal(codes, start, stop, entry, pool):
+    if pool[entry] != stop - start:
         return False
-    place = entries[entry, 0] - start
+    place = entry + 2 - start
     at = start
     while at < stop and pool[place + at] == np.int32(codes[at]):
         at += 1
     return at == stop
 
 
-@njit(inline="always")
-def _recall(entry, entries, pool, out, at):
+@_inlined
+def _recall(entry, pool, out, at):
     """Write the ids of an entry of the memo; return how many, -1 if there is no entry."""
     if entry < 0:
         return -1
-    place, num = entries[entry, 2], entries[entry, 3]
+    num = pool[entry + 1]
+    place = entry + 2 + pool[entry]
     for index in range(num):
         out[at + index] = pool[place + index]
     return num
 
 
-@njit(cache=True, nogil=True)
-def _remember(codes, start, stop, out, at, num_ids, entries, pool, used):
-    """Add an entry to the memo; return its index, or -1 if it is full."""
-    entry, place = used[0], used[1]
-    num = stop - start
-    if entry == entries.shape[0] or place + num + num_ids > pool.shape[0]:
+@_jit
+def _remember(codes, start, stop, out, at, num_ids, pool, used):
+    """Add an entry to the memo; return its place in the pool, or -1 if it is full."""
+    entry, num = used[1], stop - start
+    if used[0] == used[2] or entry + 2 + num + num_ids > pool.shape[0]:
         return -1
-    entries[entry, 0], entries[entry, 1] = place, num
-    entries[entry, 2], entries[entry, 3] = place + num, num_ids
+    pool[entry], pool[entry + 1] = num, num_ids
+    place = entry + 2
     for index in range(num):
         pool[place + index] = codes[start + index]
     for index in range(num_ids):
         pool[place + num + index] = out[at + index]
-    used[0], used[1] = entry + 1, place + num + num_ids
+    used[0], used[1] = used[0] + 1, place + num + num_ids
     return entry
 
 
-@njit(inline="always")
+@_inlined
 def _write_character(code, spelling, ids, byte_ids, out, at):
     symbol = spelling[code]
     id_ = ids[symbol] if symbol >= 0 else np.int32(-1) - np.int32(code)
@@ -225,7 +235,7 @@ def _write_character(code, spelling, ids, byte_ids, out, at):
     return 1
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _write_bytes(code, byte_ids, out, at):
     num = _utf8(code, out, at)
     for index in range(at, at + num):
@@ -233,7 +243,7 @@ def _write_bytes(code, byte_ids, out, at):
     return num
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _utf8(code, out, at):
     """Write the bytes of a code point to `out[at:]`; return how many."""
     code = np.int32(code)
@@ -248,83 +258,74 @@ def _utf8(code, out, at):
     return num
 
 
-@njit(cache=True, nogil=True)
-def split_pairs(codes, starts, tables, stops):
-    """Split texts where no piece holds two characters side by side.
+@_jit
+def split(codes, starts, boundaries, stops, apart):
+    """Split texts into segments.
 
     Args:
         codes: uint32, the code points of texts that lie one behind the other.
         starts: int64, where each text starts, and the end of the last.
-        tables: `PairTables`.
+        boundaries: `Boundaries`.
         stops: int32, as many as codes: receives where each segment ends; a text ends one, too.
+        apart: bool, one a text: set where a text holds a character of unknown class.
 
     Returns:
         How many segments there are.
     """
-    rows, columns, joined = tables
-    num = 0
-    for text in range(starts.shape[0] - 1):
-        end = starts[text + 1]
-        for at in range(starts[text] + 1, end + 1):
-            bit = 0
-            if at < end:
-                bit = rows[codes[at - 1]] + columns[codes[at]]
-            if not (joined[bit >> 3] >> (bit & 7)) & 1:
-                stops[num] = at
-                num += 1
-    return num
-
-
-@njit(cache=True, nogil=True)
-def split_words(codes, starts, tables, stops, apart):
-    """Split texts into the words of a pattern, see `split_pairs`; with `WordTables`.
-
-    `apart` (bool, one a text) is set where a text holds a character of unknown class.
-    """
-    pattern, classes = tables
+    pattern, classes, rows, columns, joined = boundaries
     num = 0
     for text in range(starts.shape[0] - 1):
         at, end = starts[text], starts[text + 1]
         while at < end:
-            at = _word_end(codes, at, end, classes, pattern)
-            if at < 0:
+            word = end if pattern == NO_WORDS else _word_end(codes, at, end, classes, pattern)
+            if word < 0:
                 apart[text] = True
-                at = end
-            stops[num] = at
-            num += 1
+                word = end
+            while at < word:
+                at += 1
+                # The first bit, which stands for no pair, is 0.
+                bit = rows[codes[at - 1]] + columns[codes[at]] if at < word else 0
+                if not (joined[bit >> 3] >> (bit & 7)) & 1:
+                    stops[num] = at
+                    num += 1
     return num
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _word_end(codes, start, end, classes, pattern):
     if pattern in (WORDS_1, WORDS_3):
         return _modern_end(codes, start, end, classes, 3 if pattern == WORDS_3 else 1)
-    if pattern == GPT2_DIGITS:
-        if classes[codes[start]] == NUMBER:
-            return start + 1
-        stop = start
-        while stop < end and classes[codes[stop]] != NUMBER:
-            stop += 1
-        end = stop
-    return _gpt2_end(codes, start, end, classes)
+    return _gpt2_end(codes, start, end, classes, pattern == GPT2_DIGITS)
 
 
-@njit(cache=True, nogil=True)
-def _gpt2_end(codes, start, end, classes):
-    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+."""
+@_jit
+def _gpt2_end(codes, start, end, classes, digits):
+    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+.
+
+    With `digits`, each of these is a word for itself, and ends the text to the pattern.
+    """
     stop = _contraction_end(codes, start, end, 0)
     if stop > start:
         return stop
-    word = start + 1 if codes[start] == 0x20 and start + 1 < end else start
-    kind = np.int64(classes[codes[word]])
+    kind = np.int64(classes[codes[start]])
+    if digits and kind == NUMBER:
+        return start + 1
+    word = start
+    if codes[start] == 0x20 and start + 1 < end:
+        behind = np.int64(classes[codes[start + 1]])
+        if not (digits and behind == NUMBER):
+            word, kind = start + 1, behind
     if kind == UNKNOWN:
         return -1
-    if kind in (SPACE, NEWLINE):
-        return _blank_end(codes, start, end, classes)
-    return _run_end(codes, word, end, classes, kind)
+    if kind not in (SPACE, NEWLINE):
+        return _run_end(codes, word, end, classes, kind)
+    stop = _blank_end(codes, start, end, classes)
+    if digits and stop + 1 < end and classes[codes[stop + 1]] == NUMBER:
+        stop = _space_end(codes, start, end, classes)
+    return stop
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _modern_end(codes, start, end, classes, most_digits):
     r"""(?i:'s|...)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|..."""
     stop = _contraction_end(codes, start, end, 0x20)
@@ -348,7 +349,7 @@ def _modern_end(codes, start, end, classes, most_digits):
     return last if last > start else _blank_end(codes, start, end, classes)
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _contraction_end(codes, start, end, low):
     """Return the end of 's, 't, 're, 've, 'm, 'll or 'd at `start`, or `start`.
 
@@ -367,7 +368,7 @@ def _contraction_end(codes, start, end, low):
     return start
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _run_end(codes, start, end, classes, kind):
     """Return the end of a run of one class."""
     stop = start
@@ -376,7 +377,7 @@ def _run_end(codes, start, end, classes, kind):
     return stop
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _space_end(codes, start, end, classes):
     """Return the end of a run of spaces and line breaks."""
     stop = start
@@ -385,7 +386,7 @@ def _space_end(codes, start, end, classes):
     return stop
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _blank_end(codes, start, end, classes):
     r"""\s+(?!\S)|\s+: the last of several spaces belongs to the word behind."""
     stop = _space_end(codes, start, end, classes)

@@ -58,27 +58,22 @@ class Vocabulary(NamedTuple):
     """Whether a segment is spelled in bytes rather than characters."""
 
 
-class PairTables(NamedTuple):
-    """Which characters some piece holds side by side; read-only."""
+class Boundaries(NamedTuple):
+    """Where texts are split; read-only."""
 
+    pattern: int
+    """What makes words: `kernel.NO_WORDS`, `kernel.GPT2`, ..."""
+    classes: np.ndarray
+    """uint8: `kernel.LETTER` and so on for each code point; unused without words."""
     rows: np.ndarray
     """int32: for each code point, where its row in `joined` begins."""
     columns: np.ndarray
     """int32: for each code point, its column in `joined`."""
     joined: np.ndarray
-    """uint8, a bit a pair, the first one 0."""
+    """uint8, a bit a pair, the first one 0: whether some piece holds the two side by side."""
 
 
-class WordTables(NamedTuple):
-    """How words are told; read-only."""
-
-    pattern: int
-    """`kernel.GPT2`, ..."""
-    classes: np.ndarray
-    """uint8: `kernel.LETTER` and so on for each code point."""
-
-
-Tables = tuple[Vocabulary, PairTables | WordTables]
+Tables = tuple[Vocabulary, Boundaries]
 
 
 Merge = tuple[int, int, int, int]
@@ -145,16 +140,20 @@ def _byte_tables(engine: dict[str, Any]) -> Tables:
     kind = split_kind(engine)
     if kind is None:
         raise ValueError("its tokenizer.json splits text by a pattern that is not known here")
-    words = WordTables(_PATTERNS[kind], _classes(any_case=kind.startswith("words")))
+    alphabet = _byte_alphabet()
     return (
         Vocabulary(
             *_pair_table(_merges(engine["model"])),
             ids=np.arange(max(vocabulary.values()) + 1, dtype=np.int32),
-            spelling=np.array([vocabulary.get(c, -1) for c in _byte_alphabet()], np.int32),
+            spelling=np.array([vocabulary.get(c, -1) for c in alphabet], np.int32),
             byte_ids=np.zeros(0, np.int32),
             by_bytes=True,
         ),
-        words,
+        Boundaries(
+            _PATTERNS[kind],
+            _classes(any_case=kind.startswith("words")),
+            *_joined_bytes({c: byte for byte, c in enumerate(alphabet)}, vocabulary),
+        ),
     )
 
 
@@ -172,12 +171,12 @@ def _merges(model: dict[str, Any]) -> list[Merge]:
 def _character_tables(
     merges: list[Merge], ids: list[int], symbols: Mapping[str, int], byte_ids: Mapping[str, int]
 ) -> Tables:
-    pairs = _joined(text for text in symbols if len(text) > 1)
+    rows, columns, joined = _joined_characters(text for text in symbols if len(text) > 1)
     spelling = np.full(_NUM_CODES, -1, np.int32)
     for text, symbol in symbols.items():
         if len(text) == 1:
             spelling[ord(text)] = symbol
-    for table in (pairs.rows, pairs.columns, spelling):
+    for table in (rows, columns, spelling):
         table[ord(" ")] = table[ord(SPACE)]
     return (
         Vocabulary(
@@ -187,7 +186,7 @@ def _character_tables(
             byte_ids=np.array([byte_ids[f"<0x{byte:02X}>"] for byte in range(256)], np.int32),
             by_bytes=False,
         ),
-        pairs,
+        Boundaries(kernel.NO_WORDS, np.zeros(0, np.uint8), rows, columns, joined),
     )
 
 
@@ -203,7 +202,8 @@ def _pair_table(merges: list[Merge]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return table
 
 
-def _joined(pieces: Iterable[str]) -> PairTables:
+def _joined_characters(pieces: Iterable[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return rows, columns and bits that tell which characters some piece holds side by side."""
     pairs = inner_pairs(list(pieces))
     rows, columns = np.zeros(_NUM_CODES, np.int32), np.zeros(_NUM_CODES, np.int32)
     lefts, rights = sorted({pair[0] for pair in pairs}), sorted({pair[1] for pair in pairs})
@@ -213,7 +213,23 @@ def _joined(pieces: Iterable[str]) -> PairTables:
     columns[[ord(right) for right in rights]] = np.arange(1, width)
     bits = np.zeros(width * (len(lefts) + 1), bool)
     bits[[rows[ord(left)] + columns[ord(right)] for left, right in pairs]] = True
-    return PairTables(rows, columns, np.packbits(bits, bitorder="little"))
+    return rows, columns, np.packbits(bits, bitorder="little")
+
+
+def _joined_bytes(
+    alphabet: Mapping[str, int], vocabulary: Iterable[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the same for the last byte of a character and the first of the next one."""
+    codes = np.arange(_NUM_CODES, dtype=np.int32)
+    lasts = np.where(codes < 0x80, codes, 0x80 | codes & 0x3F)
+    leads = (0xC0 | codes >> 6, 0xE0 | codes >> 12, 0xF0 | codes >> 18)
+    firsts = np.select(
+        [codes < 0x80, codes < 0x800, codes < 0x10000], [codes, *leads[:2]], leads[2]
+    )
+    bits = np.zeros(1 << 17, bool)
+    for left, right in inner_pairs([token for token in vocabulary if alphabet.keys() >= {*token}]):
+        bits[256 * (alphabet[left] + 1) + alphabet[right]] = True
+    return 256 * (lasts + 1), firsts, np.packbits(bits, bitorder="little")
 
 
 @lru_cache

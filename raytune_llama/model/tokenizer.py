@@ -14,6 +14,7 @@ import json
 import logging
 import shutil
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import sentencepiece
@@ -175,11 +176,15 @@ def tokenizer_sha256(path: Path) -> str:
     tokenizer that is only written again keeps its hash. Whether SentencePiece or tokenizers is
     the reference is a part of it.
     """
-    tokenizer = load_tokenizer(path)
+    return _sha256(load_tokenizer(path))
+
+
+def _sha256(tokenizer: PreTrainedTokenizerFast) -> str:
     engine = json.loads(tokenizer.backend_tokenizer.to_str())
     content = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     if _pieces_of(tokenizer) is not None:
-        content["sentencepiece"] = hashlib.sha256((path / _MODEL_FILE).read_bytes()).hexdigest()
+        model = Path(tokenizer.vocab_file).read_bytes()
+        content["sentencepiece"] = hashlib.sha256(model).hexdigest()
         content["added_tokens"] = engine["added_tokens"]
     else:
         content |= {name: engine[name] for name in ENGINE_PARTS}
@@ -191,12 +196,13 @@ def fingerprint_tokenizer(path: Path) -> dict[str, str]:
 
     A fast engine is no part of it: it is used only where its ids are the reference's.
     """
-    reference = load_reference(path)
-    return {
-        "reference": reference.name,
-        "version": reference.version,
-        "sha256": tokenizer_sha256(path),
-    }
+    return fingerprint_loaded(load_tokenizer(path))
+
+
+def fingerprint_loaded(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """As `fingerprint_tokenizer`, of a tokenizer from `load_tokenizer`."""
+    name = "tokenizers" if _pieces_of(tokenizer) is None else "sentencepiece"
+    return {"reference": name, "version": version(name), "sha256": _sha256(tokenizer)}
 
 
 def write_tokenizer(path: Path, folder: Path) -> None:

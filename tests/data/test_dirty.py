@@ -21,6 +21,7 @@ from raytune_llama.model.tokenizer import load_reference
 from raytune_llama.storage import Place
 
 LONG_LINE_MIB = 200
+RANGE_BYTES = 1 << 30
 MAX_RSS_BYTES = 1500 * 2**20
 
 GOOD = [
@@ -147,7 +148,7 @@ def encode(folder: Path, tokenizer_dir: Path, **settings: Any) -> tuple[EncodePl
     )
     plan.store.path.mkdir(parents=True)
     plan.units.path.mkdir()
-    (unit,) = plan_units(plan.files, 1 << 20)
+    (unit,) = plan_units(plan.files, RANGE_BYTES)
     return plan, encode_unit(unit, plan, load_reference(tokenizer_dir))
 
 
@@ -170,7 +171,7 @@ def test_dirty_input_is_accounted_for_by_reason(
     assert record.rows.skipped.get("blank", 0) == blank
     assert record.rows.is_balanced
     assert record.rows.total == len(texts) + sum(bad.values()) + blank
-    listed = quarantine_place(plan_units(plan.files, 1 << 20)[0], plan)
+    listed = quarantine_place(plan_units(plan.files, RANGE_BYTES)[0], plan)
     reasons: Counter[str] = Counter()
     if record.quarantine:
         for line in listed.read_bytes().decode().splitlines():
@@ -200,11 +201,12 @@ def test_file_that_contradicts_its_config_is_refused_before_any_work(
 
 
 MEASURE = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from tests.data.test_dirty import encode
 plan, record = encode(Path(sys.argv[1]), Path(sys.argv[2]))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not getrusage: its peak is also that of the process which started this one.
+peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 print(record.rows.documents, record.rows.num_quarantined, peak)
 """
 

@@ -28,9 +28,11 @@ class Trickle:
         self._data = data
         self._position = position
         self._num_bytes = num_bytes
+        self.num_read = 0
 
     def read(self, num_bytes: int, /) -> bytes:
         end = self._position + min(num_bytes, self._num_bytes)
+        self.num_read += min(num_bytes, self._num_bytes)
         data = self._data[self._position : end]
         self._position += len(data)
         return data
@@ -104,3 +106,12 @@ def test_hashed_ranges_together_hash_what_one_range_hashes(num_bytes: int, num_r
     blocks = [data[start:stop] for start, stop in cut(num_bytes, HASH_BLOCK_BYTES)]
     wanted = [hashlib.sha256(block).hexdigest() for block in blocks]
     assert content_sha256(whole) == hashlib.sha256("".join(wanted).encode()).hexdigest()
+
+
+def test_line_blocks_range_within_a_line_reads_no_further_than_its_end() -> None:
+    data = b"x" * 1000
+    reader = Trickle(data, 100, 30)
+    blocks = read_line_blocks(reader, 100, 200, at_line_start=False, max_line_bytes=10_000)
+    assert list(blocks) == []
+    assert len(reader.read(30)) == 30
+    assert reader.num_read <= 150
