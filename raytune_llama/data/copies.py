@@ -8,7 +8,7 @@ from pathlib import Path
 from raytune_llama.buckets import NUM_CONNECTIONS
 from raytune_llama.data.manifest import REBUILD, Shard, StoreError
 from raytune_llama.storage import Place
-from raytune_llama.transfers import default_cache_dir, local_copy
+from raytune_llama.transfers import copy_path, default_cache_dir, local_copy
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +24,15 @@ def local_shards(place: Place, shards: Sequence[Shard], cache_dir: Path | None) 
     Raises:
         StoreError: A shard cannot be fetched, or has other bytes than the manifest says.
     """
+    if place.is_local:
+        return [place.path / shard.name for shard in shards]
     folder = cache_dir or default_cache_dir()
-    if not place.is_local and shards:
-        gib = sum(shard.file_bytes for shard in shards) / 2**30
-        logger.info("%s: %d shards, %.3f GiB, read from %s", place, len(shards), gib, folder)
+    paths = [copy_path(place / shard.name, shard.sha256, folder) for shard in shards]
+    missing = [shard for shard, path in zip(shards, paths, strict=True) if not path.exists()]
+    if missing:
+        gib = sum(shard.file_bytes for shard in missing) / 2**30
+        counts = f"{len(missing)} of {len(shards)}"
+        logger.info("%s: copying %s shards, %.3f GiB, to %s", place, counts, gib, folder)
 
     def fetch(shard: Shard) -> Path:
         file = place / shard.name

@@ -129,16 +129,10 @@ def prepare_data(config: DataConfig, tokenizer_path: Path) -> TokenStore:
     encoding = _encoding_inputs(config, tokenizer, tokenizer_path)
     if (store_dir / MANIFEST_NAME).exists():
         return _reuse(config, encoding, files)
-    if store_dir.is_local and store_dir.exists():
-        raise ConfigError(
-            [
-                f"data.store_dir: {store_dir} exists and is no token store; delete it or choose "
-                "another place"
-            ]
-        )
     # The work directory is named by what all units share: mending one file keeps the others' work.
     layout = {**encoding, "range_mib": config.range_mib}
     work = store_dir.with_name(f"{store_dir.name}.partial-{fingerprint_of(layout)[:12]}")
+    _check_free(store_dir, work)
     plan = EncodePlan(
         work=work,
         store=work / "store" if work.is_local else store_dir,
@@ -160,6 +154,25 @@ def prepare_data(config: DataConfig, tokenizer_path: Path) -> TokenStore:
             check_counts(manifest, plan, config.validation_fraction, config.max_bad_fraction)
             publish(manifest, seen, plan, store_dir, list(source_names(config.sources)))
     return open_store(config)
+
+
+def _check_free(store_dir: Place, work: Place) -> None:
+    """Refuse to build a store where other things are: there they would be deleted, or stay.
+
+    In object storage, where nothing can be renamed, a store is built in place: what is there is
+    its own once its work directory is.
+    """
+    if store_dir.is_local:
+        is_free = not store_dir.exists()
+    else:
+        is_free = work.exists() or not (store_dir.files() or store_dir.folders())
+    if not is_free:
+        raise ConfigError(
+            [
+                f"data.store_dir: {store_dir} exists and is no token store; delete it or choose "
+                "another place"
+            ]
+        )
 
 
 def open_store(config: DataConfig) -> TokenStore:
@@ -255,6 +268,9 @@ def _exclusive(plan: EncodePlan) -> Iterator[None]:
                 raise ConfigError(
                     [f"data.store_dir: another job is building it in {plan.work}; wait for it"]
                 ) from error
+        else:
+            # Before the first shard: from now on, what lies in `store_dir` is this job's.
+            (plan.work / "begun").write_bytes(b"")
         # A new run is a new chance: attempts and failures are those of one run.
         plan.stop.delete()
         for place in plan.units.files():

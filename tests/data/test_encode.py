@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from raytune_llama.data import workers
+from raytune_llama.config import ConfigError
+from raytune_llama.data import encode, workers
 from raytune_llama.data.encode import DataConfig, prepare_data
 from raytune_llama.data.manifest import SPLITS, StoreError
 from raytune_llama.data.rows import SourceError
@@ -20,6 +21,7 @@ from raytune_llama.data.seen import SEEN_NAME
 from raytune_llama.data.sources import SourceConfig
 from raytune_llama.data.store import TokenStore
 from raytune_llama.model.tokenizer import load_tokenizer
+from raytune_llama.storage import Place
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -44,7 +46,7 @@ def corpus(tmp_path: Path) -> Path:
     return write_corpus(tmp_path / "corpus")
 
 
-def make_config(corpus: Path, store: Path, **fields: Any) -> DataConfig:  # noqa: ANN401
+def make_config(corpus: Path, store: Path | Place, **fields: Any) -> DataConfig:  # noqa: ANN401
     return DataConfig(
         sources=(SourceConfig(path=str(corpus)),),
         store_dir=str(store),
@@ -71,6 +73,41 @@ def undisturbed(
 @pytest.fixture
 def expected(undisturbed: TokenStore) -> dict[str, bytes]:
     return content(undisturbed)
+
+
+def test_prepare_data_in_object_storage_gives_the_same_bytes_after_a_failed_run(
+    corpus: Path,
+    s3_path: Place,
+    tokenizer_dir: Path,
+    expected: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store_dir = s3_path / "store"
+    config = make_config(corpus, store_dir)
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "publish", fail)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_data(config, tokenizer_dir)
+    assert len(store_dir.files()) > 2
+    store = prepare_data(config, tokenizer_dir)
+    store.verify()
+    files = [file for file in store_dir.files() if file.name != SEEN_NAME]
+    assert {file.name: file.read_bytes() for file in files} == expected
+    assert s3_path.folders() == [store_dir]
+
+
+def test_prepare_data_where_other_things_are_in_object_storage_is_refused_and_keeps_them(
+    corpus: Path, s3_path: Place, tokenizer_dir: Path
+) -> None:
+    (s3_path / "thesis.tex").write_bytes(b"x")
+    config = make_config(corpus, s3_path)
+    with pytest.raises(ConfigError, match="exists and is no token store"):
+        prepare_data(config, tokenizer_dir)
+    assert list(s3_path.files(recursive=True)) == [s3_path / "thesis.tex"]
 
 
 def test_prepare_data_two_workers_elsewhere_give_the_bytes_of_one(
