@@ -60,10 +60,10 @@ class CompiledEncoder:
             pool=np.zeros(16 * memo_entries, np.int32),
             used=np.array([0, 0, memo_entries]),
         )
-        self._spaced, self._unless = "", ()
+        self._spaced, self._unless_spaced = False, False
         self._normal_form, self._strings = False, ()
         if isinstance(reference, SentencePieceReference):
-            self._spaced = " " if reference.proto.normalizer_spec.add_dummy_prefix else ""
+            self._spaced = reference.proto.normalizer_spec.add_dummy_prefix
         else:
             self._read_engine(reference.engine)
 
@@ -75,10 +75,10 @@ class CompiledEncoder:
         )
         splitter = engine["pre_tokenizer"]
         if splitter is not None and splitter["type"] == "Metaspace":
-            self._spaced = "" if splitter["prepend_scheme"] == "never" else " "
-            self._unless = (" ", SPACE)
-        elif "Prepend" in str(engine["normalizer"]):
-            self._spaced = " "
+            self._spaced = splitter["prepend_scheme"] != "never"
+            self._unless_spaced = True
+        else:
+            self._spaced = "Prepend" in str(engine["normalizer"])
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `TextEncoder.encode`."""
@@ -86,10 +86,10 @@ class CompiledEncoder:
 
     def encode_whole(self, texts: Sequence[str], _: int = 0) -> list[np.ndarray]:
         """Encode texts at once: memory grows with their sum."""
-        spaced = [self._with_space(text) for text in texts] if self._spaced else texts
+        spaced = self._with_space(texts)
         codes = np.frombuffer("".join(spaced).encode("utf-32-le"), np.uint32)
         starts = np.zeros(len(texts) + 1, np.int64)
-        np.cumsum([len(text) for text in spaced], out=starts[1:])
+        np.cumsum(np.fromiter(map(len, spaced), np.int64, len(texts)), out=starts[1:])
         apart = np.zeros(len(texts), bool)
         if self._strings or self._normal_form:
             apart[:] = [self._is_apart(text) for text in texts]
@@ -118,8 +118,13 @@ class CompiledEncoder:
                 encoded[index] = ids
         return encoded
 
-    def _with_space(self, text: str) -> str:
-        return self._spaced + text if text and not text.startswith(self._unless) else text
+    def _with_space(self, texts: Sequence[str]) -> Sequence[str]:
+        """Put a space before each text, where the tokenizer does so."""
+        if not self._spaced:
+            return texts
+        if self._unless_spaced:
+            return [" " + text if text[:1] not in ("", " ", SPACE) else text for text in texts]
+        return [" " + text if text else text for text in texts]
 
     def _is_apart(self, text: str) -> bool:
         """Whether a text needs what the kernel does not do."""

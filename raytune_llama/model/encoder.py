@@ -38,7 +38,7 @@ Engine = Literal["auto", "reference", "compiled"]
 and `compiled` the same or an error."""
 
 CHECKED_SHARE = 1000
-"""Of so many texts a worker checks one against the reference: a hash of the text says which."""
+"""Of so many texts a worker checks one against the reference."""
 
 _BATCH_TEXTS = 1024
 
@@ -175,8 +175,8 @@ class CheckedEncoder:
     """The fast engine, with the reference beside it that checks a share of its texts.
 
     A difference is an error, and not a reason to go on with the reference: texts that were not
-    checked have been written already. A hash of the text chooses, so that the same texts are
-    checked whatever the workers, and a stretch of a long document is a text of its own.
+    checked have been written already. A hash of what is encoded at once says which are checked, so
+    that it is the same ones in each run; a stretch of a long document is a text of its own.
     """
 
     def __init__(self, fast: "CompiledEncoder", reference: Reference) -> None:
@@ -194,17 +194,17 @@ class CheckedEncoder:
 
     def _encode(self, texts: Sequence[str], first: int) -> list[np.ndarray]:
         encoded = self._fast.encode_whole(texts)
-        for place, text in enumerate(texts):
-            if zlib.crc32(text.encode()) % CHECKED_SHARE == 0:
-                [wanted] = self._reference.encode_whole([text])
-                self._check(first + place, text, encoded[place], wanted)
+        offset = zlib.crc32("".join(texts).encode()) % CHECKED_SHARE
+        checked = range(offset, len(texts), CHECKED_SHARE)
+        wanted = self._reference.encode_whole([texts[place] for place in checked])
+        for place, ids in zip(checked, wanted, strict=True):
+            if _differ(encoded[place], ids):
+                raise IdsDifferError(first + place, self._report(texts[place], encoded[place], ids))
         return encoded
 
-    def _check(self, index: int, text: str, ids: np.ndarray, wanted: np.ndarray) -> None:
-        if _differ(ids, wanted):
-            raise IdsDifferError(
-                index,
-                f"{self.name} {self.version} gives {len(ids)} ids and {self._reference.name} "
-                f"{self._reference.version}, the reference, {len(wanted)}, which are others: "
-                f"{_excerpt(text)}; build the store with engine=reference, and report the text",
-            )
+    def _report(self, text: str, ids: np.ndarray, wanted: np.ndarray) -> str:
+        return (
+            f"{self.name} {self.version} gives {len(ids)} ids, and {self._reference.name} "
+            f"{self._reference.version}, the reference, {len(wanted)}, which are others: "
+            f"{_excerpt(text)}; build the store with engine=reference, and report the text"
+        )

@@ -49,7 +49,7 @@ _REPETITIONS = (
         for unit in ("a", "ab", "aba", "哈", "哈哈嘿", "的", "0", ".", "=", "-_")
         for count in (2, 3, 5, 8, 33, 64)
     ),
-    *("a" * 3000, "ab" * 700, "哈" * 1500, "x" * 513 + " " + "y" * 600, "ACGT" * 300),
+    *("a" * 3000, "ab" * 700, "哈" * 1500, "x" * 2049 + " " + "y" * 2044, "ACGT" * 300),
     *("supercalifragilisticexpialidocious" * 20, "QmFzZTY0IGlzIG5vdCBwcm9zZSE" * 40),
     *(_CHINESE, _CHINESE * 40, _MIXED, _MIXED * 30, _CHINESE + "\n\n" + _MIXED),
 )

@@ -22,7 +22,7 @@ NO_WORDS, GPT2, GPT2_DIGITS, WORDS_1, WORDS_3 = range(5)
 OTHER, LETTER, NUMBER, SPACE, NEWLINE, UNKNOWN = range(6)
 """Classes of code points: `Boundaries.classes`."""
 
-MAX_SYMBOLS = 512
+MAX_SYMBOLS = 2048
 """A segment of more symbols is left to the reference: merging takes the square of its length."""
 
 _MAX_REMEMBERED = 32
@@ -96,10 +96,10 @@ def _write(symbols, num, ids, byte_ids, out, at):
 @_jit
 def _spell(codes, start, stop, spelling, by_bytes, symbols):
     """Write the symbols of a segment; return how many, -1 for too many or an unknown one."""
-    if (stop - start) * (4 if by_bytes else 1) > MAX_SYMBOLS:
-        return -1
     num = 0
     for index in range(start, stop):
+        if num > MAX_SYMBOLS - 4:
+            return -1
         if by_bytes:
             num += _utf8(codes[index], symbols, num)
         else:

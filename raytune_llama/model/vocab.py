@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from raytune_llama.model.tokenizer import (
     TOKENIZER_FILES,
+    build_reference,
     encode_text,
     load_tokenizer,
     tokenizer_sha256,
@@ -68,6 +69,13 @@ def check_vocabulary(num_rows: int, model_path: Path, tokenizer_path: Path) -> V
     own = load_tokenizer(model_path)
     if tokenizer_sha256(model_path) != tokenizer_sha256(tokenizer_path):
         _refuse_foreign(own, tokenizer, model_path, tokenizer_path)
+    references = [build_reference(each).name for each in (own, tokenizer)]
+    if references[0] != references[1]:
+        logger.warning(
+            "ids of %s are made by %s and those of %s by %s: they can differ where pieces have "
+            "equal scores, and the model was trained with the former",
+            *(model_path, references[0], tokenizer_path, references[1]),
+        )
     if _num_ids(own) > num_rows:
         raise ValueError(
             f"model.path: the tokenizer of {model_path} has ids up to {_num_ids(own) - 1}, but its "

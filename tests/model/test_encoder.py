@@ -111,15 +111,15 @@ def test_checked_encoder_with_other_ids_names_the_text(
     encoder = CheckedEncoder(CompiledEncoder(merged), load_reference(llama_tokenizer_dir))
     chosen = random.Random(0)
     texts = [f"人民日报{chosen.randrange(10**9)}" for _ in range(5 * CHECKED_SHARE)]
-    with pytest.raises(IdsDifferError) as caught:
-        encoder.encode(texts)
-    assert repr(texts[caught.value.index]) in str(caught.value)
-    assert pickle.loads(pickle.dumps(caught.value)).index == caught.value.index  # noqa: S301
-    # The same text is found wherever it is in a batch.
-    again = ["the fox", *texts[: caught.value.index + 1]]
-    with pytest.raises(IdsDifferError) as found:
-        encoder.encode(again)
-    assert found.value.index == caught.value.index + 1
+    indexes = set()
+    for start in (0, 1, 2):
+        with pytest.raises(IdsDifferError) as caught:
+            encoder.encode(texts[start:])
+        place = start + caught.value.index
+        assert repr(texts[place]) in str(caught.value)
+        assert pickle.loads(pickle.dumps(caught.value)).index == caught.value.index  # noqa: S301
+        indexes.add(caught.value.index)
+    assert len(indexes) == 3  # a hash of the texts chooses: not always the first
 
 
 def test_build_encoder_of_another_tokenizer_than_the_drivers_is_refused(

@@ -214,3 +214,14 @@ def test_check_vocabulary_of_a_copied_tokenizer_equals_the_original(
     shutil.copytree(tokenizer_dir, tmp_path / "copy")
     fit = check_vocabulary(400, tokenizer_dir, tmp_path / "copy")
     assert (fit.num_new_ids, fit.num_surplus_rows) == (0, 0)
+
+
+def test_check_vocabulary_of_a_tokenizer_saved_without_its_model_warns(
+    llama_tokenizer_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same tokens, but not the same ids of a text."""
+    load_tokenizer(llama_tokenizer_dir).save_pretrained(tmp_path / "saved")
+    check_vocabulary(360, llama_tokenizer_dir, llama_tokenizer_dir)
+    assert not caplog.records
+    check_vocabulary(360, llama_tokenizer_dir, tmp_path / "saved")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
