@@ -115,7 +115,7 @@ def test_prepare_data_two_workers_elsewhere_give_the_bytes_of_one(
 ) -> None:
     config = make_config(corpus, tmp_path / "store", num_workers=2)
     store = prepare_data(config, tokenizer_dir)
-    assert len(expected) == 1 + 1 + 5 * 2  # manifest, quarantine, five units of two splits
+    assert len(expected) == 3 + 5 * 2  # manifest, quarantine, report; five units of two splits
     assert content(store) == expected
     assert not list(tmp_path.glob("*.partial-*"))
     assert not any(str(tmp_path.parent).encode() in data for data in expected.values())
