@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
@@ -60,6 +60,7 @@ pieces = st.lists(st.sampled_from(ALPHABET) | st.sampled_from(CORPUS), max_size=
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25)  # for each of ten kinds
 @given(texts=st.lists(pieces.map("".join) | st.text(max_size=30), max_size=6))
 def test_compiled_on_any_text_equals_the_reference(kind: str, texts: list[str]) -> None:
     assert_same(compiled_of(kind), reference_of(kind), texts)
@@ -87,6 +88,7 @@ def untrained() -> str:
     return references.byte_level("gpt2", size=258).to_str()
 
 
+@settings(max_examples=50)
 @given(
     merges=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=25),
     texts=st.lists(st.text("abc d", max_size=25), min_size=1, max_size=5),

@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_llama.model.cuts import (
@@ -65,6 +65,7 @@ texts = st.lists(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40)  # for each of eleven kinds
 @given(text=texts)
 def test_cut_of_a_text_anywhere_certain_keeps_its_ids(kind: str, text: str) -> None:
     reference = reference_of(kind)
