@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from datatrove.executor import LocalPipelineExecutor  # pyright: ignore[reportMissingImports]  # installed apart
-from datatrove.pipeline.readers import JsonlReader  # pyright: ignore[reportMissingImports]  # installed apart
-from datatrove.pipeline.tokens import DocumentTokenizer  # pyright: ignore[reportMissingImports]  # installed apart
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens import DocumentTokenizer
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import litdata  # pyright: ignore[reportMissingImports]  # installed apart
+import litdata
 import torch
-from litdata.streaming import TokensLoader  # pyright: ignore[reportMissingImports]  # installed apart
+from litdata.streaming import TokensLoader
 from tokenizers import Tokenizer
 
 
