@@ -1,6 +1,6 @@
 """Which engine makes a tokenizer's ids fastest, and which makes the right ones: on one thread.
 
-    python benchmarks/encoders.py --text FILE ... --tokenizer DIR ... [--engines auto kitoken]
+    python benchmarks/encoders.py [--text FILE ...] [--tokenizer DIR ...] [--engines kitoken ...]
 
 A text file is UTF-8 with a document a line; give Chinese and English ones apart. Each engine runs
 in a process of its own that is let onto one CPU only, in turns with the others. Ids are compared
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from parts.corpus import make_corpus
+from parts.vocabulary import make_llama_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("reference", "compiled")
@@ -85,15 +87,15 @@ def compare(tokenizer: Path, text: Path, engines: list[str], rounds: int) -> Non
 def main() -> None:
     """Compare engines on each tokenizer and text."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--text", nargs="+", type=Path, required=True)
-    parser.add_argument("--tokenizer", nargs="+", type=Path, required=True)
+    parser.add_argument("--text", nargs="+", type=Path, help="the corpus of tokenize_vs_hf.py")
+    parser.add_argument("--tokenizer", nargs="+", type=Path, help="LLaMA's, with Chinese pieces")
     parser.add_argument("--engines", nargs="+", default=[*OURS, *PEERS])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     engines = list(dict.fromkeys(["reference", *arguments.engines]))
     print(f"MB of text a second of CPU time on one thread; target: {TARGET:g} with no other ids")
-    for tokenizer in arguments.tokenizer:
-        for text in arguments.text:
+    for tokenizer in arguments.tokenizer or [make_llama_tokenizer()]:
+        for text in arguments.text or [make_corpus().path]:
             compare(tokenizer, text, engines, arguments.rounds)
 
 

@@ -1,10 +1,12 @@
 """What Ray Train costs: our loop under torchrun against the same loop under Ray's TorchTrainer.
 
-    python benchmarks/ray_overhead.py [--rounds 3] [--steps 30] [--zero-stage 2] [--tiny]
+    python benchmarks/ray_overhead.py [--rounds 3] [--steps 30] [--workers 2] [--zero-stage 2]
 
-Both run `raytune_llama.train.loop.train` with one config, in two processes of one thread. Only
+Both run `raytune_llama.train.loop.train` with one config, in processes of one thread. Only
 steady steps are compared, not start-up. Ray's cluster is started for its own runs and stopped
-behind each: torchrun's processes do not share the machine with it, Ray's do.
+behind each: torchrun's processes do not share the machine with it, Ray's do. Where workers take
+every core there is, a step also waits for what Ray's own processes take of them; with `--workers 1`
+on two cores it does not.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from parts.launch import SKIPPED_STEPS, Measurement, read_measurement, run_torchrun_loop
@@ -68,12 +71,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="What Ray Train costs; see the head of this file.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--workers", type=int, default=2, help="processes that train")
     parser.add_argument("--zero-stage", type=int, default=2, choices=[0, 1, 2, 3])
     parser.add_argument("--tiny", action="store_true", help="try out; the figures mean nothing")
     options = parser.parse_args()
-    if options.steps <= SKIPPED_STEPS or options.rounds < 1:
-        parser.error(f"wanted at least 1 round of more than {SKIPPED_STEPS} steps")
-    shape = TINY if options.tiny else Shape()
+    if options.steps <= SKIPPED_STEPS or min(options.rounds, options.workers) < 1:
+        parser.error(f"wanted at least 1 round, 1 worker and {SKIPPED_STEPS + 1} steps")
+    shape = replace(TINY if options.tiny else Shape(), num_workers=options.workers)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         material = make_material(folder, shape, num_steps=options.steps)

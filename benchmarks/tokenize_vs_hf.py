@@ -12,18 +12,17 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from parts.corpus import ROOT, Corpus, make_corpus, write_repeated
+from parts.peers import install_packages, is_installed, run, run_program
 from parts.vocabulary import make_llama_tokenizer
 from transformers import AutoTokenizer
 
@@ -63,7 +62,7 @@ def run_peer(job: Job, program: str) -> None:
     }
     file = job.folder / "settings.json"
     file.write_text(json.dumps(settings))
-    run([sys.executable, str(ROOT / "benchmarks" / "peers" / program), str(file)])
+    run_program(program, file)
 
 
 def run_ours(job: Job, engine: str) -> None:
@@ -84,13 +83,6 @@ def run_ours(job: Job, engine: str) -> None:
     run([sys.executable, str(ROOT / "jobs" / "prepare_data.py"), str(file)])
 
 
-def run(command: list[str]) -> None:
-    """Run a command; show what it printed where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
-
-
 SIDES: dict[str, Callable[[Job], None]] = {
     PEER: lambda job: run_peer(job, "hf_datasets.py"),
     OURS: lambda job: run_ours(job, "auto"),
@@ -103,7 +95,8 @@ SIDES: dict[str, Callable[[Job], None]] = {
 def installed_sides() -> list[str]:
     """Return the sides that can run here; name those that cannot."""
     needs = {DATATROVE: "datatrove", LITDATA: "litdata", PEER: "datasets"}
-    missing = [side for side, module in needs.items() if find_spec(module) is None]
+    install_packages()
+    missing = [side for side, module in needs.items() if not is_installed(module)]
     for side in missing:
         print(f"not installed, left out: {side}")
     return [side for side in SIDES if side not in missing]

@@ -16,7 +16,7 @@ from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.metrics import LOSS, PEAK_MEMORY, STEP_SECONDS, read_metrics
 from raytune_llama.train.trainer import worker_environment
 
-from .material import NUM_WORKERS, write_json
+from .material import write_json
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 SKIPPED_STEPS = 3
@@ -65,19 +65,27 @@ def run_torchrun_loop(config: PretrainConfig) -> Measurement:
     run_dir.mkdir(parents=True)
     settings = write_json(run_dir / "benchmark.json", to_dict(config))
     # What our trainer gives its workers belongs to our side.
-    run_torchrun("torchrun_loop.py", settings, extra=worker_environment(config.scale))
+    run_torchrun(
+        "torchrun_loop.py",
+        settings,
+        num_workers=config.scale.num_workers,
+        extra=worker_environment(config.scale),
+    )
     assert config.max_steps is not None
     measured = read_measurement(run_dir, config.max_steps)
     shutil.rmtree(run_dir)
     return measured
 
 
-def run_torchrun(program: str, *arguments: Path, extra: Mapping[str, str] | None = None) -> None:
-    """Run a program of `peers/` in two processes of one thread each.
+def run_torchrun(
+    program: str, *arguments: Path, num_workers: int = 2, extra: Mapping[str, str] | None = None
+) -> None:
+    """Run a program of `peers/` in processes of one thread each.
 
     Args:
         program: file name in `peers/`.
         arguments: passed on to it.
+        num_workers: how many processes.
         extra: environment variables beside those that both sides get.
 
     Raises:
@@ -85,7 +93,7 @@ def run_torchrun(program: str, *arguments: Path, extra: Mapping[str, str] | None
     """
     command = [
         *(sys.executable, "-m", "torch.distributed.run"),
-        f"--nproc_per_node={NUM_WORKERS}",
+        f"--nproc_per_node={num_workers}",
         "--master_addr=127.0.0.1",
         f"--master_port={_free_port()}",
         str(BENCHMARKS / "peers" / program),

@@ -39,7 +39,6 @@ from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.loop import build_sources, plan_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-NUM_WORKERS = 2
 SEED = 1
 RANDOM_DOCUMENT_TOKENS = (20, 400)
 
@@ -55,18 +54,19 @@ class Shape:
     heads: int = 4
     sequence_tokens: int = 512
     sequences_per_worker: int = 2
+    num_workers: int = 2
 
     @property
     def sequences_per_step(self) -> int:
         """Sequences of one optimizer step over all workers."""
-        return self.sequences_per_worker * NUM_WORKERS
+        return self.sequences_per_worker * self.num_workers
 
     def describe(self) -> str:
         """Return one line for the head of a benchmark's output."""
         return (
             f"LLaMA, random weights: hidden {self.hidden}, {self.layers} layers, vocabulary "
-            f"{self.vocabulary:,}; {NUM_WORKERS} processes x {self.sequences_per_worker} sequences "
-            f"x {self.sequence_tokens} tokens a step, fp32"
+            f"{self.vocabulary:,}; {self.num_workers} processes x {self.sequences_per_worker} "
+            f"sequences x {self.sequence_tokens} tokens a step, fp32"
         )
 
 
@@ -108,7 +108,7 @@ class Material:
             "max_steps": num_steps,
             "seed": SEED,
             "engine": {"precision": "fp32", "zero_stage": zero_stage},
-            "scale": {"num_workers": NUM_WORKERS, "cpus_per_worker": 1, "max_failures": 0},
+            "scale": {"num_workers": shape.num_workers, "cpus_per_worker": 1, "max_failures": 0},
             "checkpoint": {"every_steps": 10**9, "keep_best": False},
             "eval": {"every_steps": None},
             "logging": {"every_steps": 10, "tensorboard": False},

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune_llama.config import PLACEMENT, ConfigError, settings
 from raytune_llama.data.cleaning import CleaningConfig
+from raytune_llama.data.deduplication import mark_duplicates
 from raytune_llama.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -28,10 +29,11 @@ from raytune_llama.data.manifest import (
     token_dtype,
 )
 from raytune_llama.data.mixture import source_names
-from raytune_llama.data.plan import Unit, plan_units
+from raytune_llama.data.plan import EncodePlan, Unit, plan_units
 from raytune_llama.data.publishing import build_manifest, check_counts, publish
 from raytune_llama.data.rows import SourceError
 from raytune_llama.data.seen import SeenFiles, hash_files
+from raytune_llama.data.signatures import DuplicatesConfig
 from raytune_llama.data.sources import (
     SourceConfig,
     SourceFile,
@@ -39,7 +41,7 @@ from raytune_llama.data.sources import (
     discover_files,
 )
 from raytune_llama.data.store import TokenStore
-from raytune_llama.data.units import EncodePlan, UnitRecord
+from raytune_llama.data.units import UnitRecord
 from raytune_llama.data.workers import read_sample, run_units
 from raytune_llama.model.encoder import EncoderChoice, Engine, choose_encoder
 from raytune_llama.model.tokenizer import fingerprint_tokenizer, load_tokenizer
@@ -69,6 +71,9 @@ class DataConfig:
     cleaning: CleaningConfig = CleaningConfig()
     """Normalisation, and rules that leave documents out; all off. What they leave out is counted
     by reason."""
+    duplicates: DuplicatesConfig = DuplicatesConfig()
+    """Exact and near duplicates over all sources, behind cleaning; off. Takes a second pass over
+    the corpus. What is left out is counted."""
     max_document_mib: Annotated[int, Field(ge=1, le=1024)] = 256
     """A longer document goes to quarantine. A worker needs about five times as much memory."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1), PLACEMENT] = 0.001
@@ -142,9 +147,11 @@ def prepare_data(config: DataConfig, tokenizer_path: Path) -> TokenStore:
         dtype=token_dtype(encoding["tokenizer"]["vocabulary_size"]),
         validation_fraction=config.validation_fraction,
         cleaning=config.cleaning,
+        duplicates_config=config.duplicates,
     )
     units = plan_units(files, config.range_mib * _MIB)
     with _exclusive(plan):
+        mark_duplicates(units, plan, config.num_workers)
         choice = choose_encoder(tokenizer_path, read_sample(files), config.engine)
         records = _run(units, plan, tokenizer_path, choice, config.num_workers)
         seen = SeenFiles.of_records(files, units, records)
@@ -225,6 +232,7 @@ def _encoding_inputs(
         },
         "validation_fraction": config.validation_fraction,
         "cleaning": config.cleaning.inputs,
+        "duplicates": config.duplicates.inputs,
     }
 
 

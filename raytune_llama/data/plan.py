@@ -1,4 +1,4 @@
-"""How a corpus is cut into units of work: ranges of large files, runs of small ones.
+"""How a corpus is cut into units of work, ranges of large files and runs of small ones.
 
 A unit becomes at most one shard in each split. Units depend on the files and on `range_bytes`
 alone; the documents and their order depend on neither.
@@ -6,11 +6,62 @@ alone; the documents and their order depend on neither.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from raytune_llama.data.cleaning import CleaningConfig
 from raytune_llama.data.manifest import fingerprint_of
 from raytune_llama.data.ranges import HASH_BLOCK_BYTES
+from raytune_llama.data.signatures import DuplicatesConfig
 from raytune_llama.data.sources import SourceFile
+from raytune_llama.storage import Place
+
+
+class UnitStoppedError(Exception):
+    """A unit gave up because another one has failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodePlan:
+    """What all units have in common."""
+
+    work: Place
+    """The work directory, on storage that all nodes share."""
+    store: Place
+    """Where the shards are collected."""
+    files: list[SourceFile]
+    """All source files."""
+    bos_id: int | None
+    """Id before each document, if any."""
+    eos_id: int | None
+    """Id behind each document, if any."""
+    dtype: Literal["uint16", "uint32"]
+    """Type of the ids in the shards."""
+    validation_fraction: float
+    """Share of the documents that go to the validation split."""
+    cleaning: CleaningConfig = field(default_factory=CleaningConfig)
+    """What is done to texts before they are encoded."""
+    duplicates_config: DuplicatesConfig = field(default_factory=DuplicatesConfig)
+    """Which documents are left out for others."""
+
+    @property
+    def finds_duplicates(self) -> bool:
+        """Whether any are looked for."""
+        return bool(self.duplicates_config.inputs)
+
+    @property
+    def duplicates(self) -> Place:
+        """Where it is found out which documents are left out for others."""
+        return self.work / "duplicates"
+
+    @property
+    def units(self) -> Place:
+        """Where the records of units are."""
+        return self.work / "units"
+
+    @property
+    def stop(self) -> Place:
+        """Exists when some unit has failed."""
+        return self.work / "stop"
 
 
 @dataclass(frozen=True)

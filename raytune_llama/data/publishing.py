@@ -23,11 +23,11 @@ from raytune_llama.data.manifest import (
     fingerprint_of,
     write_manifest,
 )
-from raytune_llama.data.plan import Unit
+from raytune_llama.data.plan import EncodePlan, Unit
 from raytune_llama.data.report import REPORT_NAME, render_report
 from raytune_llama.data.rows import SourceError
 from raytune_llama.data.seen import SeenFiles
-from raytune_llama.data.units import EncodePlan, UnitRecord, quarantine_place
+from raytune_llama.data.units import UnitRecord, quarantine_place
 from raytune_llama.files import move_directory
 from raytune_llama.storage import Place
 

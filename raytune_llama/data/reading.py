@@ -6,8 +6,9 @@ Every row is counted where it ends up, so that the tally balances.
 import errno
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import compress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -51,6 +52,17 @@ class Documents:
     """Where each starts in the file."""
     num_bytes: list[int]
     """UTF-8 bytes of each text."""
+
+    def chosen(self, which: Sequence[bool]) -> "Documents":
+        """Return those for which `which`, as long as the lists, is true."""
+        if all(which):
+            return self
+        return Documents(
+            self.file,
+            list(compress(self.texts, which)),
+            list(compress(self.offsets, which)),
+            list(compress(self.num_bytes, which)),
+        )
 
 
 @dataclass(slots=True)
@@ -192,13 +204,6 @@ def _check_hope(tally: Tally, file: SourceFile, quarantine: QuarantineWriter | N
 
 
 def _without_blank(batch: RowBatch, file: int, tally: Tally) -> Documents:
-    kept = [number for number, text in enumerate(batch.texts) if text and not text.isspace()]
-    tally.skipped["blank"] += len(batch.texts) - len(kept)
-    if len(kept) == len(batch.texts):
-        return Documents(file, batch.texts, batch.offsets, batch.num_bytes)
-    return Documents(
-        file,
-        [batch.texts[number] for number in kept],
-        [batch.offsets[number] for number in kept],
-        [batch.num_bytes[number] for number in kept],
-    )
+    has_text = [bool(text) and not text.isspace() for text in batch.texts]
+    tally.skipped["blank"] += has_text.count(False)
+    return Documents(file, batch.texts, batch.offsets, batch.num_bytes).chosen(has_text)

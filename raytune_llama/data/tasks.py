@@ -11,6 +11,7 @@ import pyarrow as pa
 import ray.data
 
 from raytune_llama.data.manifest import StoreError
+from raytune_llama.data.rows import SourceError
 from raytune_llama.storage import Place
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ def run_tasks(
         num_workers: Tasks at a time, a CPU each; null: as many as there are CPUs.
 
     Raises:
-        StoreError: Tasks raised it, found a full disk, or ended their process too often; the
-            problems of all of them.
+        StoreError: Tasks raised it or `SourceError`, found a full disk, or ended their process too
+            often; the problems of all of them.
     """
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -59,7 +60,7 @@ def run_tasks(
         ).map_batches(
             # Tasks and not actors, as there is nothing to load that would be kept between them.
             _Task(run, attempts / name.replace("/", "-")),
-            compute=ray.data.TaskPoolStrategy(num_workers),
+            compute=ray.data.TaskPoolStrategy(num_workers and min(num_workers, num_tasks)),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=1,
@@ -88,7 +89,7 @@ class _Task:
         problem: str | None = None
         try:
             counts = self._count_and_run(batch.column("task")[0].as_py())
-        except StoreError as error:
+        except (SourceError, StoreError) as error:
             problem = str(error)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -16,18 +16,18 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from raytune_llama.data.cleaning import Cleaner, CleaningConfig
+from raytune_llama.data.cleaning import Cleaner
+from raytune_llama.data.deduplication import DuplicateFilter, work_key
 from raytune_llama.data.manifest import SPLITS, RowCounts, Shard, SplitName
-from raytune_llama.data.plan import Unit
+from raytune_llama.data.plan import EncodePlan, Unit, UnitStoppedError
 from raytune_llama.data.reading import (
     Documents,
     PieceRecord,
@@ -37,7 +37,6 @@ from raytune_llama.data.reading import (
 )
 from raytune_llama.data.rows import SourceError
 from raytune_llama.data.shards import ShardWriter
-from raytune_llama.data.sources import SourceFile
 from raytune_llama.files import sha256_file
 from raytune_llama.model.cuts import UncuttableTextError
 from raytune_llama.model.encoder import IdsDifferError
@@ -56,44 +55,8 @@ _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 1 << 20
 
 
-class UnitStoppedError(Exception):
-    """A unit gave up because another one has failed."""
-
-
 class NoSpaceError(SourceError):
     """A disk is full."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodePlan:
-    """What all units have in common."""
-
-    work: Place
-    """The work directory, on storage that all nodes share."""
-    store: Place
-    """Where the shards are collected."""
-    files: list[SourceFile]
-    """All source files."""
-    bos_id: int | None
-    """Id before each document, if any."""
-    eos_id: int | None
-    """Id behind each document, if any."""
-    dtype: Literal["uint16", "uint32"]
-    """Type of the ids in the shards."""
-    validation_fraction: float
-    """Share of the documents that go to the validation split."""
-    cleaning: CleaningConfig = field(default_factory=CleaningConfig)
-    """What is done to texts before they are encoded."""
-
-    @property
-    def units(self) -> Place:
-        """Where the records of units are."""
-        return self.work / "units"
-
-    @property
-    def stop(self) -> Place:
-        """Exists when some unit has failed."""
-        return self.work / "stop"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +78,7 @@ class UnitRecord:
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
 
     key: str
-    """`Unit.key`."""
+    """`work_key` of the unit."""
     shards: dict[SplitName, Shard | None]
     """Its shard in each split; None when no document went there."""
     rows: RowCounts
@@ -147,7 +110,7 @@ def finished_record(unit: Unit, plan: EncodePlan) -> UnitRecord | None:
     ]
     if record.quarantine:
         files.append((quarantine_place(unit, plan), record.quarantine))
-    if record.key != unit.key or not all(_is_whole(*file) for file in files):
+    if record.key != work_key(unit, plan) or not all(_is_whole(*file) for file in files):
         return None
     return record
 
@@ -232,6 +195,7 @@ def _encode_into(folder: Path, unit: Unit, plan: EncodePlan, encoder: TextEncode
     tally = Tally()
     lengths = np.zeros(NUM_LENGTH_BINS, dtype=np.int64)
     bad_rows = _bad_rows_file(folder, unit, plan)
+    duplicates = DuplicateFilter(unit, plan)
     with ExitStack() as stack:
         quarantine = stack.enter_context(QuarantineWriter(bad_rows))
         writers: dict[SplitName, ShardWriter] = {
@@ -249,11 +213,11 @@ def _encode_into(folder: Path, unit: Unit, plan: EncodePlan, encoder: TextEncode
         for documents in read_unit(unit, plan.files, tally, quarantine, Cleaner(plan.cleaning)):
             if plan.stop.exists():
                 raise UnitStoppedError
-            for batch in _batched(documents):
+            for batch in _batched(duplicates.keep(documents, tally)):
                 lengths += _write_batch(batch, plan, encoder, writers, tally)
     tally.documents = sum(writer.shard.documents for writer in writers.values() if writer.shard)
     return UnitRecord(
-        key=unit.key,
+        key=work_key(unit, plan),
         shards={split: writers[split].shard for split in SPLITS},
         rows=tally.counts(),
         pieces=tally.pieces,

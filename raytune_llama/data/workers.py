@@ -14,14 +14,12 @@ import pydantic
 import ray.data
 
 from raytune_llama.data.documents import OpenRange, read_rows
-from raytune_llama.data.plan import Unit
+from raytune_llama.data.plan import EncodePlan, Unit, UnitStoppedError
 from raytune_llama.data.ranges import HashedRange
 from raytune_llama.data.rows import RowBatch, SourceError
 from raytune_llama.data.sources import SourceFile
 from raytune_llama.data.units import (
-    EncodePlan,
     UnitRecord,
-    UnitStoppedError,
     encode_unit,
     finished_record,
 )

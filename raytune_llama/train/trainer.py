@@ -110,7 +110,7 @@ def _check_plan(config: PretrainConfig, store: TokenStore) -> None:
 def _fit(config: PretrainConfig) -> Outcome:
     channel = Channel()
     try:
-        with _stop_on_sigterm(channel):
+        with _signals(channel):
             result = build_trainer(config, channel.actor).fit()
     finally:
         channel.close()
@@ -193,8 +193,12 @@ def train_worker(job: dict[str, Any]) -> Outcome:
 
 
 @contextlib.contextmanager
-def _stop_on_sigterm(channel: Channel) -> Iterator[None]:
-    """Let SIGTERM save and stop the run; entered after Ray has set its own handler."""
+def _signals(channel: Channel) -> Iterator[None]:
+    """Let SIGTERM save and stop the run; entered after Ray has set its own handler.
+
+    Ray's trainer lets SIGINT abort the run, and leaves that handler behind: Ctrl-C would then do
+    nothing in whatever the process does next.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -205,10 +209,12 @@ def _stop_on_sigterm(channel: Channel) -> Iterator[None]:
         channel.request_stop()
 
     before = signal.signal(signal.SIGTERM, handle)
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def _summary(

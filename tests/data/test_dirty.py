@@ -13,10 +13,10 @@ import pytest
 
 from raytune_llama.config import ConfigError
 from raytune_llama.data.manifest import SplitManifest
-from raytune_llama.data.plan import plan_units
+from raytune_llama.data.plan import EncodePlan, plan_units
 from raytune_llama.data.sources import SourceConfig, discover_files
 from raytune_llama.data.store import TokenSplit
-from raytune_llama.data.units import EncodePlan, UnitRecord, encode_unit, quarantine_place
+from raytune_llama.data.units import UnitRecord, encode_unit, quarantine_place
 from raytune_llama.model.tokenizer import load_reference
 from raytune_llama.storage import Place
 

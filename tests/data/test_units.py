@@ -16,12 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.data.cleaning import CleaningConfig
 from raytune_llama.data.manifest import RowCounts, SplitManifest
-from raytune_llama.data.plan import Unit, plan_units
+from raytune_llama.data.plan import EncodePlan, Unit, plan_units
 from raytune_llama.data.rows import SourceError
 from raytune_llama.data.sources import SourceConfig, discover_files
 from raytune_llama.data.store import TokenSplit
 from raytune_llama.data.units import (
-    EncodePlan,
     UnitRecord,
     UnitStoppedError,
     choose_sides,

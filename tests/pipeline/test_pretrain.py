@@ -28,8 +28,10 @@ ADAPTER = "pt_lora_model/adapter_model.safetensors"
 @pytest.mark.usefixtures("ray_cluster")
 def test_pretrain_run_twice_finishes_once_and_says_so(make_job: MakeJob) -> None:
     config = make_job()
+    on_interrupt = signal.getsignal(signal.SIGINT)
     first = pretrain(config)
     assert first.status == "finished"
+    assert signal.getsignal(signal.SIGINT) is on_interrupt
     assert first.bits_per_byte_before is not None
     assert first.bits_per_byte_after is not None
     assert first.bits_per_byte_after < first.bits_per_byte_before
