@@ -1,6 +1,7 @@
 """From a text file to training-ready tokens: ours against the Chinese-LLaMA scripts' way.
 
-    python benchmarks/tokenize_vs_hf.py [--rounds 2] [--megabytes 500] [--unique-only] [--tiny]
+    python benchmarks/tokenize_vs_hf.py [--rounds 2] [--megabytes 500] [--text both] [--tiny]
+                                        [--sides ours datatrove ...]
 
 Each side is one command, timed as a whole: start of Python (and of Ray), reading, tokenizing,
 writing. The text is real and Chinese and English, once as unique lines, as many as can be had, and
@@ -102,9 +103,9 @@ def installed_sides() -> list[str]:
     return [side for side in SIDES if side not in missing]
 
 
-def measure(job: Job, corpus: Corpus, num_rounds: int) -> dict[str, list[float]]:
-    """Run all sides in turn, every other round backwards; return seconds by side."""
-    sides = installed_sides()
+def measure(job: Job, corpus: Corpus, wanted: list[str], num_rounds: int) -> dict[str, list[float]]:
+    """Run sides in turn, every other round backwards; return seconds by side."""
+    sides = [side for side in installed_sides() if side in wanted]
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(num_rounds):
         for side in sides if number % 2 == 0 else reversed(sides):
@@ -175,29 +176,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Ours against a peer; see the head of this file.")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--megabytes", type=int, default=500)
-    parser.add_argument("--unique-only", action="store_true", help="leave the repeated text out")
+    parser.add_argument("--text", default="both", choices=["both", "unique", "repeated"])
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
     parser.add_argument("--tiny", action="store_true", help="try out; the figures mean nothing")
     options = parser.parse_args()
     tokenizer, unique = make_llama_tokenizer(), make_corpus()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / "tokenizer")
-        corpora = [unique]
         if options.tiny:
             with unique.path.open("rb") as source:
                 data = source.read(5_000_000).rpartition(b"\n")[0] + b"\n"
             (folder / "tiny.txt").write_bytes(data)
-            corpora = [Corpus(folder / "tiny.txt", len(data), 0)]
-        elif not options.unique_only:
-            size = options.megabytes * 1_000_000
-            corpora.append(write_repeated(unique, folder / "repeated.txt", size))
-        for number, corpus in enumerate(corpora):
-            print(f"== {'repeated' if number else 'unique'} text: {corpus.describe()}", flush=True)
+            corpora = {"the beginning of the text": Corpus(folder / "tiny.txt", len(data), 0)}
+        else:
+            corpora = {"unique text": unique} if options.text != "repeated" else {}
+            if options.text != "unique":
+                size = options.megabytes * 1_000_000
+                repeated = write_repeated(unique, folder / "repeated.txt", size)
+                corpora["the same text repeated"] = repeated
+        for number, (kind, corpus) in enumerate(corpora.items()):
+            print(f"== {kind}: {corpus.describe()}", flush=True)
             jsonl = folder / f"jsonl-{number}"
             split_into_json_lines(corpus.path, jsonl)
             (folder / "work").mkdir(exist_ok=True)
             job = Job(corpus.path, tokenizer, folder / "tokenizer", jsonl, folder / "work")
-            print_table(corpus, measure(job, corpus, options.rounds))
+            print_table(corpus, measure(job, corpus, options.sides, options.rounds))
     return 0
 
 

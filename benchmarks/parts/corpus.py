@@ -50,7 +50,7 @@ class Corpus:
     def describe(self) -> str:
         """Return its size in words."""
         return (
-            f"{self.num_bytes / 1e6:.1f} MB of unique lines, "
+            f"{self.num_bytes / 1e6:.1f} MB in lines, "
             f"{self.chinese_bytes / self.num_bytes:.0%} of it Chinese"
         )
 

@@ -51,8 +51,8 @@ MAX_ATTEMPTS = 3
 NUM_LENGTH_BINS = 40
 """Powers of two that the histogram of lengths knows."""
 
-_BATCH_DOCUMENTS = 1024
-_BATCH_CHARACTERS = 1 << 20
+_BATCH_DOCUMENTS = 8192
+_BATCH_BYTES = 2 << 20
 
 
 class NoSpaceError(SourceError):
@@ -250,14 +250,13 @@ def _upload(folder: Path, unit: Unit, plan: EncodePlan, record: UnitRecord) -> N
 
 def _batched(documents: Documents) -> Iterator[Documents]:
     """Cut documents so that a batch is worth a call and yet fits in memory."""
-    start = characters = 0
-    for number, text in enumerate(documents.texts):
-        characters += len(text)
-        if number + 1 - start == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield _part(documents, start, number + 1)
-            start, characters = number + 1, 0
-    if start < len(documents.texts):
-        yield _part(documents, start, len(documents.texts))
+    ends = np.cumsum(documents.num_bytes)
+    start = num_bytes = 0
+    while start < len(documents.texts):
+        full = int(np.searchsorted(ends, num_bytes + _BATCH_BYTES)) + 1
+        stop = min(full, start + _BATCH_DOCUMENTS, len(documents.texts))
+        yield _part(documents, start, stop)
+        start, num_bytes = stop, int(ends[stop - 1])
 
 
 def _part(documents: Documents, start: int, stop: int) -> Documents:

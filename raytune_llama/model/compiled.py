@@ -86,10 +86,10 @@ class CompiledEncoder:
 
     def encode_whole(self, texts: Sequence[str], _: int = 0) -> list[np.ndarray]:
         """Encode texts at once: memory grows with their sum."""
-        spaced = self._with_space(texts)
-        codes = np.frombuffer("".join(spaced).encode("utf-32-le"), np.uint32)
+        joined, lengths = self._join(texts)
+        codes = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
         starts = np.zeros(len(texts) + 1, np.int64)
-        np.cumsum(np.fromiter(map(len, spaced), np.int64, len(texts)), out=starts[1:])
+        np.cumsum(lengths, out=starts[1:])
         apart = np.zeros(len(texts), bool)
         if self._strings or self._normal_form:
             apart[:] = [self._is_apart(text) for text in texts]
@@ -118,13 +118,14 @@ class CompiledEncoder:
                 encoded[index] = ids
         return encoded
 
-    def _with_space(self, texts: Sequence[str]) -> Sequence[str]:
-        """Put a space before each text, where the tokenizer does so."""
-        if not self._spaced:
-            return texts
-        if self._unless_spaced:
-            return [" " + text if text[:1] not in ("", " ", SPACE) else text for text in texts]
-        return [" " + text if text else text for text in texts]
+    def _join(self, texts: Sequence[str]) -> tuple[str, np.ndarray]:
+        """Join texts, with a space before each where the tokenizer puts one; return the lengths."""
+        if self._spaced and not self._unless_spaced and all(texts):
+            return " " + " ".join(texts), _lengths(texts) + 1
+        if self._spaced:
+            unspaced = ("", " ", SPACE) if self._unless_spaced else ("",)
+            texts = [text if text[:1] in unspaced else " " + text for text in texts]
+        return "".join(texts), _lengths(texts)
 
     def _is_apart(self, text: str) -> bool:
         """Whether a text needs what the kernel does not do."""
@@ -137,6 +138,10 @@ class CompiledEncoder:
         if entries == most_entries or places > 0.9 * len(self._memo.pool):
             self._memo.slots.fill(-1)
             self._memo.used[:2] = 0
+
+
+def _lengths(texts: Sequence[str]) -> np.ndarray:
+    return np.fromiter(map(len, texts), np.int64, len(texts))
 
 
 def compiled_version() -> str:
