@@ -28,11 +28,11 @@ class PeakMemory(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peaks: dict[int, float] = {}
-        self._stop = threading.Event()
+        self._ended = threading.Event()
 
     def run(self) -> None:
         """Read every process's peak, over and over: an ended one has none."""
-        while not self._stop.wait(POLL_SECONDS):
+        while not self._ended.wait(POLL_SECONDS):
             for folder in Path("/proc").glob("[0-9]*"):
                 try:
                     if b"UnitEncoder" in (folder / "cmdline").read_bytes():
@@ -42,7 +42,7 @@ class PeakMemory(threading.Thread):
 
     def stop(self) -> None:
         """End the watch."""
-        self._stop.set()
+        self._ended.set()
         self.join()
 
 

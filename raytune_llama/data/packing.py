@@ -336,15 +336,17 @@ def _padded(
 
     Positions count up from 0, and from 0 again at the starts and where the padding begins.
     """
-    ids_T = np.full(length, PAD_ID, dtype=np.int64)
-    labels_T = np.full(length, IGNORED_LABEL, dtype=np.int64)
+    ids_T, labels_T = np.empty((2, length), dtype=np.int64)
     ids_T[: len(ids)] = ids
+    ids_T[len(ids) :] = PAD_ID
     labels_T[: len(labels)] = labels
+    labels_T[len(labels) :] = IGNORED_LABEL
     positions_T = np.arange(length, dtype=np.int64)
     if starts is not None:
         origins = np.zeros(length, dtype=np.int64)
         inside = starts[starts < len(ids)]
         origins[inside] = inside
         positions_T -= np.maximum.accumulate(origins)
-    positions_T[len(ids) :] = np.arange(length - len(ids))
+    if len(ids) < length:
+        positions_T[len(ids) :] = np.arange(length - len(ids))
     return Sequence(ids_T, labels_T, positions_T)

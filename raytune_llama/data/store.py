@@ -12,6 +12,7 @@ index of its source file and its offset there. The rows of a split, shard after 
 documents in source order; their ids one after the other are the split's flat token stream.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -197,10 +198,10 @@ class TokenSplit:
         pieces = [np.empty(0, dtype=np.int64)]
         for batch in self._overlapping(start, stop):
             starts = batch.offsets[:-1]
-            bounds = np.array([start - batch.token_start, stop - batch.token_start])
-            first, end = np.searchsorted(starts, bounds)
+            bounds = (start - batch.token_start, stop - batch.token_start)
+            first, end = starts.searchsorted(bounds)
             pieces.append(starts[first:end] + batch.token_start)
-        return np.concatenate(pieces)
+        return pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
 
     def bytes_between(self, start: int, stop: int) -> float:
         """Return the bytes of text that [start, stop) covers: of a cut document its token share."""
@@ -216,8 +217,8 @@ class TokenSplit:
         return list(_map_batches(self.place, self.manifest.shards, self.cache_dir))
 
     @cached_property
-    def _batch_starts(self) -> NDArray[np.int64]:
-        return np.array([batch.token_start for batch in self._batches], dtype=np.int64)
+    def _batch_starts(self) -> list[int]:
+        return [batch.token_start for batch in self._batches]
 
     @cached_property
     def _batch_documents(self) -> NDArray[np.int64]:
@@ -244,9 +245,8 @@ class TokenSplit:
     def _overlapping(self, start: int, stop: int) -> "list[_Batch]":
         if start >= stop:
             return []
-        first = int(np.searchsorted(self._batch_starts, start, side="right")) - 1
-        end = int(np.searchsorted(self._batch_starts, stop))
-        return self._batches[max(0, first) : end]
+        first = bisect_right(self._batch_starts, start) - 1
+        return self._batches[max(0, first) : bisect_left(self._batch_starts, stop)]
 
     def _bytes_before(self, position: int) -> tuple[int, float]:
         """Bytes of the whole documents before a position, and the share of the one it cuts."""
@@ -254,7 +254,7 @@ class TokenSplit:
             raise IndexError(f"token {position} of a stream of {self.num_tokens}")
         if position == self.num_tokens:
             return self.num_bytes, 0.0
-        number = int(np.searchsorted(self._batch_starts, position, side="right")) - 1
+        number = bisect_right(self._batch_starts, position) - 1
         batch = self._batches[number]
         inside = position - batch.token_start
         row = int(np.searchsorted(batch.offsets, inside, side="right")) - 1
