@@ -1,0 +1,219 @@
+"""An adapter as a change of weights: which ones it touches, and what becomes of each.
+
+    adapter = Adapter.open(path)
+    changed = adapter.change(name, weight, rows)      # float32, some rows of a weight
+
+Read straight from PEFT's files, whatever version wrote them: adapter_model.safetensors or .bin,
+keys with or without `.default`. W becomes W + s B A with s = alpha / r, or alpha / sqrt(r) with
+rsLoRA (arXiv:2312.03732); with DoRA (arXiv:2402.09353) each row of that is scaled to the length
+that was learned; a module that was trained whole takes the base's place.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytune_llama.files import read_json
+from raytune_llama.model.tensors import PickledFile, SafetensorsFile, TensorSpec
+
+CONFIG = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+_PREFIX = "base_model.model."
+_PARTS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_embedding_A": "embedding_a",
+    "lora_embedding_B": "embedding_b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+_WRAPPERS = (".modules_to_save", ".base_layer")
+"""What PEFT puts between a module's name and its weight's."""
+_CHANGED_BASES = ("pissa", "olora", "corda", "loftq")
+"""Kinds of initialisation that leave another base behind than the one on the disk."""
+
+
+@dataclass(kw_only=True)
+class LowRank:
+    """The low-rank update of one weight: keys of its tensors in the file, and its scale."""
+
+    keys: dict[str, str] = field(default_factory=dict)
+    """By part: a and b, or embedding_a and embedding_b, and magnitude with DoRA."""
+    scale: float = 0.0
+    """s."""
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it updates a table of rows by id."""
+        return "embedding_a" in self.keys
+
+
+class Adapter:
+    """The adapter of a directory."""
+
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], file: SafetensorsFile | PickledFile
+    ) -> None:
+        """Sort the file's tensors by the weights they change; see `open`."""
+        self.path = path
+        self.settings = settings
+        self.low_rank: dict[str, LowRank] = {}
+        self.replaced: dict[str, str] = {}
+        self._file = file
+        self._transposed = bool(settings.get("fan_in_fan_out"))
+        for key in file.specs:
+            self._sort(key)
+        for name, update in self.low_rank.items():
+            self._check(name, update)
+        # A weight at a time is changed, by rows.
+        self._factors = lru_cache(maxsize=1)(self._read_factors)
+
+    @classmethod
+    def open(cls, path: Path) -> "Adapter":
+        """Read an adapter's settings and the header of its weights.
+
+        Raises:
+            ValueError: It is no adapter, or one whose effect is not W + s B A; files are missing
+                or damaged, or contradict each other.
+        """
+        if not (path / CONFIG).is_file():
+            raise ValueError(f"adapters: {path} has no {CONFIG}; name a directory written by PEFT")
+        settings = read_json(path / CONFIG)
+        files = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+        if not files:
+            raise ValueError(f"adapters: {path} has none of {', '.join(WEIGHT_FILES)}")
+        _refuse_unknown(path, settings)
+        kind = SafetensorsFile if files[0].suffix == ".safetensors" else PickledFile
+        adapter = cls(path, settings, kind(files[0]))
+        if not adapter.low_rank and not adapter.replaced:
+            raise ValueError(
+                f"adapters: {files[0]} holds no tensor, so that it would change nothing; it was "
+                "saved by a PEFT that did not fit the training program: train again, or find the "
+                "checkpoint's own weights"
+            )
+        return adapter
+
+    @property
+    def names(self) -> set[str]:
+        """The weights that it changes, by their names in the base."""
+        return set(self.low_rank) | set(self.replaced)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Return what takes the place of a weight that was trained whole."""
+        return self._file.specs[self.replaced[name]]
+
+    def read_replaced(self, name: str) -> Tensor:
+        """Read what takes the place of a weight."""
+        return self._file.read(self.replaced[name])
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Return the shape of the weight that a low-rank update is for."""
+        keys = self.low_rank[name].keys
+        if self.low_rank[name].is_embedding:
+            rows = self._file.specs[keys["embedding_a"]].shape[1]
+            return rows, self._file.specs[keys["embedding_b"]].shape[0]
+        rows, columns = self._file.specs[keys["b"]].shape[0], self._file.specs[keys["a"]].shape[1]
+        return (columns, rows) if self._transposed else (rows, columns)
+
+    def delta(self, name: str, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return s B A for some rows of a weight, before what DoRA does with it."""
+        left, right, _ = self._factors(name)
+        return (left[rows].to(dtype) @ right.to(dtype)) * self.low_rank[name].scale
+
+    def terms(self, name: str, rows: slice) -> Tensor:
+        """Return s |B| |A|, float64: to what the rounding of `delta` is relative."""
+        left, right, _ = self._factors(name)
+        return (left[rows].abs().double() @ right.abs().double()) * abs(self.low_rank[name].scale)
+
+    def change(self, name: str, weight: Tensor, rows: slice) -> Tensor:
+        """Apply the low-rank update to some rows of a weight, in the type of `weight`."""
+        updated = weight + self.delta(name, rows, weight.dtype)
+        magnitude = self._factors(name)[2]
+        if magnitude is None:
+            return updated
+        learned = magnitude[rows].to(weight.dtype)
+        return updated * (learned / torch.linalg.vector_norm(updated, dim=1))[:, None]
+
+    def _sort(self, key: str) -> None:
+        name = key.removeprefix(_PREFIX).replace(".default", "")
+        for ending, part in _PARTS.items():
+            if name.endswith(f".{ending}"):
+                weight = name.removesuffix(ending) + "weight"
+                self.low_rank.setdefault(weight, LowRank()).keys[part] = key
+                return
+        if ".lora_" in name:
+            raise ValueError(f"adapters: {self._file.path}: {key} is of a kind unknown to us")
+        if ".original_module." in name:
+            return  # what was there before training, which PEFT keeps beside a resized table
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        self.replaced[name] = key
+
+    def _check(self, name: str, update: LowRank) -> None:
+        """Check that the tensors of an update belong together, and compute its scale."""
+        where = f"adapters: {self._file.path}: {name.removesuffix('.weight')}"
+        pair = ("embedding_a", "embedding_b") if update.is_embedding else ("a", "b")
+        if not all(part in update.keys for part in pair):
+            raise ValueError(f"{where}: A or B is missing; the file is not whole")
+        if ("magnitude" in update.keys) != bool(self.settings.get("use_dora")):
+            raise ValueError(f"{where}: use_dora of {CONFIG} contradicts the weights")
+        first, second = (self._file.specs[update.keys[part]].shape for part in pair)
+        rank = _by_pattern(self.settings, "rank_pattern", name, self.settings["r"])
+        if not first[0] == second[1] == rank:
+            raise ValueError(
+                f"{where}: A is {list(first)}, B is {list(second)}, and {CONFIG} says rank {rank}; "
+                "the files are of different adapters"
+            )
+        alpha = _by_pattern(self.settings, "alpha_pattern", name, self.settings["lora_alpha"])
+        update.scale = alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+
+    def _read_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Read the factors so that left @ right has the weight's rows, and DoRA's magnitudes."""
+        update = self.low_rank[name]
+        if update.is_embedding:
+            first = self._file.read(update.keys["embedding_a"]).float()
+            second = self._file.read(update.keys["embedding_b"]).float()
+            left, right = first.T, second.T
+        else:
+            first = self._file.read(update.keys["a"]).float()
+            second = self._file.read(update.keys["b"]).float()
+            left, right = (first.T, second.T) if self._transposed else (second, first)
+        key = update.keys.get("magnitude")
+        return left, right, None if key is None else self._file.read(key).float().reshape(-1)
+
+
+def _by_pattern(settings: Mapping[str, Any], field_name: str, weight: str, default: Any) -> Any:  # noqa: ANN401  # JSON's numbers
+    """Return a module's own value of a setting, as PEFT finds it."""
+    module = weight.removesuffix(".weight")
+    for pattern, value in (settings.get(field_name) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _refuse_unknown(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse an adapter that does something else than what is merged here."""
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"adapters: {path} is of PEFT's type {kind}, and only LORA can be merged")
+    for name in ("r", "lora_alpha"):
+        if not isinstance(settings.get(name), int | float):
+            problem = f"adapters: {path / CONFIG}: {name} is missing; the file is not whole"
+            raise ValueError(problem)  # noqa: TRY004  # the file is wrong, not an argument's type
+    for name in ("lora_bias", "layer_replication", "megatron_config", "arrow_config"):
+        if settings.get(name):
+            raise ValueError(f"adapters: {path / CONFIG}: {name} cannot be merged here; use PEFT")
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASES):
+        raise ValueError(
+            f"adapters: {path / CONFIG}: init_lora_weights {start!r} changed the base before "
+            "training; let PEFT convert it to a plain LoRA first"
+        )

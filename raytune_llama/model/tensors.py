@@ -1,0 +1,384 @@
+"""The weights of a model directory as a stream: one tensor in memory at a time.
+
+    weights = open_weights(directory)                 # safetensors, or PyTorch's .bin
+    with WeightsWriter(folder, weights.specs, max_shard_bytes=5 << 30) as writer:
+        for name in weights.specs:
+            writer.write(name, weights.read(name))
+
+Files are read and not mapped: mapped pages count as the process's memory, and hide how much it
+needs. The format is safetensors' (https://github.com/huggingface/safetensors): eight bytes with the
+length of a JSON header, the header, then the tensors without gaps.
+"""
+
+import hashlib
+import json
+import math
+import pickle
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from raytune_llama.files import parse_json, sync
+
+SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that Git LFS has left in place of the real one."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # as the library has it
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor is, without its values."""
+
+    dtype: torch.dtype
+    """Type of its elements."""
+    shape: tuple[int, ...]
+    """Its sizes."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Weights(Protocol):
+    """Named tensors that are read one at a time."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """All tensors, in the order of the files."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor into memory of its own, on the CPU."""
+        ...
+
+
+class SafetensorsFile:
+    """One safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header.
+
+        Raises:
+            ValueError: The file is no safetensors file, cut short, or a Git LFS pointer.
+        """
+        self.path = path
+        with path.open("rb") as file:
+            refuse_pointer(path, file)
+            header, self._start = _read_header(path, file)
+        self._ends: dict[str, tuple[int, int]] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"{path}: {name} has the type {entry['dtype']}, not supported")
+            self.specs[name] = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            self._ends[name] = tuple(entry["data_offsets"])
+        _check_extent(path, self._start, self._ends, self.specs)
+
+    def read(self, name: str) -> Tensor:
+        """See `Weights.read`."""
+        spec, (start, stop) = self.specs[name], self._ends[name]
+        if start == stop:
+            return torch.empty(spec.shape, dtype=spec.dtype)
+        data = bytearray(stop - start)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._start + start)
+            view = memoryview(data)
+            while view:
+                read = file.readinto(view)
+                if not read:
+                    raise ValueError(f"{self.path}: ends inside {name}; fetch it again")
+                view = view[read:]
+        return torch.frombuffer(data, dtype=spec.dtype).reshape(spec.shape)
+
+
+class PickledFile:
+    """One file of PyTorch's; only tensors are unpickled, never code."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file; its tensors are mapped.
+
+        Raises:
+            ValueError: It is no such file, cut short, holds more than tensors, or is a Git LFS
+                pointer.
+        """
+        self.path = path
+        self._tensors = load_pickled(path)
+        self.specs = {
+            name: TensorSpec(tensor.dtype, tuple(tensor.shape))
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """See `Weights.read`."""
+        return self._tensors[name].clone()
+
+
+class ShardedWeights:
+    """Several files as one."""
+
+    def __init__(self, files: Mapping[Path, SafetensorsFile | PickledFile]) -> None:
+        """Join files.
+
+        Raises:
+            ValueError: A tensor is in more than one of them.
+        """
+        self.files = list(files)
+        self.specs: dict[str, TensorSpec] = {}
+        self._where: dict[str, SafetensorsFile | PickledFile] = {}
+        for file in files.values():
+            for name, spec in file.specs.items():
+                if name in self._where:
+                    other = self._where[name].path
+                    raise ValueError(f"{file.path}: {name} is also in {other}; keep one of them")
+                self.specs[name] = spec
+                self._where[name] = file
+
+    def read(self, name: str) -> Tensor:
+        """See `Weights.read`."""
+        return self._where[name].read(name)
+
+
+def open_weights(directory: Path, *, what: str = "model") -> ShardedWeights:
+    """Open the weights of a model directory: safetensors, or else PyTorch's .bin files.
+
+    Args:
+        directory: A Hugging Face model directory.
+        what: The config field that names it, for errors.
+
+    Raises:
+        ValueError: There are none, a file is missing, damaged, or not what its index says.
+    """
+    for single, index, kind in (
+        (SAFETENSORS, SAFETENSORS_INDEX, SafetensorsFile),
+        (PICKLED, PICKLED_INDEX, PickledFile),
+    ):
+        if (directory / index).is_file():
+            return _open_indexed(directory, index, kind, what)
+        if (directory / single).is_file():
+            path = directory / single
+            return ShardedWeights({path: kind(path)})
+    raise ValueError(
+        f"{what}: {directory} has no weights, none of {SAFETENSORS}, {SAFETENSORS_INDEX}, "
+        f"{PICKLED}, {PICKLED_INDEX}; name a Hugging Face model directory"
+    )
+
+
+def _open_indexed(
+    directory: Path, index: str, kind: type[SafetensorsFile] | type[PickledFile], what: str
+) -> ShardedWeights:
+    content = parse_json((directory / index).read_bytes(), str(directory / index))
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{what}: {directory / index} has no weight_map; fetch it again")
+    paths = [directory / name for name in dict.fromkeys(weight_map.values())]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"{what}: {directory} lacks {len(missing)} of the {len(paths)} files that {index} "
+            f"names, the first is {missing[0]}; fetch them"
+        )
+    weights = ShardedWeights({path: kind(path) for path in paths})
+    lacking = sorted(set(weight_map) - set(weights.specs))
+    if lacking:
+        raise ValueError(
+            f"{what}: {index} names {len(lacking)} tensors that no file holds, the first is "
+            f"{lacking[0]}; files and index are of different models"
+        )
+    return weights
+
+
+def load_pickled(path: Path) -> dict[str, Tensor]:
+    """Load the tensors of one of PyTorch's files, mapped; no code in it is run.
+
+    Raises:
+        ValueError: It is no such file, cut short, holds more than tensors, or is a pointer.
+    """
+    with path.open("rb") as file:
+        refuse_pointer(path, file)
+    try:
+        content: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: holds more than tensors and was not loaded, since that could run code "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: is damaged or cut short ({error}); fetch it again") from None
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise ValueError(f"{path}: is no dictionary of tensors; name a file of weights")
+    return content
+
+
+def refuse_pointer(path: Path, file: BinaryIO) -> None:
+    """Raise `ValueError` where a file is only what Git LFS leaves of a large one; rewinds it."""
+    if file.read(len(LFS_POINTER)) == LFS_POINTER:
+        raise ValueError(f"{path}: is a Git LFS pointer, not the file; run git lfs pull there")
+    file.seek(0)
+
+
+def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
+    start = file.read(8)
+    size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 0 < size <= _MAX_HEADER_BYTES:
+        raise ValueError(f"{path}: is no safetensors file; fetch it again")
+    data = file.read(size)
+    if len(data) < size:
+        raise ValueError(f"{path}: is cut short in its header; fetch it again")
+    header = parse_json(data, str(path))
+    if not isinstance(header, dict):
+        raise ValueError(  # noqa: TRY004  # the file is wrong, not an argument's type
+            f"{path}: is no safetensors file; fetch it again"
+        )
+    return header, 8 + size
+
+
+def _check_extent(
+    path: Path, start: int, ends: Mapping[str, tuple[int, int]], specs: Mapping[str, TensorSpec]
+) -> None:
+    position = 0
+    for name, (first, stop) in ends.items():
+        if first != position or stop - first != specs[name].num_bytes:
+            raise ValueError(f"{path}: its header contradicts itself at {name}; fetch it again")
+        position = stop
+    size = path.stat().st_size
+    if size != start + position:
+        raise ValueError(
+            f"{path}: has {size} bytes, and its header wants {start + position}; fetch it again"
+        )
+
+
+class WeightsWriter(AbstractContextManager["WeightsWriter"]):
+    """Writes `model*.safetensors` and their index, a tensor at a time, in the order of `specs`."""
+
+    def __init__(
+        self, folder: Path, specs: Mapping[str, TensorSpec], *, max_shard_bytes: int
+    ) -> None:
+        """Plan the files.
+
+        Args:
+            folder: Where they are written; it must exist.
+            specs: All tensors, in the order in which they will come.
+            max_shard_bytes: A file is at most so large, unless one tensor is larger.
+        """
+        self._folder = folder
+        self._specs = dict(specs)
+        self._shards = _plan_shards(self._specs, max_shard_bytes)
+        self._names = _file_names(len(self._shards))
+        self._order: Iterator[tuple[int, str]] = (
+            (number, name) for number, shard in enumerate(self._shards) for name in shard
+        )
+        self._open: BinaryIO | None = None
+        self._number = -1
+
+    def write(self, name: str, tensor: Tensor) -> str:
+        """Append the next tensor; return the SHA256 of its bytes."""
+        number, expected = next(self._order)
+        spec = self._specs[name]
+        assert name == expected, f"{name} came where {expected} was planned"
+        assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), name
+        if number != self._number:
+            self._start_file(number)
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        assert self._open is not None
+        self._open.write(data)
+        return hashlib.sha256(data).hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end_file()
+        if kind is not None:
+            return
+        assert next(self._order, None) is None, "tensors are missing"
+        if len(self._shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(spec.num_bytes for spec in self._specs.values())},
+                "weight_map": {
+                    name: self._names[number]
+                    for number, shard in enumerate(self._shards)
+                    for name in shard
+                },
+            }
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (self._folder / SAFETENSORS_INDEX).write_text(text)
+
+    def _start_file(self, number: int) -> None:
+        self._end_file()
+        self._number = number
+        self._open = (self._folder / self._names[number]).open("wb")
+        self._open.write(_header({name: self._specs[name] for name in self._shards[number]}))
+
+    def _end_file(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            sync(Path(self._open.name))
+            self._open = None
+
+
+def _plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, spec in specs.items():
+        if shards[-1] and filled + spec.num_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += spec.num_bytes
+    return shards
+
+
+def _file_names(num_files: int) -> list[str]:
+    if num_files == 1:
+        return [SAFETENSORS]
+    return [f"model-{n + 1:05d}-of-{num_files:05d}.safetensors" for n in range(num_files)]
+
+
+def _header(specs: Mapping[str, TensorSpec]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, spec in specs.items():
+        stop = position + spec.num_bytes
+        shape = list(spec.shape)
+        entries[name] = {
+            "dtype": _NAMES[spec.dtype],
+            "shape": shape,
+            "data_offsets": [position, stop],
+        }
+        position = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
