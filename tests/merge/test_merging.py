@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from raytune_llama.merge import merging
 from raytune_llama.merge.merging import MergeConfig, merge_adapters
 from raytune_llama.model.tensors import open_weights
 
+ROOT = Path(__file__).parents[2]
 IDS = torch.arange(3, 40)[None]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WHOLE = ["embed_tokens", "lm_head"]
@@ -321,3 +324,20 @@ def test_merge_that_is_interrupted_or_wrong_leaves_nothing(
     with pytest.raises(ValueError, match="exists and is not empty"):
         merge(base, adapter)
     shutil.rmtree(base.with_name("merged"))
+
+
+def test_merge_job_prints_where_the_result_is_and_refuses_a_second_run(
+    make_base: MakeBase, make_adapter: MakeAdapter
+) -> None:
+    base = make_base()
+    adapter = make_adapter(base)
+    arguments = [f"base={base}", f"adapters=[{adapter}]", f"target={base.with_name('merged')}"]
+    command = [sys.executable, "jobs/merge.py", *arguments]
+    first, second = (
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        for _ in range(2)
+    )
+    assert (first.returncode, first.stdout) == (0, f"merged model: {base.with_name('merged')}\n")
+    assert second.returncode == 2
+    assert "exists and is not empty" in second.stderr
+    assert "Traceback" not in second.stderr
