@@ -219,10 +219,11 @@ def stack_sequences(
     """Make a micro-batch of at most its number of sequences, with filler where some are missing."""
     missing = micro_batch_sequences - len(sequences)
     rows = [*sequences, *[_filler(sequence_tokens)] * missing]
+    shape = (micro_batch_sequences, sequence_tokens)
     return MicroBatch(
-        torch.from_numpy(np.stack([row.ids_T for row in rows])),
-        torch.from_numpy(np.stack([row.labels_T for row in rows])),
-        torch.from_numpy(np.stack([row.positions_T for row in rows])),
+        torch.from_numpy(np.concatenate([row.ids_T for row in rows]).reshape(shape)),
+        torch.from_numpy(np.concatenate([row.labels_T for row in rows]).reshape(shape)),
+        torch.from_numpy(np.concatenate([row.positions_T for row in rows]).reshape(shape)),
     )
 
 
