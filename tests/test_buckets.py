@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 
@@ -14,6 +15,15 @@ from tests.faulty_s3 import FaultyServer
 MIB = 2**20
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests were started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_upload_that_is_interrupted_is_whole(
     faulty_s3: FaultyServer, s3_path: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

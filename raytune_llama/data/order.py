@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -219,8 +219,8 @@ def _locate(item: int, sizes: Sequence[int]) -> tuple[int, int]:
     raise IndexError(f"item {item} behind the last of {sum(sizes)}")
 
 
-# Overflow of uint64 is cut off, as the masks cut an int's.
-def _feistel(value: NDArray[np.uint64], bits: int, key: int) -> NDArray[np.uint64]:
+# Arrays of uint64, which numpy's stubs take for signed ones as soon as an int is involved.
+def _feistel(value: Any, bits: int, key: int) -> Any:  # noqa: ANN401  # see above
     """Permute range(2 ** bits); an odd number of bits gives halves of two widths that swap."""
     right_bits = bits // 2
     left_bits = bits - right_bits
@@ -233,7 +233,7 @@ def _feistel(value: NDArray[np.uint64], bits: int, key: int) -> NDArray[np.uint6
     return left << right_bits | right
 
 
-def _splitmix64(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _splitmix64(value: Any) -> Any:  # noqa: ANN401  # as above
     """Mix 64 bits: the output function of SplitMix64 (Steele, Lea and Flood, 2014)."""
     value = (value + _GOLDEN_64) & _MASK_64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64

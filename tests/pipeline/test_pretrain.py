@@ -99,13 +99,14 @@ def test_job_without_arguments_and_demo_says_how_to_make_it(tmp_path: Path) -> N
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_job_killed_with_kill_9_and_run_again_equals_the_undisturbed_run(
     make_job: MakeJob, tmp_path: Path
 ) -> None:
     # Workers outlive their driver by some seconds: so many steps that they cannot end the run.
     fields = {"max_steps": 400, "checkpoint__every_steps": 25, "eval__every_steps": 200}
     whole, killed = make_job("whole", **fields), make_job("killed", **fields)
-    assert start_job(whole, tmp_path / "whole.log").wait() == 0
+    assert pretrain(whole).status == "finished"
     process = start_job(killed, tmp_path / "killed.log")
     wait_for_step(killed, 60, process)
     process.kill()
