@@ -15,6 +15,8 @@ from sentencepiece.sentencepiece_model_pb2 import (
     ModelProto,  # pyright: ignore[reportAttributeAccessIssue]  # made when it is imported
 )
 
+from raytune_llama.model.from_meta import LLAMA_TOKENIZER
+
 from .corpus import CACHE, ROOT
 
 NUM_NEW_PIECES = 20_000
@@ -35,16 +37,7 @@ def make_llama_tokenizer() -> Path:
         if piece.type == ModelProto.SentencePiece.NORMAL and piece.piece not in known:
             score -= 1
             base.pieces.add(piece=piece.piece, score=score)
-    settings = {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "legacy": True,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text(json.dumps(LLAMA_TOKENIZER))
     (folder / "tokenizer.model").write_bytes(base.SerializeToString())
     return folder
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 import pyarrow as pa
 import ray.data
@@ -20,6 +21,17 @@ MAX_ATTEMPTS = 3
 """A task that ended its process this often is refused: Ray would start it again for ever."""
 
 _RESULT_SCHEMA = pa.schema({"counts": pa.string(), "problem": pa.string()})
+
+
+def quiet_ray_data() -> AbstractContextManager[object]:
+    """Let Ray Data show no progress of its own in a block: ours says more."""
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # Ray Data sets its loggers' levels when it is imported: what setup_logging did is undone.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    return ray.data.DataContext.current(context)
 
 
 def run_tasks(
@@ -45,16 +57,10 @@ def run_tasks(
         StoreError: Tasks raised it or `SourceError`, found a full disk, or ended their process too
             often; the problems of all of them.
     """
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # Ray Data sets its loggers' levels when it is imported: what setup_logging did is undone.
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     started = time.monotonic()
     sums: Counter[str] = Counter()
     problems: list[str] = []
-    with ray.data.DataContext.current(context):
+    with quiet_ray_data():
         dataset = ray.data.from_items(
             [{"task": number} for number in range(num_tasks)], override_num_blocks=num_tasks
         ).map_batches(

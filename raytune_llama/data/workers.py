@@ -18,6 +18,7 @@ from raytune_llama.data.plan import EncodePlan, Unit, UnitStoppedError
 from raytune_llama.data.ranges import HashedRange
 from raytune_llama.data.rows import RowBatch, SourceError
 from raytune_llama.data.sources import SourceFile
+from raytune_llama.data.tasks import quiet_ray_data
 from raytune_llama.data.units import (
     UnitRecord,
     encode_unit,
@@ -131,13 +132,7 @@ def _run_actors(
     num_units: int, kwargs: dict[str, Any], num_workers: int, num_free: int
 ) -> Iterator[dict[str, Any]]:
     """Yield the result rows of all units as they are done."""
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # Ray Data sets its loggers' levels when it is imported: what setup_logging did is undone.
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    with ray.data.DataContext.current(context):
+    with quiet_ray_data():
         dataset = ray.data.from_items(
             [{"unit": number} for number in range(num_units)], override_num_blocks=num_units
         ).map_batches(

@@ -135,11 +135,14 @@ class Adapter:
 
     def change(self, name: str, weight: Tensor, rows: slice) -> Tensor:
         """Apply the low-rank update to some rows of a weight, in the type of `weight`."""
-        updated = weight + self.delta(name, rows, weight.dtype)
+        return self.rescaled(name, weight + self.delta(name, rows, weight.dtype), rows)
+
+    def rescaled(self, name: str, updated: Tensor, rows: slice) -> Tensor:
+        """Give the rows of W + s B A the lengths that DoRA learned; without it, return them."""
         magnitude = self._factors(name)[2]
         if magnitude is None:
             return updated
-        learned = magnitude[rows].to(weight.dtype)
+        learned = magnitude[rows].to(updated.dtype)
         return updated * (learned / torch.linalg.vector_norm(updated, dim=1))[:, None]
 
     def _sort(self, key: str) -> None:

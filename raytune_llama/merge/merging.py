@@ -278,7 +278,7 @@ def _prove(folder: Path, recipes: Mapping[str, Recipe], base: ShardedWeights) ->
             for adapter in recipe.updates:
                 size = size + adapter.terms(name, rows)
                 added = exact + adapter.delta(name, rows, torch.float64)
-                exact = adapter.change(name, exact, rows)
+                exact = adapter.rescaled(name, added, rows)
                 size *= _lengths(exact) / _lengths(added)  # DoRA scales errors too
             differs |= not torch.equal(stored[rows], source[rows].to(recipe.spec.dtype))
             _compare(name, stored[rows], exact, size)

@@ -38,6 +38,18 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 """SentencePiece's model, in both forms."""
 
+LLAMA_TOKENIZER = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "legacy": True,
+}
+"""A tokenizer_config.json that names the class which knows how LLaMA's SentencePiece model splits
+text."""
+
 _FORMAT = 1
 
 
@@ -208,15 +220,5 @@ def _constant(shards: list[dict[str, Tensor]]) -> dict[str, str] | None:
 
 
 def _write_tokenizer_config(folder: Path, max_position_embeddings: int) -> None:
-    # Names the class that knows how LLaMA's SentencePiece model splits text.
-    settings = {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "legacy": True,
-        "model_max_length": max_position_embeddings,
-    }
+    settings = LLAMA_TOKENIZER | {"model_max_length": max_position_embeddings}
     write_json_atomic(folder / "tokenizer_config.json", settings)

@@ -9,12 +9,12 @@ from typing import Annotated, Literal, cast
 import torch
 from peft import PeftModel
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from raytune_llama.config import PLACEMENT, settings
 from raytune_llama.model.loss import summed_cross_entropy
+from raytune_llama.model.tensors import SAFETENSORS, SAFETENSORS_INDEX, SafetensorsFile
 from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.model.vocab import grow_embeddings, has_tokenizer
 
@@ -27,11 +27,8 @@ DTYPES: dict[Precision, torch.dtype] = {
     "fp16": torch.float16,
 }
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES = (SAFETENSORS, SAFETENSORS_INDEX)
 """A model directory has one of them; formats that need unpickling are not read."""
-
-LFS_POINTER = b"version https://git-lfs"
-"""How a file begins that Git LFS has not replaced by its content."""
 
 
 @settings
@@ -97,18 +94,10 @@ def _check_weight_files(files: list[Path]) -> list[str]:
     """Return which files are not whole safetensors; only their headers are read."""
     problems: list[str] = []
     for file in files:
-        with file.open("rb") as opened:
-            is_pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
-        if is_pointer:
-            problems.append(
-                f"model.path: {file} is a Git LFS pointer, not weights; run git lfs pull there"
-            )
-            continue
         try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            problems.append(f"model.path: {file} is damaged or cut short ({error}); fetch it again")
+            SafetensorsFile(file)
+        except ValueError as error:
+            problems.append(f"model.path: {error}")
     return problems
 
 

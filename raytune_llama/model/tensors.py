@@ -44,6 +44,12 @@ _DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -95,11 +101,13 @@ class SafetensorsFile:
         self._ends: dict[str, tuple[int, int]] = {}
         self.specs: dict[str, TensorSpec] = {}
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{path}: {name} has the type {entry['dtype']}, not supported")
-            self.specs[name] = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            self._ends[name] = tuple(entry["data_offsets"])
+        try:
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                self.specs[name] = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                start, stop = entry["data_offsets"]
+                self._ends[name] = (start, stop)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: has a header that we can't read ({error!r})") from None
         _check_extent(path, self._start, self._ends, self.specs)
 
     def read(self, name: str) -> Tensor:
