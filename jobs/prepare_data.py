@@ -26,8 +26,9 @@ def main() -> None:
         number, colour = config.preview_documents, sys.stdout.isatty()
         print(render_preview(config.data, tokenizer, num_documents=number, colour=colour))
         return
-    ray.init(logging_level=logging.WARNING)
-    store = prepare_data(config.data, tokenizer)
+    store = prepare_data(
+        config.data, tokenizer, start_ray=lambda: ray.init(logging_level=logging.WARNING)
+    )
     print(f"token store: {store.place}")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from raytune_llama.model.encoder import choose_encoder
+from raytune_llama.model.choice import choose_encoder
 from raytune_llama.model.tokenizer import load_reference, load_tokenizer
 
 Encode = Callable[[list[str]], Sequence[np.ndarray]]
@@ -47,9 +47,7 @@ def reference(tokenizer: Path) -> Encode:
 
 def compiled(tokenizer: Path) -> Encode:
     """Ours, as a worker uses it: with the share that is checked."""
-    from raytune_llama.model.encoder import build_encoder
-
-    return build_encoder(tokenizer, choose_encoder(tokenizer, [], "compiled")).encode
+    return choose_encoder(load_tokenizer(tokenizer), [], "compiled").encoder.encode
 
 
 def tokenizers(tokenizer: Path) -> Encode:

@@ -10,13 +10,14 @@ import contextlib
 import errno
 import fcntl
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
 import ray
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.config import PLACEMENT, ConfigError, settings
 from raytune_llama.data.cleaning import CleaningConfig
@@ -43,8 +44,10 @@ from raytune_llama.data.sources import (
 from raytune_llama.data.store import TokenStore
 from raytune_llama.data.units import UnitRecord
 from raytune_llama.data.workers import read_sample, run_units
-from raytune_llama.model.encoder import EncoderChoice, Engine, choose_encoder
-from raytune_llama.model.tokenizer import fingerprint_tokenizer, load_tokenizer
+from raytune_llama.model.choice import choose_encoder
+from raytune_llama.model.encoder import Engine
+from raytune_llama.model.reference import TextEncoder
+from raytune_llama.model.tokenizer import fingerprint_loaded, load_tokenizer
 from raytune_llama.storage import Place, check_place
 
 logger = logging.getLogger(__name__)
@@ -106,14 +109,18 @@ class PrepareDataConfig:
     """How many of each source."""
 
 
-def prepare_data(config: DataConfig, tokenizer_path: Path) -> TokenStore:
+def prepare_data(
+    config: DataConfig, tokenizer_path: Path, start_ray: Callable[[], object] | None = None
+) -> TokenStore:
     """Return the token store that a config describes; build it if it is not there.
 
-    Ray must be initialised. Nothing counts as a store at `store_dir` before all of it is there.
+    Nothing counts as a store at `store_dir` before all of it is there.
 
     Args:
         config: What to encode, and where to.
-        tokenizer_path: Directory of the tokenizer.
+        tokenizer_path: Directory of the tokenizer, needed on the driver's node only.
+        start_ray: Initialises Ray; called once there is something to build, while the encoder is
+            chosen beside it. None: Ray is initialised.
 
     Returns:
         The store, open.
@@ -125,13 +132,12 @@ def prepare_data(config: DataConfig, tokenizer_path: Path) -> TokenStore:
             little text.
         NoSpaceError: A disk is full; the same command goes on once there is room.
     """
-    problems = check_data(config, tokenizer_path)
-    if problems:
+    tokenizer, problems = _check(config, tokenizer_path)
+    if tokenizer is None or problems:
         raise ConfigError(problems)
-    tokenizer = load_tokenizer(tokenizer_path)
     store_dir = Place.parse(config.store_dir, "data.store_dir")
     files = discover_files(config.sources, max_document_bytes=config.max_document_mib * _MIB)
-    encoding = _encoding_inputs(config, tokenizer, tokenizer_path)
+    encoding = _encoding_inputs(config, tokenizer)
     if (store_dir / MANIFEST_NAME).exists():
         return _reuse(config, encoding, files)
     # The work directory is named by what all units share: mending one file keeps the others' work.
@@ -151,9 +157,12 @@ def prepare_data(config: DataConfig, tokenizer_path: Path) -> TokenStore:
     )
     units = plan_units(files, config.range_mib * _MIB)
     with _exclusive(plan):
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            choice = pool.submit(choose_encoder, tokenizer, read_sample(files), config.engine)
+            if start_ray is not None:
+                start_ray()  # not on the thread: Ray's processes end with the one that starts them
         mark_duplicates(units, plan, config.num_workers)
-        choice = choose_encoder(tokenizer_path, read_sample(files), config.engine)
-        records = _run(units, plan, tokenizer_path, choice, config.num_workers)
+        records = _run(units, plan, choice.result().encoder, config.num_workers)
         seen = SeenFiles.of_records(files, units, records)
         inputs = encoding | {"sources": seen.inputs(files)}
         with _space_for(plan):
@@ -198,6 +207,13 @@ def check_data(config: DataConfig, tokenizer_path: Path) -> list[str]:
 
     Of the corpus no more is read than the beginning of each file.
     """
+    return _check(config, tokenizer_path)[1]
+
+
+def _check(
+    config: DataConfig, tokenizer_path: Path
+) -> tuple[PreTrainedTokenizerFast | None, list[str]]:
+    """As `check_data`; return the tokenizer too, where it can be loaded."""
     problems = [f"data.{problem}" for problem in check_sources(config.sources)]
     try:
         problem = check_place(Place.parse(config.store_dir, "data.store_dir"), "data.store_dir")
@@ -207,24 +223,22 @@ def check_data(config: DataConfig, tokenizer_path: Path) -> list[str]:
     try:
         tokenizer = load_tokenizer(tokenizer_path)
     except (ValueError, OSError) as error:
-        return [*problems, str(error)]
+        return None, [*problems, str(error)]
     for field, wanted in {"bos": config.bos, "eos": config.eos}.items():
         if wanted and getattr(tokenizer, f"{field}_token_id") is None:
             problems.append(
                 f"data.{field}: got true, but the tokenizer {tokenizer_path} has no {field} token; "
                 f"set it to false or use another tokenizer"
             )
-    return problems
+    return tokenizer, problems
 
 
-def _encoding_inputs(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, tokenizer_path: Path
-) -> dict[str, Any]:
+def _encoding_inputs(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Everything but the sources that decides the documents of a store."""
     return {
         "format_version": FORMAT_VERSION,
         "tokenizer": {
-            **fingerprint_tokenizer(tokenizer_path),
+            **fingerprint_loaded(tokenizer),
             "bos_id": tokenizer.bos_token_id if config.bos else None,
             "eos_id": tokenizer.eos_token_id if config.eos else None,
             # The length would be too small for a vocabulary with gaps.
@@ -250,13 +264,12 @@ def _reuse(config: DataConfig, encoding: dict[str, Any], files: list[SourceFile]
 def _run(
     units: list[Unit],
     plan: EncodePlan,
-    tokenizer_path: Path,
-    choice: EncoderChoice,
+    encoder: TextEncoder,
     num_workers: int | None,
 ) -> list[UnitRecord]:
     free = max(1, int(ray.available_resources().get("CPU", 0)))
     workers = min(len(units), num_workers or free)
-    return run_units(units, plan, tokenizer_path, choice, num_workers=workers, num_free=free)
+    return run_units(units, plan, encoder, num_workers=workers, num_free=free)
 
 
 @contextlib.contextmanager

@@ -204,6 +204,12 @@ def _check_hope(tally: Tally, file: SourceFile, quarantine: QuarantineWriter | N
 
 
 def _without_blank(batch: RowBatch, file: int, tally: Tally) -> Documents:
-    has_text = [bool(text) and not text.isspace() for text in batch.texts]
+    documents = Documents(file, batch.texts, batch.offsets, batch.num_bytes)
+    are_space = list(map(str.isspace, batch.texts))
+    if "" not in batch.texts and True not in are_space:  # told without a loop of Python's
+        return documents
+    has_text = [
+        bool(text) and not is_space for text, is_space in zip(batch.texts, are_space, strict=True)
+    ]
     tally.skipped["blank"] += has_text.count(False)
-    return Documents(file, batch.texts, batch.offsets, batch.num_bytes).chosen(has_text)
+    return documents.chosen(has_text)

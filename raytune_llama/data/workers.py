@@ -2,15 +2,14 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pydantic
+import ray
 import ray.data
 
 from raytune_llama.data.documents import OpenRange, read_rows
@@ -24,7 +23,7 @@ from raytune_llama.data.units import (
     encode_unit,
     finished_record,
 )
-from raytune_llama.model.encoder import EncoderChoice, build_encoder
+from raytune_llama.model.reference import TextEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +40,10 @@ class UnitEncoder:
     """
 
     def __init__(
-        self, tokenizer_path: Path, choice: EncoderChoice, plan: EncodePlan, units: list[Unit]
+        self, encoder: "ray.ObjectRef[TextEncoder]", plan: EncodePlan, units: list[Unit]
     ) -> None:
-        # One CPU is asked for: the tokenizer's own threads would oversubscribe the machine.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self._encoder = build_encoder(tokenizer_path, choice)
+        # In Ray's shared memory the tables of a fast engine are there once for all of a node.
+        self._encoder = ray.get(encoder)
         self._plan = plan
         self._units = units
 
@@ -84,8 +82,7 @@ _RESULT_SCHEMA = pa.schema(
 def run_units(
     units: list[Unit],
     plan: EncodePlan,
-    tokenizer_path: Path,
-    choice: EncoderChoice,
+    encoder: TextEncoder,
     *,
     num_workers: int,
     num_free: int,
@@ -95,8 +92,7 @@ def run_units(
     Args:
         units: What to encode.
         plan: What they have in common.
-        tokenizer_path: Directory of the tokenizer.
-        choice: What encodes.
+        encoder: What encodes.
         num_workers: Actors, one CPU each.
         num_free: CPUs that are free now; more actors are started as the cluster grows.
 
@@ -113,7 +109,7 @@ def run_units(
     records: dict[int, UnitRecord] = {}
     problems: dict[int, str] = {}
     progress = _Progress(units)
-    kwargs = {"tokenizer_path": tokenizer_path, "choice": choice, "plan": plan, "units": units}
+    kwargs = {"encoder": ray.put(encoder), "plan": plan, "units": units}
     for row in _run_actors(len(units), kwargs, num_workers, num_free):
         if row["problem"]:
             problems[row["unit"]] = row["problem"]

@@ -15,7 +15,7 @@ import numpy as np
 
 from raytune_llama.model import kernel
 from raytune_llama.model.cuts import SPACE, encode_in_stretches
-from raytune_llama.model.reference import Reference, SentencePieceReference
+from raytune_llama.model.reference import Reference, SentencePieceReference, check_version
 from raytune_llama.model.tables import build_tables
 
 REVISION = 1
@@ -31,6 +31,14 @@ class Memo(NamedTuple):
     """int32: for each entry the numbers of its code points and ids, and these."""
     used: np.ndarray
     """int64: entries and places in `pool` in use, and how many entries there may be."""
+
+
+def _empty_memo(entries: int) -> Memo:
+    return Memo(
+        slots=np.full(4 * entries, -1, np.int32),
+        pool=np.zeros(16 * entries, np.int32),
+        used=np.array([0, 0, entries]),
+    )
 
 
 class CompiledEncoder:
@@ -55,17 +63,21 @@ class CompiledEncoder:
         """How many texts were left to the reference."""
         self._reference = reference
         self._vocabulary, self._boundaries = build_tables(reference)
-        self._memo = Memo(
-            slots=np.full(4 * memo_entries, -1, np.int32),
-            pool=np.zeros(16 * memo_entries, np.int32),
-            used=np.array([0, 0, memo_entries]),
-        )
+        self._memo = _empty_memo(memo_entries)
         self._spaced, self._unless_spaced = False, False
         self._normal_form, self._strings = False, ()
         if isinstance(reference, SentencePieceReference):
             self._spaced = reference.proto.normalizer_spec.add_dummy_prefix
         else:
             self._read_engine(reference.engine)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_memo": int(self._memo.used[2])}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"version": compiled_version()}
+        check_version(self, state["version"])
+        self._memo = _empty_memo(state["_memo"])
 
     def _read_engine(self, engine: dict[str, Any]) -> None:
         """Note what a `tokenizers` engine does before it splits a text."""

@@ -216,21 +216,22 @@ def encode_in_stretches(
     """Encode texts of any length with `encode`, of which memory depends on what it gets at once."""
     if sum(map(len, texts)) <= STRETCH_CHARACTERS:
         return encode(texts, 0)
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    ends = np.cumsum(lengths)
+    long = [*np.flatnonzero(lengths > STRETCH_CHARACTERS).tolist(), len(texts)]
     results: list[np.ndarray] = []
-    group: list[str] = []
-    characters = 0
-    for index, text in enumerate(texts):
-        group.append(text)
-        characters += len(text)
-        if len(text) > STRETCH_CHARACTERS:
-            results += encode(group[:-1], index - len(group) + 1)
-            results.append(_encode_long(text, index, cuts, encode))
-        elif characters < _GROUP_CHARACTERS:
+    start = 0
+    while start < len(texts):
+        if start == long[0]:
+            results.append(_encode_long(texts[start], long.pop(0), cuts, encode))
+            start += 1
             continue
-        else:
-            results += encode(group, index - len(group) + 1)
-        group, characters = [], 0
-    return results + encode(group, len(texts) - len(group))
+        before = ends[start] - lengths[start]
+        full = int(np.searchsorted(ends, before + _GROUP_CHARACTERS)) + 1
+        stop = min(full, long[0])
+        results += encode(texts[start:stop], start)
+        start = stop
+    return results
 
 
 def _encode_long(text: str, index: int, cuts: Cuts | None, encode: Encode) -> np.ndarray:

@@ -1,11 +1,12 @@
 """The two libraries that define ids, behind one protocol: SentencePiece and `tokenizers`.
 
 Both encode plain text: no special token is added, and one that is written in a text stays text.
+Both can be pickled, with all that they read from files.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -75,6 +76,7 @@ class SentencePieceReference:
             controls: Ids that may not come out of a text.
         """
         self.version = version("sentencepiece")
+        self._content = (model, controls)
         self.proto = ModelProto.FromString(model)
         for id_, piece in enumerate(self.proto.pieces):
             if id_ in controls and piece.type in (PIECE.NORMAL, PIECE.USER_DEFINED):
@@ -87,6 +89,9 @@ class SentencePieceReference:
         self._processor = sentencepiece.SentencePieceProcessor(
             model_proto=self.proto.SerializeToString()
         )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (SentencePieceReference, self._content, self.version)
 
     def is_user_defined(self, id_: int) -> bool:
         """Whether an id stands for text that is always one token, wherever it is."""
@@ -116,12 +121,16 @@ class TokenizersReference:
         """
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.version = version("tokenizers")
+        self._content = (engine,)
         self.engine: dict[str, Any] = json.loads(engine)
         self.cuts = build_engine_cuts(self.engine)
         self._tokenizer = Tokenizer.from_str(engine)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (TokenizersReference, self._content, self.version)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `TextEncoder.encode`."""
@@ -136,6 +145,27 @@ class TokenizersReference:
 
 
 Reference = SentencePieceReference | TokenizersReference
+
+
+def _rebuild(kind: Callable[..., Reference], content: tuple[Any, ...], wanted: str) -> Reference:
+    """Unpickle a reference."""
+    reference = kind(*content)
+    check_version(reference, wanted)
+    return reference
+
+
+def check_version(encoder: TextEncoder, wanted: str) -> None:
+    """Refuse an encoder that was pickled where its engine has another version.
+
+    Raises:
+        ValueError: Another version may give other ids.
+    """
+    if encoder.version != wanted:
+        raise ValueError(
+            f"ids are made by {encoder.name} {encoder.version} on this node and by {wanted} on the "
+            "driver's; give all nodes the same packages"
+        )
+
 
 _TEXT_TYPES = (PIECE.NORMAL, PIECE.USER_DEFINED)
 

@@ -75,7 +75,6 @@ class Boundaries(NamedTuple):
 
 Tables = tuple[Vocabulary, Boundaries]
 
-
 Merge = tuple[int, int, int, int]
 """Left symbol, right symbol, rank (lowest first), the symbol that they become."""
 
@@ -86,6 +85,15 @@ def build_tables(reference: Reference) -> Tables:
     Raises:
         ValueError: It is of a kind that the kernel knows nothing of; says what it is.
     """
+    tables = _build_tables(reference)
+    for array in (*tables[0], *tables[1]):
+        if isinstance(array, np.ndarray):
+            # As they are in shared memory: numba compiles apart for arrays that can be written.
+            array.setflags(write=False)
+    return tables
+
+
+def _build_tables(reference: Reference) -> Tables:
     if isinstance(reference, SentencePieceReference):
         return _piece_tables(reference.proto)
     engine = reference.engine

@@ -1,23 +1,23 @@
 """Promises: a fast engine is used only with the reference's ids, and goes on being checked."""
 
-import dataclasses
-import json
 import pickle
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 
+from raytune_llama.model import compiled, reference
+from raytune_llama.model.choice import choose_encoder
 from raytune_llama.model.encoder import (
     CHECKED_SHARE,
     CheckedEncoder,
     EncoderChoice,
+    Engine,
     IdsDifferError,
-    build_encoder,
-    choose_encoder,
 )
 from raytune_llama.model.tokenizer import encode_text, load_reference, load_tokenizer
 from tests.model import references
@@ -27,6 +27,10 @@ from tests.model.test_tokenizer import change_json
 pytest.importorskip("numba", reason="the fast engine is an extra")
 
 from raytune_llama.model.compiled import CompiledEncoder
+
+
+def choose(path: Path, sample: Sequence[str], engine: Engine = "auto") -> EncoderChoice:
+    return choose_encoder(load_tokenizer(path), sample, engine)
 
 
 @pytest.fixture(params=["tokenizer_dir", "llama_tokenizer_dir", "merged_tokenizer_dir"])
@@ -45,47 +49,49 @@ def unigram_dir(llama_tokenizer_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize("engine", ["auto", "reference", "compiled"])
-def test_encoder_gives_the_ids_of_the_reference_and_of_encode_text(
-    any_dir: Path, engine: str
+def test_encoder_gives_the_ids_of_the_reference_and_of_encode_text_also_as_a_pickle(
+    any_dir: Path, engine: Engine
 ) -> None:
-    choice = choose_encoder(any_dir, SENTENCES, engine)  # pyright: ignore[reportArgumentType]
-    assert choice.verified == (engine != "reference")
-    encoder = build_encoder(any_dir, choice)
-    assert (encoder.name, encoder.version) == (choice.engine, choice.version)
+    encoder = choose(any_dir, SENTENCES, engine).encoder
+    assert isinstance(encoder, CheckedEncoder) == (engine != "reference")
+    copy = pickle.loads(pickle.dumps(encoder))  # noqa: S301
+    assert (copy.name, copy.version) == (encoder.name, encoder.version)
     texts = [*SENTENCES, "", " a </s> b <s>", "人民日报的新年的钟声敲"]
     encoded = [ids.tolist() for ids in encoder.encode(texts)]
+    assert encoded == [ids.tolist() for ids in copy.encode(texts)]
     assert encoded == [ids.tolist() for ids in load_reference(any_dir).encode(texts)]
     assert encoded == encode_text(load_tokenizer(any_dir), texts)
 
 
-@pytest.mark.parametrize("engine", ["auto", "reference"])
-def test_choice_goes_to_a_worker_as_a_pickle_and_into_a_manifest_as_json(
-    any_dir: Path, engine: str
+def test_encoder_in_shared_memory_which_is_read_only_gives_the_same_ids(
+    merged_tokenizer_dir: Path,
 ) -> None:
-    choice = choose_encoder(any_dir, SENTENCES, engine)  # pyright: ignore[reportArgumentType]
-    assert pickle.loads(pickle.dumps(choice)) == choice  # noqa: S301
-    assert EncoderChoice(**json.loads(json.dumps(dataclasses.asdict(choice)))) == choice
+    encoder = choose(merged_tokenizer_dir, SENTENCES).encoder
+    buffers: list[pickle.PickleBuffer] = []
+    content = pickle.dumps(encoder, protocol=5, buffer_callback=buffers.append)
+    shared = [memoryview(bytes(buffer)) for buffer in buffers]
+    assert sum(map(len, shared)) > len(content)  # the tables are outside
+    copy = pickle.loads(content, buffers=shared)  # noqa: S301
+    for wanted, ids in zip(encoder.encode(SENTENCES), copy.encode(SENTENCES), strict=True):
+        np.testing.assert_array_equal(ids, wanted)
 
 
 def test_choice_counts_what_was_compared(tokenizer_dir: Path) -> None:
-    few, more = (choose_encoder(tokenizer_dir, sample) for sample in ([], ["人", "four"]))
+    few, more = (choose(tokenizer_dir, sample) for sample in ([], ["人", "four"]))
     assert few.num_texts > 1000
     assert (more.num_texts - few.num_texts, more.num_bytes - few.num_bytes) == (2, 7)
-    assert dataclasses.replace(more, num_texts=0, num_bytes=0) == dataclasses.replace(
-        few, num_texts=0, num_bytes=0
-    )
 
 
 def test_choice_for_a_tokenizer_of_unknown_kind_is_the_reference(
     unigram_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    choice = choose_encoder(unigram_dir, SENTENCES)
-    assert (choice.engine, choice.verified) == ("sentencepiece", False)
+    choice = choose(unigram_dir, SENTENCES)
+    assert (choice.encoder.name, choice.num_texts) == ("sentencepiece", 0)
     assert choice.reason is not None
     assert choice.reason in caplog.text
     with pytest.raises(ValueError, match="compiled can't be used"):
-        choose_encoder(unigram_dir, SENTENCES, "compiled")
+        choose(unigram_dir, SENTENCES, "compiled")
 
 
 def test_choice_when_ids_differ_is_the_reference(tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -98,8 +104,8 @@ def test_choice_when_ids_differ_is_the_reference(tokenizer_dir: Path, tmp_path: 
         content["model"]["vocab"]["quickest"] = 400  # pyright: ignore[reportIndexIssue]
 
     change_json(path / "tokenizer.json", add_unreachable)
-    choice = choose_encoder(path, SENTENCES)
-    assert (choice.engine, choice.verified) == ("tokenizers", False)
+    choice = choose(path, SENTENCES)
+    assert (choice.encoder.name, choice.num_texts) == ("tokenizers", 0)
     assert "quickest" in str(choice.reason)
 
 
@@ -122,22 +128,16 @@ def test_checked_encoder_with_other_ids_names_the_text(
     assert len(indexes) == 3  # a hash of the texts chooses: not always the first
 
 
-def test_build_encoder_of_another_tokenizer_than_the_drivers_is_refused(
-    merged_tokenizer_dir: Path, piece_model: Path
-) -> None:
-    choice = choose_encoder(merged_tokenizer_dir, SENTENCES, "reference")
-    shutil.copy(piece_model, merged_tokenizer_dir)
-    with pytest.raises(ValueError, match="on this node"):
-        build_encoder(merged_tokenizer_dir, choice)
-
-
 @pytest.mark.parametrize("engine", ["auto", "reference"])
-def test_build_encoder_with_another_version_than_the_drivers_is_refused(
-    tokenizer_dir: Path, engine: str
+@pytest.mark.parametrize("path", ["tokenizer_dir", "merged_tokenizer_dir"])
+def test_encoder_from_where_another_version_is_installed_is_refused(
+    request: pytest.FixtureRequest, path: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choice = choose_encoder(tokenizer_dir, [], engine)  # pyright: ignore[reportArgumentType]
+    content = pickle.dumps(choose(request.getfixturevalue(path), [], engine).encoder)
+    module = compiled if engine == "auto" else reference
+    monkeypatch.setattr(module, "version", lambda _: "0.1")
     with pytest.raises(ValueError, match="same packages"):
-        build_encoder(tokenizer_dir, dataclasses.replace(choice, version="0.1"))
+        pickle.loads(content)  # noqa: S301
 
 
 def test_encoder_of_a_model_with_sentencepiece_ids_equals_the_library(
@@ -145,6 +145,6 @@ def test_encoder_of_a_model_with_sentencepiece_ids_equals_the_library(
 ) -> None:
     file = merged_tokenizer_dir / "tokenizer.model"
     processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    encoder = build_encoder(merged_tokenizer_dir, choose_encoder(merged_tokenizer_dir, SENTENCES))
+    encoder = choose(merged_tokenizer_dir, SENTENCES).encoder
     for text in (*SENTENCES, "人民日报的新年的钟声敲", "  a\n\n b", ""):
         np.testing.assert_array_equal(encoder.encode([text])[0], processor.encode(text))
