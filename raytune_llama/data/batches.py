@@ -16,7 +16,7 @@ import torch
 
 from raytune_llama.data import packing
 from raytune_llama.data.order import EpochOrder, MixedOrder, Order, Sample, block_quotas
-from raytune_llama.data.packing import IGNORED_LABEL, PAD_ID, SourceSequences
+from raytune_llama.data.packing import SourceSequences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +189,7 @@ def read_steps(
             sample = plan.sample(position, fingerprint)
             rows.append(sources[sample.source].read(sample))
             num_sequences[sample.source] += 1
-            num_targets[sample.source] += int(np.count_nonzero(rows[-1].labels_T != IGNORED_LABEL))
+            num_targets[sample.source] += rows[-1].num_targets
         yield StepBatch(
             step=step,
             micro_batches=tuple(
@@ -217,14 +217,11 @@ def stack_sequences(
     sequences: Sequence[packing.Sequence], micro_batch_sequences: int, sequence_tokens: int
 ) -> MicroBatch:
     """Make a micro-batch of at most its number of sequences, with filler where some are missing."""
-    missing = micro_batch_sequences - len(sequences)
-    rows = [*sequences, *[_filler(sequence_tokens)] * missing]
-    shape = (micro_batch_sequences, sequence_tokens)
-    return MicroBatch(
-        torch.from_numpy(np.concatenate([row.ids_T for row in rows]).reshape(shape)),
-        torch.from_numpy(np.concatenate([row.labels_T for row in rows]).reshape(shape)),
-        torch.from_numpy(np.concatenate([row.positions_T for row in rows]).reshape(shape)),
-    )
+    rows = [*sequences, *[packing.FILLER] * (micro_batch_sequences - len(sequences))]
+    arrays = np.empty((3, micro_batch_sequences, sequence_tokens), dtype=np.int64)
+    for number, row in enumerate(rows):
+        row.write(*arrays[:, number])
+    return MicroBatch(*map(torch.from_numpy, arrays))
 
 
 def _build_order(
@@ -244,11 +241,3 @@ def _build_order(
             f"{sum(quotas)} sequences, wanted at least one each"
         )
     return MixedOrder(tuple(source_sequences), quotas)
-
-
-def _filler(sequence_tokens: int) -> packing.Sequence:
-    return packing.Sequence(
-        np.full(sequence_tokens, PAD_ID, dtype=np.int64),
-        np.full(sequence_tokens, IGNORED_LABEL, dtype=np.int64),
-        np.arange(sequence_tokens, dtype=np.int64),
-    )

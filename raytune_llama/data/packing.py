@@ -19,7 +19,8 @@ model: it has T - 1 targets, and its first id is none.
 Shapes: T = tokens of a sequence.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, Protocol, Self
 
@@ -44,19 +45,53 @@ PackedForm = Literal["isolated", "joined"]
 SequenceForm = Literal["isolated", "joined", "crops", "seed_blocks"]
 """How a source is cut into sequences; see the head of this file."""
 
+_NO_IDS = np.empty(0, dtype=np.uint16)
+_NO_STARTS = np.empty(0, dtype=np.int64)
 _CHUNK_DOCUMENTS = 1 << 16  # bounds the memory of a pass over the documents' lengths
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Sequence:
-    """One training sequence; all arrays are int64 and T long."""
+    """One training sequence, as views of the token stream; nothing is copied before `write`."""
 
-    ids_T: NDArray[np.int64]
-    """Input ids, `PAD_ID` behind the last real one."""
-    labels_T: NDArray[np.int64]
-    """The id that follows each input, or `IGNORED_LABEL`."""
-    positions_T: NDArray[np.int64]
-    """Position ids; they restart at 0 where a segment that must not see the one before begins."""
+    ids: NDArray[np.unsignedinteger]
+    """Its real ids, at most T."""
+    labels: NDArray[np.unsignedinteger]
+    """The id that follows each of the first of them."""
+    starts: NDArray[np.int64] = field(default_factory=lambda: _NO_STARTS)
+    """Where a document begins that must not see the one before it, above 0, up to `len(labels)`;
+    the label before such a place is none."""
+
+    @property
+    def num_targets(self) -> int:
+        """Labels that are trained."""
+        return len(self.labels) - len(self.starts)
+
+    def write(
+        self, ids_T: NDArray[np.int64], labels_T: NDArray[np.int64], positions_T: NDArray[np.int64]
+    ) -> None:
+        """Write the sequence into a row of each tensor.
+
+        Args:
+            ids_T: Input ids, `PAD_ID` behind the last real one.
+            labels_T: The id that follows each input, or `IGNORED_LABEL`.
+            positions_T: Position ids; they restart at 0 where a document begins, and where the
+                padding does, a segment of its own.
+        """
+        length, num_ids = len(ids_T), len(self.ids)
+        ids_T[:num_ids] = self.ids
+        ids_T[num_ids:] = PAD_ID
+        labels_T[: len(self.labels)] = self.labels
+        labels_T[len(self.labels) :] = IGNORED_LABEL
+        labels_T[self.starts - 1] = IGNORED_LABEL
+        bounds = np.empty(len(self.starts) + 3, dtype=np.int64)
+        bounds[0], bounds[1:-2], bounds[-2:] = 0, self.starts, (num_ids, length)
+        origins = np.repeat(bounds[:-1], bounds[1:] - bounds[:-1])
+        np.subtract(_counting(length), origins, out=positions_T)
+
+
+FILLER = Sequence(_NO_IDS, _NO_IDS)
+"""A sequence without targets, to fill a shape."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +108,11 @@ class Stretch:
 
 class SourceSequences(Protocol):
     """The sequences of one source in one form."""
+
+    @property
+    def sequence_tokens(self) -> int:
+        """T."""
+        ...
 
     @property
     def num_sequences(self) -> int:
@@ -126,7 +166,7 @@ class JoinedSequences:
         """Cut one sequence out; the padding of a short one is a segment of its own."""
         span = self._span(sample.index)
         tokens = self.stretch.split.tokens(span.start, span.stop)
-        return _padded(tokens[:-1], tokens[1:], self.sequence_tokens)
+        return Sequence(tokens[:-1], tokens[1:])
 
     def covered(self, index: int) -> range:
         """Return the part of the flat stream that one sequence accounts for: its targets.
@@ -153,10 +193,8 @@ class IsolatedSequences(JoinedSequences):
         span = self._span(sample.index)
         split = self.stretch.split
         tokens = split.tokens(span.start, span.stop)
-        starts = split.document_starts(span.start, span.stop) - span.start
-        sequence = _padded(tokens[:-1], tokens[1:], self.sequence_tokens, starts)
-        sequence.labels_T[starts[starts > 0] - 1] = IGNORED_LABEL
-        return sequence
+        starts = split.document_starts(span.start + 1, span.stop) - span.start
+        return Sequence(tokens[:-1], tokens[1:], starts)
 
 
 @dataclass(frozen=True)
@@ -208,7 +246,7 @@ class Crops:
             # The high half of a 128-bit product: uniform but for one part in 2**64 / num_starts.
             start += key * num_starts >> 64
         ids = self.stretch.split.tokens(start, min(start + self.sequence_tokens, stop))
-        return _padded(ids, ids[1:], self.sequence_tokens)
+        return Sequence(ids, ids[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,7 +307,7 @@ class SeedBlocks:
         group_start, group_stop = (int(bound) for bound in self.group_bounds[group : group + 2])
         start = group_start + (sample.index - blocks_before) * self.sequence_tokens
         ids = self.stretch.split.tokens(start, min(start + self.sequence_tokens, group_stop))
-        return _padded(ids, ids[1:], self.sequence_tokens)
+        return Sequence(ids, ids[1:])
 
 
 def num_sequences(num_tokens: int, sequence_tokens: int) -> int:
@@ -326,27 +364,6 @@ def _check_index(index: int, count: int) -> None:
         raise IndexError(f"sequence {index} of a source with {count} sequences")
 
 
-def _padded(
-    ids: NDArray[np.unsignedinteger],
-    labels: NDArray[np.unsignedinteger],
-    length: int,
-    starts: NDArray[np.int64] | None = None,
-) -> Sequence:
-    """Make a sequence of ids and the labels of the first of them.
-
-    Positions count up from 0, and from 0 again at the starts and where the padding begins.
-    """
-    ids_T, labels_T = np.empty((2, length), dtype=np.int64)
-    ids_T[: len(ids)] = ids
-    ids_T[len(ids) :] = PAD_ID
-    labels_T[: len(labels)] = labels
-    labels_T[len(labels) :] = IGNORED_LABEL
-    positions_T = np.arange(length, dtype=np.int64)
-    if starts is not None:
-        origins = np.zeros(length, dtype=np.int64)
-        inside = starts[starts < len(ids)]
-        origins[inside] = inside
-        positions_T -= np.maximum.accumulate(origins)
-    if len(ids) < length:
-        positions_T[len(ids) :] = np.arange(length - len(ids))
-    return Sequence(ids_T, labels_T, positions_T)
+@lru_cache(maxsize=4)
+def _counting(length: int) -> NDArray[np.int64]:
+    return np.arange(length, dtype=np.int64)
