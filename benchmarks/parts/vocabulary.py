@@ -10,35 +10,28 @@ import sys
 import zipfile
 from pathlib import Path
 
-import sentencepiece
-from sentencepiece.sentencepiece_model_pb2 import (
-    ModelProto,  # pyright: ignore[reportAttributeAccessIssue]  # made when it is imported
-)
-
 from raytune_llama.model.from_meta import LLAMA_TOKENIZER
+from raytune_llama.model.pieces import PieceTraining, merge_pieces, train_pieces
 
 from .corpus import CACHE, ROOT
-
-NUM_NEW_PIECES = 20_000
 
 
 def make_llama_tokenizer() -> Path:
     """Return a directory with a grown tokenizer.model; make it where it is not there yet."""
     folder = CACHE / "llama-zh"
-    if (folder / "tokenizer.model").exists():
-        return folder
+    if not (folder / "tokenizer.model").exists():
+        base = write_base(folder) / "tokenizer.model"
+        texts = [file.read_text() for file in sorted((ROOT / "demo" / "corpus").glob("*.txt"))]
+        merged = merge_pieces(base.read_bytes(), train_pieces(texts, PieceTraining()))
+        base.write_bytes(merged.model)
+    return folder
+
+
+def write_base(folder: Path) -> Path:
+    """Write the tokenizer of 32,000 pieces into a directory, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
-    base = ModelProto.FromString(_base_model())
-    added = ModelProto.FromString(_train_pieces())
-    known = {piece.piece for piece in base.pieces}
-    # Unique scores below the base's last one: equal scores are resolved in more than one way.
-    score = min(piece.score for piece in base.pieces)
-    for piece in added.pieces:
-        if piece.type == ModelProto.SentencePiece.NORMAL and piece.piece not in known:
-            score -= 1
-            base.pieces.add(piece=piece.piece, score=score)
     (folder / "tokenizer_config.json").write_text(json.dumps(LLAMA_TOKENIZER))
-    (folder / "tokenizer.model").write_bytes(base.SerializeToString())
+    (folder / "tokenizer.model").write_bytes(_base_model())
     return folder
 
 
@@ -50,18 +43,3 @@ def _base_model() -> bytes:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith("/tokenizer.model.v1")]
         return archive.read(name)
-
-
-def _train_pieces() -> bytes:
-    prefix = CACHE / "chinese"
-    files = sorted(map(str, (ROOT / "demo" / "corpus").glob("*.txt")))
-    sentencepiece.SentencePieceTrainer.train(
-        input=files,
-        model_prefix=str(prefix),
-        model_type="bpe",
-        vocab_size=NUM_NEW_PIECES,
-        character_coverage=0.9995,
-        num_threads=2,
-        minloglevel=2,
-    )
-    return prefix.with_suffix(".model").read_bytes()

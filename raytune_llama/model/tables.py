@@ -148,7 +148,7 @@ def _byte_tables(engine: dict[str, Any]) -> Tables:
     kind = split_kind(engine)
     if kind is None:
         raise ValueError("its tokenizer.json splits text by a pattern that is not known here")
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     return (
         Vocabulary(
             *_pair_table(_merges(engine["model"])),
@@ -258,7 +258,7 @@ def _classes(*, any_case: bool) -> np.ndarray:
     return classes
 
 
-def _byte_alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """Return the character by which a byte-level vocabulary spells each byte."""
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))

@@ -1,10 +1,12 @@
 """Does a tokenizer fit a model, and growing the embeddings where it is larger."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -17,6 +19,10 @@ from raytune_llama.model.tokenizer import (
 )
 
 logger = logging.getLogger(__name__)
+
+InitialRows = Literal["mean_subtokens", "mean", "normal"]
+"""How the rows of new tokens start: as the mean of the old tokens that their text splits into, as
+the mean of all old tokens, or drawn from a normal distribution around 0, as transformers did."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def check_vocabulary(num_rows: int, model_path: Path, tokenizer_path: Path) -> V
             the model's own tokenizer has ids beyond its rows, or the model has none to grow from.
     """
     tokenizer = load_tokenizer(tokenizer_path)
-    num_ids = _num_ids(tokenizer)
+    num_ids = count_ids(tokenizer)
     if not has_tokenizer(model_path):
         if num_ids > num_rows:
             raise ValueError(
@@ -76,13 +82,13 @@ def check_vocabulary(num_rows: int, model_path: Path, tokenizer_path: Path) -> V
             "equal scores, and the model was trained with the former",
             *(model_path, references[0], tokenizer_path, references[1]),
         )
-    if _num_ids(own) > num_rows:
+    if count_ids(own) > num_rows:
         raise ValueError(
-            f"model.path: the tokenizer of {model_path} has ids up to {_num_ids(own) - 1}, but its "
-            f"embedding has {num_rows} rows; put the tokenizer that the model was trained with "
+            f"model.path: the tokenizer of {model_path} has ids up to {count_ids(own) - 1}, but "
+            f"its embedding has {num_rows} rows; put the tokenizer that the model was trained with "
             "there and name the larger one in model.tokenizer"
         )
-    return VocabularyFit(num_rows=num_rows, num_base_ids=_num_ids(own), num_ids=num_ids)
+    return VocabularyFit(num_rows=num_rows, num_base_ids=count_ids(own), num_ids=num_ids)
 
 
 def has_tokenizer(path: Path) -> bool:
@@ -90,7 +96,8 @@ def has_tokenizer(path: Path) -> bool:
     return any((path / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return one more than the largest id; the length would be too small with gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -122,16 +129,15 @@ def grow_embeddings(
     input embedding and, where it is not tied, in the output projection. A control token, which
     stands for no text, starts as the mean of all old rows. Rows of old ids keep their bits.
     """
-    num_old, num_new = _num_ids(old), _num_ids(new)
+    num_old, num_new = count_ids(old), count_ids(new)
     if num_new <= num_old:
         return 0
     pieces = {id_: split_new_token(old, new, id_) for id_ in range(num_old, num_new)}
     if num_new > num_embedding_rows(model):
         model.resize_token_embeddings(num_new, mean_resizing=False)
     for table in {id(table): table for table in _embedding_tables(model)}.values():
-        mean_of_all = table[:num_old].float().mean(dim=0)
-        for id_, ids in pieces.items():
-            table[id_] = table[ids].float().mean(dim=0) if ids else mean_of_all
+        rows = initial_rows(table[:num_old], list(pieces.values()))
+        table[num_old:num_new] = rows.to(table.dtype)
     num_unsplit = sum(not ids for ids in pieces.values())
     logger.info(
         "vocabulary grown from %d to %d ids: %d rows start as the mean of the tokens that their "
@@ -142,6 +148,35 @@ def grow_embeddings(
         num_unsplit,
     )
     return len(pieces)
+
+
+def initial_rows(
+    old_rows: torch.Tensor,
+    pieces: Sequence[Sequence[int]],
+    method: InitialRows = "mean_subtokens",
+    *,
+    std: float = 0.02,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Return the rows that new tokens start with, float32 [new tokens, width].
+
+    Args:
+        old_rows: The rows of the old tokens, [old tokens, width].
+        pieces: For each new token, the old tokens that its text splits into; none for a control
+            token, which then starts as the mean of all.
+        method: How.
+        std: Standard deviation of `normal`.
+        seed: Of `normal`.
+    """
+    if method == "normal":
+        drawn = np.random.default_rng(seed).standard_normal((len(pieces), old_rows.shape[1]))
+        return torch.from_numpy(drawn).float() * std
+    rows = old_rows.float().mean(dim=0).repeat(len(pieces), 1)
+    if method == "mean_subtokens":
+        for row, ids in zip(rows, pieces, strict=True):
+            if ids:
+                row[:] = old_rows[list(ids)].float().mean(dim=0)
+    return rows
 
 
 def split_new_token(

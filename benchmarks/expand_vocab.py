@@ -1,0 +1,118 @@
+"""Growing a LLaMA vocabulary on a large corpus, against SentencePiece's training alone.
+
+    python benchmarks/expand_vocab.py [--megabytes 1000] [--sample 100] [--rounds 1] [--tiny]
+
+Ours is the whole job: reading the corpus, a sample of it, training, merging, the comparison of two
+libraries' ids, fertility. The peer is SentencePiece's trainer on a file of as much text as the
+sample, with the same settings. Each runs in a process of its own; memory is its largest resident
+size.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from parts.corpus import ROOT, make_corpus, write_repeated
+from parts.vocabulary import make_llama_tokenizer, write_base
+
+NUM_TOKENS = 20_000
+_PEER = """
+import sys, sentencepiece
+sentencepiece.SentencePieceTrainer.train(
+    input=sys.argv[1], model_prefix=sys.argv[2], model_type="bpe", vocab_size=int(sys.argv[3]),
+    character_coverage=0.9995, num_threads=2, train_extremely_large_corpus=True, minloglevel=2)
+"""
+
+
+class Cost(NamedTuple):
+    """What a process took."""
+
+    seconds: float
+    peak_mib: float
+
+
+def measure(command: list[str]) -> Cost:
+    """Run a command and return its time and its largest resident size."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"exit status {process.returncode}: {' '.join(command)[:200]}")
+    return Cost(seconds, usage.ru_maxrss / 1024)
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description="See the head of this file.")
+    parser.add_argument("--megabytes", type=int, default=1000, help="of the corpus")
+    parser.add_argument("--sample", type=int, default=100, help="MiB that are learned from")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--tiny", action="store_true", help="try out; the figures mean nothing")
+    options = parser.parse_args()
+    make_llama_tokenizer()
+    sample_mib = 4 if options.tiny else options.sample
+    num_tokens = 4000 if options.tiny else NUM_TOKENS
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        corpus = write_repeated(
+            make_corpus(),
+            folder / "corpus.txt",
+            options.megabytes * 10**6 // (20 if options.tiny else 1),
+        )
+        sample = folder / "sample.txt"
+        with corpus.path.open("rb") as source:
+            sample.write_bytes(source.read(sample_mib << 20))
+        base = write_base(folder / "base")
+        job = folder / "job.yaml"
+        job.write_text(
+            json.dumps(
+                {
+                    "model": str(base),
+                    "target": str(folder / "grown"),
+                    "sources": [{"path": str(corpus.path)}],
+                    "sample_mib": sample_mib,
+                    "training": {"num_tokens": num_tokens},
+                }
+            )
+        )
+        commands = {
+            "ours, the whole job": [
+                sys.executable,
+                str(ROOT / "jobs" / "expand_vocab.py"),
+                str(job),
+            ],
+            "SentencePiece alone": [
+                *(sys.executable, "-c", _PEER, str(sample), str(folder / "peer"), str(num_tokens))
+            ],
+        }
+        print(
+            f"{corpus.describe()}; learned from: {sample_mib} MiB; {num_tokens} pieces", flush=True
+        )
+        costs: dict[str, list[Cost]] = {side: [] for side in commands}
+        for number in range(options.rounds):
+            for side in list(commands)[:: 1 if number % 2 == 0 else -1]:
+                subprocess.run(["rm", "-rf", str(folder / "grown")], check=True)
+                costs[side].append(measure(commands[side]))
+                cost = costs[side][-1]
+                print(
+                    f"round {number + 1}: {side}: {cost.seconds:.1f} s, {cost.peak_mib:.0f} MiB",
+                    flush=True,
+                )
+    ours, peer = costs.values()
+    for what, place in (("time", 0), ("memory", 1)):
+        ratio = statistics.median(a[place] / b[place] for a, b in zip(ours, peer, strict=True))
+        print(f"{what}, ours / SentencePiece alone: {ratio:.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Write a model with the rows of a grown tokenizer, a tensor at a time.
+
+    grow_model(Path("llama"), Path("grown-tokenizer"), folder, GrowthConfig())
+
+Every weight but the embedding tables is copied bit for bit, and so are the rows of old tokens: what
+the model says of them is unchanged.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from raytune_llama.config import settings
+from raytune_llama.files import read_json, write_json_atomic
+from raytune_llama.model.tensors import TensorSpec, WeightsWriter, open_weights
+from raytune_llama.model.tokenizer import load_tokenizer, write_tokenizer
+from raytune_llama.model.vocab import InitialRows, count_ids, initial_rows, split_new_token
+
+logger = logging.getLogger(__name__)
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@settings
+class GrowthConfig:
+    """The rows that a model gets for new tokens."""
+
+    initial_rows: InitialRows = "mean_subtokens"
+    """How they start, in the input embedding and in the output projection. `mean_subtokens`: the
+    mean of the old tokens that their text splits into; `mean`: of all old tokens; `normal`: drawn
+    around 0 with the deviation that the model's config names, as transformers did for the seeds."""
+    rows_multiple_of: Annotated[int, Field(ge=1)] = 1
+    """The number of rows is rounded up to a multiple of it; 64 or 128 suits GPUs. The surplus rows
+    start as the mean of all old tokens."""
+    seed: Annotated[int, Field(ge=0)] = 1
+    """Of `normal`."""
+    max_shard_mib: Annotated[int, Field(ge=1)] = 5120
+    """Largest safetensors file, unless one tensor is larger."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrownModel:
+    """What was written."""
+
+    num_old_ids: int
+    """Ids of the model's own tokenizer."""
+    num_ids: int
+    """Ids of the grown one."""
+    num_rows: int
+    """Rows of the tables."""
+    tensors: dict[str, str]
+    """SHA256 of the bytes of each tensor."""
+
+
+def grow_model(model: Path, tokenizer: Path, folder: Path, config: GrowthConfig) -> GrownModel:
+    """Write a model directory for a tokenizer that was grown from the model's own.
+
+    Args:
+        model: A Hugging Face model directory with its tokenizer.
+        tokenizer: Directory of the grown tokenizer.
+        folder: Where to write; it must exist.
+        config: How rows start.
+
+    Raises:
+        ValueError: The model's files are missing or damaged, or its tables are none of a LLaMA's.
+    """
+    old, new_tokenizer = load_tokenizer(model), load_tokenizer(tokenizer)
+    num_old, num_ids = count_ids(old), count_ids(new_tokenizer)
+    weights = open_weights(model)
+    if EMBEDDING not in weights.specs:
+        raise ValueError(f"model: {model} has no {EMBEDDING}; name a LLaMA-family model")
+    num_before = weights.specs[EMBEDDING].shape[0]
+    if num_old > num_before:
+        raise ValueError(
+            f"model: the tokenizer of {model} has {num_old} ids, and its embedding {num_before} "
+            "rows; put the tokenizer there that the model was trained with"
+        )
+    multiple = config.rows_multiple_of
+    num_rows = -(-max(num_before, num_ids) // multiple) * multiple
+    values: dict[str, Any] = read_json(model / "config.json")
+    new = partial(
+        initial_rows,
+        pieces=[split_new_token(old, new_tokenizer, id_) for id_ in range(num_old, num_ids)],
+        method=config.initial_rows,
+        std=float(values.get("initializer_range", 0.02)),
+        seed=config.seed,
+    )
+    # An old surplus row becomes a new token's, or stays: nothing is known of it.
+    num_surplus = num_rows - max(num_ids, num_before)
+    surplus = partial(initial_rows, pieces=[[]] * num_surplus, method="mean")
+    grown = {EMBEDDING, HEAD} & set(weights.specs)
+    specs = {
+        name: TensorSpec(spec.dtype, (num_rows, *spec.shape[1:])) if name in grown else spec
+        for name, spec in weights.specs.items()
+    }
+    hashes: dict[str, str] = {}
+    with WeightsWriter(folder, specs, max_shard_bytes=config.max_shard_mib << 20) as writer:
+        for name in specs:
+            tensor = weights.read(name)
+            if name in grown:
+                tensor = _grown(tensor, num_old, new, surplus)
+            hashes[name] = writer.write(name, tensor)
+    _write_settings(model, folder, values | {"vocab_size": num_rows}, new_tokenizer)
+    write_tokenizer(tokenizer, folder)
+    logger.info(
+        "%s: %d ids become %d, %d rows become %d", model, num_old, num_ids, num_before, num_rows
+    )
+    return GrownModel(num_old_ids=num_old, num_ids=num_ids, num_rows=num_rows, tensors=hashes)
+
+
+def _grown(
+    table: Tensor,
+    num_old: int,
+    new: Callable[[Tensor], Tensor],
+    surplus: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return a table with rows for the new ids, and surplus rows behind them."""
+    old_rows = table[:num_old]
+    new_rows = new(old_rows).to(table.dtype)
+    kept = table[num_old + len(new_rows) :]
+    return torch.cat([old_rows, new_rows, kept, surplus(old_rows).to(table.dtype)])
+
+
+def _write_settings(
+    model: Path, folder: Path, values: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Write the model's settings, which name the tokenizer's padding if it has one."""
+    pad = {} if tokenizer.pad_token is None else {"pad_token_id": tokenizer.pad_token_id}
+    write_json_atomic(folder / "config.json", values | pad)
+    generation = model / "generation_config.json"
+    if generation.is_file():
+        if pad:
+            write_json_atomic(folder / generation.name, read_json(generation) | pad)
+        else:
+            shutil.copyfile(generation, folder / generation.name)
