@@ -170,10 +170,11 @@ def test_a_caller_can_leave_pieces_out() -> None:
 
 
 def test_training_learns_from_lines_that_sentencepiece_would_skip() -> None:
-    line = "".join(chinese(3000))
+    line = "".join(chinese(3000)) + "龘靐" * 2000
     assert len(line.encode()) > 50_000
     pieces = read_pieces(train_pieces([line], PieceTraining(num_tokens=300)), "new").pieces
     assert sum(len(piece.piece) > 1 and piece.type == PIECE.NORMAL for piece in pieces) > 100
+    assert any("龘靐" in piece.piece for piece in pieces)
 
 
 def test_training_on_too_little_text_names_the_field() -> None:
