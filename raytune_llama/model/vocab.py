@@ -1,6 +1,7 @@
 """Does a tokenizer fit a model, and growing the embeddings where it is larger."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -36,6 +37,11 @@ class VocabularyFit:
     def num_new_ids(self) -> int:
         """Ids that the model has not been trained with."""
         return max(0, self.num_ids - self.num_base_ids)
+
+    @property
+    def new_ids(self) -> range:
+        """The ids that the model has not been trained with."""
+        return range(self.num_base_ids, self.num_base_ids + self.num_new_ids)
 
     @property
     def num_surplus_rows(self) -> int:
@@ -112,36 +118,66 @@ def _refuse_foreign(
         )
 
 
-@torch.no_grad()
+def new_ids(model_path: Path, tokenizer_path: Path) -> range:
+    """Return the ids that a tokenizer has beyond those of the model's own.
+
+    None are new to a model without a tokenizer: what it was trained with is not known.
+    """
+    if not has_tokenizer(model_path):
+        return range(0)
+    num_old, num_new = (_num_ids(load_tokenizer(path)) for path in (model_path, tokenizer_path))
+    return range(num_old, max(num_old, num_new))
+
+
 def grow_embeddings(
     model: PreTrainedModel, old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast
 ) -> int:
     """Give every id of `new` that `old` lacks a row, and return how many there are.
 
-    A new row is the mean of the rows of the tokens into which `old` splits the new token, in the
-    input embedding and, where it is not tied, in the output projection. A control token, which
-    stands for no text, starts as the mean of all old rows. Rows of old ids keep their bits.
+    The input embedding grows and, where it is not tied, the output projection; see
+    `start_new_rows`. Rows of old ids keep their bits.
     """
-    num_old, num_new = _num_ids(old), _num_ids(new)
-    if num_new <= num_old:
+    pieces = split_new_tokens(old, new)
+    if not pieces:
         return 0
-    pieces = {id_: split_new_token(old, new, id_) for id_ in range(num_old, num_new)}
-    if num_new > num_embedding_rows(model):
-        model.resize_token_embeddings(num_new, mean_resizing=False)
+    if max(pieces) >= num_embedding_rows(model):
+        model.resize_token_embeddings(max(pieces) + 1, mean_resizing=False)
     for table in {id(table): table for table in _embedding_tables(model)}.values():
-        mean_of_all = table[:num_old].float().mean(dim=0)
-        for id_, ids in pieces.items():
-            table[id_] = table[ids].float().mean(dim=0) if ids else mean_of_all
+        start_new_rows(table, pieces)
     num_unsplit = sum(not ids for ids in pieces.values())
     logger.info(
         "vocabulary grown from %d to %d ids: %d rows start as the mean of the tokens that their "
         "text splits into, %d (control tokens) as the mean of all rows",
-        num_old,
-        num_new,
+        min(pieces),
+        max(pieces) + 1,
         len(pieces) - num_unsplit,
         num_unsplit,
     )
     return len(pieces)
+
+
+@torch.no_grad()
+def start_new_rows(table_VD: torch.Tensor, pieces: Mapping[int, Sequence[int]]) -> None:
+    """Set the rows of new ids, which follow on the old ones, in a table that is large enough.
+
+    A row is the mean of the rows of the tokens into which the new token splits. A control token,
+    which stands for no text, starts as the mean of all old rows.
+
+    Args:
+        table_VD: changed in place.
+        pieces: what `split_new_tokens` returned.
+    """
+    mean_of_all = table_VD[: min(pieces)].float().mean(dim=0)
+    for id_, ids in pieces.items():
+        table_VD[id_] = table_VD[ids].float().mean(dim=0) if ids else mean_of_all
+
+
+def split_new_tokens(
+    old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast
+) -> dict[int, list[int]]:
+    """Return the ids into which `old` splits each token of `new` behind its own last id."""
+    ids = range(_num_ids(old), _num_ids(new))
+    return {id_: split_new_token(old, new, id_) for id_ in ids}
 
 
 def split_new_token(
