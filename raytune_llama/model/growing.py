@@ -8,13 +8,11 @@ the model says of them is unchanged.
 
 import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -23,7 +21,12 @@ from raytune_llama.config import settings
 from raytune_llama.files import read_json, write_json_atomic
 from raytune_llama.model.tensors import TensorSpec, WeightsWriter, open_weights
 from raytune_llama.model.tokenizer import load_tokenizer, write_tokenizer
-from raytune_llama.model.vocab import InitialRows, count_ids, initial_rows, split_new_token
+from raytune_llama.model.vocab import (
+    InitialRows,
+    count_ids,
+    split_new_tokens,
+    start_new_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +76,8 @@ def grow_model(model: Path, tokenizer: Path, folder: Path, config: GrowthConfig)
     Raises:
         ValueError: The model's files are missing or damaged, or its tables are none of a LLaMA's.
     """
-    old, new_tokenizer = load_tokenizer(model), load_tokenizer(tokenizer)
-    num_old, num_ids = count_ids(old), count_ids(new_tokenizer)
+    old, new = load_tokenizer(model), load_tokenizer(tokenizer)
+    num_old, num_ids = count_ids(old), count_ids(new)
     weights = open_weights(model)
     if EMBEDDING not in weights.specs:
         raise ValueError(f"model: {model} has no {EMBEDDING}; name a LLaMA-family model")
@@ -84,19 +87,17 @@ def grow_model(model: Path, tokenizer: Path, folder: Path, config: GrowthConfig)
             f"model: the tokenizer of {model} has {num_old} ids, and its embedding {num_before} "
             "rows; put the tokenizer there that the model was trained with"
         )
-    multiple = config.rows_multiple_of
-    num_rows = -(-max(num_before, num_ids) // multiple) * multiple
+    num_rows = max(num_before, num_ids)
+    num_rows += -num_rows % config.rows_multiple_of
+    pieces: dict[int, list[int]] = split_new_tokens(old, new)
     values: dict[str, Any] = read_json(model / "config.json")
-    new = partial(
-        initial_rows,
-        pieces=[split_new_token(old, new_tokenizer, id_) for id_ in range(num_old, num_ids)],
+    start = partial(
+        start_new_rows,
+        pieces=pieces,
         method=config.initial_rows,
         std=float(values.get("initializer_range", 0.02)),
         seed=config.seed,
     )
-    # An old surplus row becomes a new token's, or stays: nothing is known of it.
-    num_surplus = num_rows - max(num_ids, num_before)
-    surplus = partial(initial_rows, pieces=[[]] * num_surplus, method="mean")
     grown = {EMBEDDING, HEAD} & set(weights.specs)
     specs = {
         name: TensorSpec(spec.dtype, (num_rows, *spec.shape[1:])) if name in grown else spec
@@ -107,9 +108,10 @@ def grow_model(model: Path, tokenizer: Path, folder: Path, config: GrowthConfig)
         for name in specs:
             tensor = weights.read(name)
             if name in grown:
-                tensor = _grown(tensor, num_old, new, surplus)
+                tensor = _grown(tensor, num_old, num_rows)
+                start(tensor)
             hashes[name] = writer.write(name, tensor)
-    _write_settings(model, folder, values | {"vocab_size": num_rows}, new_tokenizer)
+    _write_settings(model, folder, values | {"vocab_size": num_rows}, new)
     write_tokenizer(tokenizer, folder)
     logger.info(
         "%s: %d ids become %d, %d rows become %d", model, num_old, num_ids, num_before, num_rows
@@ -117,17 +119,12 @@ def grow_model(model: Path, tokenizer: Path, folder: Path, config: GrowthConfig)
     return GrownModel(num_old_ids=num_old, num_ids=num_ids, num_rows=num_rows, tensors=hashes)
 
 
-def _grown(
-    table: Tensor,
-    num_old: int,
-    new: Callable[[Tensor], Tensor],
-    surplus: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Return a table with rows for the new ids, and surplus rows behind them."""
-    old_rows = table[:num_old]
-    new_rows = new(old_rows).to(table.dtype)
-    kept = table[num_old + len(new_rows) :]
-    return torch.cat([old_rows, new_rows, kept, surplus(old_rows).to(table.dtype)])
+def _grown(table_VD: Tensor, num_old: int, num_rows: int) -> Tensor:
+    """Return a table with more rows, which are the mean of those of old ids."""
+    grown_VD = table_VD.new_empty((num_rows, *table_VD.shape[1:]))
+    grown_VD[: len(table_VD)] = table_VD
+    grown_VD[len(table_VD) :] = table_VD[:num_old].float().mean(dim=0)
+    return grown_VD
 
 
 def _write_settings(

@@ -4,7 +4,7 @@ import json
 import logging
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 import torch
 from peft import PeftModel
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from raytune_llama.config import PLACEMENT, settings
+from raytune_llama.model.embeddings import projection_weight
 from raytune_llama.model.loss import summed_cross_entropy
 from raytune_llama.model.tensors import SAFETENSORS, SAFETENSORS_INDEX, SafetensorsFile
 from raytune_llama.model.tokenizer import load_tokenizer
@@ -182,8 +183,8 @@ class SummedLoss(nn.Module):
         hidden_BTD = decoder(
             input_ids=ids_BT, position_ids=positions_BT, use_cache=False
         ).last_hidden_state
-        head = cast("nn.Linear", lm.get_output_embeddings())
-        return summed_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, labels_BT.flatten())
+        weight_VD = projection_weight(lm)
+        return summed_cross_entropy(hidden_BTD.flatten(0, 1), weight_VD, labels_BT.flatten())
 
 
 def check_output_projection(model: PreTrainedModel) -> list[str]:

@@ -1,7 +1,7 @@
 """Does a tokenizer fit a model, and growing the embeddings where it is larger."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from raytune_llama.files import read_json
 from raytune_llama.model.tokenizer import (
     TOKENIZER_FILES,
     build_reference,
@@ -42,6 +43,11 @@ class VocabularyFit:
     def num_new_ids(self) -> int:
         """Ids that the model has not been trained with."""
         return max(0, self.num_ids - self.num_base_ids)
+
+    @property
+    def new_ids(self) -> range:
+        """The ids that the model has not been trained with."""
+        return range(self.num_base_ids, self.num_base_ids + self.num_new_ids)
 
     @property
     def num_surplus_rows(self) -> int:
@@ -88,7 +94,17 @@ def check_vocabulary(num_rows: int, model_path: Path, tokenizer_path: Path) -> V
             f"its embedding has {num_rows} rows; put the tokenizer that the model was trained with "
             "there and name the larger one in model.tokenizer"
         )
-    return VocabularyFit(num_rows=num_rows, num_base_ids=count_ids(own), num_ids=num_ids)
+    num_base_ids = _num_trained_ids(model_path, own)
+    return VocabularyFit(num_rows=num_rows, num_base_ids=num_base_ids, num_ids=num_ids)
+
+
+def _num_trained_ids(model_path: Path, own: PreTrainedTokenizerBase) -> int:
+    """Return how many ids a model was trained with: less than it has where it was only grown."""
+    manifest = model_path / "manifest.json"
+    content = read_json(manifest) if manifest.is_file() else {}
+    # Another program may have a manifest of its own.
+    expanded = content.get("expanded") if isinstance(content, dict) else None
+    return expanded["num_old_ids"] if expanded else count_ids(own)
 
 
 def has_tokenizer(path: Path) -> bool:
@@ -119,64 +135,80 @@ def _refuse_foreign(
         )
 
 
-@torch.no_grad()
+def new_ids(model_path: Path, tokenizer_path: Path) -> range:
+    """Return the ids that a tokenizer has beyond those of the model's own.
+
+    None are new to a model without a tokenizer: what it was trained with is not known.
+    """
+    if not has_tokenizer(model_path):
+        return range(0)
+    num_old = _num_trained_ids(model_path, load_tokenizer(model_path))
+    return range(num_old, max(num_old, count_ids(load_tokenizer(tokenizer_path))))
+
+
 def grow_embeddings(
     model: PreTrainedModel, old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast
 ) -> int:
     """Give every id of `new` that `old` lacks a row, and return how many there are.
 
-    A new row is the mean of the rows of the tokens into which `old` splits the new token, in the
-    input embedding and, where it is not tied, in the output projection. A control token, which
-    stands for no text, starts as the mean of all old rows. Rows of old ids keep their bits.
+    The input embedding grows and, where it is not tied, the output projection; see
+    `start_new_rows`. Rows of old ids keep their bits.
     """
-    num_old, num_new = count_ids(old), count_ids(new)
-    if num_new <= num_old:
+    pieces = split_new_tokens(old, new)
+    if not pieces:
         return 0
-    pieces = {id_: split_new_token(old, new, id_) for id_ in range(num_old, num_new)}
-    if num_new > num_embedding_rows(model):
-        model.resize_token_embeddings(num_new, mean_resizing=False)
+    if max(pieces) >= num_embedding_rows(model):
+        model.resize_token_embeddings(max(pieces) + 1, mean_resizing=False)
     for table in {id(table): table for table in _embedding_tables(model)}.values():
-        rows = initial_rows(table[:num_old], list(pieces.values()))
-        table[num_old:num_new] = rows.to(table.dtype)
+        start_new_rows(table, pieces)
     num_unsplit = sum(not ids for ids in pieces.values())
     logger.info(
         "vocabulary grown from %d to %d ids: %d rows start as the mean of the tokens that their "
         "text splits into, %d (control tokens) as the mean of all rows",
-        num_old,
-        num_new,
+        min(pieces),
+        max(pieces) + 1,
         len(pieces) - num_unsplit,
         num_unsplit,
     )
     return len(pieces)
 
 
-def initial_rows(
-    old_rows: torch.Tensor,
-    pieces: Sequence[Sequence[int]],
+@torch.no_grad()
+def start_new_rows(
+    table_VD: torch.Tensor,
+    pieces: Mapping[int, Sequence[int]],
     method: InitialRows = "mean_subtokens",
     *,
     std: float = 0.02,
     seed: int = 0,
-) -> torch.Tensor:
-    """Return the rows that new tokens start with, float32 [new tokens, width].
+) -> None:
+    """Set the rows of new ids, which follow on the old ones, in a table that is large enough.
 
     Args:
-        old_rows: The rows of the old tokens, [old tokens, width].
-        pieces: For each new token, the old tokens that its text splits into; none for a control
-            token, which then starts as the mean of all.
-        method: How.
-        std: Standard deviation of `normal`.
-        seed: Of `normal`.
+        table_VD: changed in place.
+        pieces: what `split_new_tokens` returned; a control token, which stands for no text, starts
+            as the mean of all old rows.
+        method: how.
+        std: standard deviation of `normal`.
+        seed: of `normal`.
     """
+    old_rows = table_VD[: min(pieces, default=0)]
     if method == "normal":
-        drawn = np.random.default_rng(seed).standard_normal((len(pieces), old_rows.shape[1]))
-        return torch.from_numpy(drawn).float() * std
-    rows = old_rows.float().mean(dim=0).repeat(len(pieces), 1)
-    if method == "mean_subtokens":
-        for row, ids in zip(rows, pieces, strict=True):
-            if ids:
-                row[:] = old_rows[list(ids)].float().mean(dim=0)
-    return rows
+        drawn = np.random.default_rng(seed).standard_normal((len(pieces), table_VD.shape[1]))
+        table_VD[list(pieces)] = (torch.from_numpy(drawn) * std).to(table_VD.dtype)
+        return
+    mean_of_all = old_rows.float().mean(dim=0)
+    for id_, ids in pieces.items():
+        by_pieces = ids and method == "mean_subtokens"
+        table_VD[id_] = table_VD[list(ids)].float().mean(dim=0) if by_pieces else mean_of_all
+
+
+def split_new_tokens(
+    old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast
+) -> dict[int, list[int]]:
+    """Return the ids into which `old` splits each token of `new` behind its own last id."""
+    ids = range(count_ids(old), count_ids(new))
+    return {id_: split_new_token(old, new, id_) for id_ in ids}
 
 
 def split_new_token(

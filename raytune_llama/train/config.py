@@ -8,6 +8,7 @@ from raytune_llama.config import PLACEMENT, ConfigError, settings
 from raytune_llama.data.encode import DataConfig
 from raytune_llama.data.mixture import check_mixture
 from raytune_llama.data.packing import PackedForm, SequenceForm
+from raytune_llama.model.embeddings import EmbeddingsConfig
 from raytune_llama.model.llama import ModelConfig
 from raytune_llama.model.lora import LoraConfig
 from raytune_llama.storage import Place
@@ -138,11 +139,15 @@ class PretrainConfig:
     the newest evaluation or checkpoint, and saving and resuming need room for one checkpoint in
     the temporary folder (TMPDIR) of the nodes."""
 
-    train: Literal["lora", "full"] = "lora"
-    """What is trained: an adapter (and `lora.modules_to_save`), or every weight."""
+    train: Literal["lora", "full", "embeddings"] = "lora"
+    """What is trained: an adapter (and `lora.modules_to_save`), every weight, or the embedding
+    tables alone (`embeddings`), which comes first where the vocabulary has grown."""
 
     lora: LoraConfig | None = None
-    """A new adapter; null with `adapter`, or for full training."""
+    """A new adapter; null with `adapter`, or where none is trained."""
+
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    """The tables that `train: embeddings` trains."""
 
     adapter: Annotated[str | None, PLACEMENT] = None
     """Directory of an adapter in PEFT's format to go on from, with its own settings; null: a new
@@ -193,9 +198,15 @@ class PretrainConfig:
         problems: list[str] = []
         if (self.max_steps is None) == (self.num_epochs is None):
             problems.append("max_steps: set either max_steps or num_epochs, and the other to null")
-        if self.train == "full" and (self.lora is not None or self.adapter is not None):
+        if self.train != "lora" and (self.lora is not None or self.adapter is not None):
+            whole = "every weight" if self.train == "full" else "embedding tables alone"
             problems.append(
-                "train: full trains every weight; set lora and adapter to null, or use lora"
+                f"train: {self.train} trains {whole}; set lora and adapter to null, or use lora"
+            )
+        if self.train != "embeddings" and self.embeddings != EmbeddingsConfig():
+            problems.append(
+                f"embeddings: train is {self.train}, which ignores these fields; remove them, or "
+                "set train=embeddings"
             )
         if self.train == "lora" and (self.lora is None) == (self.adapter is None):
             problems.append(

@@ -13,19 +13,20 @@ import raytune_llama
 from raytune_llama.config import to_dict
 from raytune_llama.data.store import TokenStore
 from raytune_llama.files import sha256_file, write_json_atomic
+from raytune_llama.model.directory import write_with_tables
 from raytune_llama.model.llama import DTYPES, causal_lm
 from raytune_llama.model.lora import write_adapter
 from raytune_llama.model.tokenizer import tokenizer_sha256, write_tokenizer
+from raytune_llama.model.vocab import new_ids
 from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import RunState
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engine import Engine
+from raytune_llama.train.untrained import MANIFEST, UNTRAINED_ROWS, count_untrained_rows
 from raytune_llama.train.workers import Workers
 from raytune_llama.transfers import publish_place
 
 logger = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
 
 
 def result_path(config: PretrainConfig) -> Place:
@@ -50,8 +51,8 @@ def write_result(
 ) -> None:
     """Write the adapter or the model, its tokenizer and a manifest; collective.
 
-    Every trained tensor is written whole and in float32 for an adapter, in the run's precision
-    for a model.
+    Every trained tensor is written whole: in float32 for an adapter, in the run's precision for a
+    model of which every weight was trained, and in the base's where only its tables were.
     """
     trained: dict[str, Tensor] = {}
     for name, parameter in engine.trainable_state():
@@ -59,22 +60,25 @@ def write_result(
             trained[name] = parameter.weight
     if not workers.is_first:
         return
+    base, tokenizer = Path(config.model.path), Path(config.model.tokenizer_path)
+    lm = causal_lm(engine.module.model)
     with publish_place(result_path(config), last=MANIFEST) as folder:
         norms = _write_weights(config, engine, trained, folder)
-        write_tokenizer(Path(config.model.tokenizer_path), folder)
+        write_tokenizer(tokenizer, folder)
         manifest = {
             "format": 1,
             "kind": "adapter" if config.train == "lora" else "model",
             "raytune_llama": raytune_llama.__version__,
             "step": state.step,
             "tokens": state.tokens,
-            "base": fingerprint_model(Path(config.model.path)),
+            "base": fingerprint_model(base),
             "adapter": fingerprint_adapter(config),
-            "tokenizer_sha256": tokenizer_sha256(Path(config.model.tokenizer_path)),
+            "tokenizer_sha256": tokenizer_sha256(tokenizer),
             "store": store.fingerprint,
             "mixture": mixture,
             "num_trained": sum(tensor.numel() for tensor in trained.values()),
             "tensor_norms": norms,
+            UNTRAINED_ROWS: count_untrained_rows(config, lm, len(new_ids(base, tokenizer))),
             "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},
             "config": to_dict(config),
         }
@@ -88,8 +92,11 @@ def _write_weights(
     model = engine.module.model
     if isinstance(model, PeftModel):
         return write_adapter(model, trained, folder)
-    dtype = DTYPES[config.engine.precision]
     lm = causal_lm(model)
+    if config.train == "embeddings":
+        base, tokenizer = Path(config.model.path), Path(config.model.tokenizer_path)
+        return write_with_tables(lm, base, tokenizer, trained, folder)
+    dtype = DTYPES[config.engine.precision]
     lm.save_pretrained(
         folder, state_dict={name: tensor.to(dtype) for name, tensor in trained.items()}
     )

@@ -13,9 +13,11 @@ from raytune_llama.data.encode import open_store
 from raytune_llama.data.evaluation import EvaluatedSource, choose_evaluated, read_evaluation
 from raytune_llama.data.mixture import Source, cut_sources, mixture_record
 from raytune_llama.data.store import TokenStore
+from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import SummedLoss, load_model
 from raytune_llama.model.lora import attach_adapter, load_adapter
 from raytune_llama.model.loss import IGNORE
+from raytune_llama.model.vocab import new_ids
 from raytune_llama.train.checkpoint import (
     RunState,
     delete_old_checkpoints,
@@ -140,7 +142,7 @@ def build_evaluation(config: PretrainConfig, store: TokenStore) -> tuple[Evaluat
 
 
 def build_engine(config: PretrainConfig, plan: BatchPlan, workers: Workers) -> Engine:
-    """Load the base, attach the adapter, and only then place or partition the weights."""
+    """Load the base, choose what is trained, and only then place or partition the weights."""
     model = load_model(config.model, config.engine.precision, workers.device)
     if config.engine.gradient_checkpointing:
         # The reentrant kind needs an input that wants a gradient: frozen embeddings give none.
@@ -150,6 +152,9 @@ def build_engine(config: PretrainConfig, plan: BatchPlan, workers: Workers) -> E
     elif config.adapter is not None:
         module = SummedLoss(load_adapter(model, Path(config.adapter)))
     else:
+        if config.train == "embeddings":
+            ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
+            train_embeddings(model, config.embeddings, ids)
         module = SummedLoss(model)
     if config.engine.zero_stage == 0:
         return DataParallelEngine(module, config.engine.precision, config.optim, workers)

@@ -6,12 +6,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self, cast
+from typing import Self
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from raytune_llama.model.embeddings import is_new_rows
 from raytune_llama.storage import Place
 from raytune_llama.transfers import Mirror
 
@@ -186,16 +186,21 @@ def flops_per_token(model: PreTrainedModel, sequence_tokens: int) -> float:
         sequence_tokens: tokens of a sequence.
     """
     config = model.config
-    table = cast("Tensor", model.get_input_embeddings().weight)
+    embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
-    is_look_up = head is None or head.weight is not table
+    is_look_up = head is None or head.weight is not embedding.weight
+    tables = {id(weight) for weight in embedding.parameters()} if is_look_up else set[int]()
     total = 6.0 * config.num_hidden_layers * config.hidden_size * sequence_tokens
     for name, weight in model.named_parameters():
         # ZeRO 3 leaves the whole shape in an attribute; PEFT keeps a frozen copy of saved modules.
         shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
-        if len(shape) < 2 or (is_look_up and weight is table) or ".original_module." in name:
+        if len(shape) < 2 or id(weight) in tables or ".original_module." in name:
             continue
-        total += (6 if weight.requires_grad else 4) * shape.numel()
+        if is_new_rows(name):
+            # They stand in the frozen table too, which has been counted.
+            total += 2 * shape.numel()
+        else:
+            total += (6 if weight.requires_grad else 4) * shape.numel()
     return total
 
 

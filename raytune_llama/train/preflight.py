@@ -17,19 +17,20 @@ from raytune_llama.config import (
     to_yaml,
 )
 from raytune_llama.data.encode import check_data
-from raytune_llama.files import read_json
+from raytune_llama.model.directory import stored_tables
+from raytune_llama.model.embeddings import check_embeddings
 from raytune_llama.model.llama import check_model_directory, check_output_projection, load_skeleton
 from raytune_llama.model.lora import (
     check_adapter_directory,
     check_adapter_fits,
     check_adapter_targets,
-    is_tied,
 )
 from raytune_llama.model.tokenizer import tokenizer_sha256
-from raytune_llama.model.vocab import check_vocabulary, num_embedding_rows
+from raytune_llama.model.vocab import VocabularyFit, check_vocabulary, num_embedding_rows
 from raytune_llama.storage import Place, check_place, local_path
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.export import fingerprint_adapter, fingerprint_model
+from raytune_llama.train.untrained import count_untrained_rows
 from raytune_llama.yaml12 import parse_mapping
 
 logger = logging.getLogger(__name__)
@@ -137,43 +138,51 @@ def _check_vocabulary(config: PretrainConfig, model: PreTrainedModel) -> list[st
             fit.num_ids,
             fit.num_surplus_rows,
         )
-    untrained = _untrained_tables(config, model)
-    if fit.num_new_ids and untrained and not config.model.allow_untrained_rows:
+    problems = _check_untrained_rows(config, model, fit)
+    if config.train == "embeddings":
+        problems += check_embeddings(model, config.embeddings, fit.new_ids)
+        problems += _check_stored_tables(model, Path(config.model.path))
+    if not problems and config.adapter is not None and not _check_adapter(config):
+        return check_adapter_fits(model, Path(config.adapter), num_ids=fit.num_ids)
+    return problems
+
+
+def _check_untrained_rows(
+    config: PretrainConfig, model: PreTrainedModel, fit: VocabularyFit
+) -> list[str]:
+    """Refuse rows that no stage would have trained; an embedding stage leaves some to the next."""
+    counts = count_untrained_rows(config, model, fit.num_new_ids)
+    if not counts:
+        return []
+    tables = " and ".join(counts)
+    if config.train == "embeddings":
+        logger.warning(
+            "%s stays frozen, with %s rows of new ids as they started: the next stage has to train "
+            "it (lora.modules_to_save), or set embeddings.lm_head here",
+            tables,
+            " and ".join(str(count) for count in counts.values()),
+        )
+    if config.train == "embeddings" or config.model.allow_untrained_rows:
+        return []
+    remedy = f"add {', '.join(counts)} to lora.modules_to_save, or set model.allow_untrained_rows"
+    if fit.num_new_ids:
         return [
             f"model.tokenizer: it has {fit.num_new_ids} ids that the model was not trained with, "
-            f"and {' and '.join(untrained)} would keep their new rows as initialised; add "
-            f"{', '.join(untrained)} to lora.modules_to_save, or set model.allow_untrained_rows"
+            f"and {tables} would keep their new rows as initialised; {remedy}"
         ]
-    if config.adapter is not None and not _check_adapter(config):
-        return check_adapter_fits(model, Path(config.adapter), num_ids=fit.num_ids)
+    return [
+        f"model.path: the run that made {config.model.path} trained no new row of {tables} "
+        f"({', '.join(str(count) for count in counts.values())} rows), and neither would this one; "
+        f"{remedy}"
+    ]
+
+
+def _check_stored_tables(model: PreTrainedModel, path: Path) -> list[str]:
+    try:
+        stored_tables(model, path)
+    except ValueError as error:
+        return [str(error)]
     return []
-
-
-def _untrained_tables(config: PretrainConfig, model: PreTrainedModel) -> list[str]:
-    """Return the embedding tables, by module name, that the run does not train."""
-    if config.train == "full":
-        return []
-    saved = _modules_to_save(config)
-    tables = [
-        name
-        for name, module in model.named_modules()
-        if module is model.get_input_embeddings() or module is model.get_output_embeddings()
-    ]
-    untrained = [
-        name for name in tables if not any(f".{name}".endswith(f".{ending}") for ending in saved)
-    ]
-    if len(untrained) < len(tables) and is_tied(model):
-        return []
-    return sorted(name.rpartition(".")[2] for name in untrained)
-
-
-def _modules_to_save(config: PretrainConfig) -> tuple[str, ...]:
-    if config.lora is not None:
-        return config.lora.modules_to_save
-    if config.adapter is None or check_adapter_directory(Path(config.adapter)):
-        return ()
-    settings = read_json(Path(config.adapter) / "adapter_config.json")
-    return tuple(settings.get("modules_to_save") or ())
 
 
 def _check_run_dir(config: PretrainConfig) -> list[str]:

@@ -23,6 +23,7 @@ from raytune_llama.data.vocabulary import ExpandVocabConfig, expand_vocabulary
 from raytune_llama.model.parity import Parity
 from raytune_llama.model.reference import SentencePieceReference
 from raytune_llama.model.tokenizer import load_reference, load_tokenizer
+from raytune_llama.model.vocab import check_vocabulary, new_ids
 from tests.model.references import corpus_pieces, pieces_proto
 
 PAD = "[PAD]"
@@ -238,3 +239,14 @@ def test_a_sample_comes_from_all_over_a_corpus_and_keeps_its_size(tmp_path: Path
     whole = sample_documents(sources, 1 << 30)
     assert whole.texts == lines
     assert (whole.held_out, whole.num_bad) == ([], 0)
+
+
+def test_rows_of_a_model_that_was_only_grown_count_as_untrained(
+    base: Path, corpora: dict[str, Any]
+) -> None:
+    num_old, target = len(load_tokenizer(base)), expand(base, corpora)
+    num_new = len(load_tokenizer(target)) - num_old
+    fit = check_vocabulary(num_old + num_new, target, target)
+    assert (fit.num_base_ids, fit.num_new_ids) == (num_old, num_new)
+    assert new_ids(target, target) == range(num_old, num_old + num_new)
+    assert not new_ids(base, base)

@@ -20,17 +20,20 @@ from tests.train.conftest import WORDS
 
 pytestmark = pytest.mark.ray
 
-NUM_UNITS = 8
+NUM_UNITS = 22
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of a little more than seven ranges of 1 MiB."""
+    """A file of a little less than 22 ranges of 1 MiB: enough to be killed in the middle of."""
     path = tmp_path_factory.mktemp("corpus") / "a.txt"
     generator = random.Random(2)
+    lines = [" ".join(generator.choices(WORDS, k=generator.randint(4, 80))) for _ in range(25_000)]
     with path.open("w") as file:
-        while file.tell() < 7.2 * 2**20:
-            file.write(" ".join(generator.choices(WORDS, k=generator.randint(4, 80))) + "\n")
+        part = 0
+        while file.tell() < 21.5 * 2**20:
+            file.writelines(f"{part} {line}\n" for line in lines)
+            part += 1
     return path
 
 
@@ -62,7 +65,7 @@ def content(store: Path) -> dict[str, bytes]:
 
 def records(folder: Path) -> set[str]:
     """Return the units that a job has finished so far."""
-    return {path.stem for path in folder.glob("store.partial-*/units/0000?.json")}
+    return {path.stem for path in folder.glob("store.partial-*/units/000??.json")}
 
 
 def wait_for_records(folder: Path, number: int, process: subprocess.Popen[str]) -> None:
@@ -124,10 +127,10 @@ def test_prepare_data_lost_node_ends_with_the_same_bytes(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 3 MiB; mounting one takes root."""
+    """A disk of 9 MiB; mounting one takes root."""
     path = tmp_path / "disk"
     path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(path)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(path)]
     if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("no right to mount a small disk")
     yield path

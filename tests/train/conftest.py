@@ -4,7 +4,7 @@ Nothing here needs Ray: the store is written through its own writer.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from raytune_llama.config import from_dict, override
+from raytune_llama.config import ConfigError, from_dict, override
 from raytune_llama.data.manifest import (
     FORMAT_VERSION,
     Manifest,
@@ -28,12 +28,18 @@ from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.storage import Place
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.loop import Outcome, train
+from raytune_llama.train.metrics import LOSS, read_metrics
+from raytune_llama.train.preflight import check_run
 from raytune_llama.train.workers import Workers
+from tests.train.group import Group
 
 MakeConfig = Callable[..., PretrainConfig]
 
 TEXT = "the store of a run holds every token once and nothing is lost 人民 日报 新年 钟声"
 WORDS = TEXT.split()
+
+# With DeepSpeed's default, tensors as small as these stay whole under ZeRO 3.
+PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
 def write_model(path: Path, *, tied: bool = True, rows: int = 410, seed: int = 0) -> Path:
@@ -127,6 +133,35 @@ def write_store(path: Path, tokenizer_dir: Path, **splits: list[list[str]]) -> N
     write_manifest(Place.local(path / "manifest.json"), manifest)
 
 
+@pytest.fixture(scope="session")
+def grown_tokenizer(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    """The tokenizer with words of the texts as tokens: more ids than the models have rows."""
+    path = tmp_path_factory.mktemp("grown")
+    tokenizer = load_tokenizer(tokenizer_dir)
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens([word for word in WORDS if len(word) > 1 and word not in known])
+    assert len(tokenizer) > 410
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def grown_store(tmp_path_factory: pytest.TempPathFactory, grown_tokenizer: Path) -> Path:
+    """A token store of the grown tokenizer: 120 training and 12 validation documents."""
+    path = tmp_path_factory.mktemp("grown_store")
+    texts = make_texts(132, seed=0)
+    write_store(path, grown_tokenizer, train=[texts[:120]], validation=[texts[120:]])
+    return path
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+    """Two processes with gloo between them, for the whole session."""
+    group = Group(2, tmp_path_factory.mktemp("two"))
+    yield group
+    group.close()
+
+
 @pytest.fixture(params=["local", "s3"])
 def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """The directory of a run, on the disk and in object storage; not there yet."""
@@ -156,6 +191,48 @@ def make_config(tmp_path: Path, model_dir: Path, store_dir: Path) -> MakeConfig:
         return build_config(values, fields)
 
     return make
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> dict[str, Any]:
+    """A source that is there."""
+    (tmp_path / "corpus.txt").write_text("one line of text\n")
+    return {"path": str(tmp_path / "corpus.txt")}
+
+
+@pytest.fixture
+def make(make_config: MakeConfig, source: dict[str, Any]) -> MakeConfig:
+    """Make a config that passes all checks but for the fields given."""
+
+    def made(name: str = "run", **fields: Any) -> PretrainConfig:  # noqa: ANN401
+        return make_config(name, **{"data__sources": [source], **fields})
+
+    return made
+
+
+def problems_of(config: PretrainConfig) -> list[str]:
+    """Return what the checks before a run find."""
+    try:
+        check_run(config)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def fields_of(problems: list[str]) -> list[str]:
+    """Return the field that each problem names."""
+    return [problem.partition(":")[0] for problem in problems]
+
+
+def stage_fields(stage: int) -> dict[str, Any]:
+    """Return the fields of a ZeRO stage."""
+    extra = {"engine__deepspeed": PARTITION_ALL} if stage == 3 else {}
+    return {"engine__zero_stage": stage, **extra}
+
+
+def curve(config: PretrainConfig, name: str = LOSS) -> list[float]:
+    """Return a metric over the run."""
+    return [record[name] for record in read_metrics(config.run_place) if name in record]
 
 
 def build_config(values: dict[str, Any], fields: dict[str, Any]) -> PretrainConfig:

@@ -1,10 +1,11 @@
 """Promise: a config that makes no sense is refused by field, with all that is wrong in it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raytune_llama.config import ConfigError, describe, from_dict, identity, to_dict
+from raytune_llama.config import ConfigError, describe, from_dict, identity, load, to_dict
 from raytune_llama.fields import walk
 from raytune_llama.train.config import PretrainConfig
 
@@ -42,6 +43,8 @@ def problems_of(**fields: Any) -> list[str]:  # noqa: ANN401
         {"max_steps": None, "num_epochs": 0.5},
         {"lora": None, "adapter": "/adapters/a"},
         {"lora": None, "train": "full"},
+        {"lora": None, "train": "embeddings"},
+        {"lora": None, "train": "embeddings", "embeddings": {"new_rows_only": True}},
         {"batch__sequences_per_step": 6, "batch__micro_batch_sequences": 3},
         {"scale__num_workers": 4, "batch__micro_batch_sequences": 2},
         {"engine__zero_stage": 3, "engine__offload_parameters": True},
@@ -66,6 +69,10 @@ def test_pretrain_config_sensible_relations_are_accepted(fields: dict[str, Any])
         ({"num_epochs": 1}, "max_steps: "),
         ({"train": "full"}, "train: "),
         ({"train": "full", "lora": None, "adapter": "/adapters/a"}, "train: "),
+        ({"train": "embeddings"}, "train: embeddings"),
+        ({"train": "embeddings", "lora": None, "adapter": "/adapters/a"}, "train: embeddings"),
+        ({"embeddings__lm_head": True}, "embeddings: train is lora"),
+        ({"train": "full", "lora": None, "embeddings__new_rows_only": True}, "embeddings: "),
         ({"lora": None}, "lora: "),
         ({"adapter": "/adapters/a"}, "lora: "),
         ({"batch__micro_batch_sequences": 3}, "batch.micro_batch_sequences: 3 "),
@@ -193,6 +200,7 @@ def test_pretrain_config_identity_holds_what_decides_the_result_and_nothing_else
     assert set(kept) == {
         "train",
         "lora",
+        "embeddings",
         "model",
         "batch",
         "optim",
@@ -213,5 +221,12 @@ def test_pretrain_config_identity_holds_what_decides_the_result_and_nothing_else
 
 def test_pretrain_config_result_name_says_what_was_trained() -> None:
     assert from_dict(PretrainConfig, values()).result_name == "pt_lora_model"
-    full = values(train="full", lora=None)
-    assert from_dict(PretrainConfig, full).result_name == "pt_model"
+    for train in ("full", "embeddings"):
+        whole = values(train=train, lora=None)
+        assert from_dict(PretrainConfig, whole).result_name == "pt_model"
+
+
+@pytest.mark.parametrize("name", ["pretrain_smollm2", "pretrain_stage1_smollm2"])
+def test_pretrain_config_files_of_the_jobs_are_valid(name: str) -> None:
+    path = Path(__file__).parents[2] / "jobs" / "configs" / f"{name}.yaml"
+    assert load(PretrainConfig, [str(path)]).model.path == "demo/model"

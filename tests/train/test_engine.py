@@ -16,7 +16,6 @@ from raytune_llama.data.store import TokenStore
 from raytune_llama.model.llama import SummedLoss, load_model
 from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import list_checkpoints
-from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.deepspeed_engine import deepspeed_config
 from raytune_llama.train.engine import EngineConfig, OptimConfig
 from raytune_llama.train.export import read_result
@@ -26,24 +25,14 @@ from raytune_llama.train.metrics import (
     EVAL_LOSS,
     GRAD_NORM,
     LOSS,
-    read_metrics,
 )
 from raytune_llama.train.workers import Workers
 from tests.faulty_s3 import FaultyServer
-from tests.train.conftest import MakeConfig, run_here
+from tests.train.conftest import MakeConfig, curve, run_here, stage_fields
 from tests.train.group import Group
 
-# With DeepSpeed's default, tensors as small as these stay whole under ZeRO 3.
-PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 SAME = 1e-5
 """Relative difference allowed between worker counts and stages in fp32."""
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
-    group = Group(2, tmp_path_factory.mktemp("two"))
-    yield group
-    group.close()
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +40,6 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
     group = Group(3, tmp_path_factory.mktemp("three"))
     yield group
     group.close()
-
-
-def curve(config: PretrainConfig, name: str = LOSS) -> list[float]:
-    return [record[name] for record in read_metrics(config.run_place) if name in record]
-
-
-def stage_fields(stage: int) -> dict[str, Any]:
-    extra = {"engine__deepspeed": PARTITION_ALL} if stage == 3 else {}
-    return {"engine__zero_stage": stage, **extra}
 
 
 def assert_close(ours: list[float], reference: list[float], tolerance: float) -> None:

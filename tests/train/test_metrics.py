@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from raytune_llama.model.embeddings import EmbeddingsConfig, train_embeddings
 from raytune_llama.model.llama import causal_lm
 from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.storage import Place
@@ -138,6 +139,16 @@ def test_flops_per_token_saved_tables_count_as_trained_and_once(
     lora = LAYERS * 4 * (HIDDEN + HIDDEN)
     wanted = 4 * LAYERS * LAYER + 6 * TABLE + 6 * lora + ATTENTION
     assert flops_per_token(causal_lm(model), TOKENS) == wanted
+
+
+@pytest.mark.parametrize(("tied", "trained"), [(True, 1), (False, 0)])
+def test_flops_per_token_of_new_rows_count_them_as_trained_where_they_make_logits(
+    *, tied: bool, trained: int
+) -> None:
+    model = tiny(tied=tied)
+    train_embeddings(model, EmbeddingsConfig(new_rows_only=True), range(400, 410))
+    wanted = 4 * (LAYERS * LAYER + TABLE) + 2 * trained * 10 * HIDDEN + ATTENTION
+    assert flops_per_token(model, TOKENS) == wanted
 
 
 def test_flops_per_token_of_7b_is_about_6n_full_and_4n_lora() -> None:

@@ -1,68 +1,22 @@
 """Promise: what is wrong with a run is said before it starts, all at once, by field."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raytune_llama.config import ConfigError, override
-from raytune_llama.model.llama import load_model
-from raytune_llama.model.lora import LoraConfig, attach_adapter
-from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.storage import Place
-from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.preflight import (
     check_identity,
-    check_run,
     identify,
     placement_changes,
     resolve_places,
     write_identity,
 )
-from raytune_llama.train.workers import Workers
 from tests.faulty_s3 import FaultyServer
-from tests.train.conftest import MakeConfig, write_model
-
-Change = Callable[[Path], None]
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> dict[str, Any]:
-    (tmp_path / "corpus.txt").write_text("one line of text\n")
-    return {"path": str(tmp_path / "corpus.txt")}
-
-
-@pytest.fixture
-def make(make_config: MakeConfig, source: dict[str, Any]) -> MakeConfig:
-    """Make a config that passes all checks but for the fields given."""
-
-    def made(name: str = "run", **fields: Any) -> PretrainConfig:  # noqa: ANN401
-        return make_config(name, **{"data__sources": [source], **fields})
-
-    return made
-
-
-@pytest.fixture(scope="session")
-def grown_tokenizer(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
-    path = tmp_path_factory.mktemp("grown")
-    tokenizer = load_tokenizer(tokenizer_dir)
-    assert tokenizer.add_tokens(["人民日报", "新年"]) == 2
-    tokenizer.save_pretrained(path)
-    return path
-
-
-def problems_of(config: PretrainConfig) -> list[str]:
-    try:
-        check_run(config)
-    except ConfigError as error:
-        return error.problems
-    return []
-
-
-def fields_of(problems: list[str]) -> list[str]:
-    return [problem.partition(":")[0] for problem in problems]
+from tests.train.conftest import MakeConfig, fields_of, problems_of, write_model
 
 
 def test_resolve_places_relative_becomes_absolute(
@@ -246,55 +200,6 @@ def test_check_run_wrong_credentials_are_a_problem_of_each_field(
     problems = problems_of(make(run_dir=str(place / "run"), data__store_dir=str(place / "store")))
     assert sorted(fields_of(problems)) == ["data.store_dir", "run_dir"]
     assert all("credentials" in problem for problem in problems)
-
-
-def test_check_run_new_ids_need_trained_tables(
-    make: MakeConfig, grown_tokenizer: Path, model_dir: Path, untied_model_dir: Path
-) -> None:
-    def found(model: Path, **fields: Any) -> list[str]:  # noqa: ANN401
-        values = {"model__path": str(model), "model__tokenizer": str(grown_tokenizer), **fields}
-        return problems_of(make(**values))
-
-    def saved(*names: str) -> dict[str, Any]:
-        return {"lora__modules_to_save": list(names)}
-
-    (problem,) = found(untied_model_dir, **saved())
-    assert problem.startswith("model.tokenizer: it has 2 ids")
-    assert "embed_tokens, lm_head" in problem
-    (problem,) = found(untied_model_dir, **saved("embed_tokens"))
-    assert "lm_head" in problem
-    assert "embed_tokens" not in problem
-    assert found(untied_model_dir, **saved("embed_tokens", "lm_head")) == []
-    assert found(untied_model_dir, **saved("model.embed_tokens", "lm_head")) == []
-    # Tied, there is one table, by whichever name.
-    assert len(found(model_dir, **saved())) == 1
-    assert found(model_dir, **saved("embed_tokens")) == []
-    assert found(model_dir, **saved("lm_head")) == []
-    # Whole training trains them; and a user may want it so.
-    assert found(untied_model_dir, train="full", lora=None) == []
-    assert found(untied_model_dir, model__allow_untrained_rows=True, **saved()) == []
-
-
-@pytest.mark.parametrize(("saved", "num_problems"), [([], 1), (["embed_tokens", "lm_head"], 0)])
-def test_check_run_new_ids_with_an_adapter_need_its_trained_tables(  # noqa: PLR0917
-    make: MakeConfig,
-    grown_tokenizer: Path,
-    untied_model_dir: Path,
-    tmp_path: Path,
-    saved: list[str],
-    num_problems: int,
-) -> None:
-    config = make(model__path=str(untied_model_dir))
-    model = load_model(config.model, "fp32", Workers.alone().device)
-    lora = LoraConfig(modules_to_save=tuple(saved))
-    attach_adapter(model, lora, seed=0).save_pretrained(str(tmp_path / "adapter"))
-    config = make(
-        model__path=str(untied_model_dir),
-        model__tokenizer=str(grown_tokenizer),
-        lora=None,
-        adapter=str(tmp_path / "adapter"),
-    )
-    assert len(problems_of(config)) == num_problems
 
 
 def test_check_identity_changed_learning_rate_is_refused_with_both_values(

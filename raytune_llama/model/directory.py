@@ -1,0 +1,146 @@
+"""A model directory written again with other embedding tables; all other weights keep their bits.
+
+    write_with_tables(model, Path(base), Path(tokenizer), {"model.embed_tokens.weight": table}, out)
+
+Weights go from the base's files to the new ones a tensor at a time, so that neither the precision
+of training nor its partitions touch them.
+"""
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from raytune_llama.files import read_json, write_json_atomic
+from raytune_llama.model.embeddings import embedding_layers, new_rows_name
+from raytune_llama.model.lora import is_tied
+from raytune_llama.model.tensors import ShardedWeights, TensorSpec, WeightsWriter, open_weights
+from raytune_llama.model.tokenizer import load_tokenizer
+from raytune_llama.model.vocab import has_tokenizer, split_new_tokens, start_new_rows
+
+MAX_SHARD_BYTES = 5 * 2**30
+
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
+
+
+def stored_tables(model: PreTrainedModel, path: Path) -> dict[str, str]:
+    """Return the embedding tables in a model directory's files, by name there.
+
+    Args:
+        model: of that directory, with or without its weights.
+        path: a model directory.
+
+    Returns:
+        For each table the name of its parameter in the model. A tied table can be stored under
+        both of its names.
+
+    Raises:
+        ValueError: the files hold a table under no name that is known.
+    """
+    names = open_weights(path, what="model.path").specs
+    layers = embedding_layers(model)
+    first = next(n for n, layer in layers.items() if layer is model.get_input_embeddings())
+    tied = is_tied(model)
+    found: dict[str, str] = {}
+    for layer in layers:
+        name = f"{layer}.weight"
+        # Models that were saved without their head lack the first part of the name.
+        stored = [n for n in (name, name.removeprefix(f"{model.base_model_prefix}.")) if n in names]
+        if stored:
+            found[stored[0]] = f"{first}.weight" if tied else name
+    if len(set(found.values())) < (1 if tied else len(layers)):
+        wanted = ", ".join(f"{layer}.weight" for layer in layers)
+        raise ValueError(
+            f"model.path: the files of {path} do not hold the embedding tables under the names "
+            f"{wanted}; load it in transformers and save it again"
+        )
+    return found
+
+
+def write_with_tables(
+    model: PreTrainedModel,
+    base: Path,
+    tokenizer: Path,
+    trained: Mapping[str, Tensor],
+    folder: Path,
+) -> dict[str, float]:
+    """Write the weights and settings of a base whose embedding tables were trained.
+
+    Tables have a row for each id of the tokenizer. Rows that were not trained are the base's, bit
+    for bit, or start as `vocab.start_new_rows` has it.
+
+    Args:
+        model: the model that was trained; only its structure is read.
+        base: the directory that it was loaded from.
+        tokenizer: directory of its tokenizer; nothing of it is written.
+        trained: whole tables, and new rows of tables, by parameter name.
+        folder: an existing directory.
+
+    Returns:
+        The L2 norm of each trained tensor, by parameter name.
+
+    Raises:
+        ValueError: a trained tensor is not finite in the base's precision.
+    """
+    weights = open_weights(base, what="model.path")
+    tables = stored_tables(model, base)
+    pieces = _split_new_tokens(base, tokenizer)
+    num_rows = 0
+    specs = dict(weights.specs)
+    for name in tables:
+        spec = specs[name]
+        num_rows = max([spec.shape[0], *(id_ + 1 for id_ in pieces)])
+        specs[name] = TensorSpec(spec.dtype, (num_rows, *spec.shape[1:]))
+    with WeightsWriter(folder, specs, max_shard_bytes=MAX_SHARD_BYTES) as writer:
+        for name in specs:
+            if name in tables:
+                writer.write(name, _build_table(name, tables[name], weights, pieces, trained))
+            else:
+                writer.write(name, weights.read(name))
+    write_json_atomic(folder / _CONFIG, read_json(base / _CONFIG) | {"vocab_size": num_rows})
+    if (base / _GENERATION).is_file():
+        shutil.copyfile(base / _GENERATION, folder / _GENERATION)
+    return {name: float(tensor.norm()) for name, tensor in trained.items()}
+
+
+def _split_new_tokens(base: Path, tokenizer: Path) -> dict[int, list[int]]:
+    if not has_tokenizer(base):
+        return {}
+    return split_new_tokens(load_tokenizer(base), load_tokenizer(tokenizer))
+
+
+def _build_table(
+    stored: str,
+    name: str,
+    weights: ShardedWeights,
+    pieces: Mapping[int, list[int]],
+    trained: Mapping[str, Tensor],
+) -> Tensor:
+    """Return a table as it is written: grown from the base's, then what was trained of it."""
+    old_VD = weights.read(stored)
+    whole = trained.get(name)
+    if whole is not None:
+        return _cast(name, whole, old_VD.dtype)
+    if not pieces:
+        return old_VD
+    table_VD = old_VD.new_empty((max(len(old_VD), max(pieces) + 1), *old_VD.shape[1:]))
+    table_VD[: len(old_VD)] = old_VD
+    name = new_rows_name(name)
+    rows = trained.get(name)
+    if rows is None:
+        start_new_rows(table_VD, pieces)
+    else:
+        table_VD[min(pieces) : max(pieces) + 1] = _cast(name, rows, old_VD.dtype)
+    return table_VD
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    norm = float(cast.float().norm())
+    if not math.isfinite(norm):
+        raise ValueError(f"{name}: is not finite as {dtype} (norm {norm}), the base's precision")
+    return cast
