@@ -87,13 +87,14 @@ def estimate_memory(
     """
     sizes = Sizes.of(model, settings.num_workers)
     scheme = scheme_of(zero_stage, sizes, settings)
-    weights, gathered = _weights(sizes, settings, zero_stage)
+    weights, gathered, coming = _weights(sizes, settings, zero_stage)
     base = weights + scheme.optimizer + scheme.constant
     base += scheme.gradients if scheme.gradients_stay else 0
-    passes = _walk(trace, scheme, settings, kept=scheme.kept, room=scheme.first)
+    forward = coming + trace.decoder_peak_bytes
+    passes = max(forward, _walk(trace, scheme, settings, kept=scheme.kept, room=scheme.first))
     if settings.num_micro_batches > 1:
         later = _walk(trace, scheme, settings, kept=scheme.kept_later, room=0)
-        passes = max(passes, scheme.held + later)
+        passes = max(passes, scheme.held + max(forward, later))
     step = scheme.step if scheme.gradients_stay else scheme.gradients + scheme.step
     offloaded = 0
     if settings.on_gpu and zero_stage and settings.offload_optimizer:
@@ -107,7 +108,7 @@ def estimate_memory(
     return WorkerMemory(
         zero_stage=zero_stage,
         weights=weights,
-        gathered=gathered,
+        gathered=gathered + coming,
         optimizer=scheme.optimizer,
         gradients=scheme.gradients,
         buffers=scheme.constant + max(bucket + scheme.exchange(filled), scheme.step),
@@ -121,13 +122,13 @@ def estimate_memory(
 def _walk(
     trace: MicroBatchTrace, scheme: Scheme, settings: WorkerSettings, *, kept: int, room: int
 ) -> int:
-    """Return the most bytes that a micro-batch takes on top of what is always there.
+    """Return the most bytes that loss and backward pass take on top of what is always there.
 
     Gradients are followed from the backward pass into `kept` memory or a bucket, which is emptied
     when the next one does not fit, and at the end.
     """
     capacity = settings.zero_size("reduce_bucket_size")
-    peak = trace.forward_peak_bytes
+    peak = trace.activation_bytes + trace.loss_bytes
     done = waiting = filled = 0
     for event in trace.gradients:
         full = capacity if settings.on_gpu else filled
@@ -145,21 +146,24 @@ def _walk(
     return max(peak, trace.rest_peak_bytes + beside, beside + last)
 
 
-def _weights(sizes: Sizes, settings: WorkerSettings, zero_stage: int) -> tuple[int, int]:
-    """Return the bytes of weights that a worker holds, and of those that it gathers for a while.
+def _weights(sizes: Sizes, settings: WorkerSettings, zero_stage: int) -> tuple[int, int, int]:
+    """Return the bytes of weights that a worker holds, has gathered, and that are on their way.
 
-    ZeRO 3 cuts every parameter into W pieces and keeps small ones whole too. What a layer needs is
-    gathered and kept while it is needed again within `stage3_max_reuse_distance` numbers, and
-    fetching ahead goes on up to `stage3_max_live_parameters`: so most of that many are there, and
-    one bucket on its way. One worker has nothing to gather.
+    ZeRO 3 cuts every parameter into W pieces and keeps small ones whole too. What is gathered is
+    kept as long as it is needed again within `stage3_max_reuse_distance` numbers, and fetching
+    ahead goes on up to `stage3_max_live_parameters`. What is fetched ahead comes in one buffer and
+    is copied out of it. Where all weights may be live, they are so at the end of the decoder, and
+    nothing comes any more; else something comes all the time. One worker has nothing to gather.
     """
     number = settings.number_bytes
     if zero_stage < 3 or sizes.num_workers == 1:
-        return number * sum(sizes.resident), 0
+        return number * sum(sizes.resident), 0, 0
     threshold = settings.zero_size("stage3_param_persistence_threshold")
     whole = sum(size for size in sizes.resident if size <= threshold)
     pieces = sum(sizes.piece(size) for size in sizes.resident)
     gathered = sum(size for size in sizes.used if size > threshold)
-    live = min(gathered, settings.zero_size("stage3_max_live_parameters"))
+    most = settings.zero_size("stage3_max_live_parameters")
     coming = min(gathered, settings.zero_size("stage3_prefetch_bucket_size"))
-    return number * (pieces + whole), number * (live + coming)
+    if gathered > most:
+        return number * (pieces + whole), number * (most + coming), 0
+    return number * (pieces + whole), number * gathered, number * coming

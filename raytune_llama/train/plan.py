@@ -96,7 +96,7 @@ class Plan:
     """What a run will take."""
 
     config: PretrainConfig
-    """Of the run, with absolute paths."""
+    """Of the run, as it was written."""
 
     has_weights: bool
     """Whether the model's directory holds weights."""
@@ -126,6 +126,7 @@ def build_plan(config: PretrainConfig) -> Plan:
     Raises:
         ConfigError: everything that would keep the run from starting, missing weights excepted.
     """
+    written = config
     config = resolve_places(config, in_job=in_submitted_job())
     check_run(config)
     check_identity(config.run_place, {"config": identity(config)})
@@ -136,7 +137,7 @@ def build_plan(config: PretrainConfig) -> Plan:
     store = _existing_store(config)
     toggled = not config.engine.gradient_checkpointing
     return Plan(
-        config=config,
+        config=written,
         has_weights=has_weights(path),
         vocabulary=fit,
         counts=count_parameters(model),

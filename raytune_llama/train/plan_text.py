@@ -83,12 +83,12 @@ def _memory_table(plan: Plan) -> Iterator[str]:
         numbers = [getattr(memory, field) for memory in plan.memory]
         if any(numbers):
             yield _row(label, [_gib(number) for number in numbers])
-    toggled = "without" if engine.gradient_checkpointing else "with"
     yield _row("peak", [_gib(memory.peak) for memory in plan.memory])
-    yield _row(
-        f"peak {toggled} gradient checkpointing",
-        [_gib(memory.peak) for memory in plan.memory_toggled],
-    )
+    toggled = "without" if engine.gradient_checkpointing else "with"
+    yield f"{toggled} gradient checkpointing"
+    for label in ("activations", "peak"):
+        numbers = [getattr(memory, label) for memory in plan.memory_toggled]
+        yield _row(f"  {label}", [_gib(number) for number in numbers])
     yield "* as configured. Not all parts are there at a time, so the peak is less than their sum."
     yield "Not counted: Python and its libraries, and what an allocator or a driver keeps besides."
 

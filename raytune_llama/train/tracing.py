@@ -54,8 +54,8 @@ class MicroBatchTrace:
     loss_bytes: int
     """Most that the loss adds: logits of one chunk, and the gradients that it takes at once."""
 
-    forward_peak_bytes: int
-    """Most that is live in the forward pass and the loss."""
+    decoder_peak_bytes: int
+    """Most that is live in the decoder's forward pass."""
 
     gradients: tuple[GradientEvent, ...]
     """Of the trained parameters, in the order of the backward pass."""
@@ -87,11 +87,11 @@ def trace_micro_batch(
     lm = causal_lm(module.model)
     if gradient_checkpointing:
         # Inside `backward`, a function of torch, the mode is off: layers enter it again.
-        lm.gradient_checkpointing_enable(
+        lm.activation_checkpointing_enable(
             {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), substitutes)}
         )
     else:
-        lm.gradient_checkpointing_disable()
+        lm.activation_checkpointing_disable()
     shape = (micro_batch_sequences, sequence_tokens)
     ids_BT, positions_BT, labels_BT = (
         torch.zeros(shape, dtype=torch.long, device=META) for _ in range(3)
@@ -117,7 +117,7 @@ def trace_micro_batch(
     return MicroBatchTrace(
         activation_bytes=kept,
         loss_bytes=loss_peak - kept,
-        forward_peak_bytes=max(decoder_peak, loss_peak),
+        decoder_peak_bytes=decoder_peak,
         gradients=tuple(events),
         rest_peak_bytes=live.take_peak(),
     )

@@ -16,10 +16,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from raytune_llama.config import load, write_yaml
 from raytune_llama.data.batches import BatchPlan, MicroBatch
+from raytune_llama.model.llama import SummedLoss
+from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.deepspeed_engine import DeepSpeedEngine
+from raytune_llama.train.engine import DataParallelEngine
 from raytune_llama.train.loop import build_engine
 from raytune_llama.train.workers import Workers
 
@@ -81,6 +86,34 @@ def build_batches(config: PretrainConfig, count: int) -> list[MicroBatch]:
     ]
 
 
+def warm_up(config: PretrainConfig, batch: MicroBatch, workers: Workers) -> None:
+    """Train a tiny model for a step: libraries and kernels take memory at their first use."""
+    tiny = LlamaConfig(
+        vocab_size=400,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = LlamaForCausalLM(tiny)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    module = SummedLoss(attach_adapter(model, LoraConfig(), seed=1))
+    if config.engine.zero_stage == 0:
+        engine = DataParallelEngine(module, config.engine.precision, config.optim, workers)
+    else:
+        engine = DeepSpeedEngine(
+            module,
+            config.engine,
+            config.optim,
+            workers,
+            micro_batch_sequences=1,
+            num_micro_batches=1,
+        )
+    tensors = (batch.ids_BT, batch.labels_BT, batch.positions_BT)
+    for _ in range(2):
+        engine.train_step([MicroBatch(*(each[:1, :16] for each in tensors))], [0], 1.0, 1e-4)
+
+
 def main() -> None:
     file, rank, num_workers, rendezvous = sys.argv[1:]
     config = load(PretrainConfig, [file])
@@ -92,8 +125,6 @@ def main() -> None:
     )
     if int(num_workers) > 1:
         workers = Workers.of_process_group(torch.device("cpu"))
-    if config.engine.zero_stage:
-        import deepspeed  # noqa: F401  # not to be counted
     plan = BatchPlan.of(
         [1000],
         sequence_tokens=config.batch.sequence_tokens,
@@ -104,9 +135,7 @@ def main() -> None:
     )
     count = plan.num_micro_batches(int(num_workers))
     batches = build_batches(config, count)
-    # What the libraries take at their first use.
-    warm = torch.randn(64, 64, requires_grad=True)
-    (warm @ warm).sum().backward()
+    warm_up(config, batches[0], workers)
     workers.barrier()
     gc.collect()
     before = resident("VmRSS")
