@@ -23,8 +23,8 @@ from raytune_llama.train.schemes import ZERO_DEFAULTS
 from tests.train.conftest import MakeConfig, run_here
 from tests.train.memory_probe import ROOT, measure
 
-WITHIN = 0.15
-"""Of measured memory."""
+WITHIN = 0.12
+"""Of measured memory: less than what gradients, moments or saved originals are of it."""
 
 LLAMA_SIZES = {
     "7B": (4096, 32, 32, 11008),
