@@ -11,6 +11,8 @@ from raytune_llama.data.manifest import StoreError
 from raytune_llama.data.rows import SourceError
 from raytune_llama.logs import setup_logging
 from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.plan import build_plan
+from raytune_llama.train.plan_text import render_plan
 from raytune_llama.train.trainer import pretrain
 
 DEFAULT = Path(__file__).parent / "configs" / "pretrain_smollm2.yaml"
@@ -23,6 +25,9 @@ def main() -> int:
     config = load(PretrainConfig, sys.argv[1:], default=DEFAULT)
     if config.model.path == "demo/model" and not Path("demo/model").is_dir():
         raise ConfigError(["model.path: no demo/model here; make it: python jobs/prepare_demo.py"])
+    if config.plan:
+        print(render_plan(build_plan(config)))
+        return 0
     run = pretrain(config)
     if run.bits_per_byte_before is not None:
         print(f"bits per byte: {run.bits_per_byte_before:.4f} -> {run.bits_per_byte_after:.4f}")

@@ -59,15 +59,25 @@ class ModelConfig:
         return self.tokenizer or self.path
 
 
-def check_model_directory(path: Path) -> list[str]:
-    """Return what `path` lacks to be loaded as a model; empty where it is complete."""
+def check_model_settings(path: Path) -> list[str]:
+    """Return what `path` lacks to be a model without weights; empty where it is one."""
     if not path.is_dir():
         return [f"model.path: {path} is not a directory; name a Hugging Face model directory"]
-    problems: list[str] = []
     if not (path / "config.json").is_file():
-        problems.append(
-            f"model.path: {path} has no config.json; name a Hugging Face model directory"
-        )
+        return [f"model.path: {path} has no config.json; name a Hugging Face model directory"]
+    return []
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a model directory holds weights, complete or not."""
+    return any((path / name).is_file() for name in WEIGHT_FILES)
+
+
+def check_model_directory(path: Path) -> list[str]:
+    """Return what `path` lacks to be loaded as a model; empty where it is complete."""
+    problems = check_model_settings(path)
+    if not path.is_dir():
+        return problems
     single, index = (path / name for name in WEIGHT_FILES)
     if single.is_file():
         return problems + _check_weight_files([single])
@@ -102,12 +112,18 @@ def _check_weight_files(files: list[Path]) -> list[str]:
     return problems
 
 
-def load_skeleton(path: Path) -> PreTrainedModel:
-    """Build the model of a directory without its weights: shapes and names, no memory."""
+def load_skeleton(path: Path, *, num_rows: int | None = None) -> PreTrainedModel:
+    """Build the model of a directory without its weights: shapes and names, no memory.
+
+    Args:
+        path: a model directory; only its config.json is read.
+        num_rows: rows of the embeddings; None: as many as the model has.
+    """
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if num_rows is not None:
+        config.vocab_size = num_rows
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(path, local_files_only=True)
-        )
+        return AutoModelForCausalLM.from_config(config)
 
 
 def choose_attention(wanted: str, precision: Precision, device: torch.device) -> str:

@@ -193,6 +193,10 @@ class PretrainConfig:
     logging: Annotated[LoggingConfig, PLACEMENT] = LoggingConfig()
     """Progress."""
 
+    plan: Annotated[bool, PLACEMENT] = False
+    """Print parameters, memory by ZeRO stage, steps and disk of the run, and start nothing; the
+    model's weights need not be there."""
+
     @model_validator(mode="after")
     def _check(self) -> "PretrainConfig":
         problems: list[str] = []

@@ -19,7 +19,13 @@ from raytune_llama.config import (
 from raytune_llama.data.encode import check_data
 from raytune_llama.model.directory import stored_tables
 from raytune_llama.model.embeddings import check_embeddings
-from raytune_llama.model.llama import check_model_directory, check_output_projection, load_skeleton
+from raytune_llama.model.llama import (
+    check_model_directory,
+    check_model_settings,
+    check_output_projection,
+    has_weights,
+    load_skeleton,
+)
 from raytune_llama.model.lora import (
     check_adapter_directory,
     check_adapter_fits,
@@ -107,7 +113,9 @@ def check_run(config: PretrainConfig) -> None:
 def _check_model(config: PretrainConfig) -> list[str]:
     path = Path(config.model.path)
     try:
-        problems = check_model_directory(path)
+        # A plan needs no weights; those that are there have to be whole.
+        no_weights_needed = config.plan and not has_weights(path)
+        problems = (check_model_settings if no_weights_needed else check_model_directory)(path)
         if problems:
             return problems
         model = load_skeleton(path)

@@ -1,0 +1,300 @@
+"""What a run will take, found without weights, without Ray and without a token store.
+
+    plan = build_plan(config)
+
+Counts and memory come from the run's own model on PyTorch's meta device: its config.json, the
+adapter and the engine settings. `memory.py` says where each number of a worker's memory is from.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from raytune_llama.config import ConfigError, identity
+from raytune_llama.data.batches import num_micro_batches
+from raytune_llama.data.encode import open_store
+from raytune_llama.data.manifest import MANIFEST_NAME, token_dtype
+from raytune_llama.data.sources import discover_files
+from raytune_llama.data.store import TokenStore
+from raytune_llama.data.workers import read_sample
+from raytune_llama.model.llama import DTYPES, SummedLoss, has_weights, load_skeleton
+from raytune_llama.model.lora import attach_adapter
+from raytune_llama.model.tokenizer import encode_text, load_tokenizer
+from raytune_llama.model.vocab import VocabularyFit, check_vocabulary, num_embedding_rows
+from raytune_llama.storage import Place
+from raytune_llama.train.cluster import in_submitted_job
+from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.deepspeed_engine import deepspeed_config
+from raytune_llama.train.loop import build_sources, plan_run
+from raytune_llama.train.memory import (
+    ParameterCounts,
+    WorkerMemory,
+    count_parameters,
+    estimate_memory,
+)
+from raytune_llama.train.preflight import check_identity, check_run, resolve_places
+from raytune_llama.train.schemes import WorkerSettings
+from raytune_llama.train.tracing import META, trace_micro_batch
+
+CHECKPOINT_BYTES = 3 * 4
+"""Of each trained number: weight and AdamW's two moments, in float32."""
+
+DOCUMENT_BYTES = 28
+"""Of each document in a token store beside its ids: where they end, the bytes of its text, its
+source and its place there."""
+
+_SAMPLE_CHARS = 2**20
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The steps of a run."""
+
+    num_steps: int | None
+    """Optimizer steps; None where epochs decide them and there is no token store yet."""
+
+    step_tokens: int
+    """Tokens of a full step over all workers, padding included."""
+
+    num_micro_batches: int
+    """Forward passes of each worker in a step."""
+
+    filler_sequences: int
+    """Sequences of a step without targets, where the workers' shares do not come out even."""
+
+    epochs: dict[str, float] | None
+    """Of each source; None without a token store."""
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """Bytes that a run writes."""
+
+    checkpoint: int
+    """Of one checkpoint."""
+
+    num_checkpoints: int
+    """That are kept; one more is there while it is written."""
+
+    result: int
+    """Of the adapter or the model."""
+
+    store: int | None
+    """Of the token store; None where it cannot be estimated."""
+
+    store_exists: bool
+    """Whether it is there, so that its size is no estimate."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take."""
+
+    config: PretrainConfig
+    """Of the run, as it was written."""
+
+    has_weights: bool
+    """Whether the model's directory holds weights."""
+
+    vocabulary: VocabularyFit
+    """The tokenizer and the model's rows."""
+
+    counts: ParameterCounts
+    """Of the model with its adapter, its vocabulary grown."""
+
+    memory: tuple[WorkerMemory, ...]
+    """Of a worker, by ZeRO stage, as configured else."""
+
+    memory_toggled: tuple[WorkerMemory, ...]
+    """The same with `engine.gradient_checkpointing` the other way."""
+
+    steps: StepPlan
+    """Steps and epochs."""
+
+    disk: DiskPlan
+    """Disk."""
+
+
+def build_plan(config: PretrainConfig) -> Plan:
+    """Plan a run; nothing is written.
+
+    Raises:
+        ConfigError: everything that would keep the run from starting, missing weights excepted.
+    """
+    written = config
+    config = resolve_places(config, in_job=in_submitted_job())
+    check_run(config)
+    check_identity(config.run_place, {"config": identity(config)})
+    path = Path(config.model.path)
+    skeleton = load_skeleton(path)
+    fit = check_vocabulary(num_embedding_rows(skeleton), path, Path(config.model.tokenizer_path))
+    model = build_model(config, load_skeleton(path, num_rows=max(fit.num_rows, fit.num_ids)))
+    store = _existing_store(config)
+    toggled = not config.engine.gradient_checkpointing
+    return Plan(
+        config=written,
+        has_weights=has_weights(path),
+        vocabulary=fit,
+        counts=count_parameters(model),
+        memory=plan_memory(config, model),
+        memory_toggled=plan_memory(config, model, gradient_checkpointing=toggled),
+        steps=plan_steps(config, store),
+        disk=plan_disk(config, model, store),
+    )
+
+
+def build_model(config: PretrainConfig, skeleton: PreTrainedModel) -> PreTrainedModel | PeftModel:
+    """Give a model without weights the adapter that the run trains."""
+    with META:
+        if config.lora is not None:
+            return attach_adapter(skeleton, config.lora, seed=config.seed)
+        if config.adapter is not None:
+            settings = peft.PeftConfig.from_pretrained(config.adapter)
+            settings.inference_mode = False
+            attached = peft.get_peft_model(skeleton, settings)
+            assert isinstance(attached, PeftModel)
+            return attached
+    return skeleton
+
+
+def plan_memory(
+    config: PretrainConfig,
+    model: PreTrainedModel | PeftModel,
+    *,
+    gradient_checkpointing: bool | None = None,
+) -> tuple[WorkerMemory, ...]:
+    """Estimate a worker's memory for each ZeRO stage that the run's device and precision allow.
+
+    Args:
+        config: of the run.
+        model: on the meta device, with its adapter; it is cast to the run's precision.
+        gradient_checkpointing: instead of the engine's setting.
+    """
+    engine, batch, scale = config.engine, config.batch, config.scale
+    count = _num_micro_batches(config)
+    try:
+        json = deepspeed_config(
+            engine,
+            config.optim,
+            micro_batch_sequences=batch.micro_batch_sequences,
+            num_micro_batches=count,
+        )
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    trace = trace_micro_batch(
+        SummedLoss(model).to(DTYPES[engine.precision]),
+        micro_batch_sequences=batch.micro_batch_sequences,
+        sequence_tokens=batch.sequence_tokens,
+        isolate_documents=batch.evaluation_form == "isolated",
+        gradient_checkpointing=engine.gradient_checkpointing
+        if gradient_checkpointing is None
+        else gradient_checkpointing,
+        on_gpu=scale.use_gpu,
+    )
+    settings = WorkerSettings(
+        precision=engine.precision,
+        num_workers=scale.num_workers,
+        on_gpu=scale.use_gpu,
+        num_micro_batches=count,
+        offload_optimizer=engine.offload_optimizer,
+        offload_parameters=engine.offload_parameters,
+        zero=json["zero_optimization"],
+    )
+    is_plain_only = engine.precision == "fp16" and not scale.use_gpu
+    stages = (0,) if is_plain_only else (0, 1, 2, 3)
+    return tuple(estimate_memory(model, trace, settings, stage) for stage in stages)
+
+
+def _num_micro_batches(config: PretrainConfig) -> int:
+    return num_micro_batches(
+        config.batch.sequences_per_step,
+        config.batch.micro_batch_sequences,
+        config.scale.num_workers,
+    )
+
+
+def plan_steps(config: PretrainConfig, store: TokenStore | None) -> StepPlan:
+    """Count steps and tokens; epochs and, where they decide, steps need the token store."""
+    batch = config.batch
+    count = _num_micro_batches(config)
+    rows = count * batch.micro_batch_sequences * config.scale.num_workers
+    num_steps, epochs = config.max_steps, None
+    if store is not None:
+        plan = plan_run(config, store)
+        num_steps = plan.num_steps
+        epochs = {
+            source.name: share * plan.total_positions / source.sequences.num_sequences
+            for source, share in zip(build_sources(config, store), plan.order.shares, strict=True)
+        }
+    return StepPlan(
+        num_steps=num_steps,
+        step_tokens=batch.sequences_per_step * batch.sequence_tokens,
+        num_micro_batches=count,
+        filler_sequences=rows - batch.sequences_per_step,
+        epochs=epochs,
+    )
+
+
+def plan_disk(
+    config: PretrainConfig, model: PreTrainedModel | PeftModel, store: TokenStore | None
+) -> DiskPlan:
+    """Estimate what the run writes.
+
+    An adapter is written in float32, a tied table under each of its names; a model in the run's
+    precision.
+    """
+    counts = count_parameters(model)
+    if config.train == "full":
+        result = counts.unique * DTYPES[config.engine.precision].itemsize
+    else:
+        named = model.named_parameters(remove_duplicate=False)
+        result = 4 * sum(p.numel() for _, p in named if p.requires_grad)
+    checkpoint = config.checkpoint
+    return DiskPlan(
+        checkpoint=CHECKPOINT_BYTES * counts.trained,
+        num_checkpoints=checkpoint.keep_last + checkpoint.keep_best,
+        result=result,
+        store=_estimate_store(config) if store is None else _store_bytes(store),
+        store_exists=store is not None,
+    )
+
+
+def _existing_store(config: PretrainConfig) -> TokenStore | None:
+    place = Place.parse(config.data.store_dir, "data.store_dir")
+    return open_store(config.data) if (place / MANIFEST_NAME).exists() else None
+
+
+def _store_bytes(store: TokenStore) -> int:
+    splits = store.manifest.splits.values()
+    return sum(shard.file_bytes for split in splits for shard in split.shards)
+
+
+def _estimate_store(config: PretrainConfig) -> int | None:
+    """Estimate a store from the sources' bytes, with the tokens of a sample of the corpus.
+
+    As if all bytes were text. Compressed and Parquet files do not show how much they hold.
+    """
+    files = discover_files(config.data.sources)
+    if any(f.options.compression != "none" or f.options.format == "parquet" for f in files):
+        return None
+    tokenizer = load_tokenizer(Path(config.model.tokenizer_path))
+    texts = list(_first(read_sample(files), _SAMPLE_CHARS))
+    sampled = sum(len(text.encode()) for text in texts)
+    ends = config.data.bos + config.data.eos
+    tokens = sum(len(ids) + ends for ids in encode_text(tokenizer, texts))
+    number = 2 if token_dtype(max(tokenizer.get_vocab().values()) + 1) == "uint16" else 4
+    share = sum(file.status.num_bytes for file in files) / max(1, sampled)
+    return math.ceil(share * (tokens * number + len(texts) * DOCUMENT_BYTES))
+
+
+def _first(texts: list[str], num_chars: int) -> Iterator[str]:
+    for text in texts:
+        if num_chars <= 0 or not text.strip():
+            continue
+        yield text
+        num_chars -= len(text)

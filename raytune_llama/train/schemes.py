@@ -1,0 +1,316 @@
+"""How each engine lays out weights, gradients and optimizer state, in bytes of a worker.
+
+`engine.py` is stage 0. For the others the names of methods are those of DeepSpeed 0.19.8, in
+`runtime/zero/stage_1_and_2.py` and `stage3.py`, with the settings of `deepspeed_config`.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from raytune_llama.model.llama import DTYPES, Precision
+from raytune_llama.train.engine import BUCKET_NUMEL
+
+FLOAT_BYTES = 4
+DOUBLE_BYTES = 8
+
+ZERO_DEFAULTS: Mapping[str, int] = {
+    "reduce_bucket_size": 5 * 10**8,
+    "stage3_prefetch_bucket_size": 5 * 10**7,
+    "stage3_max_live_parameters": 10**9,
+    "stage3_param_persistence_threshold": 10**5,
+}
+"""What DeepSpeed takes, in numbers, where `engine.deepspeed` says nothing."""
+
+
+def is_original(name: str) -> bool:
+    """Whether a parameter is the frozen original that PEFT keeps beside a saved module."""
+    return ".original_module." in name
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What decides a worker's memory, beside the model."""
+
+    precision: Precision
+    """Of frozen weights and of computing."""
+
+    num_workers: int
+    """Of the run."""
+
+    on_gpu: bool
+    """Whether buffers are there in full. Of a buffer on a CPU only what is written to is."""
+
+    num_micro_batches: int
+    """Of a worker in a step."""
+
+    offload_optimizer: bool
+    """Keep masters and moments in host memory (ZeRO 1 to 3)."""
+
+    offload_parameters: bool
+    """Keep partitioned weights in host memory (ZeRO 3)."""
+
+    zero: Mapping[str, Any]
+    """DeepSpeed's settings of ZeRO that are not its defaults."""
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of a number in the run's precision."""
+        return DTYPES[self.precision].itemsize
+
+    def zero_size(self, name: str) -> int:
+        """Return one of DeepSpeed's sizes, in numbers."""
+        return int(self.zero.get(name, ZERO_DEFAULTS[name]))
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How an engine treats gradients. Sizes are bytes."""
+
+    optimizer: int
+    """Masters and moments."""
+
+    gradients: int
+    """That wait for the step."""
+
+    step: int = 0
+    """Beside them, while they are clipped and the optimizer steps."""
+
+    gradients_stay: bool = False
+    """Whether room for them is there all the time."""
+
+    constant: int = 0
+    """Buffers that are there all the time."""
+
+    kept: int = 0
+    """Of each number that waits for the end of the first backward pass."""
+
+    kept_later: int = 0
+    """The same in a later micro-batch, whose gradients are added to those before."""
+
+    held: int = 0
+    """Gradients of earlier micro-batches, during a later one."""
+
+    first: int = 0
+    """Room for gradients that the first exchange of a step makes."""
+
+    bucket: int = 0
+    """Of each number that waits in a bucket to be exchanged; 0 without one."""
+
+    exchange: Callable[[int], int] = lambda _: 0
+    """Beside the bucket, while so many numbers are exchanged."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of a model's parameters as the engines cut them up."""
+
+    num_workers: int
+    """That they are cut for."""
+    resident: tuple[int, ...]
+    """Of every parameter."""
+    used: tuple[int, ...]
+    """The same without the originals of saved modules, which no forward pass reads."""
+    groups: tuple[tuple[int, ...], ...]
+    """Of trained parameters: matrices and vectors, which the optimizer treats apart."""
+
+    @classmethod
+    def of(cls, model: nn.Module, num_workers: int) -> "Sizes":
+        """Measure a model, with or without its weights."""
+        named = list(model.named_parameters(remove_duplicate=False))
+        used = {p: p.numel() for name, p in named if not is_original(name)}
+        trained = [p for p in used if p.requires_grad]
+        groups = (
+            tuple(p.numel() for p in trained if p.ndim >= 2),
+            tuple(p.numel() for p in trained if p.ndim < 2),
+        )
+        return cls(
+            num_workers=num_workers,
+            resident=tuple({p: p.numel() for _, p in named}.values()),
+            used=tuple(used.values()),
+            groups=tuple(group for group in groups if group),
+        )
+
+    @property
+    def trained(self) -> int:
+        """Of all trained parameters."""
+        return sum(map(sum, self.groups))
+
+    @property
+    def largest(self) -> int:
+        """Of the largest trained parameter."""
+        return max(map(max, self.groups))
+
+    @property
+    def partition(self) -> int:
+        """Of a worker's part where a group is cut into W equal stretches (ZeRO 1 and 2)."""
+        return sum(math.ceil(sum(group) / self.num_workers) for group in self.groups)
+
+    @property
+    def touched(self) -> int:
+        """Of all parameters that such a stretch has a part of, for the worker with most."""
+        most = 0
+        for group in self.groups:
+            ends = list(itertools.accumulate(group))
+            length = math.ceil(ends[-1] / self.num_workers)
+            most += max(
+                sum(
+                    size
+                    for size, end in zip(group, ends, strict=True)
+                    if end > start and end - size < start + length
+                )
+                for start in range(0, ends[-1], length)
+            )
+        return most
+
+    @property
+    def shared_out(self) -> int:
+        """Of a worker's part where each trained parameter is cut into W pieces (ZeRO 3)."""
+        return sum(self.piece(size) for group in self.groups for size in group)
+
+    def piece(self, size: int) -> int:
+        """Return the numbers of one of W pieces of a parameter."""
+        return math.ceil(size / self.num_workers)
+
+
+def scheme_of(zero_stage: int, sizes: "Sizes", settings: WorkerSettings) -> Scheme:
+    """Return the scheme of a ZeRO stage, 0 to 3."""
+    make = {0: _plain, 1: _zero_1, 2: _zero_2, 3: _zero_3}[zero_stage]
+    return make(sizes, settings)
+
+
+def _plain(sizes: Sizes, settings: WorkerSettings) -> Scheme:
+    """Stage 0, `DataParallelEngine`: weights, float32 masters and gradients whole on each worker.
+
+    In float32 the weights are their own masters, and micro-batches add up in their gradients.
+    Half-precision gradients are added to the masters' after each micro-batch, one by one.
+    """
+    number, n = settings.number_bytes, sizes.trained
+    is_half = number < FLOAT_BYTES
+    message = FLOAT_BYTES * _largest_message(sizes) if sizes.num_workers > 1 else 0
+    one = FLOAT_BYTES * sizes.largest if is_half else 0
+    return Scheme(
+        optimizer=(3 if is_half else 2) * FLOAT_BYTES * n,
+        gradients=FLOAT_BYTES * n,
+        step=message,
+        kept=number,
+        kept_later=number if is_half else 0,
+        held=FLOAT_BYTES * n,
+        exchange=lambda _: one,
+    )
+
+
+def _largest_message(sizes: Sizes) -> int:
+    """Return the numbers of the largest bucket that is copied together to be summed."""
+    largest = filled = count = 0
+    for size in itertools.chain(*sizes.groups):
+        filled, count = filled + size, count + 1
+        largest = max(largest, filled if count > 1 else 0)
+        if filled >= BUCKET_NUMEL:
+            filled = count = 0
+    return largest
+
+
+def _zero_1(sizes: Sizes, settings: WorkerSettings) -> Scheme:
+    """Stage 1: micro-batches add up in whole gradients, which are exchanged once a step.
+
+    On a CPU the bucket takes the gradients' place as it is filled; on a GPU it is there in full
+    from the first gradient on (`setup_buckets`). In half precision with float32 sums (fp16) the
+    exchange writes into a float32 part. Else (fp32, and bf16, for which `deepspeed_config` sets
+    no type of sums) it is that of stage 2 in one precision, `_one_precision`.
+    """
+    n, part = sizes.trained, FLOAT_BYTES * sizes.partition
+    if settings.precision == "fp16":
+        return Scheme(
+            optimizer=3 * part,
+            gradients=part,
+            step=_norm_bytes(sizes),
+            kept=FLOAT_BYTES,
+            held=FLOAT_BYTES * n,
+            first=part,
+            bucket=FLOAT_BYTES if settings.on_gpu else 0,
+            exchange=lambda count: FLOAT_BYTES * count,
+        )
+    number = settings.number_bytes
+    return _one_precision(
+        sizes,
+        settings,
+        kept=number,
+        held=number * n,
+        bucket=number if settings.on_gpu else 0,
+    )
+
+
+def _zero_2(sizes: Sizes, settings: WorkerSettings) -> Scheme:
+    """Stage 2: gradients go into a bucket as they are made; of the sums a worker keeps its part.
+
+    In half precision the bucket is copied (`allreduce_bucket`), converted to float32, summed over
+    the workers, and added to the worker's float32 part.
+    """
+    if settings.precision == "fp32":
+        touched = FLOAT_BYTES * sizes.touched
+        return _one_precision(sizes, settings, kept=0, held=touched, bucket=FLOAT_BYTES)
+    number, part = settings.number_bytes, FLOAT_BYTES * sizes.partition
+    return Scheme(
+        optimizer=3 * part,
+        gradients=part,
+        step=_norm_bytes(sizes),
+        held=part,
+        first=part,
+        bucket=number,
+        exchange=lambda count: (number + FLOAT_BYTES) * count,
+    )
+
+
+def _one_precision(
+    sizes: Sizes, settings: WorkerSettings, *, kept: int, held: int, bucket: int
+) -> Scheme:
+    """Stages 1 and 2 where gradients are summed up in the weights' own precision.
+
+    The bucket is copied to be exchanged between several workers, and converted where the weights
+    are not float32. Then all parameters that the worker has a part of get whole gradients of their
+    own (`grads_in_partition`), of which the step makes one flat float32 part (`step`).
+    """
+    number = settings.number_bytes
+    touched, part = number * sizes.touched, FLOAT_BYTES * sizes.partition
+    converted = FLOAT_BYTES if number < FLOAT_BYTES else 0
+    copied = number if sizes.num_workers > 1 else 0
+    flat = part + (number * sizes.partition if converted else 0)
+    return Scheme(
+        optimizer=3 * part,
+        gradients=touched,
+        step=max(_norm_bytes(sizes), flat),
+        kept=kept,
+        held=held,
+        bucket=bucket,
+        exchange=lambda count: max((copied + converted) * count, touched),
+    )
+
+
+def _norm_bytes(sizes: Sizes) -> int:
+    """Return what `get_grad_norm_direct` takes: the largest gradient of the part as doubles."""
+    return DOUBLE_BYTES * min(sizes.largest, sizes.partition)
+
+
+def _zero_3(sizes: Sizes, settings: WorkerSettings) -> Scheme:
+    """Stage 3: a float32 bucket and the worker's float32 gradients are there all the time.
+
+    The bucket is copied to be exchanged (`reduce_scatter_coalesced`), and gloo, which CPUs use,
+    copies it once more. The step makes the worker's gradients flat.
+    """
+    part = FLOAT_BYTES * sizes.shared_out
+    capacity = settings.zero_size("reduce_bucket_size")
+    bucket = capacity if settings.on_gpu else min(sizes.trained, capacity)
+    copies = 1 if settings.on_gpu or sizes.num_workers == 1 else 2
+    return Scheme(
+        optimizer=3 * part,
+        gradients=part,
+        gradients_stay=True,
+        constant=FLOAT_BYTES * bucket,
+        step=max(DOUBLE_BYTES * sizes.piece(sizes.largest), part),
+        exchange=lambda count: copies * FLOAT_BYTES * count,
+    )
