@@ -98,7 +98,7 @@ def test_gguf_of_eight_bits_is_the_quantised_merge_in_half_a_step(
     with torch.no_grad():
         wanted = load(base.with_name("wanted"))(IDS).logits
     logits = torch.stack([read_logits(target).flatten(), wanted.flatten()])
-    assert torch.corrcoef(logits)[0, 1] > 0.999
+    assert torch.corrcoef(logits)[0, 1] > 0.99
 
 
 def test_gguf_names_the_settings_of_the_model(
