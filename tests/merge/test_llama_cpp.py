@@ -54,7 +54,9 @@ def test_llama_cpp_says_what_transformers_says(
         merge(base, adapter).rename(tmp_path / "wanted"), dtype=torch.float32
     )
     target = merge(base, adapter, output_format="gguf", gguf_type=gguf_type)
-    llama = llama_cpp.Llama(str(target / f"model-{gguf_type}.gguf"), n_ctx=256, verbose=False)
+    llama = llama_cpp.Llama(
+        str(target / f"model-{gguf_type}.gguf"), n_ctx=256, n_threads=1, verbose=False
+    )
     tokenizer = load_tokenizer(base)
     for prompt in PROMPTS:
         (ids,) = encode_text(tokenizer, [prompt])
