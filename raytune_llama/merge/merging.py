@@ -2,42 +2,44 @@
 
     merge_adapters(MergeConfig(base="llama", adapters=("plus", "alpaca-plus"), target="merged"))
 
-Arithmetic is float32, with one cast at the end; a weight is changed some rows at a time, so that
-memory is bounded by the largest tensor as it is stored, twice. What was written is then read back:
-changed weights are compared with a float64 computation of their own, replaced and untouched ones
-with their sources, bit for bit.
+What becomes of a weight is in `plan.py`, the forms of the result in `export.py`, their proof in
+`proof.py`.
 """
 
 import logging
-import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
+from transformers import LlamaConfig
 
 import raytune_llama
-from raytune_llama.config import settings
-from raytune_llama.files import publish_directory, read_json, sha256_file, write_json_atomic
-from raytune_llama.merge.adapter import Adapter
-from raytune_llama.model.meta import check_target
-from raytune_llama.model.tensors import ShardedWeights, TensorSpec, WeightsWriter, open_weights
-from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256, write_tokenizer
-from raytune_llama.model.vocab import has_tokenizer
+from raytune_llama.config import ConfigError, settings
+from raytune_llama.files import publish_directory, write_json_atomic
+from raytune_llama.merge.export import (
+    Exported,
+    ProvenShard,
+    export_gguf,
+    export_huggingface,
+    export_meta,
+    export_shard,
+)
+from raytune_llama.merge.gguf_file import GgufType, gguf_dtype, plan_gguf
+from raytune_llama.merge.logits import compare_logits, read_samples
+from raytune_llama.merge.plan import MANIFEST, MergePlan, check_base, plan_merge
+from raytune_llama.model.meta import check_target, params_of, published_shards
+from raytune_llama.model.tensors import TensorSpec
+from raytune_llama.model.to_meta import plan_meta
+from raytune_llama.model.tokenizer import tokenizer_sha256
 
 logger = logging.getLogger(__name__)
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-MANIFEST = "manifest.json"
-
-_ROWS = 1024
-_SLACK = 1e-5
-"""Float32's own rounding, relative to the sum of the terms' sizes."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHARD_MIB = 5120
 
 
 @settings
@@ -49,25 +51,52 @@ class MergeConfig:
     adapters: Annotated[tuple[str, ...], Field(min_length=1)]
     """Adapter directories, in the order in which they were trained."""
     target: str
-    """Model directory to make; it must not exist, or be empty."""
+    """Directory to make; it must not exist, or be empty."""
+    output_format: Literal["huggingface", "pth", "gguf"] = "huggingface"
+    """What is made: a Hugging Face model directory, Meta's .pth shards, or a file for llama.cpp."""
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
-    """Type of the weights that are written; `base`: each as the base has it."""
-    max_shard_mib: Annotated[int, Field(ge=1)] = 5120
-    """Largest safetensors file, unless one tensor is larger."""
+    """Type of the weights of huggingface and pth; `base`: each as the base has it."""
+    gguf_type: GgufType | None = None
+    """Type of the matrices of gguf: f16, q8_0 (8 bits and a step for 32 of them) or f32; null: f16.
+    Norms are always float32."""
+    max_shard_mib: Annotated[int, Field(ge=1)] = _SHARD_MIB
+    """Largest safetensors file of huggingface, unless one tensor is larger."""
+    num_shards: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Files of pth; null: as many as Meta published for models of this width, 1 for others."""
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    """Safetensors files of huggingface that are made at a time, each by a task on Ray with one CPU,
+    on nodes that all see base, adapters and target; 1: in this process, without Ray."""
+    verify: Literal["tensors", "logits"] = "tensors"
+    """What is compared before the result appears: each weight with a computation of its own, and
+    with `logits` also the logits of huggingface with those of base and adapters under PEFT."""
+    verify_text: str | None = None
+    """Text file for `verify: logits`, of which the beginning is read; null: a few sentences."""
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """What becomes of one weight."""
-
-    source: Adapter | None
-    """The last adapter that replaces it; None: the base has it."""
-    source_name: str
-    """Its name there."""
-    updates: tuple[Adapter, ...]
-    """Low-rank updates that are added to it, in order."""
-    spec: TensorSpec
-    """What is written."""
+    @model_validator(mode="after")
+    def _check(self) -> "MergeConfig":
+        wanted = {
+            "gguf_type": ("gguf", self.gguf_type is not None),
+            "max_shard_mib": ("huggingface", self.max_shard_mib != _SHARD_MIB),
+            "num_shards": ("pth", self.num_shards is not None),
+            "num_workers": ("huggingface", self.num_workers > 1),
+        }
+        problems = [
+            f"{name}: is for output_format {form} alone, got {self.output_format}; leave it out"
+            for name, (form, is_set) in wanted.items()
+            if is_set and self.output_format != form
+        ]
+        if self.output_format == "gguf" and self.dtype != "base":
+            problems.append(f"dtype: got {self.dtype}, but gguf has gguf_type for it; leave it out")
+        if self.verify == "logits" and self.output_format != "huggingface":
+            problems.append(
+                f"verify: logits are those of transformers, which reads no {self.output_format}; "
+                "merge as huggingface with it first: the values are the same"
+            )
+        if self.verify_text is not None and self.verify != "logits":
+            problems.append("verify_text: is for verify=logits alone; set that, or leave it out")
+        if problems:
+            raise ConfigError(problems)
+        return self
 
 
 def merge_adapters(config: MergeConfig) -> None:
@@ -75,247 +104,90 @@ def merge_adapters(config: MergeConfig) -> None:
 
     Raises:
         ValueError: Files are missing or damaged, an adapter does not fit or would change nothing,
-            or the target is not empty; nothing is left behind.
+            the form cannot hold the model, or the target is not empty; nothing is left behind.
+        AssertionError: A proof has failed; nothing is left behind.
     """
-    target, base_dir = Path(config.target), Path(config.base)
+    target = Path(config.target)
     check_target(target)
-    base = open_weights(base_dir, what="base")
-    adapters = [Adapter.open(Path(path)) for path in config.adapters]
-    settings_ = read_json(base_dir / "config.json")
-    tied = bool(settings_.get("tie_word_embeddings")) and HEAD not in base.specs
-    names = _names(base, adapters, tied=tied)
-    recipes = {name: _recipe(name, base, adapters, config.dtype, tied=tied) for name in names}
-    tokenizer_dir = _find_tokenizer(base_dir, adapters)
-    _check_rows(recipes, tokenizer_dir)
-    inputs = _hash_inputs(base, adapters)
-    _check_base(adapters[0], inputs)
-    specs = {name: recipe.spec for name, recipe in recipes.items()}
+    plan = _open_plan(config)
+    export = _prepare(config, plan)
+    is_sampled = config.verify == "logits"
+    samples = read_samples(plan.tokenizer_dir, config.verify_text) if is_sampled else None
+    inputs = plan.hash_inputs()
+    check_base(plan.adapters[0], inputs)
     with publish_directory(target) as folder:
-        with WeightsWriter(folder, specs, max_shard_bytes=config.max_shard_mib << 20) as writer:
-            hashes = {
-                name: writer.write(name, _merged(name, recipe, base))
-                for name, recipe in recipes.items()
-            }
-        changed = _prove(folder, recipes, base)
+        exported = export(folder)
+        changed, tokenizer_dir = exported.num_changed, plan.tokenizer_dir
         if not changed:
             raise ValueError("adapters: they change no weight at all: all updates are zero")
-        untied = tied and HEAD in recipes
-        rows = recipes[EMBEDDING].spec.shape[0]
-        _write_settings(base_dir, folder, settings_, config.dtype, rows=rows, untied=untied)
-        if tokenizer_dir is not None:
-            write_tokenizer(tokenizer_dir, folder)
+        if samples is not None:
+            compare_logits(folder, plan, samples)
         manifest = {
             "format": 1,
-            "kind": "model",
+            "kind": "model" if config.output_format == "huggingface" else config.output_format,
             "raytune_llama": raytune_llama.__version__,
-            "merged": {"inputs": inputs, "changed": changed, "untied": untied},
+            "merged": {"inputs": inputs, "changed": changed, "untied": plan.untied},
             "tokenizer_sha256": tokenizer_sha256(tokenizer_dir) if tokenizer_dir else None,
-            "tensors": hashes,
+            **exported.hashes,
         }
         write_json_atomic(folder / MANIFEST, manifest)
-    logger.info("%d of %d weights changed, each proven: %s", changed, len(recipes), target)
+    logger.info("%d of %d weights changed, each proven: %s", changed, len(plan.recipes), target)
 
 
-def _names(base: ShardedWeights, adapters: list[Adapter], *, tied: bool) -> list[str]:
-    """Return the weights of the result; an adapter may untie what the base has as one table."""
-    names = list(base.specs)
-    for adapter in adapters:
-        unknown = sorted(adapter.names - set(names) - ({HEAD} if tied else set()))
-        if unknown:
+def _open_plan(config: MergeConfig) -> MergePlan:
+    """Plan a merge, with the types that the form has."""
+
+    def dtype_of(spec: TensorSpec) -> torch.dtype:
+        if config.output_format == "gguf":
+            return gguf_dtype(config.gguf_type or "f16", spec)
+        return _DTYPES.get(config.dtype, spec.dtype)
+
+    return plan_merge(Path(config.base), [Path(path) for path in config.adapters], dtype_of)
+
+
+def _prepare(config: MergeConfig, plan: MergePlan) -> Callable[[Path], Exported]:
+    """Return what writes the result, once it is clear that its form can hold it."""
+    if config.output_format == "gguf":
+        return partial(export_gguf, plan, plan_gguf(plan, config.gguf_type or "f16"))
+    if config.output_format == "pth":
+        if plan.settings.get("model_type") != "llama":
+            kind = plan.settings.get("model_type")
             raise ValueError(
-                f"adapters: {adapter.path} changes {len(unknown)} weights that the base has not, "
-                f"the first is {unknown[0]}; name the base that it was trained on"
+                f"output_format: {config.base} is a {kind}, and pth holds LLaMAs alone"
             )
-    if tied and _is_untied(adapters):
-        names.append(HEAD)
-        logger.warning("the adapters have an output projection of their own: it is untied")
-    return names
+        settings_ = LlamaConfig.from_dict(dict(plan.settings))
+        num_shards = config.num_shards or published_shards(params_of(settings_))
+        form = plan_meta(plan.specs, settings_, num_shards, where=f"base: {config.base}")
+        return partial(export_meta, plan, form, num_shards)
+    run = partial(_run_shards, config, plan)
+    return partial(export_huggingface, plan, config.dtype, config.max_shard_mib << 20, run)
 
 
-def _is_untied(adapters: list[Adapter]) -> bool:
-    """Whether input and output table differ after the adapters, of which the base has one."""
-    for adapter in adapters:
-        both = [adapter.replaced.get(name) for name in (EMBEDDING, HEAD)]
-        if all(both):
-            if not torch.equal(adapter.read_replaced(EMBEDDING), adapter.read_replaced(HEAD)):
-                return True
-        elif any(both) and not adapter.settings.get("ensure_weight_tying"):
-            return True  # PEFT trained a copy of the one, and left the other as it was
-        if HEAD in adapter.low_rank or EMBEDDING in adapter.low_rank:
-            return True
-    return False
-
-
-def _recipe(
-    name: str, base: ShardedWeights, adapters: list[Adapter], dtype: str, *, tied: bool
-) -> Recipe:
-    spec = base.specs[EMBEDDING if tied and name == HEAD else name]
-    first, source, shape = 0, None, spec.shape
-    for number, adapter in enumerate(adapters):
-        if name not in adapter.replaced:
-            continue
-        first, source, before = number, adapter, shape
-        shape = adapter.spec(name).shape
-        if len(shape) != len(before) or shape[1:] != before[1:]:
-            raise ValueError(
-                f"adapters: {name} is {list(shape)} in {adapter.path} and {list(before)} in what "
-                "it is merged into; name the base that it was trained on"
+def _run_shards(
+    config: MergeConfig, plan: MergePlan, folder: Path, files: list[str]
+) -> list[ProvenShard]:
+    """Make the files of a result here, or on Ray where there are several and workers for them."""
+    if config.num_workers == 1 or len(files) == 1:
+        if config.num_workers > 1:
+            logger.warning(
+                "num_workers: %d have one file to make, which is done here; a smaller "
+                "max_shard_mib than %d gives each of them one",
+                config.num_workers,
+                config.max_shard_mib,
             )
-        if shape[0] < before[0]:
-            raise ValueError(
-                f"adapters: {name} has {shape[0]} rows in {adapter.path}, fewer than the "
-                f"{before[0]} before; adapters are given in the order of their training"
-            )
-    updates = tuple(adapter for adapter in adapters[first:] if name in adapter.low_rank)
-    source_name = EMBEDDING if tied and name == HEAD and source is None else name
-    for adapter in updates:
-        if adapter.shape(name) != shape:
-            raise ValueError(
-                f"adapters: {adapter.path} updates {name} as {list(adapter.shape(name))}, and it "
-                f"is {list(shape)}; name the base that it was trained on"
-            )
-    return Recipe(source, source_name, updates, TensorSpec(_DTYPES.get(dtype, spec.dtype), shape))
+        return [export_shard(plan, folder, config.max_shard_mib << 20, file) for file in files]
+    from raytune_llama.merge.on_ray import run_on_ray
+
+    # Workers stand in another folder.
+    config = replace(
+        config,
+        base=str(Path(config.base).absolute()),
+        adapters=tuple(str(Path(path).absolute()) for path in config.adapters),
+    )
+    make = partial(_make_shard, config, folder.absolute())
+    return run_on_ray(make, files, num_workers=config.num_workers)
 
 
-def _find_tokenizer(base_dir: Path, adapters: list[Adapter]) -> Path | None:
-    """Return the directory with the tokenizer of the result: that of the last adapter with one."""
-    for path in [*(adapter.path for adapter in reversed(adapters)), base_dir]:
-        if has_tokenizer(path):
-            return path
-    logger.warning("neither the adapters nor the base have a tokenizer: none is written")
-    return None
-
-
-def _check_rows(recipes: Mapping[str, Recipe], tokenizer_dir: Path | None) -> None:
-    """Refuse tables of different sizes, and a tokenizer with ids that have no row."""
-    rows = {name: recipes[name].spec.shape[0] for name in (EMBEDDING, HEAD) if name in recipes}
-    if len(set(rows.values())) > 1:
-        raise ValueError(
-            f"adapters: {EMBEDDING} would have {rows[EMBEDDING]} rows and {HEAD} {rows[HEAD]}; "
-            "the base has to be the one that was grown for the adapter"
-        )
-    if tokenizer_dir is None:
-        return
-    num_ids = max(load_tokenizer(tokenizer_dir).get_vocab().values()) + 1
-    if num_ids > rows[EMBEDDING]:
-        raise ValueError(
-            f"adapters: the tokenizer of {tokenizer_dir} has {num_ids} ids, and the merged model "
-            f"{rows[EMBEDDING]} rows; is it the tokenizer of another model?"
-        )
-
-
-def _hash_inputs(base: ShardedWeights, adapters: list[Adapter]) -> dict[str, dict[str, str]]:
-    folders = {
-        "base": base.files,
-        **{
-            f"adapter {number}": sorted(adapter.path.glob("adapter_*"))
-            for number, adapter in enumerate(adapters)
-        },
-    }
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return {
-            name: dict(
-                zip((file.name for file in files), pool.map(sha256_file, files), strict=True)
-            )
-            for name, files in folders.items()
-        }
-
-
-def _check_base(adapter: Adapter, inputs: Mapping[str, Mapping[str, str]]) -> None:
-    """Compare the base with the one that our own adapters name."""
-    path = adapter.path / MANIFEST
-    trained_on = (read_json(path) if path.is_file() else {}).get("base") or {}
-    differing = [
-        name for name, digest in inputs["base"].items() if trained_on.get(name, digest) != digest
-    ]
-    if differing:
-        raise ValueError(
-            f"base: {differing[0]} is not the file that {adapter.path} was trained on (SHA256 "
-            f"{inputs['base'][differing[0]][:16]}, wanted {trained_on[differing[0]][:16]}); name "
-            "that base"
-        )
-
-
-def _rows(num_rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + _ROWS, num_rows)) for start in range(0, num_rows, _ROWS))
-
-
-def _read_source(recipe: Recipe, base: ShardedWeights) -> Tensor:
-    if recipe.source is None:
-        return base.read(recipe.source_name)
-    return recipe.source.read_replaced(recipe.source_name)
-
-
-def _merged(name: str, recipe: Recipe, base: ShardedWeights) -> Tensor:
-    source = _read_source(recipe, base)
-    if not recipe.updates:
-        return source.to(recipe.spec.dtype)
-    merged = torch.empty(recipe.spec.shape, dtype=recipe.spec.dtype)
-    for rows in _rows(len(source)):
-        part = source[rows].float()
-        for adapter in recipe.updates:
-            part = adapter.change(name, part, rows)
-        merged[rows] = part.to(recipe.spec.dtype)
-    return merged
-
-
-def _prove(folder: Path, recipes: Mapping[str, Recipe], base: ShardedWeights) -> int:
-    """Compare what was written with its sources; return how many weights differ from the base."""
-    written = open_weights(folder)
-    changed = 0
-    for name, recipe in recipes.items():
-        stored = written.read(name)
-        source = _read_source(recipe, base)
-        if not recipe.updates:
-            if not torch.equal(stored, source.to(recipe.spec.dtype)):
-                raise AssertionError(f"{name} was not written as it is in its source")
-            changed += _differs_from_base(name, recipe, base, stored)
-            continue
-        differs = False
-        for rows in _rows(len(source)):
-            exact = source[rows].double()
-            size = exact.abs()
-            for adapter in recipe.updates:
-                size = size + adapter.terms(name, rows)
-                added = exact + adapter.delta(name, rows, torch.float64)
-                exact = adapter.rescaled(name, added, rows)
-                size *= _lengths(exact) / _lengths(added)  # DoRA scales errors too
-            differs |= not torch.equal(stored[rows], source[rows].to(recipe.spec.dtype))
-            _compare(name, stored[rows], exact, size)
-        changed += differs
-    return changed
-
-
-def _differs_from_base(name: str, recipe: Recipe, base: ShardedWeights, stored: Tensor) -> bool:
-    if recipe.source is None or name not in base.specs:
-        return recipe.source is not None
-    before = base.read(name)
-    return before.shape != stored.shape or not torch.equal(before.to(stored.dtype), stored)
-
-
-def _lengths(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-300)
-
-
-def _compare(name: str, stored: Tensor, exact: Tensor, size: Tensor) -> None:
-    """Check that stored values are the exact ones, but for one rounding and float32's own."""
-    info = torch.finfo(stored.dtype)
-    allowed = exact.abs() * info.eps / 2 + info.smallest_normal + size * _SLACK
-    error = (stored.double() - exact).abs()
-    if not bool((error <= allowed).all()):
-        worst = float((error - allowed).max())
-        raise AssertionError(f"{name} is off by {worst:.3g} more than rounding explains")
-
-
-def _write_settings(
-    base_dir: Path, folder: Path, settings_: dict[str, Any], dtype: str, *, rows: int, untied: bool
-) -> None:
-    values = dict(settings_) | {"vocab_size": rows}
-    if untied:
-        values["tie_word_embeddings"] = False
-    if dtype != "base":
-        values.pop("torch_dtype", None)
-        values["dtype"] = dtype
-    write_json_atomic(folder / "config.json", values)
-    if (base_dir / "generation_config.json").is_file():
-        shutil.copyfile(base_dir / "generation_config.json", folder / "generation_config.json")
+def _make_shard(config: MergeConfig, folder: Path, file: str) -> ProvenShard:
+    """Make one file, in a process that has no plan."""
+    return export_shard(_open_plan(config), folder, config.max_shard_mib << 20, file)

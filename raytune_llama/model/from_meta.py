@@ -81,19 +81,14 @@ def convert_to_huggingface(
     tokenizer = _find_tokenizer(source)
     hashes = {path.name: sha256_file(path) for path in paths}
     _check_originals(hashes, require=require_originals)
-    shards = [load_pickled(path) for path in paths]
-    _check_names(paths, shards, params)
-    vocabulary = _whole_shape(shards, MetaTensor("output.weight", "", 0))[0]
-    tensors = list(meta_tensors(params))
-    specs = {tensor.hf_name: _spec(shards, tensor, params, vocabulary) for tensor in tensors}
+    weights = MetaWeights(paths, params)
+    specs = weights.specs
     with publish_directory(target) as folder:
         with WeightsWriter(folder, specs, max_shard_bytes=max_shard_bytes) as writer:
-            written = {
-                tensor.hf_name: writer.write(tensor.hf_name, _join(shards, tensor, paths))
-                for tensor in tensors
-            }
-        config = config_of(params, vocabulary, max_position_embeddings)
-        config.dtype = specs["lm_head.weight"].dtype
+            written = {name: writer.write(name, weights.read(name)) for name in specs}
+        head = specs["lm_head.weight"]
+        config = config_of(params, head.shape[0], max_position_embeddings)
+        config.dtype = head.dtype
         config.save_pretrained(folder)
         GenerationConfig(bos_token_id=1, eos_token_id=2).save_pretrained(folder)
         shutil.copyfile(tokenizer, folder / TOKENIZER)
@@ -104,12 +99,57 @@ def convert_to_huggingface(
             "converted_from": {
                 "files": {**hashes, TOKENIZER: sha256_file(tokenizer)},
                 "params": _read_json_object(source / PARAMS),
-                ROPE_FREQUENCIES: _constant(shards),
+                ROPE_FREQUENCIES: weights.rope_frequencies(),
             },
             "tensors": written,
         }
         write_json_atomic(folder / MANIFEST, manifest)
     logger.info("%d shards of %s became %s: %d tensors", len(paths), source, target, len(specs))
+
+
+class MetaWeights:
+    """The weights of Meta's files under transformers' names and in its order of rows."""
+
+    def __init__(self, paths: list[Path], params: MetaParams) -> None:
+        """Map the files of a model.
+
+        Args:
+            paths: All shards, in order.
+            params: What params.json says of them.
+
+        Raises:
+            ValueError: A file is damaged, or shapes contradict `params` or each other.
+        """
+        self._paths = paths
+        self._shards = [load_pickled(path) for path in paths]
+        _check_names(paths, self._shards, params)
+        vocabulary = _whole_shape(self._shards, MetaTensor("output.weight", "", 0))[0]
+        self._tensors = {tensor.hf_name: tensor for tensor in meta_tensors(params)}
+        self.specs: dict[str, TensorSpec] = {
+            name: _spec(self._shards, tensor, params, vocabulary)
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """See `Weights.read`."""
+        return _join(self._shards, self._tensors[name], self._paths)
+
+    def rope_frequencies(self) -> dict[str, str] | None:
+        """Keep the frequencies, which transformers has no place for, for the way back."""
+        values = self._shards[0].get(ROPE_FREQUENCIES)
+        if values is None:
+            return None
+        data = values.contiguous().view(torch.uint8).numpy().tobytes().hex()
+        return {"dtype": str(values.dtype).removeprefix("torch."), "hex": data}
+
+
+def open_meta(source: Path) -> MetaWeights:
+    """Open a directory of Meta's.
+
+    Raises:
+        ValueError: A file is missing or damaged, or they contradict each other.
+    """
+    return MetaWeights(_find_shards(source), _read_params(source))
 
 
 def _find_shards(source: Path) -> list[Path]:
@@ -208,15 +248,6 @@ def _join(shards: list[dict[str, Tensor]], tensor: MetaTensor, paths: list[Path]
     if tensor.num_rotated_heads is None:
         return whole
     return to_halves(whole, tensor.num_rotated_heads)
-
-
-def _constant(shards: list[dict[str, Tensor]]) -> dict[str, str] | None:
-    """Keep the frequencies, which transformers has no place for, for the way back."""
-    values = shards[0].get(ROPE_FREQUENCIES)
-    if values is None:
-        return None
-    data = values.contiguous().view(torch.uint8).numpy().tobytes().hex()
-    return {"dtype": str(values.dtype).removeprefix("torch."), "hex": data}
 
 
 def _write_tokenizer_config(folder: Path, max_position_embeddings: int) -> None:

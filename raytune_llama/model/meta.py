@@ -22,6 +22,8 @@ PARAMS = "params.json"
 ROPE_FREQUENCIES = "rope.freqs"
 """A constant that each of Meta's shards carries, and transformers computes."""
 
+_PUBLISHED_SHARDS = {4096: 1, 5120: 2, 6656: 4, 8192: 8}
+"""Files by width, of 7B, 13B, 33B and 65B or 70B."""
 _MULTIPLES = (256, 4096, 1024, 512, 128, 64, 32, 16)
 _CONFIG = pydantic.ConfigDict(extra="forbid")
 
@@ -149,6 +151,11 @@ def cut(length: int, num_shards: int) -> list[tuple[int, int]]:
     each = length // num_shards
     starts = [number * each for number in range(num_shards)]
     return list(zip(starts, [*starts[1:], length], strict=True))
+
+
+def published_shards(params: MetaParams) -> int:
+    """Return into how many files Meta cut a model of this width; 1 for widths it never had."""
+    return _PUBLISHED_SHARDS.get(params.dim, 1)
 
 
 def config_of(params: MetaParams, vocabulary: int, max_position_embeddings: int) -> LlamaConfig:

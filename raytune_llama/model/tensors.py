@@ -287,7 +287,12 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
     """Writes `model*.safetensors` and their index, a tensor at a time, in the order of `specs`."""
 
     def __init__(
-        self, folder: Path, specs: Mapping[str, TensorSpec], *, max_shard_bytes: int
+        self,
+        folder: Path,
+        specs: Mapping[str, TensorSpec],
+        *,
+        max_shard_bytes: int,
+        only: str | None = None,
     ) -> None:
         """Plan the files.
 
@@ -295,27 +300,29 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
             folder: Where they are written; it must exist.
             specs: All tensors, in the order in which they will come.
             max_shard_bytes: A file is at most so large, unless one tensor is larger.
+            only: The one file to write, without the index, where others write the rest.
         """
         self._folder = folder
         self._specs = dict(specs)
-        self._shards = _plan_shards(self._specs, max_shard_bytes)
-        self._names = _file_names(len(self._shards))
-        self._order: Iterator[tuple[int, str]] = (
-            (number, name) for number, shard in enumerate(self._shards) for name in shard
+        self._files = plan_files(self._specs, max_shard_bytes)
+        self._has_all = only is None
+        self._order: Iterator[tuple[str, str]] = (
+            (file, name)
+            for file, names in self._files.items()
+            for name in names
+            if only in (None, file)
         )
         self._open: BinaryIO | None = None
-        self._number = -1
 
     def write(self, name: str, tensor: Tensor) -> str:
         """Append the next tensor; return the SHA256 of its bytes."""
-        number, expected = next(self._order)
+        file, expected = next(self._order)
         spec = self._specs[name]
         assert name == expected, f"{name} came where {expected} was planned"
         assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), name
-        if number != self._number:
-            self._start_file(number)
+        if self._open is None or self._open.name != str(self._folder / file):
+            self._open = self._start_file(file)
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        assert self._open is not None
         self._open.write(data)
         return hashlib.sha256(data).hexdigest()
 
@@ -329,26 +336,16 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
         traceback: TracebackType | None,
     ) -> None:
         self._end_file()
-        if kind is not None:
-            return
-        assert next(self._order, None) is None, "tensors are missing"
-        if len(self._shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(spec.num_bytes for spec in self._specs.values())},
-                "weight_map": {
-                    name: self._names[number]
-                    for number, shard in enumerate(self._shards)
-                    for name in shard
-                },
-            }
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (self._folder / SAFETENSORS_INDEX).write_text(text)
+        if kind is None:
+            assert next(self._order, None) is None, "tensors are missing"
+            if self._has_all:
+                write_index(self._folder, self._specs, self._files)
 
-    def _start_file(self, number: int) -> None:
+    def _start_file(self, file: str) -> BinaryIO:
         self._end_file()
-        self._number = number
-        self._open = (self._folder / self._names[number]).open("wb")
-        self._open.write(_header({name: self._specs[name] for name in self._shards[number]}))
+        opened = (self._folder / file).open("wb")
+        opened.write(_header({name: self._specs[name] for name in self._files[file]}))
+        return opened
 
     def _end_file(self) -> None:
         if self._open is not None:
@@ -357,7 +354,8 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
             self._open = None
 
 
-def _plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[list[str]]:
+def plan_files(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[str, list[str]]:
+    """Return which tensors are in which file, as `WeightsWriter` writes them."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, spec in specs.items():
@@ -366,13 +364,23 @@ def _plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[
             filled = 0
         shards[-1].append(name)
         filled += spec.num_bytes
-    return shards
+    if len(shards) == 1:
+        return {SAFETENSORS: shards[0]}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
+        for number, shard in enumerate(shards, start=1)
+    }
 
 
-def _file_names(num_files: int) -> list[str]:
-    if num_files == 1:
-        return [SAFETENSORS]
-    return [f"model-{n + 1:05d}-of-{num_files:05d}.safetensors" for n in range(num_files)]
+def write_index(folder: Path, specs: Mapping[str, TensorSpec], files: dict[str, list[str]]) -> None:
+    """Write the index of several files; one alone has none."""
+    if len(files) == 1:
+        return
+    index = {
+        "metadata": {"total_size": sum(spec.num_bytes for spec in specs.values())},
+        "weight_map": {name: file for file, names in files.items() for name in names},
+    }
+    (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> bytes:
@@ -380,10 +388,9 @@ def _header(specs: Mapping[str, TensorSpec]) -> bytes:
     position = 0
     for name, spec in specs.items():
         stop = position + spec.num_bytes
-        shape = list(spec.shape)
         entries[name] = {
             "dtype": _NAMES[spec.dtype],
-            "shape": shape,
+            "shape": list(spec.shape),
             "data_offsets": [position, stop],
         }
         position = stop

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,23 @@ from raytune_llama.model.meta import (
     params_of,
     to_pairs,
 )
-from raytune_llama.model.tensors import ShardedWeights, open_weights
+from raytune_llama.model.tensors import TensorSpec, Weights, open_weights
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MetaForm:
+    """How a model is said in Meta's form."""
+
+    config: LlamaConfig
+    """transformers' settings."""
+    params: MetaParams
+    """Meta's."""
+    tensors: list[MetaTensor]
+    """All weights, in transformers' order."""
+    kept: Mapping[str, Any]
+    """What was kept of the files that the model was made from; empty for others."""
 
 
 def convert_to_meta(source: Path, target: Path, *, num_shards: int) -> None:
@@ -53,33 +67,73 @@ def convert_to_meta(source: Path, target: Path, *, num_shards: int) -> None:
     """
     check_target(target)
     weights = open_weights(source, what="source")
-    config = _read_config(source)
-    stored = _stored(source)
-    params = MetaParams(**stored["params"]) if stored else params_of(config)
+    form = plan_meta(
+        weights.specs,
+        _read_config(source),
+        num_shards,
+        where=f"source: {source}",
+        kept=_kept(source),
+    )
+    with publish_directory(target) as folder:
+        write_meta(folder, weights, form, num_shards=num_shards)
+        copy_pieces(source, folder)
+    logger.info("%s became %d shards in %s", source, num_shards, target)
+
+
+def plan_meta(
+    specs: Mapping[str, TensorSpec],
+    config: LlamaConfig,
+    num_shards: int,
+    *,
+    where: str,
+    kept: Mapping[str, Any] | None = None,
+) -> MetaForm:
+    """Find out how a model is said in Meta's form.
+
+    Args:
+        specs: Its weights, under transformers' names.
+        config: Its settings.
+        num_shards: Files to cut it into.
+        where: The config field and what it names, for errors.
+        kept: What a model directory's manifest has under `converted_from`.
+
+    Raises:
+        ValueError: Meta's form cannot hold the model, or not in so many shards.
+    """
+    params = MetaParams(**kept["params"]) if kept else params_of(config)
     problems = check_cuts(params, num_shards)
     if problems:
         raise ValueError("\n".join(problems))
     tensors = list(meta_tensors(params))
-    _check_weights(source, weights, config, params, tensors)
-    with publish_directory(target) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
+    _check_weights(where, specs, config, params, tensors)
+    return MetaForm(config, params, tensors, kept or {})
+
+
+def write_meta(folder: Path, weights: Weights, form: MetaForm, *, num_shards: int) -> None:
+    """Write `consolidated.*.pth` and `params.json` into an existing folder."""
+    params = form.params
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         files = [Path(scratch, f"{number}.raw") for number in range(num_shards)]
-        layouts = _write_cuts(weights, config, tensors, files)
+        layouts = _write_cuts(weights, form.config, form.tensors, files)
         for number, (file, layout) in enumerate(zip(files, layouts, strict=True)):
             content = {name: _mapped(file, *place) for name, place in layout.items()}
-            if ROPE_FREQUENCIES in stored:
-                content[ROPE_FREQUENCIES] = _from_hex(stored[ROPE_FREQUENCIES])
+            if ROPE_FREQUENCIES in form.kept:
+                content[ROPE_FREQUENCIES] = _from_hex(form.kept[ROPE_FREQUENCIES])
             else:
                 dtype = next(iter(content.values())).dtype
                 content[ROPE_FREQUENCIES] = params.rope_frequencies(dtype)
             torch.save(content, folder / f"consolidated.{number:02d}.pth")
             file.unlink()
-        values = stored["params"] if stored else _without_none(asdict(params))
-        (folder / PARAMS).write_text(json.dumps(values))
-        if (source / TOKENIZER).is_file():
-            shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
-        else:
-            logger.warning("%s has no %s: none is written", source, TOKENIZER)
-    logger.info("%s became %d shards in %s", source, num_shards, target)
+    values = form.kept["params"] if form.kept else _without_none(asdict(params))
+    (folder / PARAMS).write_text(json.dumps(values))
+
+
+def copy_pieces(source: Path, folder: Path) -> None:
+    """Copy `tokenizer.model`; say so where there is none."""
+    if (source / TOKENIZER).is_file():
+        shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
+    else:
+        logger.warning("%s has no %s: none is written", source, TOKENIZER)
 
 
 def _from_hex(constant: Mapping[str, str]) -> Tensor:
@@ -96,7 +150,7 @@ def _read_config(source: Path) -> LlamaConfig:
     return config
 
 
-def _stored(source: Path) -> dict[str, Any]:
+def _kept(source: Path) -> dict[str, Any]:
     """Return what was kept of the files that a directory was made from; nothing for others."""
     path = source / MANIFEST
     content = read_json(path) if path.is_file() else {}
@@ -107,27 +161,25 @@ def _stored(source: Path) -> dict[str, Any]:
 
 
 def _check_weights(
-    source: Path,
-    weights: ShardedWeights,
+    where: str,
+    specs: Mapping[str, TensorSpec],
     config: LlamaConfig,
     params: MetaParams,
     tensors: list[MetaTensor],
 ) -> None:
     for tensor in tensors:
         name = _source_name(tensor, config)
-        spec = weights.specs.get(name)
+        spec = specs.get(name)
         wanted = expected_shape(tensor, params, config.vocab_size)
         if spec is None or spec.shape != wanted:
             got = "missing" if spec is None else list(spec.shape)
-            raise ValueError(f"source: {source}: {name} is {got}, its config wants {list(wanted)}")
+            raise ValueError(f"{where}: {name} is {got}, its config wants {list(wanted)}")
     known = {_source_name(tensor, config) for tensor in tensors}
-    other = sorted(
-        name for name in set(weights.specs) - known if not name.endswith("rotary_emb.inv_freq")
-    )
+    other = sorted(name for name in set(specs) - known if not name.endswith("rotary_emb.inv_freq"))
     if other and not (config.tie_word_embeddings and other == ["lm_head.weight"]):
         raise ValueError(
-            f"source: {source} holds {len(other)} tensors that Meta's form has no place for, the "
-            f"first is {other[0]}"
+            f"{where} holds {len(other)} tensors that Meta's form has no place for, the first is "
+            f"{other[0]}"
         )
 
 
@@ -142,7 +194,7 @@ _Place = tuple[int, torch.dtype, tuple[int, ...]]
 
 
 def _write_cuts(
-    weights: ShardedWeights, config: LlamaConfig, tensors: list[MetaTensor], files: list[Path]
+    weights: Weights, config: LlamaConfig, tensors: list[MetaTensor], files: list[Path]
 ) -> list[dict[str, _Place]]:
     """Write every shard's part of every tensor into its raw file; return where they lie."""
     layouts: list[dict[str, _Place]] = [{} for _ in files]

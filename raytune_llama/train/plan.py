@@ -22,10 +22,16 @@ from raytune_llama.data.manifest import MANIFEST_NAME, token_dtype
 from raytune_llama.data.sources import discover_files
 from raytune_llama.data.store import TokenStore
 from raytune_llama.data.workers import read_sample
+from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import DTYPES, SummedLoss, has_weights, load_skeleton
 from raytune_llama.model.lora import attach_adapter
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
-from raytune_llama.model.vocab import VocabularyFit, check_vocabulary, num_embedding_rows
+from raytune_llama.model.vocab import (
+    VocabularyFit,
+    check_vocabulary,
+    new_ids,
+    num_embedding_rows,
+)
 from raytune_llama.storage import Place
 from raytune_llama.train.cluster import in_submitted_job
 from raytune_llama.train.config import PretrainConfig
@@ -149,8 +155,11 @@ def build_plan(config: PretrainConfig) -> Plan:
 
 
 def build_model(config: PretrainConfig, skeleton: PreTrainedModel) -> PreTrainedModel | PeftModel:
-    """Give a model without weights the adapter that the run trains."""
+    """Give a model without weights the adapter that the run trains, or freeze what it does not."""
     with META:
+        if config.train == "embeddings":
+            ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
+            train_embeddings(skeleton, config.embeddings, ids)
         if config.lora is not None:
             return attach_adapter(skeleton, config.lora, seed=config.seed)
         if config.adapter is not None:
@@ -249,7 +258,12 @@ def plan_disk(
     precision.
     """
     counts = count_parameters(model)
-    if config.train == "full":
+    if config.train == "embeddings":
+        # The base's files with other tables, in its own precision; new rows stand beside the table.
+        rows = counts.trained if config.embeddings.new_rows_only else 0
+        dtype = getattr(model.config, "dtype", None) or torch.float32
+        result = (counts.unique - rows) * dtype.itemsize
+    elif config.train == "full":
         result = counts.unique * DTYPES[config.engine.precision].itemsize
     else:
         named = model.named_parameters(remove_duplicate=False)

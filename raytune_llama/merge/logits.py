@@ -1,0 +1,165 @@
+"""A merged model against base and adapters under PEFT: the same logits, the same perplexity.
+
+One model at a time is in memory, in float32, beside the logits of the first model.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from raytune_llama.merge.plan import EMBEDDING, MergePlan
+from raytune_llama.model.tokenizer import encode_text, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+SENTENCES: tuple[str, ...] = (
+    "The library opens at nine in the morning, and most of its readers come for the newspapers.",
+    "Water boils at 100 degrees Celsius at sea level; on a mountain it boils earlier.",
+    "def area(width, height):\n    return width * height\n",
+    "北京是中国的首都。这座城市已经有三千多年的历史。",
+    "请写一封信感谢老师一年来的帮助。",
+)
+"""What is compared where no text is given."""
+
+_MAX_TOKENS, _WINDOW_TOKENS = 1024, 256
+_MAX_CHARACTERS = 1 << 16
+_TOLERANCE, _TOLERANCE_CAST = 1e-4, 1e-3
+"""Relative to the largest logit, or absolute below 1. Of weights that were cast, one in some ten
+thousand is rounded the other way where PEFT's sum differs in its last bit."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two models are from each other on some text."""
+
+    largest: float
+    """Largest difference of a logit."""
+    allowed: float
+    """What rounding explains."""
+    perplexities: tuple[float, float]
+    """Under PEFT, and merged."""
+
+
+def read_samples(tokenizer_dir: Path | None, text: str | None) -> list[Tensor]:
+    """Return token ids to compare models on, each [1, T].
+
+    Args:
+        tokenizer_dir: Directory of the merged model's tokenizer.
+        text: A text file, of which the beginning is taken; None: a few sentences.
+
+    Raises:
+        ValueError: There is no tokenizer, or no text of at least two tokens.
+    """
+    if tokenizer_dir is None:
+        raise ValueError(
+            "verify: logits need a tokenizer, and neither the adapters nor the base have one"
+        )
+    texts = list(SENTENCES) if text is None else [_read_beginning(Path(text))]
+    encoded = encode_text(load_tokenizer(tokenizer_dir), texts)
+    windows = [
+        torch.tensor([ids[start : start + _WINDOW_TOKENS]])
+        for ids in encoded
+        for start in range(0, min(len(ids), _MAX_TOKENS), _WINDOW_TOKENS)
+    ]
+    windows = [ids_BT for ids_BT in windows if ids_BT.shape[1] > 1]
+    if not windows:
+        raise ValueError(f"verify_text: {text} has less than two tokens; name a longer text")
+    logger.info(
+        "logits are compared on %d tokens of %s",
+        sum(ids_BT.shape[1] for ids_BT in windows),
+        text or "a few sentences",
+    )
+    return windows
+
+
+def compare_logits(folder: Path, plan: MergePlan, samples: list[Tensor]) -> Difference:
+    """Compare a merged model with what PEFT makes of base and adapters.
+
+    In float32 PEFT adds the last adapter's part to each layer's output and merges nothing. Weights
+    of other types are compared with PEFT's own merge in float32, cast alike.
+
+    Args:
+        folder: The merged model.
+        plan: What it was made from.
+        samples: Token ids, each [1, T].
+
+    Raises:
+        AssertionError: A logit differs by more than rounding explains.
+    """
+    is_cast = any(spec.dtype != torch.float32 for spec in plan.specs.values())
+    reference = _load_reference(plan, is_cast=is_cast)
+    wanted = [_logits(reference, ids_BT) for ids_BT in samples]
+    del reference
+    merged = _load(folder)
+    largest, size, losses = 0.0, 1.0, [0.0, 0.0]
+    for ids_BT, wanted_BTV in zip(samples, wanted, strict=True):
+        got_BTV = _logits(merged, ids_BT)
+        # A NaN is the largest difference there is.
+        distance = (got_BTV - wanted_BTV).abs().nan_to_num(nan=math.inf)
+        largest, size = (
+            max(largest, float(distance.max())),
+            max(size, float(wanted_BTV.abs().max())),
+        )
+        for number, logits_BTV in enumerate((wanted_BTV, got_BTV)):
+            losses[number] += _summed_loss(logits_BTV, ids_BT)
+    num_targets = sum(ids_BT.shape[1] - 1 for ids_BT in samples)
+    before, after = (math.exp(loss / num_targets) for loss in losses)
+    allowed = size * (_TOLERANCE_CAST if is_cast else _TOLERANCE)
+    text = f"the largest difference of a logit from PEFT's is {largest:.2e}, allowed {allowed:.2e}"
+    if not largest <= allowed:
+        raise AssertionError(f"{text}: the merged model is not base and adapters")
+    logger.info("%s; perplexity %.4f under PEFT, %.4f merged", text, before, after)
+    return Difference(largest, allowed, (before, after))
+
+
+def _read_beginning(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"verify_text: {path} is no file; name a text file")
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(_MAX_CHARACTERS)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"verify_text: {path} is no UTF-8 ({error}); convert it") from None
+
+
+def _load(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, local_files_only=True
+    ).eval()
+
+
+def _load_reference(plan: MergePlan, *, is_cast: bool) -> torch.nn.Module:
+    """Load base and adapters by PEFT; merged and cast where `is_cast`."""
+    model: Any = _load(plan.base_dir)
+    for adapter in plan.adapters:
+        if isinstance(model, PeftModel):
+            model = model.merge_and_unload()
+        if EMBEDDING in adapter.replaced:
+            num_rows = adapter.spec(EMBEDDING).shape[0]
+            if num_rows > model.get_input_embeddings().weight.shape[0]:
+                model.resize_token_embeddings(num_rows, mean_resizing=False)
+        model = PeftModel.from_pretrained(model, str(adapter.path))
+    if is_cast:
+        model = model.merge_and_unload()
+        for name, parameter in model.named_parameters():
+            if name in plan.specs:
+                parameter.data = parameter.data.to(plan.specs[name].dtype).float()
+    return model.eval()
+
+
+def _logits(model: torch.nn.Module, ids_BT: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(input_ids=ids_BT, use_cache=False).logits.float()
+
+
+def _summed_loss(logits_BTV: Tensor, ids_BT: Tensor) -> float:
+    loss = functional.cross_entropy(logits_BTV[0, :-1], ids_BT[0, 1:], reduction="sum")
+    return float(loss)

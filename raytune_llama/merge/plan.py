@@ -1,0 +1,281 @@
+"""What a merge will make: a recipe for each weight, and its values, one tensor at a time.
+
+    plan = plan_merge(base_dir, adapter_dirs, dtype_of)     # headers only; refuses what can't fit
+    for name in plan.specs:
+        tensor = plan.read(name)
+
+Arithmetic is float32, with one cast at the end; a weight is changed some rows at a time, so that
+memory is bounded by the largest tensor as it is stored, twice.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytune_llama.files import read_json, sha256_file
+from raytune_llama.merge.adapter import Adapter
+from raytune_llama.model.tensors import ShardedWeights, TensorSpec, open_weights
+from raytune_llama.model.tokenizer import load_tokenizer
+from raytune_llama.model.vocab import has_tokenizer
+
+logger = logging.getLogger(__name__)
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+MANIFEST = "manifest.json"
+
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What becomes of one weight."""
+
+    source: Adapter | None
+    """The last adapter that replaces it; None: the base has it."""
+    source_name: str
+    """Its name there."""
+    updates: tuple[Adapter, ...]
+    """Low-rank updates that are added to it, in order."""
+    spec: TensorSpec
+    """What is written."""
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A base and adapters that fit each other; the merged weights, read one at a time."""
+
+    base_dir: Path
+    """Where the base is."""
+    base: ShardedWeights
+    """Its weights."""
+    adapters: tuple[Adapter, ...]
+    """In the order of their training."""
+    recipes: Mapping[str, Recipe]
+    """By the names of the merged weights, in the order of the base's files."""
+    tokenizer_dir: Path | None
+    """The directory with the tokenizer of the result; None: there is none."""
+    settings: Mapping[str, Any]
+    """The config.json of the result, but for the type of its weights."""
+    untied: bool
+    """Whether one table of the base becomes two."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """See `Weights.specs`."""
+        return {name: recipe.spec for name, recipe in self.recipes.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Compute a merged weight in the type of its recipe.
+
+        Raises:
+            ValueError: A value is beyond what float16 holds.
+        """
+        recipe = self.recipes[name]
+        if not recipe.updates:
+            return _cast(name, self.read_source(name), recipe.spec.dtype)
+        merged = torch.empty(recipe.spec.shape, dtype=recipe.spec.dtype)
+        for rows, part in self.parts(name):
+            merged[rows] = _cast(name, part, recipe.spec.dtype)
+        return merged
+
+    def parts(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """Compute a merged weight some rows at a time, float32."""
+        source, updates = self.read_source(name), self.recipes[name].updates
+        for rows in row_slices(len(source)):
+            part = source[rows].float()
+            for adapter in updates:
+                part = adapter.change(name, part, rows)
+            yield rows, part
+
+    def read_source(self, name: str) -> Tensor:
+        """Read what low-rank updates of a weight are added to."""
+        recipe = self.recipes[name]
+        if recipe.source is None:
+            return self.base.read(recipe.source_name)
+        return recipe.source.read_replaced(recipe.source_name)
+
+    def hash_inputs(self) -> dict[str, dict[str, str]]:
+        """Hash the files of base and adapters: SHA256 by file name, by what they belong to."""
+        folders = {
+            "base": self.base.files,
+            **{
+                f"adapter {number}": sorted(adapter.path.glob("adapter_*"))
+                for number, adapter in enumerate(self.adapters)
+            },
+        }
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            return {
+                name: dict(
+                    zip((file.name for file in files), pool.map(sha256_file, files), strict=True)
+                )
+                for name, files in folders.items()
+            }
+
+
+def plan_merge(
+    base_dir: Path, adapter_dirs: list[Path], dtype_of: Callable[[TensorSpec], torch.dtype]
+) -> MergePlan:
+    """Find out what becomes of each weight; of the weights' files only headers are read.
+
+    Args:
+        base_dir: A Hugging Face model directory.
+        adapter_dirs: Directories written by PEFT, in the order of their training.
+        dtype_of: The type in which a weight of the base is written.
+
+    Raises:
+        ValueError: Files are missing or damaged, or an adapter or tokenizer does not fit.
+    """
+    base = open_weights(base_dir, what="base")
+    adapters = [Adapter.open(path) for path in adapter_dirs]
+    settings = dict(read_json(base_dir / "config.json"))
+    tied = bool(settings.get("tie_word_embeddings")) and HEAD not in base.specs
+    recipes = {
+        name: _recipe(name, base, adapters, dtype_of, tied=tied)
+        for name in _names(base, adapters, tied=tied)
+    }
+    tokenizer_dir = _find_tokenizer(base_dir, adapters)
+    _check_rows(recipes, tokenizer_dir)
+    untied = tied and HEAD in recipes
+    settings["vocab_size"] = recipes[EMBEDDING].spec.shape[0]
+    if untied:
+        settings["tie_word_embeddings"] = False
+    return MergePlan(base_dir, base, tuple(adapters), recipes, tokenizer_dir, settings, untied)
+
+
+def row_slices(num_rows: int) -> Iterator[slice]:
+    """Yield the parts of a weight that are in memory as float32 at a time."""
+    return (slice(start, min(start + _ROWS, num_rows)) for start in range(0, num_rows, _ROWS))
+
+
+def _cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = values.to(dtype)
+    if dtype == torch.float16 and values.dtype != dtype and not bool(cast.isfinite().all()):
+        largest = float(values.abs().max())
+        raise ValueError(
+            f"dtype: {name} has values up to {largest:.4g}, and float16 ends at 65,504; write it "
+            "as bfloat16 or float32"
+        )
+    return cast
+
+
+def _names(base: ShardedWeights, adapters: list[Adapter], *, tied: bool) -> list[str]:
+    """Return the weights of the result; an adapter may untie what the base has as one table."""
+    names = list(base.specs)
+    for adapter in adapters:
+        unknown = sorted(adapter.names - set(names) - ({HEAD} if tied else set()))
+        if unknown:
+            raise ValueError(
+                f"adapters: {adapter.path} changes {len(unknown)} weights that the base has not, "
+                f"the first is {unknown[0]}; name the base that it was trained on"
+            )
+    if tied and _is_untied(adapters):
+        names.append(HEAD)
+        logger.warning("the adapters have an output projection of their own: it is untied")
+    return names
+
+
+def _is_untied(adapters: list[Adapter]) -> bool:
+    """Whether input and output table differ after the adapters, of which the base has one."""
+    for adapter in adapters:
+        both = [adapter.replaced.get(name) for name in (EMBEDDING, HEAD)]
+        if all(both):
+            if not torch.equal(adapter.read_replaced(EMBEDDING), adapter.read_replaced(HEAD)):
+                return True
+        elif any(both) and not adapter.settings.get("ensure_weight_tying"):
+            return True  # PEFT trained a copy of the one, and left the other as it was
+        if HEAD in adapter.low_rank or EMBEDDING in adapter.low_rank:
+            return True
+    return False
+
+
+def _recipe(
+    name: str,
+    base: ShardedWeights,
+    adapters: list[Adapter],
+    dtype_of: Callable[[TensorSpec], torch.dtype],
+    *,
+    tied: bool,
+) -> Recipe:
+    spec = base.specs[EMBEDDING if tied and name == HEAD else name]
+    first, source, shape = 0, None, spec.shape
+    for number, adapter in enumerate(adapters):
+        if name not in adapter.replaced:
+            continue
+        first, source, before = number, adapter, shape
+        shape = adapter.spec(name).shape
+        if len(shape) != len(before) or shape[1:] != before[1:]:
+            raise ValueError(
+                f"adapters: {name} is {list(shape)} in {adapter.path} and {list(before)} in what "
+                "it is merged into; name the base that it was trained on"
+            )
+        if shape[0] < before[0]:
+            raise ValueError(
+                f"adapters: {name} has {shape[0]} rows in {adapter.path}, fewer than the "
+                f"{before[0]} before; adapters are given in the order of their training"
+            )
+    updates = tuple(adapter for adapter in adapters[first:] if name in adapter.low_rank)
+    source_name = EMBEDDING if tied and name == HEAD and source is None else name
+    for adapter in updates:
+        if adapter.shape(name) != shape:
+            raise ValueError(
+                f"adapters: {adapter.path} updates {name} as {list(adapter.shape(name))}, and it "
+                f"is {list(shape)}; name the base that it was trained on"
+            )
+    dtype = dtype_of(TensorSpec(spec.dtype, shape))
+    return Recipe(source, source_name, updates, TensorSpec(dtype, shape))
+
+
+def _find_tokenizer(base_dir: Path, adapters: list[Adapter]) -> Path | None:
+    """Return the directory with the tokenizer of the result: that of the last adapter with one."""
+    for path in [*(adapter.path for adapter in reversed(adapters)), base_dir]:
+        if has_tokenizer(path):
+            return path
+    logger.warning("neither the adapters nor the base have a tokenizer: none is written")
+    return None
+
+
+def _check_rows(recipes: Mapping[str, Recipe], tokenizer_dir: Path | None) -> None:
+    """Refuse tables of different sizes, and a tokenizer with ids that have no row."""
+    rows = {name: recipes[name].spec.shape[0] for name in (EMBEDDING, HEAD) if name in recipes}
+    if len(set(rows.values())) > 1:
+        raise ValueError(
+            f"adapters: {EMBEDDING} would have {rows[EMBEDDING]} rows and {HEAD} {rows[HEAD]}; "
+            "the base has to be the one that was grown for the adapter"
+        )
+    if tokenizer_dir is None:
+        return
+    num_ids = max(load_tokenizer(tokenizer_dir).get_vocab().values()) + 1
+    if num_ids > rows[EMBEDDING]:
+        raise ValueError(
+            f"adapters: the tokenizer of {tokenizer_dir} has {num_ids} ids, and the merged model "
+            f"{rows[EMBEDDING]} rows; is it the tokenizer of another model?"
+        )
+
+
+def check_base(adapter: Adapter, inputs: Mapping[str, Mapping[str, str]]) -> None:
+    """Compare the base with the one that our own adapters name.
+
+    Args:
+        adapter: The first one.
+        inputs: What `MergePlan.hash_inputs` returns.
+
+    Raises:
+        ValueError: It was trained on another base.
+    """
+    path = adapter.path / MANIFEST
+    trained_on = (read_json(path) if path.is_file() else {}).get("base") or {}
+    differing = [
+        name for name, digest in inputs["base"].items() if trained_on.get(name, digest) != digest
+    ]
+    if differing:
+        raise ValueError(
+            f"base: {differing[0]} is not the file that {adapter.path} was trained on (SHA256 "
+            f"{inputs['base'][differing[0]][:16]}, wanted {trained_on[differing[0]][:16]}); name "
+            "that base"
+        )
