@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import peft
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 

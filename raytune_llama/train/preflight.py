@@ -149,7 +149,8 @@ def _check_vocabulary(config: PretrainConfig, model: PreTrainedModel) -> list[st
     problems = _check_untrained_rows(config, model, fit)
     if config.train == "embeddings":
         problems += check_embeddings(model, config.embeddings, fit.new_ids)
-        problems += _check_stored_tables(model, Path(config.model.path))
+        if has_weights(Path(config.model.path)):  # a plan needs none
+            problems += _check_stored_tables(model, Path(config.model.path))
     if not problems and config.adapter is not None and not _check_adapter(config):
         return check_adapter_fits(model, Path(config.adapter), num_ids=fit.num_ids)
     return problems

@@ -111,6 +111,14 @@ def make_plan(make_config: MakeConfig, tmp_path: Path) -> Callable[..., Pretrain
     return make
 
 
+def test_build_plan_of_stage_1_counts_the_table_and_writes_a_model(
+    make_plan: MakeConfig, bare_7b: Path
+) -> None:
+    plan = build_plan(make_plan(model__path=str(bare_7b), train="embeddings", lora=None))
+    assert plan.counts.trained == 204_607_488
+    assert plan.disk.result == 4 * plan.counts.unique
+
+
 def test_build_plan_without_weights_counts_and_says_so(
     make_plan: MakeConfig, bare_7b: Path
 ) -> None:
