@@ -20,6 +20,7 @@ from torch import Tensor
 
 from raytune_llama.files import read_json, sha256_file
 from raytune_llama.merge.adapter import Adapter
+from raytune_llama.model.lineage import check_chain
 from raytune_llama.model.tensors import ShardedWeights, TensorSpec, open_weights
 from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.model.vocab import has_tokenizer
@@ -139,8 +140,11 @@ def plan_merge(
         name: _recipe(name, base, adapters, dtype_of, tied=tied)
         for name in _names(base, adapters, tied=tied)
     }
+    problems = check_chain([base_dir, *adapter_dirs])
+    if problems:
+        raise ValueError("\n".join(problems))
     tokenizer_dir = _find_tokenizer(base_dir, adapters)
-    _check_rows(recipes, tokenizer_dir)
+    _check_rows(recipes, base.specs[EMBEDDING].shape[0], tokenizer_dir)
     untied = tied and HEAD in recipes
     settings["vocab_size"] = recipes[EMBEDDING].spec.shape[0]
     if untied:
@@ -240,8 +244,8 @@ def _find_tokenizer(base_dir: Path, adapters: list[Adapter]) -> Path | None:
     return None
 
 
-def _check_rows(recipes: Mapping[str, Recipe], tokenizer_dir: Path | None) -> None:
-    """Refuse tables of different sizes, and a tokenizer with ids that have no row."""
+def _check_rows(recipes: Mapping[str, Recipe], num_before: int, tokenizer_dir: Path | None) -> None:
+    """Refuse tables of different sizes, and a tokenizer that is not that of the merged rows."""
     rows = {name: recipes[name].spec.shape[0] for name in (EMBEDDING, HEAD) if name in recipes}
     if len(set(rows.values())) > 1:
         raise ValueError(
@@ -255,6 +259,12 @@ def _check_rows(recipes: Mapping[str, Recipe], tokenizer_dir: Path | None) -> No
         raise ValueError(
             f"adapters: the tokenizer of {tokenizer_dir} has {num_ids} ids, and the merged model "
             f"{rows[EMBEDDING]} rows; is it the tokenizer of another model?"
+        )
+    if num_ids <= num_before < rows[EMBEDDING]:
+        raise ValueError(
+            f"adapters: they have {rows[EMBEDDING]} rows and the base {num_before}, and the "
+            f"tokenizer of {tokenizer_dir} has {num_ids} ids, none of them new; put the tokenizer "
+            "into the adapter's directory that it was trained with"
         )
 
 

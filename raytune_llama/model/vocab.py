@@ -80,7 +80,11 @@ def check_vocabulary(num_rows: int, model_path: Path, tokenizer_path: Path) -> V
         return VocabularyFit(num_rows=num_rows, num_base_ids=num_rows, num_ids=num_ids)
     own = load_tokenizer(model_path)
     if tokenizer_sha256(model_path) != tokenizer_sha256(tokenizer_path):
-        _refuse_foreign(own, tokenizer, model_path, tokenizer_path)
+        foreign = describe_foreign(model_path, tokenizer_path)
+        if foreign is not None:
+            raise ValueError(
+                f"model.tokenizer: {foreign}; use the model's own tokenizer or one grown from it"
+            )
     references = [build_reference(each).name for each in (own, tokenizer)]
     if references[0] != references[1]:
         logger.warning(
@@ -117,22 +121,18 @@ def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def _refuse_foreign(
-    own: PreTrainedTokenizerBase,
-    other: PreTrainedTokenizerBase,
-    model_path: Path,
-    tokenizer_path: Path,
-) -> None:
-    own_ids, other_ids = own.get_vocab(), other.get_vocab()
+def describe_foreign(older: Path, newer: Path) -> str | None:
+    """Say how a tokenizer contradicts another one; None where it is that one or grown from it."""
+    own_ids, other_ids = (load_tokenizer(path).get_vocab() for path in (older, newer))
     changed = sorted((id_, token) for token, id_ in own_ids.items() if other_ids.get(token) != id_)
-    if changed:
-        id_, token = changed[0]
-        raise ValueError(
-            f"model.tokenizer: {tokenizer_path} ({len(other_ids)} tokens) is neither the tokenizer "
-            f"of {model_path} ({len(own_ids)} tokens) nor grown from it: {len(changed)} tokens "
-            f"have another id or none, the first is {token!r}, {id_} there and "
-            f"{other_ids.get(token)} here; use the model's own tokenizer or one grown from it"
-        )
+    if not changed:
+        return None
+    id_, token = changed[0]
+    return (
+        f"{newer} ({len(other_ids)} tokens) is neither the tokenizer of {older} ({len(own_ids)} "
+        f"tokens) nor grown from it: {len(changed)} tokens have another id or none, the first is "
+        f"{token!r}, {id_} there and {other_ids.get(token)} here"
+    )
 
 
 def new_ids(model_path: Path, tokenizer_path: Path) -> range:

@@ -19,6 +19,7 @@ from raytune_llama.config import (
 from raytune_llama.data.encode import check_data
 from raytune_llama.model.directory import stored_tables
 from raytune_llama.model.embeddings import check_embeddings
+from raytune_llama.model.lineage import check_adapter_tokenizer
 from raytune_llama.model.llama import (
     check_model_directory,
     check_model_settings,
@@ -152,7 +153,9 @@ def _check_vocabulary(config: PretrainConfig, model: PreTrainedModel) -> list[st
         if has_weights(Path(config.model.path)):  # a plan needs none
             problems += _check_stored_tables(model, Path(config.model.path))
     if not problems and config.adapter is not None and not _check_adapter(config):
-        return check_adapter_fits(model, Path(config.adapter), num_ids=fit.num_ids)
+        adapter = Path(config.adapter)
+        problems = check_adapter_tokenizer(adapter, Path(config.model.tokenizer_path))
+        return problems or check_adapter_fits(model, adapter, num_ids=fit.num_ids)
     return problems
 
 

@@ -231,6 +231,17 @@ def test_merge_adapters_in_reversed_order_are_refused(
         merge(base, second, first)
 
 
+def test_merge_with_a_tokenizer_that_lacks_the_adapter_s_tokens_is_refused(
+    make_base: MakeBase, make_adapter: MakeAdapter, tokenizer_dir: Path
+) -> None:
+    """As a LLaMA tokenizer beside the weights of an Alpaca adapter."""
+    base = make_base()
+    adapter = make_adapter(base, rows=423, modules_to_save=WHOLE)
+    shutil.copytree(tokenizer_dir, adapter, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="has 400 ids, none of them new"):
+        merge(base, adapter)
+
+
 def test_merge_that_is_interrupted_or_wrong_leaves_nothing(
     make_base: MakeBase, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,84 @@
+"""Do the tokenizers of a base, its adapters and a run belong together, by hash and by vocabulary?
+
+Sizes alone don't tell: a foreign tokenizer of the same size gives every id another meaning.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from raytune_llama.files import read_json
+from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
+from raytune_llama.model.vocab import describe_foreign, has_tokenizer
+
+MANIFEST = "manifest.json"
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the manifest of a directory that we have written; empty for another program's."""
+    file = directory / MANIFEST
+    content = read_json(file) if file.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def check_recorded(directory: Path) -> str | None:
+    """Return what is wrong with the tokenizer of a directory, by the hash in its manifest.
+
+    None where it is the recorded one, or none is recorded.
+    """
+    wanted = read_manifest(directory).get("tokenizer_sha256")
+    if not wanted or not has_tokenizer(directory):
+        return None
+    found = tokenizer_sha256(directory)
+    if found == wanted:
+        return None
+    return (
+        f"the tokenizer in {directory} is not the one that it was made with (SHA256 {found[:16]}, "
+        f"wanted {wanted[:16]}); put that one back"
+    )
+
+
+def check_adapter_tokenizer(adapter: Path, tokenizer: Path) -> list[str]:
+    """Return why a tokenizer is not the one that an adapter was trained with; empty where it is.
+
+    Args:
+        adapter: An adapter directory. Without a tokenizer and a manifest of ours nothing is known.
+        tokenizer: Directory of the tokenizer to use.
+    """
+    wanted = read_manifest(adapter).get("tokenizer_sha256")
+    if wanted:
+        found = tokenizer_sha256(tokenizer)
+        if found == wanted:
+            return []
+        return [
+            f"model.tokenizer: {tokenizer} is not the tokenizer that the adapter {adapter} was "
+            f"trained with (SHA256 {found[:16]}, wanted {wanted[:16]}); name {adapter}, which has "
+            "its own"
+        ]
+    if not has_tokenizer(adapter):
+        return []
+    own, used = load_tokenizer(adapter).get_vocab(), load_tokenizer(tokenizer).get_vocab()
+    if own == used:
+        return []
+    num_other = len(set(own.items()) - set(used.items()))
+    return [
+        f"model.tokenizer: {tokenizer} has {len(used)} tokens, and the adapter {adapter} was "
+        f"trained with {len(own)}, of which {num_other} are others; name {adapter}, which has its "
+        "own"
+    ]
+
+
+def check_chain(directories: list[Path]) -> list[str]:
+    """Return what is wrong with the tokenizers of a base and adapters in the order of training.
+
+    Each has to be the recorded one, and the one before it or grown from that.
+    """
+    having = [directory for directory in directories if has_tokenizer(directory)]
+    problems = [f"adapters: {p}" for p in map(check_recorded, having) if p is not None]
+    for older, newer in pairwise(having):
+        foreign = describe_foreign(older, newer)
+        if foreign is not None:
+            problems.append(
+                f"adapters: {foreign}; give base and adapters in the order of their training"
+            )
+    return problems
