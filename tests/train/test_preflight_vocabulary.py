@@ -65,6 +65,11 @@ def test_check_run_new_ids_with_an_adapter_need_its_trained_tables(  # noqa: PLR
     attached.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     config = make(**grown, lora=None, adapter=str(tmp_path / "adapter"))
     assert len(problems_of(config)) == num_problems
+    # By its manifest it was trained with another tokenizer.
+    (tmp_path / "adapter" / "manifest.json").write_text('{"tokenizer_sha256": "0123"}')
+    assert any("is not the tokenizer that the adapter" in p for p in problems_of(config)) == (
+        num_problems == 0
+    )
 
 
 def test_check_run_embeddings_with_the_own_tokenizer_train_the_table_but_no_new_rows(
