@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+MANIFEST = "manifest.json"
+"""What a stage has made and from what, in the directory that it has written."""
+
 
 def sha256_file(path: Path) -> str:
     """Hash a file's bytes as lower-case hex; releases the GIL, so threads hash in parallel."""
@@ -58,6 +61,13 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
         ValueError: The file is not JSON; the message names it.
     """
     return parse_json(path.read_bytes(), str(path))
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the manifest of a directory that we have written; empty for another program's."""
+    file = directory / MANIFEST
+    content = read_json(file) if file.is_file() else {}
+    return content if isinstance(content, dict) else {}
 
 
 def json_bytes(obj: Any) -> bytes:  # noqa: ANN401 - any JSON value

@@ -27,7 +27,13 @@ from raytune_llama.data.fertility import (
 )
 from raytune_llama.data.samples import Sample, first_bytes, sample_documents
 from raytune_llama.data.sources import SourceConfig, check_sources
-from raytune_llama.files import publish_directory, read_json, sha256_file, write_json_atomic
+from raytune_llama.files import (
+    MANIFEST,
+    publish_directory,
+    read_json,
+    sha256_file,
+    write_json_atomic,
+)
 from raytune_llama.model.byte_level import check_byte_level, grow_byte_level
 from raytune_llama.model.growing import GrowthConfig, grow_model
 from raytune_llama.model.meta import check_target
@@ -51,7 +57,7 @@ from raytune_llama.model.vocab import count_ids
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, PLOT = "manifest.json", "fertility.png"
+PLOT = "fertility.png"
 
 _HELD_OUT = 0.02
 _MEASURED_BYTES = 4 << 20

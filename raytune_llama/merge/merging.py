@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 
 import raytune_llama
 from raytune_llama.config import ConfigError, settings
-from raytune_llama.files import publish_directory, write_json_atomic
+from raytune_llama.files import MANIFEST, publish_directory, write_json_atomic
 from raytune_llama.merge.export import (
     Exported,
     ProvenShard,
@@ -30,7 +30,7 @@ from raytune_llama.merge.export import (
 )
 from raytune_llama.merge.gguf_file import GgufType, gguf_dtype, plan_gguf
 from raytune_llama.merge.logits import compare_logits, read_samples
-from raytune_llama.merge.plan import MANIFEST, MergePlan, check_base, plan_merge
+from raytune_llama.merge.plan import MergePlan, check_base, plan_merge
 from raytune_llama.model.meta import check_target, params_of, published_shards
 from raytune_llama.model.tensors import TensorSpec
 from raytune_llama.model.to_meta import plan_meta

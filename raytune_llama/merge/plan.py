@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytune_llama.files import read_json, sha256_file
+from raytune_llama.files import read_json, read_manifest, sha256_file
 from raytune_llama.merge.adapter import Adapter
+from raytune_llama.model.growing import EMBEDDING, HEAD
 from raytune_llama.model.lineage import check_chain
 from raytune_llama.model.tensors import ShardedWeights, TensorSpec, open_weights
 from raytune_llama.model.tokenizer import load_tokenizer
@@ -27,8 +28,6 @@ from raytune_llama.model.vocab import has_tokenizer
 
 logger = logging.getLogger(__name__)
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-MANIFEST = "manifest.json"
 
 _ROWS = 1024
 
@@ -278,8 +277,7 @@ def check_base(adapter: Adapter, inputs: Mapping[str, Mapping[str, str]]) -> Non
     Raises:
         ValueError: It was trained on another base.
     """
-    path = adapter.path / MANIFEST
-    trained_on = (read_json(path) if path.is_file() else {}).get("base") or {}
+    trained_on = read_manifest(adapter.path).get("base") or {}
     differing = [
         name for name, digest in inputs["base"].items() if trained_on.get(name, digest) != digest
     ]

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from raytune_llama.files import publish_directory, read_json, sha256_file, write_json_atomic
+from raytune_llama.files import (
+    MANIFEST,
+    publish_directory,
+    read_json,
+    sha256_file,
+    write_json_atomic,
+)
 from raytune_llama.model.meta import (
     PARAMS,
     ROPE_FREQUENCIES,
@@ -32,7 +38,6 @@ from raytune_llama.model.tensors import TensorSpec, WeightsWriter, load_pickled
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 """Of a model directory."""
 
 TOKENIZER = "tokenizer.model"

@@ -5,20 +5,10 @@ Sizes alone don't tell: a foreign tokenizer of the same size gives every id anot
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from raytune_llama.files import read_json
+from raytune_llama.files import read_manifest
 from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
 from raytune_llama.model.vocab import describe_foreign, has_tokenizer
-
-MANIFEST = "manifest.json"
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return the manifest of a directory that we have written; empty for another program's."""
-    file = directory / MANIFEST
-    content = read_json(file) if file.is_file() else {}
-    return content if isinstance(content, dict) else {}
 
 
 def check_recorded(directory: Path) -> str | None:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
-from raytune_llama.files import publish_directory, read_json
-from raytune_llama.model.from_meta import MANIFEST, TOKENIZER
+from raytune_llama.files import publish_directory, read_manifest
+from raytune_llama.model.from_meta import TOKENIZER
 from raytune_llama.model.meta import (
     PARAMS,
     ROPE_FREQUENCIES,
@@ -152,9 +152,7 @@ def _read_config(source: Path) -> LlamaConfig:
 
 def _kept(source: Path) -> dict[str, Any]:
     """Return what was kept of the files that a directory was made from; nothing for others."""
-    path = source / MANIFEST
-    content = read_json(path) if path.is_file() else {}
-    kept = dict(content.get("converted_from") or {})
+    kept = dict(read_manifest(source).get("converted_from") or {})
     if kept.get(ROPE_FREQUENCIES) is None:
         kept.pop(ROPE_FREQUENCIES, None)
     return kept

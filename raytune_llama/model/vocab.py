@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from raytune_llama.files import read_json
+from raytune_llama.files import read_manifest
 from raytune_llama.model.tokenizer import (
     TOKENIZER_FILES,
     build_reference,
@@ -104,10 +104,7 @@ def check_vocabulary(num_rows: int, model_path: Path, tokenizer_path: Path) -> V
 
 def _num_trained_ids(model_path: Path, own: PreTrainedTokenizerBase) -> int:
     """Return how many ids a model was trained with: less than it has where it was only grown."""
-    manifest = model_path / "manifest.json"
-    content = read_json(manifest) if manifest.is_file() else {}
-    # Another program may have a manifest of its own.
-    expanded = content.get("expanded") if isinstance(content, dict) else None
+    expanded = read_manifest(model_path).get("expanded")
     return expanded["num_old_ids"] if expanded else count_ids(own)
 
 

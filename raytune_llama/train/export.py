@@ -12,7 +12,7 @@ from torch import Tensor
 import raytune_llama
 from raytune_llama.config import to_dict
 from raytune_llama.data.store import TokenStore
-from raytune_llama.files import sha256_file, write_json_atomic
+from raytune_llama.files import MANIFEST, sha256_file, write_json_atomic
 from raytune_llama.model.directory import write_with_tables
 from raytune_llama.model.llama import DTYPES, causal_lm
 from raytune_llama.model.lora import write_adapter
@@ -22,7 +22,7 @@ from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import RunState
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engine import Engine
-from raytune_llama.train.untrained import MANIFEST, UNTRAINED_ROWS, count_untrained_rows
+from raytune_llama.train.untrained import UNTRAINED_ROWS, count_untrained_rows
 from raytune_llama.train.workers import Workers
 from raytune_llama.transfers import publish_place
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from raytune_llama.files import read_json
+from raytune_llama.files import read_json, read_manifest
 from raytune_llama.model.embeddings import embedding_layers, trained_layers
 from raytune_llama.model.lora import check_adapter_directory, is_tied
 from raytune_llama.train.config import PretrainConfig
 
-MANIFEST = "manifest.json"
 UNTRAINED_ROWS = "untrained_rows"
 """Key of a model's manifest: how many rows of each table no training has touched."""
 
@@ -38,10 +37,7 @@ def count_untrained_rows(
 
 def read_untrained_rows(path: Path) -> dict[str, int]:
     """Return the rows of each table that the run which made a model directory left untrained."""
-    file = path / MANIFEST
-    manifest = read_json(file) if file.is_file() else {}
-    # Another program may have a manifest of its own.
-    return dict(manifest.get(UNTRAINED_ROWS) or {}) if isinstance(manifest, dict) else {}
+    return dict(read_manifest(path).get(UNTRAINED_ROWS) or {})
 
 
 def _untrained_tables(config: PretrainConfig, model: PreTrainedModel) -> list[str]:
