@@ -29,6 +29,7 @@ from raytune_llama.model.vocab import has_tokenizer
 logger = logging.getLogger(__name__)
 
 
+_PADDED = 8  # what tables are padded to a multiple of, at least
 _ROWS = 1024
 
 
@@ -143,7 +144,8 @@ def plan_merge(
     if problems:
         raise ValueError("\n".join(problems))
     tokenizer_dir = _find_tokenizer(base_dir, adapters)
-    _check_rows(recipes, base.specs[EMBEDDING].shape[0], tokenizer_dir)
+    num_before = base.specs[EMBEDDING].shape[0]
+    _check_rows(recipes, num_before, tokenizer_dir, is_adapters=tokenizer_dir != base_dir)
     untied = tied and HEAD in recipes
     settings["vocab_size"] = recipes[EMBEDDING].spec.shape[0]
     if untied:
@@ -243,8 +245,18 @@ def _find_tokenizer(base_dir: Path, adapters: list[Adapter]) -> Path | None:
     return None
 
 
-def _check_rows(recipes: Mapping[str, Recipe], num_before: int, tokenizer_dir: Path | None) -> None:
-    """Refuse tables of different sizes, and a tokenizer that is not that of the merged rows."""
+def _check_rows(
+    recipes: Mapping[str, Recipe],
+    num_before: int,
+    tokenizer_dir: Path | None,
+    *,
+    is_adapters: bool,
+) -> None:
+    """Refuse tables of different sizes, and a tokenizer that is not that of the merged rows.
+
+    Rows without a token are legal where they pad a table; an odd number of them stands for tokens
+    that the tokenizer beside the adapter should have.
+    """
     rows = {name: recipes[name].spec.shape[0] for name in (EMBEDDING, HEAD) if name in recipes}
     if len(set(rows.values())) > 1:
         raise ValueError(
@@ -259,7 +271,12 @@ def _check_rows(recipes: Mapping[str, Recipe], num_before: int, tokenizer_dir: P
             f"adapters: the tokenizer of {tokenizer_dir} has {num_ids} ids, and the merged model "
             f"{rows[EMBEDDING]} rows; is it the tokenizer of another model?"
         )
-    if num_ids <= num_before < rows[EMBEDDING]:
+    if num_ids > num_before or rows[EMBEDDING] == num_before:
+        return
+    if not is_adapters or rows[EMBEDDING] % _PADDED == 0:
+        num_surplus = rows[EMBEDDING] - num_before
+        logger.warning("the adapters add %d rows that no token of theirs names", num_surplus)
+    else:
         raise ValueError(
             f"adapters: they have {rows[EMBEDDING]} rows and the base {num_before}, and the "
             f"tokenizer of {tokenizer_dir} has {num_ids} ids, none of them new; put the tokenizer "
