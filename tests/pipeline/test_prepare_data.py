@@ -29,11 +29,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "a.txt"
     generator = random.Random(2)
     lines = [" ".join(generator.choices(WORDS, k=generator.randint(4, 80))) for _ in range(25_000)]
+    parts = (f"{part} {line}\n" for part in range(5) for line in lines)
+    num_bytes = 0
     with path.open("w") as file:
-        part = 0
-        while file.tell() < 21.5 * 2**20:
-            file.writelines(f"{part} {line}\n" for line in lines)
-            part += 1
+        for text in parts:
+            num_bytes += len(text)
+            if num_bytes > 21.5 * 2**20:
+                break
+            file.write(text)
     return path
 
 
