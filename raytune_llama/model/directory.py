@@ -18,9 +18,14 @@ from transformers import PreTrainedModel
 from raytune_llama.files import read_json, write_json_atomic
 from raytune_llama.model.embeddings import embedding_layers, new_rows_name
 from raytune_llama.model.lora import is_tied
-from raytune_llama.model.tensors import ShardedWeights, TensorSpec, WeightsWriter, open_weights
+from raytune_llama.model.tensors import TensorSpec, WeightsWriter, open_weights
 from raytune_llama.model.tokenizer import load_tokenizer
-from raytune_llama.model.vocab import has_tokenizer, split_new_tokens, start_new_rows
+from raytune_llama.model.vocab import (
+    has_tokenizer,
+    new_ids,
+    split_new_tokens,
+    start_new_rows,
+)
 
 MAX_SHARD_BYTES = 5 * 2**30
 
@@ -89,6 +94,9 @@ def write_with_tables(
     weights = open_weights(base, what="model.path")
     tables = stored_tables(model, base)
     pieces = _split_new_tokens(base, tokenizer)
+    ids = new_ids(base, tokenizer)
+    names = {name for table in tables.values() for name in (table, new_rows_name(table))}
+    assert trained.keys() <= names, f"not written: {sorted(trained.keys() - names)}"
     num_rows = 0
     specs = dict(weights.specs)
     for name in tables:
@@ -98,7 +106,8 @@ def write_with_tables(
     with WeightsWriter(folder, specs, max_shard_bytes=MAX_SHARD_BYTES) as writer:
         for name in specs:
             if name in tables:
-                writer.write(name, _build_table(name, tables[name], weights, pieces, trained))
+                table_VD = _grow_table(weights.read(name), pieces)
+                writer.write(name, _with_trained(table_VD, tables[name], trained, ids))
             else:
                 writer.write(name, weights.read(name))
     write_json_atomic(folder / _CONFIG, read_json(base / _CONFIG) | {"vocab_size": num_rows})
@@ -113,28 +122,26 @@ def _split_new_tokens(base: Path, tokenizer: Path) -> dict[int, list[int]]:
     return split_new_tokens(load_tokenizer(base), load_tokenizer(tokenizer))
 
 
-def _build_table(
-    stored: str,
-    name: str,
-    weights: ShardedWeights,
-    pieces: Mapping[int, list[int]],
-    trained: Mapping[str, Tensor],
-) -> Tensor:
-    """Return a table as it is written: grown from the base's, then what was trained of it."""
-    old_VD = weights.read(stored)
-    whole = trained.get(name)
-    if whole is not None:
-        return _cast(name, whole, old_VD.dtype)
+def _grow_table(old_VD: Tensor, pieces: Mapping[int, list[int]]) -> Tensor:
+    """Return a table with a row for each id that the base's tokenizer lacks."""
     if not pieces:
         return old_VD
     table_VD = old_VD.new_empty((max(len(old_VD), max(pieces) + 1), *old_VD.shape[1:]))
     table_VD[: len(old_VD)] = old_VD
-    name = new_rows_name(name)
-    rows = trained.get(name)
-    if rows is None:
-        start_new_rows(table_VD, pieces)
-    else:
-        table_VD[min(pieces) : max(pieces) + 1] = _cast(name, rows, old_VD.dtype)
+    start_new_rows(table_VD, pieces)
+    return table_VD
+
+
+def _with_trained(table_VD: Tensor, name: str, trained: Mapping[str, Tensor], ids: range) -> Tensor:
+    """Return a table with what was trained of it: all, or the rows of ids new to the base."""
+    if name in trained:
+        return _cast(name, trained[name], table_VD.dtype)
+    rows_name = new_rows_name(name)
+    if rows_name in trained:
+        rows_RD = _cast(rows_name, trained[rows_name], table_VD.dtype)
+        assert len(rows_RD) == len(ids), f"{rows_name}: {len(rows_RD)} rows for {len(ids)} ids"
+        table_VD = table_VD.clone()
+        table_VD[ids.start : ids.stop] = rows_RD
     return table_VD
 
 

@@ -190,6 +190,26 @@ def test_write_with_tables_is_the_trained_model_in_plain_transformers(
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("config", [ROWS, BOTH])
+def test_write_with_tables_of_a_model_that_was_grown_before_has_its_trained_rows(
+    make_llama: MakeModel, grown_dir: Path, tmp_path: Path, config: EmbeddingsConfig
+) -> None:
+    """Its own tokenizer has all ids; the manifest tells which of them no training has seen."""
+    base = save(make_llama(vocab_size=415), tmp_path / "base", grown_dir)
+    (base / "manifest.json").write_text(json.dumps({"expanded": {"num_old_ids": 400}}))
+    model = write(base, base, config, tmp_path / "out")
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path).model.embed_tokens.weight
+        for path in (base, tmp_path / "out")
+    )
+    assert torch.equal(after[:400], before[:400])
+    assert torch.equal(after[400:], 2 * before[400:])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(300, 415)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
 def test_write_with_tables_keeps_precision_shards_and_every_other_bit(
     make_llama: MakeModel, tokenizer_dir: Path, grown_dir: Path, tmp_path: Path
 ) -> None:
