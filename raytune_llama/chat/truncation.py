@@ -37,7 +37,7 @@ def truncate(
 
 
 def _cut_left(ids: Ids, targets: Mask, max_tokens: int, bos_id: int | None) -> tuple[Ids, Mask]:
-    begins = bos_id is not None and ids[0] == bos_id
+    begins = int(bos_id is not None and ids[0] == bos_id)
     start = len(ids) - max_tokens + begins
     kept = np.concatenate([ids[:begins], ids[start:]])
     mask = np.concatenate([targets[:begins], targets[start:]])
