@@ -114,13 +114,16 @@ def convert_data(config: ConvertDataConfig) -> Conversion:
         conversion = _write_all(folder, config, counts)
         _check(conversion, folder, config)
         files = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
-        settings_used = to_dict(config)
         manifest = asdict(conversion) | {
             "blank_lines": counts.blank_lines,
             "formats": dict(counts.files),
-            "keys": {name: dict(found) for name, found in asdict(counts.keys).items()},
+            "keys": {
+                "aliased": dict(counts.keys.aliased),
+                "ignored": dict(counts.keys.ignored),
+                "repeated": dict(counts.keys.repeated),
+            },
             "files": files,
-            "config": settings_used,
+            "config": to_dict(config),
         }
         write_json_atomic(folder / MANIFEST, manifest)
     _log(conversion, counts, target)
