@@ -4,11 +4,19 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from raytune_llama.data.lines import TextLines, count_bytes
 from raytune_llama.data.ranges import READ_BYTES, ByteReader
-from raytune_llama.data.rows import BadRow, ReadOptions, Reason, RowBatch, SourceError, excerpt
+from raytune_llama.data.rows import (
+    BadRow,
+    ObjectRow,
+    ReadOptions,
+    Reason,
+    RowBatch,
+    SourceError,
+    excerpt,
+)
+from raytune_llama.json_keys import KEY_DECODER, RepeatedKeys
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
@@ -18,23 +26,6 @@ _UNDECODED = re.compile("[\udc80-\udcff]")
 _PART_CHARACTERS = 1 << 20
 _BATCH_ROWS = 1024
 _NEAR_END_CHARACTERS = 32  # an escape or a number that is cut fails at most this far from the end
-
-
-class _RepeatedKeys(dict[str, Any]):
-    """An object with a key that stands in it twice, of which the last value counts."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        names = [name for name, _ in pairs]
-        self.repeated = {name for name in names if names.count(name) > 1}
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    return row if len(row) == len(pairs) else _RepeatedKeys(pairs)
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def add_json_lines(batch: RowBatch, lines: TextLines, options: ReadOptions) -> None:
@@ -48,7 +39,7 @@ def add_json_lines(batch: RowBatch, lines: TextLines, options: ReadOptions) -> N
             batch.add("", offset, 0)
         else:
             try:
-                row = _DECODER.decode(text)
+                row = KEY_DECODER.decode(text)
             except (ValueError, RecursionError) as error:
                 detail = f"{error}: {excerpt(text)}"
                 batch.bad.append(BadRow(line, offset, "invalid_json", detail))
@@ -57,7 +48,13 @@ def add_json_lines(batch: RowBatch, lines: TextLines, options: ReadOptions) -> N
 
 
 def add_row(batch: RowBatch, row: object, line: int, offset: int, options: ReadOptions) -> None:
-    """Append the text of one parsed row, or say why it has none; does not count the row."""
+    """Append the text of one parsed row, or say why it has none; does not count the row.
+
+    Where no field is asked for, the row itself is appended.
+    """
+    if isinstance(row, dict) and not options.text_fields:
+        batch.objects.append(ObjectRow(line, offset, row))
+        return
     text, name = "", ""
     reason: Reason | None = None
     detail = ""
@@ -72,7 +69,7 @@ def add_row(batch: RowBatch, row: object, line: int, offset: int, options: ReadO
                 "missing_field",
                 f"no field {wanted}; there are: {excerpt(str([*row]))}",
             )
-        elif isinstance(row, _RepeatedKeys) and name in row.repeated:
+        elif isinstance(row, RepeatedKeys) and name in row.repeated:
             reason, detail = "duplicate_key", f"field {name!r} stands there twice"
         elif value is None:
             reason, detail = "null_field", f"field {name!r} is null"
@@ -246,7 +243,7 @@ class _Stream:
         """
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self._position)
+                value, end = KEY_DECODER.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
                 near_end = len(self._text) - error.pos <= _NEAR_END_CHARACTERS
                 is_cut = near_end or error.msg.startswith("Unterminated string")

@@ -1,7 +1,7 @@
 """What is read from a corpus: rows of text with their places, and rows that cannot be used."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Format = Literal["txt", "json", "jsonl", "parquet"]
 """How a file is parsed; `json` is one array, or objects one after the other."""
@@ -50,7 +50,8 @@ class ReadOptions:
     document: DocumentMode = "line"
     """What a document is; used for txt only."""
     text_fields: tuple[str, ...] = ("text",)
-    """Names of the field with the text, the first one that a row has counts; not used for txt."""
+    """Names of the field with the text, the first one that a row has counts; not used for txt.
+    Empty for JSON of which each object is wanted as it is."""
     max_document_bytes: int = 256 * 2**20
     """A longer row goes to quarantine unread."""
 
@@ -78,6 +79,18 @@ class BadRow:
     """What exactly, for a person: some bytes of it, the fields that it has."""
 
 
+@dataclass(frozen=True, slots=True)
+class ObjectRow:
+    """A JSON object that is a row as it is."""
+
+    line: int
+    """As in `BadRow`."""
+    offset: int
+    """As in `BadRow`."""
+    value: dict[str, Any]
+    """The object; one with a key that stands in it twice is `RepeatedKeys`."""
+
+
 @dataclass(slots=True)
 class RowBatch:
     """Rows in their order; the lists go together."""
@@ -88,6 +101,8 @@ class RowBatch:
     """Byte at which it (for JSON: its object) starts; as in `BadRow`."""
     num_bytes: list[int] = field(default_factory=list)
     """UTF-8 bytes of the text."""
+    objects: list[ObjectRow] = field(default_factory=list)
+    """Rows instead of texts, where `text_fields` is empty."""
     bad: list[BadRow] = field(default_factory=list)
     """Rows between them that cannot be used."""
     num_rows: int = 0

@@ -1,0 +1,1 @@
+"""Conversations in, token ids and a mask of what is learned out."""

@@ -1,0 +1,19 @@
+"""The form in which Chinese-LLaMA-Alpaca asks its models: with blank lines that training lacks."""
+
+from raytune_llama.chat.templates.alpaca import HEADER
+from raytune_llama.chat.templates.plain import PlainForm, Question
+from raytune_llama.chat.templates.segments import Segment
+
+
+def _write_prompt(question: Question) -> list[Segment]:
+    return [
+        Segment("template", (HEADER if question.is_first else "") + "\n\n### Instruction:\n\n"),
+        Segment("user", question.user),
+        Segment("template", "\n\n### Response:\n\n"),
+    ]
+
+
+ALPACA_INFERENCE = PlainForm(
+    "alpaca_inference", 1, bos="first", allows_system=False, write_prompt=_write_prompt
+)
+"""Inference's form, as the scripts of the seeds have it."""

@@ -1,0 +1,20 @@
+"""BELLE's form: Human and Assistant, on lines of their own, without BOS.
+
+The line break behind the colon is no detail: a space there would merge into the first token of the
+answer, and the mask would be off by one.
+"""
+
+from raytune_llama.chat.templates.plain import PlainForm, Question
+from raytune_llama.chat.templates.segments import Segment
+
+
+def _write_prompt(question: Question) -> list[Segment]:
+    return [
+        Segment("template", "Human: \n"),
+        Segment("user", question.user),
+        Segment("template", "\n\nAssistant: \n"),
+    ]
+
+
+BELLE = PlainForm("belle", 1, bos="none", allows_system=False, write_prompt=_write_prompt)
+"""BELLE's and CALM's form."""

@@ -1,0 +1,248 @@
+"""The tokenizer's own chat template, with the place of each content known, or refused.
+
+A template is a program in jinja: it may change contents, reorder or drop them. So its form is
+first rendered with a placeholder for each content, which gives the texts between them; then the
+real conversation is rendered, and must be just these texts with the contents between them, each as
+it is or without white space at its ends. What doesn't fit is not guessed.
+
+The model has to say what stands between the prompt, as the template writes it for generation, and
+the control token behind the answer. Markers for that ({% generation %}) are not needed.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+
+import jinja2
+from transformers import PreTrainedTokenizerFast
+
+from raytune_llama.chat.conversations import Conversation
+from raytune_llama.chat.templates.segments import (
+    Boundary,
+    Segment,
+    UnrenderableError,
+    find_controls,
+)
+from raytune_llama.model.tokenizer import control_strings
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+_DATE = "26 Jul 2024"  # what LLaMA 3's templates write where nobody tells the date
+_PLACEHOLDER = "Content{}OfX7q9k2"
+
+Speaker = str
+"""A role, or `system`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Skeleton:
+    """What a template writes for a sequence of speakers."""
+
+    texts: tuple[str, ...]
+    """What stands before, between and behind the contents."""
+    segments: tuple[tuple[Segment, ...], ...]
+    """The same, cut at control tokens."""
+
+
+class TokenizerTemplate:
+    """See `Template`; the stretch between two control tokens is encoded as one text."""
+
+    name = "tokenizer"
+    boundary: Boundary = "joint"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Try a tokenizer's template on conversations of every shape.
+
+        Args:
+            tokenizer: From `load_tokenizer`.
+
+        Raises:
+            ValueError: It has no EOS or no template, or none in which the place of each content
+                can be proven, or one that writes today's date and takes no other.
+        """
+        self._tokenizer = tokenizer
+        self._controls = find_controls(tokenizer)
+        self._spelled = _pattern(control_strings(tokenizer))
+        self._skeletons: dict[tuple[Speaker, ...], _Skeleton] = {}
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"template: {tokenizer.name_or_path} has no chat template; name another template, "
+                "or put the model's chat_template.jinja there"
+            )
+        text = tokenizer.get_chat_template()
+        self._check_date(text)
+        content = json.dumps([self.name, _VERSION, _DATE, text], ensure_ascii=False)
+        self.sha256 = hashlib.sha256(content.encode()).hexdigest()
+        self.allows_system, self.needs_system, self.stop_ids = self._probe()
+
+    def render(self, conversation: Conversation) -> list[Segment]:
+        """See `Template.render`."""
+        speakers: list[Speaker] = [turn.role for turn in conversation.turns]
+        contents = [turn.content for turn in conversation.turns]
+        if conversation.system is not None:
+            speakers, contents = ["system", *speakers], [conversation.system, *contents]
+        skeleton = self._skeleton(tuple(speakers))
+        text = self._write(speakers, contents)
+        spans = _match(text, skeleton.texts, contents)
+        if spans is None:
+            raise UnrenderableError("the chat template changes its contents, not only their ends")
+        written = list(skeleton.segments[0])
+        for speaker, span, between in zip(speakers, spans, skeleton.segments[1:], strict=True):
+            kind = speaker if speaker in ("system", "user") else "assistant"
+            written.append(Segment(kind, span, is_target=kind == "assistant"))
+            written += between
+        return written
+
+    def _write(self, speakers: list[Speaker], contents: list[str]) -> str:
+        """Render a conversation; one of which the user speaks last, as a prompt."""
+        messages = [
+            {"role": speaker, "content": content}
+            for speaker, content in zip(speakers, contents, strict=True)
+        ]
+        try:
+            written = self._tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=speakers[-1] == "user",
+                date_string=_DATE,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise UnrenderableError(f"the chat template fails: {error}") from error
+        assert isinstance(written, str)
+        return written
+
+    def _skeleton(self, speakers: tuple[Speaker, ...]) -> _Skeleton:
+        if speakers not in self._skeletons:
+            self._skeletons[speakers] = self._build_skeleton(list(speakers))
+        return self._skeletons[speakers]
+
+    def _build_skeleton(self, speakers: list[Speaker]) -> _Skeleton:
+        names = [_PLACEHOLDER.format(number) for number in range(len(speakers))]
+        text = self._write(speakers, names)
+        places = [0]
+        for number, name in enumerate(names):
+            if text.count(name) != 1 or text.index(name) < places[-1]:
+                times = text.count(name)
+                raise UnrenderableError(
+                    f"the chat template writes what the {speakers[number]} says {times} times, "
+                    "or not in order"
+                )
+            places += [text.index(name), text.index(name) + len(name)]
+        places.append(len(text))
+        texts = [text[start:stop] for start, stop in list(pairwise(places))[::2]]
+        said = [0] * len(texts)
+        for number, speaker in enumerate(speakers):
+            if speaker == "assistant":
+                prompt = self._write(speakers[:number], names[:number])
+                if not text.startswith(prompt) or len(prompt) > places[2 * number + 1]:
+                    raise UnrenderableError(
+                        "what the chat template writes for generation is not how it begins an "
+                        "answer"
+                    )
+                said[number] = places[2 * number + 1] - len(prompt)
+        parts = zip(texts, said, ["", *speakers], strict=True)
+        segments = tuple(
+            self._cut(part, num_said, follows_answer=before == "assistant")
+            for part, num_said, before in parts
+        )
+        return _Skeleton(tuple(texts), segments)
+
+    def _cut(self, text: str, num_said: int, *, follows_answer: bool) -> tuple[Segment, ...]:
+        """Cut a template's text at control tokens.
+
+        Args:
+            text: What stands between two contents.
+            num_said: How many characters at its end belong to the next answer.
+            follows_answer: Whether it ends an answer, with its first control token.
+        """
+        head, said = text[: len(text) - num_said], text[len(text) - num_said :]
+        segments: list[Segment] = []
+        is_target = follows_answer
+        for part in filter(None, self._spelled.split(head)):
+            segments.append(self._segment(part, is_target=is_target))
+            is_target = is_target and segments[-1].token_id is None
+        if is_target:
+            raise UnrenderableError("the chat template ends an answer with no control token")
+        parts = filter(None, self._spelled.split(said))
+        return (*segments, *(self._segment(part, is_target=True) for part in parts))
+
+    def _segment(self, part: str, *, is_target: bool) -> Segment:
+        if not self._spelled.fullmatch(part):
+            return Segment("template", part, is_target=is_target)
+        token_id = self._tokenizer.convert_tokens_to_ids(part)
+        assert isinstance(token_id, int)
+        return Segment("control", part, token_id, is_target=is_target)
+
+    def _check_date(self, text: str) -> None:
+        if "strftime_now" not in text:
+            return
+        name = _PLACEHOLDER.format("Date")
+        messages = [{"role": "user", "content": "A"}]
+        written = self._tokenizer.apply_chat_template(messages, tokenize=False, date_string=name)
+        if name not in written:
+            raise ValueError(
+                f"template: the chat template of {self._tokenizer.name_or_path} writes the date of "
+                "the day, so that training and serving would differ; let it take date_string"
+            )
+        logger.info("the chat template writes a date: it is always %s", _DATE)
+
+    def _probe(self) -> tuple[bool, bool, frozenset[int]]:
+        """Return whether it allows and needs a system's message, and what ends its answers."""
+        one, errors = ("user", "assistant"), []
+        works: list[bool] = []
+        for start in ((), ("system",)):
+            try:
+                self._skeleton((*start, *one, *one))
+                self._skeleton((*start, "user"))
+                works.append(True)
+            except UnrenderableError as error:
+                works.append(False)
+                errors.append(str(error))
+        if not any(works):
+            raise ValueError(
+                f"template: the chat template of {self._tokenizer.name_or_path} cannot be used: "
+                f"{errors[0]}; name another template"
+            )
+        ends = {
+            next(segment.token_id for segment in behind if segment.token_id is not None)
+            for speakers, skeleton in self._skeletons.items()
+            for speaker, behind in zip(speakers, skeleton.segments[1:], strict=True)
+            if speaker == "assistant"
+        }
+        if self._controls.eos.token_id not in ends:
+            logger.warning(
+                "the chat template ends answers with %s, and the tokenizer's EOS is %s: serving "
+                "has to stop at the former",
+                sorted(ends),
+                self._controls.eos.token_id,
+            )
+        return works[1], not works[0], frozenset(ends)
+
+
+def _pattern(spelled: frozenset[str]) -> re.Pattern[str]:
+    longest_first = sorted(spelled, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+
+def _match(text: str, texts: tuple[str, ...], contents: list[str]) -> list[str] | None:
+    """Find contents in a rendered text: as they are, or without white space at their ends.
+
+    Returns:
+        The contents as they stand there; None where the text is anything else.
+    """
+    # All ways so far, by where they have come to; the contents as they are come first.
+    ways: dict[int, list[str]] = {len(texts[0]): []} if text.startswith(texts[0]) else {}
+    for content, between in zip(contents, texts[1:], strict=True):
+        candidates = (content, content.strip(), content.rstrip(), content.lstrip())
+        longer: dict[int, list[str]] = {}
+        for place, found in ways.items():
+            for candidate in dict.fromkeys(candidates):
+                if text.startswith(candidate + between, place):
+                    end = place + len(candidate) + len(between)
+                    longer.setdefault(end, [*found, candidate])
+        ways = longer
+    return ways.get(len(text))
