@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from raytune_llama.chat.conversations import Conversation, Defect
 from raytune_llama.chat.encoding import (
@@ -47,7 +47,11 @@ def ids_of_transformers(
     if conversation.system is not None:
         messages.insert(0, {"role": "system", "content": conversation.system})
     last = conversation.turns[-1].role == "user"
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=last)["input_ids"]
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=last)
+    assert isinstance(encoded, BatchEncoding)
+    ids = encoded["input_ids"]
+    assert isinstance(ids, list)
+    return ids
 
 
 def has_control(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> bool:
@@ -116,6 +120,7 @@ def test_target_is_all_that_follows_the_prompt_for_generation(
 
 def test_stop_ids_are_what_ends_answers(byte_level: PreTrainedTokenizerFast) -> None:
     end = byte_level.convert_tokens_to_ids("<|im_end|>")
+    assert isinstance(end, int)
     assert build_template("tokenizer", byte_level).stop_ids == {end}
     assert end != byte_level.eos_token_id
 
@@ -176,7 +181,7 @@ def test_template_that_takes_a_date_always_writes_the_same(
     )
     encoder = build_chat_encoder(with_template(byte_level, dated + CHATML), ChatConfig())
     ids = encoder.encode_prompt(talk("q"))
-    assert byte_level.decode(ids).startswith("26 Jul 2024<s>user")
+    assert str(byte_level.decode(ids)).startswith("26 Jul 2024<s>user")
 
 
 def test_tokenizer_without_template_is_refused(tokenizer_dir: Path) -> None:
