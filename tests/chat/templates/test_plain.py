@@ -94,7 +94,10 @@ def test_form_has_the_ids_of_tokenizers(
 ) -> None:
     engine = Tokenizer.from_str(byte_level.backend_tokenizer.to_str())
     ids = {piece: engine.encode(piece, add_special_tokens=False).ids for piece in PIECES[name]}
-    ids |= {"BOS": [engine.token_to_id("<s>")], "EOS": [engine.token_to_id("</s>")]}
+    for name_of, token in {"BOS": "<s>", "EOS": "</s>"}.items():
+        id_ = engine.token_to_id(token)
+        assert id_ is not None
+        ids[name_of] = [id_]
     check(encode(byte_level, name, talk("fox", "the dog", "", " 日报🙂")), PIECES[name], ids)
 
 
