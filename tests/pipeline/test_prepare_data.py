@@ -33,7 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     num_bytes = 0
     with path.open("w") as file:
         for text in parts:
-            num_bytes += len(text)
+            num_bytes += len(text.encode())
             if num_bytes > 21.5 * 2**20:
                 break
             file.write(text)
