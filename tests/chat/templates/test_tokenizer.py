@@ -125,11 +125,18 @@ def test_stop_ids_are_what_ends_answers(byte_level: PreTrainedTokenizerFast) -> 
     assert end != byte_level.eos_token_id
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (THINKING, "x</think>y"),
+        (CHATML.replace("message['content']", "message['content'] | replace('z', 'y')"), "az"),
+    ],
+)
 def test_content_that_a_template_changes_is_dropped_with_a_reason(
-    byte_level: PreTrainedTokenizerFast,
+    byte_level: PreTrainedTokenizerFast, text: str, answer: str
 ) -> None:
-    encoder = build_chat_encoder(with_template(byte_level, THINKING), ChatConfig())
-    rows = encoder.encode([talk("q", "x</think>y"), talk("q", "a")])
+    encoder = build_chat_encoder(with_template(byte_level, text), ChatConfig())
+    rows = encoder.encode([talk("q", answer), talk("q", "a")])
     assert isinstance(rows[0], Defect)
     assert rows[0].reason == "unrenderable"
     assert isinstance(rows[1], EncodedConversation)
