@@ -129,7 +129,7 @@ def test_stop_ids_are_what_ends_answers(byte_level: PreTrainedTokenizerFast) -> 
     ("text", "answer"),
     [
         (THINKING, "x</think>y"),
-        (CHATML.replace("message['content']", "message['content'] | replace('z', 'y')"), "az"),
+        (CHATML.replace("message['content']", "message['content'] | replace('@', '#')"), "a@"),
     ],
 )
 def test_content_that_a_template_changes_is_dropped_with_a_reason(
@@ -177,6 +177,14 @@ def test_template_whose_contents_cannot_be_found_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=rf"^template: .*({problem})"):
         TokenizerTemplate(with_template(byte_level, text))
+
+
+def test_template_that_changes_plain_contents_is_refused(
+    byte_level: PreTrainedTokenizerFast,
+) -> None:
+    text = CHATML.replace("message['content']", "message['content'] | replace('z', 'y')")
+    with pytest.raises(ValueError, match=r"^template: .* changes its contents"):
+        build_chat_encoder(with_template(byte_level, text), ChatConfig())
 
 
 def test_template_that_takes_a_date_always_writes_the_same(
