@@ -263,7 +263,13 @@ def _are_those_of_transformers(encoder: ChatEncoder, tokenizer: PreTrainedTokeni
         turns = (Turn("user", user), Turn("assistant", answer), Turn("user", "ox"))
         for length in (1, 2, 3):
             system = "a fox" if template.needs_system else None
-            segments = template.render(Conversation(turns[:length], system))
+            try:
+                segments = template.render(Conversation(turns[:length], system))
+            except UnrenderableError as error:
+                raise ValueError(
+                    f"template: the chat template of {tokenizer.name_or_path} can't be used: "
+                    f"{error}; name another template"
+                ) from error
             row = encoder.encode_segments(segments)
             if isinstance(row, Defect):
                 return False

@@ -125,11 +125,18 @@ def test_stop_ids_are_what_ends_answers(byte_level: PreTrainedTokenizerFast) -> 
     assert end != byte_level.eos_token_id
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (THINKING, "x</think>y"),
+        (CHATML.replace("message['content']", "message['content'] | replace('@', '#')"), "a@"),
+    ],
+)
 def test_content_that_a_template_changes_is_dropped_with_a_reason(
-    byte_level: PreTrainedTokenizerFast,
+    byte_level: PreTrainedTokenizerFast, text: str, answer: str
 ) -> None:
-    encoder = build_chat_encoder(with_template(byte_level, THINKING), ChatConfig())
-    rows = encoder.encode([talk("q", "x</think>y"), talk("q", "a")])
+    encoder = build_chat_encoder(with_template(byte_level, text), ChatConfig())
+    rows = encoder.encode([talk("q", answer), talk("q", "a")])
     assert isinstance(rows[0], Defect)
     assert rows[0].reason == "unrenderable"
     assert isinstance(rows[1], EncodedConversation)
@@ -170,6 +177,14 @@ def test_template_whose_contents_cannot_be_found_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=rf"^template: .*({problem})"):
         TokenizerTemplate(with_template(byte_level, text))
+
+
+def test_template_that_changes_plain_contents_is_refused(
+    byte_level: PreTrainedTokenizerFast,
+) -> None:
+    text = CHATML.replace("message['content']", "message['content'] | replace('z', 'y')")
+    with pytest.raises(ValueError, match=r"^template: .* changes its contents"):
+        build_chat_encoder(with_template(byte_level, text), ChatConfig())
 
 
 def test_template_that_takes_a_date_always_writes_the_same(
