@@ -120,6 +120,7 @@ def ray_cluster() -> Iterator[str]:
     import ray
 
     context = ray.init(
+        address="local",  # not what a killed cluster has left behind
         num_cpus=2,
         object_store_memory=200 * 2**20,
         _node_ip_address="127.0.0.1",
