@@ -11,6 +11,7 @@ size.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -50,6 +51,42 @@ def measure(command: list[str]) -> Cost:
     return Cost(seconds, usage.ru_maxrss / 1024)
 
 
+def write_material(folder: Path, *, corpus_bytes: int, sample_mib: int, num_tokens: int) -> str:
+    """Write the corpus, a sample of it, and the job's config; return what the corpus is."""
+    corpus = write_repeated(make_corpus(), folder / "corpus.txt", corpus_bytes)
+    with corpus.path.open("rb") as source:
+        (folder / "sample.txt").write_bytes(source.read(sample_mib << 20))
+    job = {
+        "model": str(write_base(folder / "base")),
+        "target": str(folder / "grown"),
+        "sources": [{"path": str(corpus.path)}],
+        "sample_mib": sample_mib,
+        "training": {"num_tokens": num_tokens},
+    }
+    (folder / "job.yaml").write_text(json.dumps(job))
+    return corpus.describe()
+
+
+def run_rounds(folder: Path, num_tokens: int, num_rounds: int) -> dict[str, list[Cost]]:
+    """Run both sides in turn, and every other round backwards, so that drift hits both alike."""
+    sample, peer, job = (str(folder / name) for name in ("sample.txt", "peer", "job.yaml"))
+    commands = {
+        "ours, the whole job": [sys.executable, str(ROOT / "jobs" / "expand_vocab.py"), job],
+        "SentencePiece alone": [sys.executable, "-c", _PEER, sample, peer, str(num_tokens)],
+    }
+    costs: dict[str, list[Cost]] = {side: [] for side in commands}
+    for number in range(num_rounds):
+        for side in list(commands)[:: 1 if number % 2 == 0 else -1]:
+            shutil.rmtree(folder / "grown", ignore_errors=True)
+            cost = measure(commands[side])
+            costs[side].append(cost)
+            print(
+                f"round {number + 1}: {side}: {cost.seconds:.1f} s, {cost.peak_mib:.0f} MiB",
+                flush=True,
+            )
+    return costs
+
+
 def main() -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description="See the head of this file.")
@@ -63,51 +100,14 @@ def main() -> int:
     num_tokens = 4000 if options.tiny else NUM_TOKENS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        corpus = write_repeated(
-            make_corpus(),
-            folder / "corpus.txt",
-            options.megabytes * 10**6 // (20 if options.tiny else 1),
+        described = write_material(
+            folder,
+            corpus_bytes=options.megabytes * 10**6 // (20 if options.tiny else 1),
+            sample_mib=sample_mib,
+            num_tokens=num_tokens,
         )
-        sample = folder / "sample.txt"
-        with corpus.path.open("rb") as source:
-            sample.write_bytes(source.read(sample_mib << 20))
-        base = write_base(folder / "base")
-        job = folder / "job.yaml"
-        job.write_text(
-            json.dumps(
-                {
-                    "model": str(base),
-                    "target": str(folder / "grown"),
-                    "sources": [{"path": str(corpus.path)}],
-                    "sample_mib": sample_mib,
-                    "training": {"num_tokens": num_tokens},
-                }
-            )
-        )
-        commands = {
-            "ours, the whole job": [
-                sys.executable,
-                str(ROOT / "jobs" / "expand_vocab.py"),
-                str(job),
-            ],
-            "SentencePiece alone": [
-                *(sys.executable, "-c", _PEER, str(sample), str(folder / "peer"), str(num_tokens))
-            ],
-        }
-        print(
-            f"{corpus.describe()}; learned from: {sample_mib} MiB; {num_tokens} pieces", flush=True
-        )
-        costs: dict[str, list[Cost]] = {side: [] for side in commands}
-        for number in range(options.rounds):
-            for side in list(commands)[:: 1 if number % 2 == 0 else -1]:
-                subprocess.run(["rm", "-rf", str(folder / "grown")], check=True)
-                costs[side].append(measure(commands[side]))
-                cost = costs[side][-1]
-                print(
-                    f"round {number + 1}: {side}: {cost.seconds:.1f} s, {cost.peak_mib:.0f} MiB",
-                    flush=True,
-                )
-    ours, peer = costs.values()
+        print(f"{described}; learned from: {sample_mib} MiB; {num_tokens} pieces", flush=True)
+        ours, peer = run_rounds(folder, num_tokens, options.rounds).values()
     for what, place in (("time", 0), ("memory", 1)):
         ratio = statistics.median(a[place] / b[place] for a, b in zip(ours, peer, strict=True))
         print(f"{what}, ours / SentencePiece alone: {ratio:.2f}")

@@ -20,8 +20,8 @@ from pathlib import Path
 from parts.launch import SKIPPED_STEPS, Measurement, read_measurement, run_torchrun_loop
 from parts.material import TINY, Material, Shape, make_material
 
+from raytune_llama.connection import connected
 from raytune_llama.train.channel import Channel
-from raytune_llama.train.cluster import connected
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.trainer import build_trainer
 

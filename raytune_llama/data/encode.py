@@ -140,21 +140,7 @@ def prepare_data(
     encoding = _encoding_inputs(config, tokenizer)
     if (store_dir / MANIFEST_NAME).exists():
         return _reuse(config, encoding, files)
-    # The work directory is named by what all units share: mending one file keeps the others' work.
-    layout = {**encoding, "range_mib": config.range_mib}
-    work = store_dir.with_name(f"{store_dir.name}.partial-{fingerprint_of(layout)[:12]}")
-    _check_free(store_dir, work)
-    plan = EncodePlan(
-        work=work,
-        store=work / "store" if work.is_local else store_dir,
-        files=files,
-        bos_id=encoding["tokenizer"]["bos_id"],
-        eos_id=encoding["tokenizer"]["eos_id"],
-        dtype=token_dtype(encoding["tokenizer"]["vocabulary_size"]),
-        validation_fraction=config.validation_fraction,
-        cleaning=config.cleaning,
-        duplicates_config=config.duplicates,
-    )
+    plan = _plan(config, encoding, files, store_dir)
     units = plan_units(files, config.range_mib * _MIB)
     with _exclusive(plan):
         with ThreadPoolExecutor(max_workers=1) as pool:
@@ -170,6 +156,27 @@ def prepare_data(
             check_counts(manifest, plan, config.validation_fraction, config.max_bad_fraction)
             publish(manifest, seen, plan, store_dir, list(source_names(config.sources)))
     return open_store(config)
+
+
+def _plan(
+    config: DataConfig, encoding: dict[str, Any], files: list[SourceFile], store_dir: Place
+) -> EncodePlan:
+    """Return what all units share; refuse a store directory where other things are."""
+    # The work directory is named by what all units share: mending one file keeps the others' work.
+    layout = {**encoding, "range_mib": config.range_mib}
+    work = store_dir.with_name(f"{store_dir.name}.partial-{fingerprint_of(layout)[:12]}")
+    _check_free(store_dir, work)
+    return EncodePlan(
+        work=work,
+        store=work / "store" if work.is_local else store_dir,
+        files=files,
+        bos_id=encoding["tokenizer"]["bos_id"],
+        eos_id=encoding["tokenizer"]["eos_id"],
+        dtype=token_dtype(encoding["tokenizer"]["vocabulary_size"]),
+        validation_fraction=config.validation_fraction,
+        cleaning=config.cleaning,
+        duplicates_config=config.duplicates,
+    )
 
 
 def _check_free(store_dir: Place, work: Place) -> None:

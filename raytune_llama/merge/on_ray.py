@@ -1,12 +1,12 @@
 """Shards on Ray: a task each. The only module of the merge that knows Ray."""
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayTaskError
+
+from raytune_llama.connection import connected
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ def run_on_ray(run: Callable[[str], T], names: list[str], *, num_workers: int) -
     def call(name: str) -> T:  # Ray takes plain functions alone
         return run(name)
 
-    with _connected():
+    with connected():
         task: Any = ray.remote(num_cpus=1)(call)
         waiting, running, results = list(enumerate(names)), {}, {}
         problem: BaseException | None = None
@@ -46,15 +46,3 @@ def run_on_ray(run: Callable[[str], T], names: list[str], *, num_workers: int) -
         if problem is not None:
             raise problem
         return [results[number] for number in range(len(names))]
-
-
-@contextlib.contextmanager
-def _connected() -> Iterator[None]:
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    try:
-        yield
-    finally:
-        ray.shutdown()

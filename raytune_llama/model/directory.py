@@ -8,7 +8,7 @@ of training nor its partitions touch them.
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -66,6 +66,64 @@ def stored_tables(model: PreTrainedModel, path: Path) -> dict[str, str]:
     return found
 
 
+def write_changed(
+    base: Path,
+    folder: Path,
+    num_rows: Mapping[str, int],
+    change: Callable[[str, Tensor], Tensor],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, str]:
+    """Write a model's weights again, some of them changed; of the others each bit is kept.
+
+    Args:
+        base: the model directory.
+        folder: an existing directory.
+        num_rows: for each weight that changes its new number of rows.
+        change: takes the name and the values of such a weight; returns what is written.
+        max_shard_bytes: largest safetensors file, unless one tensor is larger.
+
+    Returns:
+        The SHA256 of the bytes of each tensor.
+    """
+    weights = open_weights(base, what="model.path")
+    specs = {
+        name: TensorSpec(spec.dtype, (num_rows[name], *spec.shape[1:]))
+        if name in num_rows
+        else spec
+        for name, spec in weights.specs.items()
+    }
+    hashes: dict[str, str] = {}
+    with WeightsWriter(folder, specs, max_shard_bytes=max_shard_bytes) as writer:
+        for name in specs:
+            tensor = weights.read(name)
+            hashes[name] = writer.write(name, change(name, tensor) if name in num_rows else tensor)
+    return hashes
+
+
+def write_settings(
+    base: Path,
+    folder: Path,
+    values: Mapping[str, object],
+    generation: Mapping[str, object] | None = None,
+) -> None:
+    """Write a model's `config.json` and, where it has one, `generation_config.json`.
+
+    Args:
+        base: the model directory.
+        folder: an existing directory.
+        values: what differs in the first file.
+        generation: what differs in the second; without that it is copied.
+    """
+    write_json_atomic(folder / _CONFIG, read_json(base / _CONFIG) | dict(values))
+    if (base / _GENERATION).is_file():
+        if generation:
+            changed = read_json(base / _GENERATION) | dict(generation)
+            write_json_atomic(folder / _GENERATION, changed)
+        else:
+            shutil.copyfile(base / _GENERATION, folder / _GENERATION)
+
+
 def write_with_tables(
     model: PreTrainedModel,
     base: Path,
@@ -97,22 +155,16 @@ def write_with_tables(
     ids = new_ids(base, tokenizer)
     names = {name for table in tables.values() for name in (table, new_rows_name(table))}
     assert trained.keys() <= names, f"not written: {sorted(trained.keys() - names)}"
-    num_rows = 0
-    specs = dict(weights.specs)
-    for name in tables:
-        spec = specs[name]
-        num_rows = max([spec.shape[0], *(id_ + 1 for id_ in pieces)])
-        specs[name] = TensorSpec(spec.dtype, (num_rows, *spec.shape[1:]))
-    with WeightsWriter(folder, specs, max_shard_bytes=MAX_SHARD_BYTES) as writer:
-        for name in specs:
-            if name in tables:
-                table_VD = _grow_table(weights.read(name), pieces)
-                writer.write(name, _with_trained(table_VD, tables[name], trained, ids))
-            else:
-                writer.write(name, weights.read(name))
-    write_json_atomic(folder / _CONFIG, read_json(base / _CONFIG) | {"vocab_size": num_rows})
-    if (base / _GENERATION).is_file():
-        shutil.copyfile(base / _GENERATION, folder / _GENERATION)
+    num_rows = max(
+        [*(weights.specs[name].shape[0] for name in tables), *(id_ + 1 for id_ in pieces)]
+    )
+
+    def change(name: str, old_VD: Tensor) -> Tensor:
+        table_VD = _grow_table(old_VD, pieces)
+        return _with_trained(table_VD, tables[name], trained, ids)
+
+    write_changed(base, folder, dict.fromkeys(tables, num_rows), change)
+    write_settings(base, folder, {"vocab_size": num_rows})
     return {name: float(tensor.norm()) for name, tensor in trained.items()}
 
 

@@ -7,7 +7,6 @@ the model says of them is unchanged.
 """
 
 import logging
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.config import settings
-from raytune_llama.files import read_json, write_json_atomic
-from raytune_llama.model.tensors import TensorSpec, WeightsWriter, open_weights
+from raytune_llama.files import read_json
+from raytune_llama.model.directory import write_changed, write_settings
+from raytune_llama.model.tensors import open_weights
 from raytune_llama.model.tokenizer import load_tokenizer, write_tokenizer
 from raytune_llama.model.vocab import (
     InitialRows,
@@ -98,20 +97,23 @@ def grow_model(model: Path, tokenizer: Path, folder: Path, config: GrowthConfig)
         std=float(values.get("initializer_range", 0.02)),
         seed=config.seed,
     )
-    grown = {EMBEDDING, HEAD} & set(weights.specs)
-    specs = {
-        name: TensorSpec(spec.dtype, (num_rows, *spec.shape[1:])) if name in grown else spec
-        for name, spec in weights.specs.items()
-    }
-    hashes: dict[str, str] = {}
-    with WeightsWriter(folder, specs, max_shard_bytes=config.max_shard_mib << 20) as writer:
-        for name in specs:
-            tensor = weights.read(name)
-            if name in grown:
-                tensor = _grown(tensor, num_old, num_rows)
-                start(tensor)
-            hashes[name] = writer.write(name, tensor)
-    _write_settings(model, folder, values | {"vocab_size": num_rows}, new)
+
+    def change(_: str, old_VD: Tensor) -> Tensor:
+        table_VD = _grown(old_VD, num_old, num_rows)
+        start(table_VD)
+        return table_VD
+
+    hashes = write_changed(
+        model,
+        folder,
+        dict.fromkeys({EMBEDDING, HEAD} & set(weights.specs), num_rows),
+        change,
+        max_shard_bytes=config.max_shard_mib << 20,
+    )
+    pad: dict[str, Any] = {}
+    if new.pad_token is not None:
+        pad["pad_token_id"] = new.pad_token_id
+    write_settings(model, folder, {"vocab_size": num_rows} | pad, pad)
     write_tokenizer(tokenizer, folder)
     logger.info(
         "%s: %d ids become %d, %d rows become %d", model, num_old, num_ids, num_before, num_rows
@@ -125,17 +127,3 @@ def _grown(table_VD: Tensor, num_old: int, num_rows: int) -> Tensor:
     grown_VD[: len(table_VD)] = table_VD
     grown_VD[len(table_VD) :] = table_VD[:num_old].float().mean(dim=0)
     return grown_VD
-
-
-def _write_settings(
-    model: Path, folder: Path, values: dict[str, Any], tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """Write the model's settings, which name the tokenizer's padding if it has one."""
-    pad = {} if tokenizer.pad_token is None else {"pad_token_id": tokenizer.pad_token_id}
-    write_json_atomic(folder / "config.json", values | pad)
-    generation = model / "generation_config.json"
-    if generation.is_file():
-        if pad:
-            write_json_atomic(folder / generation.name, read_json(generation) | pad)
-        else:
-            shutil.copyfile(generation, folder / generation.name)

@@ -30,23 +30,6 @@ def in_submitted_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-@contextlib.contextmanager
-def connected() -> Iterator[None]:
-    """Connect to the cluster that the environment names, or start one here; leave it at the end.
-
-    In a process that is connected already, that connection is used and kept.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    # Workers' output is forwarded by our own channel.
-    ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 def worker_resources(scale: ScaleConfig) -> dict[str, float]:
     """Return what Ray reserves for one worker."""
     gpu = {"GPU": 1.0} if scale.use_gpu else {}

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from raytune_llama.connection import connected
 from raytune_llama.data.encode import prepare_data
 from raytune_llama.data.mixture import log_mixture
 from raytune_llama.data.store import TokenStore
@@ -22,7 +23,6 @@ from raytune_llama.storage import Place
 from raytune_llama.train.channel import Channel, StopRequest, WorkerHandler
 from raytune_llama.train.cluster import (
     check_nodes,
-    connected,
     in_submitted_job,
     wait_for_resources,
     worker_resources,

@@ -1,17 +1,16 @@
 """Tokenizers in the forms that LLaMA-family models come with, and conversations to encode."""
 
-import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-import sentencepiece
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.chat.conversations import Conversation, Role, Turn
 from raytune_llama.model.tokenizer import load_tokenizer
-from tests.model.conftest import NAMES_LLAMA, SENTENCES
+from tests.model.conftest import NAMES_LLAMA
 
 CHATML = (
     "{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] + "
@@ -65,22 +64,9 @@ def byte_level(tokenizer_dir: Path) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+def llama(tmp_path_factory: pytest.TempPathFactory, piece_model: Path) -> PreTrainedTokenizerFast:
     """A tokenizer.model of LLaMA's kind."""
-    written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 4),
-        model_writer=written,
-        vocab_size=360,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-    )
     folder = tmp_path_factory.mktemp("llama")
-    (folder / "tokenizer.model").write_bytes(written.getvalue())
+    shutil.copyfile(piece_model, folder / "tokenizer.model")
     (folder / "tokenizer_config.json").write_text(json.dumps(NAMES_LLAMA))
     return load_tokenizer(folder)
