@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from raytune_llama.config import ConfigError
 from raytune_llama.data.batches import MicroBatch, num_micro_batches, stack_sequences
-from raytune_llama.data.mixture import source_names
+from raytune_llama.data.mixture import MixedSource, source_names
 from raytune_llama.data.order import Sample, apportion
 from raytune_llama.data.packing import JoinedSequences, PackedForm, cut_packed, find_stretches
-from raytune_llama.data.sources import SourceConfig
 from raytune_llama.data.store import TokenSplit
 
 
@@ -49,7 +48,7 @@ class EvaluatedSource:
 
 
 def choose_evaluated(
-    configs: Sequence[SourceConfig],
+    configs: Sequence[MixedSource],
     split: TokenSplit,
     form: PackedForm,
     sequence_tokens: int,

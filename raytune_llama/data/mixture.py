@@ -12,12 +12,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from raytune_llama.config import ConfigError
 from raytune_llama.data.order import block_quotas, block_sequences
 from raytune_llama.data.packing import SequenceForm, SourceSequences, cut_stretch, find_stretches
-from raytune_llama.data.sources import SourceConfig
 from raytune_llama.data.store import TokenSplit
 from raytune_llama.storage import Place
 
@@ -28,6 +27,25 @@ MANY_READINGS = 4.0
 2023, "Scaling Data-Constrained Language Models", arXiv:2305.16264."""
 
 _COMPRESSED = (".gz", ".zst", ".bz2")
+
+
+class MixedSource(Protocol):
+    """What a configured source says of its share."""
+
+    @property
+    def path(self) -> str:
+        """Where its files are."""
+        ...
+
+    @property
+    def weight(self) -> float | None:
+        """Its share of the sequences, relative to the others'."""
+        ...
+
+    @property
+    def name(self) -> str | None:
+        """What it is called; None: as its path."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -42,12 +60,12 @@ class Source:
     """What it gives."""
 
 
-def source_names(sources: Sequence[SourceConfig]) -> tuple[str, ...]:
+def source_names(sources: Sequence[MixedSource]) -> tuple[str, ...]:
     """Return what the sources are called, as configured or by their paths."""
     return tuple(source.name or _name_of(source.path, n) for n, source in enumerate(sources))
 
 
-def check_mixture(sources: Sequence[SourceConfig], total_positions: int | None) -> list[str]:
+def check_mixture(sources: Sequence[MixedSource], total_positions: int | None) -> list[str]:
     """List what is wrong with the sources' names and weights, with field paths.
 
     Args:
@@ -78,7 +96,7 @@ def check_mixture(sources: Sequence[SourceConfig], total_positions: int | None) 
 
 
 def cut_sources(
-    configs: Sequence[SourceConfig],
+    configs: Sequence[MixedSource],
     split: TokenSplit,
     form: SequenceForm,
     sequence_tokens: int,

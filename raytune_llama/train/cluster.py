@@ -17,7 +17,8 @@ from raytune_llama.config import ConfigError
 from raytune_llama.data.encode import open_store
 from raytune_llama.model.llama import check_model_directory
 from raytune_llama.storage import Place
-from raytune_llama.train.config import PretrainConfig, ScaleConfig
+from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.scale import ScaleConfig
 
 logger = logging.getLogger(__name__)
 

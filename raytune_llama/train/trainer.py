@@ -27,7 +27,7 @@ from raytune_llama.train.cluster import (
     wait_for_resources,
     worker_resources,
 )
-from raytune_llama.train.config import PretrainConfig, ScaleConfig
+from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.export import read_result, result_path
 from raytune_llama.train.loop import Outcome, build_evaluation, build_sources, plan_run, train
 from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, read_metrics
@@ -39,6 +39,7 @@ from raytune_llama.train.preflight import (
     resolve_places,
     write_identity,
 )
+from raytune_llama.train.scale import ScaleConfig
 from raytune_llama.train.workers import Workers
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import pytest
 
 from raytune_llama.storage import Place
 from raytune_llama.train.cluster import find_shortage, probe_node, worker_resources
-from raytune_llama.train.config import ScaleConfig
+from raytune_llama.train.scale import ScaleConfig
 from tests.faulty_s3 import FaultyServer
 from tests.train.conftest import MakeConfig
 
