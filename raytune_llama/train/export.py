@@ -20,7 +20,7 @@ from raytune_llama.model.tokenizer import tokenizer_sha256, write_tokenizer
 from raytune_llama.model.vocab import new_ids
 from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import RunState
-from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.engine import Engine
 from raytune_llama.train.untrained import UNTRAINED_ROWS, count_untrained_rows
 from raytune_llama.train.workers import Workers
@@ -29,19 +29,19 @@ from raytune_llama.transfers import publish_place
 logger = logging.getLogger(__name__)
 
 
-def result_path(config: PretrainConfig) -> Place:
+def result_path(config: AnyTrainConfig) -> Place:
     """Return where the result of a run lies once it is finished."""
     return config.run_place / config.result_name
 
 
-def read_result(config: PretrainConfig) -> dict[str, Any] | None:
+def read_result(config: AnyTrainConfig) -> dict[str, Any] | None:
     """Return the manifest of a finished run's result, or None."""
     manifest = result_path(config) / MANIFEST
     return manifest.read_json() if manifest.status() is not None else None
 
 
 def write_result(
-    config: PretrainConfig,
+    config: AnyTrainConfig,
     store: TokenStore,
     engine: Engine,
     state: RunState,
@@ -87,7 +87,7 @@ def write_result(
 
 
 def _write_weights(
-    config: PretrainConfig, engine: Engine, trained: Mapping[str, Tensor], folder: Path
+    config: AnyTrainConfig, engine: Engine, trained: Mapping[str, Tensor], folder: Path
 ) -> dict[str, float]:
     model = engine.module.model
     if isinstance(model, PeftModel):
@@ -111,7 +111,7 @@ def fingerprint_model(path: Path) -> dict[str, str]:
         return dict(zip((file.name for file in files), pool.map(sha256_file, files), strict=True))
 
 
-def fingerprint_adapter(config: PretrainConfig) -> dict[str, str] | None:
+def fingerprint_adapter(config: AnyTrainConfig) -> dict[str, str] | None:
     """Return the SHA256 of the files of the adapter that a run goes on from, or None."""
     if config.adapter is None:
         return None

@@ -24,7 +24,7 @@ from raytune_llama.train.checkpoint import (
     restore,
     save_checkpoint,
 )
-from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.engine import DataParallelEngine, Engine, StepResult
 from raytune_llama.train.export import write_result
 from raytune_llama.train.metrics import EvaluatedText, evaluation_values
@@ -49,21 +49,21 @@ class Outcome:
 class Session:
     """What stays the same from the first step of a start to its last."""
 
-    config: PretrainConfig
+    config: AnyTrainConfig
     store: TokenStore
     plan: BatchPlan
     engine: Engine
     workers: Workers
 
 
-def train(config: PretrainConfig, workers: Workers, stop_requested: Callable[[], bool]) -> Outcome:
+def train(config: AnyTrainConfig, workers: Workers, stop_requested: Callable[[], bool]) -> Outcome:
     """Train from the newest checkpoint to the end of the run; the same call on every worker."""
     session = open_session(config, workers)
     prove(
         session.engine,
         config.engine.precision,
         workers,
-        isolate_documents=config.batch.evaluation_form == "isolated",
+        isolate_documents=config.batch.isolates,
     )
     state = restore(config.run_place, session.engine, workers)
 
@@ -87,14 +87,14 @@ def train(config: PretrainConfig, workers: Workers, stop_requested: Callable[[],
     return Outcome("finished", state.step)
 
 
-def open_session(config: PretrainConfig, workers: Workers) -> Session:
+def open_session(config: AnyTrainConfig, workers: Workers) -> Session:
     """Open the token store and build the engine."""
     store = open_store(config.data)
     plan = plan_run(config, store)
     return Session(config, store, plan, build_engine(config, plan, workers), workers)
 
 
-def plan_run(config: PretrainConfig, store: TokenStore) -> BatchPlan:
+def plan_run(config: AnyTrainConfig, store: TokenStore) -> BatchPlan:
     """Return the order of the whole run, which depends on no worker.
 
     Raises:
@@ -111,10 +111,11 @@ def plan_run(config: PretrainConfig, store: TokenStore) -> BatchPlan:
         weights=weights or None,
         max_steps=config.max_steps,
         num_epochs=config.num_epochs,
+        is_padded=config.batch.form == "padded",
     )
 
 
-def build_sources(config: PretrainConfig, store: TokenStore) -> tuple[Source, ...]:
+def build_sources(config: AnyTrainConfig, store: TokenStore) -> tuple[Source, ...]:
     """Return the sources that the run trains on, cut into sequences."""
     return cut_sources(
         config.data.sources,
@@ -126,14 +127,14 @@ def build_sources(config: PretrainConfig, store: TokenStore) -> tuple[Source, ..
     )
 
 
-def build_evaluation(config: PretrainConfig, store: TokenStore) -> tuple[EvaluatedSource, ...]:
+def build_evaluation(config: AnyTrainConfig, store: TokenStore) -> tuple[EvaluatedSource, ...]:
     """Return what is evaluated of each source with validation text.
 
     Raises:
         ConfigError: `eval.max_sequences` is less than one for each of them.
     """
     return choose_evaluated(
-        config.data.sources,
+        config.data.every_source,
         store.split("validation"),
         config.batch.evaluation_form,
         config.batch.sequence_tokens,
@@ -141,7 +142,7 @@ def build_evaluation(config: PretrainConfig, store: TokenStore) -> tuple[Evaluat
     )
 
 
-def build_engine(config: PretrainConfig, plan: BatchPlan, workers: Workers) -> Engine:
+def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: Workers) -> Engine:
     """Load the base, choose what is trained, and only then place or partition the weights."""
     model = load_model(config.model, config.engine.precision, workers.device)
     if config.engine.gradient_checkpointing:
@@ -152,7 +153,7 @@ def build_engine(config: PretrainConfig, plan: BatchPlan, workers: Workers) -> E
     elif config.adapter is not None:
         module = SummedLoss(load_adapter(model, Path(config.adapter)))
     else:
-        if config.train == "embeddings":
+        if isinstance(config, PretrainConfig) and config.train == "embeddings":
             ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
             train_embeddings(model, config.embeddings, ids)
         module = SummedLoss(model)
@@ -187,10 +188,11 @@ def sum_step(
 ) -> tuple[StepTotal, bool]:
     """Return what the step takes over all workers, and whether any of them is asked to stop."""
     count = len(batch.source_sequences)
-    mine = [*batch.source_sequences, *batch.source_targets, float(stop_requested())]
-    numbers = workers.sum(mine)
-    counts = [round(number) for number in numbers[:-1]]
-    return StepTotal(tuple(counts[:count]), tuple(counts[count:])), numbers[-1] > 0
+    mine = [*batch.source_sequences, *batch.source_targets, batch.num_tokens]
+    numbers = workers.sum([*mine, float(stop_requested())])
+    *counts, num_tokens = [round(number) for number in numbers[:-1]]
+    total = StepTotal(tuple(counts[:count]), tuple(counts[count:]), num_tokens)
+    return total, numbers[-1] > 0
 
 
 def take_step(session: Session, batch: StepBatch, num_targets: int) -> tuple[StepResult, float]:
@@ -268,7 +270,7 @@ def save(session: Session, state: RunState, report: Report) -> None:
         delete_old_checkpoints(run_dir, session.config.checkpoint, state, session.workers)
 
 
-def wants_checkpoint(state: RunState, config: PretrainConfig, num_steps: int) -> bool:
+def wants_checkpoint(state: RunState, config: AnyTrainConfig, num_steps: int) -> bool:
     """Whether a step is saved: at the interval, the last, and where evaluation was never better."""
     is_best = config.checkpoint.keep_best and state.best_step == state.step
     return is_best or is_due(state.step, config.checkpoint.every_steps, num_steps)

@@ -35,7 +35,7 @@ from raytune_llama.model.vocab import (
 )
 from raytune_llama.storage import Place
 from raytune_llama.train.cluster import in_submitted_job
-from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.deepspeed_engine import deepspeed_config
 from raytune_llama.train.loop import build_sources, plan_run
 from raytune_llama.train.memory import (
@@ -102,7 +102,7 @@ class DiskPlan:
 class Plan:
     """What a run will take."""
 
-    config: PretrainConfig
+    config: AnyTrainConfig
     """Of the run, as it was written."""
 
     has_weights: bool
@@ -127,7 +127,7 @@ class Plan:
     """Disk."""
 
 
-def build_plan(config: PretrainConfig) -> Plan:
+def build_plan(config: AnyTrainConfig) -> Plan:
     """Plan a run; nothing is written.
 
     Raises:
@@ -155,10 +155,10 @@ def build_plan(config: PretrainConfig) -> Plan:
     )
 
 
-def build_model(config: PretrainConfig, skeleton: PreTrainedModel) -> PreTrainedModel | PeftModel:
+def build_model(config: AnyTrainConfig, skeleton: PreTrainedModel) -> PreTrainedModel | PeftModel:
     """Give a model without weights the adapter that the run trains, or freeze what it does not."""
     with META:
-        if config.train == "embeddings":
+        if isinstance(config, PretrainConfig) and config.train == "embeddings":
             ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
             train_embeddings(skeleton, config.embeddings, ids)
         if config.lora is not None:
@@ -173,7 +173,7 @@ def build_model(config: PretrainConfig, skeleton: PreTrainedModel) -> PreTrained
 
 
 def plan_memory(
-    config: PretrainConfig,
+    config: AnyTrainConfig,
     model: PreTrainedModel | PeftModel,
     *,
     gradient_checkpointing: bool | None = None,
@@ -200,7 +200,7 @@ def plan_memory(
         SummedLoss(model).to(DTYPES[engine.precision]),
         micro_batch_sequences=batch.micro_batch_sequences,
         sequence_tokens=batch.sequence_tokens,
-        isolate_documents=batch.evaluation_form == "isolated",
+        isolate_documents=batch.isolates,
         gradient_checkpointing=engine.gradient_checkpointing
         if gradient_checkpointing is None
         else gradient_checkpointing,
@@ -220,7 +220,7 @@ def plan_memory(
     return tuple(estimate_memory(model, trace, settings, stage) for stage in stages)
 
 
-def _num_micro_batches(config: PretrainConfig) -> int:
+def _num_micro_batches(config: AnyTrainConfig) -> int:
     return num_micro_batches(
         config.batch.sequences_per_step,
         config.batch.micro_batch_sequences,
@@ -228,7 +228,7 @@ def _num_micro_batches(config: PretrainConfig) -> int:
     )
 
 
-def plan_steps(config: PretrainConfig, store: TokenStore | None) -> StepPlan:
+def plan_steps(config: AnyTrainConfig, store: TokenStore | None) -> StepPlan:
     """Count steps and tokens; epochs and, where they decide, steps need the token store."""
     batch = config.batch
     count = _num_micro_batches(config)
@@ -251,7 +251,7 @@ def plan_steps(config: PretrainConfig, store: TokenStore | None) -> StepPlan:
 
 
 def plan_disk(
-    config: PretrainConfig, model: PreTrainedModel | PeftModel, store: TokenStore | None
+    config: AnyTrainConfig, model: PreTrainedModel | PeftModel, store: TokenStore | None
 ) -> DiskPlan:
     """Estimate what the run writes.
 
@@ -259,7 +259,7 @@ def plan_disk(
     precision.
     """
     counts = count_parameters(model)
-    if config.train == "embeddings":
+    if isinstance(config, PretrainConfig) and config.train == "embeddings":
         # The base's files with other tables, in its own precision; new rows stand beside the table.
         rows = counts.trained if config.embeddings.new_rows_only else 0
         dtype = getattr(model.config, "dtype", None) or torch.float32
@@ -279,7 +279,7 @@ def plan_disk(
     )
 
 
-def _existing_store(config: PretrainConfig) -> TokenStore | None:
+def _existing_store(config: AnyTrainConfig) -> TokenStore | None:
     place = Place.parse(config.data.store_dir, "data.store_dir")
     return open_store(config.data) if (place / MANIFEST_NAME).exists() else None
 
@@ -289,11 +289,14 @@ def _store_bytes(store: TokenStore) -> int:
     return sum(shard.file_bytes for split in splits for shard in split.shards)
 
 
-def _estimate_store(config: PretrainConfig) -> int | None:
+def _estimate_store(config: AnyTrainConfig) -> int | None:
     """Estimate a store from the sources' bytes, with the tokens of a sample of the corpus.
 
-    As if all bytes were text. Compressed and Parquet files do not show how much they hold.
+    As if all bytes were text. Compressed and Parquet files do not show how much they hold, and
+    files of conversations are much besides them.
     """
+    if not isinstance(config, PretrainConfig):
+        return None
     files = discover_files(config.data.sources)
     if any(f.options.compression != "none" or f.options.format == "parquet" for f in files):
         return None
