@@ -177,6 +177,9 @@ class SftConfig(TrainConfig):
     batch: ChatBatchConfig = ChatBatchConfig()
     """Sequences and steps."""
 
+    allow_other_template: Annotated[bool, PLACEMENT] = False
+    """Tune with another template than the model or the adapter was tuned with before."""
+
     def _check_kind(self) -> list[str]:
         problems = self._check_trained(self.train, "every weight")
         longest = self.data.chat.max_tokens

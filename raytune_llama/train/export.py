@@ -14,6 +14,7 @@ from raytune_llama.config import to_dict
 from raytune_llama.data.store import TokenStore
 from raytune_llama.files import MANIFEST, sha256_file, write_json_atomic
 from raytune_llama.model.directory import write_with_tables
+from raytune_llama.model.lineage import CHAT
 from raytune_llama.model.llama import DTYPES, causal_lm
 from raytune_llama.model.lora import write_adapter
 from raytune_llama.model.tokenizer import tokenizer_sha256, write_tokenizer
@@ -75,6 +76,7 @@ def write_result(
             "adapter": fingerprint_adapter(config),
             "tokenizer_sha256": tokenizer_sha256(tokenizer),
             "store": store.fingerprint,
+            CHAT: store.manifest.inputs.get(CHAT),
             "mixture": mixture,
             "num_trained": sum(tensor.numel() for tensor in trained.values()),
             "tensor_norms": norms,

@@ -1,5 +1,6 @@
 """What every worker does, step by step. Reads top to bottom; start at `train`."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +31,11 @@ from raytune_llama.train.export import write_result
 from raytune_llama.train.metrics import EvaluatedText, evaluation_values
 from raytune_llama.train.proofs import prove
 from raytune_llama.train.report import Report
+from raytune_llama.train.scale import EvalConfig
 from raytune_llama.train.schedule import rate_factor
 from raytune_llama.train.workers import Workers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ def train(config: AnyTrainConfig, workers: Workers, stop_requested: Callable[[],
         if state.step == 0:
             state = evaluate(session, state, report)
         for batch in report.timed(read_batches(session, state.step)):
+            if has_stalled(config.eval, state):
+                break
             total, stop = sum_step(batch, stop_requested, workers)
             if stop:
                 save(session, state, report)
@@ -82,9 +88,10 @@ def train(config: AnyTrainConfig, workers: Workers, stop_requested: Callable[[],
             if wants_checkpoint(state, config, session.plan.num_steps):
                 save(session, state, report)
 
+    last, state = state, choose_result(session, state)
     mixture = sum_up_mixture(session, state)
     write_result(config, session.store, session.engine, state, workers, mixture=mixture)
-    return Outcome("finished", state.step)
+    return Outcome("finished", last.step)
 
 
 def open_session(config: AnyTrainConfig, workers: Workers) -> Session:
@@ -274,6 +281,25 @@ def wants_checkpoint(state: RunState, config: AnyTrainConfig, num_steps: int) ->
     """Whether a step is saved: at the interval, the last, and where evaluation was never better."""
     is_best = config.checkpoint.keep_best and state.best_step == state.step
     return is_best or is_due(state.step, config.checkpoint.every_steps, num_steps)
+
+
+def has_stalled(config: EvalConfig, state: RunState) -> bool:
+    """Whether the loss was no lower for so many evaluations that the run ends early."""
+    if config.patience is None or config.every_steps is None or state.best_loss is None:
+        return False
+    return state.step - state.best_step >= config.patience * config.every_steps
+
+
+def choose_result(session: Session, state: RunState) -> RunState:
+    """Load the best step's weights where they are to be the result; return their state."""
+    config, workers = session.config, session.workers
+    is_last = state.best_loss is None or state.best_step == state.step
+    if config.checkpoint.result == "last" or is_last:
+        return state
+    if state.best_step == 0:
+        logger.warning("no step was better than none: the result is that of the last one")
+        return state
+    return restore(config.run_place, session.engine, workers, step=state.best_step)
 
 
 def is_due(step: int, every_steps: int | None, num_steps: int) -> bool:

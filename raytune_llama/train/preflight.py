@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
+from raytune_llama.chat.templates.choice import build_template
 from raytune_llama.config import (
     ConfigError,
     differences,
@@ -19,7 +20,7 @@ from raytune_llama.config import (
 from raytune_llama.data.encode import check_data
 from raytune_llama.model.directory import stored_tables
 from raytune_llama.model.embeddings import check_embeddings
-from raytune_llama.model.lineage import check_adapter_tokenizer
+from raytune_llama.model.lineage import check_adapter_tokenizer, recorded_chat
 from raytune_llama.model.llama import (
     check_model_directory,
     check_model_settings,
@@ -32,10 +33,10 @@ from raytune_llama.model.lora import (
     check_adapter_fits,
     check_adapter_targets,
 )
-from raytune_llama.model.tokenizer import tokenizer_sha256
+from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
 from raytune_llama.model.vocab import VocabularyFit, check_vocabulary, num_embedding_rows
 from raytune_llama.storage import Place, check_place, local_path
-from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
+from raytune_llama.train.config import AnyTrainConfig, PretrainConfig, SftConfig
 from raytune_llama.train.export import fingerprint_adapter, fingerprint_model
 from raytune_llama.train.untrained import count_untrained_rows
 from raytune_llama.yaml12 import parse_mapping
@@ -110,7 +111,7 @@ def check_run(config: AnyTrainConfig) -> None:
     Raises:
         ConfigError: with every problem found.
     """
-    problems = _check_model(config) + _check_adapter(config)
+    problems = _check_model(config) + _check_adapter(config) + _check_template(config)
     problems += check_data(config.encoded_data, Path(config.model.tokenizer_path))
     problems += _check_run_dir(config)
     if problems:
@@ -133,6 +134,28 @@ def _check_model(config: AnyTrainConfig) -> list[str]:
     if config.lora is not None:
         problems += check_adapter_targets(model, config.lora)
     return problems + _check_vocabulary(config, model)
+
+
+def _check_template(config: AnyTrainConfig) -> list[str]:
+    """Refuse to tune with another template than the model was tuned with, unless told."""
+    if not isinstance(config, SftConfig) or config.allow_other_template:
+        return []
+    found = recorded_chat([Path(path) for path in (config.model.path, config.adapter) if path])
+    if found is None:
+        return []
+    directory, chat = found
+    try:
+        tokenizer = load_tokenizer(Path(config.model.tokenizer_path))
+        template = build_template(config.data.chat.template, tokenizer)
+    except (ValueError, OSError):
+        return []  # which the check of the data tells
+    if template.sha256 == chat["template_sha256"]:
+        return []
+    return [
+        f"data.chat.template: got {template.name}, but {directory} was tuned with "
+        f"{chat['template']} (SHA256 {chat['template_sha256'][:16]}, this one "
+        f"{template.sha256[:16]}); use that one, or set allow_other_template=true"
+    ]
 
 
 def _check_adapter(config: AnyTrainConfig) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from raytune_llama.config import ConfigError
 from raytune_llama.connection import connected
 from raytune_llama.data.encode import prepare_data
 from raytune_llama.data.mixture import log_mixture
@@ -110,7 +111,19 @@ def run_training(config: AnyTrainConfig) -> Summary:
 def _check_plan(config: AnyTrainConfig, store: TokenStore) -> None:
     """Refuse a store that the run can't be trained or evaluated on; log what it will see of it."""
     plan = plan_run(config, store)
-    build_evaluation(config, store)
+    if not build_evaluation(config, store):
+        needing = {
+            "eval.patience": config.eval.patience is not None,
+            "checkpoint.result": config.checkpoint.result == "best",
+        }
+        problems = [
+            f"{field}: nothing is evaluated, since the store has no validation split; set "
+            "data.validation_fraction, or leave the field out"
+            for field, is_set in needing.items()
+            if is_set
+        ]
+        if problems:
+            raise ConfigError(problems)
     log_mixture(build_sources(config, store), plan.order.shares, plan.total_positions)
 
 
