@@ -64,9 +64,10 @@ def make_talks(count: int, seed: int) -> list[Conversation]:
     ]
 
 
-def write_chat_store(
-    folder: Path, tokenizer_dir: Path
-) -> dict[SplitName, list[EncodedConversation]]:
+Written = dict[SplitName, list[EncodedConversation]]
+
+
+def write_chat_store(folder: Path, tokenizer_dir: Path) -> Written:
     """Write a store of conversations without Ray; return what is in it."""
     encoder = build_chat_encoder(load_tokenizer(tokenizer_dir), CHAT)
     written: Written = {}
