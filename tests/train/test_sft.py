@@ -38,8 +38,7 @@ from raytune_llama.train.metrics import (
     LOSS,
     TARGET_TOKENS,
 )
-from raytune_llama.train.preflight import check_run
-from tests.train.conftest import WORDS, curve, run_here
+from tests.train.conftest import WORDS, curve, problems_of, run_here
 
 MakeSft = Callable[..., SftConfig]
 CHAT = ChatConfig(template="belle", max_tokens=64)
@@ -229,14 +228,6 @@ def test_result_loads_with_peft_and_names_the_template(
     merged = tmp_path / "merged"
     merge_adapters(MergeConfig(base=str(model_dir), adapters=(str(result),), target=str(merged)))
     assert read_json(merged / MANIFEST)["chat"] == chat
-
-
-def problems_of(config: SftConfig) -> list[str]:
-    try:
-        check_run(config)
-    except ConfigError as error:
-        return error.problems
-    return []
 
 
 def test_another_template_than_the_adapters_is_refused_unless_told(make_sft: MakeSft) -> None:
