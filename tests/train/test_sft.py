@@ -71,10 +71,9 @@ def write_chat_store(folder: Path, tokenizer_dir: Path) -> Written:
     encoder = build_chat_encoder(load_tokenizer(tokenizer_dir), CHAT)
     written: Written = {}
     splits: dict[SplitName, SplitManifest] = {}
-    for split, talks in (
-        ("train", make_talks(NUM_TRAINED, 0)),
-        ("validation", make_talks(6, 1)),
-    ):
+    sizes: dict[SplitName, int] = {"train": NUM_TRAINED, "validation": 6}
+    for split, count in sizes.items():
+        talks = make_talks(count, seed=count)
         rows = [row for row in encoder.encode(talks) if isinstance(row, EncodedConversation)]
         assert len(rows) == len(talks)
         path = folder / f"{split}-00000.arrow"
