@@ -27,10 +27,12 @@ from raytune_llama.train.checkpoint import (
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engine import DataParallelEngine, Engine, StepResult
 from raytune_llama.train.export import write_result
+from raytune_llama.train.fsdp_engine import FullyShardedEngine
 from raytune_llama.train.metrics import EvaluatedText, evaluation_values
 from raytune_llama.train.proofs import prove
 from raytune_llama.train.report import Report
 from raytune_llama.train.schedule import rate_factor
+from raytune_llama.train.untrained import modules_to_save
 from raytune_llama.train.workers import Workers
 
 
@@ -143,7 +145,12 @@ def build_evaluation(config: PretrainConfig, store: TokenStore) -> tuple[Evaluat
 
 def build_engine(config: PretrainConfig, plan: BatchPlan, workers: Workers) -> Engine:
     """Load the base, choose what is trained, and only then place or partition the weights."""
-    model = load_model(config.model, config.engine.precision, workers.device)
+    model = load_model(
+        config.model,
+        config.engine.precision,
+        workers.device,
+        modules_to_save=modules_to_save(config),
+    )
     if config.engine.gradient_checkpointing:
         # The reentrant kind needs an input that wants a gradient: frozen embeddings give none.
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -156,8 +163,10 @@ def build_engine(config: PretrainConfig, plan: BatchPlan, workers: Workers) -> E
             ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
             train_embeddings(model, config.embeddings, ids)
         module = SummedLoss(model)
-    if config.engine.zero_stage == 0:
+    if config.engine.strategy == "ddp":
         return DataParallelEngine(module, config.engine.precision, config.optim, workers)
+    if config.engine.strategy == "fsdp":
+        return FullyShardedEngine(module, config.engine, config.optim, workers)
     from raytune_llama.train.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(
