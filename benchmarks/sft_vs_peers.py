@@ -112,7 +112,7 @@ class Material:
             "schedule": {"kind": "cosine", "warmup_ratio": 0.0},
             "max_steps": num_steps,
             "seed": SEED,
-            "engine": {"precision": "fp32", "zero_stage": 0},
+            "engine": {"precision": "fp32", "strategy": "ddp"},
             "scale": {"num_workers": shape.num_workers, "cpus_per_worker": 1, "max_failures": 0},
             "checkpoint": {"every_steps": 10**9, "keep_best": False},
             "eval": {"every_steps": None},

@@ -88,6 +88,8 @@ class Material:
     def config(self, run_dir: Path, *, zero_stage: int, num_steps: int) -> PretrainConfig:
         """Return the config of a run of our loop; nothing is saved or evaluated before its end.
 
+        Stage 0 is our own data parallelism, `engine.strategy: ddp`.
+
         No warm-up: transformers and we count its steps from 0 and from 1. No dropout: the two
         draw it from different seeds. Both are in the adapter and here, for both sides.
         """
@@ -107,7 +109,11 @@ class Material:
             "schedule": {"kind": "cosine", "warmup_ratio": 0.0},
             "max_steps": num_steps,
             "seed": SEED,
-            "engine": {"precision": "fp32", "zero_stage": zero_stage},
+            "engine": {
+                "precision": "fp32",
+                "strategy": "deepspeed" if zero_stage else "ddp",
+                "zero_stage": zero_stage or None,
+            },
             "scale": {"num_workers": shape.num_workers, "cpus_per_worker": 1, "max_failures": 0},
             "checkpoint": {"every_steps": 10**9, "keep_best": False},
             "eval": {"every_steps": None},

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,11 +11,13 @@ import torch
 from peft import PeftModel
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from raytune_llama.config import PLACEMENT, settings
 from raytune_llama.model.embeddings import projection_weight
-from raytune_llama.model.loss import summed_cross_entropy
+from raytune_llama.model.loss import IGNORE, summed_cross_entropy
+from raytune_llama.model.quantization import Quantization
 from raytune_llama.model.tensors import SAFETENSORS, SAFETENSORS_INDEX, SafetensorsFile
 from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.model.vocab import grow_embeddings, has_tokenizer
@@ -49,6 +52,12 @@ class ModelConfig:
     attention: Annotated[Literal["auto", "sdpa", "flash_attention_2"], PLACEMENT] = "auto"
     """Attention kernel; auto: FlashAttention 2 where it is installed, on CUDA in half precision,
     and PyTorch's SDPA elsewhere, or a model's own code where it has no other."""
+
+    quantization: Quantization | None = None
+    """How the base's linear layers are held, frozen, below an adapter: `int8`, a byte a weight with
+    a scale a row; `nf4`, half a byte, the scales quantised too (arXiv:2305.14314); null: in
+    `engine.precision`. Computing is in `engine.precision` in any case. Needs the extra
+    `quantized`, `train: lora` and `engine.strategy: ddp`; the result fits the base as it is."""
 
     allow_untrained_rows: bool = False
     """Go on although new rows of the embeddings would stay as they were initialised."""
@@ -142,12 +151,19 @@ def choose_attention(wanted: str, precision: Precision, device: torch.device) ->
     return "flash_attention_2" if wanted != "sdpa" and installed and fits else "sdpa"
 
 
-def load_model(config: ModelConfig, precision: Precision, device: torch.device) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig,
+    precision: Precision,
+    device: torch.device,
+    *,
+    modules_to_save: Sequence[str] = (),
+) -> PreTrainedModel:
     """Load the base on the CPU, its embeddings grown to the tokenizer, caching off.
 
-    Weights stored in the wanted precision stay mapped from their file, so that the workers of a
-    node share one copy until the engine moves or partitions them; others are converted, one copy
-    a worker.
+    Quantised layers are on the run's device at once, without `modules_to_save`. Other weights that
+    are stored in the wanted precision stay mapped from their file, so that the workers of a node
+    share one copy until the engine moves or partitions them; the rest is converted, one copy a
+    worker.
     """
     attention = choose_attention(config.attention, precision, device)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -165,6 +181,10 @@ def load_model(config: ModelConfig, precision: Precision, device: torch.device) 
     if config.tokenizer is not None and has_tokenizer(Path(config.path)):
         old, new = load_tokenizer(Path(config.path)), load_tokenizer(Path(config.tokenizer))
         grow_embeddings(model, old, new)
+    if config.quantization is not None:
+        from raytune_llama.model.quantized_layers import quantize_base
+
+        quantize_base(model, config.quantization, modules_to_save, device)
     return model
 
 
@@ -173,6 +193,13 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that a causal LM repeats; empty where its decoder keeps them in no list."""
+    decoder = causal_lm(model).get_decoder()
+    lists = [each for each in decoder.children() if isinstance(each, nn.ModuleList)]
+    return [layer for each in lists for layer in each]
 
 
 class SummedLoss(nn.Module):
@@ -201,6 +228,17 @@ class SummedLoss(nn.Module):
         ).last_hidden_state
         weight_VD = projection_weight(lm)
         return summed_cross_entropy(hidden_BTD.flatten(0, 1), weight_VD, labels_BT.flatten())
+
+    def loss_from_logits(self, ids_BT: Tensor, positions_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """Return the same loss from the model's own logits, all held together: to check by."""
+        lm = causal_lm(self.model)
+        logits_BTV = lm(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
+        return cross_entropy(
+            logits_BTV.flatten(0, 1).float(),
+            labels_BT.flatten(),
+            ignore_index=IGNORE,
+            reduction="sum",
+        )
 
 
 def check_output_projection(model: PreTrainedModel) -> list[str]:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole tensors by parameter name, whatever the workers and the ZeRO stage.
+"""Checkpoints of a run: whole tensors by parameter name, whatever the workers and the strategy.
 
 A checkpoint is a directory `step-00000100/` with safetensors shards, each holding `weight`,
 `exp_avg` and `exp_avg_sq` of some parameters, and a `manifest.json`, which lists every tensor and

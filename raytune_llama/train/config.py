@@ -14,9 +14,10 @@ from raytune_llama.model.lora import LoraConfig
 from raytune_llama.storage import Place
 from raytune_llama.train.batching import BatchConfig, ChatBatchConfig, TextBatchConfig
 from raytune_llama.train.checkpoint import CheckpointConfig
-from raytune_llama.train.engine import EngineConfig, OptimConfig
+from raytune_llama.train.engine import OptimConfig
 from raytune_llama.train.scale import EvalConfig, LoggingConfig, ScaleConfig
 from raytune_llama.train.schedule import ScheduleConfig
+from raytune_llama.train.strategy import EngineConfig
 
 
 @settings
@@ -56,7 +57,7 @@ class TrainConfig:
     """Decides the adapter's start, the order of the sequences and dropout."""
 
     engine: EngineConfig = EngineConfig()
-    """Precision, ZeRO, memory."""
+    """Precision, strategy, memory."""
 
     scale: Annotated[ScaleConfig, PLACEMENT] = ScaleConfig()
     """Workers and resources."""
@@ -71,7 +72,7 @@ class TrainConfig:
     """Progress."""
 
     plan: Annotated[bool, PLACEMENT] = False
-    """Print parameters, memory by ZeRO stage, steps and disk of the run, and start nothing; the
+    """Print parameters, memory by strategy, steps and disk of the run, and start nothing; the
     model's weights need not be there."""
 
     @model_validator(mode="after")
@@ -80,10 +81,17 @@ class TrainConfig:
         if (self.max_steps is None) == (self.num_epochs is None):
             problems.append("max_steps: set either max_steps or num_epochs, and the other to null")
         problems += self._check_kind()
-        on_cpu_with_zero = not self.scale.use_gpu and self.engine.zero_stage > 0
+        kind, strategy = self.model.quantization, self.engine.strategy
+        if kind is not None and strategy != "ddp":
+            problems.append(
+                f"model.quantization: got {kind}, but engine.strategy is {strategy}, which would "
+                "cut packed weights to pieces; set engine.strategy=ddp, or model.quantization=null"
+            )
+        on_cpu_with_zero = not self.scale.use_gpu and self.engine.strategy == "deepspeed"
         if self.engine.precision == "fp16" and on_cpu_with_zero:
             problems.append(
-                "engine.precision: DeepSpeed has no fp16 on CPUs; use bf16, fp32 or zero_stage=0"
+                "engine.precision: got fp16, which DeepSpeed does not have on CPUs; use bf16 or "
+                "fp32, or engine.strategy=ddp or fsdp"
             )
         if problems:
             raise ConfigError(problems)
@@ -93,14 +101,22 @@ class TrainConfig:
         return []
 
     def _check_trained(self, train: str, whole: str) -> list[str]:
+        problems: list[str] = []
+        if train != "lora" and self.model.quantization is not None:
+            problems.append(
+                f"model.quantization: got {self.model.quantization}, but train is {train}, and "
+                "quantised weights are frozen; set train=lora, or model.quantization=null"
+            )
         if train != "lora" and (self.lora is not None or self.adapter is not None):
-            return [f"train: {train} trains {whole}; set lora and adapter to null, or use lora"]
+            problems.append(
+                f"train: {train} trains {whole}; set lora and adapter to null, or use lora"
+            )
         if train == "lora" and (self.lora is None) == (self.adapter is None):
-            return [
+            problems.append(
                 "lora: set lora for a new adapter, or adapter to go on from one with its own "
                 "settings, and the other to null"
-            ]
-        return []
+            )
+        return problems
 
     def _check_steps(self, batch: BatchConfig, sources: Sequence[MixedSource]) -> list[str]:
         total = self.max_steps and self.max_steps * batch.sequences_per_step

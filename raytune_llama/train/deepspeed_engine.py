@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from raytune_llama.data.batches import MicroBatch
 from raytune_llama.model.llama import DTYPES, SummedLoss
 from raytune_llama.train.engine import (
-    EngineConfig,
     OptimConfig,
     ParameterState,
     StepResult,
@@ -25,7 +23,8 @@ from raytune_llama.train.engine import (
     to_device,
     trained_parameters,
 )
-from raytune_llama.train.workers import Workers
+from raytune_llama.train.strategy import EngineConfig
+from raytune_llama.train.workers import Workers, ensure_process_group
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ def deepspeed_config(
     Raises:
         ValueError: a further key contradicts one of our fields.
     """
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    zero: dict[str, Any] = {"stage": engine.zero}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if engine.offload_parameters:
@@ -59,7 +58,7 @@ def deepspeed_config(
         # Its progress line; ours says more.
         "steps_per_print": 2**31,
     }
-    if engine.zero_stage == 1 and engine.precision == "bf16":
+    if engine.zero == 1 and engine.precision == "bf16":
         # DeepSpeed then picks another optimizer wrapper, which ignores the rest of this JSON.
         del ours["data_types"]
     return _merged(ours, engine.deepspeed, "engine.deepspeed")
@@ -186,7 +185,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def _set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set what the forward pass reads; the masters are apart from it."""
-        if self._config.zero_stage < 3:
+        if self._config.zero < 3:
             parameter.copy_(value)
             return
         with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -202,7 +201,7 @@ class DeepSpeedEngine:
         )
 
         value = value.to(self._workers.device)
-        if self._config.zero_stage < 3:
+        if self._config.zero < 3:
             if moment is None:
                 safe_set_full_fp32_param(parameter, value)
             else:
@@ -259,9 +258,6 @@ def _import_deepspeed(device: torch.device) -> Any:  # noqa: ANN401  # the modul
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    ensure_process_group(device)
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed

@@ -1,4 +1,4 @@
-"""What moves the weights: one small protocol, and plain data parallelism behind it.
+"""What moves the weights: one small protocol, and plain data parallelism (`ddp`) behind it.
 
 An engine owns the module, its optimizer and the exchange of gradients. All it does is defined on
 sums over the whole step, so that results do not depend on how a step is cut into micro-batches
@@ -9,14 +9,14 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from raytune_llama.config import PLACEMENT, ConfigError, settings
+from raytune_llama.config import settings
 from raytune_llama.data.batches import MicroBatch
 from raytune_llama.model.llama import DTYPES, Precision, SummedLoss
 from raytune_llama.train.workers import Workers
@@ -48,47 +48,6 @@ class OptimConfig:
 
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this global L2 norm; null: never."""
-
-
-@settings
-class EngineConfig:
-    """How a step is computed and spread over the workers."""
-
-    precision: Precision = "bf16"
-    """Of frozen weights and of computing. Trained weights have float32 masters in any case."""
-
-    zero_stage: Annotated[Literal[0, 1, 2, 3], PLACEMENT] = 2
-    """What DeepSpeed ZeRO partitions: 1 optimizer state, 2 and gradients, 3 and weights. 0: every
-    worker holds everything, gradients are summed once a step, DeepSpeed is not used."""
-
-    offload_optimizer: Annotated[bool, PLACEMENT] = False
-    """Keep the optimizer state in host memory (ZeRO 1 to 3)."""
-
-    offload_parameters: Annotated[bool, PLACEMENT] = False
-    """Keep partitioned weights in host memory (ZeRO 3)."""
-
-    gradient_checkpointing: Annotated[bool, PLACEMENT] = False
-    """Recompute each layer's activations in the backward pass: less memory, about a third more
-    computing."""
-
-    deepspeed: Annotated[dict[str, Any], PLACEMENT] = Field(default_factory=dict)
-    """Further keys of DeepSpeed's JSON; one that contradicts a field here is refused."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "EngineConfig":
-        problems = [
-            f"{field}: zero_stage 0 does not use DeepSpeed; set zero_stage"
-            for field in ("offload_optimizer", "deepspeed")
-            if self.zero_stage == 0 and getattr(self, field)
-        ]
-        if self.offload_parameters and self.zero_stage != 3:
-            problems.append(
-                "offload_parameters: only zero_stage 3 partitions weights, got "
-                f"{self.zero_stage}; set zero_stage=3"
-            )
-        if problems:
-            raise ConfigError(problems)
-        return self
 
 
 @dataclass(frozen=True)
@@ -240,24 +199,32 @@ class DataParallelEngine:
     def __init__(
         self, module: SummedLoss, precision: Precision, optim: OptimConfig, workers: Workers
     ) -> None:
-        with precise_buffers(module, workers.device):
-            self.module = module.to(workers.device, DTYPES[precision])
-        self.module.train()
+        self.module = module
         self._workers = workers
+        self._place(precision)
+        self.module.train()
         self._max_grad_norm = optim.max_grad_norm or float("inf")
         named = trained_parameters(module)
         self._names = [name for name, _ in named]
         self._weights = [weight for _, weight in named]
-        self._masters = [
-            weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
-            for weight in self._weights
-        ]
+        self._masters = [self._master_of(weight) for weight in self._weights]
         masters = list(zip(self._names, self._masters, strict=True))
         self._optimizer = build_optimizer(parameter_groups(masters, optim), optim)
         self._scaler = torch.amp.GradScaler(
             workers.device.type, enabled=DTYPES[precision] == torch.float16
         )
         self._num_applied = 0
+
+    def _place(self, precision: Precision) -> None:
+        """Bring the weights to where they are computed with."""
+        with precise_buffers(self.module, self._workers.device):
+            self.module.to(self._workers.device, DTYPES[precision])
+
+    def _master_of(self, weight: nn.Parameter) -> nn.Parameter:
+        """Return what the optimizer changes: float32, on this worker."""
+        if weight.dtype == torch.float32:
+            return weight
+        return nn.Parameter(weight.detach().float())
 
     def train_step(
         self,
@@ -277,7 +244,7 @@ class DataParallelEngine:
         self._sum_gradients()
         scale = self._scaler.get_scale()
         self._scaler.unscale_(self._optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self._masters, self._max_grad_norm))
+        norm = self._clip_gradients()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         was_applied = not self._scaler.is_enabled() or norm < float("inf")
@@ -315,6 +282,10 @@ class DataParallelEngine:
         if bucket:
             _all_reduce(bucket)
 
+    def _clip_gradients(self) -> float:
+        """Scale the step's gradients down to the largest norm allowed; return theirs before."""
+        return float(nn.utils.clip_grad_norm_(self._masters, self._max_grad_norm))
+
     @torch.no_grad()
     def _write_weights(self) -> None:
         for weight, master in zip(self._weights, self._masters, strict=True):
@@ -327,25 +298,33 @@ class DataParallelEngine:
 
     def trainable_state(self) -> Iterator[tuple[str, ParameterState]]:
         """Yield the state of every trained parameter; see `Engine`."""
-        for name, master in zip(self._names, self._masters, strict=True):
-            weight = master.detach().cpu()
+        for name, weight, master in zip(self._names, self._weights, self._masters, strict=True):
             moments = self._optimizer.state.get(master) or {}
-            averages = [
-                moments[key].cpu() if moments else torch.zeros_like(weight)
+            parts = [master.detach()]
+            parts += [
+                moments[key] if moments else torch.zeros_like(master)
                 for key in ("exp_avg", "exp_avg_sq")
             ]
-            yield name, ParameterState(weight, *averages)
+            yield name, ParameterState(*(self._whole(part, weight) for part in parts))
+
+    def _whole(self, part: Tensor, weight: nn.Parameter) -> Tensor:  # noqa: ARG002  # for others
+        """Return all of a tensor of which this worker holds what it holds of a weight; a copy."""
+        return part.cpu()
+
+    def _part(self, whole: Tensor, weight: nn.Parameter) -> Tensor:  # noqa: ARG002  # for others
+        """Return what this worker holds of a whole tensor."""
+        return whole
 
     @torch.no_grad()
     def load_trainable_state(self, read: Callable[[str], ParameterState]) -> None:
         """Set the state of every trained parameter; see `Engine`."""
-        for name, master in zip(self._names, self._masters, strict=True):
+        for name, weight, master in zip(self._names, self._weights, self._masters, strict=True):
             state = read(name)
-            master.copy_(state.weight)
+            master.copy_(self._part(state.weight, weight))
             self._optimizer.state[master] = {
                 "step": torch.tensor(0.0, device=master.device),
-                "exp_avg": state.exp_avg.to(master.device, copy=True),
-                "exp_avg_sq": state.exp_avg_sq.to(master.device, copy=True),
+                "exp_avg": self._part(state.exp_avg, weight).to(master.device, copy=True),
+                "exp_avg_sq": self._part(state.exp_avg_sq, weight).to(master.device, copy=True),
             }
         self._write_weights()
 

@@ -73,6 +73,8 @@ def write_result(
             "step": state.step,
             "tokens": state.tokens,
             "base": fingerprint_model(base),
+            # What it was trained above; it is merged into the base as it is.
+            "base_quantization": config.model.quantization,
             "adapter": fingerprint_adapter(config),
             "tokenizer_sha256": tokenizer_sha256(tokenizer),
             "store": store.fingerprint,

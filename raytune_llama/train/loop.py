@@ -28,11 +28,13 @@ from raytune_llama.train.checkpoint import (
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.engine import DataParallelEngine, Engine, StepResult
 from raytune_llama.train.export import write_result
+from raytune_llama.train.fsdp_engine import FullyShardedEngine
 from raytune_llama.train.metrics import EvaluatedText, evaluation_values
 from raytune_llama.train.proofs import prove
 from raytune_llama.train.report import Report
 from raytune_llama.train.scale import EvalConfig
 from raytune_llama.train.schedule import rate_factor
+from raytune_llama.train.untrained import modules_to_save
 from raytune_llama.train.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -151,7 +153,12 @@ def build_evaluation(config: AnyTrainConfig, store: TokenStore) -> tuple[Evaluat
 
 def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: Workers) -> Engine:
     """Load the base, choose what is trained, and only then place or partition the weights."""
-    model = load_model(config.model, config.engine.precision, workers.device)
+    model = load_model(
+        config.model,
+        config.engine.precision,
+        workers.device,
+        modules_to_save=modules_to_save(config),
+    )
     if config.engine.gradient_checkpointing:
         # The reentrant kind needs an input that wants a gradient: frozen embeddings give none.
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -164,8 +171,10 @@ def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: Workers) -> E
             ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
             train_embeddings(model, config.embeddings, ids)
         module = SummedLoss(model)
-    if config.engine.zero_stage == 0:
+    if config.engine.strategy == "ddp":
         return DataParallelEngine(module, config.engine.precision, config.optim, workers)
+    if config.engine.strategy == "fsdp":
+        return FullyShardedEngine(module, config.engine, config.optim, workers)
     from raytune_llama.train.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(
@@ -285,7 +294,7 @@ def wants_checkpoint(state: RunState, config: AnyTrainConfig, num_steps: int) ->
 
 def has_stalled(config: EvalConfig, state: RunState) -> bool:
     """Whether the loss was no lower for so many evaluations that the run ends early."""
-    if config.patience is None or config.every_steps is None or state.best_loss is None:
+    if config.patience is None or config.every_steps is None or state.best_step is None:
         return False
     return state.step - state.best_step >= config.patience * config.every_steps
 
@@ -293,7 +302,7 @@ def has_stalled(config: EvalConfig, state: RunState) -> bool:
 def choose_result(session: Session, state: RunState) -> RunState:
     """Load the best step's weights where they are to be the result; return their state."""
     config, workers = session.config, session.workers
-    is_last = state.best_loss is None or state.best_step == state.step
+    is_last = state.best_step in (None, state.step)
     if config.checkpoint.result == "last" or is_last:
         return state
     if state.best_step == 0:

@@ -1,4 +1,4 @@
-"""What a worker holds in memory, by ZeRO stage: the sums behind `plan=true`.
+"""What a worker holds in memory, by layout: the sums behind `plan=true`.
 
 The pass of a micro-batch is traced (`tracing.py`), what an engine does with weights and gradients
 is in `schemes.py`, and here they are put on one line of time.
@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from raytune_llama.train.schemes import Scheme, Sizes, WorkerSettings, is_original, scheme_of
+from raytune_llama.train.schemes import (
+    FLOAT_BYTES,
+    Scheme,
+    Sizes,
+    WorkerSettings,
+    is_original,
+    scheme_of,
+)
+from raytune_llama.train.strategy import Layout
 from raytune_llama.train.tracing import MicroBatchTrace
 
 
@@ -43,14 +51,15 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
 class WorkerMemory:
     """Bytes of the worker that holds most. The parts are not all there at a time."""
 
-    zero_stage: int
-    """Of ZeRO, 0 to 3."""
+    layout: Layout
+    """Of weights, gradients and optimizer state."""
 
     weights: int
-    """In the run's precision: all of them, or this worker's part."""
+    """In the run's precision or quantised: all of them, or this worker's part."""
 
     gathered: int
-    """Weights of other workers' parts that are there while they are used (ZeRO 3)."""
+    """Weights that are there while they are used: of other workers' parts (ZeRO 3, fsdp), or made
+    of quantised ones."""
 
     optimizer: int
     """AdamW's two moments and the float32 masters, where they are no weights themselves."""
@@ -75,7 +84,7 @@ class WorkerMemory:
 
 
 def estimate_memory(
-    model: nn.Module, trace: MicroBatchTrace, settings: WorkerSettings, zero_stage: int
+    model: nn.Module, trace: MicroBatchTrace, settings: WorkerSettings, layout: Layout
 ) -> WorkerMemory:
     """Add up what one worker holds.
 
@@ -83,11 +92,11 @@ def estimate_memory(
         model: wrapped by its adapter, with or without weights.
         trace: of a micro-batch on this model.
         settings: of the run.
-        zero_stage: 0 to 3.
+        layout: of the engine.
     """
     sizes = Sizes.of(model, settings.num_workers)
-    scheme = scheme_of(zero_stage, sizes, settings)
-    weights, gathered, coming = _weights(sizes, settings, zero_stage)
+    scheme = scheme_of(layout, sizes, settings)
+    weights, gathered, coming = _weights(sizes, settings, layout)
     base = weights + scheme.optimizer + scheme.constant
     base += scheme.gradients if scheme.gradients_stay else 0
     forward = coming + trace.decoder_peak_bytes
@@ -97,21 +106,24 @@ def estimate_memory(
         passes = max(passes, scheme.held + max(forward, later))
     step = scheme.step if scheme.gradients_stay else scheme.gradients + scheme.step
     offloaded = 0
-    if settings.on_gpu and zero_stage and settings.offload_optimizer:
+    if settings.on_gpu and layout.startswith("ZeRO") and settings.offload_optimizer:
         offloaded += scheme.optimizer
-    if settings.on_gpu and zero_stage == 3 and settings.offload_parameters:
+    if settings.on_gpu and layout == "ZeRO 3" and settings.offload_parameters:
         offloaded += weights
+    if settings.on_gpu and layout == "fsdp" and settings.offload_parameters:
+        offloaded += weights + scheme.optimizer + scheme.gradients
     filled = min(sizes.trained, settings.zero_size("reduce_bucket_size"))
     bucket = scheme.bucket * (
         settings.zero_size("reduce_bucket_size") if settings.on_gpu else filled
     )
     return WorkerMemory(
-        zero_stage=zero_stage,
+        layout=layout,
         weights=weights,
         gathered=gathered + coming,
         optimizer=scheme.optimizer,
         gradients=scheme.gradients,
-        buffers=scheme.constant + max(bucket + scheme.exchange(filled), scheme.step),
+        buffers=scheme.constant
+        + max(bucket + scheme.passing + scheme.exchange(filled), scheme.step),
         activations=trace.activation_bytes,
         loss=trace.loss_bytes,
         peak=base + max(gathered + passes, step) - offloaded,
@@ -143,10 +155,10 @@ def _walk(
     full = capacity if settings.on_gpu else filled
     beside = kept * done + scheme.bucket * full
     last = scheme.exchange(min(waiting, capacity)) + room
-    return max(peak, trace.rest_peak_bytes + beside, beside + last)
+    return scheme.passing + max(peak, trace.rest_peak_bytes + beside, beside + last)
 
 
-def _weights(sizes: Sizes, settings: WorkerSettings, zero_stage: int) -> tuple[int, int, int]:
+def _weights(sizes: Sizes, settings: WorkerSettings, layout: Layout) -> tuple[int, int, int]:
     """Return the bytes of weights that a worker holds, has gathered, and that are on their way.
 
     ZeRO 3 cuts every parameter into W pieces and keeps small ones whole too. What is gathered is
@@ -156,7 +168,12 @@ def _weights(sizes: Sizes, settings: WorkerSettings, zero_stage: int) -> tuple[i
     nothing comes any more; else something comes all the time. One worker has nothing to gather.
     """
     number = settings.number_bytes
-    if zero_stage < 3 or sizes.num_workers == 1:
+    if layout == "fsdp":
+        return _sharded_weights(sizes, number)
+    if settings.quantized is not None:
+        held = number * (sum(sizes.resident) - settings.quantized.numel)
+        return held + settings.quantized.held_bytes, number * settings.quantized.largest, 0
+    if layout != "ZeRO 3" or sizes.num_workers == 1:
         return number * sum(sizes.resident), 0, 0
     threshold = settings.zero_size("stage3_param_persistence_threshold")
     whole = sum(size for size in sizes.resident if size <= threshold)
@@ -167,3 +184,15 @@ def _weights(sizes: Sizes, settings: WorkerSettings, zero_stage: int) -> tuple[i
     if gathered > most:
         return number * (pieces + whole), number * (most + coming), 0
     return number * (pieces + whole), number * gathered, number * coming
+
+
+def _sharded_weights(sizes: Sizes, number: int) -> tuple[int, int, int]:
+    """Return the same for fsdp, where trained weights are float32 and nothing else comes.
+
+    Whole are the weights outside of layers, the layer in use, and the next one, twice: what comes
+    is copied out of one buffer.
+    """
+    trained = sizes.shared_out
+    pieces = sum(sizes.piece(size) for size in sizes.resident)
+    held = number * (pieces - trained) + FLOAT_BYTES * trained
+    return held, number * (sizes.outside.whole + 3 * sizes.layer.whole), 0

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import peft
 import torch
@@ -26,6 +27,7 @@ from raytune_llama.data.workers import read_sample
 from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import DTYPES, SummedLoss, has_weights, load_skeleton
 from raytune_llama.model.lora import attach_adapter
+from raytune_llama.model.quantization import quantized_bytes, quantized_linears
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.model.vocab import (
     VocabularyFit,
@@ -45,8 +47,10 @@ from raytune_llama.train.memory import (
     estimate_memory,
 )
 from raytune_llama.train.preflight import check_identity, check_run, resolve_places
-from raytune_llama.train.schemes import WorkerSettings
+from raytune_llama.train.schemes import QuantizedWeights, WorkerSettings
+from raytune_llama.train.strategy import Layout
 from raytune_llama.train.tracing import META, trace_micro_batch
+from raytune_llama.train.untrained import modules_to_save
 
 CHECKPOINT_BYTES = 3 * 4
 """Of each trained number: weight and AdamW's two moments, in float32."""
@@ -115,7 +119,7 @@ class Plan:
     """Of the model with its adapter, its vocabulary grown."""
 
     memory: tuple[WorkerMemory, ...]
-    """Of a worker, by ZeRO stage, as configured else."""
+    """Of a worker, by layout, as configured else."""
 
     memory_toggled: tuple[WorkerMemory, ...]
     """The same with `engine.gradient_checkpointing` the other way."""
@@ -178,7 +182,7 @@ def plan_memory(
     *,
     gradient_checkpointing: bool | None = None,
 ) -> tuple[WorkerMemory, ...]:
-    """Estimate a worker's memory for each ZeRO stage that the run's device and precision allow.
+    """Estimate a worker's memory for each layout that the run's device and settings allow.
 
     Args:
         config: of the run.
@@ -214,10 +218,33 @@ def plan_memory(
         offload_optimizer=engine.offload_optimizer,
         offload_parameters=engine.offload_parameters,
         zero=json["zero_optimization"],
+        quantized=_measure_quantized(config),
     )
-    is_plain_only = engine.precision == "fp16" and not scale.use_gpu
-    stages = (0,) if is_plain_only else (0, 1, 2, 3)
-    return tuple(estimate_memory(model, trace, settings, stage) for stage in stages)
+    return tuple(
+        estimate_memory(model, trace, settings, layout) for layout in _possible_layouts(config)
+    )
+
+
+def _possible_layouts(config: AnyTrainConfig) -> tuple[Layout, ...]:
+    if config.model.quantization is not None:
+        return ("ddp",)
+    if config.engine.precision == "fp16" and not config.scale.use_gpu:
+        return ("ddp", "fsdp")
+    return get_args(Layout)
+
+
+def _measure_quantized(config: AnyTrainConfig) -> QuantizedWeights | None:
+    kind = config.model.quantization
+    if kind is None:
+        return None
+    skeleton = load_skeleton(Path(config.model.path))
+    layers = quantized_linears(skeleton, modules_to_save(config))
+    shapes = [layer.weight.shape for _, layer in layers]
+    return QuantizedWeights(
+        numel=sum(shape.numel() for shape in shapes),
+        held_bytes=sum(quantized_bytes(kind, shape) for shape in shapes),
+        largest=max(shape.numel() for shape in shapes),
+    )
 
 
 def _num_micro_batches(config: AnyTrainConfig) -> int:

@@ -64,14 +64,16 @@ def _store_text(disk: DiskPlan) -> str:
 
 def _memory_table(plan: Plan) -> Iterator[str]:
     engine, scale = plan.config.engine, plan.config.scale
-    stages = [memory.zero_stage for memory in plan.memory]
-    heads = [f"ZeRO {n}{'*' if n == engine.zero_stage else ''}" for n in stages]
+    layouts = [memory.layout for memory in plan.memory]
+    heads = [f"{layout}{'*' if layout == engine.layout else ''}" for layout in layouts]
     where = "a GPU" if scale.use_gpu else "a CPU"
-    title = f"GiB of a worker on {where}, {engine.precision}"
+    kind = plan.config.model.quantization
+    base = f", {kind} base" if kind else ""
+    title = f"GiB of a worker on {where}, {engine.precision}{base}"
     yield _row(title, heads)
     parts = {
         "weights": "weights",
-        "weights gathered from others": "gathered",
+        "weights whole while used": "gathered",
         "optimizer state": "optimizer",
         "gradients": "gradients",
         "buffers for gradients": "buffers",

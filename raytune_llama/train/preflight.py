@@ -25,6 +25,7 @@ from raytune_llama.model.llama import (
     check_model_directory,
     check_model_settings,
     check_output_projection,
+    decoder_layers,
     has_weights,
     load_skeleton,
 )
@@ -33,12 +34,13 @@ from raytune_llama.model.lora import (
     check_adapter_fits,
     check_adapter_targets,
 )
+from raytune_llama.model.quantization import check_quantization
 from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
 from raytune_llama.model.vocab import VocabularyFit, check_vocabulary, num_embedding_rows
 from raytune_llama.storage import Place, check_place, local_path
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig, SftConfig
 from raytune_llama.train.export import fingerprint_adapter, fingerprint_model
-from raytune_llama.train.untrained import count_untrained_rows
+from raytune_llama.train.untrained import count_untrained_rows, modules_to_save
 from raytune_llama.yaml12 import parse_mapping
 
 logger = logging.getLogger(__name__)
@@ -133,6 +135,14 @@ def _check_model(config: AnyTrainConfig) -> list[str]:
     problems = check_output_projection(model)
     if config.lora is not None:
         problems += check_adapter_targets(model, config.lora)
+    if config.engine.strategy == "fsdp" and not decoder_layers(model):
+        problems.append(
+            f"engine.strategy: got fsdp, but {type(model).__name__} keeps its layers in no list, "
+            "so they cannot be sharded one by one; set engine.strategy=deepspeed or ddp"
+        )
+    if config.model.quantization is not None:
+        keep = modules_to_save(config)
+        problems += check_quantization(model, config.model.quantization, keep)
     return problems + _check_vocabulary(config, model)
 
 

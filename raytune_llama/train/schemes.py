@@ -1,19 +1,21 @@
 """How each engine lays out weights, gradients and optimizer state, in bytes of a worker.
 
-`engine.py` is stage 0. For the others the names of methods are those of DeepSpeed 0.19.8, in
-`runtime/zero/stage_1_and_2.py` and `stage3.py`, with the settings of `deepspeed_config`.
+`ddp` is `engine.py`, `fsdp` is `torch/distributed/fsdp/_fully_shard` of PyTorch 2.13. For ZeRO the
+names of methods are those of DeepSpeed 0.19.8, in `runtime/zero/stage_1_and_2.py` and `stage3.py`,
+with the settings of `deepspeed_config`.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from raytune_llama.model.llama import DTYPES, Precision
+from raytune_llama.model.llama import DTYPES, Precision, decoder_layers
 from raytune_llama.train.engine import BUCKET_NUMEL
+from raytune_llama.train.strategy import Layout
 
 FLOAT_BYTES = 4
 DOUBLE_BYTES = 8
@@ -33,6 +35,20 @@ def is_original(name: str) -> bool:
 
 
 @dataclass(frozen=True)
+class QuantizedWeights:
+    """What a quantised base saves and costs."""
+
+    numel: int
+    """Numbers of the weights that are quantised."""
+
+    held_bytes: int
+    """That they take."""
+
+    largest: int
+    """Numbers of the largest, which is made whole while it is used."""
+
+
+@dataclass(frozen=True)
 class WorkerSettings:
     """What decides a worker's memory, beside the model."""
 
@@ -49,13 +65,16 @@ class WorkerSettings:
     """Of a worker in a step."""
 
     offload_optimizer: bool
-    """Keep masters and moments in host memory (ZeRO 1 to 3)."""
+    """Keep masters and moments in host memory (ZeRO)."""
 
     offload_parameters: bool
-    """Keep partitioned weights in host memory (ZeRO 3)."""
+    """Keep partitioned weights in host memory (ZeRO 3), with all that belongs to them (fsdp)."""
 
     zero: Mapping[str, Any]
     """DeepSpeed's settings of ZeRO that are not its defaults."""
+
+    quantized: QuantizedWeights | None = None
+    """Of the base; None where it is in the run's precision."""
 
     @property
     def number_bytes(self) -> int:
@@ -98,11 +117,30 @@ class Scheme:
     first: int = 0
     """Room for gradients that the first exchange of a step makes."""
 
+    passing: int = 0
+    """Gradients on their way, in the backward pass, wherever it is."""
+
     bucket: int = 0
     """Of each number that waits in a bucket to be exchanged; 0 without one."""
 
     exchange: Callable[[int], int] = lambda _: 0
     """Beside the bucket, while so many numbers are exchanged."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Numbers of parameters that FSDP makes whole together."""
+
+    whole: int
+    """All of them."""
+    trained: int
+    """That get gradients."""
+
+    @classmethod
+    def of(cls, parameters: Iterable[nn.Parameter]) -> "Unit":
+        """Add up parameters."""
+        sizes = [(p.numel(), p.requires_grad) for p in parameters]
+        return cls(sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained))
 
 
 @dataclass(frozen=True)
@@ -117,6 +155,10 @@ class Sizes:
     """The same without the originals of saved modules, which no forward pass reads."""
     groups: tuple[tuple[int, ...], ...]
     """Of trained parameters: matrices and vectors, which the optimizer treats apart."""
+    outside: Unit
+    """What is in no layer of the decoder."""
+    layer: Unit
+    """Its largest layer."""
 
     @classmethod
     def of(cls, model: nn.Module, num_workers: int) -> "Sizes":
@@ -128,8 +170,13 @@ class Sizes:
             tuple(p.numel() for p in trained if p.ndim >= 2),
             tuple(p.numel() for p in trained if p.ndim < 2),
         )
+        layers = decoder_layers(model)
+        inside = {parameter for layer in layers for parameter in layer.parameters()}
+        units = [Unit.of(layer.parameters()) for layer in layers]
         return cls(
             num_workers=num_workers,
+            outside=Unit.of(p for p in model.parameters() if p not in inside),
+            layer=max(units, key=lambda unit: unit.whole, default=Unit(0, 0)),
             resident=tuple({p: p.numel() for _, p in named}.values()),
             used=tuple(used.values()),
             groups=tuple(group for group in groups if group),
@@ -177,14 +224,20 @@ class Sizes:
         return math.ceil(size / self.num_workers)
 
 
-def scheme_of(zero_stage: int, sizes: "Sizes", settings: WorkerSettings) -> Scheme:
-    """Return the scheme of a ZeRO stage, 0 to 3."""
-    make = {0: _plain, 1: _zero_1, 2: _zero_2, 3: _zero_3}[zero_stage]
-    return make(sizes, settings)
+def scheme_of(layout: Layout, sizes: "Sizes", settings: WorkerSettings) -> Scheme:
+    """Return the scheme of a layout."""
+    makers: dict[Layout, Callable[[Sizes, WorkerSettings], Scheme]] = {
+        "ddp": _plain,
+        "ZeRO 1": _zero_1,
+        "ZeRO 2": _zero_2,
+        "ZeRO 3": _zero_3,
+        "fsdp": _fully_sharded,
+    }
+    return makers[layout](sizes, settings)
 
 
 def _plain(sizes: Sizes, settings: WorkerSettings) -> Scheme:
-    """Stage 0, `DataParallelEngine`: weights, float32 masters and gradients whole on each worker.
+    """`DataParallelEngine`: weights, float32 masters and gradients whole on each worker.
 
     In float32 the weights are their own masters, and micro-batches add up in their gradients.
     Half-precision gradients are added to the masters' after each micro-batch, one by one.
@@ -313,4 +366,21 @@ def _zero_3(sizes: Sizes, settings: WorkerSettings) -> Scheme:
         constant=FLOAT_BYTES * bucket,
         step=max(DOUBLE_BYTES * sizes.piece(sizes.largest), part),
         exchange=lambda count: copies * FLOAT_BYTES * count,
+    )
+
+
+def _fully_sharded(sizes: Sizes, settings: WorkerSettings) -> Scheme:
+    """`FullyShardedEngine`: float32 parts are their own masters, and so are their gradients.
+
+    Gradients of a layer are copied together in float32 to be summed (`foreach_reduce`) as soon as
+    it is done; those outside of layers wait for the end of the backward pass.
+    """
+    part = FLOAT_BYTES * sizes.shared_out
+    number, layer, outside = settings.number_bytes, sizes.layer.trained, sizes.outside.trained
+    return Scheme(
+        optimizer=2 * part,
+        gradients=part,
+        gradients_stay=True,
+        passing=number * outside + (number + FLOAT_BYTES) * layer,
+        exchange=lambda _: FLOAT_BYTES * outside,
     )

@@ -48,14 +48,15 @@ def _untrained_tables(config: AnyTrainConfig, model: PreTrainedModel) -> list[st
     elif isinstance(config, PretrainConfig) and config.train == "embeddings":
         trained = list(trained_layers(model, config.embeddings))
     else:
-        endings = _modules_to_save(config)
+        endings = modules_to_save(config)
         trained = [name for name in layers if any(f".{name}".endswith(f".{e}") for e in endings)]
         if trained and is_tied(model):
             return []
     return sorted(name.rpartition(".")[2] for name in layers if name not in trained)
 
 
-def _modules_to_save(config: AnyTrainConfig) -> tuple[str, ...]:
+def modules_to_save(config: AnyTrainConfig) -> tuple[str, ...]:
+    """Return the name endings of the modules that a run trains whole, beside an adapter."""
     if config.lora is not None:
         return config.lora.modules_to_save
     if config.adapter is None or check_adapter_directory(Path(config.adapter)):

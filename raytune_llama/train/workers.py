@@ -10,6 +10,14 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
+def ensure_process_group(device: torch.device) -> None:
+    """Make a process group of this process alone where there is none."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+
+
 @dataclass(frozen=True)
 class Workers:
     """This worker's place in the group, and the small collectives that the loop needs."""

@@ -182,7 +182,7 @@ def make_config(tmp_path: Path, model_dir: Path, store_dir: Path) -> MakeConfig:
             "lora": {"rank": 4, "dropout": 0.1, "modules_to_save": ["embed_tokens"]},
             "batch": {"sequence_tokens": 24, "sequences_per_step": 4, "micro_batch_sequences": 2},
             "optim": {"learning_rate": 0.01},
-            "engine": {"precision": "fp32", "zero_stage": 0},
+            "engine": {"precision": "fp32", "strategy": "ddp"},
             "checkpoint": {"every_steps": 2},
             "eval": {"every_steps": 3, "max_sequences": 8},
             "logging": {"tensorboard": False},
@@ -225,9 +225,11 @@ def fields_of(problems: list[str]) -> list[str]:
 
 
 def stage_fields(stage: int) -> dict[str, Any]:
-    """Return the fields of a ZeRO stage."""
+    """Return the fields of a ZeRO stage; 0: of plain data parallelism."""
+    if stage == 0:
+        return {"engine__strategy": "ddp"}
     extra = {"engine__deepspeed": PARTITION_ALL} if stage == 3 else {}
-    return {"engine__zero_stage": stage, **extra}
+    return {"engine__strategy": "deepspeed", "engine__zero_stage": stage, **extra}
 
 
 def curve(config: AnyTrainConfig, name: str = LOSS) -> list[float]:
@@ -279,7 +281,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, store_dir: P
             "lora": {"rank": 4, "dropout": 0.1},
             "batch": {"sequence_tokens": 24, "sequences_per_step": 2},
             "optim": {"learning_rate": 0.01},
-            "engine": {"precision": "fp32", "zero_stage": 0},
+            "engine": {"precision": "fp32", "strategy": "ddp"},
             "checkpoint": {"every_steps": 2, "keep_last": 2, "keep_best": False},
             "logging": {"tensorboard": False},
             "max_steps": 6,

@@ -24,7 +24,8 @@ from raytune_llama.model.llama import SummedLoss
 from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.deepspeed_engine import DeepSpeedEngine
-from raytune_llama.train.engine import DataParallelEngine
+from raytune_llama.train.engine import DataParallelEngine, Engine
+from raytune_llama.train.fsdp_engine import FullyShardedEngine
 from raytune_llama.train.loop import build_engine
 from raytune_llama.train.workers import Workers
 
@@ -98,8 +99,11 @@ def warm_up(config: PretrainConfig, batch: MicroBatch, workers: Workers) -> None
     model = LlamaForCausalLM(tiny)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     module = SummedLoss(attach_adapter(model, LoraConfig(), seed=1))
-    if config.engine.zero_stage == 0:
+    engine: Engine
+    if config.engine.strategy == "ddp":
         engine = DataParallelEngine(module, config.engine.precision, config.optim, workers)
+    elif config.engine.strategy == "fsdp":
+        engine = FullyShardedEngine(module, config.engine, config.optim, workers)
     else:
         engine = DeepSpeedEngine(
             module,

@@ -20,6 +20,7 @@ from raytune_llama.train.memory import WorkerMemory, count_parameters
 from raytune_llama.train.plan import build_model, build_plan, plan_memory
 from raytune_llama.train.plan_text import render_plan
 from raytune_llama.train.schemes import ZERO_DEFAULTS
+from raytune_llama.train.strategy import Layout
 from tests.train.conftest import MakeConfig, run_here
 from tests.train.memory_probe import ROOT, measure
 
@@ -155,7 +156,7 @@ def test_build_plan_lists_all_mistakes(make_plan: MakeConfig) -> None:
 
 def test_build_plan_of_contradicting_deepspeed_keys_is_refused(make_plan: MakeConfig) -> None:
     keys = {"gradient_clipping": 5.0}
-    config = make_plan(engine__zero_stage=2, engine__deepspeed=keys)
+    config = make_plan(engine={"zero_stage": 2, "deepspeed": keys})
     with pytest.raises(ConfigError, match=r"engine\.deepspeed\.gradient_clipping"):
         build_plan(config)
 
@@ -205,7 +206,7 @@ def test_job_with_plan_prints_exits_0_and_leaves_nothing(
     command = [sys.executable, "jobs/pretrain.py", str(tmp_path / "job.yaml"), "plan=true"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "ZeRO 0*" in done.stdout
+    assert "ddp*" in done.stdout
     assert "Ray" not in done.stderr
     assert not Path(config.run_dir).exists()
 
@@ -277,7 +278,7 @@ def measure_config(path: Path, tmp_path: Path, **fields: Any) -> PretrainConfig:
         "data": {"sources": [{"path": "corpus.txt"}], "store_dir": str(tmp_path / "store")},
         "lora": {"rank": 8, "modules_to_save": list(TABLES)},
         "batch": {"sequence_tokens": 64, "sequences_per_step": 4, "micro_batch_sequences": 1},
-        "engine": {"precision": "fp32", "zero_stage": 0},
+        "engine": {"precision": "fp32", "strategy": "ddp"},
         "max_steps": 3,
     }
     return from_dict(PretrainConfig, values | fields)
@@ -286,8 +287,8 @@ def measure_config(path: Path, tmp_path: Path, **fields: Any) -> PretrainConfig:
 def assert_measured(config: PretrainConfig, tmp_path: Path) -> None:
     """Compare a plan's peak with what the worker that holds most was seen to hold."""
     model = build_model(config, load_skeleton(Path(config.model.path)))
-    planned = {memory.zero_stage: memory for memory in plan_memory(config, model)}
-    memory = planned[config.engine.zero_stage]
+    planned = {memory.layout: memory for memory in plan_memory(config, model)}
+    memory = planned[config.engine.layout]
     measured = max(worker["peak"] for worker in measure(config, tmp_path / "probe"))
     assert memory.peak == pytest.approx(measured, rel=WITHIN)
 
@@ -298,18 +299,36 @@ def test_plan_memory_of_lora_is_what_a_worker_holds(wide_model_dir: Path, tmp_pa
 
 FULL = {"train": "full", "lora": None}
 TWO = {"num_workers": 2}
+LAYOUTS: dict[Layout, dict[str, Any]] = {
+    "ddp": {"strategy": "ddp"},
+    "ZeRO 1": {"zero_stage": 1},
+    "ZeRO 2": {"zero_stage": 2},
+    "ZeRO 3": {"zero_stage": 3},
+    "fsdp": {"strategy": "fsdp"},
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("train", ["lora", "full"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_plan_memory_of_two_workers_is_what_they_hold(
-    wide_model_dir: Path, tmp_path: Path, stage: int, precision: str, train: str
+    wide_model_dir: Path, tmp_path: Path, layout: Layout, precision: str, train: str
 ) -> None:
     fields: dict[str, Any] = FULL if train == "full" else {}
-    engine = {"precision": precision, "zero_stage": stage}
+    engine = {"precision": precision, **LAYOUTS[layout]}
     config = measure_config(wide_model_dir, tmp_path, scale=TWO, engine=engine, **fields)
+    assert_measured(config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_plan_memory_of_a_quantised_base_is_what_a_worker_holds(
+    wide_model_dir: Path, tmp_path: Path, kind: str
+) -> None:
+    model = {"path": str(wide_model_dir), "quantization": kind}
+    lora = {"rank": 8}
+    config = measure_config(wide_model_dir, tmp_path, model=model, lora=lora)
     assert_measured(config, tmp_path)
 
 
@@ -325,7 +344,7 @@ def test_plan_memory_of_activations_is_what_a_worker_holds(
     fields: dict[str, Any] = FULL if train == "full" else {}
     engine = {
         "precision": "fp32",
-        "zero_stage": 0,
+        "strategy": "ddp",
         "gradient_checkpointing": checkpointing,
     }
     batch = {"sequence_tokens": 512, "sequences_per_step": 2, "micro_batch_sequences": 2}

@@ -233,7 +233,7 @@ def test_check_identity_placement_may_change(make: MakeConfig) -> None:
     write_identity(config, identify(config))
     changed = make(
         scale__num_workers=2,
-        engine__zero_stage=2,
+        engine__strategy="fsdp",
         batch__micro_batch_sequences=1,
         checkpoint__every_steps=3,
         eval__every_steps=None,

@@ -132,7 +132,7 @@ def make_sft(tmp_path: Path, model_dir: Path, chat_store: Path) -> MakeSft:
             "lora": {"rank": 4, "dropout": 0.1},
             "batch": {"sequence_tokens": 64, "sequences_per_step": 4, "micro_batch_sequences": 2},
             "optim": {"learning_rate": 0.01},
-            "engine": {"precision": "fp32", "zero_stage": 0},
+            "engine": {"precision": "fp32", "strategy": "ddp"},
             "checkpoint": {"every_steps": 2},
             "eval": {"every_steps": 3},
             "logging": {"tensorboard": False},

@@ -1,0 +1,131 @@
+"""Linear layers in 8 or 4 bits; the one module that imports bitsandbytes.
+
+Weights are frozen and made whole for each product, in the precision of the run; activations are
+never quantised. So a token's result depends on nothing else in its batch, in training as in
+evaluation, which `LLM.int8()` (arXiv:2208.07339) with its outliers by batch does not give.
+
+Shapes: B, T: sequences and tokens; I, O: inputs and outputs of a layer.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, cast
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from raytune_llama.model.quantization import Quantization, quantized_linears
+
+logger = logging.getLogger(__name__)
+
+INT8_MAX = 127
+
+
+class _Int8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401  # torch adds what forward stores
+        input_BTI: Tensor,
+        codes_OI: Tensor,
+        scales_O: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(codes_OI, scales_O)
+        return linear(input_BTI, _dequantize(codes_OI, scales_O, input_BTI.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # one output, one gradient
+        ctx: Any,  # noqa: ANN401  # torch adds what forward stored
+        grad_BTO: Tensor,
+    ) -> tuple[Tensor, None, None]:
+        # Made again, so that no whole weight waits for the backward pass.
+        return grad_BTO @ _dequantize(*ctx.saved_tensors, grad_BTO.dtype), None, None
+
+
+def _dequantize(codes_OI: Tensor, scales_O: Tensor, dtype: torch.dtype) -> Tensor:
+    weight_OI = torch.empty(codes_OI.shape, dtype=dtype, device=codes_OI.device)
+    # The product is taken in float32 and written in the wanted precision, without a copy between.
+    return torch.mul(codes_OI, scales_O.unsqueeze(1) / INT8_MAX, out=weight_OI)
+
+
+class Int8Linear(bnb.nn.Linear8bitLt):
+    """A linear layer with a byte a weight and a scale a row, as bitsandbytes quantises them.
+
+    Its own product replaces that of bitsandbytes, which quantises activations too, and does so on
+    CPUs in evaluation only.
+    """
+
+    def forward(self, input_BTI: Tensor) -> Tensor:
+        """Return the outputs, (B, T, O), in the precision of the inputs."""
+        weight = cast("bnb.nn.Int8Params", self.weight)
+        output_BTO = cast(
+            "Tensor", _Int8Product.apply(input_BTI, weight.data, cast("Tensor", weight.SCB))
+        )
+        return output_BTO if self.bias is None else output_BTO + self.bias
+
+
+def quantize_base(
+    model: PreTrainedModel,
+    quantization: Quantization,
+    keep: Sequence[str],
+    device: torch.device,
+) -> None:
+    """Put quantised layers in the place of a base's linear ones, one after the other.
+
+    Args:
+        model: with its weights on the CPU, in the precision of the run, its embeddings grown.
+        quantization: int8, or nf4 with its scales quantised too (arXiv:2305.14314).
+        keep: name endings of modules that are trained whole; see `quantized_linears`.
+        device: where the run computes, and where weights are quantised.
+    """
+    make = _int8_of if quantization == "int8" else _nf4_of
+    layers = dict(quantized_linears(model, keep))
+    # Their names alone from here on, so that each layer's weights go as it is replaced.
+    for name in list(layers):
+        model.set_submodule(name, make(layers.pop(name), device))
+    model.requires_grad_(False)
+    # PEFT looks here for which adapter layers fit.
+    setattr(model, "is_loaded_in_8bit" if quantization == "int8" else "is_loaded_in_4bit", True)
+    logger.info("quantised: the base's linear layers to %s, on %s", quantization, device)
+
+
+def _int8_of(layer: nn.Linear, device: torch.device) -> nn.Module:
+    made = Int8Linear(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        has_fp16_weights=False,
+        device="meta",
+    )
+    weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    made.weight = weight.to(device)
+    made.bias = layer.bias
+    return made
+
+
+def _nf4_of(layer: nn.Linear, device: torch.device) -> nn.Module:
+    made = bnb.nn.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=layer.weight.dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    weight = bnb.nn.Params4bit(
+        layer.weight.data,
+        requires_grad=False,
+        compress_statistics=True,
+        quant_type="nf4",
+        module=made,
+    )
+    made.weight = weight.to(device)
+    made.bias = layer.bias
+    # On CPUs with bfloat16 it would repack the weights at the first evaluation, and training reads
+    # them as they were packed.
+    made.support_avx512bf16_for_cpu = False
+    return made
