@@ -14,7 +14,8 @@ from raytune_llama.model.lora import LoraConfig
 from raytune_llama.storage import Place
 from raytune_llama.train.batching import BatchConfig, TextBatchConfig
 from raytune_llama.train.checkpoint import CheckpointConfig
-from raytune_llama.train.engine import EngineConfig, OptimConfig
+from raytune_llama.train.engine import EngineConfig
+from raytune_llama.train.optimizer import OptimConfig
 from raytune_llama.train.scale import EvalConfig, LoggingConfig, ScaleConfig
 from raytune_llama.train.schedule import ScheduleConfig
 
@@ -80,6 +81,11 @@ class TrainConfig:
         if (self.max_steps is None) == (self.num_epochs is None):
             problems.append("max_steps: set either max_steps or num_epochs, and the other to null")
         problems += self._check_kind()
+        if self.optim.lora_plus_ratio is not None and self.lora is None and self.adapter is None:
+            problems.append(
+                f"optim.lora_plus_ratio: got {self.optim.lora_plus_ratio}, but the run has no "
+                "adapter whose factors could differ; set it to null, or train=lora"
+            )
         on_cpu_with_zero = not self.scale.use_gpu and self.engine.zero_stage > 0
         if self.engine.precision == "fp16" and on_cpu_with_zero:
             problems.append(

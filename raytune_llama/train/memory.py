@@ -85,7 +85,7 @@ def estimate_memory(
         settings: of the run.
         zero_stage: 0 to 3.
     """
-    sizes = Sizes.of(model, settings.num_workers)
+    sizes = Sizes.of(model, settings.num_workers, settings.optim)
     scheme = scheme_of(zero_stage, sizes, settings)
     weights, gathered, coming = _weights(sizes, settings, zero_stage)
     base = weights + scheme.optimizer + scheme.constant

@@ -14,6 +14,7 @@ from torch import nn
 
 from raytune_llama.model.llama import DTYPES, Precision
 from raytune_llama.train.engine import BUCKET_NUMEL
+from raytune_llama.train.optimizer import OptimConfig, parameter_groups
 
 FLOAT_BYTES = 4
 DOUBLE_BYTES = 8
@@ -38,6 +39,9 @@ class WorkerSettings:
 
     precision: Precision
     """Of frozen weights and of computing."""
+
+    optim: OptimConfig
+    """Of the run: what the optimizer treats apart is cut apart."""
 
     num_workers: int
     """Of the run."""
@@ -116,23 +120,20 @@ class Sizes:
     used: tuple[int, ...]
     """The same without the originals of saved modules, which no forward pass reads."""
     groups: tuple[tuple[int, ...], ...]
-    """Of trained parameters: matrices and vectors, which the optimizer treats apart."""
+    """Of trained parameters that the optimizer treats apart, such as matrices and vectors."""
 
     @classmethod
-    def of(cls, model: nn.Module, num_workers: int) -> "Sizes":
+    def of(cls, model: nn.Module, num_workers: int, optim: OptimConfig) -> "Sizes":
         """Measure a model, with or without its weights."""
         named = list(model.named_parameters(remove_duplicate=False))
         used = {p: p.numel() for name, p in named if not is_original(name)}
-        trained = [p for p in used if p.requires_grad]
-        groups = (
-            tuple(p.numel() for p in trained if p.ndim >= 2),
-            tuple(p.numel() for p in trained if p.ndim < 2),
-        )
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups = parameter_groups(model, trained, optim)
         return cls(
             num_workers=num_workers,
             resident=tuple({p: p.numel() for _, p in named}.values()),
             used=tuple(used.values()),
-            groups=tuple(group for group in groups if group),
+            groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
         )
 
     @property

@@ -17,7 +17,7 @@ from raytune_llama.model.llama import SummedLoss, load_model
 from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import list_checkpoints
 from raytune_llama.train.deepspeed_engine import deepspeed_config
-from raytune_llama.train.engine import EngineConfig, OptimConfig
+from raytune_llama.train.engine import EngineConfig
 from raytune_llama.train.export import read_result
 from raytune_llama.train.loop import build_engine, plan_run
 from raytune_llama.train.metrics import (
@@ -26,6 +26,7 @@ from raytune_llama.train.metrics import (
     GRAD_NORM,
     LOSS,
 )
+from raytune_llama.train.optimizer import OptimConfig
 from raytune_llama.train.workers import Workers
 from tests.faulty_s3 import FaultyServer
 from tests.train.conftest import MakeConfig, curve, run_here, stage_fields
