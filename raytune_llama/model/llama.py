@@ -1,7 +1,9 @@
 """A LLaMA-family causal language model: settings, loading, and the module that is trained."""
 
+import inspect
 import json
 import logging
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -206,6 +208,11 @@ class SummedLoss(nn.Module):
         super().__init__()
         self.model = model
         self._neftune_alpha = neftune_alpha
+        accepted = _arguments(causal_lm(model))
+        # Where a forward pass takes any keyword, the proofs of a run show if it heeds this one.
+        self._passes_positions = "position_ids" in accepted or any(
+            each.kind is inspect.Parameter.VAR_KEYWORD for each in accepted.values()
+        )
 
     def forward(self, ids_BT: Tensor, positions_BT: Tensor, labels_BT: Tensor) -> Tensor:
         """Return the summed loss in nats of the labels that are not IGNORE.
@@ -224,19 +231,36 @@ class SummedLoss(nn.Module):
     def _hidden(self, lm: PreTrainedModel, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
         """Return the last hidden states, (B, T, D)."""
         decoder = lm.get_decoder()
+        options: dict[str, Any] = {"use_cache": False}
+        if self._passes_positions:
+            options["position_ids"] = positions_BT
         alpha = self._neftune_alpha if self.training else None
         if alpha is None and not isinstance(decoder, BloomModel):
-            return decoder(
-                input_ids=ids_BT, position_ids=positions_BT, use_cache=False
-            ).last_hidden_state
+            return decoder(input_ids=ids_BT, **options).last_hidden_state
         embedded_BTD = lm.get_input_embeddings()(ids_BT)
         if alpha is not None:
             embedded_BTD = add_noise(embedded_BTD, positions_BT, alpha)
         if isinstance(decoder, BloomModel):
             return run_bloom(decoder, embedded_BTD, positions_BT)
-        return decoder(
-            inputs_embeds=embedded_BTD, position_ids=positions_BT, use_cache=False
-        ).last_hidden_state
+        return decoder(inputs_embeds=embedded_BTD, **options).last_hidden_state
+
+
+def _arguments(lm: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(lm.get_decoder().forward).parameters
+
+
+def check_isolation(model: PreTrainedModel) -> list[str]:
+    """Return why documents in one sequence cannot be kept apart; empty where they may be.
+
+    A run proves it on its own model before the first step; this is what can be known without.
+    """
+    if "position_ids" in _arguments(model) or isinstance(model.get_decoder(), BloomModel):
+        return []
+    return [
+        f"batch.isolate_documents: a {type(model).__name__} takes no position ids, by which "
+        "documents in one sequence are kept apart; set it to false with packing=packed, so that "
+        "they see each other"
+    ]
 
 
 def last_layer(lm: PreTrainedModel) -> nn.Module:

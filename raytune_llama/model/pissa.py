@@ -25,7 +25,7 @@ INITIAL = "initial"
 _OVERSAMPLING = 16
 _NUM_ITERATIONS = 16
 """Of the randomised SVD (arXiv:0909.4061), by which a singular value that is 10 % smaller than the
-smallest wanted one has lost all but 3 % of its share, and one 30 % smaller all that float32 has."""
+smallest wanted one has lost all but 3 % of its share, and one 30 % smaller all but 1 / 100,000."""
 
 
 def principal_factors(attached: PeftModel) -> dict[str, Tensor]:

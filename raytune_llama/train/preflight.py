@@ -21,6 +21,7 @@ from raytune_llama.model.directory import stored_tables
 from raytune_llama.model.embeddings import check_embeddings
 from raytune_llama.model.lineage import check_adapter_tokenizer
 from raytune_llama.model.llama import (
+    check_isolation,
     check_model_directory,
     check_model_settings,
     check_output_projection,
@@ -125,6 +126,8 @@ def _check_model(config: PretrainConfig) -> list[str]:
         return [f"model.path: {path} is no causal LM that can be read: {error}"]
     problems = check_output_projection(model)
     problems += _check_positions(config, model)
+    if config.batch.evaluation_form == "isolated":
+        problems += check_isolation(model)
     if config.lora is not None:
         problems += check_adapter_targets(model, config.lora)
     return problems + _check_vocabulary(config, model)

@@ -45,11 +45,12 @@ def _prove_loss(
 ) -> None:
     """The chunked loss on hidden states equals cross-entropy on the model's own logits."""
     batch = _packed(ids_T)
-    ids, positions, labels = to_device(batch, workers.device)
+    ids, _, labels = to_device(batch, workers.device)
     module = engine.module
     module.eval()
     with torch.no_grad():
-        output = causal_lm(module.model)(input_ids=ids, position_ids=positions, use_cache=False)
+        # One document: its positions are those that a model counts by itself.
+        output = causal_lm(module.model)(input_ids=ids, use_cache=False)
         wanted = torch.nn.functional.cross_entropy(
             output.logits[0].float(), labels[0], ignore_index=IGNORE, reduction="sum"
         ).item()

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     LlamaConfig,
+    MptConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -55,6 +56,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         eos_token_id=1,
         pad_token_id=1,
     ),
+    "mpt": MptConfig(vocab_size=410, d_model=32, n_heads=4, n_layers=2, max_seq_len=128),
     "llama3": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
@@ -101,7 +103,7 @@ def assert_merged(base: Path, adapter: Path) -> None:
     assert not torch.allclose(logits_of(load(base)), wanted, atol=0.1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["bloom", "llama3", "qwen2", "qwen3"])
 def test_family_learns_and_merges_with_the_logits_of_its_adapter(
     make_config: MakeConfig, tmp_path: Path, tokenizer_dir: Path, family: str
 ) -> None:
@@ -165,6 +167,25 @@ def test_bloom_with_the_targets_of_llama_is_refused_with_its_own(
     base = write_family(tmp_path / "base", "bloom", tokenizer_dir)
     problems = problems_of(make(model__path=str(base), lora__targets=["q_proj"]))
     assert any("query_key_value" in problem for problem in problems)
+
+
+def test_family_without_positions_trains_joined_and_is_refused_isolated(
+    make: MakeConfig, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    base = write_family(tmp_path / "base", "mpt", tokenizer_dir)
+    fields = {
+        "model__path": str(base),
+        "lora__targets": ["Wqkv"],
+        "lora__modules_to_save": [],
+        "optim__neftune_alpha": 0.1,
+    }
+    [problem] = problems_of(make(**fields))
+    assert problem.startswith("batch.isolate_documents: a MptForCausalLM ")
+    config = make(**fields, batch__isolate_documents=False)
+    assert problems_of(config) == []
+    run_here(config)
+    losses = curve(config, EVAL_LOSS)
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_bloom_can_be_planned(make: MakeConfig, tmp_path: Path, tokenizer_dir: Path) -> None:
