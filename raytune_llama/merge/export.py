@@ -14,9 +14,10 @@ import torch
 
 from raytune_llama.files import sha256_file, write_json_atomic
 from raytune_llama.merge.gguf_file import GgufForm, GgufWeights, write_gguf
-from raytune_llama.merge.plan import EMBEDDING, HEAD, MergePlan
+from raytune_llama.merge.plan import MergePlan
 from raytune_llama.merge.proof import prove
 from raytune_llama.model.from_meta import open_meta
+from raytune_llama.model.growing import EMBEDDING, HEAD
 from raytune_llama.model.tensors import SafetensorsFile, WeightsWriter, plan_files, write_index
 from raytune_llama.model.to_meta import MetaForm, copy_pieces, write_meta
 from raytune_llama.model.tokenizer import write_tokenizer

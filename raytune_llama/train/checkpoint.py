@@ -196,7 +196,7 @@ def restore(
             checkpoints and none can be trusted; or not that of `step`.
         OSError: the run directory cannot be reached.
     """
-    with _node_folder(workers) as copies:
+    with node_folder(workers) as copies:
         # An error of the first worker ends the others too: they fail in the broadcast.
         found = workers.broadcast(_trusted(run_dir, copies, step) if workers.is_first else None)
         if found is None:
@@ -222,7 +222,7 @@ def restore(
 
 
 @contextlib.contextmanager
-def _node_folder(workers: Workers) -> Iterator[Path]:
+def node_folder(workers: Workers) -> Iterator[Path]:
     """A folder that the workers of a node have together; deleted at the end; collective."""
     name = workers.broadcast(f"raytune_llama-{uuid.uuid4().hex}")
     folder = Path(tempfile.gettempdir(), name)

@@ -14,7 +14,7 @@ from raytune_llama.model.lora import LoraConfig
 from raytune_llama.storage import Place
 from raytune_llama.train.batching import BatchConfig, ChatBatchConfig, TextBatchConfig
 from raytune_llama.train.checkpoint import CheckpointConfig
-from raytune_llama.train.engine import OptimConfig
+from raytune_llama.train.optimizer import OptimConfig
 from raytune_llama.train.scale import EvalConfig, LoggingConfig, ScaleConfig
 from raytune_llama.train.schedule import ScheduleConfig
 from raytune_llama.train.strategy import EngineConfig
@@ -81,11 +81,21 @@ class TrainConfig:
         if (self.max_steps is None) == (self.num_epochs is None):
             problems.append("max_steps: set either max_steps or num_epochs, and the other to null")
         problems += self._check_kind()
+        if self.optim.lora_plus_ratio is not None and self.lora is None and self.adapter is None:
+            problems.append(
+                f"optim.lora_plus_ratio: got {self.optim.lora_plus_ratio}, but the run has no "
+                "adapter whose factors could differ; set it to null, or train=lora"
+            )
         kind, strategy = self.model.quantization, self.engine.strategy
         if kind is not None and strategy != "ddp":
             problems.append(
                 f"model.quantization: got {kind}, but engine.strategy is {strategy}, which would "
                 "cut packed weights to pieces; set engine.strategy=ddp, or model.quantization=null"
+            )
+        if kind is not None and self.lora is not None and self.lora.init == "pissa":
+            problems.append(
+                f"lora.init: got pissa, which changes the base's weights, but model.quantization "
+                f"{kind} freezes them in few bits; use default, or model.quantization=null"
             )
         on_cpu_with_zero = not self.scale.use_gpu and self.engine.strategy == "deepspeed"
         if self.engine.precision == "fp16" and on_cpu_with_zero:

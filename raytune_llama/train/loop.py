@@ -9,6 +9,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
 from raytune_llama.data.batches import BatchPlan, StepBatch, StepTotal, read_steps
 from raytune_llama.data.encode import open_store
 from raytune_llama.data.evaluation import EvaluatedSource, choose_evaluated, read_evaluation
@@ -16,8 +20,9 @@ from raytune_llama.data.mixture import Source, cut_sources, mixture_record
 from raytune_llama.data.store import TokenStore
 from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import SummedLoss, load_model
-from raytune_llama.model.lora import attach_adapter, load_adapter
+from raytune_llama.model.lora import LoraConfig, attach_adapter, load_adapter
 from raytune_llama.model.loss import IGNORE
+from raytune_llama.model.pissa import start_from
 from raytune_llama.model.vocab import new_ids
 from raytune_llama.train.checkpoint import (
     RunState,
@@ -29,6 +34,7 @@ from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.engine import DataParallelEngine, Engine, StepResult
 from raytune_llama.train.export import write_result
 from raytune_llama.train.fsdp_engine import FullyShardedEngine
+from raytune_llama.train.initial import initial_factors
 from raytune_llama.train.metrics import EvaluatedText, evaluation_values
 from raytune_llama.train.proofs import prove
 from raytune_llama.train.report import Report
@@ -162,15 +168,15 @@ def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: Workers) -> E
     if config.engine.gradient_checkpointing:
         # The reentrant kind needs an input that wants a gradient: frozen embeddings give none.
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained: nn.Module = model
     if config.lora is not None:
-        module = SummedLoss(attach_adapter(model, config.lora, seed=config.seed))
+        trained = start_adapter(config, config.lora, model, workers)
     elif config.adapter is not None:
-        module = SummedLoss(load_adapter(model, Path(config.adapter)))
-    else:
-        if isinstance(config, PretrainConfig) and config.train == "embeddings":
-            ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
-            train_embeddings(model, config.embeddings, ids)
-        module = SummedLoss(model)
+        trained = load_adapter(model, Path(config.adapter))
+    elif isinstance(config, PretrainConfig) and config.train == "embeddings":
+        ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
+        train_embeddings(model, config.embeddings, ids)
+    module = SummedLoss(trained, neftune_alpha=config.optim.neftune_alpha)
     if config.engine.strategy == "ddp":
         return DataParallelEngine(module, config.engine.precision, config.optim, workers)
     if config.engine.strategy == "fsdp":
@@ -185,6 +191,16 @@ def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: Workers) -> E
         micro_batch_sequences=plan.micro_batch_sequences,
         num_micro_batches=plan.num_micro_batches(workers.world_size),
     )
+
+
+def start_adapter(
+    config: AnyTrainConfig, lora: LoraConfig, model: PreTrainedModel, workers: Workers
+) -> PeftModel:
+    """Attach a new adapter, with the values that its first start gave it; collective."""
+    attached = attach_adapter(model, lora, seed=config.seed)
+    if lora.init == "pissa":
+        start_from(attached, initial_factors(config.run_place, attached, workers))
+    return attached
 
 
 def read_batches(session: Session, start_step: int) -> Iterator[StepBatch]:

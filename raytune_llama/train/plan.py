@@ -27,6 +27,7 @@ from raytune_llama.data.workers import read_sample
 from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import DTYPES, SummedLoss, has_weights, load_skeleton
 from raytune_llama.model.lora import attach_adapter
+from raytune_llama.model.pissa import INITIAL, add_initial
 from raytune_llama.model.quantization import quantized_bytes, quantized_linears
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.model.vocab import (
@@ -166,7 +167,10 @@ def build_model(config: AnyTrainConfig, skeleton: PreTrainedModel) -> PreTrained
             ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
             train_embeddings(skeleton, config.embeddings, ids)
         if config.lora is not None:
-            return attach_adapter(skeleton, config.lora, seed=config.seed)
+            attached = attach_adapter(skeleton, config.lora, seed=config.seed)
+            if config.lora.init == "pissa":
+                add_initial(attached)
+            return attached
         if config.adapter is not None:
             settings = peft.PeftConfig.from_pretrained(config.adapter)
             settings.inference_mode = False
@@ -201,7 +205,7 @@ def plan_memory(
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     trace = trace_micro_batch(
-        SummedLoss(model).to(DTYPES[engine.precision]),
+        SummedLoss(model, neftune_alpha=config.optim.neftune_alpha).to(DTYPES[engine.precision]),
         micro_batch_sequences=batch.micro_batch_sequences,
         sequence_tokens=batch.sequence_tokens,
         isolate_documents=batch.isolates,
@@ -212,6 +216,7 @@ def plan_memory(
     )
     settings = WorkerSettings(
         precision=engine.precision,
+        optim=config.optim,
         num_workers=scale.num_workers,
         on_gpu=scale.use_gpu,
         num_micro_batches=count,
@@ -295,7 +300,8 @@ def plan_disk(
         result = counts.unique * DTYPES[config.engine.precision].itemsize
     else:
         named = model.named_parameters(remove_duplicate=False)
-        result = 4 * sum(p.numel() for _, p in named if p.requires_grad)
+        # What PiSSA started from is part of its result.
+        result = 4 * sum(p.numel() for n, p in named if p.requires_grad or f".{INITIAL}." in n)
     checkpoint = config.checkpoint
     return DiskPlan(
         checkpoint=CHECKPOINT_BYTES * counts.trained,

@@ -22,6 +22,7 @@ from raytune_llama.model.directory import stored_tables
 from raytune_llama.model.embeddings import check_embeddings
 from raytune_llama.model.lineage import check_adapter_tokenizer, recorded_chat
 from raytune_llama.model.llama import (
+    check_isolation,
     check_model_directory,
     check_model_settings,
     check_output_projection,
@@ -35,12 +36,17 @@ from raytune_llama.model.lora import (
     check_adapter_targets,
 )
 from raytune_llama.model.quantization import check_quantization
+from raytune_llama.model.rope import check_rope_scaling, read_model_settings, scaled_settings
 from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
 from raytune_llama.model.vocab import VocabularyFit, check_vocabulary, num_embedding_rows
 from raytune_llama.storage import Place, check_place, local_path
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig, SftConfig
 from raytune_llama.train.export import fingerprint_adapter, fingerprint_model
-from raytune_llama.train.untrained import count_untrained_rows, modules_to_save
+from raytune_llama.train.untrained import (
+    check_embedding_rate,
+    count_untrained_rows,
+    modules_to_save,
+)
 from raytune_llama.yaml12 import parse_mapping
 
 logger = logging.getLogger(__name__)
@@ -133,6 +139,9 @@ def _check_model(config: AnyTrainConfig) -> list[str]:
     except (ValueError, OSError) as error:
         return [f"model.path: {path} is no causal LM that can be read: {error}"]
     problems = check_output_projection(model)
+    problems += _check_positions(config, model)
+    if config.batch.evaluation_form == "isolated":
+        problems += check_isolation(model)
     if config.lora is not None:
         problems += check_adapter_targets(model, config.lora)
     if config.engine.strategy == "fsdp" and not decoder_layers(model):
@@ -173,6 +182,26 @@ def _check_adapter(config: AnyTrainConfig) -> list[str]:
     return [problem] if problem else []
 
 
+def _check_positions(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
+    """Check the scaling of positions, and that an adapter to go on from was trained with it."""
+    scaling = config.model.rope_scaling
+    if scaling is not None:
+        problems = check_rope_scaling(model.config, scaling, config.batch.sequence_tokens)
+        if problems:
+            return problems
+    if config.adapter is None or _check_adapter(config):
+        return []
+    had = read_model_settings(Path(config.adapter))
+    has = scaled_settings(model.config, scaling)
+    if had == has:
+        return []
+    return [
+        f"model.rope_scaling: the adapter {config.adapter} was trained with "
+        f"{had or 'the positions of its base'}, and the run would have "
+        f"{has or 'the positions of its base'}; set it as it was"
+    ]
+
+
 def _check_vocabulary(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
     try:
         fit = check_vocabulary(
@@ -188,6 +217,7 @@ def _check_vocabulary(config: AnyTrainConfig, model: PreTrainedModel) -> list[st
             fit.num_surplus_rows,
         )
     problems = _check_untrained_rows(config, model, fit)
+    problems += check_embedding_rate(config, model)
     if isinstance(config, PretrainConfig) and config.train == "embeddings":
         problems += check_embeddings(model, config.embeddings, fit.new_ids)
         if has_weights(Path(config.model.path)):  # a plan needs none

@@ -40,6 +40,18 @@ def read_untrained_rows(path: Path) -> dict[str, int]:
     return dict(read_manifest(path).get(UNTRAINED_ROWS) or {})
 
 
+def check_embedding_rate(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
+    """Return why the learning rate of embedding tables has none to work on; empty where it has."""
+    frozen = _untrained_tables(config, model)
+    if config.optim.embedding_learning_rate is None or len(frozen) < len(embedding_layers(model)):
+        return []
+    return [
+        f"optim.embedding_learning_rate: got {config.optim.embedding_learning_rate}, but the run "
+        f"trains neither {' nor '.join(frozen)}; set it to null, or name one of them in "
+        "lora.modules_to_save"
+    ]
+
+
 def _untrained_tables(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
     """Return the embedding tables, by the last part of their layers' names, that stay frozen."""
     layers = embedding_layers(model)
