@@ -275,7 +275,7 @@ def test_run_without_progress_ends_early_and_again_does_nothing(make_sft: MakeSf
 def test_result_of_the_best_step_has_its_weights(make_sft: MakeSft) -> None:
     # The rate is far too high: the loss gets worse after the first steps.
     config = make_sft(
-        optim__learning_rate=0.05,
+        optim__learning_rate=0.15,
         schedule__kind="constant",
         eval__every_steps=1,
         checkpoint__result="best",
