@@ -80,7 +80,7 @@ class Engine(Protocol):
         ...
 
     def loss_sum(self, batch: MicroBatch) -> float:
-        """Return the summed loss of a batch in nats, dropout off; collective under ZeRO 3."""
+        """Return the summed loss of a batch in nats, dropout off; collective."""
         ...
 
     def trainable_state(self) -> Iterator[tuple[str, ParameterState]]:

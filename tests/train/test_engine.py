@@ -165,9 +165,11 @@ def test_train_zero_3_saves_whole_tensors(
         torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_engine_bf16_keeps_positions_precise(make_config: MakeConfig, stage: int) -> None:
-    config = make_config(engine__precision="bf16", lora__dropout=0.0, **stage_fields(stage))
+@pytest.mark.parametrize("fields", [stage_fields(0), stage_fields(2), {"engine__strategy": "fsdp"}])
+def test_engine_bf16_keeps_positions_precise(
+    make_config: MakeConfig, fields: dict[str, Any]
+) -> None:
+    config = make_config(engine__precision="bf16", lora__dropout=0.0, **fields)
     model = load_model(config.model, "bf16", torch.device("cpu"))
     ids_BT = torch.randint(400, (1, 121), generator=torch.Generator().manual_seed(3))
     positions_BT = torch.arange(120)[None]

@@ -18,7 +18,7 @@ from raytune_llama.config import ConfigError
 from raytune_llama.data.store import TokenStore
 from raytune_llama.model.llama import causal_lm, load_skeleton
 from raytune_llama.model.lora import LLAMA_PROJECTIONS
-from raytune_llama.train.engine import DataParallelEngine
+from raytune_llama.train.engine import DataParallelEngine, trained_parameters
 from raytune_llama.train.loop import Session, build_engine, plan_run, read_batches, take_step
 from raytune_llama.train.metrics import EVAL_LOSS
 from raytune_llama.train.plan import build_model, plan_memory
@@ -105,6 +105,22 @@ def test_train_on_a_quantised_base_two_workers_resumed_equal_one(
     recomputed = make_config("recomputed", **fields, engine__gradient_checkpointing=True)
     run_here(recomputed)
     assert curve(recomputed) == pytest.approx(curve(reference), rel=1e-5)
+
+
+def test_train_on_from_an_adapter_keeps_its_saved_modules_whole(make_config: MakeConfig) -> None:
+    lora = {"rank": 4, "dropout": 0.0, "modules_to_save": ["up_proj"], "targets": ["q_proj"]}
+    first = make_config("first", model__quantization="nf4", lora=lora)
+    run_here(first)
+    adapter = str(Path(first.run_dir, "pt_lora_model"))
+    config = make_config("second", model__quantization="nf4", lora=None, adapter=adapter)
+    session = open_here(config)
+    packed = packed_weights(session)
+    assert len(packed) == 12
+    assert not any("up_proj" in name for name in packed)
+    names = [name for name, _ in trained_parameters(session.engine.module)]
+    assert len([name for name in names if "up_proj" in name]) == 2
+    run_here(config)
+    assert curve(config)[0] < curve(first)[0]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
