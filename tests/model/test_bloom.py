@@ -1,5 +1,7 @@
 """Promise: Bloom's documents are kept apart in a packed sequence, and each is as it is alone."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,7 +53,8 @@ def own_loss(model: BloomForCausalLM, ids_T: Tensor) -> Tensor:
 def test_bloom_packed_documents_have_the_losses_of_its_own_code(
     dtype: torch.dtype, num_heads: int, tolerance: float
 ) -> None:
-    model = make_bloom(num_heads).to(dtype)
+    model: Any = make_bloom(num_heads)
+    model.to(dtype)
     documents = [document(length, seed=length) for length in (40, 1, 300, 7)]
     ids, positions, labels = packed_of(*documents)
     stop = 0
@@ -68,7 +71,8 @@ def test_bloom_packed_documents_have_the_losses_of_its_own_code(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bloom_document_behind_another_does_not_depend_on_one_bit_of_it(dtype: torch.dtype) -> None:
-    model = make_bloom().to(dtype)
+    model: Any = make_bloom()
+    model.to(dtype)
     second = document(8, seed=3)
     losses: list[float] = []
     for first in (document(30, seed=1), document(30, seed=2)):
