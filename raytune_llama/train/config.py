@@ -94,8 +94,8 @@ class TrainConfig:
             )
         if kind is not None and self.lora is not None and self.lora.init == "pissa":
             problems.append(
-                f"lora.init: got pissa, which changes the base's weights, but model.quantization "
-                f"{kind} freezes them in few bits; use default, or model.quantization=null"
+                "lora.init: got pissa, which takes the singular values of whole weights, but "
+                f"model.quantization is {kind}; use default, or model.quantization=null"
             )
         on_cpu_with_zero = not self.scale.use_gpu and self.engine.strategy == "deepspeed"
         if self.engine.precision == "fp16" and on_cpu_with_zero:
