@@ -74,7 +74,7 @@ def check_rope_scaling(
         sequence_tokens: of a sequence that is trained on.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    if not rope or config.nested_rope_parameter_keys(rope):
+    if not rope or any(isinstance(value, Mapping) for value in rope.values()):
         return [
             f"model.rope_scaling: a {config.model_type} has no rotary positions that are the same "
             "in all layers; set it to null"
