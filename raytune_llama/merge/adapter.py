@@ -137,10 +137,11 @@ class Adapter:
         left, right, _ = self._factors(name)
         return (left[rows].to(dtype) @ right.to(dtype)) * self.low_rank[name].scale
 
-    def terms(self, name: str, rows: slice) -> Tensor:
-        """Return s |B| |A|, float64: to what the rounding of `delta` is relative."""
+    def terms(self, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return s |B| |A|: to what the rounding of `delta` is relative."""
         left, right, _ = self._factors(name)
-        return (left[rows].abs().double() @ right.abs().double()) * abs(self.low_rank[name].scale)
+        sizes = left[rows].abs().to(dtype) @ right.abs().to(dtype)
+        return sizes.mul_(abs(self.low_rank[name].scale))
 
     def change(self, name: str, weight: Tensor, rows: slice) -> Tensor:
         """Apply the low-rank update to some rows of a weight, in the type of `weight`."""
