@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from raytune_llama.merge.freed import give_back_freed
 from raytune_llama.merge.plan import MergePlan, row_slices
 from raytune_llama.model.tensors import Weights
 
@@ -46,6 +47,7 @@ def prove(
     """
     changed = 0
     for name in names:
+        give_back_freed()
         stored = written.read(name)
         if name in blocks or plan.recipes[name].updates:
             changed += _prove_values(name, stored, plan, is_blocks=name in blocks)
