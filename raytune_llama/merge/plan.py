@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 _PADDED = 8  # what tables are padded to a multiple of, at least
-_ROWS = 1024
+_SLICE_NUMEL = 2**20
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class MergePlan:
     def parts(self, name: str) -> Iterator[tuple[slice, Tensor]]:
         """Compute a merged weight some rows at a time, float32."""
         source, updates = self.read_source(name), self.recipes[name].updates
-        for rows in row_slices(len(source)):
+        for rows in row_slices(source):
             part = source[rows].float()
             for adapter in updates:
                 part = adapter.change(name, part, rows)
@@ -190,9 +190,13 @@ def _is_tied(settings: Mapping[str, Any]) -> bool:
     return bool(stated)
 
 
-def row_slices(num_rows: int) -> Iterator[slice]:
-    """Yield the parts of a weight that are in memory as float32 at a time."""
-    return (slice(start, min(start + _ROWS, num_rows)) for start in range(0, num_rows, _ROWS))
+def row_slices(weight: Tensor) -> Iterator[slice]:
+    """Yield the rows of a weight that are computed at a time, some million numbers."""
+    num_rows = max(1, _SLICE_NUMEL // max(1, weight[0].numel() if len(weight) else 1))
+    return (
+        slice(start, min(start + num_rows, len(weight)))
+        for start in range(0, len(weight), num_rows)
+    )
 
 
 def _cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:

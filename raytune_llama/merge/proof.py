@@ -66,7 +66,7 @@ def _prove_values(name: str, stored: Tensor, plan: MergePlan, *, is_blocks: bool
     is_half = stored.dtype in (torch.bfloat16, torch.float16)
     dtype = torch.float32 if is_half else torch.float64
     differs = False
-    for rows in row_slices(len(source)):
+    for rows in row_slices(source):
         exact = source[rows].to(dtype)
         size = exact.abs()
         for adapter in updates:
