@@ -11,8 +11,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
-import bitsandbytes as bnb
 import torch
+from bitsandbytes.nn import modules as bnb
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
@@ -23,6 +23,10 @@ from raytune_llama.model.quantization import Quantization, quantized_linears
 logger = logging.getLogger(__name__)
 
 INT8_MAX = 127
+
+# Their constructors take more than type checkers see.
+_INT8: Any = bnb.Int8Params
+_NF4: Any = bnb.Params4bit
 
 
 class _Int8Product(torch.autograd.Function):
@@ -43,7 +47,8 @@ class _Int8Product(torch.autograd.Function):
         grad_BTO: Tensor,
     ) -> tuple[Tensor, None, None]:
         # Made again, so that no whole weight waits for the backward pass.
-        return grad_BTO @ _dequantize(*ctx.saved_tensors, grad_BTO.dtype), None, None
+        codes_OI, scales_O = ctx.saved_tensors
+        return grad_BTO @ _dequantize(codes_OI, scales_O, grad_BTO.dtype), None, None
 
 
 def _dequantize(codes_OI: Tensor, scales_O: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,19 +57,17 @@ def _dequantize(codes_OI: Tensor, scales_O: Tensor, dtype: torch.dtype) -> Tenso
     return torch.mul(codes_OI, scales_O.unsqueeze(1) / INT8_MAX, out=weight_OI)
 
 
-class Int8Linear(bnb.nn.Linear8bitLt):
+class Int8Linear(bnb.Linear8bitLt):
     """A linear layer with a byte a weight and a scale a row, as bitsandbytes quantises them.
 
     Its own product replaces that of bitsandbytes, which quantises activations too, and does so on
     CPUs in evaluation only.
     """
 
-    def forward(self, input_BTI: Tensor) -> Tensor:
-        """Return the outputs, (B, T, O), in the precision of the inputs."""
-        weight = cast("bnb.nn.Int8Params", self.weight)
-        output_BTO = cast(
-            "Tensor", _Int8Product.apply(input_BTI, weight.data, cast("Tensor", weight.SCB))
-        )
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs, (B, T, O), of inputs (B, T, I), in their precision."""
+        weight = cast("bnb.Int8Params", self.weight)
+        output_BTO = cast("Tensor", _Int8Product.apply(x, weight.data, cast("Tensor", weight.SCB)))
         return output_BTO if self.bias is None else output_BTO + self.bias
 
 
@@ -101,14 +104,14 @@ def _int8_of(layer: nn.Linear, device: torch.device) -> nn.Module:
         has_fp16_weights=False,
         device="meta",
     )
-    weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    weight = _INT8(layer.weight.data, requires_grad=False, has_fp16_weights=False)
     made.weight = weight.to(device)
     made.bias = layer.bias
     return made
 
 
 def _nf4_of(layer: nn.Linear, device: torch.device) -> nn.Module:
-    made = bnb.nn.Linear4bit(
+    made = bnb.Linear4bit(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -116,7 +119,7 @@ def _nf4_of(layer: nn.Linear, device: torch.device) -> nn.Module:
         quant_type="nf4",
         device="meta",
     )
-    weight = bnb.nn.Params4bit(
+    weight = _NF4(
         layer.weight.data,
         requires_grad=False,
         compress_statistics=True,

@@ -1,5 +1,7 @@
 """Promise: a base in 8 or 4 bits is what bitsandbytes makes of it, and computes for each token."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -33,7 +35,9 @@ def make_model(precision: Precision = "fp32") -> LlamaForCausalLM:
         num_key_value_heads=2,
         initializer_range=0.2,
     )
-    return LlamaForCausalLM(config).to(DTYPES[precision])
+    model = LlamaForCausalLM(config)
+    nn.Module.to(model, DTYPES[precision])
+    return model
 
 
 def weights_of(layer: nn.Module) -> torch.Tensor:
@@ -119,7 +123,7 @@ def test_quantized_bytes_and_shape_are_those_of_the_layer(kind: Quantization) ->
     shapes = {name: layer.weight.shape for name, layer in quantized_linears(model, ())}
     quantize_base(model, kind, (), CPU)
     for name, shape in shapes.items():
-        weight = model.get_parameter(f"{name}.weight")
+        weight: Any = model.get_parameter(f"{name}.weight")
         assert whole_shape(weight) == shape
         held = [weight]
         if kind == "int8":
