@@ -141,9 +141,26 @@ class DeepSpeedEngine:
             loss_sum += loss.detach()
         was_applied = self._engine.was_step_applied()
         self._num_applied += was_applied
-        self._has_moments = True
+        if was_applied and not self._has_moments:
+            self._link_moments()
         norm = float(self._engine.get_global_grad_norm() or 0.0) if was_applied else float("inf")
         return StepResult(loss_sum.item(), norm, was_applied, scale)
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed's getters find the moments, which exist from the first applied step on.
+
+        ZeRO 1 and 2 step one group after the other, and link all of them behind the first one,
+        when the others have no moments yet.
+        """
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        self._has_moments = True
+        if self._config.zero == 3:
+            return
+        optimizer = self._engine.optimizer
+        groups = zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
+        for parameters, partition in groups:
+            lazy_init_hp_params_optimizer_state(parameters, partition, optimizer.optimizer.state)
 
     def loss_sum(self, batch: MicroBatch) -> float:
         """Return the summed loss of a batch; see `Engine`."""
