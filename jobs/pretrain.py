@@ -13,7 +13,7 @@ from raytune_llama.logs import setup_logging
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.plan import build_plan
 from raytune_llama.train.plan_text import render_plan
-from raytune_llama.train.trainer import pretrain
+from raytune_llama.train.trainer import run_training
 
 DEFAULT = Path(__file__).parent / "configs" / "pretrain_smollm2.yaml"
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, the same command goes on
@@ -28,7 +28,7 @@ def main() -> int:
     if config.plan:
         print(render_plan(build_plan(config)))
         return 0
-    run = pretrain(config)
+    run = run_training(config)
     if run.bits_per_byte_before is not None:
         print(f"bits per byte: {run.bits_per_byte_before:.4f} -> {run.bits_per_byte_after:.4f}")
     print(f"{run.status} at step {run.step}; run directory: {run.run_dir}")

@@ -138,14 +138,15 @@ def make_material(folder: Path, shape: Shape, *, num_steps: int) -> Material:
         tokenizer = _tiny_tokenizer()
         documents = _random_documents(shape.vocabulary)
         text = "random ids with Zipf's frequencies (make demo brings real text)"
-    _write_model(model_dir, shape)
+    write_model(model_dir, shape)
     tokenizer.save_pretrained(model_dir)
     _write_adapter(adapter_dir, model_dir)
     _write_store(store_dir, documents, shape.vocabulary, num_tokens)
     return Material(shape, model_dir, adapter_dir, store_dir, text)
 
 
-def _write_model(path: Path, shape: Shape) -> None:
+def write_model(path: Path, shape: Shape) -> None:
+    """Write a LLaMA of random weights."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=shape.vocabulary,

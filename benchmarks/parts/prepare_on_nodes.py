@@ -16,7 +16,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from raytune_llama.config import load
-from raytune_llama.data.encode import PrepareDataConfig, prepare_data
+from raytune_llama.data.config import PrepareDataConfig
+from raytune_llama.data.encode import prepare_data
 
 OBJECT_STORE_BYTES = 80 * 2**20
 POLL_SECONDS = 0.2

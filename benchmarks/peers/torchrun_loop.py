@@ -8,14 +8,16 @@ import torch
 import torch.distributed as dist
 
 from raytune_llama.config import from_dict
-from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.config import PretrainConfig, SftConfig
 from raytune_llama.train.loop import train
 from raytune_llama.train.workers import Workers
 
 
 def main() -> None:
     """Run the loop to its end as one of the processes."""
-    config = from_dict(PretrainConfig, json.loads(Path(sys.argv[1]).read_text()))
+    fields = json.loads(Path(sys.argv[1]).read_text())
+    kind = SftConfig if "chat" in fields["data"] else PretrainConfig
+    config = from_dict(kind, fields)
     torch.set_num_threads(config.scale.cpus_per_worker)
     dist.init_process_group("gloo")
     train(config, Workers.of_process_group(torch.device("cpu")), lambda: False)

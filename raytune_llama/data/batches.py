@@ -15,8 +15,18 @@ import numpy as np
 import torch
 
 from raytune_llama.data import packing
-from raytune_llama.data.order import EpochOrder, MixedOrder, Order, Sample, block_quotas
+from raytune_llama.data.order import (
+    EpochOrder,
+    GroupedOrder,
+    MixedOrder,
+    Order,
+    Sample,
+    block_quotas,
+)
 from raytune_llama.data.packing import SourceSequences
+
+_PADDED_MULTIPLE = 8
+"""Padded lengths are a multiple of it, which suits matrix units."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +45,8 @@ class BatchPlan:
     """Which sequence of which source stands at a position."""
     total_positions: int
     """Sequences of the whole run; positions run on across epochs."""
+    is_padded: bool = False
+    """Whether a micro-batch is only as long as its longest sequence."""
 
     @classmethod
     def of(
@@ -48,6 +60,7 @@ class BatchPlan:
         weights: Sequence[float] | None = None,
         max_steps: int | None = None,
         num_epochs: float | None = None,
+        is_padded: bool = False,
     ) -> Self:
         """Plan a run, bounded by steps or by epochs (part of one is allowed).
 
@@ -61,6 +74,7 @@ class BatchPlan:
                 an epoch.
             max_steps: Steps of the run.
             num_epochs: Passes over all sequences.
+            is_padded: Sequences have lengths of their own, and are numbered by them.
 
         Raises:
             ValueError: Not exactly one of the two bounds is given, weights are given with epochs,
@@ -91,8 +105,15 @@ class BatchPlan:
             sequences_per_step=sequences_per_step,
             micro_batch_sequences=micro_batch_sequences,
             seed=seed,
-            order=_build_order(source_sequences, weights, max_steps, total),
+            order=_build_order(
+                source_sequences,
+                weights,
+                max_steps,
+                total,
+                group=sequences_per_step if is_padded else 1,
+            ),
             total_positions=total,
+            is_padded=is_padded,
         )
 
     @property
@@ -143,6 +164,8 @@ class StepBatch:
     """Real sequences of each source, this worker's."""
     source_targets: tuple[int, ...]
     """Target tokens of each source, this worker's."""
+    num_tokens: int
+    """Real input tokens, this worker's: targets, and what is read but not learned."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +176,8 @@ class StepTotal:
     """Real sequences of each source."""
     source_targets: tuple[int, ...]
     """Target tokens of each source."""
+    num_tokens: int
+    """Real input tokens."""
 
     @property
     def num_targets(self) -> int:
@@ -193,17 +218,14 @@ def read_steps(
         yield StepBatch(
             step=step,
             micro_batches=tuple(
-                stack_sequences(
-                    rows[row : row + plan.micro_batch_sequences],
-                    plan.micro_batch_sequences,
-                    plan.sequence_tokens,
-                )
+                _stack(rows[row : row + plan.micro_batch_sequences], plan)
                 for row in range(0, num_rows, plan.micro_batch_sequences)
             ),
             positions=positions,
             num_filler_sequences=num_rows - len(rows),
             source_sequences=tuple(num_sequences),
             source_targets=tuple(num_targets),
+            num_tokens=sum(len(row.ids) for row in rows),
         )
 
 
@@ -211,6 +233,14 @@ def num_micro_batches(num_sequences: int, micro_batch_sequences: int, world_size
     """Count the forward passes that every worker makes so that all sequences are seen."""
     largest_share = -(-num_sequences // world_size)
     return -(-largest_share // micro_batch_sequences)
+
+
+def _stack(rows: list[packing.Sequence], plan: BatchPlan) -> MicroBatch:
+    length = plan.sequence_tokens
+    if plan.is_padded:
+        longest = max((len(row.ids) for row in rows), default=1)
+        length = min(length, -(-longest // _PADDED_MULTIPLE) * _PADDED_MULTIPLE)
+    return stack_sequences(rows, plan.micro_batch_sequences, length)
 
 
 def stack_sequences(
@@ -229,7 +259,11 @@ def _build_order(
     weights: Sequence[float] | None,
     max_steps: int | None,
     total_positions: int,
+    *,
+    group: int,
 ) -> Order:
+    if weights is None and group > 1:
+        return GroupedOrder(tuple(source_sequences), group)
     if weights is None:
         return EpochOrder(tuple(source_sequences))
     if max_steps is None:

@@ -30,7 +30,7 @@ from raytune_llama.data.conversation_rows import (
     read_conversations,
 )
 from raytune_llama.data.rows import BadRow, SourceError
-from raytune_llama.data.units import choose_sides
+from raytune_llama.data.texts import choose_sides
 from raytune_llama.files import publish_directory, sha256_file, write_json_atomic
 from raytune_llama.storage import local_path
 

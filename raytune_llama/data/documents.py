@@ -13,6 +13,7 @@ from functools import partial
 
 import pyarrow as pa
 
+from raytune_llama.chat import conversations
 from raytune_llama.data.encodings import TranscodingReader
 from raytune_llama.data.json_rows import add_json_lines, check_text, read_json_stream
 from raytune_llama.data.lines import TextLines, decode_lines
@@ -236,7 +237,7 @@ class _Paragraph:
     def append(self, lines: TextLines, number: int) -> None:
         """Add a line; one that cannot be used spoils the document, which is then not kept."""
         self.num_bytes += lines.num_bytes[number] + 1
-        reason: Reason | None = None
+        reason: Reason | conversations.Reason | None = None
         detail = ""
         if number in lines.bad:
             reason, detail = lines.bad[number].reason, lines.bad[number].detail

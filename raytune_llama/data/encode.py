@@ -12,15 +12,16 @@ import fcntl
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Protocol
 
 import ray
-from pydantic import Field
 from transformers import PreTrainedTokenizerFast
 
-from raytune_llama.config import PLACEMENT, ConfigError, settings
-from raytune_llama.data.cleaning import CleaningConfig
+from raytune_llama.config import ConfigError
+from raytune_llama.data.chats import open_chats
+from raytune_llama.data.config import AnyDataConfig, DataConfig, StoreConfig
 from raytune_llama.data.deduplication import mark_duplicates
 from raytune_llama.data.manifest import (
     FORMAT_VERSION,
@@ -34,18 +35,12 @@ from raytune_llama.data.plan import EncodePlan, Unit, plan_units
 from raytune_llama.data.publishing import build_manifest, check_counts, publish
 from raytune_llama.data.rows import SourceError
 from raytune_llama.data.seen import SeenFiles, hash_files
-from raytune_llama.data.signatures import DuplicatesConfig
-from raytune_llama.data.sources import (
-    SourceConfig,
-    SourceFile,
-    check_sources,
-    discover_files,
-)
+from raytune_llama.data.sources import SourceFile, discover_files
 from raytune_llama.data.store import TokenStore
-from raytune_llama.data.units import UnitRecord
+from raytune_llama.data.texts import TextReader
+from raytune_llama.data.units import UnitReader, UnitRecord
 from raytune_llama.data.workers import read_sample, run_units
 from raytune_llama.model.choice import choose_encoder
-from raytune_llama.model.encoder import Engine
 from raytune_llama.model.reference import TextEncoder
 from raytune_llama.model.tokenizer import fingerprint_loaded, load_tokenizer
 from raytune_llama.storage import Place, check_place
@@ -55,62 +50,54 @@ logger = logging.getLogger(__name__)
 _MIB = 1 << 20
 
 
-@settings
-class DataConfig:
-    """A token store and the corpora it is made from."""
+class Corpus(Protocol):
+    """What a store is made from, found and looked into on the driver."""
 
-    sources: tuple[SourceConfig, ...]
-    """The corpora, in the order of the store."""
-    store_dir: Annotated[str, PLACEMENT]
-    """Directory of the token store, local or `s3://...`, `gs://...`; it must not exist, or hold
-    the store that would be built. All nodes must see it. Beside it, `<store_dir>.partial-...`
-    keeps unfinished work."""
-    bos: bool = True
-    """Whether each document begins with the tokenizer's beginning-of-text id."""
-    eos: bool = True
-    """Whether each document ends with the tokenizer's end-of-text id."""
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the documents that go to the validation split, chosen by a hash of their text."""
-    cleaning: CleaningConfig = CleaningConfig()
-    """Normalisation, and rules that leave documents out; all off. What they leave out is counted
-    by reason."""
-    duplicates: DuplicatesConfig = DuplicatesConfig()
-    """Exact and near duplicates over all sources, behind cleaning; off. Takes a second pass over
-    the corpus. What is left out is counted."""
-    max_document_mib: Annotated[int, Field(ge=1, le=1024)] = 256
-    """A longer document goes to quarantine. A worker needs about five times as much memory."""
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1), PLACEMENT] = 0.001
-    """Share of the rows that may be in quarantine; with more the job fails and says why."""
-    range_mib: Annotated[int, Field(ge=1), PLACEMENT] = 64
-    """Size of the ranges in which large files are read by many workers at once. Decides how the
-    store is cut into files, not what it holds."""
-    engine: Annotated[Engine, PLACEMENT] = "auto"
-    """What makes the ids. `auto`: a fast engine, where its ids were compared with the reference's
-    on a sample of this corpus; `reference`: SentencePiece or tokenizers themselves."""
-    cache_dir: Annotated[str | None, PLACEMENT] = None
-    """Folder on each node's own disk where training keeps copies of the shards of a store in
-    object storage, for the next run too; it may be deleted when none runs. Null: `raytune_llama`
-    in the user's cache folder."""
-    num_workers: Annotated[Annotated[int, Field(ge=1)] | None, PLACEMENT] = None
-    """Encoding processes, one CPU each. Null: one for each CPU that is free at the start."""
+    @property
+    def files(self) -> list[SourceFile]:
+        """All source files, in the order of the store."""
+        ...
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """All but files and tokenizer that decides the documents."""
+        ...
+
+    def sample(self) -> list[str]:
+        """Return some of its text, for the choice of an encoder."""
+        ...
+
+    def reader(self, encoder: TextEncoder) -> UnitReader:
+        """Return what reads units on the workers."""
+        ...
 
 
-@settings
-class PrepareDataConfig:
-    """A token store to build, and the tokenizer for it."""
+@dataclass(frozen=True)
+class TextCorpus:
+    """Documents of plain text; see `Corpus`."""
 
-    tokenizer: str
-    """Directory of a tokenizer, or of a model with its tokenizer."""
-    data: DataConfig
-    """What to encode, and where to."""
-    preview: bool = False
-    """Print some documents of each source as tokens, and build nothing."""
-    preview_documents: Annotated[int, Field(ge=1)] = 3
-    """How many of each source."""
+    config: DataConfig
+    """What was asked for."""
+    files: list[SourceFile]
+    """All source files."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """All but files and tokenizer that decides the documents."""
+        config = self.config
+        return {"cleaning": config.cleaning.inputs, "duplicates": config.duplicates.inputs}
+
+    def sample(self) -> list[str]:
+        """Read the beginning of some files."""
+        return read_sample(self.files)
+
+    def reader(self, encoder: TextEncoder) -> TextReader:
+        """Return what reads units on the workers."""
+        return TextReader(encoder)
 
 
 def prepare_data(
-    config: DataConfig, tokenizer_path: Path, start_ray: Callable[[], object] | None = None
+    config: AnyDataConfig, tokenizer_path: Path, start_ray: Callable[[], object] | None = None
 ) -> TokenStore:
     """Return the token store that a config describes; build it if it is not there.
 
@@ -132,41 +119,41 @@ def prepare_data(
             little text.
         NoSpaceError: A disk is full; the same command goes on once there is room.
     """
-    tokenizer, problems = _check(config, tokenizer_path)
-    if tokenizer is None or problems:
+    tokenizer, corpus, problems = _check(config, tokenizer_path)
+    if tokenizer is None or corpus is None or problems:
         raise ConfigError(problems)
     store_dir = Place.parse(config.store_dir, "data.store_dir")
-    files = discover_files(config.sources, max_document_bytes=config.max_document_mib * _MIB)
-    encoding = _encoding_inputs(config, tokenizer)
+    encoding = _encoding_inputs(config, tokenizer) | corpus.inputs
     if (store_dir / MANIFEST_NAME).exists():
-        return _reuse(config, encoding, files)
-    plan = _plan(config, encoding, files, store_dir)
-    units = plan_units(files, config.range_mib * _MIB)
+        return _reuse(config, encoding, corpus.files)
+    plan = _plan(config, encoding, corpus.files, store_dir)
+    units = plan_units(corpus.files, config.range_mib * _MIB)
     with _exclusive(plan):
         with ThreadPoolExecutor(max_workers=1) as pool:
-            choice = pool.submit(choose_encoder, tokenizer, read_sample(files), config.engine)
+            choice = pool.submit(choose_encoder, tokenizer, corpus.sample(), config.engine)
             if start_ray is not None:
                 start_ray()  # not on the thread: Ray's processes end with the one that starts them
         mark_duplicates(units, plan, config.num_workers)
-        records = _run(units, plan, choice.result().encoder, config.num_workers)
-        seen = SeenFiles.of_records(files, units, records)
-        inputs = encoding | {"sources": seen.inputs(files)}
+        reader = corpus.reader(choice.result().encoder)
+        records = _run(units, plan, reader, config.num_workers)
+        seen = SeenFiles.of_records(corpus.files, units, records)
+        inputs = encoding | {"sources": seen.inputs(corpus.files)}
         with _space_for(plan):
             manifest = build_manifest(inputs, units, plan, records)
             check_counts(manifest, plan, config.validation_fraction, config.max_bad_fraction)
-            publish(manifest, seen, plan, store_dir, list(source_names(config.sources)))
+            publish(manifest, seen, plan, store_dir, list(source_names(config.every_source)))
     return open_store(config)
 
 
 def _plan(
-    config: DataConfig, encoding: dict[str, Any], files: list[SourceFile], store_dir: Place
+    config: AnyDataConfig, encoding: dict[str, Any], files: list[SourceFile], store_dir: Place
 ) -> EncodePlan:
     """Return what all units share; refuse a store directory where other things are."""
     # The work directory is named by what all units share: mending one file keeps the others' work.
     layout = {**encoding, "range_mib": config.range_mib}
     work = store_dir.with_name(f"{store_dir.name}.partial-{fingerprint_of(layout)[:12]}")
     _check_free(store_dir, work)
-    return EncodePlan(
+    plan = EncodePlan(
         work=work,
         store=work / "store" if work.is_local else store_dir,
         files=files,
@@ -174,9 +161,10 @@ def _plan(
         eos_id=encoding["tokenizer"]["eos_id"],
         dtype=token_dtype(encoding["tokenizer"]["vocabulary_size"]),
         validation_fraction=config.validation_fraction,
-        cleaning=config.cleaning,
-        duplicates_config=config.duplicates,
     )
+    if isinstance(config, DataConfig):
+        return replace(plan, cleaning=config.cleaning, duplicates_config=config.duplicates)
+    return plan
 
 
 def _check_free(store_dir: Place, work: Place) -> None:
@@ -198,7 +186,7 @@ def _check_free(store_dir: Place, work: Place) -> None:
         )
 
 
-def open_store(config: DataConfig) -> TokenStore:
+def open_store(config: StoreConfig) -> TokenStore:
     """Open the token store that a config names, as it is.
 
     Raises:
@@ -209,55 +197,73 @@ def open_store(config: DataConfig) -> TokenStore:
     return TokenStore.open(Place.parse(config.store_dir, "data.store_dir"), cache_dir)
 
 
-def check_data(config: DataConfig, tokenizer_path: Path) -> list[str]:
+def check_data(config: AnyDataConfig, tokenizer_path: Path) -> list[str]:
     """Return what is wrong with a config, with field paths; needs no Ray.
 
     Of the corpus no more is read than the beginning of each file.
     """
-    return _check(config, tokenizer_path)[1]
+    return _check(config, tokenizer_path)[2]
 
 
 def _check(
-    config: DataConfig, tokenizer_path: Path
-) -> tuple[PreTrainedTokenizerFast | None, list[str]]:
-    """As `check_data`; return the tokenizer too, where it can be loaded."""
-    problems = [f"data.{problem}" for problem in check_sources(config.sources)]
+    config: AnyDataConfig, tokenizer_path: Path
+) -> tuple[PreTrainedTokenizerFast | None, Corpus | None, list[str]]:
+    """As `check_data`; return the tokenizer and the corpus too, where they can be opened."""
+    problems: list[str] = []
     try:
         problem = check_place(Place.parse(config.store_dir, "data.store_dir"), "data.store_dir")
     except ValueError as error:
         problem = str(error)
     problems += [problem] if problem else []
+    tokenizer: PreTrainedTokenizerFast | None = None
+    corpus: Corpus | None = None
     try:
         tokenizer = load_tokenizer(tokenizer_path)
     except (ValueError, OSError) as error:
-        return None, [*problems, str(error)]
-    for field, wanted in {"bos": config.bos, "eos": config.eos}.items():
-        if wanted and getattr(tokenizer, f"{field}_token_id") is None:
-            problems.append(
-                f"data.{field}: got true, but the tokenizer {tokenizer_path} has no {field} token; "
-                f"set it to false or use another tokenizer"
-            )
-    return tokenizer, problems
+        problems.append(str(error))
+    try:
+        if isinstance(config, DataConfig):
+            corpus = _open_texts(config)
+        elif tokenizer is not None:
+            corpus = open_chats(config, tokenizer)
+    except ConfigError as error:
+        problems = [*error.problems, *problems]
+    if isinstance(config, DataConfig) and tokenizer is not None:
+        problems += [
+            f"data.{field}: got true, but the tokenizer {tokenizer_path} has no {field} token; "
+            f"set it to false or use another tokenizer"
+            for field in ("bos", "eos")
+            if getattr(config, field) and getattr(tokenizer, f"{field}_token_id") is None
+        ]
+    return tokenizer, corpus, problems
 
 
-def _encoding_inputs(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Everything but the sources that decides the documents of a store."""
+def _open_texts(config: DataConfig) -> TextCorpus:
+    try:
+        max_bytes = config.max_document_mib * _MIB
+        return TextCorpus(config, discover_files(config.sources, max_document_bytes=max_bytes))
+    except ConfigError as error:
+        raise ConfigError([f"data.{problem}" for problem in error.problems]) from error
+
+
+def _encoding_inputs(config: AnyDataConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What decides the documents of a store, of text or of conversations."""
+    # A template writes the ends of conversations by itself.
+    bos, eos = (config.bos, config.eos) if isinstance(config, DataConfig) else (False, False)
     return {
         "format_version": FORMAT_VERSION,
         "tokenizer": {
             **fingerprint_loaded(tokenizer),
-            "bos_id": tokenizer.bos_token_id if config.bos else None,
-            "eos_id": tokenizer.eos_token_id if config.eos else None,
+            "bos_id": tokenizer.bos_token_id if bos else None,
+            "eos_id": tokenizer.eos_token_id if eos else None,
             # The length would be too small for a vocabulary with gaps.
             "vocabulary_size": max(tokenizer.get_vocab().values()) + 1,
         },
         "validation_fraction": config.validation_fraction,
-        "cleaning": config.cleaning.inputs,
-        "duplicates": config.duplicates.inputs,
     }
 
 
-def _reuse(config: DataConfig, encoding: dict[str, Any], files: list[SourceFile]) -> TokenStore:
+def _reuse(config: StoreConfig, encoding: dict[str, Any], files: list[SourceFile]) -> TokenStore:
     """Open a store that is there, if it is the one that would be built."""
     store = open_store(config)
     seen = hash_files(files, SeenFiles.read(store.place))
@@ -271,12 +277,12 @@ def _reuse(config: DataConfig, encoding: dict[str, Any], files: list[SourceFile]
 def _run(
     units: list[Unit],
     plan: EncodePlan,
-    encoder: TextEncoder,
+    reader: UnitReader,
     num_workers: int | None,
 ) -> list[UnitRecord]:
     free = max(1, int(ray.available_resources().get("CPU", 0)))
     workers = min(len(units), num_workers or free)
-    return run_units(units, plan, encoder, num_workers=workers, num_free=free)
+    return run_units(units, plan, reader, num_workers=workers, num_free=free)
 
 
 @contextlib.contextmanager

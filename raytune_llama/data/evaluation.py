@@ -8,9 +8,15 @@ from dataclasses import dataclass
 
 from raytune_llama.config import ConfigError
 from raytune_llama.data.batches import MicroBatch, num_micro_batches, stack_sequences
+from raytune_llama.data.fitting import cut_evaluated
 from raytune_llama.data.mixture import MixedSource, source_names
 from raytune_llama.data.order import Sample, apportion
-from raytune_llama.data.packing import JoinedSequences, PackedForm, cut_packed, find_stretches
+from raytune_llama.data.packing import (
+    EvaluationForm,
+    JoinedSequences,
+    SourceSequences,
+    find_stretches,
+)
 from raytune_llama.data.store import TokenSplit
 
 
@@ -20,7 +26,7 @@ class EvaluatedSource:
 
     name: str
     """Of the source."""
-    sequences: JoinedSequences
+    sequences: SourceSequences
     """All of the source's."""
     num_evaluated: int
     """How many of them are evaluated; from 1 to all."""
@@ -30,11 +36,14 @@ class EvaluatedSource:
         return number * self.sequences.num_sequences // self.num_evaluated
 
     @property
-    def num_bytes(self) -> float:
+    def num_bytes(self) -> float | None:
         """Bytes of text that the evaluated sequences account for; of a cut document its share.
 
-        All sequences of a source account for all of its text.
+        All sequences of a source account for all of its text. None for conversations, of which
+        not every token is a target.
         """
+        if not isinstance(self.sequences, JoinedSequences):
+            return None
         split = self.sequences.stretch.split
         total, known = 0.0, range(0)
         for number in range(self.num_evaluated):
@@ -50,7 +59,7 @@ class EvaluatedSource:
 def choose_evaluated(
     configs: Sequence[MixedSource],
     split: TokenSplit,
-    form: PackedForm,
+    form: EvaluationForm,
     sequence_tokens: int,
     max_sequences: int | None,
 ) -> tuple[EvaluatedSource, ...]:
@@ -71,7 +80,7 @@ def choose_evaluated(
     """
     names = source_names(configs)
     cut = {
-        source: cut_packed(stretch, form, sequence_tokens)
+        source: cut_evaluated(stretch, form, sequence_tokens)
         for source, stretch in find_stretches(split).items()
     }
     found = {source: sequences for source, sequences in cut.items() if sequences.num_sequences}

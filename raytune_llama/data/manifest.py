@@ -11,7 +11,7 @@ import pydantic
 from raytune_llama.config import differences
 from raytune_llama.storage import Place
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the directory's layout; part of the fingerprint."""
 
 MANIFEST_NAME = "manifest.json"
@@ -53,6 +53,8 @@ class Shard:
     """Token ids over all rows."""
     text_bytes: int
     """UTF-8 bytes of the text over all rows."""
+    targets: int | None = None
+    """Tokens that are learned; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,9 @@ class RowCounts:
     """Rows that cannot be used, by reason."""
     aliased: int = 0
     """Documents (and skipped rows) whose text was under another name of its field."""
+    events: dict[str, int] = field(default_factory=dict)
+    """What else was met, by name: conversations that were cut, tokens that they lack, names of
+    fields that are aliases or mean nothing. Counts of such things, not of rows."""
 
     @property
     def num_quarantined(self) -> int:
@@ -116,6 +121,7 @@ class RowCounts:
             skipped=_sum(self.skipped, other.skipped),
             quarantined=_sum(self.quarantined, other.quarantined),
             aliased=self.aliased + other.aliased,
+            events=_sum(self.events, other.events),
         )
 
 

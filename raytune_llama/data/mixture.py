@@ -15,8 +15,9 @@ from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from raytune_llama.config import ConfigError
+from raytune_llama.data.fitting import cut_stretch
 from raytune_llama.data.order import block_quotas, block_sequences
-from raytune_llama.data.packing import SequenceForm, SourceSequences, cut_stretch, find_stretches
+from raytune_llama.data.packing import SequenceForm, SourceSequences, find_stretches
 from raytune_llama.data.store import TokenSplit
 from raytune_llama.storage import Place
 

@@ -86,6 +86,35 @@ class EpochOrder:
 
 
 @dataclass(frozen=True)
+class GroupedOrder:
+    """As `EpochOrder`, but neighbours stay together: whole groups of sequences are shuffled.
+
+    Where sequences are numbered by length, those of a step are about as long. What the last group
+    lacks makes later epochs begin inside a step.
+    """
+
+    source_sequences: tuple[int, ...]
+    """Sequences of each source."""
+    group_sequences: int
+    """Neighbours that stay together."""
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of the sequences that each source has, in an epoch."""
+        return EpochOrder(self.source_sequences).shares
+
+    def sample(self, position: int, fingerprint: str, seed: int) -> Sample:
+        """Return the sequence at a position."""
+        total, size = sum(self.source_sequences), self.group_sequences
+        epoch, place = divmod(position, total)
+        group, inside = divmod(place, size)
+        if group < total // size:
+            group = permuted_index(group, total // size, derived_key(fingerprint, seed, epoch))
+        source, index = _locate(group * size + inside, self.source_sequences)
+        return Sample(source, index, epoch)
+
+
+@dataclass(frozen=True)
 class MixedOrder:
     """Blocks in which each source has its quota; each goes through epochs of its own."""
 

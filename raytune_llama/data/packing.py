@@ -4,7 +4,7 @@
     sequences = cut_stretch(stretch, "isolated", 512, fingerprint=store.fingerprint, seed=1)
     first = sequences.read(Sample(source=0, index=0, epoch=0))
 
-There are four forms, one class each. A sequence holds tokens of one source only.
+There are six forms, one class each. A sequence holds tokens of one source only.
 
 - `isolated` and `joined` (packing): the stretch is cut every T tokens. A sequence predicts the T
   tokens that follow its own, so that neighbours overlap by one token and every token but the
@@ -13,8 +13,10 @@ There are four forms, one class each. A sequence holds tokens of one source only
 - `seed_blocks` (Chinese-LLaMA-Alpaca's `group_texts`): documents by the thousand, joined and cut,
   the remainder dropped.
 
-A window of the last two is T ids, as with the programs they follow, which shift labels inside the
-model: it has T - 1 targets, and its first id is none.
+- `fitted` and `padded` (`fitting.py`): whole conversations, several in a sequence or one.
+
+A window of `crops` and `seed_blocks` is T ids, as with the programs they follow, which shift labels
+inside the model: it has T - 1 targets, and its first id is none.
 
 Shapes: T = tokens of a sequence.
 """
@@ -39,11 +41,11 @@ PAD_ID = 0
 GROUP_DOCUMENTS = 1000
 """Documents that `seed_blocks` joins: what the datasets library hands to a mapped function."""
 
-PackedForm = Literal["isolated", "joined"]
-"""Packed sequences whose documents don't see each other, or are plainly concatenated."""
-
-SequenceForm = Literal["isolated", "joined", "crops", "seed_blocks"]
+SequenceForm = Literal["isolated", "joined", "crops", "seed_blocks", "fitted", "padded"]
 """How a source is cut into sequences; see the head of this file."""
+
+EvaluationForm = Literal["isolated", "joined", "fitted"]
+"""How validation text is cut: so that all of it is seen once."""
 
 _NO_IDS = np.empty(0, dtype=np.uint16)
 _NO_STARTS = np.empty(0, dtype=np.int64)
@@ -61,10 +63,14 @@ class Sequence:
     starts: NDArray[np.int64] = field(default_factory=lambda: _NO_STARTS)
     """Where a document begins that must not see the one before it, above 0, up to `len(labels)`;
     the label before such a place is none."""
+    targets: NDArray[np.bool_] | None = None
+    """Which labels are trained, none before a start; None: all others."""
 
     @property
     def num_targets(self) -> int:
         """Labels that are trained."""
+        if self.targets is not None:
+            return int(np.count_nonzero(self.targets))
         return len(self.labels) - len(self.starts)
 
     def write(
@@ -84,6 +90,8 @@ class Sequence:
         labels_T[: len(self.labels)] = self.labels
         labels_T[len(self.labels) :] = IGNORED_LABEL
         labels_T[self.starts - 1] = IGNORED_LABEL
+        if self.targets is not None:
+            labels_T[: len(self.labels)][~self.targets] = IGNORED_LABEL
         bounds = np.empty(len(self.starts) + 3, dtype=np.int64)
         bounds[0], bounds[1:-2], bounds[-2:] = 0, self.starts, (num_ids, length)
         origins = np.repeat(bounds[:-1], bounds[1:] - bounds[:-1])
@@ -179,7 +187,7 @@ class JoinedSequences:
 
     def _span(self, index: int) -> range:
         """Return the flat positions of a sequence's ids and of the target behind them."""
-        _check_index(index, self.num_sequences)
+        check_index(index, self.num_sequences)
         start = self.stretch.tokens.start + index * self.sequence_tokens
         return range(start, min(start + self.sequence_tokens + 1, self.stretch.tokens.stop))
 
@@ -236,7 +244,7 @@ class Crops:
 
     def read(self, sample: Sample) -> Sequence:
         """Cut an epoch's window out of a document."""
-        _check_index(sample.index, self.num_sequences)
+        check_index(sample.index, self.num_sequences)
         document = self.stretch.documents[sample.index]
         starts = self.stretch.split.token_starts(np.array([document, document + 1]))
         start, stop = (int(bound) for bound in starts)
@@ -301,7 +309,7 @@ class SeedBlocks:
 
     def read(self, sample: Sample) -> Sequence:
         """Cut one block out."""
-        _check_index(sample.index, self.num_sequences)
+        check_index(sample.index, self.num_sequences)
         group = int(np.searchsorted(self.block_ends, sample.index, side="right"))
         blocks_before = int(self.block_ends[group - 1]) if group else 0
         group_start, group_stop = (int(bound) for bound in self.group_bounds[group : group + 2])
@@ -329,37 +337,8 @@ def find_stretches(split: TokenSplit) -> dict[int, Stretch]:
     }
 
 
-def cut_packed(stretch: Stretch, form: PackedForm, sequence_tokens: int) -> JoinedSequences:
-    """Cut a stretch into packed sequences of T tokens."""
-    match form:
-        case "isolated":
-            return IsolatedSequences(stretch, sequence_tokens)
-        case "joined":
-            return JoinedSequences(stretch, sequence_tokens)
-
-
-def cut_stretch(
-    stretch: Stretch, form: SequenceForm, sequence_tokens: int, *, fingerprint: str, seed: int
-) -> SourceSequences:
-    """Cut a stretch into sequences.
-
-    Args:
-        stretch: What a source has in a split.
-        form: How it is cut.
-        sequence_tokens: T.
-        fingerprint: The token store's; with `seed` it decides where crops start.
-        seed: The run's.
-    """
-    match form:
-        case "crops":
-            return Crops(stretch, sequence_tokens, fingerprint, seed)
-        case "seed_blocks":
-            return SeedBlocks.of(stretch, sequence_tokens)
-        case packed:
-            return cut_packed(stretch, packed, sequence_tokens)
-
-
-def _check_index(index: int, count: int) -> None:
+def check_index(index: int, count: int) -> None:
+    """Raise IndexError where a source has no such sequence."""
     if not 0 <= index < count:
         raise IndexError(f"sequence {index} of a source with {count} sequences")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.config import ConfigError
-from raytune_llama.data.encode import DataConfig, check_data
+from raytune_llama.data.config import DataConfig
+from raytune_llama.data.encode import check_data
 from raytune_llama.data.sources import SourceFile, discover_files
 from raytune_llama.data.workers import read_beginning
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer

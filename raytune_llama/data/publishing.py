@@ -86,6 +86,9 @@ def check_counts(
     skipped = ", ".join(f"{count} {reason}" for reason, count in rows.skipped.items() if count)
     if skipped:
         logger.info("rows left out: %s", skipped)
+    if rows.events:
+        met = ", ".join(f"{count} {name}" for name, count in rows.events.items())
+        logger.info("met in rows: %s", met)
     if rows.aliased:
         logger.info("%d rows have their text under another name of its field", rows.aliased)
     _check_splits(manifest, validation_fraction, skipped or "none")
@@ -129,11 +132,13 @@ def publish(
     else:
         plan.work.delete()
     for name, split in manifest.splits.items():
+        targets = [shard.targets for shard in split.shards if shard.targets is not None]
         logger.info(
-            "%s: %d documents, %d tokens, %.1f MB of text",
+            "%s: %d documents, %d tokens%s, %.1f MB of text",
             name,
             split.documents,
             split.tokens,
+            f", {sum(targets)} of them learned" if targets else "",
             split.text_bytes / 1e6,
         )
 

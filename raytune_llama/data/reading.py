@@ -6,7 +6,7 @@ Every row is counted where it ends up, so that the tally balances.
 import errno
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -72,6 +72,7 @@ class Tally:
     total: int = 0
     documents: int = 0
     aliased: int = 0
+    events: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     quarantined: Counter[str] = field(default_factory=Counter)
     pieces: list[PieceRecord] = field(default_factory=list)
@@ -85,6 +86,7 @@ class Tally:
             skipped=dict(sorted((+self.skipped).items())),
             quarantined=dict(sorted(self.quarantined.items())),
             aliased=self.aliased,
+            events=dict(sorted((+self.events).items())),
         )
 
 
@@ -139,11 +141,29 @@ def read_unit(
         SourceError: A file cannot be read as configured, was changed since it was listed, or is
             something else than the config says: most of its rows are bad.
     """
+    for _, piece, batch in read_pieces(unit, files, tally, quarantine):
+        yield _clean(_without_blank(batch, piece.file, tally), cleaner, tally)
+
+
+def read_pieces(
+    unit: Unit, files: list[SourceFile], tally: Tally, quarantine: QuarantineWriter | None
+) -> Iterator[tuple[int, Piece, RowBatch]]:
+    """Stream the rows of a unit, with the piece that they are of and its number.
+
+    Args:
+        unit: What to read.
+        files: All source files.
+        tally: Counts rows and bad ones; the caller counts what it does with the rest.
+        quarantine: Takes the bad rows; None where they were taken in an earlier pass.
+
+    Raises:
+        SourceError: As `read_unit`.
+    """
     for number, piece in enumerate(unit.pieces):
         file = files[piece.file]
         try:
-            for documents in _read_piece(piece, number, file, tally, quarantine):
-                yield _clean(documents, cleaner, tally)
+            for batch in _read_piece(piece, number, file, tally, quarantine):
+                yield number, piece, batch
             status = file.place.status()
         except OSError as error:
             if error.errno == errno.ENOSPC:  # not of this file, but of one that is written
@@ -160,7 +180,7 @@ def _read_piece(
     file: SourceFile,
     tally: Tally,
     quarantine: QuarantineWriter | None,
-) -> Iterator[Documents]:
+) -> Iterator[RowBatch]:
     lines = 0
     with file.place.open() as opened:
         reader = HashedRange(opened, piece.hash_start, piece.hash_stop)
@@ -169,13 +189,28 @@ def _read_piece(
             lines += batch.num_lines
             tally.total += batch.num_rows
             tally.aliased += batch.num_alias_rows
-            for row in batch.bad:
-                tally.quarantined[row.reason] += 1
-                if quarantine is not None:
-                    quarantine.write(row, file, number)
-            _check_hope(tally, file, quarantine)
-            yield _without_blank(batch, piece.file, tally)
+            quarantine_rows(batch.bad, tally, quarantine, file, number)
+            yield batch
         tally.pieces.append(PieceRecord(digests=reader.digests(), lines=lines))
+
+
+def quarantine_rows(
+    rows: Iterable[BadRow],
+    tally: Tally,
+    quarantine: QuarantineWriter | None,
+    file: SourceFile,
+    piece: int,
+) -> None:
+    """Count bad rows of a piece of a unit and write them down.
+
+    Raises:
+        SourceError: So many are bad that the file must be something else.
+    """
+    for row in rows:
+        tally.quarantined[row.reason] += 1
+        if quarantine is not None:
+            quarantine.write(row, file, piece)
+    _check_hope(tally, file, quarantine)
 
 
 def _clean(documents: Documents, cleaner: Cleaner, tally: Tally) -> Documents:

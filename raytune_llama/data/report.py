@@ -36,6 +36,7 @@ def render_report(manifest: Manifest, source_names: Sequence[str]) -> str:
         _section("Length of documents", _lengths(manifest.lengths)),
         _section("Rows left out on purpose", _reasons(rows.skipped, rows.total)),
         _section("Rows in quarantine", _reasons(rows.quarantined, rows.total), "bad"),
+        *([_section("What else was met", _events(rows.events))] if rows.events else []),
         _section("Made from", _inputs(manifest)),
     ]
     summary = (
@@ -128,6 +129,10 @@ def _reasons(counts: dict[str, int], total: int) -> str:
         for reason, count in sorted(found.items(), key=lambda pair: -pair[1])
     ]
     return _table(["reason", "rows", "share of all rows", ""], rows)
+
+
+def _events(events: dict[str, int]) -> str:
+    return _table(["", "times"], [[name, f"{count:,}"] for name, count in events.items()])
 
 
 def _inputs(manifest: Manifest) -> str:

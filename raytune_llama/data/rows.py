@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raytune_llama.chat import conversations
+
 Format = Literal["txt", "json", "jsonl", "parquet"]
 """How a file is parsed; `json` is one array, or objects one after the other."""
 
@@ -73,7 +75,7 @@ class BadRow:
     offset: int
     """Byte at which it starts in the file, after decompression (and, for UTF-16, in UTF-8); for
     Parquet, its row from 0."""
-    reason: Reason
+    reason: Reason | conversations.Reason
     """Why."""
     detail: str
     """What exactly, for a person: some bytes of it, the fields that it has."""

@@ -8,7 +8,7 @@ from raytune_llama.data.cleaning import Cleaner, CleaningConfig
 from raytune_llama.data.plan import plan_units
 from raytune_llama.data.reading import Tally, read_unit
 from raytune_llama.data.sources import SourceConfig, discover_files
-from raytune_llama.data.units import choose_sides
+from raytune_llama.data.texts import choose_sides
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,9 @@
 """Write the shards of a token store: Arrow files of documents, in bounded memory."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,41 @@ from raytune_llama.files import sha256_file, temporary_sibling
 
 _BATCH_TOKENS = 1 << 20  # bounds a writer's memory; a record batch may exceed it by one call's
 _BATCH_DOCUMENTS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedDocuments:
+    """Documents of one file as token ids; the arrays go together."""
+
+    file: int
+    """Index of the source file."""
+    ids: NDArray[np.integer]
+    """Their token ids one after the other."""
+    lengths: NDArray[np.int64]
+    """How many each has, at least one."""
+    num_bytes: NDArray[np.int64]
+    """UTF-8 bytes of each one's text."""
+    offsets: NDArray[np.int64]
+    """Where each starts in the file."""
+    is_validation: NDArray[np.bool_]
+    """Whether it is for the validation split."""
+    targets: NDArray[np.bool_] | None = None
+    """Which of `ids` are learned; None: all."""
+
+    def chosen(self, which: NDArray[np.bool_]) -> "EncodedDocuments":
+        """Return those for which `which`, one value a document, is true."""
+        if which.all():
+            return self
+        of_ids = np.repeat(which, self.lengths)
+        return EncodedDocuments(
+            self.file,
+            self.ids[of_ids],
+            self.lengths[which],
+            self.num_bytes[which],
+            self.offsets[which],
+            self.is_validation[which],
+            None if self.targets is None else self.targets[of_ids],
+        )
 
 
 class ShardWriter:
@@ -30,6 +66,7 @@ class ShardWriter:
         source: int,
         bos_id: int | None = None,
         eos_id: int | None = None,
+        has_targets: bool = False,
     ) -> None:
         """Begin a shard; no file is made before there is a document.
 
@@ -39,6 +76,7 @@ class ShardWriter:
             source: Index of the configured source that all documents are from.
             bos_id: Put before each document, if given.
             eos_id: Put behind each document, if given.
+            has_targets: Whether documents say which of their tokens are learned.
         """
         self.shard: Shard | None = None
         self._path = path
@@ -46,45 +84,38 @@ class ShardWriter:
         self._temporary = temporary_sibling(path)
         self._dtype = np.dtype(dtype)
         self._ends = (bos_id, eos_id)
-        self._schema = _schema(dtype)
+        self._has_targets = has_targets
+        self._schema = _schema(dtype, has_targets=has_targets)
         self._sink: pa.OSFile | None = None
         self._writer: pa.RecordBatchFileWriter | None = None
-        self._held: list[_Documents] = []
+        self._held: list[list[NDArray[Any]]] = []
         self._held_tokens = self._held_documents = 0
-        self._documents = self._tokens = self._text_bytes = 0
+        self._documents = self._tokens = self._text_bytes = self._targets = 0
 
     def __enter__(self) -> Self:
         return self
 
     def write(self, ids: list[int], num_bytes: int, file: int, offset: int) -> None:
         """Append one document; see `write_documents`."""
-        one = [np.array([value]) for value in (len(ids), num_bytes, offset)]
-        self.write_documents(np.array(ids), one[0], one[1], file, one[2])
+        lengths, sizes, offsets = (np.array([v]) for v in (len(ids), num_bytes, offset))
+        no = np.zeros(1, dtype=np.bool_)
+        self.write_documents(EncodedDocuments(file, np.array(ids), lengths, sizes, offsets, no))
 
-    def write_documents(
-        self,
-        ids: NDArray[np.integer],
-        lengths: NDArray[np.int64],
-        num_bytes: NDArray[np.int64],
-        file: int,
-        offsets: NDArray[np.int64],
-    ) -> None:
-        """Append documents of one file.
-
-        Args:
-            ids: Their token ids one after the other.
-            lengths: How many each has, at least one.
-            num_bytes: UTF-8 bytes of each one's text.
-            file: Index of the source file.
-            offsets: Where each starts in that file.
-        """
-        if not len(lengths):
+    def write_documents(self, documents: "EncodedDocuments") -> None:
+        """Append documents of one file, whichever split they are meant for."""
+        if not len(documents.lengths):
             return
+        ids, lengths, dtype = documents.ids, documents.lengths, self._dtype
         assert lengths.min() > 0, "a document without tokens cannot be found in the flat stream"
-        assert ids.max() <= np.iinfo(self._dtype).max, "an id is beyond the vocabulary"
-        flat, lengths = _with_ends(ids, lengths, *self._ends, self._dtype)
-        files = np.full(len(lengths), file, dtype=np.int32)
-        self._held.append((flat, lengths, num_bytes, files, offsets))
+        assert ids.max() <= np.iinfo(dtype).max, "an id is beyond the vocabulary"
+        assert (documents.targets is not None) == self._has_targets
+        flat, longer = _with_ends(ids, lengths, *self._ends, dtype)
+        columns = [flat, longer, documents.num_bytes]
+        columns += [np.full(len(lengths), documents.file, dtype=np.int32), documents.offsets]
+        if documents.targets is not None:
+            assert self._ends == (None, None), "ends are no part of a mask"
+            columns.append(documents.targets.view(np.uint8))
+        self._held.append(columns)
         self._held_tokens += len(flat)
         self._held_documents += len(lengths)
         if self._held_tokens >= _BATCH_TOKENS or self._held_documents >= _BATCH_DOCUMENTS:
@@ -114,6 +145,7 @@ class ShardWriter:
             documents=self._documents,
             tokens=self._tokens,
             text_bytes=self._text_bytes,
+            targets=self._targets if self._has_targets else None,
         )
         self._temporary.replace(self._path)
 
@@ -126,27 +158,22 @@ class ShardWriter:
             for column in zip(*self._held, strict=True)
         ]
         self._held = []
-        flat, lengths, num_bytes, files, offsets = columns
+        flat, lengths, num_bytes, files, offsets = columns[:5]
         bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=bounds[1:])
         tokens = pa.LargeListArray.from_arrays(
             pa.array(bounds), pa.array(flat), type=self._schema.field("tokens").type
         )
         arrays = [tokens, pa.array(num_bytes), pa.array(files), pa.array(offsets)]
+        if self._has_targets:
+            mask, kind = pa.array(columns[5]), self._schema.field("targets").type
+            arrays.append(pa.LargeListArray.from_arrays(pa.array(bounds), mask, type=kind))
+            self._targets += int(columns[5].sum())
         self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
         self._documents += len(lengths)
         self._tokens += len(flat)
         self._text_bytes += int(num_bytes.sum())
         self._held_tokens = self._held_documents = 0
-
-
-_Documents = tuple[
-    NDArray[np.unsignedinteger],
-    NDArray[np.int64],
-    NDArray[np.int64],
-    NDArray[np.int32],
-    NDArray[np.int64],
-]
 
 
 def _with_ends(
@@ -179,7 +206,9 @@ def _with_ends(
     return result, longer
 
 
-def _schema(dtype: str) -> pa.Schema:
+def _schema(dtype: str, *, has_targets: bool) -> pa.Schema:
     ids = pa.large_list(pa.field("item", pa.type_for_alias(dtype), nullable=False))
     columns = {"tokens": ids, "num_bytes": pa.int64(), "source": pa.int32(), "offset": pa.int64()}
+    if has_targets:  # a byte each: bits could not be viewed without a copy
+        columns["targets"] = pa.large_list(pa.field("item", pa.uint8(), nullable=False))
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])

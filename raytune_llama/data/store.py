@@ -185,13 +185,22 @@ class TokenSplit:
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of a stream of {self.num_tokens}")
-        pieces = [
-            batch.ids[max(0, start - batch.token_start) : stop - batch.token_start]
+        return _joined([(b, b.ids) for b in self._overlapping(start, stop)], start, stop)
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether documents say which of their tokens are learned: those of conversations do."""
+        return any(shard.targets is not None for shard in self.manifest.shards)
+
+    def targets(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return which ids of a range of the flat stream are learned; see `tokens`."""
+        found = [
+            (batch, batch.targets)
             for batch in self._overlapping(start, stop)
+            if batch.targets is not None
         ]
-        if not pieces:
-            return np.empty(0, dtype=np.uint16)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        assert found or start == stop, "a store of text learns everything"
+        return _joined(found, start, stop).astype(np.bool_, copy=False)
 
     def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return the flat positions in [start, stop) at which a document starts, ascending."""
@@ -272,6 +281,18 @@ class _Batch:
     offsets: NDArray[np.int64]
     num_bytes: NDArray[np.int64]
     files: NDArray[np.int32]
+    targets: NDArray[np.uint8] | None
+
+
+def _joined(columns: list[tuple[_Batch, NDArray[Any]]], start: int, stop: int) -> NDArray[Any]:
+    """Return a range of the flat stream of a column, a view where one batch has all of it."""
+    pieces = [
+        column[max(0, start - batch.token_start) : stop - batch.token_start]
+        for batch, column in columns
+    ]
+    if not pieces:
+        return np.empty(0, dtype=np.uint16)
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def _map_batches(place: Place, shards: list[Shard], cache_dir: Path | None) -> Iterable[_Batch]:
@@ -292,7 +313,10 @@ def _map_batches(place: Place, shards: list[Shard], cache_dir: Path | None) -> I
             ids = tokens.values.to_numpy()
             num_bytes = batch.column("num_bytes").to_numpy()
             files = batch.column("source").to_numpy()
-            yield _Batch(token_start, ids, tokens.offsets.to_numpy(), num_bytes, files)
+            targets = None
+            if shard.targets is not None:
+                targets = batch.column("targets").values.to_numpy()
+            yield _Batch(token_start, ids, tokens.offsets.to_numpy(), num_bytes, files, targets)
             token_start += len(ids)
             documents += batch.num_rows
         if (documents, token_start - first) != (shard.documents, shard.tokens):

@@ -17,30 +17,23 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pydantic
-from numpy.typing import NDArray
 
-from raytune_llama.data.cleaning import Cleaner
-from raytune_llama.data.deduplication import DuplicateFilter, work_key
+from raytune_llama.data.deduplication import work_key
 from raytune_llama.data.manifest import SPLITS, RowCounts, Shard, SplitName
 from raytune_llama.data.plan import EncodePlan, Unit, UnitStoppedError
 from raytune_llama.data.reading import (
-    Documents,
     PieceRecord,
     QuarantineWriter,
     Tally,
-    read_unit,
 )
 from raytune_llama.data.rows import SourceError
-from raytune_llama.data.shards import ShardWriter
+from raytune_llama.data.shards import EncodedDocuments, ShardWriter
 from raytune_llama.files import sha256_file
-from raytune_llama.model.cuts import UncuttableTextError
-from raytune_llama.model.encoder import IdsDifferError
-from raytune_llama.model.reference import TextEncoder
 from raytune_llama.storage import Place
 
 logger = logging.getLogger(__name__)
@@ -50,9 +43,6 @@ MAX_ATTEMPTS = 3
 
 NUM_LENGTH_BINS = 40
 """Powers of two that the histogram of lengths knows."""
-
-_BATCH_DOCUMENTS = 8192
-_BATCH_BYTES = 2 << 20
 
 
 class NoSpaceError(SourceError):
@@ -91,6 +81,26 @@ class UnitRecord:
     """Documents by the power of two of their tokens."""
 
 
+class UnitReader(Protocol):
+    """What turns the rows of a unit into token ids; picklable."""
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether documents say which of their tokens are learned."""
+        ...
+
+    def read(
+        self, unit: Unit, plan: EncodePlan, tally: Tally, quarantine: QuarantineWriter
+    ) -> Iterator[EncodedDocuments]:
+        """Stream the documents of a unit that are kept, and account for every other row.
+
+        Raises:
+            SourceError: A file cannot be read as configured, was changed, or is something else
+                than the config says.
+        """
+        ...
+
+
 def quarantine_place(unit: Unit, plan: EncodePlan) -> Place:
     """Where the bad rows of a unit are."""
     return plan.units / f"{unit.index:05d}.quarantine.jsonl"
@@ -124,7 +134,7 @@ def _is_whole(place: Place, wanted: Shard | QuarantinePart) -> bool:
     return not place.is_local or sha256_file(place.path) == wanted.sha256
 
 
-def encode_unit(unit: Unit, plan: EncodePlan, encoder: TextEncoder) -> UnitRecord:
+def encode_unit(unit: Unit, plan: EncodePlan, reader: UnitReader) -> UnitRecord:
     """Encode a unit and write its shards and its record.
 
     Raises:
@@ -137,7 +147,7 @@ def encode_unit(unit: Unit, plan: EncodePlan, encoder: TextEncoder) -> UnitRecor
     try:
         _count_attempt(attempts, unit, plan)
         with _scratch(plan) as folder:
-            record = _encode_into(folder, unit, plan, encoder)
+            record = _encode_into(folder, unit, plan, reader)
             _upload(folder, unit, plan, record)
         _record_place(unit, plan).write_json(asdict(record))
     except OSError as error:
@@ -191,11 +201,10 @@ def _scratch(plan: EncodePlan) -> Iterator[Path]:
         yield Path(name)
 
 
-def _encode_into(folder: Path, unit: Unit, plan: EncodePlan, encoder: TextEncoder) -> UnitRecord:
+def _encode_into(folder: Path, unit: Unit, plan: EncodePlan, reader: UnitReader) -> UnitRecord:
     tally = Tally()
     lengths = np.zeros(NUM_LENGTH_BINS, dtype=np.int64)
     bad_rows = _bad_rows_file(folder, unit, plan)
-    duplicates = DuplicateFilter(unit, plan)
     with ExitStack() as stack:
         quarantine = stack.enter_context(QuarantineWriter(bad_rows))
         writers: dict[SplitName, ShardWriter] = {
@@ -204,17 +213,23 @@ def _encode_into(folder: Path, unit: Unit, plan: EncodePlan, encoder: TextEncode
                     folder / f"{split}-{unit.index:05d}.arrow",
                     plan.dtype,
                     source=unit.source,
+                    has_targets=reader.has_targets,
                     bos_id=plan.bos_id,
                     eos_id=plan.eos_id,
                 )
             )
             for split in SPLITS
         }
-        for documents in read_unit(unit, plan.files, tally, quarantine, Cleaner(plan.cleaning)):
+        for documents in reader.read(unit, plan, tally, quarantine):
             if plan.stop.exists():
                 raise UnitStoppedError
-            for batch in _batched(duplicates.keep(documents, tally)):
-                lengths += _write_batch(batch, plan, encoder, writers, tally)
+            sides = (~documents.is_validation, documents.is_validation)
+            for split, side in zip(SPLITS, sides, strict=True):
+                if side.any():
+                    writers[split].write_documents(documents.chosen(side))
+            # The power of two below: an exact one for all lengths, unlike a logarithm's.
+            powers = np.frexp(documents.lengths)[1] - 1
+            lengths += np.bincount(powers, minlength=NUM_LENGTH_BINS)
     tally.documents = sum(writer.shard.documents for writer in writers.values() if writer.shard)
     return UnitRecord(
         key=work_key(unit, plan),
@@ -246,92 +261,3 @@ def _upload(folder: Path, unit: Unit, plan: EncodePlan, record: UnitRecord) -> N
             (plan.store / shard.name).upload(folder / shard.name)
     if record.quarantine:
         quarantine_place(unit, plan).upload(_bad_rows_file(folder, unit, plan))
-
-
-def _batched(documents: Documents) -> Iterator[Documents]:
-    """Cut documents so that a batch is worth a call and yet fits in memory."""
-    ends = np.cumsum(documents.num_bytes)
-    start = num_bytes = 0
-    while start < len(documents.texts):
-        full = int(np.searchsorted(ends, num_bytes + _BATCH_BYTES)) + 1
-        stop = min(full, start + _BATCH_DOCUMENTS, len(documents.texts))
-        yield _part(documents, start, stop)
-        start, num_bytes = stop, int(ends[stop - 1])
-
-
-def _part(documents: Documents, start: int, stop: int) -> Documents:
-    return Documents(
-        documents.file,
-        documents.texts[start:stop],
-        documents.offsets[start:stop],
-        documents.num_bytes[start:stop],
-    )
-
-
-def _write_batch(
-    documents: Documents,
-    plan: EncodePlan,
-    encoder: TextEncoder,
-    writers: dict[SplitName, ShardWriter],
-    tally: Tally,
-) -> NDArray[np.int64]:
-    """Encode and write a batch; a text that becomes no token is counted. Return the lengths."""
-    encoded = _encode(documents, plan, encoder, tally)
-    lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-    ids = encoded[0] if len(encoded) == 1 else np.concatenate(encoded)
-    columns = [
-        np.array(column, dtype=np.int64) for column in (documents.num_bytes, documents.offsets)
-    ]
-    tally.skipped["no_tokens"] += int((lengths == 0).sum())
-    for split, of_split in choose_sides(documents.texts, plan.validation_fraction).items():
-        chosen = of_split & (lengths > 0)
-        writers[split].write_documents(
-            ids if chosen.all() else ids[np.repeat(chosen, lengths)],
-            lengths[chosen],
-            columns[0][chosen],
-            documents.file,
-            columns[1][chosen],
-        )
-    # The power of two below: an exact one for all lengths, unlike a logarithm's.
-    powers = np.frexp(lengths[lengths > 0])[1] - 1
-    return np.bincount(powers, minlength=NUM_LENGTH_BINS)
-
-
-def _encode(
-    documents: Documents, plan: EncodePlan, encoder: TextEncoder, tally: Tally
-) -> list[NDArray[np.uint32]]:
-    """Encode a batch; a text that is too long to encode is counted, and has no ids."""
-    place = plan.files[documents.file].place
-    try:
-        return encoder.encode(documents.texts)
-    except IdsDifferError as error:
-        offset = documents.offsets[error.index]
-        raise SourceError(f"{place}: byte {offset}: {error}") from error
-    except UncuttableTextError:
-        pass
-    encoded: list[NDArray[np.uint32]] = []
-    for text, offset in zip(documents.texts, documents.offsets, strict=True):
-        try:
-            encoded += encoder.encode([text])
-        except UncuttableTextError as error:
-            logger.warning("%s: byte %d: left out: %s", place, offset, error)
-            tally.skipped["uncuttable"] += 1
-            tally.skipped["no_tokens"] -= 1  # which the caller counts for all that have none
-            encoded.append(np.empty(0, dtype=np.uint32))
-    return encoded
-
-
-def choose_sides(
-    texts: list[str], validation_fraction: float
-) -> dict[SplitName, NDArray[np.bool_]]:
-    """Say which documents go to each split, by their texts alone: equal texts stay together.
-
-    A text is for validation where the first 64 bits of its SHA-256, as a share of their range,
-    are below the fraction.
-    """
-    if not validation_fraction:
-        return {"train": np.ones(len(texts), dtype=bool)}
-    bound = int(validation_fraction * 2**64).to_bytes(8, "big")
-    below = (sha256(text.encode()).digest()[:8] < bound for text in texts)
-    validation = np.fromiter(below, dtype=bool, count=len(texts))
-    return {"train": ~validation, "validation": validation}

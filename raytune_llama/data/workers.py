@@ -19,11 +19,11 @@ from raytune_llama.data.rows import RowBatch, SourceError
 from raytune_llama.data.sources import SourceFile
 from raytune_llama.data.tasks import quiet_ray_data
 from raytune_llama.data.units import (
+    UnitReader,
     UnitRecord,
     encode_unit,
     finished_record,
 )
-from raytune_llama.model.reference import TextEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +40,10 @@ class UnitEncoder:
     """
 
     def __init__(
-        self, encoder: "ray.ObjectRef[TextEncoder]", plan: EncodePlan, units: list[Unit]
+        self, reader: "ray.ObjectRef[UnitReader]", plan: EncodePlan, units: list[Unit]
     ) -> None:
         # In Ray's shared memory the tables of a fast engine are there once for all of a node.
-        self._encoder = ray.get(encoder)
+        self._reader = ray.get(reader)
         self._plan = plan
         self._units = units
 
@@ -53,7 +53,7 @@ class UnitEncoder:
         record, problem = finished_record(unit, self._plan), None
         reused = record is not None
         try:
-            record = record or encode_unit(unit, self._plan, self._encoder)
+            record = record or encode_unit(unit, self._plan, self._reader)
         except SourceError as error:
             problem = str(error)
             self._stop()
@@ -82,7 +82,7 @@ _RESULT_SCHEMA = pa.schema(
 def run_units(
     units: list[Unit],
     plan: EncodePlan,
-    encoder: TextEncoder,
+    reader: UnitReader,
     *,
     num_workers: int,
     num_free: int,
@@ -92,7 +92,7 @@ def run_units(
     Args:
         units: What to encode.
         plan: What they have in common.
-        encoder: What encodes.
+        reader: What turns rows into ids.
         num_workers: Actors, one CPU each.
         num_free: CPUs that are free now; more actors are started as the cluster grows.
 
@@ -109,7 +109,7 @@ def run_units(
     records: dict[int, UnitRecord] = {}
     problems: dict[int, str] = {}
     progress = _Progress(units)
-    kwargs = {"encoder": ray.put(encoder), "plan": plan, "units": units}
+    kwargs = {"reader": ray.put(reader), "plan": plan, "units": units}
     for row in _run_actors(len(units), kwargs, num_workers, num_free):
         if row["problem"]:
             problems[row["unit"]] = row["problem"]

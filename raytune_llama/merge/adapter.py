@@ -60,7 +60,11 @@ class Adapter:
     """The adapter of a directory."""
 
     def __init__(
-        self, path: Path, settings: Mapping[str, Any], file: SafetensorsFile | PickledFile
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        file: SafetensorsFile | PickledFile,
+        prefix: str = "",
     ) -> None:
         """Sort the file's tensors by the weights they change; see `open`."""
         self.path = path
@@ -68,6 +72,7 @@ class Adapter:
         self.low_rank: dict[str, LowRank] = {}
         self.replaced: dict[str, str] = {}
         self._file = file
+        self._prefix = prefix
         self._transposed = bool(settings.get("fan_in_fan_out"))
         for key in file.specs:
             self._sort(key)
@@ -77,8 +82,12 @@ class Adapter:
         self._factors = lru_cache(maxsize=1)(self._read_factors)
 
     @classmethod
-    def open(cls, path: Path) -> "Adapter":
+    def open(cls, path: Path, prefix: str = "") -> "Adapter":
         """Read an adapter's settings and the header of its weights.
+
+        Args:
+            path: Its directory.
+            prefix: First part of its names that the base's files lack; see `BaseNames`.
 
         Raises:
             ValueError: It is no adapter, or one whose effect is not W + s B A; files are missing
@@ -92,7 +101,7 @@ class Adapter:
             raise ValueError(f"adapters: {path} has none of {', '.join(WEIGHT_FILES)}")
         _refuse_unknown(path, settings)
         kind = SafetensorsFile if files[0].suffix == ".safetensors" else PickledFile
-        adapter = cls(path, settings, kind(files[0]))
+        adapter = cls(path, settings, kind(files[0]), prefix)
         if not adapter.low_rank and not adapter.replaced:
             raise ValueError(
                 f"adapters: {files[0]} holds no tensor, so that it would change nothing; it was "
@@ -128,10 +137,11 @@ class Adapter:
         left, right, _ = self._factors(name)
         return (left[rows].to(dtype) @ right.to(dtype)) * self.low_rank[name].scale
 
-    def terms(self, name: str, rows: slice) -> Tensor:
-        """Return s |B| |A|, float64: to what the rounding of `delta` is relative."""
+    def terms(self, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return s |B| |A|: to what the rounding of `delta` is relative."""
         left, right, _ = self._factors(name)
-        return (left[rows].abs().double() @ right.abs().double()) * abs(self.low_rank[name].scale)
+        sizes = left[rows].abs().to(dtype) @ right.abs().to(dtype)
+        return sizes.mul_(abs(self.low_rank[name].scale))
 
     def change(self, name: str, weight: Tensor, rows: slice) -> Tensor:
         """Apply the low-rank update to some rows of a weight, in the type of `weight`."""
@@ -146,7 +156,7 @@ class Adapter:
         return updated * (learned / torch.linalg.vector_norm(updated, dim=1))[:, None]
 
     def _sort(self, key: str) -> None:
-        name = key.removeprefix(_PREFIX).replace(".default", "")
+        name = key.removeprefix(_PREFIX).removeprefix(self._prefix).replace(".default", "")
         for ending, part in _PARTS.items():
             if name.endswith(f".{ending}"):
                 weight = name.removesuffix(ending) + "weight"
@@ -169,13 +179,14 @@ class Adapter:
         if ("magnitude" in update.keys) != bool(self.settings.get("use_dora")):
             raise ValueError(f"{where}: use_dora of {CONFIG} contradicts the weights")
         first, second = (self._file.specs[update.keys[part]].shape for part in pair)
-        rank = _by_pattern(self.settings, "rank_pattern", name, self.settings["r"])
+        whole = self._prefix + name  # what PEFT's patterns are written for
+        rank = _by_pattern(self.settings, "rank_pattern", whole, self.settings["r"])
         if not first[0] == second[1] == rank:
             raise ValueError(
                 f"{where}: A is {list(first)}, B is {list(second)}, and {CONFIG} says rank {rank}; "
                 "the files are of different adapters"
             )
-        alpha = _by_pattern(self.settings, "alpha_pattern", name, self.settings["lora_alpha"])
+        alpha = _by_pattern(self.settings, "alpha_pattern", whole, self.settings["lora_alpha"])
         update.scale = alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
     def _read_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from raytune_llama.files import sha256_file, write_json_atomic
+from raytune_llama.merge.freed import give_back_freed
 from raytune_llama.merge.gguf_file import GgufForm, GgufWeights, write_gguf
-from raytune_llama.merge.plan import EMBEDDING, HEAD, MergePlan
+from raytune_llama.merge.plan import MergePlan
 from raytune_llama.merge.proof import prove
 from raytune_llama.model.from_meta import open_meta
+from raytune_llama.model.growing import EMBEDDING, HEAD
 from raytune_llama.model.tensors import SafetensorsFile, WeightsWriter, plan_files, write_index
 from raytune_llama.model.to_meta import MetaForm, copy_pieces, write_meta
 from raytune_llama.model.tokenizer import write_tokenizer
@@ -58,7 +60,10 @@ def export_shard(plan: MergePlan, folder: Path, max_shard_bytes: int, file: str)
         )
     names = plan_files(plan.specs, max_shard_bytes)[file]
     with WeightsWriter(folder, plan.specs, max_shard_bytes=max_shard_bytes, only=file) as writer:
-        hashes = {name: writer.write(name, plan.read(name)) for name in names}
+        hashes: dict[str, str] = {}
+        for name in names:
+            hashes[name] = writer.write(name, plan.read(name))
+            give_back_freed()
     return ProvenShard(prove(SafetensorsFile(folder / file), plan, names), hashes)
 
 

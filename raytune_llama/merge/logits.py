@@ -5,6 +5,7 @@ One model at a time is in memory, in float32, beside the logits of the first mod
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from raytune_llama.merge.plan import EMBEDDING, MergePlan
+from raytune_llama.merge.plan import MergePlan
+from raytune_llama.model.rope import set_settings
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -130,20 +132,22 @@ def _read_beginning(path: Path) -> str:
         raise ValueError(f"verify_text: {path} is no UTF-8 ({error}); convert it") from None
 
 
-def _load(path: Path) -> PreTrainedModel:
+def _load(path: Path, changed: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    set_settings(config, changed or {})
     return AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, local_files_only=True
+        path, config=config, dtype=torch.float32, local_files_only=True
     ).eval()
 
 
 def _load_reference(plan: MergePlan, *, is_cast: bool) -> torch.nn.Module:
     """Load base and adapters by PEFT; merged and cast where `is_cast`."""
-    model: Any = _load(plan.base_dir)
+    model: Any = _load(plan.base_dir, plan.model_settings)
     for adapter in plan.adapters:
         if isinstance(model, PeftModel):
             model = model.merge_and_unload()
-        if EMBEDDING in adapter.replaced:
-            num_rows = adapter.spec(EMBEDDING).shape[0]
+        if plan.names.embedding in adapter.replaced:
+            num_rows = adapter.spec(plan.names.embedding).shape[0]
             if num_rows > model.get_input_embeddings().weight.shape[0]:
                 model.resize_token_embeddings(num_rows, mean_resizing=False)
         model = PeftModel.from_pretrained(model, str(adapter.path))

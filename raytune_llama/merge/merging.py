@@ -31,6 +31,7 @@ from raytune_llama.merge.export import (
 from raytune_llama.merge.gguf_file import GgufType, gguf_dtype, plan_gguf
 from raytune_llama.merge.logits import compare_logits, read_samples
 from raytune_llama.merge.plan import MergePlan, check_base, plan_merge
+from raytune_llama.model.lineage import CHAT, recorded_chat
 from raytune_llama.model.meta import check_target, params_of, published_shards
 from raytune_llama.model.tensors import TensorSpec
 from raytune_llama.model.to_meta import plan_meta
@@ -122,12 +123,14 @@ def merge_adapters(config: MergeConfig) -> None:
             raise ValueError("adapters: they change no weight at all: all updates are zero")
         if samples is not None:
             compare_logits(folder, plan, samples)
+        chat = recorded_chat([plan.base_dir, *(adapter.path for adapter in plan.adapters)])
         manifest = {
             "format": 1,
             "kind": "model" if config.output_format == "huggingface" else config.output_format,
             "raytune_llama": raytune_llama.__version__,
             "merged": {"inputs": inputs, "changed": changed, "untied": plan.untied},
             "tokenizer_sha256": tokenizer_sha256(tokenizer_dir) if tokenizer_dir else None,
+            CHAT: chat[1] if chat else None,
             **exported.hashes,
         }
         write_json_atomic(folder / MANIFEST, manifest)

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from raytune_llama.files import read_json, read_manifest, sha256_file
 from raytune_llama.merge.adapter import Adapter
-from raytune_llama.model.growing import EMBEDDING, HEAD
+from raytune_llama.merge.names import BaseNames, find_names
 from raytune_llama.model.lineage import check_chain
+from raytune_llama.model.rope import read_model_settings
 from raytune_llama.model.tensors import ShardedWeights, TensorSpec, open_weights
 from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.model.vocab import has_tokenizer
@@ -55,6 +57,8 @@ class MergePlan:
     """Where the base is."""
     base: ShardedWeights
     """Its weights."""
+    names: BaseNames
+    """Its embedding tables."""
     adapters: tuple[Adapter, ...]
     """In the order of their training."""
     recipes: Mapping[str, Recipe]
@@ -65,6 +69,8 @@ class MergePlan:
     """The config.json of the result, but for the type of its weights."""
     untied: bool
     """Whether one table of the base becomes two."""
+    model_settings: Mapping[str, Any]
+    """What the adapters were trained with that the base's config.json has otherwise."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -133,24 +139,55 @@ def plan_merge(
         ValueError: Files are missing or damaged, or an adapter or tokenizer does not fit.
     """
     base = open_weights(base_dir, what="base")
-    adapters = [Adapter.open(path) for path in adapter_dirs]
+    names = find_names(base_dir, base)
+    adapters = [Adapter.open(path, names.prefix) for path in adapter_dirs]
     settings = dict(read_json(base_dir / "config.json"))
-    tied = bool(settings.get("tie_word_embeddings")) and HEAD not in base.specs
+    tied = _is_tied(settings) and names.head not in base.specs
     recipes = {
-        name: _recipe(name, base, adapters, dtype_of, tied=tied)
-        for name in _names(base, adapters, tied=tied)
+        name: _recipe(name, base, names, adapters, dtype_of, tied=tied)
+        for name in _names(base, names, adapters, tied=tied)
     }
     problems = check_chain([base_dir, *adapter_dirs])
     if problems:
         raise ValueError("\n".join(problems))
     tokenizer_dir = _find_tokenizer(base_dir, adapters)
-    num_before = base.specs[EMBEDDING].shape[0]
-    _check_rows(recipes, num_before, tokenizer_dir, is_adapters=tokenizer_dir != base_dir)
-    untied = tied and HEAD in recipes
-    settings["vocab_size"] = recipes[EMBEDDING].spec.shape[0]
+    num_before = base.specs[names.embedding].shape[0]
+    _check_rows(recipes, names, num_before, tokenizer_dir, is_adapters=tokenizer_dir != base_dir)
+    untied = tied and names.head in recipes
+    settings["vocab_size"] = recipes[names.embedding].spec.shape[0]
     if untied:
         settings["tie_word_embeddings"] = False
-    return MergePlan(base_dir, base, tuple(adapters), recipes, tokenizer_dir, settings, untied)
+    changed = _model_settings(adapter_dirs)
+    settings |= changed
+    return MergePlan(
+        base_dir, base, names, tuple(adapters), recipes, tokenizer_dir, settings, untied, changed
+    )
+
+
+def _model_settings(adapter_dirs: list[Path]) -> dict[str, Any]:
+    """Return what all adapters were trained with beside the base's settings."""
+    found: dict[str, Any] = {}
+    for path in adapter_dirs:
+        # One that was trained on the merge of those before it had them from its base.
+        values = read_model_settings(path)
+        differing = [field for field in values if found.get(field, values[field]) != values[field]]
+        if differing:
+            raise ValueError(
+                f"adapters: {path} was trained with {differing[0]} {values[differing[0]]}, and an "
+                f"adapter before it with {found[differing[0]]}; merge adapters of one kind"
+            )
+        found |= values
+    if found:
+        logger.info("config.json gets what the adapters were trained with: %s", found)
+    return found
+
+
+def _is_tied(settings: Mapping[str, Any]) -> bool:
+    """Whether a config.json ties the tables; one that does not say has its family's default."""
+    stated = settings.get("tie_word_embeddings")
+    if stated is None and settings.get("model_type") in CONFIG_MAPPING:
+        stated = CONFIG_MAPPING[settings["model_type"]]().tie_word_embeddings
+    return bool(stated)
 
 
 def row_slices(num_rows: int) -> Iterator[slice]:
@@ -169,32 +206,41 @@ def _cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _names(base: ShardedWeights, adapters: list[Adapter], *, tied: bool) -> list[str]:
+def _names(
+    base: ShardedWeights, base_names: BaseNames, adapters: list[Adapter], *, tied: bool
+) -> list[str]:
     """Return the weights of the result; an adapter may untie what the base has as one table."""
     names = list(base.specs)
     for adapter in adapters:
-        unknown = sorted(adapter.names - set(names) - ({HEAD} if tied else set()))
+        unknown = sorted(adapter.names - set(names) - ({base_names.head} if tied else set()))
         if unknown:
             raise ValueError(
                 f"adapters: {adapter.path} changes {len(unknown)} weights that the base has not, "
                 f"the first is {unknown[0]}; name the base that it was trained on"
             )
-    if tied and _is_untied(adapters):
-        names.append(HEAD)
+    if tied and _is_untied(adapters, base_names):
+        if base_names.prefix:
+            raise ValueError(
+                f"base: the adapters untie its tables, and its files lack {base_names.prefix!r} "
+                "in their names, beside which a head is not read; load it in transformers and "
+                "save it again"
+            )
+        names.append(base_names.head)
         logger.warning("the adapters have an output projection of their own: it is untied")
     return names
 
 
-def _is_untied(adapters: list[Adapter]) -> bool:
+def _is_untied(adapters: list[Adapter], base_names: BaseNames) -> bool:
     """Whether input and output table differ after the adapters, of which the base has one."""
+    tables = (base_names.embedding, base_names.head)
     for adapter in adapters:
-        both = [adapter.replaced.get(name) for name in (EMBEDDING, HEAD)]
+        both = [adapter.replaced.get(name) for name in tables]
         if all(both):
-            if not torch.equal(adapter.read_replaced(EMBEDDING), adapter.read_replaced(HEAD)):
+            if not torch.equal(*(adapter.read_replaced(name) for name in tables)):
                 return True
         elif any(both) and not adapter.settings.get("ensure_weight_tying"):
             return True  # PEFT trained a copy of the one, and left the other as it was
-        if HEAD in adapter.low_rank or EMBEDDING in adapter.low_rank:
+        if any(name in adapter.low_rank for name in tables):
             return True
     return False
 
@@ -202,12 +248,14 @@ def _is_untied(adapters: list[Adapter]) -> bool:
 def _recipe(
     name: str,
     base: ShardedWeights,
+    base_names: BaseNames,
     adapters: list[Adapter],
     dtype_of: Callable[[TensorSpec], torch.dtype],
     *,
     tied: bool,
 ) -> Recipe:
-    spec = base.specs[EMBEDDING if tied and name == HEAD else name]
+    is_tied_head = tied and name == base_names.head
+    spec = base.specs[base_names.embedding if is_tied_head else name]
     first, source, shape = 0, None, spec.shape
     for number, adapter in enumerate(adapters):
         if name not in adapter.replaced:
@@ -225,7 +273,7 @@ def _recipe(
                 f"{before[0]} before; adapters are given in the order of their training"
             )
     updates = tuple(adapter for adapter in adapters[first:] if name in adapter.low_rank)
-    source_name = EMBEDDING if tied and name == HEAD and source is None else name
+    source_name = base_names.embedding if is_tied_head and source is None else name
     for adapter in updates:
         if adapter.shape(name) != shape:
             raise ValueError(
@@ -247,6 +295,7 @@ def _find_tokenizer(base_dir: Path, adapters: list[Adapter]) -> Path | None:
 
 def _check_rows(
     recipes: Mapping[str, Recipe],
+    base_names: BaseNames,
     num_before: int,
     tokenizer_dir: Path | None,
     *,
@@ -257,28 +306,29 @@ def _check_rows(
     Rows without a token are legal where they pad a table; an odd number of them stands for tokens
     that the tokenizer beside the adapter should have.
     """
-    rows = {name: recipes[name].spec.shape[0] for name in (EMBEDDING, HEAD) if name in recipes}
+    embedding, head = base_names.embedding, base_names.head
+    rows = {name: recipes[name].spec.shape[0] for name in (embedding, head) if name in recipes}
     if len(set(rows.values())) > 1:
         raise ValueError(
-            f"adapters: {EMBEDDING} would have {rows[EMBEDDING]} rows and {HEAD} {rows[HEAD]}; "
+            f"adapters: {embedding} would have {rows[embedding]} rows and {head} {rows[head]}; "
             "the base has to be the one that was grown for the adapter"
         )
     if tokenizer_dir is None:
         return
     num_ids = max(load_tokenizer(tokenizer_dir).get_vocab().values()) + 1
-    if num_ids > rows[EMBEDDING]:
+    if num_ids > rows[embedding]:
         raise ValueError(
             f"adapters: the tokenizer of {tokenizer_dir} has {num_ids} ids, and the merged model "
-            f"{rows[EMBEDDING]} rows; is it the tokenizer of another model?"
+            f"{rows[embedding]} rows; is it the tokenizer of another model?"
         )
-    if num_ids > num_before or rows[EMBEDDING] == num_before:
+    if num_ids > num_before or rows[embedding] == num_before:
         return
-    if not is_adapters or rows[EMBEDDING] % _PADDED == 0:
-        num_surplus = rows[EMBEDDING] - num_before
+    if not is_adapters or rows[embedding] % _PADDED == 0:
+        num_surplus = rows[embedding] - num_before
         logger.warning("the adapters add %d rows that no token of theirs names", num_surplus)
     else:
         raise ValueError(
-            f"adapters: they have {rows[EMBEDDING]} rows and the base {num_before}, and the "
+            f"adapters: they have {rows[embedding]} rows and the base {num_before}, and the "
             f"tokenizer of {tokenizer_dir} has {num_ids} ids, none of them new; put the tokenizer "
             "into the adapter's directory that it was trained with"
         )

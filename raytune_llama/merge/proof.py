@@ -2,9 +2,10 @@
 
     num_changed = prove(written, plan, names)
 
-Changed weights are compared with a float64 computation, replaced and untouched ones with their
-sources, bit for bit. Of weights that were written as 8-bit blocks each value is within half a step
-of its block of the exact value, which no other 8-bit number of that block is.
+Changed weights are compared with a computation in float32, or in float64 where float32 is stored;
+replaced and untouched ones with their sources, bit for bit. Of weights that were written as 8-bit
+blocks each value is within half a step of its block of the exact value, which no other 8-bit number
+of that block is.
 """
 
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from raytune_llama.merge.freed import give_back_freed
 from raytune_llama.merge.plan import MergePlan, row_slices
 from raytune_llama.model.tensors import Weights
 
@@ -45,6 +47,7 @@ def prove(
     """
     changed = 0
     for name in names:
+        give_back_freed()
         stored = written.read(name)
         if name in blocks or plan.recipes[name].updates:
             changed += _prove_values(name, stored, plan, is_blocks=name in blocks)
@@ -59,15 +62,19 @@ def prove(
 def _prove_values(name: str, stored: Tensor, plan: MergePlan, *, is_blocks: bool) -> bool:
     """Compare values with exact ones; return whether they differ from the base."""
     source, updates = plan.read_source(name), plan.recipes[name].updates
+    # A half-precision number has 2**-9 or 2**-12 of rounding: beside it, float32's is none.
+    is_half = stored.dtype in (torch.bfloat16, torch.float16)
+    dtype = torch.float32 if is_half else torch.float64
     differs = False
     for rows in row_slices(len(source)):
-        exact = source[rows].double()
+        exact = source[rows].to(dtype)
         size = exact.abs()
         for adapter in updates:
-            size = size + adapter.terms(name, rows)
-            added = exact + adapter.delta(name, rows, torch.float64)
+            size += adapter.terms(name, rows, dtype)
+            added = adapter.delta(name, rows, dtype).add_(exact)
             exact = adapter.rescaled(name, added, rows)
-            size *= _lengths(exact) / _lengths(added)  # DoRA scales errors too
+            if exact is not added:
+                size *= _lengths(exact) / _lengths(added)  # DoRA scales errors too
         part = stored[rows]
         if is_blocks:
             # Where 8 bits round a change away, it is one all the same.
@@ -90,7 +97,8 @@ def _replaces_base(name: str, plan: MergePlan) -> bool:
 
 
 def _lengths(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-300)
+    least = torch.finfo(rows.dtype).tiny
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(least)
 
 
 def _decode_blocks(rows: Tensor) -> Tensor:
@@ -114,10 +122,10 @@ def _compare(
 ) -> None:
     """Check that stored values are the exact ones, but for one rounding and float32's own."""
     info = torch.finfo(stored.dtype)
-    allowed = exact.abs() * info.eps / 2 + info.smallest_normal + size * _SLACK
+    allowed = exact.abs().mul_(info.eps / 2).add_(info.smallest_normal).add_(size, alpha=_SLACK)
     if more is not None:
         allowed += more
-    error = (stored.double() - exact).abs()
+    error = stored.to(exact.dtype).sub_(exact).abs_()
     if not bool((error <= allowed).all()):
         worst = float((error - allowed).max())
         raise AssertionError(f"{name} is off by {worst:.3g} more than rounding explains")

@@ -130,6 +130,8 @@ def write_with_tables(
     tokenizer: Path,
     trained: Mapping[str, Tensor],
     folder: Path,
+    *,
+    settings: Mapping[str, object] | None = None,
 ) -> dict[str, float]:
     """Write the weights and settings of a base whose embedding tables were trained.
 
@@ -142,6 +144,7 @@ def write_with_tables(
         tokenizer: directory of its tokenizer; nothing of it is written.
         trained: whole tables, and new rows of tables, by parameter name.
         folder: an existing directory.
+        settings: what else differs in the config.json; see `llama.model_settings`. None: nothing.
 
     Returns:
         The L2 norm of each trained tensor, by parameter name.
@@ -164,7 +167,7 @@ def write_with_tables(
         return _with_trained(table_VD, tables[name], trained, ids)
 
     write_changed(base, folder, dict.fromkeys(tables, num_rows), change)
-    write_settings(base, folder, {"vocab_size": num_rows})
+    write_settings(base, folder, {"vocab_size": num_rows, **(settings or {})})
     return {name: float(tensor.norm()) for name, tensor in trained.items()}
 
 

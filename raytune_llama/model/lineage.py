@@ -3,12 +3,30 @@
 Sizes alone don't tell: a foreign tokenizer of the same size gives every id another meaning.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from raytune_llama.files import read_manifest
 from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
 from raytune_llama.model.vocab import describe_foreign, has_tokenizer
+
+CHAT = "chat"
+"""Key of a manifest: the template that a model or an adapter was tuned with, and its hash."""
+
+
+def recorded_chat(directories: Sequence[Path]) -> tuple[Path, dict[str, Any]] | None:
+    """Return the template that a model was tuned with last, and which directory says so.
+
+    Args:
+        directories: A base and the adapters on it, in the order of their training.
+    """
+    for directory in reversed(directories):
+        found = read_manifest(directory).get(CHAT)
+        if found:
+            return directory, dict(found)
+    return None
 
 
 def check_recorded(directory: Path) -> str | None:

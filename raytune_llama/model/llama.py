@@ -1,23 +1,27 @@
 """A LLaMA-family causal language model: settings, loading, and the module that is trained."""
 
+import inspect
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from peft import PeftModel
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BloomModel, PreTrainedModel
 
 from raytune_llama.config import PLACEMENT, settings
+from raytune_llama.model.bloom import run_bloom
 from raytune_llama.model.embeddings import projection_weight
 from raytune_llama.model.loss import IGNORE, summed_cross_entropy
+from raytune_llama.model.neftune import add_noise
 from raytune_llama.model.quantization import Quantization
+from raytune_llama.model.rope import RopeScaling, scaled_settings, set_settings
 from raytune_llama.model.tensors import SAFETENSORS, SAFETENSORS_INDEX, SafetensorsFile
 from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.model.vocab import grow_embeddings, has_tokenizer
@@ -61,6 +65,9 @@ class ModelConfig:
 
     allow_untrained_rows: bool = False
     """Go on although new rows of the embeddings would stay as they were initialised."""
+
+    rope_scaling: RopeScaling | None = None
+    """Rotary positions for a longer context than the model's own; null: as the model has them."""
 
     @property
     def tokenizer_path(self) -> str:
@@ -151,6 +158,12 @@ def choose_attention(wanted: str, precision: Precision, device: torch.device) ->
     return "flash_attention_2" if wanted != "sdpa" and installed and fits else "sdpa"
 
 
+def model_settings(config: ModelConfig) -> dict[str, Any]:
+    """Return what a run's model has otherwise than the config.json of its base says."""
+    own = AutoConfig.from_pretrained(config.path, local_files_only=True)
+    return scaled_settings(own, config.rope_scaling)
+
+
 def load_model(
     config: ModelConfig,
     precision: Precision,
@@ -166,8 +179,11 @@ def load_model(
     worker.
     """
     attention = choose_attention(config.attention, precision, device)
+    changed = AutoConfig.from_pretrained(config.path, local_files_only=True)
+    set_settings(changed, model_settings(config))
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         config.path,
+        config=changed,
         dtype=DTYPES[precision],
         # Without a name: SDPA, but a model's own code where it has no other (Bloom).
         attn_implementation=None
@@ -208,9 +224,21 @@ class SummedLoss(nn.Module):
     The logits of a batch are never held together; see `model.loss`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, neftune_alpha: float | None = None) -> None:
+        """Wrap a causal LM, or an adapter around one.
+
+        Args:
+            model: what is trained.
+            neftune_alpha: noise on the input embeddings while training; None: none.
+        """
         super().__init__()
         self.model = model
+        self._neftune_alpha = neftune_alpha
+        accepted = _arguments(causal_lm(model))
+        # Where a forward pass takes any keyword, the proofs of a run show if it heeds this one.
+        self._passes_positions = "position_ids" in accepted or any(
+            each.kind is inspect.Parameter.VAR_KEYWORD for each in accepted.values()
+        )
 
     def forward(self, ids_BT: Tensor, positions_BT: Tensor, labels_BT: Tensor) -> Tensor:
         """Return the summed loss in nats of the labels that are not IGNORE.
@@ -222,23 +250,61 @@ class SummedLoss(nn.Module):
             labels_BT: the id that follows each token, or IGNORE.
         """
         lm = causal_lm(self.model)
-        decoder = lm.get_decoder()
-        hidden_BTD = decoder(
-            input_ids=ids_BT, position_ids=positions_BT, use_cache=False
-        ).last_hidden_state
+        hidden_BTD = self._hidden(lm, ids_BT, positions_BT)
         weight_VD = projection_weight(lm)
         return summed_cross_entropy(hidden_BTD.flatten(0, 1), weight_VD, labels_BT.flatten())
 
-    def loss_from_logits(self, ids_BT: Tensor, positions_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    def loss_from_logits(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
         """Return the same loss from the model's own logits, all held together: to check by."""
         lm = causal_lm(self.model)
-        logits_BTV = lm(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
+        # One document a row: its positions are those that a model counts by itself.
+        logits_BTV = lm(input_ids=ids_BT, use_cache=False).logits
         return cross_entropy(
             logits_BTV.flatten(0, 1).float(),
             labels_BT.flatten(),
             ignore_index=IGNORE,
             reduction="sum",
         )
+
+    def _hidden(self, lm: PreTrainedModel, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """Return the last hidden states, (B, T, D)."""
+        decoder = lm.get_decoder()
+        options: dict[str, Any] = {"use_cache": False}
+        if self._passes_positions:
+            options["position_ids"] = positions_BT
+        alpha = self._neftune_alpha if self.training else None
+        if alpha is None and not isinstance(decoder, BloomModel):
+            return decoder(input_ids=ids_BT, **options).last_hidden_state
+        embedded_BTD = lm.get_input_embeddings()(ids_BT)
+        if alpha is not None:
+            embedded_BTD = add_noise(embedded_BTD, positions_BT, alpha)
+        if isinstance(decoder, BloomModel):
+            return run_bloom(decoder, embedded_BTD, positions_BT)
+        return decoder(inputs_embeds=embedded_BTD, **options).last_hidden_state
+
+
+def _arguments(lm: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(lm.get_decoder().forward).parameters
+
+
+def check_isolation(model: PreTrainedModel) -> list[str]:
+    """Return why documents in one sequence cannot be kept apart; empty where they may be.
+
+    A run proves it on its own model before the first step; this is what can be known without.
+    """
+    if "position_ids" in _arguments(model) or isinstance(model.get_decoder(), BloomModel):
+        return []
+    return [
+        f"batch.isolate_documents: a {type(model).__name__} takes no position ids, by which "
+        "documents in one sequence are kept apart; set it to false with packing=packed, so that "
+        "they see each other"
+    ]
+
+
+def last_layer(lm: PreTrainedModel) -> nn.Module:
+    """Return the module of a causal LM whose output `SummedLoss` has for the last hidden state."""
+    decoder = lm.get_decoder()
+    return decoder.ln_f if isinstance(decoder, BloomModel) else decoder
 
 
 def check_output_projection(model: PreTrainedModel) -> list[str]:

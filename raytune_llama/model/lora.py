@@ -6,19 +6,20 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import peft
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raytune_llama.config import settings
+from raytune_llama.config import ConfigError, settings
+from raytune_llama.model.pissa import as_plain, plain_settings
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,30 @@ class LoraConfig:
     dora: bool = False
     """Train the magnitude of each adapted column apart from its direction (arXiv:2402.09353)."""
 
+    init: Literal["default", "pissa"] = "default"
+    """How A and B start. `default`: A drawn, B zero. `pissa`: as the principal singular triplets of
+    the weight, which is left with the rest (arXiv:2404.02948); the adapter that is written is a
+    plain one of twice the rank on the base as it was."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "LoraConfig":
+        if self.init == "default":
+            return self
+        problems: list[str] = []
+        if self.dropout:
+            problems.append(
+                f"dropout: got {self.dropout}, but with init=pissa it would drop the largest parts "
+                "of the weights; set it to 0"
+            )
+        if self.dora:
+            problems.append(
+                "dora: got true, but magnitudes of the base's weights are not those of the rest "
+                "that init=pissa leaves; set it to false, or use init=default"
+            )
+        if problems:
+            raise ConfigError(problems)
+        return self
+
 
 def check_adapter_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     """Return what is wrong with the module names of `config` for `model`; empty where all fit."""
@@ -99,7 +124,21 @@ def check_adapter_targets(model: PreTrainedModel, config: LoraConfig) -> list[st
             f"lora.targets: {head} cannot be adapted, since the loss reads its weight whole; "
             "name it in lora.modules_to_save to train it"
         )
+    if config.init == "pissa":
+        problems += _check_rank(model, config)
     return problems
+
+
+def _check_rank(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """Return which adapted weight has fewer singular values than PiSSA takes."""
+    for name, module in model.named_modules():
+        is_target = any(_ends_with(name, target) for target in config.targets)
+        if is_target and isinstance(module, nn.Linear) and config.rank > min(module.weight.shape):
+            return [
+                f"lora.rank: got {config.rank}, but {name} has {min(module.weight.shape)} singular "
+                "values, of which init=pissa takes as many as the rank; use a smaller one"
+            ]
+    return []
 
 
 def _last_parts(names: Iterable[str]) -> str:
@@ -115,17 +154,21 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> 
     """Add a new adapter: A drawn from `seed` alone, B zero, all else frozen.
 
     A tied input and output embedding stays one table, also where it is trained.
+
+    Raises:
+        ValueError: PEFT cannot keep the tables of this model tied.
     """
+    was_tied = is_tied(model)
     settings_ = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # annotated int; only divided by
         lora_dropout=config.dropout,
         target_modules=list(config.targets),
-        modules_to_save=list(config.modules_to_save) or None,
+        modules_to_save=_saved_names(model, config) or None,
         use_rslora=config.rslora,
         use_dora=config.dora,
-        ensure_weight_tying=bool(config.modules_to_save) and is_tied(model),
+        ensure_weight_tying=bool(config.modules_to_save) and was_tied,
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT announces the tying that was just asked for.
@@ -134,7 +177,29 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> 
         torch.default_generator.manual_seed(seed)
         attached = peft.get_peft_model(model, settings_)
     assert isinstance(attached, PeftModel)
+    if was_tied and not is_tied(model):
+        raise ValueError(
+            f"lora.modules_to_save: with {', '.join(config.modules_to_save)} PEFT would untie the "
+            f"embeddings of a {type(model).__name__}, one table in the base; leave it out"
+        )
     return attached
+
+
+def _saved_names(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """Return what PEFT is to save; it keeps a tied table tied only under the names that it knows.
+
+    Of an input embedding that is not called embed_tokens (Bloom's) it makes a copy, but finds it
+    by its head.
+    """
+    if not is_tied(model):
+        return list(config.modules_to_save)
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding = names[id(model.get_input_embeddings())]
+    head = names[id(model.get_output_embeddings())]
+    if _ends_with(embedding, "embed_tokens"):
+        return list(config.modules_to_save)
+    saved = (head if _ends_with(embedding, name) else name for name in config.modules_to_save)
+    return list(dict.fromkeys(saved))
 
 
 def load_adapter(model: PreTrainedModel, path: Path) -> PeftModel:
@@ -215,7 +280,11 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def write_adapter(
-    model: PeftModel, trained: Mapping[str, Tensor], directory: Path
+    model: PeftModel,
+    trained: Mapping[str, Tensor],
+    directory: Path,
+    *,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Write `adapter_config.json` and `adapter_model.safetensors` for PEFT to load.
 
@@ -224,6 +293,7 @@ def write_adapter(
             partitioned over workers.
         trained: every trainable parameter, whole, by its name in `model.named_parameters()`.
         directory: an existing directory.
+        initial: with `init: pissa`, what A and B started from; see `model.pissa`.
 
     Returns:
         The L2 norm of each tensor written, by key.
@@ -251,6 +321,12 @@ def write_adapter(
             f"adapter: PEFT has keys for {num_kept} of {len(trained)} trained tensors; "
             "the adapter would be incomplete"
         )
+    adapter_config = copy.copy(cast("peft.LoraConfig", model.peft_config["default"]))
+    adapter_config.inference_mode = True
+    if initial is not None:
+        keyed = as_plain(keyed, initial)
+        for field, value in plain_settings(adapter_config).items():
+            setattr(adapter_config, field, value)
     norms: dict[str, float] = {}
     for key, tensor in keyed.items():
         norms[key] = float(tensor.float().norm())
@@ -258,8 +334,5 @@ def write_adapter(
             raise ValueError(f"adapter: {key} is empty or not finite (norm {norms[key]})")
     # PEFT reads a tied table under each of its names, and safetensors stores no tensor twice.
     save_file({key: tensor.clone() for key, tensor in keyed.items()}, directory / ADAPTER_WEIGHTS)
-    adapter_config = model.peft_config["default"]
-    was_inference, adapter_config.inference_mode = adapter_config.inference_mode, True
     adapter_config.save_pretrained(str(directory))
-    adapter_config.inference_mode = was_inference
     return norms

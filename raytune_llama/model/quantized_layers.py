@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from bitsandbytes.nn import modules as bnb
+from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 INT8_MAX = 127
 
-# Their constructors take more than type checkers see.
-_INT8: Any = bnb.Int8Params
-_NF4: Any = bnb.Params4bit
+# Parameters with arguments of their own, which PyTorch's stubs do not know.
+_int8_params: Any = Int8Params
+_params_4bit: Any = Params4bit
 
 
 class _Int8Product(torch.autograd.Function):
@@ -57,7 +57,7 @@ def _dequantize(codes_OI: Tensor, scales_O: Tensor, dtype: torch.dtype) -> Tenso
     return torch.mul(codes_OI, scales_O.unsqueeze(1) / INT8_MAX, out=weight_OI)
 
 
-class Int8Linear(bnb.Linear8bitLt):
+class Int8Linear(Linear8bitLt):
     """A linear layer with a byte a weight and a scale a row, as bitsandbytes quantises them.
 
     Its own product replaces that of bitsandbytes, which quantises activations too, and does so on
@@ -65,9 +65,9 @@ class Int8Linear(bnb.Linear8bitLt):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs, (B, T, O), of inputs (B, T, I), in their precision."""
-        weight = cast("bnb.Int8Params", self.weight)
-        output_BTO = cast("Tensor", _Int8Product.apply(x, weight.data, cast("Tensor", weight.SCB)))
+        """Return the outputs, (B, T, O), in the precision of the inputs."""
+        weight: Any = self.weight
+        output_BTO = cast("Tensor", _Int8Product.apply(x, weight.data, weight.SCB))
         return output_BTO if self.bias is None else output_BTO + self.bias
 
 
@@ -104,14 +104,14 @@ def _int8_of(layer: nn.Linear, device: torch.device) -> nn.Module:
         has_fp16_weights=False,
         device="meta",
     )
-    weight = _INT8(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    weight = _int8_params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
     made.weight = weight.to(device)
     made.bias = layer.bias
     return made
 
 
 def _nf4_of(layer: nn.Linear, device: torch.device) -> nn.Module:
-    made = bnb.Linear4bit(
+    made = Linear4bit(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -119,7 +119,7 @@ def _nf4_of(layer: nn.Linear, device: torch.device) -> nn.Module:
         quant_type="nf4",
         device="meta",
     )
-    weight = _NF4(
+    weight = _params_4bit(
         layer.weight.data,
         requires_grad=False,
         compress_statistics=True,

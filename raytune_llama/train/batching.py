@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from raytune_llama.config import PLACEMENT, ConfigError, settings
-from raytune_llama.data.packing import PackedForm, SequenceForm
+from raytune_llama.data.packing import EvaluationForm, SequenceForm
 
 
 @settings
@@ -71,7 +71,7 @@ class TextBatchConfig(BatchConfig):
         return problems
 
     @property
-    def evaluation_form(self) -> PackedForm:
+    def evaluation_form(self) -> EvaluationForm:
         """How validation text is cut; its documents see each other where those trained on do."""
         joined = self.isolate_documents is False or self.packing == "seed_blocks"
         return "joined" if joined else "isolated"
@@ -80,3 +80,33 @@ class TextBatchConfig(BatchConfig):
     def form(self) -> SequenceForm:
         """How the text trained on is cut."""
         return self.evaluation_form if self.packing == "packed" else self.packing
+
+    @property
+    def isolates(self) -> bool:
+        """Whether documents of one sequence must not see each other."""
+        return self.evaluation_form == "isolated"
+
+
+@settings
+class ChatBatchConfig(BatchConfig):
+    """Steps of instruction tuning."""
+
+    packing: Literal["packed", "padded"] = "packed"
+    """How conversations become sequences. `packed`: as many as fit, by best fit, and none sees
+    another. `padded`: one each, a step's about as long, padded to the longest of a micro-batch.
+    Evaluation is always packed."""
+
+    @property
+    def evaluation_form(self) -> EvaluationForm:
+        """How validation conversations are put together."""
+        return "fitted"
+
+    @property
+    def form(self) -> SequenceForm:
+        """How those trained on are."""
+        return "fitted" if self.packing == "packed" else "padded"
+
+    @property
+    def isolates(self) -> bool:
+        """Whether documents of one sequence must not see each other."""
+        return True

@@ -19,14 +19,14 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from raytune_llama.config import settings
+from raytune_llama.config import ConfigError, settings
 from raytune_llama.files import sha256_file, write_json_atomic
 from raytune_llama.storage import Place
 from raytune_llama.train.engine import Engine, ParameterState, trained_parameters
@@ -63,6 +63,16 @@ class CheckpointConfig:
 
     keep_best: bool = True
     """Also save and keep the step with the lowest `eval/loss`."""
+
+    result: Literal["last", "best"] = "last"
+    """Whose weights become the result of the run: those of its last step, or of the best that was
+    kept."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CheckpointConfig":
+        if self.result == "best" and not self.keep_best:
+            raise ConfigError(["result: best is not kept; set keep_best=true, or use last"])
+        return self
 
 
 @dataclass(frozen=True)
@@ -167,20 +177,28 @@ def _shard_name(number: int) -> str:
     return f"state-{number:05d}.safetensors"
 
 
-def restore(run_dir: Place, engine: Engine, workers: Workers) -> RunState:
+def restore(
+    run_dir: Place, engine: Engine, workers: Workers, *, step: int | None = None
+) -> RunState:
     """Load the newest checkpoint that can be trusted, or start at step 0; collective.
 
     A checkpoint that cannot be trusted is named in the log and renamed out of the way, so that
     the run can save that step again. From object storage, each node fetches a checkpoint once.
 
+    Args:
+        run_dir: the run's directory.
+        engine: takes the weights and moments.
+        workers: all of the run.
+        step: load the checkpoint of this step, and no other.
+
     Raises:
         CheckpointError: the newest trusted checkpoint does not fit the model, or there are
-            checkpoints and none can be trusted.
+            checkpoints and none can be trusted; or not that of `step`.
         OSError: the run directory cannot be reached.
     """
-    with _node_folder(workers) as copies:
+    with node_folder(workers) as copies:
         # An error of the first worker ends the others too: they fail in the broadcast.
-        found = workers.broadcast(_newest_trusted(run_dir, copies) if workers.is_first else None)
+        found = workers.broadcast(_trusted(run_dir, copies, step) if workers.is_first else None)
         if found is None:
             return RunState()
         manifest = (found / MANIFEST).read_json()
@@ -204,7 +222,7 @@ def restore(run_dir: Place, engine: Engine, workers: Workers) -> RunState:
 
 
 @contextlib.contextmanager
-def _node_folder(workers: Workers) -> Iterator[Path]:
+def node_folder(workers: Workers) -> Iterator[Path]:
     """A folder that the workers of a node have together; deleted at the end; collective."""
     name = workers.broadcast(f"raytune_llama-{uuid.uuid4().hex}")
     folder = Path(tempfile.gettempdir(), name)
@@ -243,6 +261,16 @@ def _check_fit(path: Place, tensors: Mapping[str, Any], engine: Engine) -> None:
             f"{path}: {'; '.join(problems[:3])}{more}: it was written with another model or "
             "adapter; use another run_dir"
         )
+
+
+def _trusted(run_dir: Place, copies: Path, step: int | None) -> Place | None:
+    if step is None:
+        return _newest_trusted(run_dir, copies)
+    path = checkpoint_path(run_dir, step)
+    damage = check_checkpoint(path, copies)
+    if damage is not None:
+        raise CheckpointError(f"{damage}; set checkpoint.result=last to do without it")
+    return path
 
 
 def _newest_trusted(run_dir: Place, copies: Path) -> Place | None:

@@ -17,7 +17,7 @@ from raytune_llama.config import ConfigError
 from raytune_llama.data.encode import open_store
 from raytune_llama.model.llama import check_model_directory
 from raytune_llama.storage import Place
-from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.scale import ScaleConfig
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def _num_held(node: dict[str, Any], needs: dict[str, float]) -> int:
     return min(int(node["Resources"].get(name, 0.0) // amount) for name, amount in needs.items())
 
 
-def check_nodes(config: PretrainConfig) -> None:
+def check_nodes(config: AnyTrainConfig) -> None:
     """On every node that may train: write and read in the run directory, open model and store.
 
     Raises:
@@ -139,7 +139,7 @@ def check_nodes(config: PretrainConfig) -> None:
         raise ConfigError(problems)
 
 
-def _probe_all(config: PretrainConfig, probes: Place) -> list[str]:
+def _probe_all(config: AnyTrainConfig, probes: Place) -> list[str]:
     task: Any = ray.remote(probe_node)
     pending: dict[Any, str] = {}
     for node in worker_nodes(worker_resources(config.scale)):
@@ -165,7 +165,7 @@ def _probe_all(config: PretrainConfig, probes: Place) -> list[str]:
     return problems
 
 
-def probe_node(config: PretrainConfig, probes: Place, node_id: str) -> tuple[str, list[str]]:
+def probe_node(config: AnyTrainConfig, probes: Place, node_id: str) -> tuple[str, list[str]]:
     """Return the node's id and what it cannot do; runs as a Ray task on the node."""
     problems = check_model_directory(Path(config.model.path))
     try:

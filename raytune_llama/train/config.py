@@ -5,16 +5,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raytune_llama.config import PLACEMENT, ConfigError, settings
-from raytune_llama.data.encode import DataConfig
+from raytune_llama.config import PLACEMENT, ConfigError, override, settings
+from raytune_llama.data.config import ChatDataConfig, DataConfig
 from raytune_llama.data.mixture import MixedSource, check_mixture
 from raytune_llama.model.embeddings import EmbeddingsConfig
 from raytune_llama.model.llama import ModelConfig
 from raytune_llama.model.lora import LoraConfig
 from raytune_llama.storage import Place
-from raytune_llama.train.batching import BatchConfig, TextBatchConfig
+from raytune_llama.train.batching import BatchConfig, ChatBatchConfig, TextBatchConfig
 from raytune_llama.train.checkpoint import CheckpointConfig
-from raytune_llama.train.engine import OptimConfig
+from raytune_llama.train.optimizer import OptimConfig
 from raytune_llama.train.scale import EvalConfig, LoggingConfig, ScaleConfig
 from raytune_llama.train.schedule import ScheduleConfig
 from raytune_llama.train.strategy import EngineConfig
@@ -81,11 +81,21 @@ class TrainConfig:
         if (self.max_steps is None) == (self.num_epochs is None):
             problems.append("max_steps: set either max_steps or num_epochs, and the other to null")
         problems += self._check_kind()
+        if self.optim.lora_plus_ratio is not None and self.lora is None and self.adapter is None:
+            problems.append(
+                f"optim.lora_plus_ratio: got {self.optim.lora_plus_ratio}, but the run has no "
+                "adapter whose factors could differ; set it to null, or train=lora"
+            )
         kind, strategy = self.model.quantization, self.engine.strategy
         if kind is not None and strategy != "ddp":
             problems.append(
                 f"model.quantization: got {kind}, but engine.strategy is {strategy}, which would "
                 "cut packed weights to pieces; set engine.strategy=ddp, or model.quantization=null"
+            )
+        if kind is not None and self.lora is not None and self.lora.init == "pissa":
+            problems.append(
+                "lora.init: got pissa, which takes the singular values of whole weights, but "
+                f"model.quantization is {kind}; use default, or model.quantization=null"
             )
         on_cpu_with_zero = not self.scale.use_gpu and self.engine.strategy == "deepspeed"
         if self.engine.precision == "fp16" and on_cpu_with_zero:
@@ -172,3 +182,57 @@ class PretrainConfig(TrainConfig):
     def result_name(self) -> str:
         """Name of the output directory in `run_dir`."""
         return "pt_lora_model" if self.train == "lora" else "pt_model"
+
+    @property
+    def encoded_data(self) -> DataConfig:
+        """What the token store is made from."""
+        return self.data
+
+
+@settings
+class SftConfig(TrainConfig):
+    """Instruction tuning of a causal LM on conversations."""
+
+    train: Literal["lora", "full"] = "lora"
+    """What is trained: an adapter (and `lora.modules_to_save`), or every weight."""
+
+    data: Annotated[ChatDataConfig, PLACEMENT]
+    """Conversations and token store; compared by the store's fingerprint and the sources'
+    weights."""
+
+    batch: ChatBatchConfig = ChatBatchConfig()
+    """Sequences and steps."""
+
+    allow_other_template: Annotated[bool, PLACEMENT] = False
+    """Tune with another template than the model or the adapter was tuned with before."""
+
+    def _check_kind(self) -> list[str]:
+        problems = self._check_trained(self.train, "every weight")
+        longest = self.data.chat.max_tokens
+        if longest is not None and longest > self.batch.sequence_tokens:
+            problems.append(
+                f"data.chat.max_tokens: got {longest}, more than batch.sequence_tokens, "
+                f"{self.batch.sequence_tokens}; set it to null to cut there, or raise the other"
+            )
+        if self.batch.packing == "padded" and any(s.weight for s in self.data.sources):
+            problems.append(
+                "batch.packing: padded puts conversations of one length into a step, which shares "
+                "by weight would undo; drop the sources' weights, or use packed"
+            )
+        return problems + self._check_steps(self.batch, self.data.sources)
+
+    @property
+    def result_name(self) -> str:
+        """Name of the output directory in `run_dir`."""
+        return "sft_lora_model" if self.train == "lora" else "sft_model"
+
+    @property
+    def encoded_data(self) -> ChatDataConfig:
+        """What the token store is made from; no conversation is longer than a sequence."""
+        if self.data.chat.max_tokens is not None:
+            return self.data
+        return override(self.data, {"chat.max_tokens": self.batch.sequence_tokens})
+
+
+AnyTrainConfig = PretrainConfig | SftConfig
+"""Of any training run."""

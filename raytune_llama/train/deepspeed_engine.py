@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from raytune_llama.data.batches import MicroBatch
 from raytune_llama.model.llama import DTYPES, SummedLoss
 from raytune_llama.train.engine import (
-    OptimConfig,
     ParameterState,
     StepResult,
-    build_optimizer,
     evaluate_batch,
-    parameter_groups,
     precise_buffers,
     to_device,
     trained_parameters,
+)
+from raytune_llama.train.optimizer import (
+    OptimConfig,
+    build_optimizer,
+    parameter_groups,
+    set_learning_rate,
 )
 from raytune_llama.train.strategy import EngineConfig
 from raytune_llama.train.workers import Workers, ensure_process_group
@@ -110,7 +113,7 @@ class DeepSpeedEngine:
             module.to(DTYPES[engine.precision])
             self._engine, *_ = deepspeed.initialize(
                 model=module,
-                optimizer=build_optimizer(parameter_groups(named, optim), optim),
+                optimizer=build_optimizer(parameter_groups(module.model, named, optim), optim),
                 config=json,
                 dist_init_required=False,
             )
@@ -128,8 +131,7 @@ class DeepSpeedEngine:
         """Take one optimizer step; see `Engine`."""
         scale = self._loss_scale
         loss_sum = torch.zeros((), device=self._workers.device)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._engine.optimizer.param_groups, learning_rate)
         for batch, seed in zip(micro_batches, seeds, strict=True):
             torch.manual_seed(seed)
             loss = self._engine(*to_device(batch, self._workers.device))
@@ -143,24 +145,23 @@ class DeepSpeedEngine:
         self._num_applied += was_applied
         if was_applied and not self._has_moments:
             self._link_moments()
+            self._has_moments = True
         norm = float(self._engine.get_global_grad_norm() or 0.0) if was_applied else float("inf")
         return StepResult(loss_sum.item(), norm, was_applied, scale)
 
     def _link_moments(self) -> None:
-        """Let DeepSpeed's getters find the moments, which exist from the first applied step on.
+        """Let DeepSpeed find the moments of every group by parameter (stages 1 and 2).
 
-        ZeRO 1 and 2 step one group after the other, and link all of them behind the first one,
-        when the others have no moments yet.
+        It does so once, after the step of the first group, when those of the others are not there.
         """
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-        self._has_moments = True
         if self._config.zero == 3:
             return
-        optimizer = self._engine.optimizer
-        groups = zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
+        zero = self._engine.optimizer
+        groups = zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
         for parameters, partition in groups:
-            lazy_init_hp_params_optimizer_state(parameters, partition, optimizer.optimizer.state)
+            lazy_init_hp_params_optimizer_state(parameters, partition, zero.optimizer.state)
 
     def loss_sum(self, batch: MicroBatch) -> float:
         """Return the summed loss of a batch; see `Engine`."""

@@ -9,45 +9,26 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor, nn
 
-from raytune_llama.config import settings
 from raytune_llama.data.batches import MicroBatch
 from raytune_llama.model.llama import DTYPES, Precision, SummedLoss
+from raytune_llama.train.optimizer import (
+    OptimConfig,
+    build_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
 from raytune_llama.train.workers import Workers
 
 logger = logging.getLogger(__name__)
 
 BUCKET_NUMEL = 16 * 2**20
 """Gradients are exchanged in buckets of this many numbers (64 MiB)."""
-
-
-@settings
-class OptimConfig:
-    """AdamW (arXiv:1711.05101); matrices decay, vectors (norms, biases, magnitudes) do not."""
-
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    """Peak learning rate."""
-
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Decoupled weight decay of matrices, per step relative to the learning rate."""
-
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the mean of gradients."""
-
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of the mean of squared gradients."""
-
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the mean of squared gradients."""
-
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Gradients are scaled down to this global L2 norm; null: never."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +75,7 @@ class Engine(Protocol):
             micro_batches: this worker's; every worker passes the same number.
             seeds: of the dropout of each micro-batch.
             num_targets: target tokens of the step over all workers.
-            learning_rate: of this step.
+            learning_rate: of this step; some groups of parameters have a multiple of it.
         """
         ...
 
@@ -121,30 +102,6 @@ class Engine(Protocol):
     def load_scalar_state(self, state: dict[str, float]) -> None:
         """Set what `scalar_state` returned."""
         ...
-
-
-def parameter_groups(
-    named: Sequence[tuple[str, nn.Parameter]], optim: OptimConfig
-) -> list[dict[str, Any]]:
-    """Split parameters into those that decay (matrices) and those that do not."""
-    decayed = [parameter for _, parameter in named if parameter.ndim >= 2]
-    plain = [parameter for _, parameter in named if parameter.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": optim.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.AdamW:
-    """Build PyTorch's fused AdamW, on the CPU or the GPU wherever its parameters are."""
-    return torch.optim.AdamW(
-        groups,
-        lr=optim.learning_rate,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.epsilon,
-        fused=True,
-    )
 
 
 def trained_parameters(module: SummedLoss) -> list[tuple[str, nn.Parameter]]:
@@ -209,7 +166,7 @@ class DataParallelEngine:
         self._weights = [weight for _, weight in named]
         self._masters = [self._master_of(weight) for weight in self._weights]
         masters = list(zip(self._names, self._masters, strict=True))
-        self._optimizer = build_optimizer(parameter_groups(masters, optim), optim)
+        self._optimizer = build_optimizer(parameter_groups(module.model, masters, optim), optim)
         self._scaler = torch.amp.GradScaler(
             workers.device.type, enabled=DTYPES[precision] == torch.float16
         )
@@ -245,8 +202,7 @@ class DataParallelEngine:
         scale = self._scaler.get_scale()
         self._scaler.unscale_(self._optimizer)
         norm = self._clip_gradients()
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._optimizer.param_groups, learning_rate)
         was_applied = not self._scaler.is_enabled() or norm < float("inf")
         self._scaler.step(self._optimizer)
         self._scaler.update()

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import PeftModel
@@ -14,14 +15,17 @@ from raytune_llama.config import to_dict
 from raytune_llama.data.store import TokenStore
 from raytune_llama.files import MANIFEST, sha256_file, write_json_atomic
 from raytune_llama.model.directory import write_with_tables
-from raytune_llama.model.llama import DTYPES, causal_lm
+from raytune_llama.model.lineage import CHAT
+from raytune_llama.model.llama import DTYPES, causal_lm, model_settings
 from raytune_llama.model.lora import write_adapter
+from raytune_llama.model.rope import MODEL_SETTINGS
 from raytune_llama.model.tokenizer import tokenizer_sha256, write_tokenizer
 from raytune_llama.model.vocab import new_ids
 from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import RunState
-from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.engine import Engine
+from raytune_llama.train.initial import read_initial
 from raytune_llama.train.untrained import UNTRAINED_ROWS, count_untrained_rows
 from raytune_llama.train.workers import Workers
 from raytune_llama.transfers import publish_place
@@ -29,19 +33,19 @@ from raytune_llama.transfers import publish_place
 logger = logging.getLogger(__name__)
 
 
-def result_path(config: PretrainConfig) -> Place:
+def result_path(config: AnyTrainConfig) -> Place:
     """Return where the result of a run lies once it is finished."""
     return config.run_place / config.result_name
 
 
-def read_result(config: PretrainConfig) -> dict[str, Any] | None:
+def read_result(config: AnyTrainConfig) -> dict[str, Any] | None:
     """Return the manifest of a finished run's result, or None."""
     manifest = result_path(config) / MANIFEST
     return manifest.read_json() if manifest.status() is not None else None
 
 
 def write_result(
-    config: PretrainConfig,
+    config: AnyTrainConfig,
     store: TokenStore,
     engine: Engine,
     state: RunState,
@@ -74,9 +78,11 @@ def write_result(
             "base": fingerprint_model(base),
             # What it was trained above; it is merged into the base as it is.
             "base_quantization": config.model.quantization,
+            MODEL_SETTINGS: model_settings(config.model) if config.train == "lora" else {},
             "adapter": fingerprint_adapter(config),
             "tokenizer_sha256": tokenizer_sha256(tokenizer),
             "store": store.fingerprint,
+            CHAT: store.manifest.inputs.get(CHAT),
             "mixture": mixture,
             "num_trained": sum(tensor.numel() for tensor in trained.values()),
             "tensor_norms": norms,
@@ -86,18 +92,30 @@ def write_result(
         }
         write_json_atomic(folder / MANIFEST, manifest)
     logger.info("%s written to %s", manifest["kind"], result_path(config))
+    if manifest[MODEL_SETTINGS]:
+        logger.warning(
+            "the adapter was trained with other settings than its base's config.json has (%s), "
+            "which PEFT's files cannot say: our merge writes them, and PEFT needs a base that was "
+            "loaded with them",
+            ", ".join(manifest[MODEL_SETTINGS]),
+        )
 
 
 def _write_weights(
-    config: PretrainConfig, engine: Engine, trained: Mapping[str, Tensor], folder: Path
+    config: AnyTrainConfig, engine: Engine, trained: Mapping[str, Tensor], folder: Path
 ) -> dict[str, float]:
     model = engine.module.model
     if isinstance(model, PeftModel):
-        return write_adapter(model, trained, folder)
+        if config.lora is None or config.lora.init == "default":
+            return write_adapter(model, trained, folder)
+        with TemporaryDirectory() as copies:
+            initial = read_initial(config.run_place, Path(copies))
+        return write_adapter(model, trained, folder, initial=initial)
     lm = causal_lm(model)
     if config.train == "embeddings":
         base, tokenizer = Path(config.model.path), Path(config.model.tokenizer_path)
-        return write_with_tables(lm, base, tokenizer, trained, folder)
+        changed = model_settings(config.model)
+        return write_with_tables(lm, base, tokenizer, trained, folder, settings=changed)
     dtype = DTYPES[config.engine.precision]
     lm.save_pretrained(
         folder, state_dict={name: tensor.to(dtype) for name, tensor in trained.items()}
@@ -113,7 +131,7 @@ def fingerprint_model(path: Path) -> dict[str, str]:
         return dict(zip((file.name for file in files), pool.map(sha256_file, files), strict=True))
 
 
-def fingerprint_adapter(config: PretrainConfig) -> dict[str, str] | None:
+def fingerprint_adapter(config: AnyTrainConfig) -> dict[str, str] | None:
     """Return the SHA256 of the files of the adapter that a run goes on from, or None."""
     if config.adapter is None:
         return None

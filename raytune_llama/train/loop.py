@@ -1,5 +1,6 @@
 """What every worker does, step by step. Reads top to bottom; start at `train`."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +9,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
 from raytune_llama.data.batches import BatchPlan, StepBatch, StepTotal, read_steps
 from raytune_llama.data.encode import open_store
 from raytune_llama.data.evaluation import EvaluatedSource, choose_evaluated, read_evaluation
@@ -15,8 +20,9 @@ from raytune_llama.data.mixture import Source, cut_sources, mixture_record
 from raytune_llama.data.store import TokenStore
 from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import SummedLoss, load_model
-from raytune_llama.model.lora import attach_adapter, load_adapter
+from raytune_llama.model.lora import LoraConfig, attach_adapter, load_adapter
 from raytune_llama.model.loss import IGNORE
+from raytune_llama.model.pissa import start_from
 from raytune_llama.model.vocab import new_ids
 from raytune_llama.train.checkpoint import (
     RunState,
@@ -24,16 +30,20 @@ from raytune_llama.train.checkpoint import (
     restore,
     save_checkpoint,
 )
-from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.engine import DataParallelEngine, Engine, StepResult
 from raytune_llama.train.export import write_result
 from raytune_llama.train.fsdp_engine import FullyShardedEngine
+from raytune_llama.train.initial import initial_factors
 from raytune_llama.train.metrics import EvaluatedText, evaluation_values
 from raytune_llama.train.proofs import prove
 from raytune_llama.train.report import Report
+from raytune_llama.train.scale import EvalConfig
 from raytune_llama.train.schedule import rate_factor
 from raytune_llama.train.untrained import modules_to_save
 from raytune_llama.train.workers import Workers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,21 +61,21 @@ class Outcome:
 class Session:
     """What stays the same from the first step of a start to its last."""
 
-    config: PretrainConfig
+    config: AnyTrainConfig
     store: TokenStore
     plan: BatchPlan
     engine: Engine
     workers: Workers
 
 
-def train(config: PretrainConfig, workers: Workers, stop_requested: Callable[[], bool]) -> Outcome:
+def train(config: AnyTrainConfig, workers: Workers, stop_requested: Callable[[], bool]) -> Outcome:
     """Train from the newest checkpoint to the end of the run; the same call on every worker."""
     session = open_session(config, workers)
     prove(
         session.engine,
         config.engine.precision,
         workers,
-        isolate_documents=config.batch.evaluation_form == "isolated",
+        isolate_documents=config.batch.isolates,
     )
     state = restore(config.run_place, session.engine, workers)
 
@@ -73,6 +83,8 @@ def train(config: PretrainConfig, workers: Workers, stop_requested: Callable[[],
         if state.step == 0:
             state = evaluate(session, state, report)
         for batch in report.timed(read_batches(session, state.step)):
+            if has_stalled(config.eval, state):
+                break
             total, stop = sum_step(batch, stop_requested, workers)
             if stop:
                 save(session, state, report)
@@ -84,19 +96,20 @@ def train(config: PretrainConfig, workers: Workers, stop_requested: Callable[[],
             if wants_checkpoint(state, config, session.plan.num_steps):
                 save(session, state, report)
 
+    last, state = state, choose_result(session, state)
     mixture = sum_up_mixture(session, state)
     write_result(config, session.store, session.engine, state, workers, mixture=mixture)
-    return Outcome("finished", state.step)
+    return Outcome("finished", last.step)
 
 
-def open_session(config: PretrainConfig, workers: Workers) -> Session:
+def open_session(config: AnyTrainConfig, workers: Workers) -> Session:
     """Open the token store and build the engine."""
     store = open_store(config.data)
     plan = plan_run(config, store)
     return Session(config, store, plan, build_engine(config, plan, workers), workers)
 
 
-def plan_run(config: PretrainConfig, store: TokenStore) -> BatchPlan:
+def plan_run(config: AnyTrainConfig, store: TokenStore) -> BatchPlan:
     """Return the order of the whole run, which depends on no worker.
 
     Raises:
@@ -113,10 +126,11 @@ def plan_run(config: PretrainConfig, store: TokenStore) -> BatchPlan:
         weights=weights or None,
         max_steps=config.max_steps,
         num_epochs=config.num_epochs,
+        is_padded=config.batch.form == "padded",
     )
 
 
-def build_sources(config: PretrainConfig, store: TokenStore) -> tuple[Source, ...]:
+def build_sources(config: AnyTrainConfig, store: TokenStore) -> tuple[Source, ...]:
     """Return the sources that the run trains on, cut into sequences."""
     return cut_sources(
         config.data.sources,
@@ -128,14 +142,14 @@ def build_sources(config: PretrainConfig, store: TokenStore) -> tuple[Source, ..
     )
 
 
-def build_evaluation(config: PretrainConfig, store: TokenStore) -> tuple[EvaluatedSource, ...]:
+def build_evaluation(config: AnyTrainConfig, store: TokenStore) -> tuple[EvaluatedSource, ...]:
     """Return what is evaluated of each source with validation text.
 
     Raises:
         ConfigError: `eval.max_sequences` is less than one for each of them.
     """
     return choose_evaluated(
-        config.data.sources,
+        config.data.every_source,
         store.split("validation"),
         config.batch.evaluation_form,
         config.batch.sequence_tokens,
@@ -143,7 +157,7 @@ def build_evaluation(config: PretrainConfig, store: TokenStore) -> tuple[Evaluat
     )
 
 
-def build_engine(config: PretrainConfig, plan: BatchPlan, workers: Workers) -> Engine:
+def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: Workers) -> Engine:
     """Load the base, choose what is trained, and only then place or partition the weights."""
     model = load_model(
         config.model,
@@ -154,15 +168,15 @@ def build_engine(config: PretrainConfig, plan: BatchPlan, workers: Workers) -> E
     if config.engine.gradient_checkpointing:
         # The reentrant kind needs an input that wants a gradient: frozen embeddings give none.
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained: nn.Module = model
     if config.lora is not None:
-        module = SummedLoss(attach_adapter(model, config.lora, seed=config.seed))
+        trained = start_adapter(config, config.lora, model, workers)
     elif config.adapter is not None:
-        module = SummedLoss(load_adapter(model, Path(config.adapter)))
-    else:
-        if config.train == "embeddings":
-            ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
-            train_embeddings(model, config.embeddings, ids)
-        module = SummedLoss(model)
+        trained = load_adapter(model, Path(config.adapter))
+    elif isinstance(config, PretrainConfig) and config.train == "embeddings":
+        ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
+        train_embeddings(model, config.embeddings, ids)
+    module = SummedLoss(trained, neftune_alpha=config.optim.neftune_alpha)
     if config.engine.strategy == "ddp":
         return DataParallelEngine(module, config.engine.precision, config.optim, workers)
     if config.engine.strategy == "fsdp":
@@ -177,6 +191,16 @@ def build_engine(config: PretrainConfig, plan: BatchPlan, workers: Workers) -> E
         micro_batch_sequences=plan.micro_batch_sequences,
         num_micro_batches=plan.num_micro_batches(workers.world_size),
     )
+
+
+def start_adapter(
+    config: AnyTrainConfig, lora: LoraConfig, model: PreTrainedModel, workers: Workers
+) -> PeftModel:
+    """Attach a new adapter, with the values that its first start gave it; collective."""
+    attached = attach_adapter(model, lora, seed=config.seed)
+    if lora.init == "pissa":
+        start_from(attached, initial_factors(config.run_place, attached, workers))
+    return attached
 
 
 def read_batches(session: Session, start_step: int) -> Iterator[StepBatch]:
@@ -196,10 +220,11 @@ def sum_step(
 ) -> tuple[StepTotal, bool]:
     """Return what the step takes over all workers, and whether any of them is asked to stop."""
     count = len(batch.source_sequences)
-    mine = [*batch.source_sequences, *batch.source_targets, float(stop_requested())]
-    numbers = workers.sum(mine)
-    counts = [round(number) for number in numbers[:-1]]
-    return StepTotal(tuple(counts[:count]), tuple(counts[count:])), numbers[-1] > 0
+    mine = [*batch.source_sequences, *batch.source_targets, batch.num_tokens]
+    numbers = workers.sum([*mine, float(stop_requested())])
+    *counts, num_tokens = [round(number) for number in numbers[:-1]]
+    total = StepTotal(tuple(counts[:count]), tuple(counts[count:]), num_tokens)
+    return total, numbers[-1] > 0
 
 
 def take_step(session: Session, batch: StepBatch, num_targets: int) -> tuple[StepResult, float]:
@@ -277,10 +302,29 @@ def save(session: Session, state: RunState, report: Report) -> None:
         delete_old_checkpoints(run_dir, session.config.checkpoint, state, session.workers)
 
 
-def wants_checkpoint(state: RunState, config: PretrainConfig, num_steps: int) -> bool:
+def wants_checkpoint(state: RunState, config: AnyTrainConfig, num_steps: int) -> bool:
     """Whether a step is saved: at the interval, the last, and where evaluation was never better."""
     is_best = config.checkpoint.keep_best and state.best_step == state.step
     return is_best or is_due(state.step, config.checkpoint.every_steps, num_steps)
+
+
+def has_stalled(config: EvalConfig, state: RunState) -> bool:
+    """Whether the loss was no lower for so many evaluations that the run ends early."""
+    if config.patience is None or config.every_steps is None or state.best_step is None:
+        return False
+    return state.step - state.best_step >= config.patience * config.every_steps
+
+
+def choose_result(session: Session, state: RunState) -> RunState:
+    """Load the best step's weights where they are to be the result; return their state."""
+    config, workers = session.config, session.workers
+    is_last = state.best_step in (None, state.step)
+    if config.checkpoint.result == "last" or is_last:
+        return state
+    if state.best_step == 0:
+        logger.warning("no step was better than none: the result is that of the last one")
+        return state
+    return restore(config.run_place, session.engine, workers, step=state.best_step)
 
 
 def is_due(step: int, every_steps: int | None, num_steps: int) -> bool:

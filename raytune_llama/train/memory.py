@@ -94,7 +94,7 @@ def estimate_memory(
         settings: of the run.
         layout: of the engine.
     """
-    sizes = Sizes.of(model, settings.num_workers)
+    sizes = Sizes.of(model, settings.num_workers, settings.optim)
     scheme = scheme_of(layout, sizes, settings)
     weights, gathered, coming = _weights(sizes, settings, layout)
     base = weights + scheme.optimizer + scheme.constant

@@ -22,6 +22,7 @@ GRAD_NORM = "train/grad_norm"
 TOKENS_PER_SECOND = "train/tokens_per_second"
 MFU = "train/mfu"
 TARGET_TOKENS = "train/target_tokens"
+INPUT_TOKENS = "train/input_tokens"
 FILLER_SEQUENCES = "train/filler_sequences"
 SKIPPED_STEPS = "train/skipped_steps"
 LOSS_SCALE = "train/loss_scale"
@@ -67,8 +68,9 @@ class EvaluatedText:
     num_targets: int
     """Target tokens."""
 
-    num_bytes: float
-    """Bytes of text that the evaluated sequences account for."""
+    num_bytes: float | None
+    """Bytes of text that the evaluated sequences account for; None where not every token of them is
+    a target, as with conversations."""
 
 
 def evaluation_values(texts: Sequence[EvaluatedText]) -> dict[str, float]:
@@ -76,17 +78,20 @@ def evaluation_values(texts: Sequence[EvaluatedText]) -> dict[str, float]:
 
     A text without a target has no loss: nan.
     """
+    sizes = [text.num_bytes for text in texts if text.num_bytes is not None]
     total = EvaluatedText(
         "",
         sum(text.loss_sum for text in texts),
         sum(text.num_targets for text in texts),
-        sum(text.num_bytes for text in texts),
+        sum(sizes) if len(sizes) == len(texts) else None,
     )
     values = {EVAL_LOSS: _loss(total), EVAL_PERPLEXITY: math.exp(min(_loss(total), 700.0))}
-    values[EVAL_BITS_PER_BYTE] = _bits_per_byte(total)
+    if total.num_bytes is not None:
+        values[EVAL_BITS_PER_BYTE] = _bits_per_byte(total, total.num_bytes)
     for text in texts if len(texts) > 1 else ():
         values[f"{EVAL_LOSS}/{text.name}"] = _loss(text)
-        values[f"{EVAL_BITS_PER_BYTE}/{text.name}"] = _bits_per_byte(text)
+        if text.num_bytes is not None:
+            values[f"{EVAL_BITS_PER_BYTE}/{text.name}"] = _bits_per_byte(text, text.num_bytes)
     return values
 
 
@@ -94,8 +99,8 @@ def _loss(text: EvaluatedText) -> float:
     return text.loss_sum / text.num_targets if text.num_targets else math.nan
 
 
-def _bits_per_byte(text: EvaluatedText) -> float:
-    return text.loss_sum / math.log(2) / text.num_bytes if text.num_targets else math.nan
+def _bits_per_byte(text: EvaluatedText, num_bytes: float) -> float:
+    return text.loss_sum / math.log(2) / num_bytes if text.num_targets else math.nan
 
 
 class MetricsLog:

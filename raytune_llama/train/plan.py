@@ -27,6 +27,7 @@ from raytune_llama.data.workers import read_sample
 from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import DTYPES, SummedLoss, has_weights, load_skeleton
 from raytune_llama.model.lora import attach_adapter
+from raytune_llama.model.pissa import INITIAL, add_initial
 from raytune_llama.model.quantization import quantized_bytes, quantized_linears
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.model.vocab import (
@@ -37,7 +38,7 @@ from raytune_llama.model.vocab import (
 )
 from raytune_llama.storage import Place
 from raytune_llama.train.cluster import in_submitted_job
-from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.deepspeed_engine import deepspeed_config
 from raytune_llama.train.loop import build_sources, plan_run
 from raytune_llama.train.memory import (
@@ -106,7 +107,7 @@ class DiskPlan:
 class Plan:
     """What a run will take."""
 
-    config: PretrainConfig
+    config: AnyTrainConfig
     """Of the run, as it was written."""
 
     has_weights: bool
@@ -131,7 +132,7 @@ class Plan:
     """Disk."""
 
 
-def build_plan(config: PretrainConfig) -> Plan:
+def build_plan(config: AnyTrainConfig) -> Plan:
     """Plan a run; nothing is written.
 
     Raises:
@@ -159,14 +160,17 @@ def build_plan(config: PretrainConfig) -> Plan:
     )
 
 
-def build_model(config: PretrainConfig, skeleton: PreTrainedModel) -> PreTrainedModel | PeftModel:
+def build_model(config: AnyTrainConfig, skeleton: PreTrainedModel) -> PreTrainedModel | PeftModel:
     """Give a model without weights the adapter that the run trains, or freeze what it does not."""
     with META:
-        if config.train == "embeddings":
+        if isinstance(config, PretrainConfig) and config.train == "embeddings":
             ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
             train_embeddings(skeleton, config.embeddings, ids)
         if config.lora is not None:
-            return attach_adapter(skeleton, config.lora, seed=config.seed)
+            attached = attach_adapter(skeleton, config.lora, seed=config.seed)
+            if config.lora.init == "pissa":
+                add_initial(attached)
+            return attached
         if config.adapter is not None:
             settings = peft.PeftConfig.from_pretrained(config.adapter)
             settings.inference_mode = False
@@ -177,7 +181,7 @@ def build_model(config: PretrainConfig, skeleton: PreTrainedModel) -> PreTrained
 
 
 def plan_memory(
-    config: PretrainConfig,
+    config: AnyTrainConfig,
     model: PreTrainedModel | PeftModel,
     *,
     gradient_checkpointing: bool | None = None,
@@ -201,10 +205,10 @@ def plan_memory(
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     trace = trace_micro_batch(
-        SummedLoss(model).to(DTYPES[engine.precision]),
+        SummedLoss(model, neftune_alpha=config.optim.neftune_alpha).to(DTYPES[engine.precision]),
         micro_batch_sequences=batch.micro_batch_sequences,
         sequence_tokens=batch.sequence_tokens,
-        isolate_documents=batch.evaluation_form == "isolated",
+        isolate_documents=batch.isolates,
         gradient_checkpointing=engine.gradient_checkpointing
         if gradient_checkpointing is None
         else gradient_checkpointing,
@@ -212,6 +216,7 @@ def plan_memory(
     )
     settings = WorkerSettings(
         precision=engine.precision,
+        optim=config.optim,
         num_workers=scale.num_workers,
         on_gpu=scale.use_gpu,
         num_micro_batches=count,
@@ -225,7 +230,7 @@ def plan_memory(
     )
 
 
-def _possible_layouts(config: PretrainConfig) -> tuple[Layout, ...]:
+def _possible_layouts(config: AnyTrainConfig) -> tuple[Layout, ...]:
     if config.model.quantization is not None:
         return ("ddp",)
     if config.engine.precision == "fp16" and not config.scale.use_gpu:
@@ -233,7 +238,7 @@ def _possible_layouts(config: PretrainConfig) -> tuple[Layout, ...]:
     return get_args(Layout)
 
 
-def _measure_quantized(config: PretrainConfig) -> QuantizedWeights | None:
+def _measure_quantized(config: AnyTrainConfig) -> QuantizedWeights | None:
     kind = config.model.quantization
     if kind is None:
         return None
@@ -247,7 +252,7 @@ def _measure_quantized(config: PretrainConfig) -> QuantizedWeights | None:
     )
 
 
-def _num_micro_batches(config: PretrainConfig) -> int:
+def _num_micro_batches(config: AnyTrainConfig) -> int:
     return num_micro_batches(
         config.batch.sequences_per_step,
         config.batch.micro_batch_sequences,
@@ -255,7 +260,7 @@ def _num_micro_batches(config: PretrainConfig) -> int:
     )
 
 
-def plan_steps(config: PretrainConfig, store: TokenStore | None) -> StepPlan:
+def plan_steps(config: AnyTrainConfig, store: TokenStore | None) -> StepPlan:
     """Count steps and tokens; epochs and, where they decide, steps need the token store."""
     batch = config.batch
     count = _num_micro_batches(config)
@@ -278,7 +283,7 @@ def plan_steps(config: PretrainConfig, store: TokenStore | None) -> StepPlan:
 
 
 def plan_disk(
-    config: PretrainConfig, model: PreTrainedModel | PeftModel, store: TokenStore | None
+    config: AnyTrainConfig, model: PreTrainedModel | PeftModel, store: TokenStore | None
 ) -> DiskPlan:
     """Estimate what the run writes.
 
@@ -286,7 +291,7 @@ def plan_disk(
     precision.
     """
     counts = count_parameters(model)
-    if config.train == "embeddings":
+    if isinstance(config, PretrainConfig) and config.train == "embeddings":
         # The base's files with other tables, in its own precision; new rows stand beside the table.
         rows = counts.trained if config.embeddings.new_rows_only else 0
         dtype = getattr(model.config, "dtype", None) or torch.float32
@@ -295,7 +300,8 @@ def plan_disk(
         result = counts.unique * DTYPES[config.engine.precision].itemsize
     else:
         named = model.named_parameters(remove_duplicate=False)
-        result = 4 * sum(p.numel() for _, p in named if p.requires_grad)
+        # What PiSSA started from is part of its result.
+        result = 4 * sum(p.numel() for n, p in named if p.requires_grad or f".{INITIAL}." in n)
     checkpoint = config.checkpoint
     return DiskPlan(
         checkpoint=CHECKPOINT_BYTES * counts.trained,
@@ -306,7 +312,7 @@ def plan_disk(
     )
 
 
-def _existing_store(config: PretrainConfig) -> TokenStore | None:
+def _existing_store(config: AnyTrainConfig) -> TokenStore | None:
     place = Place.parse(config.data.store_dir, "data.store_dir")
     return open_store(config.data) if (place / MANIFEST_NAME).exists() else None
 
@@ -316,11 +322,14 @@ def _store_bytes(store: TokenStore) -> int:
     return sum(shard.file_bytes for split in splits for shard in split.shards)
 
 
-def _estimate_store(config: PretrainConfig) -> int | None:
+def _estimate_store(config: AnyTrainConfig) -> int | None:
     """Estimate a store from the sources' bytes, with the tokens of a sample of the corpus.
 
-    As if all bytes were text. Compressed and Parquet files do not show how much they hold.
+    As if all bytes were text. Compressed and Parquet files do not show how much they hold, and
+    files of conversations are much besides them.
     """
+    if not isinstance(config, PretrainConfig):
+        return None
     files = discover_files(config.data.sources)
     if any(f.options.compression != "none" or f.options.format == "parquet" for f in files):
         return None

@@ -56,7 +56,7 @@ def _steps_text(steps: StepPlan) -> str:
 
 def _store_text(disk: DiskPlan) -> str:
     if disk.store is None:
-        return "unknown: compressed and Parquet files do not show how much text they hold"
+        return "unknown: compressed and Parquet files, and conversations, do not show it"
     if disk.store_exists:
         return f"{_gib(disk.store)} GiB, there"
     return f"about {_gib(disk.store)} GiB, by a sample of the sources"

@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
+from raytune_llama.chat.templates.choice import build_template
 from raytune_llama.config import (
     ConfigError,
     differences,
@@ -19,8 +20,9 @@ from raytune_llama.config import (
 from raytune_llama.data.encode import check_data
 from raytune_llama.model.directory import stored_tables
 from raytune_llama.model.embeddings import check_embeddings
-from raytune_llama.model.lineage import check_adapter_tokenizer
+from raytune_llama.model.lineage import check_adapter_tokenizer, recorded_chat
 from raytune_llama.model.llama import (
+    check_isolation,
     check_model_directory,
     check_model_settings,
     check_output_projection,
@@ -34,20 +36,28 @@ from raytune_llama.model.lora import (
     check_adapter_targets,
 )
 from raytune_llama.model.quantization import check_quantization
-from raytune_llama.model.tokenizer import tokenizer_sha256
+from raytune_llama.model.rope import check_rope_scaling, read_model_settings, scaled_settings
+from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
 from raytune_llama.model.vocab import VocabularyFit, check_vocabulary, num_embedding_rows
 from raytune_llama.storage import Place, check_place, local_path
-from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.config import AnyTrainConfig, PretrainConfig, SftConfig
 from raytune_llama.train.export import fingerprint_adapter, fingerprint_model
-from raytune_llama.train.untrained import count_untrained_rows, modules_to_save
+from raytune_llama.train.untrained import (
+    check_embedding_rate,
+    count_untrained_rows,
+    modules_to_save,
+)
 from raytune_llama.yaml12 import parse_mapping
 
 logger = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=AnyTrainConfig)
 
 IDENTITY = "identity.json"
 RESOLVED_CONFIG = "run.yaml"
 
 _ON_ANY_STORAGE = {"run_dir", "data.store_dir"}
+_SOURCES = ("data.sources.", "data.validation.")
 _WRITTEN = {
     "run_dir": "a path that every node mounts, such as run_dir=/shared/{}",
     "data.store_dir": "a path that every node mounts, such as data.store_dir=/shared/{}",
@@ -55,7 +65,7 @@ _WRITTEN = {
 }
 
 
-def resolve_places(config: PretrainConfig, *, in_job: bool) -> PretrainConfig:
+def resolve_places(config: C, *, in_job: bool) -> C:
     """Make every path of a config absolute, from the current folder.
 
     Args:
@@ -76,13 +86,17 @@ def resolve_places(config: PretrainConfig, *, in_job: bool) -> PretrainConfig:
     }
     for number, source in enumerate(config.data.sources):
         fields[f"data.sources.{number}.path"] = source.path
+    for number, source in enumerate(config.data.validation):
+        fields[f"data.validation.{number}.path"] = source.path
     problems: list[str] = []
     resolved: dict[str, str] = {}
     for field, text in fields.items():
         if text is None:
             continue
         try:
-            is_any = field in _ON_ANY_STORAGE or field.startswith("data.sources.")
+            is_any = field in _ON_ANY_STORAGE or field.startswith(
+                ("data.sources.", "data.validation.")
+            )
             place = Place.parse(text, field) if is_any else Place.local(local_path(text, field))
         except ValueError as error:
             problems.append(str(error))
@@ -99,21 +113,21 @@ def resolve_places(config: PretrainConfig, *, in_job: bool) -> PretrainConfig:
     return override(config, resolved)
 
 
-def check_run(config: PretrainConfig) -> None:
+def check_run(config: AnyTrainConfig) -> None:
     """Check a config, with absolute paths, against the files that it names.
 
     Raises:
         ConfigError: with every problem found.
     """
-    problems = _check_model(config) + _check_adapter(config)
-    problems += check_data(config.data, Path(config.model.tokenizer_path))
+    problems = _check_model(config) + _check_adapter(config) + _check_template(config)
+    problems += check_data(config.encoded_data, Path(config.model.tokenizer_path))
     problems += _check_run_dir(config)
     if problems:
         # The vocabulary and the data both need the tokenizer, and say so alike.
         raise ConfigError(list(dict.fromkeys(problems)))
 
 
-def _check_model(config: PretrainConfig) -> list[str]:
+def _check_model(config: AnyTrainConfig) -> list[str]:
     path = Path(config.model.path)
     try:
         # A plan needs no weights; those that are there have to be whole.
@@ -125,6 +139,9 @@ def _check_model(config: PretrainConfig) -> list[str]:
     except (ValueError, OSError) as error:
         return [f"model.path: {path} is no causal LM that can be read: {error}"]
     problems = check_output_projection(model)
+    problems += _check_positions(config, model)
+    if config.batch.evaluation_form == "isolated":
+        problems += check_isolation(model)
     if config.lora is not None:
         problems += check_adapter_targets(model, config.lora)
     if config.engine.strategy == "fsdp" and not decoder_layers(model):
@@ -138,12 +155,54 @@ def _check_model(config: PretrainConfig) -> list[str]:
     return problems + _check_vocabulary(config, model)
 
 
-def _check_adapter(config: PretrainConfig) -> list[str]:
+def _check_template(config: AnyTrainConfig) -> list[str]:
+    """Refuse to tune with another template than the model was tuned with, unless told."""
+    if not isinstance(config, SftConfig) or config.allow_other_template:
+        return []
+    found = recorded_chat([Path(path) for path in (config.model.path, config.adapter) if path])
+    if found is None:
+        return []
+    directory, chat = found
+    try:
+        tokenizer = load_tokenizer(Path(config.model.tokenizer_path))
+        template = build_template(config.data.chat.template, tokenizer)
+    except (ValueError, OSError):
+        return []  # which the check of the data tells
+    if template.sha256 == chat["template_sha256"]:
+        return []
+    return [
+        f"data.chat.template: got {template.name}, but {directory} was tuned with "
+        f"{chat['template']} (SHA256 {chat['template_sha256'][:16]}, this one "
+        f"{template.sha256[:16]}); use that one, or set allow_other_template=true"
+    ]
+
+
+def _check_adapter(config: AnyTrainConfig) -> list[str]:
     problem = check_adapter_directory(Path(config.adapter)) if config.adapter else None
     return [problem] if problem else []
 
 
-def _check_vocabulary(config: PretrainConfig, model: PreTrainedModel) -> list[str]:
+def _check_positions(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
+    """Check the scaling of positions, and that an adapter to go on from was trained with it."""
+    scaling = config.model.rope_scaling
+    if scaling is not None:
+        problems = check_rope_scaling(model.config, scaling, config.batch.sequence_tokens)
+        if problems:
+            return problems
+    if config.adapter is None or _check_adapter(config):
+        return []
+    had = read_model_settings(Path(config.adapter))
+    has = scaled_settings(model.config, scaling)
+    if had == has:
+        return []
+    return [
+        f"model.rope_scaling: the adapter {config.adapter} was trained with "
+        f"{had or 'the positions of its base'}, and the run would have "
+        f"{has or 'the positions of its base'}; set it as it was"
+    ]
+
+
+def _check_vocabulary(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
     try:
         fit = check_vocabulary(
             num_embedding_rows(model), Path(config.model.path), Path(config.model.tokenizer_path)
@@ -158,7 +217,8 @@ def _check_vocabulary(config: PretrainConfig, model: PreTrainedModel) -> list[st
             fit.num_surplus_rows,
         )
     problems = _check_untrained_rows(config, model, fit)
-    if config.train == "embeddings":
+    problems += check_embedding_rate(config, model)
+    if isinstance(config, PretrainConfig) and config.train == "embeddings":
         problems += check_embeddings(model, config.embeddings, fit.new_ids)
         if has_weights(Path(config.model.path)):  # a plan needs none
             problems += _check_stored_tables(model, Path(config.model.path))
@@ -170,7 +230,7 @@ def _check_vocabulary(config: PretrainConfig, model: PreTrainedModel) -> list[st
 
 
 def _check_untrained_rows(
-    config: PretrainConfig, model: PreTrainedModel, fit: VocabularyFit
+    config: AnyTrainConfig, model: PreTrainedModel, fit: VocabularyFit
 ) -> list[str]:
     """Refuse rows that no stage would have trained; an embedding stage leaves some to the next."""
     counts = count_untrained_rows(config, model, fit.num_new_ids)
@@ -207,7 +267,7 @@ def _check_stored_tables(model: PreTrainedModel, path: Path) -> list[str]:
     return []
 
 
-def _check_run_dir(config: PretrainConfig) -> list[str]:
+def _check_run_dir(config: AnyTrainConfig) -> list[str]:
     run_dir = config.run_place
     problem = check_place(run_dir, "run_dir")
     if problem is not None:
@@ -231,7 +291,7 @@ def _is_ours(place: Place, store_dir: Place) -> bool:
     return is_store or place.name.startswith(".")
 
 
-def identify(config: PretrainConfig) -> dict[str, Any]:
+def identify(config: AnyTrainConfig) -> dict[str, Any]:
     """Return what makes this run this run: settings that decide the result, and inputs by hash.
 
     The token store's fingerprint is added once the store is there.
@@ -271,7 +331,7 @@ def check_identity(run_dir: Place, now: Mapping[str, Any]) -> None:
         )
 
 
-def write_identity(config: PretrainConfig, now: Mapping[str, Any]) -> None:
+def write_identity(config: AnyTrainConfig, now: Mapping[str, Any]) -> None:
     """Write `run.yaml` and `identity.json` before the first step; log what may change and did."""
     before = config.run_place / RESOLVED_CONFIG
     if before.exists():
@@ -282,12 +342,12 @@ def write_identity(config: PretrainConfig, now: Mapping[str, Any]) -> None:
     before.write_bytes(to_yaml(config).encode())
 
 
-def placement_changes(config: PretrainConfig, before: Place) -> list[str]:
+def placement_changes(config: AnyTrainConfig, before: Place) -> list[str]:
     """Return the fields that differ from an earlier `run.yaml` of the run."""
     data, problems = parse_mapping(before.read_bytes().decode(errors="replace"), str(before))
     if data is not None and not problems:
         try:
-            return differences(to_dict(from_dict(PretrainConfig, data)), to_dict(config))
+            return differences(to_dict(from_dict(type(config), data)), to_dict(config))
         except ConfigError as error:
             problems = error.problems
     return [f"{before} can't be read ({'; '.join(problems)}); it is written anew"]

@@ -45,11 +45,11 @@ def _prove_loss(
 ) -> None:
     """The chunked loss on hidden states equals cross-entropy on the model's own logits."""
     batch = _packed(ids_T)
-    ids, positions, labels = to_device(batch, workers.device)
+    ids, _, labels = to_device(batch, workers.device)
     module = engine.module
     module.eval()
     with torch.no_grad():
-        wanted = module.loss_from_logits(ids, positions, labels).item()
+        wanted = module.loss_from_logits(ids, labels).item()
     module.train()
     got = engine.loss_sum(batch)
     if not math.isclose(got, wanted, rel_tol=TOLERANCE[precision]):

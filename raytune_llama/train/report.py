@@ -18,7 +18,7 @@ from raytune_llama.data.batches import BatchPlan, StepBatch, StepTotal
 from raytune_llama.model.llama import SummedLoss, causal_lm
 from raytune_llama.train import metrics
 from raytune_llama.train.checkpoint import RunState
-from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.engine import StepResult
 from raytune_llama.train.metrics import MetricsLog
 from raytune_llama.train.workers import Workers
@@ -31,7 +31,7 @@ class Report:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: AnyTrainConfig,
         plan: BatchPlan,
         module: SummedLoss,
         state: RunState,
@@ -117,6 +117,7 @@ class Report:
             metrics.LEARNING_RATE: rate,
             metrics.GRAD_NORM: result.grad_norm,
             metrics.TARGET_TOKENS: num_targets,
+            metrics.INPUT_TOKENS: total.num_tokens,
             metrics.TOKENS_PER_SECOND: num_targets / seconds,
             metrics.FILLER_SEQUENCES: float(self._count_filler(batch.step)),
             metrics.STEP_SECONDS: seconds,
@@ -125,7 +126,7 @@ class Report:
             metrics.PEAK_MEMORY: metrics.peak_memory_gib(self._workers.device),
         }
         if self._peak_flops:
-            flops = num_targets / seconds * self._flops_per_token
+            flops = total.num_tokens / seconds * self._flops_per_token
             values[metrics.MFU] = flops / self._peak_flops
         if self._config.engine.precision == "fp16":
             values[metrics.LOSS_SCALE] = result.loss_scale
@@ -167,17 +168,20 @@ class Report:
         self._write(state.step, {**values, metrics.EVAL_SECONDS: seconds})
         loss = values[metrics.EVAL_LOSS]
         if self._workers.is_first:
-            name = metrics.EVAL_BITS_PER_BYTE
+            is_text = metrics.EVAL_BITS_PER_BYTE in values
+            name = metrics.EVAL_BITS_PER_BYTE if is_text else metrics.EVAL_LOSS
             sources = [
                 f", {source.removeprefix(f'{name}/')} {value:.4f}"
                 for source, value in values.items()
                 if source.startswith(f"{name}/")
             ]
+            what = f", {values[name]:.4f} bits per byte" if is_text else ""
             logger.info(
-                "evaluation at step %d: loss %.4f, %.4f bits per byte%s (%.1f s)",
+                "evaluation at step %d: loss %.4f, perplexity %.4g%s%s (%.1f s)",
                 state.step,
                 loss,
-                values[name],
+                values[metrics.EVAL_PERPLEXITY],
+                what,
                 "".join(sources),
                 seconds,
             )

@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from raytune_llama.config import settings
+from raytune_llama.config import ConfigError, settings
 
 
 @settings
@@ -14,8 +14,19 @@ class EvalConfig:
     every_steps: Annotated[int, Field(ge=1)] | None = 100
     """Optimizer steps between evaluations; null: before the first and after the last only."""
 
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """The run ends after so many evaluations in a row without a lower loss; null: never early."""
+
     max_sequences: Annotated[int, Field(ge=1)] | None = 256
     """Sequences evaluated: of each source its share, at even distances; null: all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvalConfig":
+        if self.patience is not None and self.every_steps is None:
+            raise ConfigError(
+                [f"patience: got {self.patience}, but every_steps is null; set both, or neither"]
+            )
+        return self
 
 
 @settings

@@ -15,6 +15,7 @@ from torch import nn
 
 from raytune_llama.model.llama import DTYPES, Precision, decoder_layers
 from raytune_llama.train.engine import BUCKET_NUMEL
+from raytune_llama.train.optimizer import OptimConfig, parameter_groups
 from raytune_llama.train.strategy import Layout
 
 FLOAT_BYTES = 4
@@ -54,6 +55,9 @@ class WorkerSettings:
 
     precision: Precision
     """Of frozen weights and of computing."""
+
+    optim: OptimConfig
+    """Of the run: what the optimizer treats apart is cut apart."""
 
     num_workers: int
     """Of the run."""
@@ -154,22 +158,19 @@ class Sizes:
     used: tuple[int, ...]
     """The same without the originals of saved modules, which no forward pass reads."""
     groups: tuple[tuple[int, ...], ...]
-    """Of trained parameters: matrices and vectors, which the optimizer treats apart."""
+    """Of trained parameters that the optimizer treats apart, such as matrices and vectors."""
     outside: Unit
     """What is in no layer of the decoder."""
     layer: Unit
     """Its largest layer."""
 
     @classmethod
-    def of(cls, model: nn.Module, num_workers: int) -> "Sizes":
+    def of(cls, model: nn.Module, num_workers: int, optim: OptimConfig) -> "Sizes":
         """Measure a model, with or without its weights."""
         named = list(model.named_parameters(remove_duplicate=False))
         used = {p: p.numel() for name, p in named if not is_original(name)}
-        trained = [p for p in used if p.requires_grad]
-        groups = (
-            tuple(p.numel() for p in trained if p.ndim >= 2),
-            tuple(p.numel() for p in trained if p.ndim < 2),
-        )
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups = parameter_groups(model, trained, optim)
         layers = decoder_layers(model)
         inside = {parameter for layer in layers for parameter in layer.parameters()}
         units = [Unit.of(layer.parameters()) for layer in layers]
@@ -179,7 +180,7 @@ class Sizes:
             layer=max(units, key=lambda unit: unit.whole, default=Unit(0, 0)),
             resident=tuple({p: p.numel() for _, p in named}.values()),
             used=tuple(used.values()),
-            groups=tuple(group for group in groups if group),
+            groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
         )
 
     @property

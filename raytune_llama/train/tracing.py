@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from raytune_llama.model.llama import SummedLoss, causal_lm
+from raytune_llama.model.llama import SummedLoss, causal_lm, last_layer
 from raytune_llama.train.engine import trained_parameters
 
 META = torch.device("meta")
@@ -129,8 +129,8 @@ def _hooks(
     on_decoder: Callable[..., None],
     on_gradient: Callable[[Tensor], None],
 ) -> Iterator[None]:
-    decoder = causal_lm(module.model).get_decoder()
-    handles = [decoder.register_forward_hook(on_decoder)]
+    last = last_layer(causal_lm(module.model))
+    handles = [last.register_forward_hook(on_decoder)]
     handles += [
         parameter.register_post_accumulate_grad_hook(on_gradient)
         for _, parameter in trained_parameters(module)

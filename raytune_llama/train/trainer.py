@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from raytune_llama.config import ConfigError
 from raytune_llama.connection import connected
 from raytune_llama.data.encode import prepare_data
 from raytune_llama.data.mixture import log_mixture
@@ -27,10 +28,10 @@ from raytune_llama.train.cluster import (
     wait_for_resources,
     worker_resources,
 )
-from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.export import read_result, result_path
 from raytune_llama.train.loop import Outcome, build_evaluation, build_sources, plan_run, train
-from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, read_metrics
+from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS, read_metrics
 from raytune_llama.train.plot import write_plot
 from raytune_llama.train.preflight import (
     check_identity,
@@ -70,9 +71,15 @@ class Summary:
     bits_per_byte_after: float | None
     """At the last evaluation."""
 
+    loss_before: float | None
+    """Of the validation targets before the first step, where there are any."""
 
-def pretrain(config: PretrainConfig) -> Summary:
-    """Run or go on with a pre-training run, to its end or until SIGTERM.
+    loss_after: float | None
+    """At the last evaluation."""
+
+
+def run_training(config: AnyTrainConfig) -> Summary:
+    """Run or go on with a training run, to its end or until SIGTERM.
 
     Raises:
         ConfigError: the config, its files or the cluster do not allow the run; found before any
@@ -90,7 +97,7 @@ def pretrain(config: PretrainConfig) -> Summary:
 
     with connected():
         wait_for_resources(config.scale)
-        store = prepare_data(config.data, Path(config.model.tokenizer_path))
+        store = prepare_data(config.encoded_data, Path(config.model.tokenizer_path))
         _check_plan(config, store)
         identity["store"] = store.fingerprint
         check_identity(run_dir, identity)
@@ -101,14 +108,26 @@ def pretrain(config: PretrainConfig) -> Summary:
     return _summary(config, outcome.status, outcome.step)
 
 
-def _check_plan(config: PretrainConfig, store: TokenStore) -> None:
+def _check_plan(config: AnyTrainConfig, store: TokenStore) -> None:
     """Refuse a store that the run can't be trained or evaluated on; log what it will see of it."""
     plan = plan_run(config, store)
-    build_evaluation(config, store)
+    if not build_evaluation(config, store):
+        needing = {
+            "eval.patience": config.eval.patience is not None,
+            "checkpoint.result": config.checkpoint.result == "best",
+        }
+        problems = [
+            f"{field}: nothing is evaluated, since the store has no validation split; set "
+            "data.validation_fraction, or leave the field out"
+            for field, is_set in needing.items()
+            if is_set
+        ]
+        if problems:
+            raise ConfigError(problems)
     log_mixture(build_sources(config, store), plan.order.shares, plan.total_positions)
 
 
-def _fit(config: PretrainConfig) -> Outcome:
+def _fit(config: AnyTrainConfig) -> Outcome:
     channel = Channel()
     try:
         with _signals(channel):
@@ -119,7 +138,7 @@ def _fit(config: PretrainConfig) -> Outcome:
     return cast("Outcome", result.return_value)
 
 
-def build_trainer(config: PretrainConfig, channel: Any) -> TorchTrainer:  # noqa: ANN401  # an actor
+def build_trainer(config: AnyTrainConfig, channel: Any) -> TorchTrainer:  # noqa: ANN401  # an actor
     """Build Ray's trainer around the loop.
 
     Checkpoints are our own and are found by scanning the run directory, so none is registered
@@ -174,7 +193,7 @@ def train_worker(job: dict[str, Any]) -> Outcome:
     import ray.train.torch
     import torch
 
-    config: PretrainConfig = job["config"]
+    config: AnyTrainConfig = job["config"]
     device = ray.train.torch.get_device() if config.scale.use_gpu else torch.device("cpu")
     workers = Workers.of_process_group(device)
     torch.set_num_threads(config.scale.cpus_per_worker)
@@ -219,14 +238,14 @@ def _signals(channel: Channel) -> Iterator[None]:
 
 
 def _summary(
-    config: PretrainConfig, status: Literal["finished", "already finished", "stopped"], step: int
+    config: AnyTrainConfig, status: Literal["finished", "already finished", "stopped"], step: int
 ) -> Summary:
     run_dir = config.run_place
-    bits = [
-        record[EVAL_BITS_PER_BYTE]
-        for record in read_metrics(run_dir)
-        if record.get(EVAL_BITS_PER_BYTE) is not None
-    ]
+    records = read_metrics(run_dir)
+    bits, losses = (
+        [record[name] for record in records if record.get(name) is not None]
+        for name in (EVAL_BITS_PER_BYTE, EVAL_LOSS)
+    )
     return Summary(
         status=status,
         run_dir=run_dir,
@@ -234,4 +253,6 @@ def _summary(
         step=step,
         bits_per_byte_before=bits[0] if bits else None,
         bits_per_byte_after=bits[-1] if bits else None,
+        loss_before=losses[0] if losses else None,
+        loss_after=losses[-1] if losses else None,
     )

@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 from raytune_llama.files import read_json, read_manifest
 from raytune_llama.model.embeddings import embedding_layers, trained_layers
 from raytune_llama.model.lora import check_adapter_directory, is_tied
-from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 
 UNTRAINED_ROWS = "untrained_rows"
 """Key of a model's manifest: how many rows of each table no training has touched."""
 
 
 def count_untrained_rows(
-    config: PretrainConfig, model: PreTrainedModel, num_new_ids: int
+    config: AnyTrainConfig, model: PreTrainedModel, num_new_ids: int
 ) -> dict[str, int]:
     """Return how many rows of each table will be as they started when a run has ended.
 
@@ -40,12 +40,24 @@ def read_untrained_rows(path: Path) -> dict[str, int]:
     return dict(read_manifest(path).get(UNTRAINED_ROWS) or {})
 
 
-def _untrained_tables(config: PretrainConfig, model: PreTrainedModel) -> list[str]:
+def check_embedding_rate(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
+    """Return why the learning rate of embedding tables has none to work on; empty where it has."""
+    frozen = _untrained_tables(config, model)
+    if config.optim.embedding_learning_rate is None or len(frozen) < len(embedding_layers(model)):
+        return []
+    return [
+        f"optim.embedding_learning_rate: got {config.optim.embedding_learning_rate}, but the run "
+        f"trains neither {' nor '.join(frozen)}; set it to null, or name one of them in "
+        "lora.modules_to_save"
+    ]
+
+
+def _untrained_tables(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
     """Return the embedding tables, by the last part of their layers' names, that stay frozen."""
     layers = embedding_layers(model)
     if config.train == "full":
         trained = list(layers)
-    elif config.train == "embeddings":
+    elif isinstance(config, PretrainConfig) and config.train == "embeddings":
         trained = list(trained_layers(model, config.embeddings))
     else:
         endings = modules_to_save(config)
@@ -55,7 +67,7 @@ def _untrained_tables(config: PretrainConfig, model: PreTrainedModel) -> list[st
     return sorted(name.rpartition(".")[2] for name in layers if name not in trained)
 
 
-def modules_to_save(config: PretrainConfig) -> tuple[str, ...]:
+def modules_to_save(config: AnyTrainConfig) -> tuple[str, ...]:
     """Return the name endings of the modules that a run trains whole, beside an adapter."""
     if config.lora is not None:
         return config.lora.modules_to_save

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from raytune_llama.data.batches import BatchPlan, StepBatch, read_steps
-from raytune_llama.data.packing import SequenceForm, SourceSequences, cut_stretch, find_stretches
+from raytune_llama.data.fitting import cut_stretch
+from raytune_llama.data.packing import SequenceForm, SourceSequences, find_stretches
 from tests.data.conftest import MakeSplit
 
 T = 4

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from raytune_llama.data import deduplication
-from raytune_llama.data.encode import DataConfig, prepare_data
+from raytune_llama.data.config import DataConfig
+from raytune_llama.data.encode import prepare_data
 from raytune_llama.data.manifest import SPLITS
 from raytune_llama.data.rows import SourceError
 from raytune_llama.data.seen import SEEN_NAME

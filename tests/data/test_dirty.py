@@ -16,6 +16,7 @@ from raytune_llama.data.manifest import SplitManifest
 from raytune_llama.data.plan import EncodePlan, plan_units
 from raytune_llama.data.sources import SourceConfig, discover_files
 from raytune_llama.data.store import TokenSplit
+from raytune_llama.data.texts import TextReader
 from raytune_llama.data.units import UnitRecord, encode_unit, quarantine_place
 from raytune_llama.model.tokenizer import load_reference
 from raytune_llama.storage import Place
@@ -149,7 +150,7 @@ def encode(folder: Path, tokenizer_dir: Path, **settings: Any) -> tuple[EncodePl
     plan.store.path.mkdir(parents=True)
     plan.units.path.mkdir()
     (unit,) = plan_units(plan.files, RANGE_BYTES)
-    return plan, encode_unit(unit, plan, load_reference(tokenizer_dir))
+    return plan, encode_unit(unit, plan, TextReader(load_reference(tokenizer_dir)))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -14,7 +14,8 @@ import pytest
 
 from raytune_llama.config import ConfigError
 from raytune_llama.data import encode, workers
-from raytune_llama.data.encode import DataConfig, prepare_data
+from raytune_llama.data.config import DataConfig
+from raytune_llama.data.encode import prepare_data
 from raytune_llama.data.manifest import SPLITS, StoreError
 from raytune_llama.data.rows import SourceError
 from raytune_llama.data.seen import SEEN_NAME
@@ -235,7 +236,8 @@ def test_prepare_data_crashing_file_is_refused_by_name(
             if batch.column("unit")[0].as_py() == 2:
                 # Where the tokenizer's native code would crash: after the attempt was noted.
                 crash: Any = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-                self._encoder.encode = crash
+                reader: Any = self._reader
+                reader._encoder.encode = crash
             return super().__call__(batch)
 
     monkeypatch.setattr(workers, "UnitEncoder", CrashingEncoder)

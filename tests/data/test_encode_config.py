@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from raytune_llama.config import ConfigError, from_dict, identity, load
-from raytune_llama.data.encode import DataConfig, PrepareDataConfig, prepare_data
+from raytune_llama.data.config import DataConfig, PrepareDataConfig
+from raytune_llama.data.encode import prepare_data
 from tests.conftest import train_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]

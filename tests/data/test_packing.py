@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from raytune_llama.data import packing
+from raytune_llama.data.fitting import cut_evaluated, cut_stretch
 from raytune_llama.data.order import Sample
 from raytune_llama.data.packing import (
     IGNORED_LABEL,
-    PackedForm,
+    EvaluationForm,
+    JoinedSequences,
     SequenceForm,
     SourceSequences,
-    cut_packed,
-    cut_stretch,
     find_stretches,
     num_sequences,
 )
@@ -117,11 +117,12 @@ def test_isolated_positions_count_from_each_document_start(
 @settings(max_examples=50)
 @given(sources=SOURCES, length=LENGTH)
 def test_packed_sequences_account_for_each_token_once(
-    make_split: MakeSplit, form: PackedForm, sources: list[list[Documents]], length: int
+    make_split: MakeSplit, form: EvaluationForm, sources: list[list[Documents]], length: int
 ) -> None:
     stretches = find_stretches(make_split(*sources)).values()
     for stretch in stretches:
-        sequences = cut_packed(stretch, form, length)
+        sequences = cut_evaluated(stretch, form, length)
+        assert isinstance(sequences, JoinedSequences)
         if sequences.num_sequences:
             covered = chain.from_iterable(map(sequences.covered, range(sequences.num_sequences)))
             assert list(covered) == list(stretch.tokens)

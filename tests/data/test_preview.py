@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from raytune_llama.config import ConfigError, from_dict
-from raytune_llama.data.encode import DataConfig
+from raytune_llama.data.config import DataConfig
 from raytune_llama.data.preview import render_preview
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 

@@ -20,10 +20,10 @@ from raytune_llama.data.plan import EncodePlan, Unit, plan_units
 from raytune_llama.data.rows import SourceError
 from raytune_llama.data.sources import SourceConfig, discover_files
 from raytune_llama.data.store import TokenSplit
+from raytune_llama.data.texts import TextReader, choose_sides
 from raytune_llama.data.units import (
     UnitRecord,
     UnitStoppedError,
-    choose_sides,
     encode_unit,
     finished_record,
     quarantine_place,
@@ -89,7 +89,7 @@ def test_encode_unit_plain_text_ids_equal_hugging_face(
     tmp_path: Path, corpus: Path, tokenizer: PreTrainedTokenizerFast, encoder: TextEncoder
 ) -> None:
     plan = make_plan(tmp_path / "work", corpus)
-    split = split_of_record(plan, encode_unit(unit_of(plan), plan, encoder))
+    split = split_of_record(plan, encode_unit(unit_of(plan), plan, TextReader(encoder)))
     first, second, _ = documents_of(split)
     for got, text in ((first, "The quick brown fox."), (second, "人民日报 jumps")):
         assert got == [0, *tokenizer.encode(text, add_special_tokens=False), 1]
@@ -99,7 +99,7 @@ def test_encode_unit_control_tokens_in_text_stay_text(
     tmp_path: Path, corpus: Path, tokenizer: PreTrainedTokenizerFast, encoder: TextEncoder
 ) -> None:
     plan = make_plan(tmp_path / "work", corpus)
-    split = split_of_record(plan, encode_unit(unit_of(plan), plan, encoder))
+    split = split_of_record(plan, encode_unit(unit_of(plan), plan, TextReader(encoder)))
     ids = documents_of(split)[2][1:-1]
     assert not set(ids) & set(tokenizer.all_special_ids)
     assert tokenizer.decode(ids) == "over </s> the <|im_end|> lazy <s> dog"
@@ -109,7 +109,7 @@ def test_encode_unit_blank_lines_are_counted_and_bytes_are_the_texts(
     tmp_path: Path, corpus: Path, encoder: TextEncoder
 ) -> None:
     plan = make_plan(tmp_path / "work", corpus)
-    record = encode_unit(unit_of(plan), plan, encoder)
+    record = encode_unit(unit_of(plan), plan, TextReader(encoder))
     assert record.rows == RowCounts(total=4, documents=3, skipped={"blank": 1})
     split = split_of_record(plan, record)
     assert split.num_documents == 3
@@ -127,7 +127,7 @@ def test_encode_unit_bad_rows_are_counted_and_listed(tmp_path: Path, encoder: Te
     corpus.write_bytes(b"good\nbad \xff\n\nalso good\nnul\0\n")
     plan = make_plan(tmp_path / "work", corpus)
     unit = unit_of(plan)
-    record = encode_unit(unit, plan, encoder)
+    record = encode_unit(unit, plan, TextReader(encoder))
     bad = {"invalid_bytes": 1, "nul": 1}
     assert record.rows == RowCounts(total=5, documents=2, skipped={"blank": 1}, quarantined=bad)
     lines = quarantine_place(unit, plan).path.read_text().splitlines()
@@ -144,7 +144,7 @@ def test_encode_unit_cleaning_counts_what_it_leaves_out_and_encodes_what_it_chan
     corpus.write_text("e\u0301t\u00e9 is long enough\nshort\nanother text that stays\n")
     cleaning = CleaningConfig(normalization="NFC", min_characters=10)
     plan = make_plan(tmp_path / "work", corpus, cleaning=cleaning)
-    record = encode_unit(unit_of(plan), plan, encoder)
+    record = encode_unit(unit_of(plan), plan, TextReader(encoder))
     assert record.rows == RowCounts(total=3, documents=2, skipped={"too_short": 1})
     split = split_of_record(plan, record)
     texts = ["\u00e9t\u00e9 is long enough", "another text that stays"]
@@ -159,7 +159,7 @@ def test_encode_unit_file_that_is_something_else_is_given_up_early(
     corpus.write_text("not JSON\n" * 3000)
     plan = make_plan(tmp_path / "work", corpus)
     with pytest.raises(SourceError, match=r"corpus\.jsonl: 3000 of its first 3000 rows"):
-        encode_unit(unit_of(plan), plan, encoder)
+        encode_unit(unit_of(plan), plan, TextReader(encoder))
 
 
 def test_encode_unit_finished_is_recognised_until_anything_changes(
@@ -168,7 +168,7 @@ def test_encode_unit_finished_is_recognised_until_anything_changes(
     plan = make_plan(tmp_path / "work", corpus)
     unit = unit_of(plan)
     assert finished_record(unit, plan) is None
-    record = encode_unit(unit, plan, encoder)
+    record = encode_unit(unit, plan, TextReader(encoder))
     assert finished_record(unit, plan) == record
     assert finished_record(replace(unit, key="other"), plan) is None
     shard = plan.store.path / "train-00000.arrow"
@@ -193,11 +193,11 @@ def test_encode_unit_torn_record_is_encoded_again(
 ) -> None:
     plan = make_plan(tmp_path / "work", corpus)
     unit = unit_of(plan)
-    record = encode_unit(unit, plan, encoder)
+    record = encode_unit(unit, plan, TextReader(encoder))
     file = plan.units.path / "00000.json"
     file.write_bytes(file.read_bytes()[:40])
     assert finished_record(unit, plan) is None
-    assert encode_unit(unit, plan, encoder) == record
+    assert encode_unit(unit, plan, TextReader(encoder)) == record
 
 
 def test_encode_unit_file_changed_meanwhile_is_refused_without_a_shard(
@@ -206,7 +206,7 @@ def test_encode_unit_file_changed_meanwhile_is_refused_without_a_shard(
     plan = make_plan(tmp_path / "work", corpus)
     corpus.write_text("other text\n")
     with pytest.raises(SourceError, match=r"corpus\.txt was changed"):
-        encode_unit(unit_of(plan), plan, encoder)
+        encode_unit(unit_of(plan), plan, TextReader(encoder))
     assert list(plan.store.path.iterdir()) == []
 
 
@@ -226,9 +226,9 @@ def test_encode_unit_third_crash_refuses_the_file_by_name(
     unit = unit_of(plan)
     for _ in range(3):
         with pytest.raises(CrashError):
-            encode_unit(unit, plan, CrashingEncoder())
+            encode_unit(unit, plan, TextReader(CrashingEncoder()))
     with pytest.raises(SourceError, match=r"corpus\.txt.*: encoding it ended the process 3 times"):
-        encode_unit(unit, plan, encoder)
+        encode_unit(unit, plan, TextReader(encoder))
 
 
 def test_encode_unit_after_another_failed_gives_up(
@@ -237,7 +237,7 @@ def test_encode_unit_after_another_failed_gives_up(
     plan = make_plan(tmp_path / "work", corpus)
     plan.stop.write_bytes(b"")
     with pytest.raises(UnitStoppedError):
-        encode_unit(unit_of(plan), plan, encoder)
+        encode_unit(unit_of(plan), plan, TextReader(encoder))
     assert list(plan.store.path.iterdir()) == []
 
 

@@ -76,8 +76,8 @@ def test_adapter_that_was_read_wrong_fails_though_each_tensor_is_proven(
     adapter = make_adapter(base)
     opened = Adapter.open
 
-    def wrong(path: Path) -> Adapter:
-        read = opened(path)
+    def wrong(path: Path, prefix: str) -> Adapter:
+        read = opened(path, prefix)
         for update in read.low_rank.values():
             update.scale *= 1.05
         return read

@@ -35,9 +35,8 @@ def make_model(precision: Precision = "fp32") -> LlamaForCausalLM:
         num_key_value_heads=2,
         initializer_range=0.2,
     )
-    model = LlamaForCausalLM(config)
-    nn.Module.to(model, DTYPES[precision])
-    return model
+    model: Any = LlamaForCausalLM(config)
+    return model.to(DTYPES[precision])
 
 
 def weights_of(layer: nn.Module) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 from raytune_llama.config import ConfigError, override
 from raytune_llama.storage import Place
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.trainer import pretrain
+from raytune_llama.train.trainer import run_training
 from tests.pipeline.conftest import MakeJob, losses, start_job, wait_for_step
 
 ADAPTER = "pt_lora_model/adapter_model.safetensors"
@@ -45,9 +45,9 @@ def test_pretrain_in_object_storage_equals_the_run_on_disks_and_says_when_it_is_
     make_job: MakeJob, corpus: Place, tmp_path: Path
 ) -> None:
     on_disks = make_job()
-    pretrain(on_disks)
+    run_training(on_disks)
     remote = make_job(**in_object_storage(corpus, tmp_path, logging__tensorboard=True))
-    first = pretrain(remote)
+    first = run_training(remote)
     assert (first.status, first.step) == ("finished", 8)
     assert first.run_dir == remote.run_place
     assert_same_run(remote, on_disks)
@@ -58,11 +58,11 @@ def test_pretrain_in_object_storage_equals_the_run_on_disks_and_says_when_it_is_
     assert not any("probe" in name for name in names)
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".arrow", ""}
     before = run_dir.files(recursive=True)
-    second = pretrain(remote)
+    second = run_training(remote)
     assert (second.status, second.result) == ("already finished", first.result)
     assert run_dir.files(recursive=True) == before
     with pytest.raises(ConfigError, match=r"optim\.learning_rate: 0\.01 -> 0\.02"):
-        pretrain(override(remote, {"optim.learning_rate": 0.02}))
+        run_training(override(remote, {"optim.learning_rate": 0.02}))
 
 
 @pytest.mark.ray
@@ -74,7 +74,7 @@ def test_job_killed_with_kill_9_in_object_storage_equals_the_undisturbed_run_on_
     # Workers outlive their driver by some seconds: so many steps that they cannot end the run.
     fields = {"max_steps": 400, "checkpoint__every_steps": 25, "eval__every_steps": 200}
     on_disks = make_job(**fields)
-    pretrain(on_disks)
+    run_training(on_disks)
     remote = make_job(**in_object_storage(corpus, tmp_path, **fields))
     process = start_job(remote, tmp_path / "killed.log")
     wait_for_step(remote, 60, process)

@@ -11,7 +11,7 @@ import pytest
 
 from raytune_llama.config import ConfigError, override, write_yaml
 from raytune_llama.files import sha256_file
-from raytune_llama.train.trainer import pretrain
+from raytune_llama.train.trainer import run_training
 from tests.pipeline.conftest import (
     ROOT,
     MakeJob,
@@ -29,7 +29,7 @@ ADAPTER = "pt_lora_model/adapter_model.safetensors"
 def test_pretrain_run_twice_finishes_once_and_says_so(make_job: MakeJob) -> None:
     config = make_job()
     on_interrupt = signal.getsignal(signal.SIGINT)
-    first = pretrain(config)
+    first = run_training(config)
     assert first.status == "finished"
     assert signal.getsignal(signal.SIGINT) is on_interrupt
     assert first.bits_per_byte_before is not None
@@ -39,11 +39,11 @@ def test_pretrain_run_twice_finishes_once_and_says_so(make_job: MakeJob) -> None
     for name in (ADAPTER, "pt_lora_model/tokenizer.json", "run.yaml", "loss.png"):
         assert (run_dir / name).stat().st_size > 0
     changed = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
-    second = pretrain(config)
+    second = run_training(config)
     assert (second.status, second.step, second.result) == ("already finished", 8, first.result)
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == changed
     with pytest.raises(ConfigError, match=r"optim\.learning_rate: 0\.01 -> 0\.02"):
-        pretrain(override(config, {"optim.learning_rate": 0.02}))
+        run_training(override(config, {"optim.learning_rate": 0.02}))
 
 
 @pytest.mark.ray
@@ -69,7 +69,7 @@ def test_pretrain_impossible_config_is_refused_and_leaves_nothing(
 ) -> None:
     config = make_job(**fields)
     with pytest.raises(ConfigError) as caught:
-        pretrain(config)
+        run_training(config)
     assert any(problem.startswith(field) for problem in caught.value.problems)
     assert not Path(config.run_dir).exists()
     assert not Path(config.data.store_dir).exists()
@@ -106,7 +106,7 @@ def test_job_killed_with_kill_9_and_run_again_equals_the_undisturbed_run(
     # Workers outlive their driver by some seconds: so many steps that they cannot end the run.
     fields = {"max_steps": 400, "checkpoint__every_steps": 25, "eval__every_steps": 200}
     whole, killed = make_job("whole", **fields), make_job("killed", **fields)
-    assert pretrain(whole).status == "finished"
+    assert run_training(whole).status == "finished"
     process = start_job(killed, tmp_path / "killed.log")
     wait_for_step(killed, 60, process)
     process.kill()

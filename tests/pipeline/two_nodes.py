@@ -7,7 +7,7 @@ from ray.cluster_utils import Cluster
 
 from raytune_llama.config import load
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.trainer import pretrain
+from raytune_llama.train.trainer import run_training
 
 OBJECT_STORE_BYTES = 80 * 2**20
 
@@ -23,7 +23,7 @@ def main() -> None:
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
     try:
-        run = pretrain(load(PretrainConfig, sys.argv[1:]))
+        run = run_training(load(PretrainConfig, sys.argv[1:]))
         # Each node holds one worker of one CPU, so two workers were on two nodes.
         nodes = sorted(n["NodeManagerAddress"] for n in ray.nodes() if n["Resources"].get("CPU"))
         sys.stdout.write(f"{run.status} on nodes {' '.join(nodes)}\n")

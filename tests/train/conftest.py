@@ -26,7 +26,7 @@ from raytune_llama.data.manifest import (
 from raytune_llama.data.shards import ShardWriter
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.storage import Place
-from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.loop import Outcome, train
 from raytune_llama.train.metrics import LOSS, read_metrics
 from raytune_llama.train.preflight import check_run
@@ -210,7 +210,7 @@ def make(make_config: MakeConfig, source: dict[str, Any]) -> MakeConfig:
     return made
 
 
-def problems_of(config: PretrainConfig) -> list[str]:
+def problems_of(config: AnyTrainConfig) -> list[str]:
     """Return what the checks before a run find."""
     try:
         check_run(config)
@@ -232,7 +232,7 @@ def stage_fields(stage: int) -> dict[str, Any]:
     return {"engine__strategy": "deepspeed", "engine__zero_stage": stage, **extra}
 
 
-def curve(config: PretrainConfig, name: str = LOSS) -> list[float]:
+def curve(config: AnyTrainConfig, name: str = LOSS) -> list[float]:
     """Return a metric over the run."""
     return [record[name] for record in read_metrics(config.run_place) if name in record]
 
@@ -248,7 +248,7 @@ def build_config(values: dict[str, Any], fields: dict[str, Any]) -> PretrainConf
     return from_dict(PretrainConfig, values)
 
 
-def run_here(config: PretrainConfig, *, stop_after: int | None = None) -> Outcome:
+def run_here(config: AnyTrainConfig, *, stop_after: int | None = None) -> Outcome:
     """Run the loop in this process, on one worker; ask it to stop after some steps."""
     asked = 0
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from raytune_llama.config import from_dict, to_dict
-from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.loop import train
 from raytune_llama.train.workers import Workers
 
@@ -26,14 +26,14 @@ def _serve(
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     workers = Workers.of_process_group(torch.device("cpu"))
     while (job := jobs.get()) is not None:
-        settings, stop_after = job
+        kind, settings, stop_after = job
         steps = iter(range(10**9))
 
         def stop_requested(steps: Any = steps, stop_after: int | None = stop_after) -> bool:  # noqa: ANN401
             return next(steps) == stop_after
 
         try:
-            train(from_dict(PretrainConfig, settings), workers, stop_requested)
+            train(from_dict(kind, settings), workers, stop_requested)
             answers.put(None)
         except BaseException:  # noqa: BLE001 - every failure is the test's to show
             answers.put(traceback.format_exc())
@@ -63,12 +63,12 @@ class Group:
         for process in self._processes:
             process.start()
 
-    def run(self, config: PretrainConfig, *, stop_after: int | None = None) -> None:
+    def run(self, config: AnyTrainConfig, *, stop_after: int | None = None) -> None:
         """Train on all processes; raise what any of them raised first."""
         if not self._processes:
             self._start()
         for jobs in self._jobs:
-            jobs.put((to_dict(config), stop_after))
+            jobs.put((type(config), to_dict(config), stop_after))
         for _ in self._jobs:
             problem = self._answers.get(timeout=TIMEOUT_SECONDS)
             if problem:

@@ -17,7 +17,6 @@ from raytune_llama.model.llama import SummedLoss, load_model
 from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import list_checkpoints
 from raytune_llama.train.deepspeed_engine import deepspeed_config
-from raytune_llama.train.engine import OptimConfig
 from raytune_llama.train.export import read_result
 from raytune_llama.train.loop import build_engine, plan_run
 from raytune_llama.train.metrics import (
@@ -25,6 +24,7 @@ from raytune_llama.train.metrics import (
     EVAL_LOSS,
     LOSS,
 )
+from raytune_llama.train.optimizer import OptimConfig
 from raytune_llama.train.strategy import EngineConfig
 from raytune_llama.train.workers import Workers
 from tests.faulty_s3 import FaultyServer

@@ -44,7 +44,8 @@ def packed_weights(session: Session) -> dict[str, str]:
         if weight.dtype.is_floating_point:
             continue
         state = getattr(weight, "quant_state", None)
-        scales = weight.SCB if state is None else state.absmax
+        held: Any = weight
+        scales = held.SCB if state is None else state.absmax
         content = weight.detach().numpy().tobytes() + scales.numpy().tobytes()
         hashes[name] = hashlib.sha256(content).hexdigest()
     return hashes

@@ -19,7 +19,7 @@ from raytune_llama.train.report import Report
 from raytune_llama.train.workers import Workers
 from tests.train.conftest import MakeConfig, run_here
 
-TOTAL = StepTotal(source_sequences=(3, 1), source_targets=(20, 5))
+TOTAL = StepTotal(source_sequences=(3, 1), source_targets=(20, 5), num_tokens=27)
 RESULT = StepResult(loss_sum=50.0, grad_norm=2.0, was_applied=True, loss_scale=1.0)
 
 

@@ -1,0 +1,129 @@
+"""PiSSA (arXiv:2404.02948): a low-rank adapter that starts as the principal part of its weights.
+
+    factors = principal_factors(attached)       # A0 and B0 by layer; stored with the run
+    start_from(attached, factors)
+
+The paper trains A and B from A0 and B0 on the residual W - s B0 A0. Here W stays as it is, and a
+second, frozen adapter subtracts s B0 A0: the same sum, without a copy of the base that rounding,
+partitions or another machine's SVD could make another one. A step so computes two adapters.
+
+Shapes: O outputs, I inputs and r rank of a layer.
+"""
+
+from collections.abc import Mapping
+from typing import cast
+
+import peft
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+INITIAL = "initial"
+"""PEFT's name of the frozen adapter."""
+
+_OVERSAMPLING = 16
+_NUM_ITERATIONS = 16
+"""Of the randomised SVD (arXiv:0909.4061), by which a singular value that is 10 % smaller than the
+smallest wanted one has lost all but 3 % of its share, and one 30 % smaller all but 1 / 100,000."""
+
+
+def principal_factors(attached: PeftModel) -> dict[str, Tensor]:
+    """Compute A0 (r, I) and B0 (O, r) of each adapted layer, with s B0 A0 the principal part.
+
+    Args:
+        attached: base and adapter, whole, on the CPU.
+
+    Returns:
+        Float32 tensors by `<layer>.A` and `<layer>.B`. Bits can differ between machines.
+
+    Raises:
+        ValueError: a weight of the base is quantised.
+    """
+    factors: dict[str, Tensor] = {}
+    for name, layer in _layers(attached).items():
+        weight_OI = cast("Tensor", layer.get_base_layer().weight)
+        if not weight_OI.is_floating_point():
+            raise ValueError(
+                f"lora.init: pissa takes the singular values of a weight, and {name} is quantised "
+                f"({weight_OI.dtype}); use lora.init=default, or load the base as it is"
+            )
+        factor_A, factor_B = _principal(weight_OI.detach().float(), layer.r["default"])
+        root = layer.scaling["default"] ** 0.5
+        factors |= {f"{name}.A": factor_A / root, f"{name}.B": factor_B / root}
+    return factors
+
+
+def _principal(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return roots of the principal part: (r, I) and (O, r), of equal lengths."""
+    width = min(rank + _OVERSAMPLING, *weight_OI.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        left_Ow, values_w, right_Iw = torch.svd_lowrank(weight_OI, width, _NUM_ITERATIONS)
+    root_r = values_w[:rank].sqrt()
+    factor_A = root_r[:, None] * right_Iw[:, :rank].T
+    return factor_A.contiguous(), (left_Ow[:, :rank] * root_r).contiguous()
+
+
+@torch.no_grad()
+def start_from(attached: PeftModel, factors: Mapping[str, Tensor]) -> None:
+    """Set A and B to what `principal_factors` returned, and subtract it by a frozen adapter."""
+    add_initial(attached)
+    for name, layer in _layers(attached).items():
+        factor_A, factor_B = factors[f"{name}.A"], factors[f"{name}.B"]
+        for adapter, sign in (("default", 1), (INITIAL, -1)):
+            _weight(layer.lora_A, adapter).copy_(factor_A)
+            _weight(layer.lora_B, adapter).copy_(sign * factor_B)
+
+
+def add_initial(attached: PeftModel) -> None:
+    """Add the frozen adapter, its values unset."""
+    trained = cast("peft.LoraConfig", attached.peft_config["default"])
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=trained.r,
+        lora_alpha=trained.lora_alpha,
+        target_modules=trained.target_modules,
+        use_rslora=trained.use_rslora,
+    )
+    attached.add_adapter(INITIAL, settings)
+    for layer in _layers(attached).values():
+        layer.set_adapter(["default", INITIAL])
+        for factor in (layer.lora_A, layer.lora_B):
+            _weight(factor, INITIAL).requires_grad_(False)
+
+
+def plain_settings(settings: peft.LoraConfig) -> dict[str, int | float | bool]:
+    """Return what differs in the settings of a plain adapter that is the trained one minus A0, B0.
+
+    Its rank is twice the trained one's, its scale the same.
+    """
+    divisor = settings.r**0.5 if settings.use_rslora else settings.r
+    rank = 2 * settings.r
+    return {"r": rank, "lora_alpha": settings.lora_alpha / divisor * rank, "use_rslora": False}
+
+
+def as_plain(keyed: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a plain adapter on the base: B A - B0 A0 as one product.
+
+    Args:
+        keyed: trained tensors by PEFT's keys.
+        factors: what training started from.
+    """
+    plain = dict(keyed)
+    for name, factor in factors.items():
+        layer, _, which = name.rpartition(".")
+        key = f"{layer}.lora_{which}.weight"
+        if which == "A":
+            plain[key] = torch.cat([keyed[key], factor])
+        else:
+            plain[key] = torch.cat([keyed[key], -factor], dim=1)
+    return plain
+
+
+def _layers(attached: PeftModel) -> dict[str, LoraLayer]:
+    return {n: layer for n, layer in attached.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def _weight(factors: nn.ModuleDict, adapter: str) -> nn.Parameter:
+    return cast("nn.Parameter", factors[adapter].weight)

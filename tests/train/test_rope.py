@@ -1,0 +1,160 @@
+"""Promise: positions that a run was trained with are those of every model made of its result."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from raytune_llama.merge.merging import MergeConfig, merge_adapters
+from raytune_llama.model.llama import load_model
+from raytune_llama.model.rope import RopeScaling, check_rope_scaling
+from raytune_llama.train.config import PretrainConfig
+from tests.train.conftest import MakeConfig, curve, fields_of, problems_of, run_here
+from tests.train.test_families import LLAMA3_ROPE, write_family
+
+IDS = torch.arange(5, 100)[None]
+LINEAR = {"model__rope_scaling": {"type": "linear", "factor": 4.0}}
+
+
+def result_of(config: PretrainConfig) -> Path:
+    return Path(config.run_dir, config.result_name)
+
+
+def logits_of(model: Any) -> torch.Tensor:  # noqa: ANN401  # a model, maybe with its adapter
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def load(path: Path, **changed: Any) -> Any:  # noqa: ANN401  # a model that is called
+    config = AutoConfig.from_pretrained(path)
+    for field, value in changed.items():
+        setattr(config, field, value)
+    return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
+
+
+def merge(base: Path, *adapters: Path, target: Path) -> Path:
+    merge_adapters(
+        MergeConfig(
+            base=str(base), adapters=tuple(map(str, adapters)), target=str(target), verify="logits"
+        )
+    )
+    return target
+
+
+@pytest.mark.parametrize(
+    ("scaling", "rope"),
+    [
+        ({"type": "linear", "factor": 4.0}, {}),
+        ({"type": "dynamic", "factor": 4.0}, {}),
+        ({"type": "yarn", "factor": 4.0}, {"original_max_position_embeddings": 128}),
+        (
+            {"type": "llama3", "factor": 4.0, "high_freq_factor": 2.0},
+            {
+                "original_max_position_embeddings": 128,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 2.0,
+            },
+        ),
+    ],
+)
+def test_load_model_computes_as_transformers_does_with_the_same_scaling(
+    make: MakeConfig, model_dir: Path, scaling: dict[str, Any], rope: dict[str, Any]
+) -> None:
+    config = make(model__rope_scaling=scaling)
+    assert problems_of(config) == []
+    ours = load_model(config.model, "fp32", torch.device("cpu"))
+    own = {"rope_type": scaling["type"], "rope_theta": 10000.0, "factor": 4.0, **rope}
+    longer = 128 if scaling["type"] == "dynamic" else 512
+    theirs = load(model_dir, rope_parameters=own, max_position_embeddings=longer)
+    assert torch.equal(logits_of(ours), logits_of(theirs))
+    # Up to the model's own context, dynamic scaling changes nothing.
+    is_same = torch.equal(logits_of(ours), logits_of(load(model_dir)))
+    assert is_same == (scaling["type"] == "dynamic")
+
+
+def test_adapter_trained_with_scaling_is_merged_with_it(
+    make_config: MakeConfig, model_dir: Path, tmp_path: Path
+) -> None:
+    config, plain = make_config("scaled", **LINEAR), make_config("plain")
+    run_here(config)
+    run_here(plain)
+    assert curve(config)[0] != curve(plain)[0]
+    adapter = result_of(config)
+    changed = json.loads((adapter / "manifest.json").read_text())["model_settings"]
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    assert changed == {"rope_parameters": rope, "max_position_embeddings": 512}
+    merged = merge(model_dir, adapter, target=tmp_path / "merged")
+    with_scaling = PeftModel.from_pretrained(load(model_dir, **changed), str(adapter))
+    wanted = logits_of(with_scaling)
+    torch.testing.assert_close(logits_of(load(merged)), wanted, rtol=1e-4, atol=1e-4)
+    unscaled = logits_of(PeftModel.from_pretrained(load(model_dir), str(adapter)))
+    assert not torch.allclose(unscaled, wanted, atol=0.1)
+    assert load(merged).config.max_position_embeddings == 512
+    # Adapters of different positions make no model.
+    other = make_config("other", model__rope_scaling={"type": "yarn", "factor": 2.0})
+    run_here(other)
+    with pytest.raises(ValueError, match="trained with"):
+        merge(model_dir, adapter, result_of(other), target=tmp_path / "both")
+
+
+@pytest.mark.parametrize("train", ["full", "embeddings"])
+def test_model_trained_with_scaling_has_it_in_its_config(
+    make_config: MakeConfig, train: str
+) -> None:
+    config = make_config(lora=None, train=train, **LINEAR)
+    run_here(config)
+    written = AutoConfig.from_pretrained(result_of(config))
+    assert written.rope_parameters["rope_type"] == "linear"
+    assert written.rope_parameters["factor"] == 4.0
+    assert written.max_position_embeddings == 512
+
+
+def test_run_that_goes_on_from_an_adapter_has_to_have_its_scaling(make: MakeConfig) -> None:
+    first = make("first", **LINEAR)
+    run_here(first)
+    fields = {"lora": None, "adapter": str(result_of(first))}
+    assert problems_of(make("same", **fields, **LINEAR)) == []
+    [problem] = problems_of(make("other", **fields))
+    assert problem.startswith("model.rope_scaling: the adapter ")
+
+
+def test_scaling_of_a_model_that_has_its_own_or_no_positions_is_refused(
+    make: MakeConfig, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    for family, targets, part in (
+        ("llama3", "q_proj", "llama3 scaling by 8.0"),
+        ("bloom", "query_key_value", "no rotary positions"),
+    ):
+        base = write_family(tmp_path / family, family, tokenizer_dir)
+        fields = {"model__path": str(base), "lora__targets": [targets]}
+        config = make(**fields, lora__modules_to_save=[], **LINEAR)
+        [problem] = problems_of(config)
+        assert problem.startswith("model.rope_scaling: ")
+        assert part in problem
+    assert LLAMA3_ROPE["factor"] == 8.0
+
+
+def test_dynamic_scaling_beyond_the_models_context_is_refused(make: MakeConfig) -> None:
+    dynamic = {"model__rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    problems = problems_of(make(**dynamic, batch__sequence_tokens=129))
+    assert fields_of(problems) == ["model.rope_scaling.type"]
+    assert problems_of(make(**dynamic, batch__sequence_tokens=128)) == []
+
+
+def test_scaling_that_transformers_calls_wrong_is_refused() -> None:
+    config = LlamaConfig(max_position_embeddings=128)
+    before = config.to_dict()
+    scaling = RopeScaling(type="llama3", factor=2.0, low_freq_factor=4.0, high_freq_factor=1.0)
+    [problem] = check_rope_scaling(config, scaling, 64)
+    assert problem.startswith("model.rope_scaling: transformers says: ")
+    assert "high_freq_factor" in problem
+    assert config.to_dict() == before
+
+
+def test_scaling_with_a_field_of_another_kind_is_refused(make: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=r"model\.rope_scaling\.beta_fast: is for yarn alone"):
+        make(model__rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 16.0})
