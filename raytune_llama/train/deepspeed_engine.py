@@ -156,7 +156,7 @@ class DeepSpeedEngine:
         """
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-        if self._config.zero_stage == 3:
+        if self._config.zero == 3:
             return
         zero = self._engine.optimizer
         groups = zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)

@@ -44,27 +44,44 @@ class Group:
     """Runs the loop on a fixed number of processes, one run after the other."""
 
     def __init__(self, world_size: int, folder: Path) -> None:
+        self._world_size, self._folder = world_size, folder
+        self._num_starts = 0
+        self._processes: list[Any] = []
+
+    def _start(self) -> None:
         context = mp.get_context("spawn")
-        self._jobs = [context.Queue() for _ in range(world_size)]
+        self._jobs = [context.Queue() for _ in range(self._world_size)]
         self._answers = context.Queue()
-        store = str(folder / "rendezvous")
+        store = str(self._folder / f"rendezvous-{self._num_starts}")
+        self._num_starts += 1
         self._processes = [
-            context.Process(target=_serve, args=(rank, world_size, store, jobs, self._answers))
+            context.Process(
+                target=_serve, args=(rank, self._world_size, store, jobs, self._answers)
+            )
             for rank, jobs in enumerate(self._jobs)
         ]
         for process in self._processes:
             process.start()
 
     def run(self, config: AnyTrainConfig, *, stop_after: int | None = None) -> None:
-        """Train on all processes; raise what any of them raised."""
+        """Train on all processes; raise what any of them raised first."""
+        if not self._processes:
+            self._start()
         for jobs in self._jobs:
             jobs.put((type(config), to_dict(config), stop_after))
-        problems = [self._answers.get(timeout=TIMEOUT_SECONDS) for _ in self._jobs]
-        failed = [problem for problem in problems if problem]
-        assert not failed, failed[0]
+        for _ in self._jobs:
+            problem = self._answers.get(timeout=TIMEOUT_SECONDS)
+            if problem:
+                # The others wait for it for ever: the next run takes new processes.
+                for process in self._processes:
+                    process.kill()
+                self._processes = []
+                raise AssertionError(problem)
 
     def close(self) -> None:
         """End the processes."""
+        if not self._processes:
+            return
         for jobs in self._jobs:
             jobs.put(None)
         for process in self._processes:

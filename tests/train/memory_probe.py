@@ -22,6 +22,7 @@ from raytune_llama.config import load, write_yaml
 from raytune_llama.data.batches import BatchPlan, MicroBatch
 from raytune_llama.model.llama import SummedLoss
 from raytune_llama.model.lora import LoraConfig, attach_adapter
+from raytune_llama.model.quantized_layers import quantize_base
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.deepspeed_engine import DeepSpeedEngine
 from raytune_llama.train.engine import DataParallelEngine, Engine
@@ -97,6 +98,8 @@ def warm_up(config: PretrainConfig, batch: MicroBatch, workers: Workers) -> None
         num_attention_heads=2,
     )
     model = LlamaForCausalLM(tiny)
+    if config.model.quantization is not None:
+        quantize_base(model, config.model.quantization, (), workers.device)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     module = SummedLoss(attach_adapter(model, LoraConfig(), seed=1))
     engine: Engine

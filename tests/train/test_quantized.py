@@ -39,6 +39,7 @@ def open_here(config: Any) -> Session:  # noqa: ANN401  # a config
 def packed_weights(session: Session) -> dict[str, str]:
     """Hash what is held of each quantised weight, with its scales."""
     hashes: dict[str, str] = {}
+    weight: Any
     for name, weight in causal_lm(session.engine.module.model).named_parameters():
         if weight.dtype.is_floating_point:
             continue
