@@ -19,6 +19,12 @@ from raytune_llama.train.optimizer import OptimConfig
 from raytune_llama.train.scale import EvalConfig, LoggingConfig, ScaleConfig
 from raytune_llama.train.schedule import ScheduleConfig
 
+DORA_PARTITIONED = (
+    "engine.zero_stage: got 3, which cuts up the weights whose lengths DoRA takes in each pass; "
+    "use 0, 1 or 2, or an adapter without DoRA"
+)
+"""Problem of a run with DoRA under ZeRO 3: PEFT reads weights that are not gathered."""
+
 
 @settings
 class TrainConfig:
@@ -91,6 +97,8 @@ class TrainConfig:
             problems.append(
                 "engine.precision: DeepSpeed has no fp16 on CPUs; use bf16, fp32 or zero_stage=0"
             )
+        if self.lora is not None and self.lora.dora and self.engine.zero_stage == 3:
+            problems.append(DORA_PARTITIONED)
         if problems:
             raise ConfigError(problems)
         return self
