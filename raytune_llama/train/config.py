@@ -19,6 +19,12 @@ from raytune_llama.train.scale import EvalConfig, LoggingConfig, ScaleConfig
 from raytune_llama.train.schedule import ScheduleConfig
 from raytune_llama.train.strategy import EngineConfig
 
+DORA_PARTITIONED = (
+    "engine.zero_stage: got 3, which cuts up the weights whose lengths DoRA takes in each pass; "
+    "use 1 or 2, engine.strategy=ddp, or an adapter without DoRA"
+)
+"""Problem of a run with DoRA under ZeRO 3: PEFT reads weights that are not gathered."""
+
 
 @settings
 class TrainConfig:
@@ -103,6 +109,8 @@ class TrainConfig:
                 "engine.precision: got fp16, which DeepSpeed does not have on CPUs; use bf16 or "
                 "fp32, or engine.strategy=ddp or fsdp"
             )
+        if self.lora is not None and self.lora.dora and self.engine.layout == "ZeRO 3":
+            problems.append(DORA_PARTITIONED)
         if problems:
             raise ConfigError(problems)
         return self

@@ -18,6 +18,7 @@ from raytune_llama.config import (
     to_yaml,
 )
 from raytune_llama.data.encode import check_data
+from raytune_llama.files import read_json
 from raytune_llama.model.directory import stored_tables
 from raytune_llama.model.embeddings import check_embeddings
 from raytune_llama.model.lineage import check_adapter_tokenizer, recorded_chat
@@ -40,7 +41,12 @@ from raytune_llama.model.rope import check_rope_scaling, read_model_settings, sc
 from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
 from raytune_llama.model.vocab import VocabularyFit, check_vocabulary, num_embedding_rows
 from raytune_llama.storage import Place, check_place, local_path
-from raytune_llama.train.config import AnyTrainConfig, PretrainConfig, SftConfig
+from raytune_llama.train.config import (
+    DORA_PARTITIONED,
+    AnyTrainConfig,
+    PretrainConfig,
+    SftConfig,
+)
 from raytune_llama.train.export import fingerprint_adapter, fingerprint_model
 from raytune_llama.train.untrained import (
     check_embedding_rate,
@@ -178,8 +184,13 @@ def _check_template(config: AnyTrainConfig) -> list[str]:
 
 
 def _check_adapter(config: AnyTrainConfig) -> list[str]:
-    problem = check_adapter_directory(Path(config.adapter)) if config.adapter else None
-    return [problem] if problem else []
+    if config.adapter is None:
+        return []
+    problem = check_adapter_directory(Path(config.adapter))
+    if problem:
+        return [problem]
+    is_dora = read_json(Path(config.adapter) / "adapter_config.json").get("use_dora")
+    return [DORA_PARTITIONED] if is_dora and config.engine.layout == "ZeRO 3" else []
 
 
 def _check_positions(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:

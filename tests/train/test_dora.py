@@ -5,14 +5,22 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from raytune_llama.config import ConfigError
 from raytune_llama.train.metrics import GRAD_NORM
-from tests.train.conftest import MakeConfig, curve, run_here, stage_fields
+from tests.train.conftest import (
+    MakeConfig,
+    curve,
+    fields_of,
+    problems_of,
+    run_here,
+    stage_fields,
+)
 from tests.train.group import Group
 
 DORA = {"lora__dora": True, "lora__dropout": 0.0, "optim__learning_rate": 2e-3}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_dora_gives_the_same_losses_and_resumes_on_every_stage(
     make_config: MakeConfig, two: Group, stage: int
 ) -> None:
@@ -30,6 +38,19 @@ def test_dora_gives_the_same_losses_and_resumes_on_every_stage(
     assert len(magnitudes) == 14
     for key in magnitudes:
         assert weights[0][key].tolist() == pytest.approx(weights[1][key].tolist(), rel=1e-3)
+
+
+def test_dora_with_partitioned_weights_is_refused(make: MakeConfig) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make(**DORA, **stage_fields(3))
+    assert fields_of(caught.value.problems) == ["engine.zero_stage"]
+    first = make("first", **DORA)
+    run_here(first)
+    fields = {"lora": None, "adapter": str(Path(first.run_dir, "pt_lora_model"))}
+    assert problems_of(make("two", **fields, **stage_fields(2))) == []
+    assert fields_of(problems_of(make("three", **fields, **stage_fields(3)))) == [
+        "engine.zero_stage"
+    ]
 
 
 def test_rslora_scales_the_first_gradient_by_the_root_of_the_rank(make_config: MakeConfig) -> None:

@@ -1,5 +1,6 @@
 """Promise: families beside the tuned path train and merge as LLaMA 1 does."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,12 @@ def test_bloom_in_the_names_of_its_published_files_merges(
     assert "transformer.word_embeddings.weight" in weights
     shortened = {name.removeprefix("transformer."): each for name, each in weights.items()}
     save_file(shortened, file, metadata={"format": "pt"})
-    config = make_config(model__path=str(base), **BLOOM)
+    # Nor do they say that the tables are tied, which they are by default.
+    settings = json.loads((base / "config.json").read_text())
+    assert settings.pop("tie_word_embeddings")
+    (base / "config.json").write_text(json.dumps(settings))
+    fields = {**BLOOM, "lora__modules_to_save": ["lm_head"]}
+    config = make_config(model__path=str(base), **fields)
     run_here(config)
     assert_merged(base, Path(config.run_dir, "pt_lora_model"))
 
