@@ -1,6 +1,9 @@
-"""The memory that merging takes, in a process of its own."""
+"""The memory that merging takes, in a process of its own.
 
-import json
+Pages of mapped files are not counted: the system takes them back when it needs memory. pth is made
+from a mapped file, since a .pth file can only be written whole.
+"""
+
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,13 +15,23 @@ from raytune_llama.model.tensors import open_weights
 from tests.merge.conftest import ALL, MakeAdapter, MakeBase
 
 _MERGE = """
-import json, re, sys
+import re, sys, threading, time
 from pathlib import Path
 from raytune_llama.merge.merging import MergeConfig, merge_adapters
+
+peak = 0
+
+def watch():
+    global peak
+    while True:
+        status = Path("/proc/self/status").read_text()
+        peak = max(peak, 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]))
+        time.sleep(0.002)
+
+threading.Thread(target=watch, daemon=True).start()
 base, adapter, target, form = sys.argv[1:]
 merge_adapters(MergeConfig(base=base, adapters=(adapter,), target=target, output_format=form))
-status = Path("/proc/self/status").read_text()
-print(json.dumps(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status)[1])))
+print(peak)
 """
 
 
@@ -49,4 +62,4 @@ def test_merge_of_a_model_that_is_larger_than_the_bound_stays_under_it(
         capture_output=True,
         text=True,
     )
-    assert json.loads(merged.stdout.splitlines()[-1]) < bound
+    assert int(merged.stdout.splitlines()[-1]) < bound
