@@ -15,7 +15,7 @@ import random
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +268,7 @@ def main() -> int:
     if not is_installed("trl"):
         print("TRL is not installed here, and left out")
         del sides[PEER]
-    shape = TINY if options.tiny else Shape(sequences_per_worker=4)
+    shape = replace(TINY, sequence_tokens=256) if options.tiny else Shape(sequences_per_worker=4)
     measured: dict[tuple[str, str], list[Run]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
