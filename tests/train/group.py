@@ -4,6 +4,7 @@ import os
 import traceback
 from multiprocessing.queues import Queue
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
@@ -70,7 +71,10 @@ class Group:
         for jobs in self._jobs:
             jobs.put((type(config), to_dict(config), stop_after))
         for _ in self._jobs:
-            problem = self._answers.get(timeout=TIMEOUT_SECONDS)
+            try:
+                problem = self._answers.get(timeout=TIMEOUT_SECONDS)
+            except Empty:
+                problem = f"a worker has not answered for {TIMEOUT_SECONDS} s"
             if problem:
                 # The others wait for it for ever: the next run takes new processes.
                 for process in self._processes:
