@@ -177,10 +177,9 @@ class Report:
             ]
             what = f", {values[name]:.4f} bits per byte" if is_text else ""
             logger.info(
-                "evaluation at step %d: loss %.4f, perplexity %.4g%s%s (%.1f s)",
+                "evaluation at step %d: loss %.4f%s%s (%.1f s)",
                 state.step,
                 loss,
-                values[metrics.EVAL_PERPLEXITY],
                 what,
                 "".join(sources),
                 seconds,
