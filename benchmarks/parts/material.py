@@ -232,9 +232,10 @@ def read_sequences(config: PretrainConfig) -> tuple[NDArray[np.int64], NDArray[n
         hands them out as the loop does.
     """
     store = TokenStore.open(Path(config.data.store_dir))
-    plan = plan_run(config, store)
+    built = build_sources(config, store)
+    plan = plan_run(config, built)
     workers = config.scale.num_workers
-    sources = [source.sequences for source in build_sources(config, store)]
+    sources = [source.sequences for source in built]
     streams = [
         read_steps(sources, store.fingerprint, plan, rank=rank, world_size=workers)
         for rank in range(workers)

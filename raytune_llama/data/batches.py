@@ -84,18 +84,15 @@ class BatchPlan:
             raise ValueError(
                 f"max_steps is {max_steps} and num_epochs is {num_epochs}; set exactly one of them"
             )
-        numbers = {
-            "sequence_tokens": sequence_tokens,
-            "sequences_per_step": sequences_per_step,
-            "micro_batch_sequences": micro_batch_sequences,
-            "max_steps": 1 if max_steps is None else max_steps,
-            "num_epochs": 1 if num_epochs is None else num_epochs,
-            "source_sequences": min(source_sequences, default=0),
-            "weights": 1 if weights is None else min(weights, default=0),
-        }
-        for name, number in numbers.items():
-            if number <= 0:
-                raise ValueError(f"{name}: got {number}, wanted numbers above 0")
+        _check_positive(
+            sequence_tokens=sequence_tokens,
+            sequences_per_step=sequences_per_step,
+            micro_batch_sequences=micro_batch_sequences,
+            max_steps=max_steps,
+            num_epochs=num_epochs,
+            source_sequences=min(source_sequences, default=0),
+            weights=None if weights is None else min(weights, default=0),
+        )
         if max_steps is None:
             total = math.ceil((num_epochs or 0) * sum(source_sequences))
         else:
@@ -252,6 +249,12 @@ def stack_sequences(
     for number, row in enumerate(rows):
         row.write(*arrays[:, number])
     return MicroBatch(*map(torch.from_numpy, arrays))
+
+
+def _check_positive(**numbers: float | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number <= 0:
+            raise ValueError(f"{name}: got {number}, wanted numbers above 0")
 
 
 def _build_order(

@@ -32,8 +32,8 @@ from raytune_llama.data.packing import (
 
 
 @dataclass(frozen=True, eq=False)
-class FittedSequences:
-    """Whole documents, several in a sequence where they fit."""
+class WholeDocuments:
+    """Sequences of whole documents, none of which sees another."""
 
     stretch: Stretch
     """The documents."""
@@ -45,13 +45,19 @@ class FittedSequences:
     """Where each sequence begins among them, and the end of the last."""
 
     @classmethod
-    def of(cls, stretch: Stretch, sequence_tokens: int) -> Self:
-        """Fit a stretch's documents into sequences."""
+    def fitted(cls, stretch: Stretch, sequence_tokens: int) -> Self:
+        """Put as many documents as fit into each sequence."""
         sequence_of = best_fit(_lengths(stretch, sequence_tokens), sequence_tokens)
         # Documents of one sequence in their own order.
         order = np.argsort(sequence_of, kind="stable")
-        counts = np.bincount(sequence_of)
-        bounds = np.concatenate([[0], np.cumsum(counts)])
+        bounds = np.concatenate([[0], np.cumsum(np.bincount(sequence_of))])
+        return cls(stretch, sequence_tokens, order + stretch.documents.start, bounds)
+
+    @classmethod
+    def padded(cls, stretch: Stretch, sequence_tokens: int) -> Self:
+        """Give each document a sequence, the shortest first."""
+        order = np.argsort(_lengths(stretch, sequence_tokens), kind="stable")
+        bounds = np.arange(len(order) + 1)
         return cls(stretch, sequence_tokens, order + stretch.documents.start, bounds)
 
     @property
@@ -74,44 +80,6 @@ class FittedSequences:
         check_index(sample.index, self.num_sequences)
         start, stop = (int(bound) for bound in self.bounds[sample.index : sample.index + 2])
         return _together(self.stretch, self.documents[start:stop])
-
-
-@dataclass(frozen=True, eq=False)
-class PaddedSequences:
-    """One document a sequence, numbered by length."""
-
-    stretch: Stretch
-    """The documents."""
-    sequence_tokens: int
-    """T; no document is longer."""
-    documents: NDArray[np.int64]
-    """The documents by their numbers in the split, the shortest first."""
-
-    @classmethod
-    def of(cls, stretch: Stretch, sequence_tokens: int) -> Self:
-        """Sort a stretch's documents."""
-        order = np.argsort(_lengths(stretch, sequence_tokens), kind="stable")
-        return cls(stretch, sequence_tokens, order + stretch.documents.start)
-
-    @property
-    def num_sequences(self) -> int:
-        """One for each document."""
-        return len(self.documents)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all documents."""
-        return len(self.stretch.tokens)
-
-    @property
-    def num_read_tokens(self) -> int:
-        """All tokens."""
-        return self.num_tokens
-
-    def read(self, sample: Sample) -> Sequence:
-        """Return a document as a sequence."""
-        check_index(sample.index, self.num_sequences)
-        return _together(self.stretch, self.documents[sample.index : sample.index + 1])
 
 
 def best_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
@@ -176,7 +144,7 @@ def cut_evaluated(stretch: Stretch, form: EvaluationForm, sequence_tokens: int) 
         case "joined":
             return JoinedSequences(stretch, sequence_tokens)
         case "fitted":
-            return FittedSequences.of(stretch, sequence_tokens)
+            return WholeDocuments.fitted(stretch, sequence_tokens)
 
 
 def cut_stretch(
@@ -197,6 +165,6 @@ def cut_stretch(
         case "seed_blocks":
             return SeedBlocks.of(stretch, sequence_tokens)
         case "padded":
-            return PaddedSequences.of(stretch, sequence_tokens)
+            return WholeDocuments.padded(stretch, sequence_tokens)
         case packed:
             return cut_evaluated(stretch, packed, sequence_tokens)

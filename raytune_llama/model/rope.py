@@ -150,11 +150,11 @@ def _warnings() -> Iterator[list[str]]:
     """Collect what transformers' validation logs, which is how it refuses most values."""
     found: list[str] = []
 
-    class Collect(logging.Handler):
+    class _Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             found.append(record.getMessage())
 
-    handler = Collect(logging.WARNING)
+    handler = _Collect(logging.WARNING)
     theirs = logging.getLogger("transformers.modeling_rope_utils")
     theirs.addHandler(handler)
     try:

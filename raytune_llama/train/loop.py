@@ -63,6 +63,8 @@ class Session:
 
     config: AnyTrainConfig
     store: TokenStore
+    sources: tuple[Source, ...]
+    evaluated: tuple[EvaluatedSource, ...]
     plan: BatchPlan
     engine: Engine
     workers: Workers
@@ -105,17 +107,14 @@ def train(config: AnyTrainConfig, workers: Workers, stop_requested: Callable[[],
 def open_session(config: AnyTrainConfig, workers: Workers) -> Session:
     """Open the token store and build the engine."""
     store = open_store(config.data)
-    plan = plan_run(config, store)
-    return Session(config, store, plan, build_engine(config, plan, workers), workers)
+    sources, evaluated = build_sources(config, store), build_evaluation(config, store)
+    plan = plan_run(config, sources)
+    engine = build_engine(config, plan, workers)
+    return Session(config, store, sources, evaluated, plan, engine, workers)
 
 
-def plan_run(config: AnyTrainConfig, store: TokenStore) -> BatchPlan:
-    """Return the order of the whole run, which depends on no worker.
-
-    Raises:
-        ConfigError: the store has too little text, of any or of a weighted source.
-    """
-    sources = build_sources(config, store)
+def plan_run(config: AnyTrainConfig, sources: Sequence[Source]) -> BatchPlan:
+    """Return the order of the whole run over its sources, which depends on no worker."""
     weights = [source.weight for source in sources if source.weight is not None]
     return BatchPlan.of(
         [source.sequences.num_sequences for source in sources],
@@ -131,7 +130,11 @@ def plan_run(config: AnyTrainConfig, store: TokenStore) -> BatchPlan:
 
 
 def build_sources(config: AnyTrainConfig, store: TokenStore) -> tuple[Source, ...]:
-    """Return the sources that the run trains on, cut into sequences."""
+    """Return the sources that the run trains on, cut into sequences.
+
+    Raises:
+        ConfigError: the store has too little text, of any or of a weighted source.
+    """
     return cut_sources(
         config.data.sources,
         store.split("train"),
@@ -206,7 +209,7 @@ def start_adapter(
 def read_batches(session: Session, start_step: int) -> Iterator[StepBatch]:
     """Stream this worker's share of each step from a step on."""
     return read_steps(
-        [source.sequences for source in build_sources(session.config, session.store)],
+        [source.sequences for source in session.sources],
         session.store.fingerprint,
         session.plan,
         rank=session.workers.rank,
@@ -258,11 +261,10 @@ def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
 
 def evaluate(session: Session, state: RunState, report: Report) -> RunState:
     """Evaluate on the validation split, if it has any text; return the state with the best step."""
-    sources = build_evaluation(session.config, session.store)
-    if not sources:
+    if not session.evaluated:
         return state
     start = time.perf_counter()
-    values = evaluation_values(sum_evaluation(session, sources))
+    values = evaluation_values(sum_evaluation(session, session.evaluated))
     return report.evaluation(state, values, time.perf_counter() - start)
 
 
@@ -290,8 +292,7 @@ def sum_evaluation(session: Session, sources: Sequence[EvaluatedSource]) -> list
 
 def sum_up_mixture(session: Session, state: RunState) -> dict[str, dict[str, Any]]:
     """Return what the run has seen of each source, by name."""
-    sources = build_sources(session.config, session.store)
-    return mixture_record(sources, state.source_sequences, state.source_targets)
+    return mixture_record(session.sources, state.source_sequences, state.source_targets)
 
 
 def save(session: Session, state: RunState, report: Report) -> None:

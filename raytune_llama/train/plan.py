@@ -267,11 +267,12 @@ def plan_steps(config: AnyTrainConfig, store: TokenStore | None) -> StepPlan:
     rows = count * batch.micro_batch_sequences * config.scale.num_workers
     num_steps, epochs = config.max_steps, None
     if store is not None:
-        plan = plan_run(config, store)
+        sources = build_sources(config, store)
+        plan = plan_run(config, sources)
         num_steps = plan.num_steps
         epochs = {
             source.name: share * plan.total_positions / source.sequences.num_sequences
-            for source, share in zip(build_sources(config, store), plan.order.shares, strict=True)
+            for source, share in zip(sources, plan.order.shares, strict=True)
         }
     return StepPlan(
         num_steps=num_steps,

@@ -110,7 +110,8 @@ def run_training(config: AnyTrainConfig) -> Summary:
 
 def _check_plan(config: AnyTrainConfig, store: TokenStore) -> None:
     """Refuse a store that the run can't be trained or evaluated on; log what it will see of it."""
-    plan = plan_run(config, store)
+    sources = build_sources(config, store)
+    plan = plan_run(config, sources)
     if not build_evaluation(config, store):
         needing = {
             "eval.patience": config.eval.patience is not None,
@@ -124,7 +125,7 @@ def _check_plan(config: AnyTrainConfig, store: TokenStore) -> None:
         ]
         if problems:
             raise ConfigError(problems)
-    log_mixture(build_sources(config, store), plan.order.shares, plan.total_positions)
+    log_mixture(sources, plan.order.shares, plan.total_positions)
 
 
 def _fit(config: AnyTrainConfig) -> Outcome:

@@ -18,7 +18,7 @@ from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import list_checkpoints
 from raytune_llama.train.deepspeed_engine import deepspeed_config
 from raytune_llama.train.export import read_result
-from raytune_llama.train.loop import build_engine, plan_run
+from raytune_llama.train.loop import build_engine, build_sources, plan_run
 from raytune_llama.train.metrics import (
     EVAL_BITS_PER_BYTE,
     EVAL_LOSS,
@@ -177,7 +177,7 @@ def test_engine_bf16_keeps_positions_precise(
     with torch.no_grad():
         wanted = SummedLoss(model)(batch.ids_BT, positions_BT, batch.labels_BT).item()
     store = TokenStore.open(Path(config.data.store_dir))
-    engine = build_engine(config, plan_run(config, store), Workers.alone())
+    engine = build_engine(config, plan_run(config, build_sources(config, store)), Workers.alone())
     assert engine.loss_sum(batch) == pytest.approx(wanted, rel=1e-6)
 
 

@@ -20,7 +20,7 @@ from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import list_checkpoints
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.export import read_result
-from raytune_llama.train.loop import open_session, plan_run, read_batches
+from raytune_llama.train.loop import build_sources, open_session, plan_run, read_batches
 from raytune_llama.train.metrics import (
     EVAL_BITS_PER_BYTE,
     EVAL_LOSS,
@@ -136,7 +136,7 @@ def test_train_with_a_grown_tokenizer_saves_the_new_rows(
 def test_train_of_epochs_ends_with_a_smaller_step(make_config: MakeConfig) -> None:
     config = make_config(max_steps=None, num_epochs=1.0, eval__every_steps=None)
     outcome = run_here(config)
-    plan = plan_run(config, TokenStore.open(Path(config.data.store_dir)))
+    plan = plan_run(config, build_sources(config, TokenStore.open(Path(config.data.store_dir))))
     records = [r for r in read_metrics(config.run_place) if LOSS in r]
     assert outcome.step == plan.num_steps == len(records)
     split = TokenStore.open(Path(config.data.store_dir)).split("train")

@@ -15,7 +15,7 @@ from raytune_llama.data.store import TokenStore
 from raytune_llama.model.llama import causal_lm
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engine import Engine
-from raytune_llama.train.loop import build_engine, plan_run
+from raytune_llama.train.loop import build_engine, build_sources, plan_run
 from raytune_llama.train.metrics import GRAD_NORM
 from raytune_llama.train.workers import Workers
 from tests.train.conftest import (
@@ -33,7 +33,7 @@ PLAIN: dict[str, Any] = {"lora__dropout": 0.0, "optim__weight_decay": 0.0}
 
 
 def engine_of(config: PretrainConfig) -> Engine:
-    plan = plan_run(config, TokenStore.open(Path(config.data.store_dir)))
+    plan = plan_run(config, build_sources(config, TokenStore.open(Path(config.data.store_dir))))
     return build_engine(config, plan, Workers.alone())
 
 

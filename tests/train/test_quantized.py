@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from raytune_llama.config import ConfigError
-from raytune_llama.data.store import TokenStore
 from raytune_llama.model.llama import causal_lm, load_skeleton
 from raytune_llama.model.lora import LLAMA_PROJECTIONS
 from raytune_llama.train.engine import DataParallelEngine, trained_parameters
-from raytune_llama.train.loop import Session, build_engine, plan_run, read_batches, take_step
+from raytune_llama.train.loop import Session, open_session, read_batches, take_step
 from raytune_llama.train.metrics import EVAL_LOSS
 from raytune_llama.train.plan import build_model, plan_memory
 from raytune_llama.train.workers import Workers
@@ -30,10 +29,7 @@ KINDS = ("int8", "nf4")
 
 
 def open_here(config: Any) -> Session:  # noqa: ANN401  # a config
-    store = TokenStore.open(Path(config.data.store_dir))
-    workers = Workers.alone()
-    plan = plan_run(config, store)
-    return Session(config, store, plan, build_engine(config, plan, workers), workers)
+    return open_session(config, Workers.alone())
 
 
 def packed_weights(session: Session) -> dict[str, str]:
