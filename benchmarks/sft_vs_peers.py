@@ -1,9 +1,9 @@
-"""Instruction tuning against TRL's SFTTrainer: target tokens a second, loss and memory.
+"""Instruction tuning against TRL and LLaMA-Factory: target tokens a second, loss and memory.
 
     python benchmarks/sft_vs_peers.py [--rounds 2] [--steps 50] [--tiny]
 
 Conversations are the demo's questions about reviews (or made up ones), several turns of which are
-joined to dialogues of very different lengths. Both sides get the same ids and masks, the same
+joined to dialogues of very different lengths. All sides get the same ids and masks, the same
 model and adapter, two processes of one thread under torchrun, gradients exchanged by plain data
 parallelism; once packed, once padded. The order is each side's own, so losses are compared as the
 mean of the last ten steps.
@@ -15,21 +15,23 @@ import random
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from parts.launch import SKIPPED_STEPS, run_torchrun
+from parts.launch import Measurement, run_torchrun, run_torchrun_loop
 from parts.material import REPOSITORY, SEED, TINY, Shape, write_json, write_model
-from parts.peers import PACKAGES, install_packages, is_installed
+from parts.peers import PACKAGES, install_llama_factory, install_packages, is_installed
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.chat.encoding import ChatConfig, EncodedConversation, build_chat_encoder
-from raytune_llama.config import from_dict, to_dict
+from raytune_llama.config import from_dict
 from raytune_llama.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -45,39 +47,12 @@ from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.storage import Place
 from raytune_llama.train.config import SftConfig
-from raytune_llama.train.metrics import (
-    LOSS,
-    PEAK_MEMORY,
-    STEP_SECONDS,
-    TARGET_TOKENS,
-    read_metrics,
-)
-from raytune_llama.train.trainer import worker_environment
 
 TARGETS = {"packed": 1.5, "padded": 1.1}
-OURS, PEER = "ours", "TRL"
+OURS, TRL, FACTORY = "ours", "TRL", "LLaMA-Factory"
 
-
-@dataclass(frozen=True)
-class Run:
-    """What one run measured."""
-
-    step_seconds: list[float]
-    losses: list[float]
-    targets: list[int]
-    peak_gib: float
-
-    @property
-    def speed(self) -> float:
-        """Target tokens a second behind the first steps."""
-        seconds = sum(self.step_seconds[SKIPPED_STEPS:])
-        return sum(self.targets[SKIPPED_STEPS:]) / seconds
-
-    @property
-    def last_loss(self) -> float:
-        """Mean over the targets of the last ten steps."""
-        last = list(zip(self.losses, self.targets, strict=True))[-10:]
-        return sum(loss * count for loss, count in last) / sum(count for _, count in last)
+Side = Callable[["Material", Path, str, int], Measurement]
+"""Runs once: the material, a folder, packed or padded, the number of steps."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +106,7 @@ def make_material(folder: Path, shape: Shape, num_talks: int) -> Material:
     model = LlamaForCausalLM.from_pretrained(material.model, local_files_only=True)
     lora = LoraConfig(rank=8, alpha=32.0, dropout=0.0)
     attach_adapter(model, lora, seed=SEED).save_pretrained(str(material.adapter))
-    chat = ChatConfig(template="belle", max_tokens=shape.sequence_tokens)
+    chat = ChatConfig(template="belle", max_tokens=shape.sequence_tokens - 1)
     encoder = build_chat_encoder(load_tokenizer(material.model), chat)
     encoded = encoder.encode(_make_talks(num_talks))
     rows = [row for row in encoded if isinstance(row, EncodedConversation)]
@@ -218,26 +193,24 @@ def _write_store(path: Path, rows: list[EncodedConversation], vocabulary: int) -
     write_manifest(Place.local(path / MANIFEST_NAME), manifest)
 
 
-def run_ours(material: Material, folder: Path, packing: str, num_steps: int) -> Run:
+def run_ours(material: Material, folder: Path, packing: str, num_steps: int) -> Measurement:
     """Run our loop once."""
-    config = material.config(folder, packing, num_steps)
-    settings = write_json(folder / "benchmark.json", to_dict(config))
-    extra = worker_environment(config.scale)
-    run_torchrun("torchrun_loop.py", settings, extra=extra)
-    records = [r for r in read_metrics(Place.local(folder)) if STEP_SECONDS in r]
-    return Run(
-        [record[STEP_SECONDS] for record in records],
-        [record[LOSS] for record in records],
-        [round(record[TARGET_TOKENS]) for record in records],
-        records[-1][PEAK_MEMORY],
-    )
+    return run_torchrun_loop(material.config(folder / "run", packing, num_steps))
 
 
-def run_peer(material: Material, folder: Path, packing: str, num_steps: int) -> Run:
-    """Run TRL once, with the numbers of our config."""
+def run_peer(
+    program: str,
+    material: Material,
+    folder: Path,
+    packing: str,
+    num_steps: int,
+    *,
+    python: Path | None = None,
+) -> Measurement:
+    """Run a peer once, with the numbers of our config."""
     config = material.config(folder, packing, num_steps)
     settings = {
-        "run_dir": str(folder / "trl"),
+        "run_dir": str(folder / "peer"),
         "model": str(material.model),
         "adapter": str(material.adapter),
         "rows": str(material.rows),
@@ -252,8 +225,39 @@ def run_peer(material: Material, folder: Path, packing: str, num_steps: int) -> 
         "seed": config.seed,
     }
     file = write_json(folder / "settings.json", settings)
-    run_torchrun("trl_sft.py", file, extra={"PYTHONPATH": f"{REPOSITORY}:{PACKAGES}"})
-    return Run(**json.loads((folder / "result.json").read_text()))
+    extra = {} if python else {"PYTHONPATH": f"{REPOSITORY}:{PACKAGES}"}
+    run_torchrun(program, file, python=python, extra=extra)
+    return Measurement(**json.loads((folder / "result.json").read_text()))
+
+
+def find_sides() -> dict[str, Side]:
+    """Return what can run here; what cannot is named."""
+    sides: dict[str, Side] = {OURS: run_ours}
+    install_packages()
+    if is_installed("trl"):
+        sides[TRL] = partial(run_peer, "trl_sft.py")
+    python = install_llama_factory()
+    if python is not None:
+        sides[FACTORY] = partial(run_peer, "llama_factory.py", python=python)
+    for name in {TRL, FACTORY} - sides.keys():
+        print(f"{name} is not installed here, and left out")
+    return sides
+
+
+def print_packing(packing: str, runs: dict[str, list[Measurement]]) -> None:
+    """Print each side's figures, and ours over each peer's, round by round."""
+    for side, measured in runs.items():
+        ratios = [
+            ours.targets_per_second / run.targets_per_second
+            for ours, run in zip(runs[OURS], measured, strict=True)
+        ]
+        speed = statistics.median(run.targets_per_second for run in measured)
+        print(
+            f"{packing}, {side}: {speed:,.0f} target tokens/s, ours / this "
+            f"{statistics.median(ratios):.2f} (target {TARGETS[packing]}), loss "
+            f"{measured[0].losses[0]:.3f} -> {measured[0].last_loss:.3f}, "
+            f"peak {measured[0].peak_gib:.2f} GiB"
+        )
 
 
 def main() -> int:
@@ -263,13 +267,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--tiny", action="store_true", help="try out; the figures mean nothing")
     options = parser.parse_args()
-    install_packages()
-    sides = {OURS: run_ours, PEER: run_peer}
-    if not is_installed("trl"):
-        print("TRL is not installed here, and left out")
-        del sides[PEER]
+    sides = find_sides()
     shape = replace(TINY, sequence_tokens=256) if options.tiny else Shape(sequences_per_worker=4)
-    measured: dict[tuple[str, str], list[Run]] = {}
+    measured: dict[str, dict[str, list[Measurement]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.manual_seed(SEED)
@@ -281,20 +281,11 @@ def main() -> int:
                 place = folder / f"{number}-{packing}-{side}"
                 place.mkdir()
                 run = sides[side](material, place, packing, options.steps)
-                measured.setdefault((packing, side), []).append(run)
-                print(
-                    f"round {number + 1}: {packing}, {side}: {run.speed:,.0f} tokens/s", flush=True
-                )
-    for (packing, side), runs in measured.items():
-        ratios = [
-            run.speed / peer.speed
-            for run, peer in zip(runs, measured.get((packing, PEER), runs), strict=True)
-        ]
-        print(
-            f"{packing}, {side}: {statistics.median(run.speed for run in runs):,.0f} target "
-            f"tokens/s, ratio {statistics.median(ratios):.2f} (target {TARGETS[packing]}), loss "
-            f"{runs[0].losses[0]:.3f} -> {runs[0].last_loss:.3f}, peak {runs[0].peak_gib:.2f} GiB"
-        )
+                measured.setdefault(packing, {}).setdefault(side, []).append(run)
+                speed = f"{run.targets_per_second:,.0f} target tokens/s"
+                print(f"round {number + 1}: {packing}, {side}: {speed}", flush=True)
+    for packing, runs in measured.items():
+        print_packing(packing, runs)
     return 0
 
 

@@ -12,8 +12,14 @@ from pathlib import Path
 
 from raytune_llama.config import to_dict
 from raytune_llama.storage import Place
-from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.metrics import LOSS, PEAK_MEMORY, STEP_SECONDS, read_metrics
+from raytune_llama.train.config import AnyTrainConfig
+from raytune_llama.train.metrics import (
+    LOSS,
+    PEAK_MEMORY,
+    STEP_SECONDS,
+    TARGET_TOKENS,
+    read_metrics,
+)
 from raytune_llama.train.trainer import worker_environment
 
 from .material import write_json
@@ -21,7 +27,7 @@ from .material import write_json
 BENCHMARKS = Path(__file__).resolve().parents[1]
 SKIPPED_STEPS = 3
 """First steps that no figure counts: memory is allocated, and optimizer state made."""
-TAIL_CHARACTERS = 4000
+TAIL_CHARACTERS = 12000
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,9 @@ class Measurement:
     losses: list[float]
     """Of each step over all workers, in nats a target token."""
 
+    targets: list[int]
+    """Of each step over all workers, in tokens."""
+
     peak_gib: float
     """Peak resident memory of the first process while it trained."""
 
@@ -41,6 +50,17 @@ class Measurement:
     def median_seconds(self) -> float:
         """Median step behind the first few."""
         return statistics.median(self.step_seconds[SKIPPED_STEPS:])
+
+    @property
+    def targets_per_second(self) -> float:
+        """Target tokens a second behind the first few steps."""
+        return sum(self.targets[SKIPPED_STEPS:]) / sum(self.step_seconds[SKIPPED_STEPS:])
+
+    @property
+    def last_loss(self) -> float:
+        """Mean over the targets of the last ten steps."""
+        last = list(zip(self.losses, self.targets, strict=True))[-10:]
+        return sum(loss * count for loss, count in last) / sum(count for _, count in last)
 
 
 def read_measurement(run_dir: Path, num_steps: int) -> Measurement:
@@ -55,11 +75,12 @@ def read_measurement(run_dir: Path, num_steps: int) -> Measurement:
     return Measurement(
         [record[STEP_SECONDS] for record in records],
         [record[LOSS] for record in records],
+        [round(record[TARGET_TOKENS]) for record in records],
         records[-1][PEAK_MEMORY],
     )
 
 
-def run_torchrun_loop(config: PretrainConfig) -> Measurement:
+def run_torchrun_loop(config: AnyTrainConfig) -> Measurement:
     """Run our loop as torchrun starts it; leave nothing behind."""
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True)
@@ -78,7 +99,11 @@ def run_torchrun_loop(config: PretrainConfig) -> Measurement:
 
 
 def run_torchrun(
-    program: str, *arguments: Path, num_workers: int = 2, extra: Mapping[str, str] | None = None
+    program: str,
+    *arguments: Path,
+    num_workers: int = 2,
+    python: Path | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> None:
     """Run a program of `peers/` in processes of one thread each.
 
@@ -86,13 +111,14 @@ def run_torchrun(
         program: file name in `peers/`.
         arguments: passed on to it.
         num_workers: how many processes.
+        python: the interpreter of another environment.
         extra: environment variables beside those that both sides get.
 
     Raises:
         RuntimeError: it failed; the end of its output is in the message.
     """
     command = [
-        *(sys.executable, "-m", "torch.distributed.run"),
+        *(str(python or sys.executable), "-m", "torch.distributed.run"),
         f"--nproc_per_node={num_workers}",
         "--master_addr=127.0.0.1",
         f"--master_port={_free_port()}",

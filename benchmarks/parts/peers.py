@@ -1,7 +1,8 @@
 """Programs of peers, and the packages that only they need.
 
 These lie in a folder of their own, without dependencies: in one environment pip would search for
-minutes for versions that suit all, and ours would no longer be those that users get.
+minutes for versions that suit all, and ours would no longer be those that users get. A peer that
+does not run with ours has an environment of its own.
 """
 
 import importlib.machinery
@@ -16,6 +17,7 @@ PACKAGES = CACHE / "peers"
 PROGRAMS = ROOT / "benchmarks" / "peers"
 
 _REQUIREMENTS = PROGRAMS / "requirements.txt"
+_LLAMA_FACTORY = ["llamafactory==0.9.5", "torch<2.14"]
 _TAIL_CHARACTERS = 4000
 
 
@@ -28,6 +30,28 @@ def install_packages() -> None:
     command += ["--target", str(PACKAGES), "-r", str(_REQUIREMENTS)]
     if subprocess.run(command, check=False).returncode == 0:
         stamp.write_bytes(_REQUIREMENTS.read_bytes())
+
+
+def install_llama_factory() -> Path | None:
+    """Give LLaMA-Factory an environment of its own, where it has none yet.
+
+    Returns:
+        Its interpreter, or None where it can't be installed.
+    """
+    folder = CACHE / "llama-factory"
+    python, stamp = folder / "bin" / "python", folder / "packages.txt"
+    if stamp.exists() and stamp.read_text() == " ".join(_LLAMA_FACTORY):
+        return python
+    commands = [
+        [sys.executable, "-m", "venv", "--clear", str(folder)],
+        [str(python), "-m", "pip", "install", "--quiet", *_LLAMA_FACTORY],
+        # Their builds for GPUs don't load beside PyTorch's for CPUs; texts don't need them.
+        [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"],
+    ]
+    if any(subprocess.run(command, check=False).returncode for command in commands):
+        return None
+    stamp.write_text(" ".join(_LLAMA_FACTORY))
+    return python
 
 
 def is_installed(module: str) -> bool:

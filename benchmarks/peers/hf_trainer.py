@@ -1,14 +1,12 @@
 """The peer: the stack of the Chinese-LLaMA training scripts, as torchrun starts it.
 
 `hf_trainer.py SETTINGS.json`: transformers' Trainer, PEFT, DeepSpeed ZeRO 2 with the scripts' own
-JSON, less its fp16 block, which DeepSpeed does not have on CPUs. The Trainer is used as it is; it
-is only watched: a subclass notes each step's loss, a callback the time.
+JSON, less its fp16 block, which DeepSpeed does not have on CPUs. The Trainer is used as it is and
+only watched.
 """
 
 import json
-import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,8 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from watched import Watch
 
 DEEPSPEED = {
     "zero_optimization": {
@@ -63,40 +55,6 @@ class Sequences(Dataset[dict[str, Tensor]]):
         # The loss reads `shift_labels`; the model asks for `labels` to take a loss at all.
         labels = self._labels[index]
         return {"input_ids": self._ids[index], "labels": labels, "shift_labels": labels}
-
-
-class WatchedTrainer(Trainer):
-    """The Trainer, noting the loss of each step on this worker."""
-
-    def __init__(self, **options: Any) -> None:  # noqa: ANN401  # the Trainer's own
-        super().__init__(**options)
-        self.step_losses: list[Tensor] = []
-
-    def training_step(self, *arguments: Any, **options: Any) -> Tensor:  # noqa: ANN401
-        """Take the Trainer's own step."""
-        loss = super().training_step(*arguments, **options)
-        self.step_losses.append(loss)
-        return loss
-
-
-class Clock(TrainerCallback):
-    """Notes when each step ends."""
-
-    def __init__(self) -> None:
-        self.laps: list[float] = []
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,  # noqa: ARG002  # the signature of a callback
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        **_: Any,  # noqa: ANN401
-    ) -> None:
-        """Start."""
-        self.laps.append(time.perf_counter())
-
-    # A step ends for both sides when its weights are written.
-    on_step_end = on_train_begin
 
 
 def training_arguments(settings: dict[str, Any]) -> TrainingArguments:
@@ -144,24 +102,15 @@ def main() -> None:
         use_cache=False,
     )
     model = PeftModel.from_pretrained(base, settings["adapter"], is_trainable=True)
-    clock = Clock()
-    trainer = WatchedTrainer(
+    watch = Watch(Path(settings["result"]))
+    watch.see_steps_of(Trainer)
+    trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=Sequences(settings["sequences"]),
-        callbacks=[clock],
+        callbacks=[watch],
     )
     trainer.train()
-    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    losses = torch.stack(trainer.step_losses).double()
-    dist.all_reduce(losses)
-    if dist.get_rank() == 0:
-        measured = {
-            "step_seconds": np.diff(clock.laps).tolist(),
-            "losses": (losses / dist.get_world_size()).tolist(),
-            "peak_gib": peak_gib,
-        }
-        Path(settings["result"]).write_text(json.dumps(measured))
     dist.destroy_process_group()
 
 
