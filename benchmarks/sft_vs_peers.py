@@ -256,6 +256,7 @@ def print_packing(packing: str, runs: dict[str, list[Measurement]]) -> None:
             f"{packing}, {side}: {speed:,.0f} target tokens/s, ours / this "
             f"{statistics.median(ratios):.2f} (target {TARGETS[packing]}), loss "
             f"{measured[0].losses[0]:.3f} -> {measured[0].last_loss:.3f}, "
+            f"{statistics.mean(measured[0].targets):.0f} targets a step, "
             f"peak {measured[0].peak_gib:.2f} GiB"
         )
 

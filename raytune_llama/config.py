@@ -273,10 +273,17 @@ def _apply_argument(data: dict[str, Any], argument: str) -> list[str]:
 
 
 def _put(data: dict[str, Any], path: str, value: object) -> list[str]:
-    """Set the value at a dotted path of plain data, making mappings on the way."""
+    """Set the value at a dotted path of plain data, making mappings on the way.
+
+    A key of a mapping may have dots itself: what is left of the path may be one that is there.
+    """
     *parents, last = path.split(".")
     here: Any = data
     for position, part in enumerate(parents):
+        rest = ".".join([*parents[position:], last])
+        if isinstance(here, dict) and rest in here:
+            here[rest] = value
+            return []
         seen = ".".join(parents[:position])
         key, problem = _key_in(here, part, seen, path)
         if problem:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import ray
 
+logger = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
@@ -21,7 +23,9 @@ def connected() -> Iterator[None]:
         yield
         return
     # Workers' output is forwarded by our own channel.
-    ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    context = ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    if context.dashboard_url:
+        logger.info("Ray's dashboard: http://%s", context.dashboard_url)
     try:
         yield
     finally:

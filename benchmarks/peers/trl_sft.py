@@ -27,6 +27,8 @@ def sft_arguments(settings: dict[str, Any]) -> SFTConfig:
         bf16=False,
         gradient_checkpointing=False,
         packing=settings["packing"],
+        # Otherwise it learns every token of rows that are encoded already.
+        completion_only_loss=True,
         max_length=settings["sequence_tokens"],
         per_device_train_batch_size=settings["sequences_per_worker"],
         gradient_accumulation_steps=1,

@@ -84,7 +84,7 @@ def find_shortage(
         scale: how many workers there are.
     """
     alive = [node for node in nodes if node["Alive"]]
-    held = sum(_num_held(node, needs) for node in alive)
+    held = count_held(nodes, needs)
     if held >= scale.num_workers:
         return None
     have = "; ".join(
@@ -109,6 +109,16 @@ def find_shortage(
 def worker_nodes(needs: dict[str, float]) -> list[dict[str, Any]]:
     """Return the nodes that can hold at least one worker."""
     return [node for node in ray.nodes() if node["Alive"] and _num_held(node, needs) > 0]
+
+
+def count_held(nodes: list[dict[str, Any]], needs: dict[str, float]) -> int:
+    """Return how many workers the nodes of a cluster can hold at a time.
+
+    Args:
+        nodes: as `ray.nodes()` lists them.
+        needs: what one worker reserves.
+    """
+    return sum(_num_held(node, needs) for node in nodes if node["Alive"])
 
 
 def _num_held(node: dict[str, Any], needs: dict[str, float]) -> int:

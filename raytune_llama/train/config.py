@@ -1,5 +1,6 @@
 """The settings of a training run, composed from the modules that use them."""
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -59,6 +60,10 @@ class TrainConfig:
     """Passes over the training split, the last step may be smaller; null: given by `max_steps`.
     Sources with weights have epochs of their own, and need `max_steps`."""
 
+    stop_step: Annotated[int, Field(ge=1)] | None = None
+    """The run ends after this step, on the learning rates of a run that goes on; null: none. A
+    sweep's `best.yaml` has it where the winner was stopped."""
+
     seed: Annotated[int, Field(ge=0)] = 1
     """Decides the adapter's start, the order of the sequences and dropout."""
 
@@ -86,6 +91,11 @@ class TrainConfig:
         problems: list[str] = []
         if (self.max_steps is None) == (self.num_epochs is None):
             problems.append("max_steps: set either max_steps or num_epochs, and the other to null")
+        if self.stop_step is not None and self.stop_step >= (self.max_steps or math.inf):
+            problems.append(
+                f"stop_step: got {self.stop_step}, wanted less than max_steps, {self.max_steps}; "
+                "set it to null"
+            )
         problems += self._check_kind()
         if self.optim.lora_plus_ratio is not None and self.lora is None and self.adapter is None:
             problems.append(

@@ -69,6 +69,11 @@ class Session:
     engine: Engine
     workers: Workers
 
+    @property
+    def last_step(self) -> int:
+        """After which the run ends, if it does not stall before."""
+        return min(self.config.stop_step or self.plan.num_steps, self.plan.num_steps)
+
 
 def train(config: AnyTrainConfig, workers: Workers, stop_requested: Callable[[], bool]) -> Outcome:
     """Train from the newest checkpoint to the end of the run; the same call on every worker."""
@@ -85,7 +90,7 @@ def train(config: AnyTrainConfig, workers: Workers, stop_requested: Callable[[],
         if state.step == 0:
             state = evaluate(session, state, report)
         for batch in report.timed(read_batches(session, state.step)):
-            if has_stalled(config.eval, state):
+            if state.step == session.last_step or has_stalled(config.eval, state):
                 break
             total, stop = sum_step(batch, stop_requested, workers)
             if stop:
@@ -93,9 +98,9 @@ def train(config: AnyTrainConfig, workers: Workers, stop_requested: Callable[[],
                 return Outcome("stopped", state.step)
             result, rate = take_step(session, batch, total.num_targets)
             state = report.step(state, batch, result, total, rate)
-            if is_due(state.step, config.eval.every_steps, session.plan.num_steps):
+            if is_due(state.step, config.eval.every_steps, session.last_step):
                 state = evaluate(session, state, report)
-            if wants_checkpoint(state, config, session.plan.num_steps):
+            if wants_checkpoint(state, config, session.last_step):
                 save(session, state, report)
 
     last, state = state, choose_result(session, state)
@@ -303,10 +308,10 @@ def save(session: Session, state: RunState, report: Report) -> None:
         delete_old_checkpoints(run_dir, session.config.checkpoint, state, session.workers)
 
 
-def wants_checkpoint(state: RunState, config: AnyTrainConfig, num_steps: int) -> bool:
+def wants_checkpoint(state: RunState, config: AnyTrainConfig, last_step: int) -> bool:
     """Whether a step is saved: at the interval, the last, and where evaluation was never better."""
     is_best = config.checkpoint.keep_best and state.best_step == state.step
-    return is_best or is_due(state.step, config.checkpoint.every_steps, num_steps)
+    return is_best or is_due(state.step, config.checkpoint.every_steps, last_step)
 
 
 def has_stalled(config: EvalConfig, state: RunState) -> bool:
@@ -328,6 +333,6 @@ def choose_result(session: Session, state: RunState) -> RunState:
     return restore(config.run_place, session.engine, workers, step=state.best_step)
 
 
-def is_due(step: int, every_steps: int | None, num_steps: int) -> bool:
+def is_due(step: int, every_steps: int | None, last_step: int) -> bool:
     """Whether something done every so many steps, and after the last, is due after a step."""
-    return step == num_steps or (every_steps is not None and step % every_steps == 0)
+    return step == last_step or (every_steps is not None and step % every_steps == 0)

@@ -317,17 +317,18 @@ def identify(config: AnyTrainConfig) -> dict[str, Any]:
     }
 
 
-def check_identity(run_dir: Place, now: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run that was started with other settings or inputs.
+def check_identity(place: Place, now: Mapping[str, Any], *, field: str = "run_dir") -> None:
+    """Refuse to go on with what was started with other settings or inputs.
 
     Args:
-        run_dir: the run's directory; nothing is checked where it is new.
+        place: the directory; nothing is checked where it is new.
         now: what `identify` returned, or a part of it.
+        field: names the directory.
 
     Raises:
         ConfigError: with every field that differs.
     """
-    file = run_dir / IDENTITY
+    file = place / IDENTITY
     if not file.exists():
         return
     then = file.read_json()
@@ -335,8 +336,8 @@ def check_identity(run_dir: Place, now: Mapping[str, Any]) -> None:
     if changed:
         raise ConfigError(
             [
-                f"run_dir: {run_dir} holds a run with other settings or inputs (then -> now); "
-                "set them back, or name another run_dir",
+                f"{field}: {place} was started with other settings or inputs (then -> now); set "
+                f"them back, or name another {field}",
                 *changed,
             ]
         )

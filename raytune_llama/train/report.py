@@ -39,6 +39,7 @@ class Report:
     ) -> None:
         self._config = config
         self._plan = plan
+        self._last_step = min(config.stop_step or plan.num_steps, plan.num_steps)
         self._workers = workers
         model = causal_lm(module.model)
         self._flops_per_token = metrics.flops_per_token(model, plan.sequence_tokens)
@@ -145,13 +146,11 @@ class Report:
     def _is_shown(self, step: int) -> bool:
         every = self._config.logging.every_steps
         first = step == self._resumed_step + 1
-        return self._workers.is_first and (
-            first or step == self._plan.num_steps or not step % every
-        )
+        return self._workers.is_first and (first or step == self._last_step or not step % every)
 
     def _progress_line(self, state: RunState, values: dict[str, float]) -> str:
         done = state.step - self._resumed_step
-        left = self._plan.num_steps - state.step
+        left = self._last_step - state.step
         to_go = (time.perf_counter() - self._started) / done * left
         mfu = f", MFU {values[metrics.MFU]:.1%}" if metrics.MFU in values else ""
         skipped = f", {state.num_skipped_steps} skipped" if state.num_skipped_steps else ""

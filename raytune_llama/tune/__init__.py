@@ -1,0 +1,1 @@
+"""Search space to the best run."""

@@ -1,0 +1,90 @@
+"""The trials of a sweep while they run: a table in a terminal, elsewhere a line a change."""
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from raytune_llama.tune.config import SweepConfig
+from raytune_llama.tune.journal import Journal, TrialRecord
+from raytune_llama.tune.space import shown
+
+logger = logging.getLogger(__name__)
+
+REFRESH_SECONDS = 1.0
+MAX_ROWS = 30
+
+
+class Display:
+    """Shows the trials of one sweep."""
+
+    def __init__(self, sweep: SweepConfig, journal: Journal) -> None:
+        self._sweep, self._journal = sweep, journal
+        self._live: Live | None = None
+        self._drawn = 0.0
+        self._told = dict(journal.trials)
+
+    @contextlib.contextmanager
+    def showing(self) -> Iterator[None]:
+        """Show the sweep while the block runs."""
+        if not sys.stderr.isatty():
+            yield
+            return
+        console = Console(stderr=True)
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            self._live = live
+            yield
+        self._live = None
+
+    def refresh(self) -> None:
+        """Show what has changed; to be called often, draws at most once a second."""
+        now = time.monotonic()
+        if now - self._drawn < REFRESH_SECONDS:
+            return
+        self._drawn = now
+        if self._live is not None:
+            self._live.update(trial_table(self._sweep, self._journal), refresh=True)
+            return
+        for number, trial in self._journal.trials.items():
+            if trial != self._told.get(number):
+                logger.info("%s", trial_line(self._sweep, trial))
+                self._told[number] = trial
+
+
+def trial_line(sweep: SweepConfig, trial: TrialRecord) -> str:
+    """Return a trial in one line."""
+    value = "" if trial.value is None else f", {sweep.metric} {trial.value:.4f}"
+    cause = f": {trial.cause}" if trial.cause else ""
+    head = f"trial {trial.number} {trial.state}, step {trial.step}/{sweep.max_steps}{value}"
+    return f"{head}{_to_go(sweep, trial)}{cause} ({shown(trial.sample)})"
+
+
+def trial_table(sweep: SweepConfig, journal: Journal) -> Table:
+    """Return the trials as a table: those that run first, then the newest."""
+    trials = sorted(journal.trials.values(), key=lambda t: (t.has_ended, -t.number))
+    ended = sum(trial.has_ended for trial in trials)
+    table = Table(title=f"{sweep.sweep_dir}: {ended} trials have ended, {len(trials)} begun")
+    for head in ("trial", "state", "step", sweep.metric, "to go"):
+        table.add_column(head, justify="right")
+    table.add_column("sample")
+    for trial in trials[:MAX_ROWS]:
+        value = "" if trial.value is None else f"{trial.value:.4f}"
+        step = f"{trial.step}/{sweep.max_steps}"
+        to_go = _to_go(sweep, trial).removeprefix(", ").removesuffix(" to go")
+        table.add_row(str(trial.number), trial.state, step, value, to_go, shown(trial.sample))
+    if len(trials) > MAX_ROWS:
+        table.caption = f"and {len(trials) - MAX_ROWS} more"
+    return table
+
+
+def _to_go(sweep: SweepConfig, trial: TrialRecord) -> str:
+    if trial.has_ended or not trial.step:
+        return ""
+    seconds = trial.seconds / trial.step * (sweep.max_steps - trial.step)
+    return f", {timedelta(seconds=round(seconds))} to go"

@@ -1,0 +1,123 @@
+"""What a sweep has done so far: an append-only record of its trials.
+
+`journal.jsonl` in the sweep's directory has a line for each trial that begins, for each of its
+evaluations and for its end. It is the only memory of a sweep: a driver that is started again
+reads it, knows every result, and goes on with the trials that have no end.
+"""
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from raytune_llama.storage import Place
+
+logger = logging.getLogger(__name__)
+
+JOURNAL_FILE = "journal.jsonl"
+
+State = Literal["running", "finished", "stopped", "diverged", "failed"]
+"""Of a trial. Stopped: by the scheduler. Diverged: an evaluation was not finite."""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A trial as the journal knows it."""
+
+    number: int
+    """Counted from 0."""
+
+    sample: dict[str, Any]
+    """Dotted field -> value."""
+
+    state: State = "running"
+    """Running: it has no end yet; a driver that goes on starts it again."""
+
+    values: dict[int, float] = field(default_factory=dict)
+    """Step -> the metric of its evaluation, where it was finite."""
+
+    seconds: float = 0.0
+    """Time from its first start to its newest report; pauses between drivers do not count."""
+
+    cause: str | None = None
+    """Why it failed or diverged."""
+
+    @property
+    def step(self) -> int:
+        """The newest evaluation's step; 0 before the first."""
+        return max(self.values, default=0)
+
+    @property
+    def value(self) -> float | None:
+        """The newest evaluation's metric."""
+        return self.values[self.step] if self.values else None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.state != "running"
+
+
+class Journal:
+    """The record of a sweep, in memory and in its directory.
+
+    On a local disk a line is appended and synced; in object storage, which has no append, the
+    whole file is written anew. A last line that a crash has cut is dropped.
+    """
+
+    def __init__(self, sweep_dir: Place) -> None:
+        self._place = sweep_dir / JOURNAL_FILE
+        self.trials: dict[int, TrialRecord] = {}
+        self._text = ""
+        if self._place.status() is None:
+            return
+        text = self._place.read_bytes().decode()
+        self._text = text[: text.rfind("\n") + 1]
+        if len(self._text) < len(text):
+            logger.warning("%s: the last line is cut, and left out", self._place)
+            self._place.write_bytes(self._text.encode())
+        for line in self._text.splitlines():
+            self._apply(json.loads(line))
+
+    def start(self, number: int, sample: dict[str, Any]) -> None:
+        """Note that a trial begins, with what was chosen for it."""
+        self._append({"event": "start", "trial": number, "sample": sample})
+
+    def report(self, number: int, step: int, value: float, seconds: float) -> None:
+        """Note an evaluation of a trial."""
+        self._append(
+            {"event": "report", "trial": number, "step": step, "value": value, "seconds": seconds}
+        )
+
+    def end(self, number: int, state: State, cause: str | None = None) -> None:
+        """Note that a trial has ended, and how."""
+        self._append({"event": "end", "trial": number, "state": state, "cause": cause})
+
+    def _append(self, event: dict[str, Any]) -> None:
+        event["time"] = time.time()
+        line = json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n"
+        self._text += line
+        if self._place.is_local:
+            self._place.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._place.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            self._place.write_bytes(self._text.encode())
+        self._apply(event)
+
+    def _apply(self, event: dict[str, Any]) -> None:
+        number = event["trial"]
+        match event["event"]:
+            case "start":
+                self.trials[number] = TrialRecord(number, event["sample"])
+            case "report":
+                trial = self.trials[number]
+                values = {**trial.values, event["step"]: event["value"]}
+                self.trials[number] = replace(trial, values=values, seconds=event["seconds"])
+            case _:
+                ended = replace(self.trials[number], state=event["state"], cause=event["cause"])
+                self.trials[number] = ended

@@ -1,0 +1,250 @@
+"""Which samples are tried, and how Tune asks for them."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ray.tune.search import Searcher
+
+from raytune_llama.config import ConfigError
+from raytune_llama.storage import Place
+from raytune_llama.train.config import AnyTrainConfig
+from raytune_llama.tune.config import SearchConfig, SweepConfig, trial_config
+from raytune_llama.tune.journal import Journal, TrialRecord
+from raytune_llama.tune.space import (
+    Dice,
+    Sample,
+    Space,
+    draw,
+    drawn_parameters,
+    grid,
+    shown,
+)
+
+logger = logging.getLogger(__name__)
+
+CHECKED_SAMPLES = 200
+"""Samples that are tried out before the first trial where they can't all be known."""
+
+
+class Sampler(Protocol):
+    """Chooses the sample of a trial."""
+
+    def sample(self, number: int, history: Sequence[TrialRecord]) -> Sample:
+        """Return the sample of the trial with this number, given all trials that have begun."""
+        ...
+
+
+class RandomSampler:
+    """Independent draws; a sample depends on the seed and its number alone."""
+
+    def __init__(self, space: Space, seed: int) -> None:
+        self._space, self._seed = space, seed
+
+    def sample(self, number: int, history: Sequence[TrialRecord] = ()) -> Sample:  # noqa: ARG002
+        """Return the sample of a trial."""
+        return draw(self._space, Dice(f"{self._seed}:{number}"))
+
+
+class GridSampler:
+    """Every combination, in order."""
+
+    def __init__(self, space: Space) -> None:
+        self._points = grid(space)
+
+    def sample(self, number: int, history: Sequence[TrialRecord] = ()) -> Sample:  # noqa: ARG002
+        """Return the sample of a trial."""
+        return self._points[number]
+
+
+class ParzenSampler:
+    """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011).
+
+    It is made anew for each sample from the journal's trials and a seed of the trial's own: what
+    it suggests depends on what is known and on nothing that a killed driver would lose. A stopped
+    trial counts as pruned, with its evaluations; one that runs counts as bad until it ends, so
+    that trials at a time differ.
+    """
+
+    def __init__(self, space: Space, config: SearchConfig, mode: str) -> None:
+        self._space, self._config, self._mode = space, config, mode
+
+    def sample(self, number: int, history: Sequence[TrialRecord]) -> Sample:
+        """Return the sample of a trial."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with warnings.catch_warnings():
+            # Two of its arguments are called experimental, since 2020 and 2021.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(
+                n_startup_trials=self._config.startup_trials,
+                seed=self._config.seed * 1_000_003 + number,
+                multivariate=True,
+                constant_liar=True,
+            )
+        study = build_study(self._space, self._mode, history, sampler)
+        return draw(self._space, study.ask())
+
+
+def build_sampler(sweep: SweepConfig) -> Sampler:
+    """Return what chooses a sweep's samples.
+
+    Raises:
+        ConfigError: a grid of other values than choices.
+    """
+    match sweep.search.kind:
+        case "random":
+            return RandomSampler(sweep.space, sweep.search.seed)
+        case "grid":
+            return GridSampler(sweep.space)
+        case "tpe":
+            return ParzenSampler(sweep.space, sweep.search, sweep.mode)
+
+
+def build_study(
+    space: Space,
+    mode: str,
+    history: Sequence[TrialRecord],
+    sampler: Any = None,  # noqa: ANN401
+) -> Any:  # noqa: ANN401  # optuna is imported where it is used: it takes a second
+    """Return an Optuna study that knows a sweep's trials."""
+    import optuna
+    from optuna.trial import TrialState
+
+    direction = "minimize" if mode == "min" else "maximize"
+    study = optuna.create_study(direction=direction, sampler=sampler)
+    fixed = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
+    fixed |= {"running": TrialState.RUNNING}
+    for trial in history:
+        state = fixed.get(trial.state, TrialState.FAIL)
+        if state == TrialState.COMPLETE and trial.value is None:
+            state = TrialState.FAIL
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=state,
+                params=drawn_parameters(space, trial.sample),
+                distributions=optuna_distributions(space),
+                intermediate_values=trial.values,
+                value=trial.value if state == TrialState.COMPLETE else None,
+            )
+        )
+    return study
+
+
+def optuna_distributions(space: Space) -> dict[str, Any]:
+    """Return Optuna's distribution of each field that is drawn."""
+    from optuna import distributions
+
+    found: dict[str, Any] = {}
+    for field, kind in space.items():
+        if kind.choice is not None:
+            positions = list(range(len(kind.choice)))
+            found[field] = distributions.CategoricalDistribution(positions)
+        elif kind.randint is not None:
+            found[field] = distributions.IntDistribution(*kind.randint)
+        elif kind.uniform is not None:
+            found[field] = distributions.FloatDistribution(*kind.uniform)
+        elif kind.loguniform is not None:
+            found[field] = distributions.FloatDistribution(*kind.loguniform, log=True)
+    return found
+
+
+def count_trials(sweep: SweepConfig) -> int:
+    """Return how many trials a sweep has.
+
+    Raises:
+        ConfigError: more are asked for than a grid has points.
+    """
+    if sweep.search.kind != "grid":
+        assert sweep.num_trials is not None
+        return sweep.num_trials
+    points = len(grid(sweep.space))
+    if sweep.num_trials is not None and sweep.num_trials > points:
+        raise ConfigError(
+            [f"num_trials: got {sweep.num_trials}, but the grid has {points} points; set null"]
+        )
+    return sweep.num_trials or points
+
+
+def check_samples(sweep: SweepConfig, base: AnyTrainConfig) -> list[AnyTrainConfig]:
+    """Build the configs of the sweep's samples: all of a grid and of random draws, else many.
+
+    Raises:
+        ConfigError: a sample makes no legal config; each mistake once, with a sample that has it.
+    """
+    total = count_trials(sweep)
+    if sweep.search.kind == "tpe":
+        sampler, total = RandomSampler(sweep.space, sweep.search.seed), max(total, CHECKED_SAMPLES)
+    else:
+        sampler = build_sampler(sweep)
+    configs: list[AnyTrainConfig] = []
+    examples: dict[str, Sample] = {}
+    for number in range(total):
+        sample = sampler.sample(number, ())
+        try:
+            configs.append(trial_config(base, sample, trial_dir(sweep.place, number)))
+        except ConfigError as error:
+            for problem in error.problems:
+                examples.setdefault(problem, sample)
+    if examples:
+        bad = total - len(configs)
+        head = f"space: {bad} of {total} samples make no legal config; narrow it so that all do"
+        raise ConfigError([head, *(f"{text} (by {shown(s)})" for text, s in examples.items())])
+    return configs
+
+
+def trial_dir(sweep_dir: Place, number: int) -> Place:
+    """Return the run directory of a trial."""
+    return sweep_dir / "trials" / f"{number:04d}"
+
+
+class TrialSearch(Searcher):
+    """What Tune asks for trials: first those without an end, then new ones.
+
+    Tune's copy of a searcher's state is left empty, since the journal holds it.
+    """
+
+    def __init__(self, sweep: SweepConfig, base: AnyTrainConfig, journal: Journal) -> None:
+        super().__init__()
+        self._place, self._base, self._journal = sweep.place, base, journal
+        self._sampler, self._total = build_sampler(sweep), count_trials(sweep)
+        self._waiting = [t.number for t in journal.trials.values() if not t.has_ended]
+
+    @property
+    def num_left(self) -> int:
+        """Trials that have no end yet, those not begun included."""
+        ended = sum(trial.has_ended for trial in self._journal.trials.values())
+        return max(self._total, len(self._journal.trials)) - ended
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:  # noqa: ARG002  # Tune's signature
+        """Return the next trial: its number and sample."""
+        if self._waiting:
+            number = self._waiting.pop(0)
+            return {"number": number, "sample": self._journal.trials[number].sample}
+        while (number := len(self._journal.trials)) < self._total:
+            sample = self._sampler.sample(number, list(self._journal.trials.values()))
+            self._journal.start(number, sample)
+            try:
+                trial_config(self._base, sample, trial_dir(self._place, number))
+            except ConfigError as error:
+                logger.warning("trial %d: %s makes no legal config: %s", number, sample, error)
+                self._journal.end(number, "failed", str(error))
+                continue
+            return {"number": number, "sample": sample}
+        return Searcher.FINISHED  # pyright: ignore[reportReturnType]  # Tune's mark of the end
+
+    def on_trial_complete(
+        self,
+        trial_id: str,
+        result: dict[str, Any] | None = None,
+        error: bool = False,  # noqa: FBT001, FBT002
+    ) -> None:
+        """Do nothing: the journal knows."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Do nothing: the journal is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Do nothing: the journal is the state."""

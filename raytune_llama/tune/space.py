@@ -1,0 +1,223 @@
+"""Distributions over dotted config fields, and samples of them.
+
+    space:
+      optim.learning_rate: {loguniform: [1e-5, 1e-3]}
+      lora.rank: {choice: [8, 16, 64]}
+      lora.alpha: {multiple_of: lora.rank, factor: 2}
+
+A sample maps each field to a plain value; `override(base, sample)` is a trial's config.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Mapping
+from typing import Annotated, Any, Protocol
+
+from pydantic import Field, JsonValue, model_validator
+
+from raytune_llama.config import ConfigError, settings
+
+Sample = dict[str, Any]
+"""Dotted field -> plain value, in the order of the space."""
+
+
+@settings
+class Distribution:
+    """Where the values of a field come from: one of these, and `factor` with `multiple_of`."""
+
+    choice: Annotated[tuple[JsonValue, ...], Field(min_length=1)] | None = None
+    """One of these values, each as likely; the only kind that `search.kind: grid` takes."""
+
+    uniform: tuple[float, float] | None = None
+    """A number between these two, each as likely."""
+
+    loguniform: tuple[float, float] | None = None
+    """A number between these two, which are above 0; its logarithm is uniform."""
+
+    randint: tuple[int, int] | None = None
+    """A whole number between these two, both included."""
+
+    multiple_of: str | None = None
+    """Another field of the space, whose value is multiplied by `factor`; nothing is drawn."""
+
+    factor: float = 1.0
+    """What `multiple_of` is multiplied by."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Distribution":
+        given = [name for name in _KINDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                [f"got {' and '.join(given) or 'no kind'}, wanted one of {', '.join(_KINDS)}"]
+            )
+        problems: list[str] = []
+        for name in ("uniform", "loguniform", "randint"):
+            bounds = getattr(self, name)
+            if bounds is not None and not bounds[0] < bounds[1]:
+                problems.append(f"{name}: got {list(bounds)}, wanted a lower and a higher bound")
+        if self.loguniform is not None and self.loguniform[0] <= 0:
+            problems.append(f"loguniform: got {list(self.loguniform)}, wanted bounds above 0")
+        if self.factor != 1.0 and self.multiple_of is None:
+            problems.append(f"factor: got {self.factor}, but multiple_of is not given")
+        if self.choice is not None and len({repr(value) for value in self.choice}) < len(
+            self.choice
+        ):
+            problems.append(f"choice: got {list(self.choice)}, in which a value stands twice")
+        if problems:
+            raise ConfigError(problems)
+        return self
+
+    def scaled(self, value: Any) -> float | int:  # noqa: ANN401  # of any field
+        """Return `factor` times another field's value; a whole number stays one.
+
+        Raises:
+            ConfigError: the other value is no number.
+        """
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(
+                [f"multiple_of: {self.multiple_of} is {value!r}, which has no multiples"]
+            )
+        product = value * self.factor
+        return int(product) if isinstance(value, int) and product.is_integer() else product
+
+
+_KINDS = ("choice", "uniform", "loguniform", "randint", "multiple_of")
+
+Space = Mapping[str, Distribution]
+"""Dotted field -> distribution."""
+
+
+class Chooser(Protocol):
+    """What picks a value from each distribution: Optuna's trial, or the dice."""
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:  # noqa: ANN401
+        """Return one of the choices."""
+        ...
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        """Return a number between two, whose logarithm is uniform where `log`."""
+        ...
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        """Return a whole number between two, both included."""
+        ...
+
+
+class Dice:
+    """Draws at random; equal seeds draw equal values."""
+
+    def __init__(self, seed: str) -> None:
+        # A text as a seed is hashed alike by every process.
+        self._random = random.Random(seed)  # no secret
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:  # noqa: ANN401, ARG002
+        """Return one of the choices."""
+        return self._random.choice(choices)
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:  # noqa: ARG002
+        """Return a number between two, whose logarithm is uniform where `log`."""
+        if not log:
+            return self._random.uniform(low, high)
+        # Rounding may lead out of the bounds.
+        drawn = math.exp(self._random.uniform(math.log(low), math.log(high)))
+        return min(max(drawn, low), high)
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:  # noqa: ARG002
+        """Return a whole number between two, both included."""
+        return self._random.randint(low, high)
+
+
+def check_space(space: Space) -> list[str]:
+    """Return what is wrong between the fields of a space."""
+    problems: list[str] = []
+    if not space:
+        problems.append("space: got no field, wanted at least one to search over")
+    for field, distribution in space.items():
+        other = distribution.multiple_of
+        if other is None:
+            continue
+        if other not in space:
+            problems.append(
+                f"space.{field}.multiple_of: got {other}, wanted another field of the space: "
+                f"{', '.join(name for name in space if name != field) or 'it has none'}"
+            )
+        elif space[other].multiple_of is not None:
+            problems.append(
+                f"space.{field}.multiple_of: {other} is a multiple itself; name the field that is "
+                "drawn"
+            )
+    return problems
+
+
+def draw(space: Space, chooser: Chooser) -> Sample:
+    """Pick a value for every field; multiples come from what was drawn."""
+    drawn = {
+        field: _pick(field, distribution, chooser)
+        for field, distribution in space.items()
+        if distribution.multiple_of is None
+    }
+    return _complete(space, drawn)
+
+
+def grid(space: Space) -> list[Sample]:
+    """Return every combination of a space of choices; the last field changes fastest.
+
+    Raises:
+        ConfigError: names each field that has other values than choices.
+    """
+    free = {name: kind for name, kind in space.items() if kind.multiple_of is None}
+    problems = [
+        f"space.{field}: a grid takes choices only; write choice: [...], or set search.kind=random"
+        for field, distribution in free.items()
+        if distribution.choice is None
+    ]
+    if problems:
+        raise ConfigError(problems)
+    values = [distribution.choice or () for distribution in free.values()]
+    return [
+        _complete(space, dict(zip(free, point, strict=True)))
+        for point in itertools.product(*values)
+    ]
+
+
+def _pick(field: str, distribution: Distribution, chooser: Chooser) -> Any:  # noqa: ANN401
+    if distribution.choice is not None:
+        # By position: Optuna wants choices that can be compared, and a list is none.
+        positions = list(range(len(distribution.choice)))
+        return distribution.choice[chooser.suggest_categorical(field, positions)]
+    if distribution.randint is not None:
+        return chooser.suggest_int(field, *distribution.randint)
+    if distribution.uniform is not None:
+        return chooser.suggest_float(field, *distribution.uniform)
+    assert distribution.loguniform is not None
+    return chooser.suggest_float(field, *distribution.loguniform, log=True)
+
+
+def drawn_parameters(space: Space, sample: Sample) -> dict[str, Any]:
+    """Return a sample as a chooser gave it: choices by position, without multiples."""
+    # By repr, since True is equal to 1.
+    return {
+        field: [repr(value) for value in distribution.choice].index(repr(sample[field]))
+        if distribution.choice is not None
+        else sample[field]
+        for field, distribution in space.items()
+        if distribution.multiple_of is None
+    }
+
+
+def shown(sample: Sample) -> str:
+    """Return a sample as messages show it."""
+    return ", ".join(
+        f"{field}={value:.4g}" if isinstance(value, float) else f"{field}={value}"
+        for field, value in sample.items()
+    )
+
+
+def _complete(space: Space, drawn: Sample) -> Sample:
+    return {
+        field: drawn[field]
+        if distribution.multiple_of is None
+        else distribution.scaled(drawn[distribution.multiple_of])
+        for field, distribution in space.items()
+    }

@@ -1,0 +1,325 @@
+"""The driver of a sweep: check, prepare, let Tune run the trials, sum up."""
+
+import logging
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
+
+from raytune_llama.config import ConfigError, identity, override, to_dict, to_yaml
+from raytune_llama.connection import connected
+from raytune_llama.data.encode import prepare_data
+from raytune_llama.storage import Place
+from raytune_llama.train.cluster import (
+    check_nodes,
+    count_held,
+    in_submitted_job,
+    wait_for_resources,
+    worker_resources,
+)
+from raytune_llama.train.config import AnyTrainConfig
+from raytune_llama.train.loop import build_evaluation
+from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS
+from raytune_llama.train.preflight import (
+    IDENTITY,
+    check_identity,
+    check_run,
+    identify,
+    resolve_places,
+)
+from raytune_llama.tune.config import SweepConfig, load_base
+from raytune_llama.tune.display import Display
+from raytune_llama.tune.journal import Journal, TrialRecord
+from raytune_llama.tune.plot import write_page
+from raytune_llama.tune.results import rank, score, write_best, write_leaderboard
+from raytune_llama.tune.search import TrialSearch, check_samples
+from raytune_llama.tune.trial import OBJECTIVE, STEP, WORST, build_trainable
+
+logger = logging.getLogger(__name__)
+
+RESOLVED_CONFIG = "sweep.yaml"
+
+TRIAL_BYTES = 512 * 2**20
+"""Memory that a trial's driver reserves on its node; Tune lets none reserve nothing."""
+
+
+@dataclass(frozen=True)
+class SweepSummary:
+    """A sweep as it stands when its driver ends."""
+
+    status: Literal["finished", "stopped", "failed"]
+    """Stopped: trials are left, and the same command goes on. Failed: no trial has a result."""
+
+    sweep_dir: Place
+    """Where everything of the sweep lies."""
+
+    trials: tuple[TrialRecord, ...]
+    """From the best to the worst."""
+
+    best_config: Place | None
+    """The winner's config."""
+
+    page: Place | None
+    """Its pictures."""
+
+
+def run_sweep(sweep: SweepConfig) -> SweepSummary:
+    """Run or go on with a sweep; its trials are shown on stderr.
+
+    Raises:
+        ConfigError: the sweep, its base or the cluster do not allow it; found before any trial
+            starts.
+    """
+    base = _resolve(sweep)
+    check_plan(sweep, base)
+    configs = check_samples(sweep, base)
+    _check_stores(base, configs)
+    check_run(configs[0])
+    known = {
+        "sweep": identity(sweep),
+        # A trial's directory says whose it is.
+        "base": {**identify(base), "run_dir": None},
+    }
+    check_identity(sweep.place, known, field="sweep_dir")
+    journal = Journal(sweep.place)
+    search = TrialSearch(sweep, base, journal)
+    if search.num_left:
+        with connected():
+            _prepare(sweep, base)
+            (sweep.place / IDENTITY).write_json(known)
+            (sweep.place / RESOLVED_CONFIG).write_bytes(to_yaml(sweep).encode())
+            _run_trials(sweep, base, journal, search)
+    return _sum_up(sweep, base, journal)
+
+
+def _resolve(sweep: SweepConfig) -> AnyTrainConfig:
+    """Return the base with all paths absolute; its run directory is the sweep's."""
+    base = load_base(sweep)
+    return resolve_places(override(base, {"run_dir": sweep.sweep_dir}), in_job=in_submitted_job())
+
+
+def check_plan(sweep: SweepConfig, base: AnyTrainConfig) -> None:
+    """Refuse a metric that is never reported and trials that are never evaluated.
+
+    Raises:
+        ConfigError: names the fields.
+    """
+    problems: list[str] = []
+    every = base.eval.every_steps
+    name = sweep.metric
+    if not (name in {EVAL_LOSS, EVAL_BITS_PER_BYTE} or name.startswith(f"{EVAL_LOSS}/")):
+        problems.append(
+            f"metric: got {name}, wanted {EVAL_LOSS}, {EVAL_BITS_PER_BYTE} or {EVAL_LOSS}/SOURCE"
+        )
+    if name.startswith(EVAL_BITS_PER_BYTE) and sweep.job == "sft":
+        problems.append(f"metric: got {name}, which conversations don't have; use {EVAL_LOSS}")
+    if sweep.scheduler.kind != "none":
+        if every is None or every >= sweep.max_steps:
+            problems.append(
+                f"max_steps: a trial has {sweep.max_steps} steps and base's eval.every_steps is "
+                f"{every}, so no evaluation could stop it; lower it by fixed.eval.every_steps, or "
+                "set scheduler.kind=none"
+            )
+        elif sweep.scheduler.grace_steps is not None and sweep.scheduler.grace_steps % every:
+            problems.append(
+                f"scheduler.grace_steps: got {sweep.scheduler.grace_steps}, wanted a multiple of "
+                f"base's eval.every_steps, {every}, since trials are compared where they evaluate"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_stores(base: AnyTrainConfig, configs: list[AnyTrainConfig]) -> None:
+    """Refuse samples that would need token stores of their own."""
+
+    def made_from(config: AnyTrainConfig) -> dict[str, Any]:
+        data = to_dict(config.encoded_data)
+        # Shares are taken from a store as it is.
+        for source in data["sources"]:
+            source.pop("weight")
+        return {"data": data, "tokenizer": config.model.tokenizer_path}
+
+    first = made_from(base)
+    if any(made_from(config) != first for config in configs):
+        raise ConfigError(
+            [
+                "space: its samples differ in what the token store is made from, and a sweep "
+                "tokenizes once; take data, the tokenizer and the length of sequences out of it"
+            ]
+        )
+
+
+def _prepare(sweep: SweepConfig, base: AnyTrainConfig) -> None:
+    """Wait for the cluster and build the token store, once for all trials."""
+    wait_for_resources(base.scale)
+    store = prepare_data(base.encoded_data, Path(base.model.tokenizer_path))
+    evaluated = build_evaluation(base, store)
+    if not evaluated:
+        raise ConfigError(
+            [
+                "metric: nothing is evaluated, since the store has no validation split; set "
+                "data.validation_fraction or data.validation of the base"
+            ]
+        )
+    names = {f"{EVAL_LOSS}/{source.name}" for source in evaluated if len(evaluated) > 1}
+    if sweep.metric.count("/") > 1 and sweep.metric not in names:
+        raise ConfigError(
+            [f"metric: got {sweep.metric}, but evaluated are {', '.join(sorted(names)) or 'all'}"]
+        )
+    check_nodes(base)
+
+
+def _run_trials(
+    sweep: SweepConfig,
+    base: AnyTrainConfig,
+    journal: Journal,
+    search: TrialSearch,
+) -> None:
+    """Let Tune run what is left, until all trials have ended or it is interrupted."""
+    fit = count_held(ray.nodes(), worker_resources(base.scale)) // base.scale.num_workers
+    at_a_time = min(fit, sweep.max_concurrent or fit, search.num_left)
+    logger.info("%d trials are left, %d at a time", search.num_left, at_a_time)
+    display = Display(sweep, journal)
+    scheduler = build_scheduler(sweep, base)
+    replay(scheduler, journal, sweep.mode)
+    # Tune's own files: nothing is ever read from them, so each driver has a folder of its own.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    tuner = tune.Tuner(
+        # No CPU, which its workers reserve: trials that held one each could starve their own.
+        tune.with_resources(
+            build_trainable(base, sweep.place, sweep.metric, sweep.mode),
+            {"CPU": 0, "memory": TRIAL_BYTES},
+        ),
+        tune_config=tune.TuneConfig(
+            search_alg=search,
+            scheduler=scheduler,
+            num_samples=search.num_left,
+            max_concurrent_trials=at_a_time,
+        ),
+        run_config=tune.RunConfig(
+            name=uuid.uuid4().hex[:8],
+            storage_path=(sweep.place / "tune").key,
+            storage_filesystem=sweep.place.filesystem,
+            failure_config=tune.FailureConfig(max_failures=sweep.max_restarts),
+            callbacks=[Recorder(journal, display.refresh)],
+            verbose=0,
+        ),
+    )
+    with display.showing():
+        tuner.fit()
+
+
+def build_scheduler(sweep: SweepConfig, base: AnyTrainConfig) -> TrialScheduler:
+    """Return Tune's scheduler, which sees steps and an objective to be made small."""
+    config = sweep.scheduler
+    grace = config.grace_steps or base.eval.every_steps or sweep.max_steps
+    common: dict[str, Any] = {"time_attr": STEP, "metric": OBJECTIVE, "mode": "min"}
+    match config.kind:
+        case "asha":
+            return ASHAScheduler(
+                **common,
+                # No rung at the end, where a trial has its result and nothing to save.
+                max_t=sweep.max_steps - 1,
+                grace_period=grace,
+                reduction_factor=config.reduction_factor,
+                stop_last_trials=False,
+            )
+        case "median":
+            # Never pauses a trial: that would need a checkpoint of Tune's.
+            return MedianStoppingRule(**common, grace_period=grace, min_time_slice=float("inf"))  # pyright: ignore[reportArgumentType]
+        case _:
+            return FIFOScheduler()
+
+
+def replay(scheduler: TrialScheduler, journal: Journal, mode: str) -> None:
+    """Show a scheduler the trials that have ended; those that go on report all anew."""
+    sign = 1.0 if mode == "min" else -1.0
+    nobody: Any = None
+    # The median rule refuses results of a trial that it would have stopped in this order.
+    is_median = isinstance(scheduler, MedianStoppingRule)
+    tell: Any = scheduler.on_trial_complete if is_median else scheduler.on_trial_result
+    for trial in journal.trials.values():
+        if not trial.has_ended:
+            continue
+        ended = Trial("ended", trial_id=f"ended-{trial.number}", stub=True)
+        scheduler.on_trial_add(nobody, ended)
+        values = {step: sign * value for step, value in trial.values.items()}
+        if trial.state == "diverged":
+            values[trial.step + 1] = WORST
+        for step, value in values.items():
+            tell(nobody, ended, {STEP: step, OBJECTIVE: value})
+
+
+class Recorder(tune.Callback):
+    """Writes what Tune's trials report and how they end into the journal."""
+
+    def __init__(self, journal: Journal, refresh: Callable[[], None]) -> None:
+        self._journal, self._refresh = journal, refresh
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:  # noqa: ANN401, ARG002
+        """Show the trials."""
+        self._refresh()
+
+    def on_trial_result(
+        self,
+        iteration: int,  # noqa: ARG002
+        trials: list[Trial],  # noqa: ARG002
+        trial: Trial,
+        result: dict[str, Any],
+        **info: Any,  # noqa: ANN401, ARG002
+    ) -> None:
+        """Note an evaluation that the journal does not have yet."""
+        number, value = trial.config["number"], result.get("value")
+        if value is not None and result[STEP] > self._journal.trials[number].step:
+            self._journal.report(number, result[STEP], value, result["seconds"])
+
+    def on_trial_complete(
+        self,
+        iteration: int,  # noqa: ARG002
+        trials: list[Trial],  # noqa: ARG002
+        trial: Trial,
+        **info: Any,  # noqa: ANN401, ARG002
+    ) -> None:
+        """Note how a trial has ended."""
+        result = trial.last_result or {}
+        state = result.get("state", "running")
+        # Tune ends a trial that still runs where the scheduler stops it.
+        state = "stopped" if state == "running" else state
+        cause = result.get("cause") if state == "failed" else None
+        if state == "diverged":
+            cause = f"the evaluation at step {result[STEP]} is not finite"
+        self._journal.end(trial.config["number"], state, cause)
+
+    def on_trial_error(
+        self,
+        iteration: int,  # noqa: ARG002
+        trials: list[Trial],  # noqa: ARG002
+        trial: Trial,
+        **info: Any,  # noqa: ANN401, ARG002
+    ) -> None:
+        """Note that a trial has failed for good."""
+        cause = str(trial.get_error() or "unknown").strip().splitlines()[-1]
+        self._journal.end(trial.config["number"], "failed", cause)
+
+
+def _sum_up(sweep: SweepConfig, base: AnyTrainConfig, journal: Journal) -> SweepSummary:
+    trials = rank(list(journal.trials.values()), base, sweep.mode)
+    write_leaderboard(sweep, base, trials)
+    best = trials[0] if trials and score(trials[0], base, sweep.mode) else None
+    page = write_page(sweep, base, trials)
+    is_over = not TrialSearch(sweep, base, journal).num_left
+    status = "stopped" if not is_over else "finished" if best else "failed"
+    file = write_best(sweep, base, best) if best else None
+    return SweepSummary(status, sweep.place, tuple(trials), file, page)

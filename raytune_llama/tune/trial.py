@@ -1,0 +1,177 @@
+"""One trial: a training run, and what it tells Tune while it runs."""
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ray.train import TrainingFailedError
+
+from raytune_llama.config import ConfigError
+from raytune_llama.data.manifest import StoreError
+from raytune_llama.data.rows import SourceError
+from raytune_llama.logs import setup_logging
+from raytune_llama.storage import Place
+from raytune_llama.train.config import AnyTrainConfig
+from raytune_llama.train.metrics import EVAL_LOSS, EVAL_SECONDS, STEP_SECONDS, read_metrics
+from raytune_llama.train.trainer import run_training
+from raytune_llama.tune.config import trial_config
+from raytune_llama.tune.journal import State
+from raytune_llama.tune.search import trial_dir
+
+POLL_SECONDS = 1.0
+
+WORST = 1e30
+"""Objective of an evaluation that is not finite: schedulers take quantiles, which infinities
+break."""
+
+OBJECTIVE = "objective"
+STEP = "step"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation of a run has found."""
+
+    step: int
+    """After this many optimizer steps."""
+
+    value: float | None
+    """The metric; None where it was not finite."""
+
+    seconds: float
+    """Time that the run had spent on steps and evaluations."""
+
+
+@dataclass(frozen=True)
+class Follower:
+    """Reads a run's evaluations from its directory, each once."""
+
+    run_dir: Place
+    """Of the run."""
+
+    metric: str
+    """Name of what is read."""
+
+    def evaluations(self) -> list[Evaluation]:
+        """Return all evaluations so far, except the one before the first step.
+
+        Raises:
+            ConfigError: the run's evaluations have no such metric.
+        """
+        found: list[Evaluation] = []
+        seconds = 0.0
+        for record in read_metrics(self.run_dir):
+            seconds += record.get(STEP_SECONDS) or 0.0
+            seconds += record.get(EVAL_SECONDS) or 0.0
+            if EVAL_LOSS not in record:
+                continue
+            if self.metric not in record:
+                names = ", ".join(name for name in record if name.startswith("eval/"))
+                raise ConfigError([f"metric: {self.metric} is not evaluated; there is {names}"])
+            if record["step"] > 0:
+                found.append(Evaluation(int(record["step"]), record[self.metric], seconds))
+        return found
+
+
+class RunThread(threading.Thread):
+    """Runs a training run beside what follows it.
+
+    A thread that does not outlive its process: Tune stops a trial by ending its process, and with
+    it go the workers.
+    """
+
+    def __init__(self, config: AnyTrainConfig) -> None:
+        super().__init__(name="trial", daemon=True)
+        self._config = config
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Train."""
+        try:
+            run_training(self._config)
+        except BaseException as error:  # noqa: BLE001  # raised again by whoever waits
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what the run has raised, once it has ended."""
+        if self._error is not None:
+            raise self._error
+
+
+def build_trainable(
+    base: AnyTrainConfig, sweep_dir: Place, metric: str, mode: str
+) -> Callable[[dict[str, Any]], Iterator[dict[str, Any]]]:
+    """Return what Tune runs in a trial's process: a generator of its reports.
+
+    Args:
+        base: every trial's config without its sample, paths resolved.
+        sweep_dir: of the sweep.
+        metric: what trials are compared by.
+        mode: "min" or "max".
+    """
+
+    def run_trial(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        setup_logging()
+        run_dir = trial_dir(sweep_dir, config["number"])
+        run = RunThread(trial_config(base, config["sample"], run_dir))
+        follower = Follower(run_dir, metric)
+        sign = 1.0 if mode == "min" else -1.0
+        try:
+            for evaluation, state in follow(run, follower, base.max_steps or math.inf):
+                value = evaluation.value
+                yield {
+                    STEP: evaluation.step,
+                    OBJECTIVE: WORST if value is None else sign * value,
+                    "value": value,
+                    "seconds": evaluation.seconds,
+                    "state": state,
+                }
+        except (ConfigError, StoreError, SourceError, TrainingFailedError) as error:
+            # Another attempt would end alike; Ray Train has tried as often as it was allowed to.
+            logging.getLogger(__name__).exception("failed")
+            yield {"state": "failed", "cause": _cause(error)}
+
+    return run_trial
+
+
+def follow(
+    run: RunThread, follower: Follower, last_step: float
+) -> Iterator[tuple[Evaluation, State]]:
+    """Start a run and yield its evaluations as they come, each with the trial's state.
+
+    The last one is held back until the run has written its result: a scheduler that stopped the
+    trial for it would leave it without.
+
+    Raises:
+        Whatever the run raises.
+    """
+    run.start()
+    seen = 0
+    while True:
+        is_over = not run.is_alive()
+        found = follower.evaluations()
+        for evaluation in found:
+            if evaluation.value is None:
+                yield evaluation, "diverged"
+                return
+            if seen < evaluation.step < last_step:
+                seen = evaluation.step
+                yield evaluation, "running"
+        if is_over:
+            run.check()
+            if not found:
+                raise ConfigError(["metric: the run has ended without an evaluation"])
+            yield found[-1], "finished"
+            return
+        run.join(POLL_SECONDS)
+
+
+def _cause(error: Exception) -> str:
+    """Return what a failure is, shortly: the innermost cause, without its traceback."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if isinstance(error, TrainingFailedError) and lines else str(error)

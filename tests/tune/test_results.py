@@ -1,0 +1,114 @@
+import csv
+import io
+
+import pytest
+
+from raytune_llama.config import load, override
+from raytune_llama.train.config import PretrainConfig
+from raytune_llama.tune.config import SweepConfig, load_base
+from raytune_llama.tune.journal import TrialRecord
+from raytune_llama.tune.plot import importances, write_page
+from raytune_llama.tune.results import rank, write_best, write_leaderboard
+from tests.tune.conftest import MakeSweep
+
+
+def sample(rate: float, lora_rank: int = 4) -> dict[str, float]:
+    return {"optim.learning_rate": rate, "lora.rank": lora_rank, "lora.alpha": 2 * lora_rank}
+
+
+TRIALS = [
+    TrialRecord(0, sample(1e-3), "finished", {4: 3.0, 8: 2.5, 12: 2.6}),
+    TrialRecord(1, sample(1e-1), "diverged", {4: 1.0}, cause="the evaluation is not finite"),
+    TrialRecord(2, sample(3e-3, 8), "finished", {4: 2.9, 8: 2.7, 12: 2.4}),
+    TrialRecord(3, sample(1e-4), "stopped", {4: 3.5}),
+    TrialRecord(4, sample(1e-2), "failed", cause="no\nmodel, there"),
+]
+
+
+@pytest.mark.parametrize(("mode", "numbers"), [("min", [2, 0, 3, 1, 4]), ("max", [3, 0, 2, 1, 4])])
+def test_rank_is_by_the_newest_evaluation(
+    make_sweep: MakeSweep, mode: str, numbers: list[int]
+) -> None:
+    base = load_base(make_sweep())
+    assert [trial.number for trial in rank(TRIALS, base, mode)] == numbers
+
+
+def test_rank_is_by_the_best_evaluation_where_runs_keep_the_best(make_sweep: MakeSweep) -> None:
+    base = override(load_base(make_sweep()), {"checkpoint.result": "best"})
+    better = TrialRecord(5, sample(1e-3), "finished", {4: 3.0, 8: 2.3, 12: 2.8})
+    plain = load_base(make_sweep())
+    assert [trial.number for trial in rank([*TRIALS, better], base, "min")] == [5, 2, 0, 3, 1, 4]
+    assert [trial.number for trial in rank([*TRIALS, better], plain, "min")] == [2, 0, 5, 3, 1, 4]
+
+
+def test_leaderboard_has_a_line_a_trial(make_sweep: MakeSweep) -> None:
+    sweep = make_sweep()
+    base = load_base(sweep)
+    file = write_leaderboard(sweep, base, TRIALS)
+    rows = list(csv.DictReader(io.StringIO(file.read_bytes().decode())))
+    assert [(row["rank"], row["trial"], row["eval/loss"]) for row in rows] == [
+        ("1", "2", "2.4"),
+        ("2", "0", "2.6"),
+        ("3", "3", "3.5"),
+        ("", "1", ""),
+        ("", "4", ""),
+    ]
+    assert rows[0]["optim.learning_rate"] == "0.003"
+    assert rows[4]["cause"] == "no\nmodel, there"
+
+
+@pytest.mark.parametrize(("trial", "stop_step"), [(TRIALS[2], None), (TRIALS[3], 4)])
+def test_best_is_a_whole_config_of_the_winner(
+    make_sweep: MakeSweep, trial: TrialRecord, stop_step: int | None
+) -> None:
+    sweep = make_sweep(fixed={"seed": 7})
+    file = write_best(sweep, load_base(sweep), trial)
+    config = load(PretrainConfig, [str(file.path)])
+    assert config.optim.learning_rate == trial.sample["optim.learning_rate"]
+    assert config.lora is not None
+    assert config.lora.rank == trial.sample["lora.rank"]
+    assert config.lora.alpha == trial.sample["lora.alpha"]
+    assert (config.max_steps, config.stop_step, config.seed) == (12, stop_step, 7)
+    assert config.run_place == sweep.place / "best"
+
+
+def many(sweep: SweepConfig, count: int) -> list[TrialRecord]:
+    """Return trials whose loss follows the learning rate alone."""
+    rates = [10 ** -(1 + 3 * n / count) for n in range(count)]
+    return [
+        TrialRecord(n, sample(rate, (2, 4, 8)[n % 3]), "finished", {12: abs(rate - 1e-3)})
+        for n, rate in enumerate(rates)
+    ]
+
+
+def test_importance_finds_the_field_that_decides(make_sweep: MakeSweep) -> None:
+    sweep = make_sweep()
+    parts = importances(sweep, load_base(sweep), many(sweep, 24))
+    assert set(parts) == {"optim.learning_rate", "lora.rank"}
+    assert parts["optim.learning_rate"] > 0.7
+    assert sum(parts.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_importance_of_few_trials_is_not_told(make_sweep: MakeSweep, count: int) -> None:
+    sweep = make_sweep()
+    assert importances(sweep, load_base(sweep), many(sweep, count)) == {}
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_page_shows_any_number_of_trials(make_sweep: MakeSweep, count: int) -> None:
+    sweep = make_sweep()
+    base = load_base(sweep)
+    trials = rank([*many(sweep, count), *TRIALS[3:]], base, "min")
+    page = write_page(sweep, base, trials)
+    assert page is not None
+    html = page.read_bytes().decode()
+    assert html.count("<tr class=") == count + 2
+    assert "no\nmodel, there" in html
+    assert "<script" not in html
+    assert (sweep.place / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_page_of_a_sweep_without_any_evaluation_is_not_made(make_sweep: MakeSweep) -> None:
+    sweep = make_sweep()
+    assert write_page(sweep, load_base(sweep), TRIALS[4:]) is None
