@@ -21,9 +21,8 @@ from parts.launch import SKIPPED_STEPS, Measurement, read_measurement, run_torch
 from parts.material import TINY, Material, Shape, make_material
 
 from raytune_llama.connection import connected
-from raytune_llama.train.channel import Channel
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.trainer import build_trainer
+from raytune_llama.train.launch import Launch, launch
 
 TARGET_PERCENT = 2.5
 TORCHRUN, RAY = "torchrun", "Ray Train"
@@ -34,11 +33,7 @@ def run_ray(config: PretrainConfig) -> Measurement:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True)
     with connected():
-        channel = Channel()
-        try:
-            build_trainer(config, channel.actor).fit()
-        finally:
-            channel.close()
+        launch(Launch.of(config))
     assert config.max_steps is not None
     measured = read_measurement(run_dir, config.max_steps)
     shutil.rmtree(run_dir)

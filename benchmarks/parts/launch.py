@@ -13,6 +13,7 @@ from pathlib import Path
 from raytune_llama.config import to_dict
 from raytune_llama.storage import Place
 from raytune_llama.train.config import AnyTrainConfig
+from raytune_llama.train.launch import worker_environment
 from raytune_llama.train.metrics import (
     LOSS,
     PEAK_MEMORY,
@@ -20,7 +21,6 @@ from raytune_llama.train.metrics import (
     TARGET_TOKENS,
     read_metrics,
 )
-from raytune_llama.train.trainer import worker_environment
 
 from .material import write_json
 

@@ -31,19 +31,13 @@ def in_submitted_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def worker_resources(scale: ScaleConfig) -> dict[str, float]:
-    """Return what Ray reserves for one worker."""
-    gpu = {"GPU": 1.0} if scale.use_gpu else {}
-    return {"CPU": float(scale.cpus_per_worker), **gpu}
-
-
 def wait_for_resources(scale: ScaleConfig) -> None:
     """Return once the cluster's nodes can hold the workers; wait at most `wait_seconds`.
 
     Raises:
         ConfigError: they cannot, and no node that could has come in time.
     """
-    needs = worker_resources(scale)
+    needs = scale.worker_resources
     shortage = find_shortage(ray.nodes(), needs, scale)
     if shortage is None:
         return
@@ -152,7 +146,7 @@ def check_nodes(config: AnyTrainConfig) -> None:
 def _probe_all(config: AnyTrainConfig, probes: Place) -> list[str]:
     task: Any = ray.remote(probe_node)
     pending: dict[Any, str] = {}
-    for node in worker_nodes(worker_resources(config.scale)):
+    for node in worker_nodes(config.scale.worker_resources):
         here = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
         call = task.options(num_cpus=0, scheduling_strategy=here, max_retries=0)
         address = node["NodeManagerAddress"]

@@ -1,5 +1,6 @@
 """The result of a run: an adapter or a model directory that can prove where it came from."""
 
+import functools
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -128,7 +129,18 @@ def fingerprint_model(path: Path) -> dict[str, str]:
     files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
     # Hashing leaves Python's lock, so that threads help with large models.
     with ThreadPoolExecutor(max_workers=8) as pool:
-        return dict(zip((file.name for file in files), pool.map(sha256_file, files), strict=True))
+        return dict(zip((file.name for file in files), pool.map(_sha256_once, files), strict=True))
+
+
+def _sha256_once(file: Path) -> str:
+    status = file.stat()
+    return _sha256_of(file, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256_of(file: Path, size: int, mtime_ns: int, inode: int) -> str:  # noqa: ARG001  # the key
+    """Hash a file once a process, as long as it is not changed: a sweep's trials share a base."""
+    return sha256_file(file)
 
 
 def fingerprint_adapter(config: AnyTrainConfig) -> dict[str, str] | None:

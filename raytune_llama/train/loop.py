@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -36,6 +36,7 @@ from raytune_llama.train.export import write_result
 from raytune_llama.train.fsdp_engine import FullyShardedEngine
 from raytune_llama.train.initial import initial_factors
 from raytune_llama.train.metrics import EvaluatedText, evaluation_values
+from raytune_llama.train.outcome import Outcome
 from raytune_llama.train.proofs import prove
 from raytune_llama.train.report import Report
 from raytune_llama.train.scale import EvalConfig
@@ -44,17 +45,6 @@ from raytune_llama.train.untrained import modules_to_save
 from raytune_llama.train.workers import Workers
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a worker's run of the loop ended."""
-
-    status: Literal["finished", "stopped"]
-    """Stopped: on request, after saving; the same command goes on."""
-
-    step: int
-    """Optimizer steps done."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from raytune_llama.train import metrics
 from raytune_llama.train.checkpoint import RunState
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.engine import StepResult
+from raytune_llama.train.hardware import flops_per_token, peak_flops, peak_memory_gib
 from raytune_llama.train.metrics import MetricsLog
 from raytune_llama.train.workers import Workers
 
@@ -42,8 +43,8 @@ class Report:
         self._last_step = min(config.stop_step or plan.num_steps, plan.num_steps)
         self._workers = workers
         model = causal_lm(module.model)
-        self._flops_per_token = metrics.flops_per_token(model, plan.sequence_tokens)
-        peak = metrics.peak_flops(workers.device)
+        self._flops_per_token = flops_per_token(model, plan.sequence_tokens)
+        peak = peak_flops(workers.device)
         self._peak_flops = peak * workers.world_size if peak else None
         self._resumed_step = state.step
         self._data_seconds = 0.0
@@ -124,7 +125,7 @@ class Report:
             metrics.STEP_SECONDS: seconds,
             metrics.DATA_SECONDS: self._data_seconds,
             metrics.DATA_SHARE: self._data_seconds / seconds,
-            metrics.PEAK_MEMORY: metrics.peak_memory_gib(self._workers.device),
+            metrics.PEAK_MEMORY: peak_memory_gib(self._workers.device),
         }
         if self._peak_flops:
             flops = total.num_tokens / seconds * self._flops_per_token

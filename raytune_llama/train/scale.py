@@ -56,6 +56,12 @@ class ScaleConfig:
     """Interface for gloo and NCCL, such as eth0, where hostnames resolve to a loopback address;
     null: the libraries choose."""
 
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for one worker."""
+        gpu = {"GPU": 1.0} if self.use_gpu else {}
+        return {"CPU": float(self.cpus_per_worker), **gpu}
+
 
 @settings
 class LoggingConfig:

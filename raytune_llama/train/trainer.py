@@ -1,36 +1,21 @@
 """The driver of a training run: check, prepare, hand the loop to Ray Train, sum up."""
 
-import contextlib
 import logging
-import os
-import signal
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, cast
-
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from typing import Literal
 
 from raytune_llama.config import ConfigError
 from raytune_llama.connection import connected
 from raytune_llama.data.encode import prepare_data
 from raytune_llama.data.mixture import log_mixture
 from raytune_llama.data.store import TokenStore
-from raytune_llama.logs import setup_logging
 from raytune_llama.storage import Place
-from raytune_llama.train.channel import Channel, StopRequest, WorkerHandler
-from raytune_llama.train.cluster import (
-    check_nodes,
-    in_submitted_job,
-    wait_for_resources,
-    worker_resources,
-)
+from raytune_llama.train.cluster import check_nodes, in_submitted_job, wait_for_resources
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.export import read_result, result_path
-from raytune_llama.train.loop import Outcome, build_evaluation, build_sources, plan_run, train
+from raytune_llama.train.launch import Launch, launch
+from raytune_llama.train.loop import build_evaluation, build_sources, plan_run
 from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS, read_metrics
 from raytune_llama.train.plot import write_plot
 from raytune_llama.train.preflight import (
@@ -40,13 +25,8 @@ from raytune_llama.train.preflight import (
     resolve_places,
     write_identity,
 )
-from raytune_llama.train.scale import ScaleConfig
-from raytune_llama.train.workers import Workers
 
 logger = logging.getLogger(__name__)
-
-STARTUP_FAILURES = 5
-"""Attempts of Ray to start the workers; its own default is without end."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +68,7 @@ def run_training(config: AnyTrainConfig) -> Summary:
     """
     config = resolve_places(config, in_job=in_submitted_job())
     check_run(config)
-    run_dir = config.run_place
-    identity = identify(config)
-    check_identity(run_dir, identity)
+    check_identity(config.run_place, identify(config))
     result = read_result(config)
     if result is not None:
         return _summary(config, "already finished", result["step"])
@@ -98,14 +76,23 @@ def run_training(config: AnyTrainConfig) -> Summary:
     with connected():
         wait_for_resources(config.scale)
         store = prepare_data(config.encoded_data, Path(config.model.tokenizer_path))
-        _check_plan(config, store)
-        identity["store"] = store.fingerprint
-        check_identity(run_dir, identity)
         check_nodes(config)
-        write_identity(config, identity)
-        outcome = _fit(config)
-    write_plot(run_dir)
+        outcome = launch(prepare_run(config, store))
+    write_plot(config.run_place)
     return _summary(config, outcome.status, outcome.step)
+
+
+def prepare_run(config: AnyTrainConfig, store: TokenStore) -> Launch:
+    """Check a run on its token store, and write down in its directory whose it is.
+
+    Raises:
+        ConfigError: the store does not allow the run, or the directory is another run's.
+    """
+    _check_plan(config, store)
+    known = {**identify(config), "store": store.fingerprint}
+    check_identity(config.run_place, known)
+    write_identity(config, known)
+    return Launch.of(config)
 
 
 def _check_plan(config: AnyTrainConfig, store: TokenStore) -> None:
@@ -126,116 +113,6 @@ def _check_plan(config: AnyTrainConfig, store: TokenStore) -> None:
         if problems:
             raise ConfigError(problems)
     log_mixture(sources, plan.order.shares, plan.total_positions)
-
-
-def _fit(config: AnyTrainConfig) -> Outcome:
-    channel = Channel()
-    try:
-        with _signals(channel):
-            result = build_trainer(config, channel.actor).fit()
-    finally:
-        channel.close()
-    # What the loop returned on the first worker; see train_worker.
-    return cast("Outcome", result.return_value)
-
-
-def build_trainer(config: AnyTrainConfig, channel: Any) -> TorchTrainer:  # noqa: ANN401  # an actor
-    """Build Ray's trainer around the loop.
-
-    Checkpoints are our own and are found by scanning the run directory, so none is registered
-    with Ray: its snapshot file is not written atomically, and a torn one ends a run for good.
-    """
-    scale = config.scale
-    return TorchTrainer(
-        train_worker,
-        train_loop_config={"config": config, "channel": channel},
-        torch_config=TorchConfig(
-            backend="nccl" if scale.use_gpu else "gloo",
-            timeout_s=int(scale.collective_timeout_seconds),
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=scale.num_workers,
-            use_gpu=scale.use_gpu,
-            resources_per_worker=worker_resources(scale),
-        ),
-        run_config=RunConfig(
-            name="ray",
-            storage_path=config.run_place.key,
-            storage_filesystem=config.run_place.filesystem,
-            failure_config=FailureConfig(
-                max_failures=scale.max_failures, controller_failure_limit=STARTUP_FAILURES
-            ),
-            worker_runtime_env={"env_vars": worker_environment(scale)},
-        ),
-    )
-
-
-def worker_environment(scale: ScaleConfig) -> dict[str, str]:
-    """Return the environment variables that every training worker starts with."""
-    environment = {
-        "OMP_NUM_THREADS": str(scale.cpus_per_worker),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if not scale.use_gpu:
-        # glibc maps and unmaps each large tensor, and its pages are zeroed anew every time: a
-        # quarter of a small model's step. So freed memory is kept for the next step. Ray runs the
-        # loop in a thread of its own, whose arena could not grow beyond 64 MiB: one arena for all.
-        environment["MALLOC_ARENA_MAX"] = "1"
-        environment["MALLOC_MMAP_THRESHOLD_"] = str(4 * 2**30)
-        environment["MALLOC_TRIM_THRESHOLD_"] = str(8 * 2**30)
-    if scale.network_interface is not None:
-        environment["GLOO_SOCKET_IFNAME"] = scale.network_interface
-        environment["NCCL_SOCKET_IFNAME"] = scale.network_interface
-    return environment
-
-
-def train_worker(job: dict[str, Any]) -> Outcome:
-    """Run the loop as one of Ray Train's workers; the process group is there already."""
-    import ray.train.torch
-    import torch
-
-    config: AnyTrainConfig = job["config"]
-    device = ray.train.torch.get_device() if config.scale.use_gpu else torch.device("cpu")
-    workers = Workers.of_process_group(device)
-    torch.set_num_threads(config.scale.cpus_per_worker)
-    setup_logging()
-    handler = WorkerHandler(job["channel"], workers.rank)
-    package = logging.getLogger("raytune_llama")
-    package.addHandler(handler)
-    try:
-        outcome = train(config, workers, StopRequest(job["channel"]))
-    except BaseException:
-        # Ray restarts the workers and shows an error only once it gives up.
-        logger.exception("failed")
-        raise
-    finally:
-        package.removeHandler(handler)
-    return outcome
-
-
-@contextlib.contextmanager
-def _signals(channel: Channel) -> Iterator[None]:
-    """Let SIGTERM save and stop the run; entered after Ray has set its own handler.
-
-    Ray's trainer lets SIGINT abort the run, and leaves that handler behind: Ctrl-C would then do
-    nothing in whatever the process does next.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # Python's signature
-        # Logging could wait for a lock that the interrupted code holds.
-        os.write(2, b"SIGTERM: saving a checkpoint after this step, then stopping\n")
-        channel.request_stop()
-
-    before = signal.signal(signal.SIGTERM, handle)
-    interrupt = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, interrupt)
 
 
 def _summary(

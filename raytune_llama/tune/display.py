@@ -35,6 +35,7 @@ class Display:
         """Show the sweep while the block runs."""
         if not sys.stderr.isatty():
             yield
+            self._tell_changes()
             return
         console = Console(stderr=True)
         with Live(console=console, auto_refresh=False, transient=True) as live:
@@ -50,7 +51,10 @@ class Display:
         self._drawn = now
         if self._live is not None:
             self._live.update(trial_table(self._sweep, self._journal), refresh=True)
-            return
+        else:
+            self._tell_changes()
+
+    def _tell_changes(self) -> None:
         for number, trial in self._journal.trials.items():
             if trial != self._told.get(number):
                 logger.info("%s", trial_line(self._sweep, trial))

@@ -60,6 +60,11 @@ class TrialRecord:
         return self.state != "running"
 
 
+def trial_dir(sweep_dir: Place, number: int) -> Place:
+    """Return the run directory of a trial."""
+    return sweep_dir / "trials" / f"{number:04d}"
+
+
 class Journal:
     """The record of a sweep, in memory and in its directory.
 

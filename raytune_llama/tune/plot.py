@@ -92,7 +92,8 @@ def draw_sweep(sweep: SweepConfig, base: AnyTrainConfig, trials: Sequence[TrialR
 
     figure = Figure(figsize=(11, 9), layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.1])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1, 1.1])
+    upper, lower = halves
     curves, bars = upper.subplots(1, 2, width_ratios=[2, 1])
     _draw_curves(curves, sweep, trials)
     _draw_importances(bars, importances(sweep, base, trials))

@@ -8,8 +8,7 @@ from raytune_llama.config import override, to_yaml
 from raytune_llama.storage import Place
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.tune.config import SweepConfig, trial_config
-from raytune_llama.tune.journal import TrialRecord
-from raytune_llama.tune.search import trial_dir
+from raytune_llama.tune.journal import TrialRecord, trial_dir
 
 LEADERBOARD_FILE = "leaderboard.csv"
 BEST_FILE = "best.yaml"

@@ -2,16 +2,16 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from ray.tune.search import Searcher
 
 from raytune_llama.config import ConfigError
-from raytune_llama.storage import Place
 from raytune_llama.train.config import AnyTrainConfig
+from raytune_llama.train.launch import Launch
 from raytune_llama.tune.config import SearchConfig, SweepConfig, trial_config
-from raytune_llama.tune.journal import Journal, TrialRecord
+from raytune_llama.tune.journal import Journal, TrialRecord, trial_dir
 from raytune_llama.tune.space import (
     Dice,
     Sample,
@@ -195,51 +195,55 @@ def check_samples(sweep: SweepConfig, base: AnyTrainConfig) -> list[AnyTrainConf
     return configs
 
 
-def trial_dir(sweep_dir: Place, number: int) -> Place:
-    """Return the run directory of a trial."""
-    return sweep_dir / "trials" / f"{number:04d}"
-
-
 class TrialSearch(Searcher):
     """What Tune asks for trials: first those without an end, then new ones.
 
     Tune's copy of a searcher's state is left empty, since the journal holds it.
     """
 
-    def __init__(self, sweep: SweepConfig, base: AnyTrainConfig, journal: Journal) -> None:
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        journal: Journal,
+        prepare: Callable[[int, Sample], Launch | None],
+    ) -> None:
+        """Begin to hand out trials.
+
+        Args:
+            sweep: what is searched.
+            journal: of the sweep.
+            prepare: makes a trial ready to start, by its number and sample; None: it has its
+                result already. Raises ConfigError for one that can't run.
+        """
         super().__init__()
-        self._place, self._base, self._journal = sweep.place, base, journal
+        self._journal, self._prepare = journal, prepare
         self._sampler, self._total = build_sampler(sweep), count_trials(sweep)
         self._waiting = [t.number for t in journal.trials.values() if not t.has_ended]
 
-    @property
-    def num_left(self) -> int:
-        """Trials that have no end yet, those not begun included."""
-        ended = sum(trial.has_ended for trial in self._journal.trials.values())
-        return max(self._total, len(self._journal.trials)) - ended
-
     def suggest(self, trial_id: str) -> dict[str, Any] | None:  # noqa: ARG002  # Tune's signature
-        """Return the next trial: its number and sample."""
-        if self._waiting:
-            number = self._waiting.pop(0)
-            return {"number": number, "sample": self._journal.trials[number].sample}
-        while (number := len(self._journal.trials)) < self._total:
-            sample = self._sampler.sample(number, list(self._journal.trials.values()))
-            self._journal.start(number, sample)
+        """Return the next trial: its number, and what starts it."""
+        while self._waiting or len(self._journal.trials) < self._total:
+            number = self._waiting.pop(0) if self._waiting else self._begin()
             try:
-                trial_config(self._base, sample, trial_dir(self._place, number))
+                run = self._prepare(number, self._journal.trials[number].sample)
             except ConfigError as error:
-                logger.warning("trial %d: %s makes no legal config: %s", number, sample, error)
+                logger.warning("trial %d can't run: %s", number, error)
                 self._journal.end(number, "failed", str(error))
                 continue
-            return {"number": number, "sample": sample}
+            return {"number": number, "run": run}
         return Searcher.FINISHED  # pyright: ignore[reportReturnType]  # Tune's mark of the end
+
+    def _begin(self) -> int:
+        number = len(self._journal.trials)
+        sample = self._sampler.sample(number, list(self._journal.trials.values()))
+        self._journal.start(number, sample)
+        return number
 
     def on_trial_complete(
         self,
         trial_id: str,
         result: dict[str, Any] | None = None,
-        error: bool = False,  # noqa: FBT001, FBT002
+        error: bool = False,  # noqa: FBT001, FBT002  # Tune's signature
     ) -> None:
         """Do nothing: the journal knows."""
 
@@ -248,3 +252,9 @@ class TrialSearch(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Do nothing: the journal is the state."""
+
+
+def count_left(sweep: SweepConfig, journal: Journal) -> int:
+    """Return how many trials have no end yet, those not begun included."""
+    ended = sum(trial.has_ended for trial in journal.trials.values())
+    return max(count_trials(sweep), len(journal.trials)) - ended

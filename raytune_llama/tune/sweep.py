@@ -18,18 +18,20 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from raytune_llama.config import ConfigError, identity, override, to_dict, to_yaml
+from raytune_llama.config import ConfigError, differences, identity, override, to_dict, to_yaml
 from raytune_llama.connection import connected
 from raytune_llama.data.encode import prepare_data
+from raytune_llama.data.store import TokenStore
 from raytune_llama.storage import Place
 from raytune_llama.train.cluster import (
     check_nodes,
     count_held,
     in_submitted_job,
     wait_for_resources,
-    worker_resources,
 )
 from raytune_llama.train.config import AnyTrainConfig
+from raytune_llama.train.export import read_result
+from raytune_llama.train.launch import Launch
 from raytune_llama.train.loop import build_evaluation
 from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS
 from raytune_llama.train.preflight import (
@@ -39,12 +41,14 @@ from raytune_llama.train.preflight import (
     identify,
     resolve_places,
 )
-from raytune_llama.tune.config import SweepConfig, load_base
+from raytune_llama.train.trainer import prepare_run
+from raytune_llama.tune.config import SweepConfig, load_base, trial_config
 from raytune_llama.tune.display import Display
-from raytune_llama.tune.journal import Journal, TrialRecord
+from raytune_llama.tune.journal import Journal, TrialRecord, trial_dir
 from raytune_llama.tune.plot import write_page
 from raytune_llama.tune.results import rank, score, write_best, write_leaderboard
-from raytune_llama.tune.search import TrialSearch, check_samples
+from raytune_llama.tune.search import TrialSearch, check_samples, count_left
+from raytune_llama.tune.space import Sample
 from raytune_llama.tune.trial import OBJECTIVE, STEP, WORST, build_trainable
 
 logger = logging.getLogger(__name__)
@@ -94,20 +98,26 @@ def run_sweep(sweep: SweepConfig) -> SweepSummary:
     }
     check_identity(sweep.place, known, field="sweep_dir")
     journal = Journal(sweep.place)
-    search = TrialSearch(sweep, base, journal)
-    if search.num_left:
+    if count_left(sweep, journal):
         with connected():
-            _prepare(sweep, base)
+            store = _prepare(sweep, base)
             (sweep.place / IDENTITY).write_json(known)
             (sweep.place / RESOLVED_CONFIG).write_bytes(to_yaml(sweep).encode())
-            _run_trials(sweep, base, journal, search)
+            _run_trials(sweep, base, journal, store)
     return _sum_up(sweep, base, journal)
 
 
 def _resolve(sweep: SweepConfig) -> AnyTrainConfig:
     """Return the base with all paths absolute; its run directory is the sweep's."""
-    base = load_base(sweep)
-    return resolve_places(override(base, {"run_dir": sweep.sweep_dir}), in_job=in_submitted_job())
+    base = override(load_base(sweep), {"run_dir": sweep.sweep_dir})
+    try:
+        return resolve_places(base, in_job=in_submitted_job())
+    except ConfigError as error:
+        named = [
+            f"sweep_dir:{p.removeprefix('run_dir:')}" if p.startswith("run_dir:") else p
+            for p in error.problems
+        ]
+        raise ConfigError([text.replace("run_dir=", "sweep_dir=") for text in named]) from None
 
 
 def check_plan(sweep: SweepConfig, base: AnyTrainConfig) -> None:
@@ -152,16 +162,19 @@ def _check_stores(base: AnyTrainConfig, configs: list[AnyTrainConfig]) -> None:
         return {"data": data, "tokenizer": config.model.tokenizer_path}
 
     first = made_from(base)
-    if any(made_from(config) != first for config in configs):
+    changed = {line for config in configs for line in differences(first, made_from(config))}
+    if changed:
         raise ConfigError(
             [
                 "space: its samples differ in what the token store is made from, and a sweep "
-                "tokenizes once; take data, the tokenizer and the length of sequences out of it"
+                "tokenizes once; take it out of the space, or fix it (as model.tokenizer, where "
+                "models differ)",
+                *sorted(changed)[:4],
             ]
         )
 
 
-def _prepare(sweep: SweepConfig, base: AnyTrainConfig) -> None:
+def _prepare(sweep: SweepConfig, base: AnyTrainConfig) -> TokenStore:
     """Wait for the cluster and build the token store, once for all trials."""
     wait_for_resources(base.scale)
     store = prepare_data(base.encoded_data, Path(base.model.tokenizer_path))
@@ -179,34 +192,45 @@ def _prepare(sweep: SweepConfig, base: AnyTrainConfig) -> None:
             [f"metric: got {sweep.metric}, but evaluated are {', '.join(sorted(names)) or 'all'}"]
         )
     check_nodes(base)
+    return store
 
 
 def _run_trials(
-    sweep: SweepConfig,
-    base: AnyTrainConfig,
-    journal: Journal,
-    search: TrialSearch,
+    sweep: SweepConfig, base: AnyTrainConfig, journal: Journal, store: TokenStore
 ) -> None:
     """Let Tune run what is left, until all trials have ended or it is interrupted."""
-    fit = count_held(ray.nodes(), worker_resources(base.scale)) // base.scale.num_workers
-    at_a_time = min(fit, sweep.max_concurrent or fit, search.num_left)
-    logger.info("%d trials are left, %d at a time", search.num_left, at_a_time)
+
+    def prepare(number: int, sample: Sample) -> Launch | None:
+        config = trial_config(base, sample, trial_dir(sweep.place, number))
+        # A sample may name paths too.
+        config = resolve_places(config, in_job=in_submitted_job())
+        check_run(config)
+        return None if read_result(config) is not None else prepare_run(config, store)
+
+    num_left = count_left(sweep, journal)
+    fit = count_held(ray.nodes(), base.scale.worker_resources) // base.scale.num_workers
+    at_a_time = min(fit, sweep.max_concurrent or fit, num_left)
+    logger.info("%d trials are left, %d at a time", num_left, at_a_time)
     display = Display(sweep, journal)
     scheduler = build_scheduler(sweep, base)
     replay(scheduler, journal, sweep.mode)
+    # What Tune tells of its own files, which nobody reads.
+    logging.getLogger("ray.tune").setLevel(logging.WARNING)
+    logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)
     # Tune's own files: nothing is ever read from them, so each driver has a folder of its own.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     tuner = tune.Tuner(
         # No CPU, which its workers reserve: trials that held one each could starve their own.
         tune.with_resources(
-            build_trainable(base, sweep.place, sweep.metric, sweep.mode),
+            build_trainable(sweep.place, sweep.metric, sweep.mode, sweep.max_steps),
             {"CPU": 0, "memory": TRIAL_BYTES},
         ),
         tune_config=tune.TuneConfig(
-            search_alg=search,
+            search_alg=TrialSearch(sweep, journal, prepare),
             scheduler=scheduler,
-            num_samples=search.num_left,
+            num_samples=num_left,
             max_concurrent_trials=at_a_time,
+            trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
             name=uuid.uuid4().hex[:8],
@@ -319,7 +343,7 @@ def _sum_up(sweep: SweepConfig, base: AnyTrainConfig, journal: Journal) -> Sweep
     write_leaderboard(sweep, base, trials)
     best = trials[0] if trials and score(trials[0], base, sweep.mode) else None
     page = write_page(sweep, base, trials)
-    is_over = not TrialSearch(sweep, base, journal).num_left
+    is_over = not count_left(sweep, journal)
     status = "stopped" if not is_over else "finished" if best else "failed"
     file = write_best(sweep, base, best) if best else None
     return SweepSummary(status, sweep.place, tuple(trials), file, page)

@@ -1,7 +1,9 @@
-"""One trial: a training run, and what it tells Tune while it runs."""
+"""One trial: a training run, and what it tells Tune while it runs.
+
+This is all that a trial's process imports: the sweep's driver has checked the run.
+"""
 
 import logging
-import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,17 +11,13 @@ from typing import Any
 
 from ray.train import TrainingFailedError
 
-from raytune_llama.config import ConfigError
-from raytune_llama.data.manifest import StoreError
-from raytune_llama.data.rows import SourceError
 from raytune_llama.logs import setup_logging
 from raytune_llama.storage import Place
-from raytune_llama.train.config import AnyTrainConfig
+from raytune_llama.train.launch import Launch, launch
 from raytune_llama.train.metrics import EVAL_LOSS, EVAL_SECONDS, STEP_SECONDS, read_metrics
-from raytune_llama.train.trainer import run_training
-from raytune_llama.tune.config import trial_config
-from raytune_llama.tune.journal import State
-from raytune_llama.tune.search import trial_dir
+from raytune_llama.tune.journal import State, trial_dir
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 
@@ -59,7 +57,7 @@ class Follower:
         """Return all evaluations so far, except the one before the first step.
 
         Raises:
-            ConfigError: the run's evaluations have no such metric.
+            ValueError: the run's evaluations have no such metric.
         """
         found: list[Evaluation] = []
         seconds = 0.0
@@ -70,7 +68,7 @@ class Follower:
                 continue
             if self.metric not in record:
                 names = ", ".join(name for name in record if name.startswith("eval/"))
-                raise ConfigError([f"metric: {self.metric} is not evaluated; there is {names}"])
+                raise ValueError(f"metric: {self.metric} is not evaluated; there is {names}")
             if record["step"] > 0:
                 found.append(Evaluation(int(record["step"]), record[self.metric], seconds))
         return found
@@ -83,15 +81,17 @@ class RunThread(threading.Thread):
     it go the workers.
     """
 
-    def __init__(self, config: AnyTrainConfig) -> None:
+    def __init__(self, run: Launch | None) -> None:
+        """Make ready to run; None: a run that has its result already."""
         super().__init__(name="trial", daemon=True)
-        self._config = config
+        self._launch = run
         self._error: BaseException | None = None
 
     def run(self) -> None:
         """Train."""
         try:
-            run_training(self._config)
+            if self._launch is not None:
+                launch(self._launch)
         except BaseException as error:  # noqa: BLE001  # raised again by whoever waits
             self._error = error
 
@@ -102,25 +102,24 @@ class RunThread(threading.Thread):
 
 
 def build_trainable(
-    base: AnyTrainConfig, sweep_dir: Place, metric: str, mode: str
+    sweep_dir: Place, metric: str, mode: str, max_steps: int
 ) -> Callable[[dict[str, Any]], Iterator[dict[str, Any]]]:
     """Return what Tune runs in a trial's process: a generator of its reports.
 
     Args:
-        base: every trial's config without its sample, paths resolved.
         sweep_dir: of the sweep.
         metric: what trials are compared by.
         mode: "min" or "max".
+        max_steps: of a trial that is not stopped.
     """
 
     def run_trial(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
         setup_logging()
-        run_dir = trial_dir(sweep_dir, config["number"])
-        run = RunThread(trial_config(base, config["sample"], run_dir))
-        follower = Follower(run_dir, metric)
+        run = RunThread(config["run"])
+        follower = Follower(trial_dir(sweep_dir, config["number"]), metric)
         sign = 1.0 if mode == "min" else -1.0
         try:
-            for evaluation, state in follow(run, follower, base.max_steps or math.inf):
+            for evaluation, state in follow(run, follower, max_steps):
                 value = evaluation.value
                 yield {
                     STEP: evaluation.step,
@@ -129,16 +128,16 @@ def build_trainable(
                     "seconds": evaluation.seconds,
                     "state": state,
                 }
-        except (ConfigError, StoreError, SourceError, TrainingFailedError) as error:
+        except (ValueError, TrainingFailedError) as error:
             # Another attempt would end alike; Ray Train has tried as often as it was allowed to.
-            logging.getLogger(__name__).exception("failed")
+            logger.exception("failed")
             yield {"state": "failed", "cause": _cause(error)}
 
     return run_trial
 
 
 def follow(
-    run: RunThread, follower: Follower, last_step: float
+    run: RunThread, follower: Follower, last_step: int
 ) -> Iterator[tuple[Evaluation, State]]:
     """Start a run and yield its evaluations as they come, each with the trial's state.
 
@@ -163,7 +162,7 @@ def follow(
         if is_over:
             run.check()
             if not found:
-                raise ConfigError(["metric: the run has ended without an evaluation"])
+                raise ValueError(f"{follower.metric}: the run has ended without an evaluation")
             yield found[-1], "finished"
             return
         run.join(POLL_SECONDS)

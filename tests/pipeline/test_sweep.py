@@ -101,13 +101,18 @@ def test_sweep_finds_the_best_rate_and_its_config_repeats_the_winner(
 def test_sweep_with_failed_and_diverged_trials_goes_on_and_says_why(
     make_sweep: MakeSweep, make_job: MakeJob, tmp_path: Path
 ) -> None:
-    space = {"model.path": {"choice": [str(tmp_path / "gone"), make_job().model.path]}}
-    space["optim.learning_rate"] = {"choice": [1e-2, 1e30]}
-    sweep = make_sweep(space=space, scheduler={"kind": "none"}, max_concurrent=1)
+    space: dict[str, Any] = {
+        "model.path": {"choice": [str(tmp_path / "gone"), make_job().model.path]},
+        "optim.learning_rate": {"choice": [1e-2, 1e30]},
+    }
+    fields: dict[str, Any] = {"space": space, "scheduler": {"kind": "none"}}
+    with pytest.raises(ConfigError, match=r"tokenizes once(.|\n)*tokenizer: "):
+        run_sweep(make_sweep(**fields))
+    fields["fixed"] = {"model.tokenizer": make_job().model.path, "eval.every_steps": 4}
     with pytest.raises(ConfigError, match="gone"):
-        run_sweep(sweep)  # the first sample is looked at before anything starts
+        run_sweep(make_sweep(**fields))  # the first sample is looked at before anything starts
     space["model.path"]["choice"].reverse()
-    summary = run_sweep(make_sweep(space=space, scheduler={"kind": "none"}))
+    summary = run_sweep(make_sweep(**fields))
     trials = {trial.number: trial for trial in summary.trials}
     assert summary.status == "finished"
     assert [trials[n].state for n in range(4)] == ["finished", "diverged", "failed", "failed"]
@@ -115,6 +120,7 @@ def test_sweep_with_failed_and_diverged_trials_goes_on_and_says_why(
     assert "not finite" in (trials[1].cause or "")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_sweep_whose_trials_all_fail_fails(make_sweep: MakeSweep) -> None:
     space = {"optim.learning_rate": {"choice": [1e30, 1e31]}}
@@ -147,6 +153,7 @@ def wait_for(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> N
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_sweep_killed_with_kill_9_and_run_again_knows_its_trials(
     make_sweep: MakeSweep, tmp_path: Path
 ) -> None:
@@ -185,3 +192,29 @@ def test_sweep_killed_with_kill_9_and_run_again_knows_its_trials(
     assert [e["trial"] for e in events if e["event"] == "start"] == [0, 1, 2]
     assert (tmp_path / "sweep" / "best.yaml").exists()
     assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_sweep_that_loses_a_node_ends_as_if_it_had_not(
+    make_sweep: MakeSweep, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {
+        "space": {"optim.learning_rate": {"choice": [1e-2, 1e-3]}},
+        "scheduler": {"kind": "none"},
+        "max_steps": 40,
+    }
+    sweep = make_sweep(**fields)
+    write_yaml(sweep, tmp_path / "sweep.yaml")
+    # A process of its own: the cluster of two nodes must not meet the tests' shared one.
+    command = [sys.executable, "-m", "tests.pipeline.sweep_lost_node", str(tmp_path / "sweep.yaml")]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=own_cluster(), check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == ["node", "lost", "finished"], done.stdout + done.stderr
+    trials = Journal(sweep.place).trials
+    assert {trial.state for trial in trials.values()} == {"finished"}
+
+    undisturbed = run_sweep(make_sweep(**fields, sweep_dir=str(tmp_path / "undisturbed")))
+    for trial in undisturbed.trials:
+        assert trials[trial.number].values == trial.values

@@ -27,8 +27,9 @@ from raytune_llama.data.shards import ShardWriter
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.storage import Place
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
-from raytune_llama.train.loop import Outcome, train
+from raytune_llama.train.loop import train
 from raytune_llama.train.metrics import LOSS, read_metrics
+from raytune_llama.train.outcome import Outcome
 from raytune_llama.train.preflight import check_run
 from raytune_llama.train.workers import Workers
 from tests.train.group import Group

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from raytune_llama.storage import Place
-from raytune_llama.train.cluster import find_shortage, probe_node, worker_resources
+from raytune_llama.train.cluster import find_shortage, probe_node
 from raytune_llama.train.scale import ScaleConfig
 from tests.faulty_s3 import FaultyServer
 from tests.train.conftest import MakeConfig
@@ -18,7 +18,7 @@ def node(cpus: float, gpus: float = 0, *, alive: bool = True, address: str = "10
 
 
 def shortage(nodes: list[dict[str, Any]], scale: ScaleConfig) -> str | None:
-    return find_shortage(nodes, worker_resources(scale), scale)
+    return find_shortage(nodes, scale.worker_resources, scale)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from raytune_llama.model.llama import causal_lm
 from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.storage import Place
 from raytune_llama.train import metrics
+from raytune_llama.train.hardware import flops_per_token
 from raytune_llama.train.metrics import (
     LOSS,
     EvaluatedText,
     MetricsLog,
     evaluation_values,
-    flops_per_token,
     read_metrics,
 )
 

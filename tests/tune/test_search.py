@@ -7,29 +7,36 @@ from ray.tune.search import Searcher
 
 from raytune_llama.config import ConfigError, from_dict
 from raytune_llama.tune.config import SearchConfig, SweepConfig, load_base
-from raytune_llama.tune.journal import Journal, TrialRecord
+from raytune_llama.tune.journal import Journal, TrialRecord, trial_dir
 from raytune_llama.tune.search import (
     ParzenSampler,
     RandomSampler,
     TrialSearch,
     check_samples,
-    trial_dir,
+    count_left,
 )
-from raytune_llama.tune.space import Distribution
+from raytune_llama.tune.space import Distribution, Sample
 from tests.tune.conftest import MakeSweep
 
 
-def search_of(sweep: SweepConfig) -> tuple[TrialSearch, Journal]:
+def search_of(sweep: SweepConfig, *, bad: tuple[int, ...] = ()) -> tuple[TrialSearch, Journal]:
+    """Begin or go on with a sweep in which some trials can't run."""
+
+    def prepare(number: int, sample: Sample) -> None:
+        assert sample
+        if number in bad:
+            raise ConfigError([f"model.path: trial {number} has none"])
+
     journal = Journal(sweep.place)
-    return TrialSearch(sweep, load_base(sweep), journal), journal
+    return TrialSearch(sweep, journal, prepare), journal
 
 
-def all_of(search: TrialSearch) -> list[dict[str, Any]]:
-    """Ask until there is no more."""
-    found: list[dict[str, Any]] = []
+def numbers_of(search: TrialSearch) -> list[int]:
+    """Ask for trials until there is none."""
+    found: list[int] = []
     while (answer := search.suggest("id")) != Searcher.FINISHED:
         assert answer is not None
-        found.append(answer)
+        found.append(answer["number"])
     return found
 
 
@@ -77,39 +84,45 @@ def test_grid_with_more_trials_than_points_is_refused(make_sweep: MakeSweep) -> 
 def test_search_of_the_same_seed_hands_out_the_same_trials(
     make_sweep: MakeSweep, tmp_path: Path, kind: str
 ) -> None:
-    first, again = (
-        all_of(search_of(make_sweep(sweep_dir=str(tmp_path / name), search={"kind": kind}))[0])
-        for name in ("first", "again")
-    )
-    assert first == again
-    assert [answer["number"] for answer in first] == list(range(6))
-    assert len({str(answer["sample"]) for answer in first}) == 6
+    begun: list[list[Sample]] = []
+    for name in ("first", "again"):
+        sweep = make_sweep(sweep_dir=str(tmp_path / name), search={"kind": kind})
+        search, journal = search_of(sweep)
+        assert numbers_of(search) == list(range(6))
+        begun.append([trial.sample for trial in journal.trials.values()])
+    assert begun[0] == begun[1]
+    assert len({str(sample) for sample in begun[0]}) == 6
 
 
 def test_search_after_a_crash_begins_with_what_has_no_end(make_sweep: MakeSweep) -> None:
     sweep = make_sweep()
     search, journal = search_of(sweep)
-    begun = [search.suggest("id") for _ in range(3)]
+    for _ in range(3):
+        search.suggest("id")
     journal.report(1, 3, 2.0, 1.0)
     journal.end(1, "finished")
+    before = dict(journal.trials)
 
     again, journal = search_of(sweep)
-    assert again.num_left == 5
-    rest = all_of(again)
-    assert rest[:2] == [begun[0], begun[2]]
-    assert [answer["number"] for answer in rest] == [0, 2, 3, 4, 5]
-    assert len(journal.trials) == 6
+    assert count_left(sweep, journal) == 5
+    assert numbers_of(again) == [0, 2, 3, 4, 5]
+    assert {number: journal.trials[number] for number in range(3)} == before
+
+
+def test_search_passes_over_trials_that_cannot_run_and_notes_why(make_sweep: MakeSweep) -> None:
+    search, journal = search_of(make_sweep(), bad=(0, 3))
+    assert numbers_of(search) == [1, 2, 4, 5]
+    assert [n for n, trial in journal.trials.items() if trial.state == "failed"] == [0, 3]
+    assert "trial 3 has none" in (journal.trials[3].cause or "")
 
 
 def test_search_of_a_finished_sweep_with_more_trials_goes_on(make_sweep: MakeSweep) -> None:
     search, journal = search_of(make_sweep(num_trials=2))
-    whole = all_of(search)
-    for answer in whole:
-        journal.end(answer["number"], "finished")
-    assert search_of(make_sweep(num_trials=2))[0].num_left == 0
-    more = search_of(make_sweep(num_trials=3))[0]
-    assert more.num_left == 1
-    assert [answer["number"] for answer in all_of(more)] == [2]
+    for number in numbers_of(search):
+        journal.end(number, "finished")
+    assert count_left(make_sweep(num_trials=2), journal) == 0
+    assert count_left(make_sweep(num_trials=3), journal) == 1
+    assert numbers_of(search_of(make_sweep(num_trials=3))[0]) == [2]
 
 
 def make_history(sampler: Any, count: int) -> list[TrialRecord]:  # noqa: ANN401

@@ -1,0 +1,279 @@
+"""From a request to the text of its answers, part by part; knows tokens, and no HTTP."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from pydantic import Field
+
+from raytune_llama.chat.conversations import Conversation, Turn
+from raytune_llama.config import settings
+from raytune_llama.model.tokenizer import encode_text
+from raytune_llama.serve.engine import Engine
+from raytune_llama.serve.models import ServedModel
+from raytune_llama.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    FinishReason,
+    Message,
+    Request,
+)
+from raytune_llama.serve.sampling import Choice, Sampling
+from raytune_llama.serve.stepper import Generation
+from raytune_llama.serve.text import REPLACEMENT, TextStream
+
+
+@settings
+class SamplingDefaults:
+    """What a request that does not say gets; OpenAI's defaults."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    """0: always the likeliest token."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of the probability that is drawn from."""
+
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """How many of the likeliest tokens are drawn from; null: all."""
+
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Above 1: tokens that are there already become less likely."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """New tokens; null: what the context has room for."""
+
+
+class RequestError(ValueError):
+    """A request that can't be answered; `param` is the field at fault."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        # All arguments, so that pickle can rebuild it.
+        super().__init__(message, param)
+        self.message, self.param = message, param
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """A token of an answer, as log-probabilities name it."""
+
+    text: str
+    """What it decodes to alone."""
+
+    logprob: float
+    """Natural logarithm of its probability."""
+
+    likeliest: tuple[tuple[str, float], ...] = ()
+    """The likeliest tokens in its place."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of one of a request's answers."""
+
+    index: int
+    """Of the answer."""
+
+    text: str
+    """What is new; may be empty."""
+
+    num_tokens: int
+    """Tokens generated since the part before."""
+
+    tokens: tuple[TokenText, ...] = ()
+    """The new tokens, where log-probabilities were asked for."""
+
+    finish: FinishReason | None = None
+    """Set with the answer's last part."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request, ready for the engine."""
+
+    ids: tuple[int, ...]
+    """Token ids."""
+
+    generation: Generation
+    """Of the first answer; others draw from other seeds."""
+
+    num_choices: int
+    """Answers."""
+
+    stops: tuple[str, ...]
+    """Texts that end an answer."""
+
+
+class Answerer:
+    """Makes prompts of requests, and text of what the engine generates."""
+
+    def __init__(self, served: ServedModel, engine: Engine, defaults: SamplingDefaults) -> None:
+        self._served, self._engine, self._defaults = served, engine, defaults
+
+    def read_chat(self, request: ChatRequest) -> Prompt:
+        """Write a conversation by the model's template.
+
+        Raises:
+            RequestError: the model has no template, the conversation does not fit it, or the
+                prompt leaves no room for an answer.
+        """
+        chat = self._served.chat
+        if chat is None:
+            raise RequestError(
+                f"{self._served.name} has no chat template; use /v1/completions", "messages"
+            )
+        try:
+            ids = chat.encode_prompt(_conversation(request.messages)).tolist()
+        except ValueError as error:
+            raise RequestError(str(error), "messages") from error
+        wanted = request.max_tokens or request.max_completion_tokens
+        num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        return self._prompt(request, ids, wanted, num_logprobs, "messages")
+
+    def read_completion(self, request: CompletionRequest) -> Prompt:
+        """Encode a text as a document's beginning, control tokens in it as text; or take ids.
+
+        Raises:
+            RequestError: an id is none of the tokenizer's, or the prompt leaves no room.
+        """
+        tokenizer = self._served.tokenizer
+        if isinstance(request.prompt, str):
+            bos = tokenizer.bos_token_id
+            ids = [bos] if isinstance(bos, int) else []
+            ids += encode_text(tokenizer, [request.prompt])[0]
+        else:
+            ids = request.prompt
+            beyond = [token for token in ids if token >= len(tokenizer)]
+            if beyond:
+                raise RequestError(f"{beyond[0]} is no token of {self._served.name}", "prompt")
+        return self._prompt(request, ids, request.max_tokens, request.logprobs, "prompt")
+
+    def _prompt(
+        self,
+        request: Request,
+        ids: Sequence[int],
+        wanted: int | None,
+        num_logprobs: int | None,
+        param: str,
+    ) -> Prompt:
+        room = self._served.max_context - len(ids)
+        if not ids:
+            raise RequestError("the prompt has no token", param)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, and {self._served.name} takes "
+                f"{self._served.max_context} with the answer",
+                param,
+            )
+        defaults = self._defaults
+        sampling = Sampling(
+            temperature=_given(request.temperature, defaults.temperature),
+            top_p=_given(request.top_p, defaults.top_p),
+            top_k=request.top_k or defaults.top_k,
+            repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
+            seed=request.seed,
+            num_logprobs=num_logprobs,
+        )
+        limit = min(wanted or defaults.max_tokens or room, room)
+        generation = Generation(tuple(ids), sampling, limit, self._served.stop_ids)
+        return Prompt(tuple(ids), generation, request.n, request.stops)
+
+    async def answer(self, prompt: Prompt) -> AsyncGenerator[Part, None]:
+        """Yield the parts of all answers as they come.
+
+        A caller that ends the iteration frees all that the request holds.
+
+        Raises:
+            BusyError: as many requests wait as may.
+            EngineError: the engine has failed.
+        """
+        if prompt.num_choices == 1:
+            async with aclosing(self._one(prompt, 0)) as parts:
+                async for part in parts:
+                    yield part
+            return
+        told: asyncio.Queue[Part | BaseException | None] = asyncio.Queue()
+
+        async def run(index: int) -> None:
+            try:
+                async with aclosing(self._one(prompt, index)) as parts:
+                    async for part in parts:
+                        told.put_nowait(part)
+                told.put_nowait(None)
+            except (RuntimeError, ValueError) as error:
+                told.put_nowait(error)
+
+        tasks = [asyncio.create_task(run(index)) for index in range(prompt.num_choices)]
+        try:
+            num_open = len(tasks)
+            while num_open:
+                item = await told.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    num_open -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _one(self, prompt: Prompt, index: int) -> AsyncGenerator[Part, None]:
+        """Yield the parts of one answer."""
+        generation = prompt.generation
+        if index and generation.sampling.seed is not None:
+            seed = generation.sampling.seed + index
+            generation = replace(generation, sampling=replace(generation.sampling, seed=seed))
+        stream = TextStream(self._served.tokenizer, prompt.stops)
+        async with aclosing(self._engine.generate(generation)) as steps:
+            async for step in steps:
+                is_end = step.finish == "stop"
+                text = "" if is_end else stream.push(step.choice.token)
+                if step.finish and not stream.is_stopped:
+                    text += stream.finish()
+                finish = "stop" if stream.is_stopped else step.finish
+                tokens = self._tokens(step.choice) if not is_end else ()
+                yield Part(index, text, 1, tokens, finish)
+                if stream.is_stopped:
+                    return
+
+    def _tokens(self, choice: Choice) -> tuple[TokenText, ...]:
+        if choice.logprob is None:
+            return ()
+        likeliest = tuple((self.token_text(token), value) for token, value in choice.likeliest)
+        return (TokenText(self.token_text(choice.token), choice.logprob, likeliest),)
+
+    def token_text(self, token: int) -> str:
+        """Return what a token decodes to alone, control tokens by name."""
+        text = self._served.tokenizer.decode([token], skip_special_tokens=False)
+        assert isinstance(text, str)
+        return text
+
+
+def text_bytes(text: str) -> list[int] | None:
+    """Return a token's bytes, or None where it is a part of a character."""
+    return None if REPLACEMENT in text else list(text.encode())
+
+
+def _conversation(messages: Sequence[Message]) -> Conversation:
+    """Return what templates write; only the first message may be the system's."""
+    system, turns = None, list(messages)
+    if turns[0].role in {"system", "developer"}:
+        system = turns.pop(0).text
+    written: list[Turn] = []
+    for number, message in enumerate(messages[len(messages) - len(turns) :]):
+        match message.role:
+            case "user" | "assistant" as role:
+                written.append(Turn(role, message.text))
+            case role:
+                raise ValueError(f"messages: message {number + 1} has the role {role}")
+    return Conversation(tuple(written), system)
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,141 @@
+"""What answers requests: token ids in, tokens one by one out, many requests at a time."""
+
+import asyncio
+import itertools
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Hashable
+from typing import Protocol
+
+from raytune_llama.serve.stepper import Generation, Step, Stepper
+
+logger = logging.getLogger(__name__)
+
+
+class BusyError(RuntimeError):
+    """As many requests wait as may; try again later."""
+
+
+class EngineError(RuntimeError):
+    """The engine has failed and answers nothing any more."""
+
+
+class Engine(Protocol):
+    """Generates for many requests at a time."""
+
+    def generate(self, generation: Generation) -> AsyncGenerator[Step, None]:
+        """Yield a request's tokens as they come, the last one with its finish.
+
+        A caller that ends the iteration before frees what the request holds.
+
+        Raises:
+            BusyError: as many wait as may.
+            ValueError: the prompt does not fit.
+            EngineError: the engine has failed.
+        """
+        ...
+
+    def check(self) -> None:
+        """Raise EngineError where nothing can be generated any more."""
+        ...
+
+    def close(self) -> None:
+        """End; what still runs ends with an EngineError."""
+        ...
+
+
+class TransformersEngine:
+    """Our own step loop around a transformers model, in a thread of its own."""
+
+    def __init__(self, stepper: Stepper, *, max_waiting: int) -> None:
+        """Start the thread.
+
+        Args:
+            stepper: around the model; from here on the thread's alone.
+            max_waiting: requests that may wait for a slot.
+        """
+        self._stepper, self._max_waiting = stepper, max_waiting
+        self._keys = itertools.count()
+        self._wake = threading.Condition()
+        self._todo: list[Callable[[], None]] = []
+        self._listeners: dict[Hashable, Callable[[Step | EngineError], object]] = {}
+        self._failure: EngineError | None = None
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, generation: Generation) -> AsyncGenerator[Step, None]:
+        """Yield a request's tokens; see `Engine`."""
+        self.check()
+        self._stepper.check(generation)
+        if self._stepper.num_waiting + len(self._todo) >= self._max_waiting:
+            raise BusyError(f"{self._max_waiting} requests are waiting already")
+        key, loop = next(self._keys), asyncio.get_running_loop()
+        told: asyncio.Queue[Step | EngineError] = asyncio.Queue()
+        self._listeners[key] = lambda item: loop.call_soon_threadsafe(told.put_nowait, item)
+        self._do(lambda: self._stepper.add(key, generation))
+        is_over = False
+        try:
+            while not is_over:
+                item = await told.get()
+                if isinstance(item, EngineError):
+                    is_over = True
+                    raise item
+                is_over = item.finish is not None
+                yield item
+        finally:
+            self._listeners.pop(key, None)
+            if not is_over:
+                # The caller has gone: the slot is free before the next pass.
+                self._do(lambda: self._stepper.remove(key))
+
+    def check(self) -> None:
+        """Raise EngineError where nothing can be generated any more."""
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """End the thread; what still runs ends with an EngineError."""
+        with self._wake:
+            self._is_closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _do(self, action: Callable[[], None]) -> None:
+        """Let the thread do something between two passes."""
+        with self._wake:
+            self._todo.append(action)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._work():
+                pass
+            failure = EngineError("the engine was closed")
+        except BaseException as error:
+            # Whoever waits must hear of it: a thread's error reaches nobody else.
+            logger.exception("the engine has failed")
+            failure = EngineError(f"the engine has failed: {error!r}")
+            failure.__cause__ = error
+        self._failure = failure
+        for listener in list(self._listeners.values()):
+            listener(failure)
+
+    def _work(self) -> bool:
+        """Do what is asked, then one step; wait where there is nothing. False: it is over."""
+        with self._wake:
+            while not (self._todo or self._is_closed or self._has_work()):
+                self._wake.wait()
+            if self._is_closed:
+                return False
+            todo, self._todo = self._todo, []
+        for action in todo:
+            action()
+        for step in self._stepper.step() if self._has_work() else ():
+            listener = self._listeners.get(step.key)
+            if listener is not None:
+                listener(step)
+        return True
+
+    def _has_work(self) -> bool:
+        return bool(self._stepper.num_running or self._stepper.num_waiting)

@@ -1,0 +1,170 @@
+"""A model directory that can be served: checked, loaded, with the template it was tuned with."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from raytune_llama.chat.encoding import ChatConfig, ChatEncoder, build_chat_encoder
+from raytune_llama.chat.templates.choice import TemplateName
+from raytune_llama.config import ConfigError, settings
+from raytune_llama.files import MANIFEST, read_json, sha256_file
+from raytune_llama.model.lineage import check_recorded, recorded_chat
+from raytune_llama.model.llama import DTYPES, check_model_directory
+from raytune_llama.model.tokenizer import load_tokenizer
+from raytune_llama.model.vocab import num_embedding_rows
+
+logger = logging.getLogger(__name__)
+
+
+@settings
+class ServedModelConfig:
+    """A model, and how it is loaded."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """Model directory, as `jobs/merge.py` writes it; safetensors only."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^:\s]+$")] | None = None
+    """What requests call it; null: the directory's name. Has no colon, behind which an adapter
+    is named."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the weights; auto: as they are stored, but in single precision on CPUs."""
+
+    template: TemplateName | None = None
+    """How conversations are written; null: as the model was tuned, or else the tokenizer's own."""
+
+    allow_other_template: bool = False
+    """Serve with another template than the model was tuned with."""
+
+    max_context: Annotated[int, Field(ge=2)] | None = None
+    """Tokens of a request, prompt and answer; null: what the model has positions for."""
+
+    verify: bool = True
+    """Compare the files with the hashes in the directory's manifest, where it has one."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model in memory."""
+
+    name: str
+    """What requests call it."""
+
+    model: PreTrainedModel
+    """In evaluation mode."""
+
+    tokenizer: PreTrainedTokenizerFast
+    """Its own."""
+
+    chat: ChatEncoder | None
+    """Makes prompts of conversations; None where the model has no template."""
+
+    max_context: int
+    """Tokens of a request, prompt and answer."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the template's and the model's own."""
+        own = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ends: set[int] = {own} if isinstance(own, int) else set(own or ())
+        eos = self.tokenizer.eos_token_id
+        if isinstance(eos, int):
+            ends.add(eos)
+        return frozenset(ends) | (self.chat.template.stop_ids if self.chat else frozenset())
+
+
+def load_served(config: ServedModelConfig, device: torch.device) -> ServedModel:
+    """Load a model to serve it.
+
+    Raises:
+        ConfigError: the directory is no whole model, not what its manifest says, or the template
+            is another than it was tuned with; all that is wrong.
+    """
+    path = Path(config.path)
+    problems = [text.replace("model.path", "path", 1) for text in check_model_directory(path)]
+    if not problems and config.verify:
+        problems += check_files(path)
+    if problems:
+        raise ConfigError(problems)
+    try:
+        tokenizer = load_tokenizer(path)
+    except (ValueError, OSError) as error:
+        raise ConfigError([f"path: {error}"]) from error
+    chat = _load_template(config, path, tokenizer)
+    dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
+    if config.precision != "auto":
+        dtype = DTYPES[config.precision]
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, local_files_only=True, use_safetensors=True
+    )
+    _refuse_windows(model, path)
+    if num_embedding_rows(model) < len(tokenizer):
+        raise ConfigError([f"path: {path} has fewer rows than its tokenizer has ids"])
+    positions = getattr(model.config, "max_position_embeddings", None)
+    limit = config.max_context or positions or getattr(model.config, "seq_length", None) or 2048
+    if positions is not None and limit > positions:
+        raise ConfigError([f"max_context: got {limit}, but {path} has {positions} positions"])
+    logger.info("%s: %s, %d tokens of context", path, model.dtype, limit)
+    name = config.name or path.resolve().name.replace(":", "-")
+    nn.Module.to(model.eval(), device)
+    return ServedModel(name, model, tokenizer, chat, limit)
+
+
+def check_files(path: Path) -> list[str]:
+    """Return which files of a model directory are not those that its manifest names."""
+    file = path / MANIFEST
+    if not file.is_file():
+        logger.warning("%s has no %s: its files can't be checked", path, MANIFEST)
+        return []
+    problems: list[str] = []
+    for name, wanted in read_json(file).get("files", {}).items():
+        found = sha256_file(path / name) if (path / name).is_file() else None
+        if found is None:
+            problems.append(f"path: {path} lacks {name}, which its manifest names")
+        elif found != wanted:
+            problems.append(
+                f"path: {path / name} is not what it was made as (SHA256 {found[:16]}, wanted "
+                f"{wanted[:16]}); make the directory anew"
+            )
+    recorded = check_recorded(path)
+    return problems + ([f"path: {recorded}"] if recorded else [])
+
+
+def _load_template(
+    config: ServedModelConfig, path: Path, tokenizer: PreTrainedTokenizerFast
+) -> ChatEncoder | None:
+    """Return what makes prompts of conversations, or None where the model has no template."""
+    found = recorded_chat([path])
+    recorded = found[1] if found else None
+    name = config.template or (recorded["template"] if recorded else None)
+    if name is None and not tokenizer.chat_template:
+        logger.warning("%s has no chat template: it completes texts, and answers no chats", path)
+        return None
+    try:
+        chat = build_chat_encoder(tokenizer, ChatConfig(template=name or "tokenizer"))
+    except ValueError as error:
+        raise ConfigError([f"template: {error}"]) from error
+    sha256 = chat.template.sha256
+    if recorded and sha256 != recorded["template_sha256"] and not config.allow_other_template:
+        raise ConfigError(
+            [
+                f"template: {chat.template.name} (SHA256 {sha256[:16]}) is not what {path} was "
+                f"tuned with: {recorded['template']} ({recorded['template_sha256'][:16]}); leave "
+                "the field out, or set allow_other_template=true"
+            ]
+        )
+    return chat
+
+
+def _refuse_windows(model: PreTrainedModel, path: Path) -> None:
+    """Refuse layers that see a sliding window: rows of a batch begin in one column each."""
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        others = ", ".join(sorted(kinds - {"full_attention"}))
+        raise ConfigError([f"path: {path} has layers of {others}; only full attention is served"])

@@ -1,0 +1,125 @@
+"""From logits to the next token of each sequence.
+
+Shapes: N sequences, V vocabulary rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a sequence's tokens are chosen."""
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0: always the likeliest token."""
+
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability are drawn from."""
+
+    top_k: int | None = None
+    """Only so many of the likeliest tokens are drawn from; None: all."""
+
+    repetition_penalty: float = 1.0
+    """Logits of tokens that the sequence has already are divided by it where positive, else
+    multiplied (Keskar et al. 2019)."""
+
+    seed: int | None = None
+    """Equal seeds draw equal tokens; None: each request draws anew."""
+
+    num_logprobs: int | None = None
+    """How many of the likeliest tokens' log-probabilities are told beside the chosen one's; None:
+    no log-probability at all."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token that was chosen."""
+
+    token: int
+    """Its id."""
+
+    logprob: float | None = None
+    """Natural logarithm of its probability, before temperature and cuts; None: not asked for."""
+
+    likeliest: tuple[tuple[int, float], ...] = ()
+    """Ids and log-probabilities of the likeliest tokens, the likeliest first."""
+
+
+@dataclass
+class Chooser:
+    """Chooses the tokens of one sequence."""
+
+    sampling: Sampling
+    seen: set[int]
+    """Ids that the sequence has, its prompt included."""
+
+    allowed_V: Tensor | None = None
+    """Which tokens may come next; None: all. Set anew for each token where a grammar says."""
+
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator()
+        if self.sampling.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(self.sampling.seed)
+
+    def choose(self, logits_V: Tensor) -> Choice:
+        """Choose the next token.
+
+        Args:
+            logits_V: float32; tokens that are never generated have -inf.
+        """
+        sampling = self.sampling
+        raw_V = logits_V
+        if sampling.repetition_penalty != 1.0 and self.seen:
+            logits_V = self._penalised(logits_V)
+        if self.allowed_V is not None:
+            logits_V = logits_V.masked_fill(~self.allowed_V, -torch.inf)
+        token = int(logits_V.argmax()) if sampling.temperature == 0 else self._draw(logits_V)
+        self.seen.add(token)
+        if sampling.num_logprobs is None:
+            return Choice(token)
+        logprobs_V = raw_V.log_softmax(0)
+        top = logprobs_V.topk(sampling.num_logprobs)
+        likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        return Choice(token, float(logprobs_V[token]), likeliest)
+
+    def _penalised(self, logits_V: Tensor) -> Tensor:
+        ids = torch.tensor(sorted(self.seen), device=logits_V.device)
+        had = logits_V[ids]
+        penalty = self.sampling.repetition_penalty
+        return logits_V.index_put((ids,), torch.where(had > 0, had / penalty, had * penalty))
+
+    def _draw(self, logits_V: Tensor) -> int:
+        sampling = self.sampling
+        num_kept = min(sampling.top_k or len(logits_V), len(logits_V))
+        # On the CPU, whose generators give equal numbers on every machine.
+        kept, ids = logits_V.topk(num_kept) if sampling.top_k else logits_V.sort(descending=True)
+        weights = (kept.double().cpu() / sampling.temperature).softmax(0)
+        if sampling.top_p < 1.0:
+            # The token that crosses the line is kept.
+            before = weights.cumsum(0) - weights
+            weights = weights.masked_fill(before >= sampling.top_p, 0.0)
+        place = torch.multinomial(weights, 1, generator=self.generator)
+        return int(ids[int(place)])
+
+
+def choose_all(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[Choice]:
+    """Choose the next token of every sequence; those that only want the likeliest, together."""
+    plain = [chooser.sampling == Sampling(temperature=0) for chooser in choosers]
+    simple = [p and c.allowed_V is None for p, c in zip(plain, choosers, strict=True)]
+    likeliest = logits_NV.argmax(1).tolist() if any(simple) else []
+    choices: list[Choice] = []
+    for row, chooser in enumerate(choosers):
+        if simple[row]:
+            chooser.seen.add(likeliest[row])
+            choices.append(Choice(likeliest[row]))
+        else:
+            choices.append(chooser.choose(logits_NV[row]))
+    return choices

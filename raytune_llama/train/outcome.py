@@ -1,0 +1,15 @@
+"""How a run of the loop ended: what its first worker returns to the driver."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a worker's run of the loop ended."""
+
+    status: Literal["finished", "stopped"]
+    """Stopped: on request, after saving; the same command goes on."""
+
+    step: int
+    """Optimizer steps done."""

@@ -1,0 +1,41 @@
+"""A tiny model that is served; nothing here needs Ray."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from raytune_llama.model.tokenizer import load_tokenizer
+from raytune_llama.serve.answers import Answerer, SamplingDefaults
+from raytune_llama.serve.engine import TransformersEngine
+from raytune_llama.serve.models import ServedModel, ServedModelConfig, load_served
+from raytune_llama.serve.stepper import Stepper
+from tests.train.conftest import write_model
+
+
+@pytest.fixture(scope="session")
+def served_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    """A model directory: 410 rows, 400 ids, 128 positions."""
+    path = write_model(tmp_path_factory.mktemp("served") / "tiny")
+    load_tokenizer(tokenizer_dir).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def served(served_dir: Path) -> ServedModel:
+    config = ServedModelConfig(path=str(served_dir), template="belle")
+    return load_served(config, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def answerer(served: ServedModel) -> Iterator[Answerer]:
+    stepper = Stepper(
+        served.model,
+        num_slots=4,
+        max_context=served.max_context,
+        num_tokens=len(served.tokenizer),
+    )
+    engine = TransformersEngine(stepper, max_waiting=32)
+    yield Answerer(served, engine, SamplingDefaults())
+    engine.close()

@@ -1,0 +1,303 @@
+"""The endpoint as OpenAI's own client sees it, over real HTTP on loopback."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+import openai
+import pytest
+import uvicorn
+
+from raytune_llama.serve.answers import Answerer, Part
+from raytune_llama.serve.engine import BusyError, EngineError
+from raytune_llama.serve.http import MAX_BODY_BYTES, build_http
+from raytune_llama.serve.keys import Keys, make_key
+from raytune_llama.serve.protocol import ChatRequest, CompletionRequest
+
+Asked = ChatRequest | CompletionRequest
+
+
+class Here:
+    """A model in this process."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        self._answerer = answerer
+
+    async def answer(self, request: Asked) -> AsyncGenerator[int | Part, None]:
+        is_chat = isinstance(request, ChatRequest)
+        prompt = (
+            self._answerer.read_chat(request)
+            if is_chat
+            else self._answerer.read_completion(request)
+        )
+        yield len(prompt.ids)
+        async for part in self._answerer.answer(prompt):
+            yield part
+
+    async def check(self) -> None:
+        pass
+
+
+class Failing:
+    """A model that refuses or fails, after some parts."""
+
+    def __init__(self, error: Exception, after: int) -> None:
+        self._error, self._after = error, after
+
+    async def answer(self, request: Asked) -> AsyncGenerator[int | Part, None]:  # noqa: ARG002
+        yield 3
+        for number in range(self._after):
+            yield Part(0, f"{number} ", 1)
+        raise self._error
+
+    async def check(self) -> None:
+        raise self._error
+
+
+class Server:
+    """The application behind uvicorn, in a thread."""
+
+    def __init__(self, backends: dict[str, Any], keys: Keys | None = None) -> None:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            self.port = one.getsockname()[1]
+        app = build_http(backends, keys or Keys())
+        config = uvicorn.Config(app, host="127.0.0.1", port=self.port, log_level="error")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0
+        )
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(answerer: Answerer) -> Iterator[Server]:
+    server = Server(
+        {
+            "tiny": Here(answerer),
+            "busy": Failing(BusyError("9 requests are waiting already"), 0),
+            "broken": Failing(EngineError("the engine has failed"), 2),
+        }
+    )
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return server.client()
+
+
+FOX: Any = [{"role": "user", "content": "the fox"}]
+
+
+def test_client_lists_the_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny", "busy", "broken"]
+    assert client.models.retrieve("tiny").id == "tiny"
+
+
+@pytest.mark.parametrize("fields", [{}, {"n": 3, "seed": 5, "temperature": 1.2}])
+def test_chat_streamed_is_the_chat_at_once(client: openai.OpenAI, fields: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": FOX, "max_tokens": 12, "temperature": 0}
+    asked |= fields
+    whole = client.chat.completions.create(**asked)
+    assert whole.usage is not None
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    chunks = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    texts = [""] * len(whole.choices)
+    finishes: dict[int, str | None] = {}
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            assert finishes.get(choice.index) is None, "a chunk behind the last"
+            finishes[choice.index] = choice.finish_reason
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert finishes == {choice.index: choice.finish_reason for choice in whole.choices}
+    assert chunks[-1].usage == whole.usage
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_completion_streamed_is_the_completion_at_once(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": "the 人",
+        "max_tokens": 12,
+        "temperature": 0,
+    }
+    whole = client.completions.create(**asked, echo=True, logprobs=2)
+    told = "".join(
+        chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True)
+    )
+    assert whole.choices[0].text == "the 人" + told
+    logprobs = whole.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens
+    assert logprobs.text_offset
+    assert logprobs.text_offset[0] == len("the 人")
+
+
+def test_chat_logprobs_have_the_likeliest(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny", messages=FOX, max_tokens=3, temperature=0, logprobs=True, top_logprobs=2
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    for token in logprobs.content or []:
+        assert [len(token.top_logprobs), token.top_logprobs[0].token] == [2, token.token]
+
+
+def test_async_clients_at_a_time_get_what_they_get_alone(server: Server) -> None:
+    texts = ["the fox", "the dog", "人民", "over 人", "lazy", "for index"]
+
+    async def main() -> list[str | None]:
+        client = openai.AsyncOpenAI(
+            base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0
+        )
+        answers = await asyncio.gather(
+            *(
+                client.chat.completions.create(
+                    model="tiny",
+                    messages=[{"role": "user", "content": text}],
+                    max_tokens=10,
+                    temperature=0,
+                )
+                for text in texts
+            )
+        )
+        return [answer.choices[0].message.content for answer in answers]
+
+    together = asyncio.run(main())
+    client = server.client()
+    for text, content in zip(texts, together, strict=True):
+        alone = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": text}],
+            max_tokens=10,
+            temperature=0,
+        )
+        assert alone.choices[0].message.content == content
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "problem"),
+    [
+        ({"model": "gpt-9"}, 404, "no model 'gpt-9'; there is tiny"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages.0.role"),
+        ({"messages": [{"role": "user"}]}, 400, "content: got neither"),
+        ({"messages": [{"role": "user", "content": "x " * 500}]}, 400, "takes 128"),
+        ({"n": 10**9}, 400, "n: "),
+        ({"max_tokens": 10**9}, 400, "max_tokens"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"temperature": "hot"}, 400, "temperature"),
+        ({"top_logprobs": 3}, 400, "only with logprobs=true"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"extra_body": {"best_of": 3}}, 400, "best_of"),
+        ({"model": "busy"}, 429, "9 requests are waiting"),
+        ({"model": "busy", "stream": True}, 429, "9 requests are waiting"),
+        ({"model": "broken"}, 503, "has failed"),
+    ],
+)
+def test_refusal_has_its_status_and_openais_body(
+    client: openai.OpenAI, fields: dict[str, Any], status: int, problem: str
+) -> None:
+    asked = {"model": "tiny", "messages": FOX, "max_tokens": 2, **fields}
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.chat.completions.create(**asked)
+    assert caught.value.status_code == status
+    body: Any = caught.value.body
+    assert problem in body["message"]
+    assert set(body) == {"message", "type", "param", "code"}
+    assert ("retry-after" in caught.value.response.headers) == (status in {429, 503})
+
+
+def raw(port: int, head: str, body: bytes = b"") -> bytes:
+    """Send bytes as they are; return the answer."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as one:
+        one.sendall(head.encode() + b"\r\n\r\n" + body)
+        received = b""
+        while piece := one.recv(65536):
+            received += piece
+        return received
+
+
+@pytest.mark.parametrize("body", [b"{", b"\xff\xfe", b"[1]", b'"x"', b"null", b"[" * 100_000])
+def test_body_that_is_no_request_is_a_400(server: Server, body: bytes) -> None:
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}"
+    )
+    answer = raw(server.port, head, body)
+    assert answer.startswith(b"HTTP/1.1 400"), answer[:300]
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
+def test_body_that_is_too_large_is_refused_by_its_length_or_as_it_comes(server: Server) -> None:
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    head += "Content-Type: application/json\r\n"
+    assert raw(server.port, head + "Content-Length: 100000000").startswith(b"HTTP/1.1 413")
+    piece = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
+    # One byte more than may be, and no end: the answer comes while the client still sends.
+    pieces = piece * (MAX_BODY_BYTES // 2**20) + b"1\r\n \r\n"
+    assert raw(server.port, head + "Transfer-Encoding: chunked", pieces).startswith(b"HTTP/1.1 413")
+
+
+def test_stream_of_an_engine_that_fails_ends_with_an_error(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(model="broken", messages=FOX, stream=True)
+    chunks = iter(stream)
+    told = [next(chunks).choices[0].delta.content for _ in range(3)]
+    assert told == ["", "0 ", "1 "]
+    with pytest.raises(openai.APIError, match="has failed"):
+        next(chunks)
+
+
+def test_keys_guard_every_route_but_health(answerer: Answerer) -> None:
+    (key, line), (other, _) = make_key(), make_key()
+    server = Server({"tiny": Here(answerer)}, Keys((bytes.fromhex(line),)))
+    try:
+        assert [model.id for model in server.client(key).models.list()] == ["tiny"]
+        for wrong in (other, "none", key[:-1]):
+            with pytest.raises(openai.AuthenticationError):
+                server.client(wrong).models.list()
+            with pytest.raises(openai.AuthenticationError):
+                server.client(wrong).chat.completions.create(model="tiny", messages=FOX)
+        for path in ("/v1/models", "/openapi.json", "/nowhere"):
+            head = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close"
+            assert raw(server.port, head).startswith(b"HTTP/1.1 401")
+        head = "GET /health HTTP/1.1\r\nHost: x\r\nConnection: close"
+        assert raw(server.port, head).startswith(b"HTTP/1.1 200")
+    finally:
+        server.close()
+
+
+def test_client_that_goes_away_frees_what_it_held(server: Server, answerer: Answerer) -> None:
+    client = server.client()
+    for _ in range(20):
+        stream = client.chat.completions.create(
+            model="tiny", messages=FOX, stream=True, temperature=0
+        )
+        next(iter(stream))
+        stream.close()
+    engine: Any = answerer._engine  # the slots are what this is about
+    stepper = engine._stepper
+    deadline = time.monotonic() + 60
+    while stepper.num_running or stepper.num_waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
