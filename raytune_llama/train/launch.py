@@ -56,6 +56,7 @@ def launch(run: Launch) -> Outcome:
     """Run the loop on Ray Train to its end, or until SIGTERM.
 
     Raises:
+        FloatingPointError: a number of the run is no longer finite.
         ray.train.TrainingFailedError: the workers failed more often than `scale.max_failures`.
     """
     channel = Channel()
@@ -65,7 +66,10 @@ def launch(run: Launch) -> Outcome:
     finally:
         channel.close()
     # What the loop returned on the first worker; see train_worker.
-    return cast("Outcome", result.return_value)
+    outcome = cast("Outcome", result.return_value)
+    if outcome.status == "diverged":
+        raise FloatingPointError(outcome.cause)
+    return outcome
 
 
 def build_trainer(run: Launch, channel: Any) -> TorchTrainer:  # noqa: ANN401  # an actor
@@ -136,6 +140,10 @@ def train_worker(job: dict[str, Any]) -> Outcome:
     package.addHandler(handler)
     try:
         outcome = train(config, workers, StopRequest(job["channel"]))
+    except FloatingPointError as error:
+        # Every worker finds it, and would again: Ray is not to restart them.
+        logger.error("%s", error)  # noqa: TRY400  # the message says it all
+        return Outcome("diverged", 0, str(error))
     except BaseException:
         # Ray restarts the workers and shows an error only once it gives up.
         logger.exception("failed")

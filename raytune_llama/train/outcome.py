@@ -8,8 +8,12 @@ from typing import Literal
 class Outcome:
     """How a worker's run of the loop ended."""
 
-    status: Literal["finished", "stopped"]
-    """Stopped: on request, after saving; the same command goes on."""
+    status: Literal["finished", "stopped", "diverged"]
+    """Stopped: on request, after saving; the same command goes on. Diverged: a number is no longer
+    finite, which another attempt would find again."""
 
     step: int
     """Optimizer steps done."""
+
+    cause: str | None = None
+    """What is not finite, where it has diverged."""

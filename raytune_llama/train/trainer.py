@@ -64,6 +64,7 @@ def run_training(config: AnyTrainConfig) -> Summary:
     Raises:
         ConfigError: the config, its files or the cluster do not allow the run; found before any
             training worker starts.
+        FloatingPointError: the loss or another number of the run is no longer finite.
         ray.train.TrainingFailedError: the workers failed more often than `scale.max_failures`.
     """
     config = resolve_places(config, in_job=in_submitted_job())
@@ -78,6 +79,7 @@ def run_training(config: AnyTrainConfig) -> Summary:
         store = prepare_data(config.encoded_data, Path(config.model.tokenizer_path))
         check_nodes(config)
         outcome = launch(prepare_run(config, store))
+        assert outcome.status != "diverged", "it raises"
     write_plot(config.run_place)
     return _summary(config, outcome.status, outcome.step)
 

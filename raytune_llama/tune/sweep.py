@@ -55,8 +55,8 @@ logger = logging.getLogger(__name__)
 
 RESOLVED_CONFIG = "sweep.yaml"
 
-TRIAL_BYTES = 512 * 2**20
-"""Memory that a trial's driver reserves on its node; Tune lets none reserve nothing."""
+TRIAL_BYTES = 2**30
+"""Memory that a trial's driver and Ray's controller of its workers reserve."""
 
 
 @dataclass(frozen=True)
@@ -219,11 +219,12 @@ def _run_trials(
     logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)
     # Tune's own files: nothing is ever read from them, so each driver has a folder of its own.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    # Its newer output prints a box whatever `verbose` says.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     tuner = tune.Tuner(
-        # No CPU, which its workers reserve: trials that held one each could starve their own.
         tune.with_resources(
             build_trainable(sweep.place, sweep.metric, sweep.mode, sweep.max_steps),
-            {"CPU": 0, "memory": TRIAL_BYTES},
+            _beside_driver(),
         ),
         tune_config=tune.TuneConfig(
             search_alg=TrialSearch(sweep, journal, prepare),
@@ -243,6 +244,17 @@ def _run_trials(
     )
     with display.showing():
         tuner.fit()
+
+
+def _beside_driver() -> tune.PlacementGroupFactory:
+    """Return what a trial reserves for its own process, apart from its workers.
+
+    No CPU, which its workers reserve: trials that held one each could starve their own. On the
+    driver's node, whose loss ends the sweep in any case: a trial that was lost with another node
+    would leave its workers' reservations behind, where no dashboard runs to clear them away.
+    """
+    address = ray.util.get_node_ip_address()
+    return tune.PlacementGroupFactory([{"memory": TRIAL_BYTES, f"node:{address}": 0.001}])
 
 
 def build_scheduler(sweep: SweepConfig, base: AnyTrainConfig) -> TrialScheduler:
@@ -321,8 +333,8 @@ class Recorder(tune.Callback):
         state = result.get("state", "running")
         # Tune ends a trial that still runs where the scheduler stops it.
         state = "stopped" if state == "running" else state
-        cause = result.get("cause") if state == "failed" else None
-        if state == "diverged":
+        cause = result.get("cause") if state in {"failed", "diverged"} else None
+        if state == "diverged" and cause is None:
             cause = f"the evaluation at step {result[STEP]} is not finite"
         self._journal.end(trial.config["number"], state, cause)
 

@@ -118,9 +118,12 @@ def build_trainable(
         run = RunThread(config["run"])
         follower = Follower(trial_dir(sweep_dir, config["number"]), metric)
         sign = 1.0 if mode == "min" else -1.0
+        # Schedulers keep every report, the last one too, and look for both of these in it.
+        last = {STEP: 1, OBJECTIVE: WORST}
         try:
             for evaluation, state in follow(run, follower, max_steps):
                 value = evaluation.value
+                last[STEP] = evaluation.step + 1
                 yield {
                     STEP: evaluation.step,
                     OBJECTIVE: WORST if value is None else sign * value,
@@ -128,10 +131,12 @@ def build_trainable(
                     "seconds": evaluation.seconds,
                     "state": state,
                 }
+        except FloatingPointError as error:
+            yield {**last, "state": "diverged", "cause": str(error)}
         except (ValueError, TrainingFailedError) as error:
             # Another attempt would end alike; Ray Train has tried as often as it was allowed to.
             logger.exception("failed")
-            yield {"state": "failed", "cause": _cause(error)}
+            yield {**last, "state": "failed", "cause": _cause(error)}
 
     return run_trial
 

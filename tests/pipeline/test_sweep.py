@@ -117,7 +117,7 @@ def test_sweep_with_failed_and_diverged_trials_goes_on_and_says_why(
     assert summary.status == "finished"
     assert [trials[n].state for n in range(4)] == ["finished", "diverged", "failed", "failed"]
     assert "gone" in (trials[2].cause or "")
-    assert "not finite" in (trials[1].cause or "")
+    assert "loss is nan" in (trials[1].cause or "")
 
 
 @pytest.mark.slow
