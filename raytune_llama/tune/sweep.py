@@ -11,12 +11,6 @@ from typing import Any, Literal
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import (
-    ASHAScheduler,
-    FIFOScheduler,
-    MedianStoppingRule,
-    TrialScheduler,
-)
 
 from raytune_llama.config import ConfigError, differences, identity, override, to_dict, to_yaml
 from raytune_llama.connection import connected
@@ -47,9 +41,10 @@ from raytune_llama.tune.display import Display
 from raytune_llama.tune.journal import Journal, TrialRecord, trial_dir
 from raytune_llama.tune.plot import write_page
 from raytune_llama.tune.results import rank, score, write_best, write_leaderboard
+from raytune_llama.tune.scheduling import build_scheduler, replay
 from raytune_llama.tune.search import TrialSearch, check_samples, count_left
 from raytune_llama.tune.space import Sample
-from raytune_llama.tune.trial import OBJECTIVE, STEP, WORST, build_trainable
+from raytune_llama.tune.trial import STEP, build_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +86,8 @@ def run_sweep(sweep: SweepConfig) -> SweepSummary:
     configs = check_samples(sweep, base)
     _check_stores(base, configs)
     check_run(configs[0])
-    known = {
-        "sweep": identity(sweep),
-        # A trial's directory says whose it is.
-        "base": {**identify(base), "run_dir": None},
-    }
+    # Trials are compared where they evaluate, so that this may not change as it may for a run.
+    known = {"sweep": identity(sweep), "base": identify(base), "eval": to_dict(base.eval)}
     check_identity(sweep.place, known, field="sweep_dir")
     journal = Journal(sweep.place)
     if count_left(sweep, journal):
@@ -255,47 +247,6 @@ def _beside_driver() -> tune.PlacementGroupFactory:
     """
     address = ray.util.get_node_ip_address()
     return tune.PlacementGroupFactory([{"memory": TRIAL_BYTES, f"node:{address}": 0.001}])
-
-
-def build_scheduler(sweep: SweepConfig, base: AnyTrainConfig) -> TrialScheduler:
-    """Return Tune's scheduler, which sees steps and an objective to be made small."""
-    config = sweep.scheduler
-    grace = config.grace_steps or base.eval.every_steps or sweep.max_steps
-    common: dict[str, Any] = {"time_attr": STEP, "metric": OBJECTIVE, "mode": "min"}
-    match config.kind:
-        case "asha":
-            return ASHAScheduler(
-                **common,
-                # No rung at the end, where a trial has its result and nothing to save.
-                max_t=sweep.max_steps - 1,
-                grace_period=grace,
-                reduction_factor=config.reduction_factor,
-                stop_last_trials=False,
-            )
-        case "median":
-            # Never pauses a trial: that would need a checkpoint of Tune's.
-            return MedianStoppingRule(**common, grace_period=grace, min_time_slice=float("inf"))  # pyright: ignore[reportArgumentType]
-        case _:
-            return FIFOScheduler()
-
-
-def replay(scheduler: TrialScheduler, journal: Journal, mode: str) -> None:
-    """Show a scheduler the trials that have ended; those that go on report all anew."""
-    sign = 1.0 if mode == "min" else -1.0
-    nobody: Any = None
-    # The median rule refuses results of a trial that it would have stopped in this order.
-    is_median = isinstance(scheduler, MedianStoppingRule)
-    tell: Any = scheduler.on_trial_complete if is_median else scheduler.on_trial_result
-    for trial in journal.trials.values():
-        if not trial.has_ended:
-            continue
-        ended = Trial("ended", trial_id=f"ended-{trial.number}", stub=True)
-        scheduler.on_trial_add(nobody, ended)
-        values = {step: sign * value for step, value in trial.values.items()}
-        if trial.state == "diverged":
-            values[trial.step + 1] = WORST
-        for step, value in values.items():
-            tell(nobody, ended, {STEP: step, OBJECTIVE: value})
 
 
 class Recorder(tune.Callback):

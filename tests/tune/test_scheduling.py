@@ -8,7 +8,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from raytune_llama.tune.config import load_base
 from raytune_llama.tune.journal import Journal
-from raytune_llama.tune.sweep import build_scheduler, replay
+from raytune_llama.tune.scheduling import build_scheduler, replay
 from raytune_llama.tune.trial import OBJECTIVE, STEP, WORST
 from tests.tune.conftest import MakeSweep
 

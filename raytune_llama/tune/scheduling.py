@@ -1,0 +1,57 @@
+"""Which trials are stopped early: Tune's schedulers, and what a driver that was killed knew."""
+
+from typing import Any
+
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
+
+from raytune_llama.train.config import AnyTrainConfig
+from raytune_llama.tune.config import SweepConfig
+from raytune_llama.tune.journal import Journal
+from raytune_llama.tune.trial import OBJECTIVE, STEP, WORST
+
+
+def build_scheduler(sweep: SweepConfig, base: AnyTrainConfig) -> TrialScheduler:
+    """Return Tune's scheduler, which sees steps and an objective to be made small."""
+    config = sweep.scheduler
+    grace = config.grace_steps or base.eval.every_steps or sweep.max_steps
+    common: dict[str, Any] = {"time_attr": STEP, "metric": OBJECTIVE, "mode": "min"}
+    match config.kind:
+        case "asha":
+            return ASHAScheduler(
+                **common,
+                # No rung at the end, where a trial has its result and nothing to save.
+                max_t=sweep.max_steps - 1,
+                grace_period=grace,
+                reduction_factor=config.reduction_factor,
+                stop_last_trials=False,
+            )
+        case "median":
+            # Never pauses a trial: that would need a checkpoint of Tune's.
+            return MedianStoppingRule(**common, grace_period=grace, min_time_slice=float("inf"))  # pyright: ignore[reportArgumentType]
+        case _:
+            return FIFOScheduler()
+
+
+def replay(scheduler: TrialScheduler, journal: Journal, mode: str) -> None:
+    """Show a scheduler the trials that have ended; those that go on report all anew."""
+    sign = 1.0 if mode == "min" else -1.0
+    nobody: Any = None
+    # The median rule refuses results of a trial that it would have stopped in this order.
+    is_median = isinstance(scheduler, MedianStoppingRule)
+    tell: Any = scheduler.on_trial_complete if is_median else scheduler.on_trial_result
+    for trial in journal.trials.values():
+        if not trial.has_ended:
+            continue
+        ended = Trial("ended", trial_id=f"ended-{trial.number}", stub=True)
+        scheduler.on_trial_add(nobody, ended)
+        values = {step: sign * value for step, value in trial.values.items()}
+        if trial.state == "diverged":
+            values[trial.step + 1] = WORST
+        for step, value in values.items():
+            tell(nobody, ended, {STEP: step, OBJECTIVE: value})
