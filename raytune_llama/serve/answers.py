@@ -12,6 +12,7 @@ from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.config import settings
 from raytune_llama.model.tokenizer import encode_text
 from raytune_llama.serve.engine import Engine
+from raytune_llama.serve.grammar import ANY_OBJECT, Grammar, Grammars
 from raytune_llama.serve.models import ServedModel
 from raytune_llama.serve.protocol import (
     ChatRequest,
@@ -19,6 +20,7 @@ from raytune_llama.serve.protocol import (
     FinishReason,
     Message,
     Request,
+    ResponseFormat,
 )
 from raytune_llama.serve.sampling import Choice, Sampling
 from raytune_llama.serve.stepper import Generation
@@ -113,6 +115,7 @@ class Answerer:
 
     def __init__(self, served: ServedModel, engine: Engine, defaults: SamplingDefaults) -> None:
         self._served, self._engine, self._defaults = served, engine, defaults
+        self._grammars = Grammars(served.tokenizer, served.stop_ids)
 
     def read_chat(self, request: ChatRequest) -> Prompt:
         """Write a conversation by the model's template.
@@ -132,7 +135,19 @@ class Answerer:
             raise RequestError(str(error), "messages") from error
         wanted = request.max_tokens or request.max_completion_tokens
         num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        return self._prompt(request, ids, wanted, num_logprobs, "messages")
+        prompt = self._prompt(request, ids, wanted, num_logprobs, "messages")
+        constraint = self._constraint(request.response_format)
+        return replace(prompt, generation=replace(prompt.generation, constraint=constraint))
+
+    def _constraint(self, form: ResponseFormat | None) -> Grammar | None:
+        if form is None or form.type == "text":
+            return None
+        try:
+            return self._grammars.of_schema(
+                form.json_schema.schema_ if form.json_schema else ANY_OBJECT
+            )
+        except ValueError as error:
+            raise RequestError(str(error), "response_format") from error
 
     def read_completion(self, request: CompletionRequest) -> Prompt:
         """Encode a text as a document's beginning, control tokens in it as text; or take ids.

@@ -4,7 +4,7 @@ Fields that OpenAI has and that change nothing here are refused rather than igno
 that clients always send (`user`, `metadata`, `store`).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -104,6 +104,33 @@ class Message(BaseModel):
         return self.content if self.content is not None else self.message or ""
 
 
+class JsonSchema(BaseModel):
+    """A form that an answer keeps."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(max_length=64)]
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+    """Accepted; the schema is always kept."""
+
+
+class ResponseFormat(BaseModel):
+    """The form of an answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema: goes with type=json_schema, and with it alone")
+        return self
+
+
 class ChatRequest(Request):
     """`POST /v1/chat/completions`."""
 
@@ -111,6 +138,7 @@ class ChatRequest(Request):
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     """OpenAI's newer name of `max_tokens`."""
 
+    response_format: ResponseFormat | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 

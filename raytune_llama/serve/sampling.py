@@ -5,6 +5,7 @@ Shapes: N sequences, V vocabulary rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -35,6 +36,22 @@ class Sampling:
     no log-probability at all."""
 
 
+class Constraint(Protocol):
+    """What restricts a sequence's tokens, one after the other."""
+
+    def allowed(self) -> Tensor:
+        """Return which tokens may come next, (V,) of booleans; at least one may."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Go on by a token that may come."""
+        ...
+
+    def copy(self) -> Self:
+        """Return another that stands where this one does."""
+        ...
+
+
 @dataclass(frozen=True)
 class Choice:
     """A token that was chosen."""
@@ -57,8 +74,8 @@ class Chooser:
     seen: set[int]
     """Ids that the sequence has, its prompt included."""
 
-    allowed_V: Tensor | None = None
-    """Which tokens may come next; None: all. Set anew for each token where a grammar says."""
+    constraint: Constraint | None = None
+    """What restricts the tokens; None: nothing does."""
 
     generator: torch.Generator = field(init=False)
 
@@ -79,10 +96,12 @@ class Chooser:
         raw_V = logits_V
         if sampling.repetition_penalty != 1.0 and self.seen:
             logits_V = self._penalised(logits_V)
-        if self.allowed_V is not None:
-            logits_V = logits_V.masked_fill(~self.allowed_V, -torch.inf)
+        if self.constraint is not None:
+            logits_V = _restricted(logits_V, self.constraint.allowed())
         token = int(logits_V.argmax()) if sampling.temperature == 0 else self._draw(logits_V)
         self.seen.add(token)
+        if self.constraint is not None:
+            self.constraint.take(token)
         if sampling.num_logprobs is None:
             return Choice(token)
         logprobs_V = raw_V.log_softmax(0)
@@ -110,10 +129,18 @@ class Chooser:
         return int(ids[int(place)])
 
 
+def _restricted(logits_V: Tensor, allowed: Tensor) -> Tensor:
+    """Return the logits with -inf for what may not come; rows beyond the tokens never may."""
+    restricted_V = torch.full_like(logits_V, -torch.inf)
+    places = allowed.nonzero().squeeze(1).to(logits_V.device)
+    restricted_V[places] = logits_V[places]
+    return restricted_V
+
+
 def choose_all(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[Choice]:
     """Choose the next token of every sequence; those that only want the likeliest, together."""
     plain = [chooser.sampling == Sampling(temperature=0) for chooser in choosers]
-    simple = [p and c.allowed_V is None for p, c in zip(plain, choosers, strict=True)]
+    simple = [p and c.constraint is None for p, c in zip(plain, choosers, strict=True)]
     likeliest = logits_NV.argmax(1).tolist() if any(simple) else []
     choices: list[Choice] = []
     for row, chooser in enumerate(choosers):

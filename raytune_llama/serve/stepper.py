@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from raytune_llama.serve.cache import SlotCache
-from raytune_llama.serve.sampling import Choice, Chooser, Sampling, choose_all
+from raytune_llama.serve.sampling import Choice, Chooser, Constraint, Sampling, choose_all
 
 Finish = Literal["stop", "length"]
 """Why a sequence has ended: at a token that ends it, or at its limit."""
@@ -38,6 +38,9 @@ class Generation:
 
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end the sequence; such a token is told too."""
+
+    constraint: Constraint | None = None
+    """What restricts the tokens; each sequence goes on by a copy of its own."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,8 @@ class Stepper:
             ValueError: the prompt is empty, or leaves no room for a token.
         """
         self.check(generation)
-        chooser = Chooser(generation.sampling, set(generation.prompt))
+        constraint = generation.constraint.copy() if generation.constraint else None
+        chooser = Chooser(generation.sampling, set(generation.prompt), constraint)
         self._waiting.append(_Sequence(key, generation, chooser))
 
     def remove(self, key: Hashable) -> None:

@@ -41,9 +41,16 @@ def say_by_llama_cpp(llama: Any, ids: list[int]) -> list[int]:  # noqa: ANN401
     return said
 
 
-@pytest.mark.parametrize(("gguf_type", "num_same"), [("f16", NUM_TOKENS), ("q8_0", 5)])
+def preference(model: Any, ids: list[int], first: int, second: int) -> float:  # noqa: ANN401
+    """Return how much more the model likes one next token than another, in nats."""
+    with torch.no_grad():
+        logits_V = model(torch.tensor([ids])).logits[0, -1]
+    return float(logits_V[first] - logits_V[second])
+
+
+@pytest.mark.parametrize(("gguf_type", "tolerance"), [("f16", 0.01), ("q8_0", 0.5)])
 def test_llama_cpp_says_what_transformers_says(
-    make_adapter: MakeAdapter, tmp_path: Path, gguf_type: str, num_same: int
+    make_adapter: MakeAdapter, tmp_path: Path, gguf_type: str, tolerance: float
 ) -> None:
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
     base = tmp_path / "base"
@@ -58,7 +65,15 @@ def test_llama_cpp_says_what_transformers_says(
         str(target / f"model-{gguf_type}.gguf"), n_ctx=256, n_threads=1, verbose=False
     )
     tokenizer = load_tokenizer(base)
+    num_same = 0
     for prompt in PROMPTS:
         (ids,) = encode_text(tokenizer, [prompt])
         assert llama.tokenize(prompt.encode(), add_bos=False, special=False) == ids
-        assert say_by_llama_cpp(llama, ids)[:num_same] == say(wanted, ids)[:num_same], prompt
+        # Rounded weights may turn a choice between tokens that the model likes alike, no other.
+        for ours, theirs in zip(say(wanted, ids), say_by_llama_cpp(llama, ids), strict=True):
+            if ours != theirs:
+                assert preference(wanted, ids, ours, theirs) < tolerance, prompt
+                break
+            ids.append(ours)
+            num_same += 1
+    assert num_same >= len(PROMPTS) * NUM_TOKENS // 3

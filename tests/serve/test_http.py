@@ -162,6 +162,33 @@ def test_chat_logprobs_have_the_likeliest(client: openai.OpenAI) -> None:
         assert [len(token.top_logprobs), token.top_logprobs[0].token] == [2, token.token]
 
 
+SCHEMA: Any = {
+    "type": "object",
+    "properties": {"good": {"type": "boolean"}, "word": {"enum": ["fox", "人民"]}},
+    "required": ["good", "word"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat_with_a_schema_answers_in_its_form(
+    client: openai.OpenAI, *, stream: bool, temperature: float
+) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "said", "schema": SCHEMA}}
+    asked: dict[str, Any] = {"model": "tiny", "messages": FOX, "response_format": form}
+    asked |= {"temperature": temperature, "seed": 3, "n": 2, "max_tokens": 60, "stream": stream}
+    answer = client.chat.completions.create(**asked)
+    texts = ["", ""]
+    for item in answer if stream else [answer]:
+        for choice in item.choices:
+            texts[choice.index] += (choice.delta if stream else choice.message).content or ""
+    for text in texts:
+        found = json.loads(text)
+        assert isinstance(found["good"], bool)
+        assert found["word"] in ("fox", "人民")
+
+
 def test_async_clients_at_a_time_get_what_they_get_alone(server: Server) -> None:
     texts = ["the fox", "the dog", "人民", "over 人", "lazy", "for index"]
 
@@ -210,6 +237,17 @@ def test_async_clients_at_a_time_get_what_they_get_alone(server: Server) -> None
         ({"top_logprobs": 3}, 400, "only with logprobs=true"),
         ({"stop": [""]}, 400, "stop"),
         ({"extra_body": {"best_of": 3}}, 400, "best_of"),
+        ({"response_format": {"type": "json_schema"}}, 400, "json_schema"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "nothing"}},
+                }
+            },
+            400,
+            "the schema can't be used",
+        ),
         ({"model": "busy"}, 429, "9 requests are waiting"),
         ({"model": "busy", "stream": True}, 429, "9 requests are waiting"),
         ({"model": "broken"}, 503, "has failed"),

@@ -215,6 +215,7 @@ def test_pretrain_config_identity_holds_what_decides_the_result_and_nothing_else
         "schedule",
         "max_steps",
         "num_epochs",
+        "stop_step",
         "seed",
         "engine",
     }

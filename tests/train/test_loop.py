@@ -25,12 +25,14 @@ from raytune_llama.train.metrics import (
     EVAL_BITS_PER_BYTE,
     EVAL_LOSS,
     FILLER_SEQUENCES,
+    LEARNING_RATE,
     LOSS,
     TARGET_TOKENS,
     read_metrics,
 )
+from raytune_llama.train.outcome import Outcome
 from raytune_llama.train.workers import Workers
-from tests.train.conftest import MakeConfig, run_here
+from tests.train.conftest import MakeConfig, curve, run_here
 
 IDS = torch.arange(5, 25)[None]
 
@@ -220,3 +222,17 @@ def test_train_of_one_source_has_no_loss_of_a_source(make_config: MakeConfig) ->
     run_here(config)
     names = {name for record in read_metrics(config.run_place) for name in record}
     assert {name for name in names if name.startswith(EVAL_LOSS)} == {EVAL_LOSS}
+
+
+def test_run_with_a_stop_step_ends_there_on_the_rates_of_the_whole_run(
+    make_config: MakeConfig,
+) -> None:
+    whole, cut = make_config("whole", max_steps=8), make_config("cut", max_steps=8, stop_step=5)
+    run_here(whole)
+    assert run_here(cut) == Outcome("finished", 5)
+    for name in (LOSS, LEARNING_RATE):
+        assert curve(cut, name) == curve(whole, name)[:5]
+    # It is evaluated where it ends, as every run is, and has its result.
+    evaluated = [r["step"] for r in read_metrics(cut.run_place) if EVAL_LOSS in r]
+    assert evaluated == [0, 3, 5]
+    assert (cut.run_place / cut.result_name / "manifest.json").exists()
