@@ -7,9 +7,6 @@ from transformers import PreTrainedTokenizerBase
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are no character, and for those whose rest is to come."""
 
-MAX_HELD_TOKENS = 4
-"""A character has at most four bytes: what is no character after so many tokens never will be."""
-
 
 class TextStream:
     """Decodes a growing sequence of tokens; what was told is never taken back.
@@ -54,9 +51,8 @@ class TextStream:
         """Return the text of the newest tokens, or nothing where a character is not whole yet."""
         known = self._decode(self._tokens[self._context_start : self._told_end])
         text = self._decode(self._tokens[self._context_start :])
-        num_new = len(self._tokens) - self._told_end
-        is_open = text.endswith(REPLACEMENT) and num_new < MAX_HELD_TOKENS
-        if not is_last and (is_open or len(text) <= len(known)):
+        # Bytes that are no character may stand before the beginning of one: all of them wait.
+        if not is_last and (text.endswith(REPLACEMENT) or len(text) <= len(known)):
             return ""
         self._context_start, self._told_end = self._told_end, len(self._tokens)
         return text[len(known) :]
