@@ -97,18 +97,13 @@ class BatchPlan:
             total = math.ceil((num_epochs or 0) * sum(source_sequences))
         else:
             total = max_steps * sequences_per_step
+        group = sequences_per_step if is_padded else 1
         return cls(
             sequence_tokens=sequence_tokens,
             sequences_per_step=sequences_per_step,
             micro_batch_sequences=micro_batch_sequences,
             seed=seed,
-            order=_build_order(
-                source_sequences,
-                weights,
-                max_steps,
-                total,
-                group=sequences_per_step if is_padded else 1,
-            ),
+            order=_build_order(source_sequences, weights, max_steps, total, group=group),
             total_positions=total,
             is_padded=is_padded,
         )

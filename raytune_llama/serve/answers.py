@@ -197,6 +197,25 @@ class Answerer:
         generation = Generation(tuple(ids), sampling, limit, self._served.stop_ids)
         return Prompt(tuple(ids), generation, request.n, request.stops)
 
+    async def respond(
+        self, request: ChatRequest | CompletionRequest
+    ) -> AsyncGenerator[int | Part, None]:
+        """Yield a request's number of prompt tokens, then the parts of all its answers.
+
+        Raises:
+            RequestError: the request can't be answered; before the first item.
+            BusyError: as many requests wait as may.
+            EngineError: the engine has failed.
+        """
+        if isinstance(request, ChatRequest):
+            prompt = self.read_chat(request)
+        else:
+            prompt = self.read_completion(request)
+        yield len(prompt.ids)
+        async with aclosing(self.answer(prompt)) as parts:
+            async for part in parts:
+                yield part
+
     async def answer(self, prompt: Prompt) -> AsyncGenerator[Part, None]:
         """Yield the parts of all answers as they come.
 

@@ -121,12 +121,8 @@ class ModelReplica:
         self, request: ChatRequest | CompletionRequest
     ) -> AsyncGenerator[int | Part, None]:
         """Yield the prompt's number of tokens, then the parts of all answers."""
-        is_chat = isinstance(request, ChatRequest)
-        read: Any = self._answerer.read_chat if is_chat else self._answerer.read_completion
-        prompt = read(request)
-        yield len(prompt.ids)
-        async for part in self._answerer.answer(prompt):
-            yield part
+        async for item in self._answerer.respond(request):
+            yield item
 
     async def check_health(self) -> None:
         """Let Ray Serve replace a replica whose engine has failed."""
@@ -163,7 +159,7 @@ class ReplicaBackend:
 
 def build_app(config: ServeConfig) -> serve.Application:
     """Build the application that `serve run` and `serve deploy` take."""
-    names = [model.name or Path(model.path).resolve().name for model in config.models]
+    names = [model.served_name for model in config.models]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise ConfigError([f"models: {', '.join(doubled)} stands there twice; give names"])

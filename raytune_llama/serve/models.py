@@ -48,6 +48,11 @@ class ServedModelConfig:
     verify: bool = True
     """Compare the files with the hashes in the directory's manifest, where it has one."""
 
+    @property
+    def served_name(self) -> str:
+        """What requests call it."""
+        return self.name or Path(self.path).resolve().name.replace(":", "-")
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -111,9 +116,8 @@ def load_served(config: ServedModelConfig, device: torch.device) -> ServedModel:
     if positions is not None and limit > positions:
         raise ConfigError([f"max_context: got {limit}, but {path} has {positions} positions"])
     logger.info("%s: %s, %d tokens of context", path, model.dtype, limit)
-    name = config.name or path.resolve().name.replace(":", "-")
     nn.Module.to(model.eval(), device)
-    return ServedModel(name, model, tokenizer, chat, limit)
+    return ServedModel(config.served_name, model, tokenizer, chat, limit)
 
 
 def check_files(path: Path) -> list[str]:

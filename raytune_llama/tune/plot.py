@@ -168,8 +168,7 @@ def _draw_coordinates(
 def _height(kind: Distribution, value: Any) -> float:  # noqa: ANN401
     """Return where a value lies on its axis, from 0 to 1."""
     if kind.choice is not None:
-        place = [repr(choice) for choice in kind.choice].index(repr(value))
-        return place / max(len(kind.choice) - 1, 1)
+        return kind.position(value) / max(len(kind.choice) - 1, 1)
     if kind.loguniform is not None:
         low, high = map(math.log, kind.loguniform)
         return (math.log(value) - low) / (high - low)

@@ -115,10 +115,13 @@ def build_study(
 
     direction = "minimize" if mode == "min" else "maximize"
     study = optuna.create_study(direction=direction, sampler=sampler)
-    fixed = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
-    fixed |= {"running": TrialState.RUNNING}
+    states = {
+        "finished": TrialState.COMPLETE,
+        "stopped": TrialState.PRUNED,
+        "running": TrialState.RUNNING,
+    }
     for trial in history:
-        state = fixed.get(trial.state, TrialState.FAIL)
+        state = states.get(trial.state, TrialState.FAIL)
         if state == TrialState.COMPLETE and trial.value is None:
             state = TrialState.FAIL
         study.add_trial(

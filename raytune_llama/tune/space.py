@@ -68,6 +68,11 @@ class Distribution:
             raise ConfigError(problems)
         return self
 
+    def position(self, value: Any) -> int:  # noqa: ANN401  # of any field
+        """Return the place of a value among the choices."""
+        # By repr, since True is equal to 1.
+        return [repr(choice) for choice in self.choice or ()].index(repr(value))
+
     def scaled(self, value: Any) -> float | int:  # noqa: ANN401  # of any field
         """Return `factor` times another field's value; a whole number stays one.
 
@@ -196,9 +201,8 @@ def _pick(field: str, distribution: Distribution, chooser: Chooser) -> Any:  # n
 
 def drawn_parameters(space: Space, sample: Sample) -> dict[str, Any]:
     """Return a sample as a chooser gave it: choices by position, without multiples."""
-    # By repr, since True is equal to 1.
     return {
-        field: [repr(value) for value in distribution.choice].index(repr(sample[field]))
+        field: distribution.position(sample[field])
         if distribution.choice is not None
         else sample[field]
         for field, distribution in space.items()

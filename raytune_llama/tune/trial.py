@@ -45,7 +45,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Follower:
-    """Reads a run's evaluations from its directory, each once."""
+    """Reads a run's evaluations from its directory."""
 
     run_dir: Place
     """Of the run."""

@@ -28,15 +28,8 @@ class Here:
         self._answerer = answerer
 
     async def answer(self, request: Asked) -> AsyncGenerator[int | Part, None]:
-        is_chat = isinstance(request, ChatRequest)
-        prompt = (
-            self._answerer.read_chat(request)
-            if is_chat
-            else self._answerer.read_completion(request)
-        )
-        yield len(prompt.ids)
-        async for part in self._answerer.answer(prompt):
-            yield part
+        async for item in self._answerer.respond(request):
+            yield item
 
     async def check(self) -> None:
         pass
