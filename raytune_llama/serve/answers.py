@@ -11,10 +11,10 @@ from pydantic import Field
 from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.config import settings
 from raytune_llama.model.tokenizer import encode_text
-from raytune_llama.serve.engine import Engine
-from raytune_llama.serve.grammar import ANY_OBJECT, Grammar, Grammars
-from raytune_llama.serve.models import ServedModel
-from raytune_llama.serve.protocol import (
+from raytune_llama.serve.engine.base import Engine, Generation
+from raytune_llama.serve.engine.grammar import ANY_OBJECT, Grammar, Grammars
+from raytune_llama.serve.engine.sampling import Choice, Sampling
+from raytune_llama.serve.http.protocol import (
     ChatRequest,
     CompletionRequest,
     FinishReason,
@@ -22,8 +22,7 @@ from raytune_llama.serve.protocol import (
     Request,
     ResponseFormat,
 )
-from raytune_llama.serve.sampling import Choice, Sampling
-from raytune_llama.serve.stepper import Generation
+from raytune_llama.serve.models import ServedModel
 from raytune_llama.serve.text import REPLACEMENT, TextStream
 
 

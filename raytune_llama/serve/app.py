@@ -24,12 +24,13 @@ from ray.serve.handle import DeploymentHandle
 from raytune_llama.config import ConfigError, settings
 from raytune_llama.logs import setup_logging
 from raytune_llama.serve.answers import Answerer, Part, RequestError, SamplingDefaults
-from raytune_llama.serve.engine import BusyError, EngineError, TransformersEngine
-from raytune_llama.serve.http import build_http
-from raytune_llama.serve.keys import Keys, read_keys
+from raytune_llama.serve.engine.base import BusyError, EngineError
+from raytune_llama.serve.engine.loop import TransformersEngine
+from raytune_llama.serve.engine.stepper import Stepper
+from raytune_llama.serve.http.keys import Keys, read_keys
+from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
+from raytune_llama.serve.http.routes import build_http
 from raytune_llama.serve.models import ServedModelConfig, load_served
-from raytune_llama.serve.protocol import ChatRequest, CompletionRequest
-from raytune_llama.serve.stepper import Stepper
 
 logger = logging.getLogger(__name__)
 

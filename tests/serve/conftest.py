@@ -8,9 +8,9 @@ import torch
 
 from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.serve.answers import Answerer, SamplingDefaults
-from raytune_llama.serve.engine import TransformersEngine
+from raytune_llama.serve.engine.loop import TransformersEngine
+from raytune_llama.serve.engine.stepper import Stepper
 from raytune_llama.serve.models import ServedModel, ServedModelConfig, load_served
-from raytune_llama.serve.stepper import Stepper
 from tests.train.conftest import write_model
 
 

@@ -10,9 +10,9 @@ from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.chat.encoding import EncodedConversation
 from raytune_llama.model.tokenizer import encode_text
 from raytune_llama.serve.answers import Answerer, Part, Prompt, RequestError
+from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
 from raytune_llama.serve.models import ServedModel
-from raytune_llama.serve.protocol import ChatRequest, CompletionRequest
-from tests.serve.test_stepper import by_transformers
+from tests.serve.engine.test_stepper import by_transformers
 
 
 def chat(*turns: str, **fields: Any) -> ChatRequest:  # noqa: ANN401

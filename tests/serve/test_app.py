@@ -9,9 +9,9 @@ import pytest
 
 from raytune_llama.config import ConfigError
 from raytune_llama.serve.app import ServeConfig, build_app, check_exposure
-from raytune_llama.serve.keys import Keys, make_key
+from raytune_llama.serve.http.keys import Keys, make_key
 from raytune_llama.serve.models import ServedModel, ServedModelConfig
-from tests.serve.test_stepper import by_transformers
+from tests.serve.engine.test_stepper import by_transformers
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])

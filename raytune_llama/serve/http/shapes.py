@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel
 
 from raytune_llama.serve.answers import Part, text_bytes
-from raytune_llama.serve.protocol import (
+from raytune_llama.serve.http.protocol import (
     AnswerMessage,
     ChatChoice,
     ChatChunk,

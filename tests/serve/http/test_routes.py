@@ -13,10 +13,10 @@ import pytest
 import uvicorn
 
 from raytune_llama.serve.answers import Answerer, Part
-from raytune_llama.serve.engine import BusyError, EngineError
-from raytune_llama.serve.http import MAX_BODY_BYTES, build_http
-from raytune_llama.serve.keys import Keys, make_key
-from raytune_llama.serve.protocol import ChatRequest, CompletionRequest
+from raytune_llama.serve.engine.base import BusyError, EngineError
+from raytune_llama.serve.http.keys import Keys, make_key
+from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
+from raytune_llama.serve.http.routes import MAX_BODY_BYTES, build_http
 
 Asked = ChatRequest | CompletionRequest
 

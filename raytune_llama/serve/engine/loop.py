@@ -1,47 +1,15 @@
-"""What answers requests: token ids in, tokens one by one out, many requests at a time."""
+"""The engine around a transformers model: the steps of all requests, in a thread of its own."""
 
 import asyncio
 import itertools
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Hashable
-from typing import Protocol
 
-from raytune_llama.serve.stepper import Generation, Step, Stepper
+from raytune_llama.serve.engine.base import BusyError, EngineError, Generation, Step
+from raytune_llama.serve.engine.stepper import Stepper
 
 logger = logging.getLogger(__name__)
-
-
-class BusyError(RuntimeError):
-    """As many requests wait as may; try again later."""
-
-
-class EngineError(RuntimeError):
-    """The engine has failed and answers nothing any more."""
-
-
-class Engine(Protocol):
-    """Generates for many requests at a time."""
-
-    def generate(self, generation: Generation) -> AsyncGenerator[Step, None]:
-        """Yield a request's tokens as they come, the last one with its finish.
-
-        A caller that ends the iteration before frees what the request holds.
-
-        Raises:
-            BusyError: as many wait as may.
-            ValueError: the prompt does not fit.
-            EngineError: the engine has failed.
-        """
-        ...
-
-    def check(self) -> None:
-        """Raise EngineError where nothing can be generated any more."""
-        ...
-
-    def close(self) -> None:
-        """End; what still runs ends with an EngineError."""
-        ...
 
 
 class TransformersEngine:

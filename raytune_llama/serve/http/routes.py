@@ -19,9 +19,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raytune_llama.serve.answers import Part, RequestError
-from raytune_llama.serve.engine import BusyError, EngineError
-from raytune_llama.serve.keys import Keys
-from raytune_llama.serve.protocol import (
+from raytune_llama.serve.engine.base import BusyError, EngineError
+from raytune_llama.serve.http.keys import Keys
+from raytune_llama.serve.http.protocol import (
     ChatCompletion,
     ChatRequest,
     Completion,
@@ -31,7 +31,7 @@ from raytune_llama.serve.protocol import (
     ModelCard,
     ModelList,
 )
-from raytune_llama.serve.shapes import Answer, ChatShape, CompletionShape, Counts, Shape
+from raytune_llama.serve.http.shapes import Answer, ChatShape, CompletionShape, Counts, Shape
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from raytune_llama.model.tokenizer import encode_text
-from raytune_llama.serve.grammar import ANY_OBJECT, Grammars
+from raytune_llama.serve.engine.grammar import ANY_OBJECT, Grammars
 from raytune_llama.serve.models import ServedModel
 
 PERSON = {

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from raytune_llama.config import ConfigError
-from raytune_llama.serve.keys import Keys, make_key, read_keys
+from raytune_llama.serve.http.keys import Keys, make_key, read_keys
 
 
 def test_key_that_was_made_is_let_in_and_no_other(tmp_path: Path) -> None:

@@ -10,51 +10,15 @@ import inspect
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raytune_llama.serve.cache import SlotCache
-from raytune_llama.serve.sampling import Choice, Chooser, Constraint, Sampling, choose_all
-
-Finish = Literal["stop", "length"]
-"""Why a sequence has ended: at a token that ends it, or at its limit."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What is asked of the model: ids in, ids out."""
-
-    prompt: tuple[int, ...]
-    """Token ids; at least one."""
-
-    sampling: Sampling
-    """How tokens are chosen."""
-
-    max_tokens: int
-    """New tokens, at most."""
-
-    stop_ids: frozenset[int] = frozenset()
-    """Tokens that end the sequence; such a token is told too."""
-
-    constraint: Constraint | None = None
-    """What restricts the tokens; each sequence goes on by a copy of its own."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A sequence's next token."""
-
-    key: Hashable
-    """Of the sequence, as `add` was told."""
-
-    choice: Choice
-    """The token."""
-
-    finish: Finish | None
-    """Set with the last token."""
+from raytune_llama.serve.engine.base import Finish, Generation, Step
+from raytune_llama.serve.engine.cache import SlotCache
+from raytune_llama.serve.engine.sampling import Chooser, choose_all
 
 
 @dataclass

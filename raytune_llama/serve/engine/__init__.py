@@ -1,0 +1,1 @@
+"""What generates: token ids in, tokens out, many requests at a time."""

@@ -1,0 +1,1 @@
+"""OpenAI's API over HTTP; knows no model and no Ray."""
