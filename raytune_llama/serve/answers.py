@@ -4,92 +4,24 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Annotated
-
-from pydantic import Field
 
 from raytune_llama.chat.conversations import Conversation, Turn
-from raytune_llama.config import settings
 from raytune_llama.model.tokenizer import encode_text
+from raytune_llama.serve.config import SamplingDefaults
 from raytune_llama.serve.engine.base import Engine, Generation
 from raytune_llama.serve.engine.grammar import ANY_OBJECT, Grammar, Grammars
 from raytune_llama.serve.engine.sampling import Choice, Sampling
+from raytune_llama.serve.errors import RequestError
 from raytune_llama.serve.http.protocol import (
     ChatRequest,
     CompletionRequest,
-    FinishReason,
     Message,
     Request,
     ResponseFormat,
 )
 from raytune_llama.serve.models import ServedModel
-from raytune_llama.serve.text import REPLACEMENT, TextStream
-
-
-@settings
-class SamplingDefaults:
-    """What a request that does not say gets; OpenAI's defaults."""
-
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    """0: always the likeliest token."""
-
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Part of the probability that is drawn from."""
-
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    """How many of the likeliest tokens are drawn from; null: all."""
-
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
-    """Above 1: tokens that are there already become less likely."""
-
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """New tokens; null: what the context has room for."""
-
-
-class RequestError(ValueError):
-    """A request that can't be answered; `param` is the field at fault."""
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        # All arguments, so that pickle can rebuild it.
-        super().__init__(message, param)
-        self.message, self.param = message, param
-
-    def __str__(self) -> str:
-        return self.message
-
-
-@dataclass(frozen=True)
-class TokenText:
-    """A token of an answer, as log-probabilities name it."""
-
-    text: str
-    """What it decodes to alone."""
-
-    logprob: float
-    """Natural logarithm of its probability."""
-
-    likeliest: tuple[tuple[str, float], ...] = ()
-    """The likeliest tokens in its place."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of one of a request's answers."""
-
-    index: int
-    """Of the answer."""
-
-    text: str
-    """What is new; may be empty."""
-
-    num_tokens: int
-    """Tokens generated since the part before."""
-
-    tokens: tuple[TokenText, ...] = ()
-    """The new tokens, where log-probabilities were asked for."""
-
-    finish: FinishReason | None = None
-    """Set with the answer's last part."""
+from raytune_llama.serve.parts import Part, TokenText
+from raytune_llama.serve.text import TextStream
 
 
 @dataclass(frozen=True)
@@ -286,11 +218,6 @@ class Answerer:
         text = self._served.tokenizer.decode([token], skip_special_tokens=False)
         assert isinstance(text, str)
         return text
-
-
-def text_bytes(text: str) -> list[int] | None:
-    """Return a token's bytes, or None where it is a part of a character."""
-    return None if REPLACEMENT in text else list(text.encode())
 
 
 def _conversation(messages: Sequence[Message]) -> Conversation:

@@ -3,55 +3,21 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from raytune_llama.chat.encoding import ChatConfig, ChatEncoder, build_chat_encoder
-from raytune_llama.chat.templates.choice import TemplateName
-from raytune_llama.config import ConfigError, settings
+from raytune_llama.config import ConfigError
 from raytune_llama.files import MANIFEST, read_json, sha256_file
 from raytune_llama.model.lineage import check_recorded, recorded_chat
 from raytune_llama.model.llama import DTYPES, check_model_directory
 from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.model.vocab import num_embedding_rows
+from raytune_llama.serve.config import ServedModelConfig
 
 logger = logging.getLogger(__name__)
-
-
-@settings
-class ServedModelConfig:
-    """A model, and how it is loaded."""
-
-    path: Annotated[str, Field(min_length=1)]
-    """Model directory, as `jobs/merge.py` writes it; safetensors only."""
-
-    name: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^:\s]+$")] | None = None
-    """What requests call it; null: the directory's name. Has no colon, behind which an adapter
-    is named."""
-
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the weights; auto: as they are stored, but in single precision on CPUs."""
-
-    template: TemplateName | None = None
-    """How conversations are written; null: as the model was tuned, or else the tokenizer's own."""
-
-    allow_other_template: bool = False
-    """Serve with another template than the model was tuned with."""
-
-    max_context: Annotated[int, Field(ge=2)] | None = None
-    """Tokens of a request, prompt and answer; null: what the model has positions for."""
-
-    verify: bool = True
-    """Compare the files with the hashes in the directory's manifest, where it has one."""
-
-    @property
-    def served_name(self) -> str:
-        """What requests call it."""
-        return self.name or Path(self.path).resolve().name.replace(":", "-")
 
 
 @dataclass(frozen=True)

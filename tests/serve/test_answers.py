@@ -9,9 +9,11 @@ import pytest
 from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.chat.encoding import EncodedConversation
 from raytune_llama.model.tokenizer import encode_text
-from raytune_llama.serve.answers import Answerer, Part, Prompt, RequestError
+from raytune_llama.serve.answers import Answerer, Prompt
+from raytune_llama.serve.errors import RequestError
 from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
 from raytune_llama.serve.models import ServedModel
+from raytune_llama.serve.parts import Part
 from tests.serve.engine.test_stepper import by_transformers
 
 

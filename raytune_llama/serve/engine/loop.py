@@ -6,8 +6,9 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Hashable
 
-from raytune_llama.serve.engine.base import BusyError, EngineError, Generation, Step
+from raytune_llama.serve.engine.base import Generation, Step
 from raytune_llama.serve.engine.stepper import Stepper
+from raytune_llama.serve.errors import BusyError, EngineError
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ form. A stream's first part is awaited before its status is sent, so that a refu
 """
 
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
@@ -13,14 +14,17 @@ from typing import Any, Protocol
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raytune_llama.serve.answers import Part, RequestError
-from raytune_llama.serve.engine.base import BusyError, EngineError
+from raytune_llama.serve.config import KeyLimits
+from raytune_llama.serve.errors import BusyError, EngineError, RequestError
+from raytune_llama.serve.http.admission import ANYBODY, KEY_NAME, Admission, Books, LocalBooks
 from raytune_llama.serve.http.keys import Keys
+from raytune_llama.serve.http.meter import CountRequests, Meter, MeteredAnswers, exposition
 from raytune_llama.serve.http.protocol import (
     ChatCompletion,
     ChatRequest,
@@ -32,6 +36,7 @@ from raytune_llama.serve.http.protocol import (
     ModelList,
 )
 from raytune_llama.serve.http.shapes import Answer, ChatShape, CompletionShape, Counts, Shape
+from raytune_llama.serve.parts import Part
 
 logger = logging.getLogger(__name__)
 
@@ -63,17 +68,32 @@ class Backend(Protocol):
         ...
 
 
-def build_http(backends: Mapping[str, Backend], keys: Keys) -> FastAPI:
+def build_http(
+    backends: Mapping[str, Backend],
+    keys: Keys,
+    *,
+    meter: Meter | None = None,
+    books: Books | None = None,
+) -> FastAPI:
     """Build the application.
 
     Args:
         backends: models by the names that requests use.
         keys: who may ask.
+        meter: what counts; None: one that is made here.
+        books: what admits requests and adds counts up; None: this gateway stands alone, and no
+            key is limited.
     """
+    meter = meter or Meter()
+    books = books or LocalBooks(KeyLimits(), meter)
     app = FastAPI(title="raytune_llama", docs_url=None, redoc_url=None)
     created = int(time.time())
     _add_errors(app)
+    _add_watching(app, backends, books)
+    # The last one added is the first one asked.
+    app.add_middleware(Admission, books=books, refuse=_wait)
     app.add_middleware(_Guard, keys=keys)
+    app.add_middleware(CountRequests, meter=meter)
 
     def backend_of(name: str) -> Backend:
         if name not in backends:
@@ -81,12 +101,9 @@ def build_http(backends: Mapping[str, Backend], keys: Keys) -> FastAPI:
             raise _problem(404, f"no model {name!r}; there is {known}", "model", "model_not_found")
         return backends[name]
 
-    @app.get("/health", response_model=None)
-    async def health() -> Response:
-        """Say whether every model can answer."""
-        for backend in backends.values():
-            await backend.check()
-        return Response(status_code=200)
+    def counted(request: ChatRequest | CompletionRequest) -> AsyncGenerator[int | Part, None]:
+        answers = backend_of(request.model).answer(request)
+        return MeteredAnswers(meter, request.model).pass_on(answers)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
@@ -102,22 +119,39 @@ def build_http(backends: Mapping[str, Backend], keys: Keys) -> FastAPI:
     @app.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat(request: ChatRequest) -> Response:
         """Answer a conversation."""
-        return await _respond(backend_of(request.model), request, ChatShape(request))
+        return await _respond(counted(request), request, ChatShape(request))
 
     @app.post("/v1/completions", response_model=Completion)
     async def complete(request: CompletionRequest) -> Response:
         """Go on with a text."""
         echoed = request.prompt if request.echo and isinstance(request.prompt, str) else ""
         shape = CompletionShape(request, echoed)
-        return await _respond(backend_of(request.model), request, shape)
+        return await _respond(counted(request), request, shape)
 
     return app
 
 
+def _add_watching(app: FastAPI, backends: Mapping[str, Backend], books: Books) -> None:
+    """Add the routes by which the endpoint is watched."""
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        """Say whether every model can answer."""
+        for backend in backends.values():
+            await backend.check()
+        return Response(status_code=200)
+
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        """Tell what all gateways have counted, as Prometheus reads it."""
+        return Response(exposition(await books.families()), media_type=CONTENT_TYPE_LATEST)
+
+
 async def _respond(
-    backend: Backend, request: ChatRequest | CompletionRequest, shape: Shape
+    items: AsyncGenerator[int | Part, None],
+    request: ChatRequest | CompletionRequest,
+    shape: Shape,
 ) -> Response:
-    items = backend.answer(request)
     counts = Counts(prompt=_prompt_tokens(await anext(items)))
     if not request.stream:
         answers = [Answer() for _ in range(request.n)]
@@ -257,7 +291,9 @@ class _Guard:
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
         refusal = None
-        if scope["path"] not in OPEN_PATHS and not self._is_let_in(headers):
+        name = self._name(headers)
+        scope[KEY_NAME] = name or ANYBODY
+        if scope["path"] not in OPEN_PATHS and self._keys.hashes and name is None:
             refusal = _problem(401, "wanted Authorization: Bearer KEY", code="invalid_api_key")
         elif not length.isdecimal() or int(length) > MAX_BODY_BYTES:
             refusal = _too_large()
@@ -276,10 +312,20 @@ class _Guard:
 
         await self._app(scope, counted, send)
 
-    def _is_let_in(self, headers: Headers) -> bool:
+    def _name(self, headers: Headers) -> str | None:
+        """Return the name of the key that a request came with; None: of none that is known."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        is_known = self._keys.find(key.strip()) is not None
-        return not self._keys.hashes or (scheme.lower() == "bearer" and is_known)
+        name = self._keys.find(key.strip())
+        return name if scheme.lower() == "bearer" else None
+
+
+def _wait(seconds: float) -> JSONResponse:
+    refusal = _problem(429, "this key asks for more than it may", code="rate_limit_exceeded")
+    return JSONResponse(
+        ErrorAnswer(error=refusal.body).model_dump(),
+        refusal.status_code,
+        headers={"Retry-After": str(math.ceil(seconds))},
+    )
 
 
 def _too_large() -> _Refusal:
