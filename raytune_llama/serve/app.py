@@ -70,8 +70,8 @@ def _model_deployment(replicas: ReplicaConfig) -> serve.Deployment:
             min_replicas=replicas.min,
             max_replicas=replicas.max,
             target_ongoing_requests=replicas.target_ongoing or replicas.slots / 2,
-            # What was asked longer ago says nothing about now.
-            look_back_period_s=min(30.0, max(2.0, replicas.upscale_seconds)),
+            # Short, so that it follows; Ray wants more than the 10 s between two of its reports.
+            look_back_period_s=12.0,
             upscale_delay_s=replicas.upscale_seconds,
             downscale_delay_s=replicas.downscale_seconds,
         ),

@@ -1,7 +1,10 @@
 """What `/metrics` tells of requests that went well, were refused, or whose client has gone."""
 
+import json
+import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx2
 import openai
@@ -29,6 +32,7 @@ def server(answerer: Answerer) -> Iterator[Server]:
     one.close()
 
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 LABELS = ("route", "status", "model", "adapter", "outcome", "le")
 
 
@@ -128,3 +132,17 @@ def test_a_key_that_asks_too_much_must_wait_and_others_need_not(answerer: Answer
         assert server.client(key).models.list().data
     finally:
         server.close()
+
+
+def test_the_dashboard_asks_for_what_is_told() -> None:
+    dashboard = json.loads((REPOSITORY / "serve" / "grafana.json").read_text())
+    asked = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"raytune_llama_\w+", target["expr"])
+    }
+    families = Meter().families()
+    suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket",)}
+    told = {f.name + suffix for f in families for suffix in suffixes[f.type]}
+    assert asked == told
