@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import openai
 
@@ -23,11 +23,17 @@ class Clients:
     url: str
     asked: Mapping[str, object]
     num_clients: int = 8
-    max_retries: int = 0
+    retry_seconds: float | None = None
+    """How long a client waits before it asks once more what has failed; None: it does not."""
+
     texts: Counter[str] = field(default_factory=Counter)
     """Answers that came, by text."""
 
+    num_retried: int = 0
+    """Requests that were asked once more."""
+
     failures: list[Exception] = field(default_factory=list)
+    """Of requests that were not answered."""
 
     def __enter__(self) -> Self:
         self._over = threading.Event()
@@ -53,14 +59,25 @@ class Clients:
 
     def _run(self) -> None:
         client = openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=self.max_retries, timeout=120
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120
         )
         while not self._over.is_set():
-            try:
-                told = client.completions.create(**self.asked)  # pyright: ignore[reportCallIssue, reportArgumentType]
-                self.texts[told.choices[0].text] += 1
-            except openai.APIError as error:
+            error = self._ask(client)
+            if error is not None and self.retry_seconds is not None:
+                self.num_retried += 1
+                time.sleep(self.retry_seconds)
+                error = self._ask(client)
+            if error is not None:
                 self.failures.append(error)
+
+    def _ask(self, client: openai.OpenAI) -> Exception | None:
+        asked: Any = self.asked
+        try:
+            told = client.completions.create(**asked)
+        except openai.APIError as error:
+            return error
+        self.texts[told.choices[0].text] += 1
+        return None
 
 
 def wait_until(is_so: Callable[[], bool], *, seconds: float, what: str) -> float:
