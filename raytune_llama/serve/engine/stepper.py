@@ -96,6 +96,7 @@ class Stepper:
         chooser = Chooser(generation.sampling, set(generation.prompt), constraint)
         self._waiting.append(_Sequence(key, generation, chooser))
 
+    @torch.inference_mode()
     def remove(self, key: Hashable) -> None:
         """Let a sequence go, wherever it is; nothing where it has ended."""
         for sequence in [s for s in self._waiting if s.key == key]:

@@ -184,3 +184,23 @@ def test_stepper_that_lets_one_go_answers_the_others_alike(
     assert (stepper.num_running, stepper.num_waiting) == (0, 0)
     for n in (0, 2, 3):
         assert told[n] == by_transformers(llama, asked[n].prompt, 10)
+
+
+def test_stepper_lets_the_first_of_several_go_while_they_are_answered(
+    llama: PreTrainedModel,
+) -> None:
+    asked = {n: Generation(p, GREEDY, 10) for n, p in enumerate(prompts(3))}
+    stepper = Stepper(llama, num_slots=3, max_context=200, prefill_tokens=100)
+    told: dict[Hashable, list[int]] = {n: [] for n in asked}
+    for key, generation in asked.items():
+        stepper.add(key, generation)
+    while len(told[2]) < 2:
+        for step in stepper.step():
+            told[step.key].append(step.choice.token)
+    stepper.remove(0)  # the last row takes its place, outside of a step
+    assert stepper.num_running == 2
+    while stepper.num_running:
+        for step in stepper.step():
+            told[step.key].append(step.choice.token)
+    for n in (1, 2):
+        assert told[n] == by_transformers(llama, asked[n].prompt, 10)
