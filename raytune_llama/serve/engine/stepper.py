@@ -2,8 +2,9 @@
 
 Shapes: N sequences, Q new tokens of a row, L columns, V vocabulary rows.
 
-Sequences join and leave between two passes. A prompt is read in pieces between passes, so that a
-long one does not hold up those that are being answered.
+Sequences join and leave between two passes. Between passes so many tokens of prompts are read: a
+long prompt in pieces, so that it does not hold up those that are being answered, and short ones
+several at a time, so that passes are soon full.
 """
 
 import inspect
@@ -50,7 +51,8 @@ class Stepper:
             num_slots: sequences at a time; more wait.
             max_context: tokens of a sequence, prompt and answer, at most.
             num_tokens: ids of the tokenizer; rows beyond are never generated. None: all rows are.
-            prefill_tokens: longest piece of a prompt read between two tokens of the others.
+            prefill_tokens: tokens of prompts read between two tokens of the others: a piece of a
+                long one, or several that are short.
         """
         self._model, self._device = model, model.device
         self._num_slots, self._max_context = num_slots, max_context
@@ -108,10 +110,18 @@ class Stepper:
 
     @torch.inference_mode()
     def step(self) -> list[Step]:
-        """Read a piece of a prompt, and give every sequence that is answered its next token."""
+        """Give every sequence that is answered its next token, and read prompts."""
         # Those that decode come first: a prompt that ends here is told its first token only.
         steps = self._decode()
-        return steps + self._prefill()
+        room = self._prefill_tokens
+        while room > 0 and (sequence := self._next_prompt()) is not None:
+            num_unread = len(sequence.generation.prompt) - sequence.num_stored
+            # A pass over the weights is dear: none for a scrap of the next prompt.
+            if room < min(num_unread, self._prefill_tokens):
+                break
+            steps += self._prefill(sequence, room)
+            room -= num_unread
+        return steps
 
     def _decode(self) -> list[Step]:
         if not self._decoding:
@@ -126,14 +136,16 @@ class Stepper:
             self._free(row)
         return steps
 
-    def _prefill(self) -> list[Step]:
-        if self._prefilling is None:
-            if not self._waiting or len(self._decoding) == self._num_slots:
-                return []
+    def _next_prompt(self) -> _Sequence | None:
+        """Return the sequence whose prompt is to be read, with a slot; None where there is none."""
+        if self._prefilling is None and self._waiting and len(self._decoding) < self._num_slots:
             self._prefilling = self._waiting.popleft()
-        sequence, row = self._prefilling, len(self._decoding)
-        start = sequence.num_stored
-        piece = sequence.generation.prompt[start : start + self._prefill_tokens]
+        return self._prefilling
+
+    def _prefill(self, sequence: _Sequence, room: int) -> list[Step]:
+        """Read at most `room` tokens of a prompt; return its first token where it ends there."""
+        start, row = sequence.num_stored, len(self._decoding)
+        piece = sequence.generation.prompt[start : start + room]
         ids_1Q = torch.tensor([piece], device=self._device)
         positions_1Q = torch.arange(start, start + len(piece), device=self._device).unsqueeze(0)
         logits_1V = self._forward(ids_1Q, positions_1Q, first=row)
