@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ RETRY_SECONDS = 15.0
 
 
 @pytest.fixture
-def endpoint(url: str, served_dir: Path) -> Iterator[str]:
+def endpoint(url: str, served_dir: Path) -> str:
     """Two replicas and two gateways."""
     model = ServedModelConfig(path=str(served_dir), name="tiny", template="belle")
     replicas = ReplicaConfig(min=2, max=2, slots=8, cpus=0.5)
