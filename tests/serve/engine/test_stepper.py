@@ -191,10 +191,9 @@ def test_stepper_reads_short_prompts_together_up_to_the_bound(llama: PreTrainedM
     lengths = {"a": 8, "b": 8, "c": 8, "d": 45, "e": 3}
     for key, length in lengths.items():
         stepper.add(key, Generation((5,) * length, GREEDY, 100))
-    began: list[set[Hashable]] = [set() for _ in range(5)]
-    known: set[Hashable] = set()
-    for told in began:
-        told |= {step.key for step in stepper.step()} - known
-        known |= told
+    began: list[set[Hashable]] = []
+    for _ in range(5):
+        known = set().union(*began)
+        began.append({step.key for step in stepper.step()} - known)
     # c's beginning is not worth a pass; d takes three, and leaves room for e.
     assert began == [{"a", "b"}, {"c"}, set(), set(), {"d", "e"}]
