@@ -1,7 +1,7 @@
 """From a request to the text of its answers, part by part; knows tokens, and no HTTP."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -58,6 +58,10 @@ class RequestError(ValueError):
         return self.message
 
 
+class UnknownModelError(RequestError):
+    """A request for a model or an adapter that is not there."""
+
+
 @dataclass(frozen=True)
 class TokenText:
     """A token of an answer, as log-probabilities name it."""
@@ -112,9 +116,22 @@ class Prompt:
 class Answerer:
     """Makes prompts of requests, and text of what the engine generates."""
 
-    def __init__(self, served: ServedModel, engine: Engine, defaults: SamplingDefaults) -> None:
+    def __init__(
+        self,
+        served: ServedModel,
+        engine: Engine,
+        defaults: SamplingDefaults,
+        adapter: Hashable | None = None,
+    ) -> None:
+        """Answer for a model, with an adapter that the engine has, by its key."""
         self._served, self._engine, self._defaults = served, engine, defaults
+        self._adapter = adapter
         self._grammars = Grammars(served.tokenizer, served.stop_ids)
+
+    @property
+    def name(self) -> str:
+        """What requests call the model."""
+        return self._served.name
 
     def read_chat(self, request: ChatRequest) -> Prompt:
         """Write a conversation by the model's template.
@@ -193,7 +210,8 @@ class Answerer:
             num_logprobs=num_logprobs,
         )
         limit = min(wanted or defaults.max_tokens or room, room)
-        generation = Generation(tuple(ids), sampling, limit, self._served.stop_ids)
+        stop_ids = self._served.stop_ids
+        generation = Generation(tuple(ids), sampling, limit, stop_ids, adapter=self._adapter)
         return Prompt(tuple(ids), generation, request.n, request.stops)
 
     async def respond(
@@ -202,10 +220,14 @@ class Answerer:
         """Yield a request's number of prompt tokens, then the parts of all its answers.
 
         Raises:
+            UnknownModelError: the request names an adapter, and not this one.
             RequestError: the request can't be answered; before the first item.
             BusyError: as many requests wait as may.
             EngineError: the engine has failed.
         """
+        _, *adapter = request.model.partition(":")
+        if adapter != list(self.name.partition(":")[1:]):
+            raise UnknownModelError(f"{self.name} has no adapter {adapter[1]!r}", "model")
         if isinstance(request, ChatRequest):
             prompt = self.read_chat(request)
         else:

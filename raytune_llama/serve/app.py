@@ -6,9 +6,10 @@ A model's replicas hold its weights and grow with what is asked of them; the gat
 Beyond loopback nothing is served without keys, whatever file started the proxy.
 """
 
+import asyncio
 import ipaddress
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Hashable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,9 @@ from ray.serve.handle import DeploymentHandle
 
 from raytune_llama.config import ConfigError, settings
 from raytune_llama.logs import setup_logging
+from raytune_llama.serve.adapters.loading import AdapterLoader
+from raytune_llama.serve.adapters.pool import AdapterPool
+from raytune_llama.serve.adapters.registry import Registry
 from raytune_llama.serve.answers import Answerer, Part, RequestError, SamplingDefaults
 from raytune_llama.serve.engine.base import BusyError, EngineError
 from raytune_llama.serve.engine.loop import TransformersEngine
@@ -30,7 +34,7 @@ from raytune_llama.serve.engine.stepper import Stepper
 from raytune_llama.serve.http.keys import Keys, read_keys
 from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
 from raytune_llama.serve.http.routes import build_http
-from raytune_llama.serve.models import ServedModelConfig, load_served
+from raytune_llama.serve.models import ServedModel, ServedModelConfig, load_served
 
 logger = logging.getLogger(__name__)
 
@@ -107,16 +111,33 @@ class ModelReplica:
         torch.set_num_threads(max(1, int(replicas.cpus)))
         device = torch.device("cuda" if replicas.use_gpu else "cpu")
         served = load_served(model, device)
-        stepper = Stepper(
-            served.model,
-            num_slots=replicas.slots,
-            max_context=served.max_context,
-            num_tokens=len(served.tokenizer),
-            prefill_tokens=replicas.prefill_tokens,
-        )
+
+        def make_stepper(served: ServedModel) -> Stepper:
+            return Stepper(
+                served.model,
+                num_slots=replicas.slots,
+                max_context=served.max_context,
+                num_tokens=len(served.tokenizer),
+                prefill_tokens=replicas.prefill_tokens,
+            )
+
         # Ray Serve bounds what waits; here it never has to.
-        self._engine = TransformersEngine(stepper, max_waiting=10**6)
-        self._answerer = Answerer(served, self._engine, config.defaults)
+        self._engine = engine = TransformersEngine(make_stepper(served), max_waiting=10**6)
+
+        def make_answerer(served: ServedModel, adapter: Hashable | None) -> Answerer:
+            return Answerer(served, engine, config.defaults, adapter)
+
+        self._answerer = base = make_answerer(served, None)
+        if model.adapters_dir is not None:
+            self._answerer = AdapterPool(
+                base,
+                Registry.of(model.adapters_dir),
+                AdapterLoader(model, served),
+                engine,
+                make_answerer=make_answerer,
+                make_stepper=make_stepper,
+                max_adapters=model.max_adapters,
+            )
 
     async def answer(
         self, request: ChatRequest | CompletionRequest
@@ -133,8 +154,15 @@ class ModelReplica:
 class ReplicaBackend:
     """A model behind its deployment's handle, as the gateway sees it."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, adapters_dir: str | None) -> None:
         self._handle = handle.options(stream=True)
+        self._registry = None if adapters_dir is None else Registry.of(adapters_dir)
+
+    async def adapters(self) -> list[str]:
+        """List the registry, here: a list must not wait for a slot, or start a replica."""
+        if self._registry is None:
+            return []
+        return sorted(await asyncio.to_thread(self._registry.list))
 
     async def answer(
         self, request: ChatRequest | CompletionRequest
@@ -197,8 +225,10 @@ def _gateway(config: ServeConfig, names: list[str]) -> serve.Deployment:
         app_name = serve.get_replica_context().app_name
         return build_http(
             {
-                name: ReplicaBackend(serve.get_deployment_handle(f"model-{name}", app_name))
-                for name in names
+                name: ReplicaBackend(
+                    serve.get_deployment_handle(f"model-{name}", app_name), model.adapters_dir
+                )
+                for name, model in zip(names, config.models, strict=True)
             },
             keys,
         )
