@@ -94,6 +94,11 @@ class AdapterPool:
         self._failed: dict[str, tuple[str, str]] = {}
         self._keys, self._uses = itertools.count(), itertools.count()
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The adapters that are in memory, or being loaded."""
+        return frozenset(self._slots)
+
     async def respond(
         self, request: ChatRequest | CompletionRequest
     ) -> AsyncGenerator[int | Part, None]:

@@ -121,8 +121,9 @@ def test_adapter_used_longest_ago_leaves_for_another_but_none_in_use(
 
     async def main() -> None:
         wanted = {name: adapters.wanted(name) for name in ("a", "b", "c")}
-        for name in ("a", "b", "a", "c", "b", "c"):
+        for name, there in (("a", "a"), ("b", "ab"), ("a", "ab"), ("c", "ac"), ("b", "bc")):
             assert await adapters.text(name) == wanted[name]
+            assert adapters.pool.names == set(there)
         held = [adapters.pool.respond(asked(f"tiny:{name}")) for name in ("b", "c")]
         for answer in held:
             await anext(answer)
