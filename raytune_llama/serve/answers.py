@@ -1,7 +1,7 @@
 """From a request to the text of its answers, part by part; knows tokens, and no HTTP."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,7 @@ from raytune_llama.serve.config import SamplingDefaults
 from raytune_llama.serve.engine.base import Engine, Generation
 from raytune_llama.serve.engine.grammar import ANY_OBJECT, Grammar, Grammars
 from raytune_llama.serve.engine.sampling import Choice, Sampling
-from raytune_llama.serve.errors import RequestError
+from raytune_llama.serve.errors import RequestError, UnknownModelError
 from raytune_llama.serve.http.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -44,9 +44,22 @@ class Prompt:
 class Answerer:
     """Makes prompts of requests, and text of what the engine generates."""
 
-    def __init__(self, served: ServedModel, engine: Engine, defaults: SamplingDefaults) -> None:
+    def __init__(
+        self,
+        served: ServedModel,
+        engine: Engine,
+        defaults: SamplingDefaults,
+        adapter: Hashable | None = None,
+    ) -> None:
+        """Answer for a model, with an adapter that the engine has, by its key."""
         self._served, self._engine, self._defaults = served, engine, defaults
+        self._adapter = adapter
         self._grammars = Grammars(served.tokenizer, served.stop_ids)
+
+    @property
+    def name(self) -> str:
+        """What requests call the model."""
+        return self._served.name
 
     def read_chat(self, request: ChatRequest) -> Prompt:
         """Write a conversation by the model's template.
@@ -125,7 +138,8 @@ class Answerer:
             num_logprobs=num_logprobs,
         )
         limit = min(wanted or defaults.max_tokens or room, room)
-        generation = Generation(tuple(ids), sampling, limit, self._served.stop_ids)
+        stop_ids = self._served.stop_ids
+        generation = Generation(tuple(ids), sampling, limit, stop_ids, adapter=self._adapter)
         return Prompt(tuple(ids), generation, request.n, request.stops)
 
     async def respond(
@@ -134,10 +148,14 @@ class Answerer:
         """Yield a request's number of prompt tokens, then the parts of all its answers.
 
         Raises:
+            UnknownModelError: the request names an adapter, and not this one.
             RequestError: the request can't be answered; before the first item.
             BusyError: as many requests wait as may.
             EngineError: the engine has failed.
         """
+        _, *adapter = request.model.partition(":")
+        if adapter != list(self.name.partition(":")[1:]):
+            raise UnknownModelError(f"{self.name} has no adapter {adapter[1]!r}", "model")
         if isinstance(request, ChatRequest):
             prompt = self.read_chat(request)
         else:

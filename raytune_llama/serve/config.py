@@ -55,7 +55,16 @@ class ServedModelConfig:
     """Tokens of a request, prompt and answer; null: what the model has positions for."""
 
     verify: bool = True
-    """Compare the files with the hashes in the directory's manifest, where it has one."""
+    """Compare the files with the hashes in the directory's manifest, where it has one; those of
+    adapters too."""
+
+    adapters_dir: Annotated[str, Field(min_length=1)] | None = None
+    """Folder of adapter directories, local or `s3://...` or `gs://...`; requests choose one as
+    `model:adapter`, and one that is written anew is used from then on. A local one has to be on
+    the nodes that speak HTTP too. null: no adapters."""
+
+    max_adapters: Annotated[int, Field(ge=1)] = 8
+    """Adapters in memory at a time, beside old versions that requests still use."""
 
     @property
     def served_name(self) -> str:

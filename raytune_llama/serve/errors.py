@@ -13,6 +13,10 @@ class RequestError(ValueError):
         return self.message
 
 
+class UnknownModelError(RequestError):
+    """A request for a model or an adapter that is not there."""
+
+
 class BusyError(RuntimeError):
     """As many requests wait as may; try again later."""
 

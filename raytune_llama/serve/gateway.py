@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from raytune_llama.config import ConfigError
 from raytune_llama.logs import setup_logging
+from raytune_llama.serve.adapters.registry import Registry
 from raytune_llama.serve.config import KeyLimits, ServeConfig
 from raytune_llama.serve.errors import BusyError, EngineError, RequestError
 from raytune_llama.serve.http.admission import Ledger
@@ -46,8 +47,15 @@ ASK_SECONDS = 2.0
 class ReplicaBackend:
     """A model behind its deployment's handle, as the gateway sees it."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, adapters_dir: str | None) -> None:
         self._handle = handle.options(stream=True)
+        self._registry = None if adapters_dir is None else Registry.of(adapters_dir)
+
+    async def adapters(self) -> list[str]:
+        """List the registry, here: a list must not wait for a slot, or start a replica."""
+        if self._registry is None:
+            return []
+        return sorted(await asyncio.to_thread(self._registry.list))
 
     async def answer(
         self, request: ChatRequest | CompletionRequest
@@ -151,7 +159,6 @@ class SharedBooks:
 
 def build_gateway(config: ServeConfig) -> serve.Deployment:
     """Return the deployment that speaks HTTP; it is bound to the ledger and the models."""
-    names = [model.served_name for model in config.models]
 
     def build() -> FastAPI:
         keys = read_keys(Path(config.keys_file)) if config.keys_file else Keys()
@@ -161,8 +168,11 @@ def build_gateway(config: ServeConfig) -> serve.Deployment:
         ledger = serve.get_deployment_handle(LEDGER, app_name)
         return build_http(
             {
-                name: ReplicaBackend(serve.get_deployment_handle(deployment_name(name), app_name))
-                for name in names
+                model.served_name: ReplicaBackend(
+                    serve.get_deployment_handle(deployment_name(model.served_name), app_name),
+                    model.adapters_dir,
+                )
+                for model in config.models
             },
             keys,
             meter=meter,

@@ -1,14 +1,17 @@
 """A model directory that can be served: checked, loaded, with the template it was tuned with."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from raytune_llama.chat.encoding import ChatConfig, ChatEncoder, build_chat_encoder
+from raytune_llama.chat.templates.names import TemplateName
 from raytune_llama.config import ConfigError
 from raytune_llama.files import MANIFEST, read_json, sha256_file
 from raytune_llama.model.lineage import check_recorded, recorded_chat
@@ -67,7 +70,14 @@ def load_served(config: ServedModelConfig, device: torch.device) -> ServedModel:
         tokenizer = load_tokenizer(path)
     except (ValueError, OSError) as error:
         raise ConfigError([f"path: {error}"]) from error
-    chat = _load_template(config, path, tokenizer)
+    found = recorded_chat([path])
+    chat = load_template(
+        tokenizer,
+        path,
+        found[1] if found else None,
+        wanted=config.template,
+        allow_other=config.allow_other_template,
+    )
     dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
     if config.precision != "auto":
         dtype = DTYPES[config.precision]
@@ -77,13 +87,23 @@ def load_served(config: ServedModelConfig, device: torch.device) -> ServedModel:
     _refuse_windows(model, path)
     if num_embedding_rows(model) < len(tokenizer):
         raise ConfigError([f"path: {path} has fewer rows than its tokenizer has ids"])
-    positions = getattr(model.config, "max_position_embeddings", None)
-    limit = config.max_context or positions or getattr(model.config, "seq_length", None) or 2048
-    if positions is not None and limit > positions:
-        raise ConfigError([f"max_context: got {limit}, but {path} has {positions} positions"])
+    limit = context_tokens(config, model)
     logger.info("%s: %s, %d tokens of context", path, model.dtype, limit)
     nn.Module.to(model.eval(), device)
     return ServedModel(config.served_name, model, tokenizer, chat, limit)
+
+
+def context_tokens(config: ServedModelConfig, model: PreTrainedModel) -> int:
+    """Return how many tokens a request may have.
+
+    Raises:
+        ConfigError: the config wants more than the model has positions for.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    limit = config.max_context or positions or getattr(model.config, "seq_length", None) or 2048
+    if positions is not None and limit > positions:
+        raise ConfigError([f"max_context: got {limit}, but the model has {positions} positions"])
+    return limit
 
 
 def check_files(path: Path) -> list[str]:
@@ -106,25 +126,39 @@ def check_files(path: Path) -> list[str]:
     return problems + ([f"path: {recorded}"] if recorded else [])
 
 
-def _load_template(
-    config: ServedModelConfig, path: Path, tokenizer: PreTrainedTokenizerFast
+def load_template(
+    tokenizer: PreTrainedTokenizerFast,
+    where: Path,
+    recorded: Mapping[str, Any] | None,
+    *,
+    wanted: TemplateName | None = None,
+    allow_other: bool = False,
 ) -> ChatEncoder | None:
-    """Return what makes prompts of conversations, or None where the model has no template."""
-    found = recorded_chat([path])
-    recorded = found[1] if found else None
-    name = config.template or (recorded["template"] if recorded else None)
+    """Return what makes prompts of conversations, or None where there is no template.
+
+    Args:
+        tokenizer: of the model or adapter.
+        where: its directory.
+        recorded: what `recorded_chat` has found there.
+        wanted: what is used instead of the recorded one.
+        allow_other: whether it may be another than the recorded one.
+
+    Raises:
+        ConfigError: the template can't be used, or is not the recorded one.
+    """
+    name = wanted or (recorded["template"] if recorded else None)
     if name is None and not tokenizer.chat_template:
-        logger.warning("%s has no chat template: it completes texts, and answers no chats", path)
+        logger.warning("%s has no chat template: it completes texts, and answers no chats", where)
         return None
     try:
         chat = build_chat_encoder(tokenizer, ChatConfig(template=name or "tokenizer"))
     except ValueError as error:
         raise ConfigError([f"template: {error}"]) from error
     sha256 = chat.template.sha256
-    if recorded and sha256 != recorded["template_sha256"] and not config.allow_other_template:
+    if recorded and sha256 != recorded["template_sha256"] and not allow_other:
         raise ConfigError(
             [
-                f"template: {chat.template.name} (SHA256 {sha256[:16]}) is not what {path} was "
+                f"template: {chat.template.name} (SHA256 {sha256[:16]}) is not what {where} was "
                 f"tuned with: {recorded['template']} ({recorded['template_sha256'][:16]}); leave "
                 "the field out, or set allow_other_template=true"
             ]

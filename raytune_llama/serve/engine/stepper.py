@@ -9,7 +9,7 @@ several at a time, so that passes are soon full.
 
 import inspect
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from raytune_llama.serve.engine.base import Finish, Generation, Step
 from raytune_llama.serve.engine.cache import SlotCache
+from raytune_llama.serve.engine.lora import LoraLayers, LowRank
 from raytune_llama.serve.engine.sampling import Chooser, choose_all
 
 
@@ -58,6 +59,7 @@ class Stepper:
         self._num_slots, self._max_context = num_slots, max_context
         self._num_tokens, self._prefill_tokens = num_tokens, prefill_tokens
         self._cache = SlotCache(model.config, num_slots)
+        self._lora = LoraLayers(model)
         accepted = inspect.signature(model.forward).parameters
         self._passes_positions = "position_ids" in accepted
         # The place in the list is the row in the cache.
@@ -74,6 +76,14 @@ class Stepper:
     def num_waiting(self) -> int:
         """Sequences that wait for one."""
         return len(self._waiting)
+
+    def attach(self, key: Hashable, updates: Mapping[str, LowRank]) -> None:
+        """Take an adapter in, which sequences name from now on; see `LoraLayers.attach`."""
+        self._lora.attach(key, updates)
+
+    def detach(self, key: Hashable) -> None:
+        """Let an adapter go; no sequence has it any more."""
+        self._lora.detach(key)
 
     def check(self, generation: Generation) -> None:
         """Refuse what can't be answered; may be called by any thread.
@@ -128,7 +138,7 @@ class Stepper:
             return []
         ids_N1 = torch.tensor([[s.generated[-1]] for s in self._decoding], device=self._device)
         positions_N1 = torch.tensor([[s.num_stored] for s in self._decoding], device=self._device)
-        logits_NV = self._forward(ids_N1, positions_N1, first=0)
+        logits_NV = self._forward(ids_N1, positions_N1, self._decoding, first=0)
         for sequence in self._decoding:
             sequence.num_stored += 1
         steps = self._choose(logits_NV, self._decoding)
@@ -148,7 +158,7 @@ class Stepper:
         piece = sequence.generation.prompt[start : start + room]
         ids_1Q = torch.tensor([piece], device=self._device)
         positions_1Q = torch.arange(start, start + len(piece), device=self._device).unsqueeze(0)
-        logits_1V = self._forward(ids_1Q, positions_1Q, first=row)
+        logits_1V = self._forward(ids_1Q, positions_1Q, [sequence], first=row)
         sequence.num_stored += len(piece)
         if sequence.num_stored < len(sequence.generation.prompt):
             return []
@@ -158,11 +168,14 @@ class Stepper:
             self._decoding.append(sequence)
         return steps
 
-    def _forward(self, ids_NQ: Tensor, positions_NQ: Tensor, *, first: int) -> Tensor:
+    def _forward(
+        self, ids_NQ: Tensor, positions_NQ: Tensor, sequences: Sequence[_Sequence], *, first: int
+    ) -> Tensor:
         """Return the logits behind each row's last token, (N, V) in float32."""
         length_N1 = positions_NQ[:, -1:] + 1
         num_columns = int(length_N1.max())
         self._cache.look(first, positions_NQ, num_columns)
+        self._lora.look([sequence.generation.adapter for sequence in sequences])
         options: dict[str, Any] = {}
         if self._passes_positions:
             options["position_ids"] = positions_NQ

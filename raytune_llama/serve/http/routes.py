@@ -7,7 +7,7 @@ form. A stream's first part is awaited before its status is sent, so that a refu
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raytune_llama.serve.config import KeyLimits
-from raytune_llama.serve.errors import BusyError, EngineError, RequestError
+from raytune_llama.serve.errors import BusyError, EngineError, RequestError, UnknownModelError
 from raytune_llama.serve.http.admission import ANYBODY, KEY_NAME, Admission, Books, LocalBooks
 from raytune_llama.serve.http.keys import Keys
 from raytune_llama.serve.http.meter import CountRequests, Meter, MeteredAnswers, exposition
@@ -63,6 +63,14 @@ class Backend(Protocol):
         """
         ...
 
+    async def adapters(self) -> Sequence[str]:
+        """Return the names of the adapters that may stand behind the model's and a colon.
+
+        Raises:
+            EngineError: they can't be listed.
+        """
+        ...
+
     async def check(self) -> None:
         """Raise EngineError where the model can't answer."""
         ...
@@ -96,10 +104,12 @@ def build_http(
     app.add_middleware(CountRequests, meter=meter)
 
     def backend_of(name: str) -> Backend:
-        if name not in backends:
+        # What stands behind the colon is the backend's to know.
+        base = name.partition(":")[0]
+        if base not in backends:
             known = ", ".join(backends)
-            raise _problem(404, f"no model {name!r}; there is {known}", "model", "model_not_found")
-        return backends[name]
+            raise UnknownModelError(f"no model {base!r}; there is {known}", "model")
+        return backends[base]
 
     def counted(request: ChatRequest | CompletionRequest) -> AsyncGenerator[int | Part, None]:
         answers = backend_of(request.model).answer(request)
@@ -108,12 +118,19 @@ def build_http(
     @app.get("/v1/models")
     async def models() -> ModelList:
         """List the models."""
-        return ModelList(data=[ModelCard(id=name, created=created) for name in backends])
+        return ModelList(
+            data=[
+                ModelCard(id=name, created=created)
+                for base, backend in backends.items()
+                for name in await _names(base, backend)
+            ]
+        )
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> ModelCard:
         """Describe a model."""
-        backend_of(name)
+        if name not in await _names(name.partition(":")[0], backend_of(name)):
+            raise UnknownModelError(f"no model {name!r}; /v1/models lists all", "model")
         return ModelCard(id=name, created=created)
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion)
@@ -145,6 +162,11 @@ def _add_watching(app: FastAPI, backends: Mapping[str, Backend], books: Books) -
     async def metrics() -> Response:
         """Tell what all gateways have counted, as Prometheus reads it."""
         return Response(exposition(await books.families()), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _names(base: str, backend: Backend) -> list[str]:
+    """Return what requests may call a model, with its adapters."""
+    return [base, *(f"{base}:{name}" for name in await backend.adapters())]
 
 
 async def _respond(
@@ -269,6 +291,10 @@ def _add_errors(app: FastAPI) -> None:
     on(RequestValidationError, of_validation)
     on(HTTPException, of_status)
     on(RequestError, lambda error: _problem(400, error.message, error.param))
+    on(
+        UnknownModelError,
+        lambda error: _problem(404, error.message, error.param, "model_not_found"),
+    )
     on(BusyError, lambda error: _problem(429, str(error), code="rate_limit_exceeded"))
     on(EngineError, lambda error: _problem(503, str(error)))
 

@@ -164,7 +164,7 @@ def test_stepper_never_generates_surplus_rows() -> None:
     assert all(token < favourite for tokens, _ in told.values() for token in tokens)
 
 
-@pytest.mark.parametrize("after", range(8))
+@pytest.mark.parametrize("after", [*range(8), 14, 20])
 def test_stepper_that_lets_one_go_answers_the_others_alike(
     llama: PreTrainedModel, after: int
 ) -> None:

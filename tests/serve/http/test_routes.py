@@ -32,6 +32,9 @@ class Here:
         async for item in self._answerer.respond(request):
             yield item
 
+    async def adapters(self) -> list[str]:
+        return []
+
     async def check(self) -> None:
         pass
 
@@ -47,6 +50,9 @@ class Failing:
         for number in range(self._after):
             yield Part(0, f"{number} ", 1)
         raise self._error
+
+    async def adapters(self) -> list[str]:
+        return []
 
     async def check(self) -> None:
         raise self._error
