@@ -70,7 +70,7 @@ class ReplicaConfig:
     """CPUs reserved for a replica; as many threads compute, at least one."""
 
     prefill_tokens: Annotated[int, Field(ge=1)] = 256
-    """Tokens of prompts that are read between two tokens of the others' answers."""
+    """Longest piece of a prompt that is read between two tokens of the others' answers."""
 
     @model_validator(mode="after")
     def _check(self) -> "ReplicaConfig":
