@@ -10,7 +10,6 @@ from pydantic import Field
 
 from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.config import settings
-from raytune_llama.model.tokenizer import encode_text
 from raytune_llama.serve.engine.base import Engine, Generation
 from raytune_llama.serve.engine.grammar import ANY_OBJECT, Grammar, Grammars
 from raytune_llama.serve.engine.sampling import Choice, Sampling
@@ -156,9 +155,7 @@ class Answerer:
         """
         tokenizer = self._served.tokenizer
         if isinstance(request.prompt, str):
-            bos = tokenizer.bos_token_id
-            ids = [bos] if isinstance(bos, int) else []
-            ids += encode_text(tokenizer, [request.prompt])[0]
+            ids = self._served.encode_texts([request.prompt])[0]
         else:
             ids = request.prompt
             beyond = [token for token in ids if token >= len(tokenizer)]

@@ -9,6 +9,7 @@ Beyond loopback nothing is served without keys, whatever file started the proxy.
 import ipaddress
 import logging
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,9 +25,12 @@ from ray.serve.handle import DeploymentHandle
 from raytune_llama.config import ConfigError, settings
 from raytune_llama.logs import setup_logging
 from raytune_llama.serve.answers import Answerer, Part, RequestError, SamplingDefaults
+from raytune_llama.serve.embeddings import TextVectors
 from raytune_llama.serve.engine.base import BusyError, EngineError
+from raytune_llama.serve.engine.embed import Vectors
 from raytune_llama.serve.engine.loop import TransformersEngine
 from raytune_llama.serve.engine.stepper import Stepper
+from raytune_llama.serve.http.embedding_protocol import EmbeddingRequest
 from raytune_llama.serve.http.keys import Keys, read_keys
 from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
 from raytune_llama.serve.http.routes import build_http
@@ -117,6 +121,7 @@ class ModelReplica:
         # Ray Serve bounds what waits; here it never has to.
         self._engine = TransformersEngine(stepper, max_waiting=10**6)
         self._answerer = Answerer(served, self._engine, config.defaults)
+        self._vectors = TextVectors(served, self._engine)
 
     async def answer(
         self, request: ChatRequest | CompletionRequest
@@ -124,6 +129,12 @@ class ModelReplica:
         """Yield the prompt's number of tokens, then the parts of all answers."""
         async for item in self._answerer.respond(request):
             yield item
+
+    async def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
+        """Yield the texts' number of tokens, then their vectors."""
+        async with aclosing(self._vectors.respond(request)) as items:
+            async for item in items:
+                yield item
 
     async def check_health(self) -> None:
         """Let Ray Serve replace a replica whose engine has failed."""
@@ -140,22 +151,34 @@ class ReplicaBackend:
         self, request: ChatRequest | CompletionRequest
     ) -> AsyncGenerator[int | Part, None]:
         """Yield what a replica yields."""
-        answers: Any = self._handle.answer.remote(request)
-        try:
-            async for item in answers:
+        async with aclosing(_followed(self._handle.answer.remote(request))) as items:
+            async for item in items:
                 yield item
-        except BackPressureError as error:
-            raise BusyError("as many requests wait as may") from error
-        except RayError as error:
-            cause = getattr(error, "cause", error)
-            if isinstance(cause, RequestError | BusyError | EngineError):
-                raise cause from None
-            raise EngineError(f"the model's replica has failed: {cause!r}") from error
-        finally:
-            answers.cancel()
+
+    async def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
+        """Yield what a replica yields."""
+        async with aclosing(_followed(self._handle.embed.remote(request))) as items:
+            async for item in items:
+                yield item
 
     async def check(self) -> None:
         """Do nothing: Ray Serve replaces replicas that have failed."""
+
+
+async def _followed(answers: Any) -> AsyncGenerator[Any, None]:  # noqa: ANN401  # Ray's are untyped
+    """Yield what a replica yields, its errors as they were; closing it ends the replica's work."""
+    try:
+        async for item in answers:
+            yield item
+    except BackPressureError as error:
+        raise BusyError("as many requests wait as may") from error
+    except RayError as error:
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, RequestError | BusyError | EngineError):
+            raise cause from None
+        raise EngineError(f"the model's replica has failed: {cause!r}") from error
+    finally:
+        answers.cancel()
 
 
 def build_app(config: ServeConfig) -> serve.Application:

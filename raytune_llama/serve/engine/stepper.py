@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from raytune_llama.serve.engine.base import Finish, Generation, Step
 from raytune_llama.serve.engine.cache import SlotCache
+from raytune_llama.serve.engine.embed import Embedder
 from raytune_llama.serve.engine.sampling import Chooser, choose_all
 
 
@@ -72,6 +73,12 @@ class Stepper:
     def num_waiting(self) -> int:
         """Sequences that wait for one."""
         return len(self._waiting)
+
+    def build_embedder(self) -> Embedder:
+        """Return what makes vectors of texts with the same model, in passes of the same bound."""
+        return Embedder(
+            self._model, max_context=self._max_context, pass_tokens=self._prefill_tokens
+        )
 
     def check(self, generation: Generation) -> None:
         """Refuse what can't be answered; may be called by any thread.

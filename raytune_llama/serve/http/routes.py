@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raytune_llama.serve.answers import Part, RequestError
 from raytune_llama.serve.engine.base import BusyError, EngineError
+from raytune_llama.serve.http.embeddings import EmbeddingBackend, add_embeddings
 from raytune_llama.serve.http.keys import Keys
 from raytune_llama.serve.http.protocol import (
     ChatCompletion,
@@ -45,7 +46,7 @@ OPEN_PATHS = frozenset({"/health"})
 """Routes that need no key."""
 
 
-class Backend(Protocol):
+class Backend(EmbeddingBackend, Protocol):
     """A model that answers."""
 
     def answer(self, request: ChatRequest | CompletionRequest) -> AsyncGenerator[int | Part, None]:
@@ -111,6 +112,7 @@ def build_http(backends: Mapping[str, Backend], keys: Keys) -> FastAPI:
         shape = CompletionShape(request, echoed)
         return await _respond(backend_of(request.model), request, shape)
 
+    add_embeddings(app, backend_of)
     return app
 
 
