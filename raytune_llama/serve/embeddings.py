@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import cast
 
 from raytune_llama.serve.answers import RequestError
 from raytune_llama.serve.engine.base import Engine
@@ -32,16 +33,13 @@ class TextVectors:
                 f"{size} numbers and can't be cut; leave the field out",
                 "dimensions",
             )
-        given, texts = request.input, []
-        is_list = isinstance(given, list) and not isinstance(given[0], int)
-        listed = list(given) if is_list else [given]
+        texts: list[tuple[int, ...]] = []
+        listed, is_list = _listed(request)
         written = [text for text in listed if isinstance(text, str)]
         encoded = iter(served.encode_texts(written) if written else [])
         for number, text in enumerate(listed):
-            where = f"input.{number}" if is_list else "input"
             ids = next(encoded) if isinstance(text, str) else text
-            assert isinstance(ids, list)
-            texts.append(self._checked(ids, where))
+            texts.append(self._checked(ids, f"input.{number}" if is_list else "input"))
         total = sum(map(len, texts))
         if total > MAX_INPUT_TOKENS:
             raise RequestError(
@@ -78,3 +76,14 @@ class TextVectors:
         async with aclosing(self._engine.embed(texts)) as made:
             async for vectors in made:
                 yield vectors
+
+
+def _listed(request: EmbeddingRequest) -> tuple[list[str] | list[list[int]], bool]:
+    """Return a request's texts or their ids, and whether these stood in a list."""
+    match request.input:
+        case str() as text:
+            return [text], False
+        case [int(), *_] as ids:
+            return cast("list[list[int]]", [ids]), False
+        case listed:
+            return cast("list[str] | list[list[int]]", listed), True

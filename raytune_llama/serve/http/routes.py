@@ -156,7 +156,7 @@ async def _events(
                 part = _part(item)
                 counts.completion += part.num_tokens
                 # What changes nothing for the client is not sent.
-                if part.text or part.tokens or part.finish:
+                if part.text or part.calls or part.tokens or part.finish:
                     yield _event(shape.part(part))
         except EngineError as error:
             # The status is sent already.
