@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,11 +25,12 @@ from raytune_llama.serve.adapters.registry import Registry
 from raytune_llama.serve.config import KeyLimits, ServeConfig
 from raytune_llama.serve.errors import BusyError, EngineError, RequestError
 from raytune_llama.serve.http.admission import Ledger
+from raytune_llama.serve.http.embedding_protocol import EmbeddingRequest
 from raytune_llama.serve.http.keys import Keys, read_keys
 from raytune_llama.serve.http.meter import Meter, add_up
 from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
 from raytune_llama.serve.http.routes import build_http
-from raytune_llama.serve.parts import Part
+from raytune_llama.serve.parts import Part, Vectors
 
 T = TypeVar("T")
 
@@ -61,22 +63,36 @@ class ReplicaBackend:
         self, request: ChatRequest | CompletionRequest
     ) -> AsyncGenerator[int | Part, None]:
         """Yield what a replica yields."""
-        answers: Any = self._handle.answer.remote(request)
-        try:
-            async for item in answers:
+        async with aclosing(_followed(self._handle.answer.remote(request))) as items:
+            async for item in items:
                 yield item
-        except BackPressureError as error:
-            raise BusyError("as many requests wait as may") from error
-        except (RayError, RayServeException) as error:
-            cause = getattr(error, "cause", error)
-            if isinstance(cause, RequestError | BusyError | EngineError):
-                raise cause from None
-            raise EngineError(f"the model's replica has failed: {cause!r}") from error
-        finally:
-            answers.cancel()
+
+    async def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
+        """Yield what a replica yields."""
+        async with aclosing(_followed(self._handle.embed.remote(request))) as items:
+            async for item in items:
+                yield item
 
     async def check(self) -> None:
         """Do nothing: Ray Serve replaces replicas that have failed."""
+
+
+async def _followed(answers: Any) -> AsyncGenerator[Any, None]:  # noqa: ANN401  # Ray's are untyped
+    """Yield what a replica yields, its errors as they were; closing it ends the replica's work."""
+    try:
+        async for item in answers:
+            yield item
+    except BackPressureError as error:
+        raise BusyError("as many requests wait as may") from error
+    except (RayError, RayServeException) as error:
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, RequestError | BusyError | EngineError):
+            raise cause from None
+        raise EngineError(f"the model's replica has failed: {cause!r}") from error
+    except (asyncio.CancelledError, GeneratorExit):
+        # Only here: to cancel what was refused raises the refusal again.
+        answers.cancel()
+        raise
 
 
 class LedgerReplica:

@@ -16,7 +16,7 @@ from raytune_llama.config import ConfigError
 from raytune_llama.files import MANIFEST, read_json, sha256_file
 from raytune_llama.model.lineage import check_recorded, recorded_chat
 from raytune_llama.model.llama import DTYPES, check_model_directory
-from raytune_llama.model.tokenizer import load_tokenizer
+from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.config import ServedModelConfig
 
@@ -51,6 +51,12 @@ class ServedModel:
         if isinstance(eos, int):
             ends.add(eos)
         return frozenset(ends) | (self.chat.template.stop_ids if self.chat else frozenset())
+
+    def encode_texts(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of documents' beginnings: BOS where there is one, then plain text."""
+        bos = self.tokenizer.bos_token_id
+        begin = [bos] if isinstance(bos, int) else []
+        return [begin + ids for ids in encode_text(self.tokenizer, texts)]
 
 
 def load_served(config: ServedModelConfig, device: torch.device) -> ServedModel:

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raytune_llama.serve.http.protocol import FinishReason
+from raytune_llama.serve.tools import CallPiece
+
+Vectors = NDArray[np.float32]
+"""Vectors of texts, (N, D): N texts, D hidden size."""
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are no character, and for those whose rest is to come."""
@@ -40,6 +47,9 @@ class Part:
 
     finish: FinishReason | None = None
     """Set with the answer's last part."""
+
+    calls: tuple[CallPiece, ...] = ()
+    """What is new of its calls of tools; they come behind all text."""
 
 
 def text_bytes(text: str) -> list[int] | None:

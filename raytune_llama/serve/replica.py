@@ -1,6 +1,7 @@
 """A copy of a model in an actor of Ray Serve. Imports torch; the gateway does not import this."""
 
 from collections.abc import AsyncGenerator, Hashable
+from contextlib import aclosing
 
 import torch
 
@@ -10,11 +11,13 @@ from raytune_llama.serve.adapters.pool import AdapterPool
 from raytune_llama.serve.adapters.registry import Registry
 from raytune_llama.serve.answers import Answerer
 from raytune_llama.serve.config import ServeConfig, ServedModelConfig
+from raytune_llama.serve.embeddings import TextVectors
 from raytune_llama.serve.engine.loop import TransformersEngine
 from raytune_llama.serve.engine.stepper import Stepper
+from raytune_llama.serve.http.embedding_protocol import EmbeddingRequest
 from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
 from raytune_llama.serve.models import ServedModel, load_served
-from raytune_llama.serve.parts import Part
+from raytune_llama.serve.parts import Part, Vectors
 
 
 class ModelReplica:
@@ -40,6 +43,8 @@ class ModelReplica:
         # Ray Serve bounds what waits; here it never has to.
         self._engine = engine = TransformersEngine(make_stepper(served), max_waiting=10**6)
 
+        self._vectors = TextVectors(served, engine)
+
         def make_answerer(served: ServedModel, adapter: Hashable | None) -> Answerer:
             return Answerer(served, engine, config.defaults, adapter)
 
@@ -61,6 +66,12 @@ class ModelReplica:
         """Yield the prompt's number of tokens, then the parts of all answers."""
         async for item in self._answerer.respond(request):
             yield item
+
+    async def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
+        """Yield the texts' number of tokens, then their vectors."""
+        async with aclosing(self._vectors.respond(request)) as items:
+            async for item in items:
+                yield item
 
     async def check_health(self) -> None:
         """Let Ray Serve replace a replica whose engine has failed."""

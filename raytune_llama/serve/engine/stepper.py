@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from raytune_llama.serve.engine.base import Finish, Generation, Step
 from raytune_llama.serve.engine.cache import SlotCache
+from raytune_llama.serve.engine.embed import Embedder
 from raytune_llama.serve.engine.lora import LoraLayers, LowRank
 from raytune_llama.serve.engine.sampling import Chooser, choose_all
 
@@ -83,6 +84,16 @@ class Stepper:
     def detach(self, key: Hashable) -> None:
         """Let an adapter go; no sequence has it any more."""
         self._lora.detach(key)
+
+    def build_embedder(self) -> Embedder:
+        """Return what makes vectors of texts with the same model, in passes of the same bound."""
+        return Embedder(
+            self._model,
+            max_context=self._max_context,
+            pass_tokens=self._prefill_tokens,
+            # Rows of texts have no adapter, whatever the rows of the pass before had.
+            before_pass=lambda: self._lora.look(()),
+        )
 
     def check(self, generation: Generation) -> None:
         """Refuse what can't be answered; may be called by any thread.

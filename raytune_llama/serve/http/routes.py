@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from raytune_llama.serve.config import KeyLimits
 from raytune_llama.serve.errors import BusyError, EngineError, RequestError, UnknownModelError
 from raytune_llama.serve.http.admission import ANYBODY, KEY_NAME, Admission, Books, LocalBooks
+from raytune_llama.serve.http.embeddings import EmbeddingBackend, add_embeddings
 from raytune_llama.serve.http.keys import Keys
 from raytune_llama.serve.http.meter import CountRequests, Meter, MeteredAnswers, exposition
 from raytune_llama.serve.http.protocol import (
@@ -50,7 +51,7 @@ OPEN_PATHS = frozenset({"/health"})
 """Routes that need no key."""
 
 
-class Backend(Protocol):
+class Backend(EmbeddingBackend, Protocol):
     """A model that answers."""
 
     def answer(self, request: ChatRequest | CompletionRequest) -> AsyncGenerator[int | Part, None]:
@@ -145,6 +146,7 @@ def build_http(
         shape = CompletionShape(request, echoed)
         return await _respond(counted(request), request, shape)
 
+    add_embeddings(app, backend_of)
     return app
 
 
@@ -210,7 +212,7 @@ async def _events(
                 part = _part(item)
                 counts.completion += part.num_tokens
                 # What changes nothing for the client is not sent.
-                if part.text or part.tokens or part.finish:
+                if part.text or part.calls or part.tokens or part.finish:
                     yield _event(shape.part(part))
         except EngineError as error:
             # The status is sent already.
