@@ -1,7 +1,8 @@
 """OpenAI's API over HTTP: requests in, answers or streams of them out. Knows no model and no Ray.
 
-Every route but `/health` asks for a key where there are keys. What goes wrong is told in OpenAI's
-form. A stream's first part is awaited before its status is sent, so that a refusal has its own.
+Every route but `/health` and the chat page asks for a key where there are keys. What goes wrong is
+told in OpenAI's form. A stream's first part is awaited before its status is sent, so that a refusal
+has its own.
 """
 
 import logging
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from raytune_llama.serve.answers import Part, RequestError
 from raytune_llama.serve.engine.base import BusyError, EngineError
 from raytune_llama.serve.http.keys import Keys
+from raytune_llama.serve.http.page import add_page
 from raytune_llama.serve.http.protocol import (
     ChatCompletion,
     ChatRequest,
@@ -41,7 +43,7 @@ MAX_BODY_BYTES = 8 * 2**20
 RETRY_SECONDS = 1
 """What a client that was refused for load is told to wait."""
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/", "/health"})
 """Routes that need no key."""
 
 
@@ -74,6 +76,7 @@ def build_http(backends: Mapping[str, Backend], keys: Keys) -> FastAPI:
     created = int(time.time())
     _add_errors(app)
     app.add_middleware(_Guard, keys=keys)
+    add_page(app)
 
     def backend_of(name: str) -> Backend:
         if name not in backends:
