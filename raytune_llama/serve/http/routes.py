@@ -1,7 +1,8 @@
 """OpenAI's API over HTTP: requests in, answers or streams of them out. Knows no model and no Ray.
 
-Every route but `/health` asks for a key where there are keys. What goes wrong is told in OpenAI's
-form. A stream's first part is awaited before its status is sent, so that a refusal has its own.
+Every route but `/health` and the chat page asks for a key where there are keys. What goes wrong is
+told in OpenAI's form. A stream's first part is awaited before its status is sent, so that a refusal
+has its own.
 """
 
 import logging
@@ -26,6 +27,7 @@ from raytune_llama.serve.http.admission import ANYBODY, KEY_NAME, Admission, Boo
 from raytune_llama.serve.http.embeddings import EmbeddingBackend, add_embeddings
 from raytune_llama.serve.http.keys import Keys
 from raytune_llama.serve.http.meter import CountRequests, Meter, MeteredAnswers, exposition
+from raytune_llama.serve.http.page import add_page
 from raytune_llama.serve.http.protocol import (
     ChatCompletion,
     ChatRequest,
@@ -47,7 +49,7 @@ MAX_BODY_BYTES = 8 * 2**20
 RETRY_SECONDS = 1
 """What a client that was refused for load is told to wait."""
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/", "/health"})
 """Routes that need no key."""
 
 
@@ -103,6 +105,7 @@ def build_http(
     app.add_middleware(Admission, books=books, refuse=_wait)
     app.add_middleware(_Guard, keys=keys)
     app.add_middleware(CountRequests, meter=meter)
+    add_page(app)
 
     def backend_of(name: str) -> Backend:
         # What stands behind the colon is the backend's to know.
