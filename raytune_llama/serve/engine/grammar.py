@@ -169,9 +169,9 @@ class Grammars:
         """Return the rules of any text, and of any text before calls."""
         rules = [
             "start: prose | head behind",
-            # Ends at the first marker; a greedy rule would go on over it.
+            # Ends at the first marker, and TEXT with it: what is lazy goes before what is greedy.
             f"text_head[lazy]: /(.|\\n)*{OPENING}/",
-            f"TEXT: /(.|\\n)+/ & ~/(.|\\n)*{OPENING}(.|\\n)*/",
+            r"TEXT: /(.|\n)+/",
         ]
         token = self._added.get(OPENING)
         head = "text_head" if token is None else f"text_head | TEXT? <[{token}]>"

@@ -136,6 +136,23 @@ def test_tool_that_is_named_is_called_once(
     assert not answer.choices[0].message.content
 
 
+def test_calls_are_several_only_where_they_may_be(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {
+        "tool_choice": {"type": "function", "function": {"name": "now"}},
+        "temperature": 2,
+        "seed": 0,
+        "n": 16,
+        "max_tokens": 200,
+    }
+
+    def numbers(**more: Any) -> set[int]:  # noqa: ANN401
+        answer = ask(client, **fields, **more)
+        return {len(choice.message.tool_calls) for choice in answer.choices}
+
+    assert numbers(parallel_tool_calls=False) == {1}
+    assert max(numbers()) > 1
+
+
 def test_call_streamed_is_named_first_and_is_the_call_at_once(client: openai.OpenAI) -> None:
     fields: dict[str, Any] = {
         "tool_choice": {"type": "function", "function": {"name": "weather"}},
