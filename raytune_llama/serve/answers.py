@@ -39,7 +39,7 @@ class SamplingDefaults:
     top_k: Annotated[int, Field(ge=1)] | None = None
     """How many of the likeliest tokens are drawn from; null: all."""
 
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     """Above 1: tokens that are there already become less likely."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
