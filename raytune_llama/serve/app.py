@@ -8,6 +8,7 @@ Beyond loopback nothing is served without keys, whatever file started the proxy.
 
 import ipaddress
 import logging
+import os
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,8 @@ from raytune_llama.serve.answers import Answerer, Part, RequestError, SamplingDe
 from raytune_llama.serve.engine.base import BusyError, EngineError
 from raytune_llama.serve.engine.loop import TransformersEngine
 from raytune_llama.serve.engine.stepper import Stepper
-from raytune_llama.serve.http.keys import Keys, read_keys
+from raytune_llama.serve.http.keys import Keys, keys_from_environment, load_keys
+from raytune_llama.serve.http.limits import Limits
 from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
 from raytune_llama.serve.http.routes import build_http
 from raytune_llama.serve.models import ServedModelConfig, load_served
@@ -87,8 +89,11 @@ class ServeConfig:
     """What is served; requests choose by name."""
 
     keys_file: str | None = None
-    """File of the hashes of API keys, on every node that speaks HTTP; null: no keys, on loopback
-    only."""
+    """File of the hashes of API keys, on every node that speaks HTTP; null: no keys but those in
+    the variable RAYTUNE_LLAMA_API_KEYS, and without any, on loopback only."""
+
+    limits: Limits = Limits()
+    """Bounds on every request."""
 
     defaults: SamplingDefaults = SamplingDefaults()
     """What requests get that don't say."""
@@ -164,8 +169,7 @@ def build_app(config: ServeConfig) -> serve.Application:
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise ConfigError([f"models: {', '.join(doubled)} stands there twice; give names"])
-    if config.keys_file is not None:
-        read_keys(Path(config.keys_file))
+    _load_keys(config)
     replicas = config.replicas
     deployment: Any = serve.deployment(
         ModelReplica,
@@ -190,9 +194,11 @@ def build_app(config: ServeConfig) -> serve.Application:
 
 def _gateway(config: ServeConfig, names: list[str]) -> serve.Deployment:
     """Return the deployment that speaks HTTP; it is bound to the models."""
+    built_with = keys_from_environment(os.environ)
 
     def build() -> FastAPI:
-        keys = read_keys(Path(config.keys_file)) if config.keys_file else Keys()
+        # Those of the process that builds the application too: its environment may have them alone.
+        keys = _load_keys(config) + built_with
         check_exposure(proxy_host(), keys)
         app_name = serve.get_replica_context().app_name
         return build_http(
@@ -201,6 +207,7 @@ def _gateway(config: ServeConfig, names: list[str]) -> serve.Deployment:
                 for name in names
             },
             keys,
+            config.limits,
         )
 
     class Gateway:
@@ -216,6 +223,11 @@ def _gateway(config: ServeConfig, names: list[str]) -> serve.Deployment:
         ray_actor_options={"num_cpus": 0},
     )
     return gateway
+
+
+def _load_keys(config: ServeConfig) -> Keys:
+    """Return the keys of the file that the config names and of this process's environment."""
+    return load_keys(Path(config.keys_file) if config.keys_file else None, os.environ)
 
 
 def proxy_host() -> str | None:

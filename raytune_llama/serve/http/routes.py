@@ -6,21 +6,29 @@ form. A stream's first part is awaited before its status is sent, so that a refu
 
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Protocol
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi import FastAPI
+from fastapi.responses import Response
 from pydantic import BaseModel
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 
-from raytune_llama.serve.answers import Part, RequestError
+from raytune_llama.serve.answers import Part
 from raytune_llama.serve.engine.base import BusyError, EngineError
+from raytune_llama.serve.http.bodies import build_route_class
+from raytune_llama.serve.http.description import (
+    FOR_A_MODEL,
+    FOR_READING,
+    STREAM,
+    DescribedApp,
+    refusals,
+)
+from raytune_llama.serve.http.events import EventStream
+from raytune_llama.serve.http.guard import Guard
 from raytune_llama.serve.http.keys import Keys
+from raytune_llama.serve.http.limits import AnswerTimeoutError, Limits, within
 from raytune_llama.serve.http.protocol import (
     ChatCompletion,
     ChatRequest,
@@ -31,18 +39,10 @@ from raytune_llama.serve.http.protocol import (
     ModelCard,
     ModelList,
 )
+from raytune_llama.serve.http.refusals import add_errors, problem
 from raytune_llama.serve.http.shapes import Answer, ChatShape, CompletionShape, Counts, Shape
 
 logger = logging.getLogger(__name__)
-
-MAX_BODY_BYTES = 8 * 2**20
-"""Of a request; larger ones are refused as they arrive."""
-
-RETRY_SECONDS = 1
-"""What a client that was refused for load is told to wait."""
-
-OPEN_PATHS = frozenset({"/health"})
-"""Routes that need no key."""
 
 
 class Backend(Protocol):
@@ -63,61 +63,77 @@ class Backend(Protocol):
         ...
 
 
-def build_http(backends: Mapping[str, Backend], keys: Keys) -> FastAPI:
+def build_http(
+    backends: Mapping[str, Backend], keys: Keys, limits: Limits | None = None
+) -> FastAPI:
     """Build the application.
 
     Args:
         backends: models by the names that requests use.
         keys: who may ask.
+        limits: bounds on every request; None: the defaults.
     """
-    app = FastAPI(title="raytune_llama", docs_url=None, redoc_url=None)
+    limits = limits or Limits()
+    app = DescribedApp(title="raytune_llama", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.needs_keys = bool(keys.hashes)
+    app.router.route_class = build_route_class(limits.json_depth)
     created = int(time.time())
-    _add_errors(app)
-    app.add_middleware(_Guard, keys=keys)
+    add_errors(app)
+    app.add_middleware(Guard, keys=keys, limits=limits)
+    if limits.allow_origins:
+        # Before the guard: browsers ask without a key whether they may ask.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=limits.allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+
+    answers = STREAM | refusals(*FOR_A_MODEL)
 
     def backend_of(name: str) -> Backend:
         if name not in backends:
             known = ", ".join(backends)
-            raise _problem(404, f"no model {name!r}; there is {known}", "model", "model_not_found")
+            raise problem(404, f"no model {name!r}; there is {known}", "model", "model_not_found")
         return backends[name]
 
-    @app.get("/health", response_model=None)
+    @app.get("/health", response_class=Response, responses=refusals(503))
     async def health() -> Response:
         """Say whether every model can answer."""
         for backend in backends.values():
             await backend.check()
         return Response(status_code=200)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=refusals(*FOR_READING))
     async def models() -> ModelList:
         """List the models."""
         return ModelList(data=[ModelCard(id=name, created=created) for name in backends])
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name}", responses=refusals(*FOR_READING, 404))
     async def model(name: str) -> ModelCard:
         """Describe a model."""
         backend_of(name)
         return ModelCard(id=name, created=created)
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion)
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=answers)
     async def chat(request: ChatRequest) -> Response:
         """Answer a conversation."""
-        return await _respond(backend_of(request.model), request, ChatShape(request))
+        return await _respond(backend_of(request.model), request, ChatShape(request), limits)
 
-    @app.post("/v1/completions", response_model=Completion)
+    @app.post("/v1/completions", response_model=Completion, responses=answers)
     async def complete(request: CompletionRequest) -> Response:
         """Go on with a text."""
         echoed = request.prompt if request.echo and isinstance(request.prompt, str) else ""
         shape = CompletionShape(request, echoed)
-        return await _respond(backend_of(request.model), request, shape)
+        return await _respond(backend_of(request.model), request, shape, limits)
 
     return app
 
 
 async def _respond(
-    backend: Backend, request: ChatRequest | CompletionRequest, shape: Shape
+    backend: Backend, request: ChatRequest | CompletionRequest, shape: Shape, limits: Limits
 ) -> Response:
-    items = backend.answer(request)
+    items = within(backend.answer(request), limits)
     counts = Counts(prompt=_prompt_tokens(await anext(items)))
     if not request.stream:
         answers = [Answer() for _ in range(request.n)]
@@ -130,10 +146,7 @@ async def _respond(
     # Refusals for load come with the first part, and must have their own status.
     first = _part(await anext(items))
     events = _events(first, items, request, shape, counts)
-    return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
-
-
-_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return EventStream(events)
 
 
 async def _events(
@@ -142,7 +155,7 @@ async def _events(
     request: ChatRequest | CompletionRequest,
     shape: Shape,
     counts: Counts,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """Yield server-sent events; closing them ends the answers."""
     async with aclosing(items):
         for chunk in shape.begin(request.n):
@@ -156,7 +169,7 @@ async def _events(
                 # What changes nothing for the client is not sent.
                 if part.text or part.tokens or part.finish:
                     yield _event(shape.part(part))
-        except EngineError as error:
+        except (AnswerTimeoutError, BusyError, EngineError) as error:
             # The status is sent already.
             yield _event(ErrorAnswer(error=ErrorBody(message=str(error), type="server_error")))
             return
@@ -181,106 +194,3 @@ def _prompt_tokens(item: int | Part) -> int:
 def _part(item: int | Part) -> Part:
     assert isinstance(item, Part)
     return item
-
-
-class _Refusal(HTTPException):
-    """A status with OpenAI's body."""
-
-    def __init__(
-        self, status: int, body: ErrorBody, headers: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init__(status, body.message, headers)
-        self.body = body
-
-
-_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
-
-
-def _problem(
-    status: int, message: str, param: str | None = None, code: str | None = None
-) -> _Refusal:
-    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    headers = {"Retry-After": str(RETRY_SECONDS)} if status in {429, 503} else None
-    body = ErrorBody(message=message, type=kind, param=param, code=code)
-    return _Refusal(status, body, headers)
-
-
-def _answer_of(refusal: _Refusal) -> JSONResponse:
-    content = ErrorAnswer(error=refusal.body).model_dump()
-    return JSONResponse(content, refusal.status_code, headers=refusal.headers)
-
-
-def _add_errors(app: FastAPI) -> None:
-    """Let whatever goes wrong be told in OpenAI's form."""
-
-    def on(kind: type[Exception], make: Callable[[Any], _Refusal]) -> None:
-        async def handle(_: Request, error: Exception) -> JSONResponse:
-            return _answer_of(make(error))
-
-        app.add_exception_handler(kind, handle)
-
-    def of_validation(error: RequestValidationError) -> _Refusal:
-        first = error.errors()[0]
-        path = [str(part) for part in first["loc"] if part != "body"]
-        text = "; ".join(
-            f"{'.'.join(str(part) for part in one['loc'] if part != 'body') or 'body'}: "
-            f"{one['msg'].removeprefix('Value error, ')}"
-            for one in error.errors()[:8]
-        )
-        return _problem(400, text, ".".join(path) or None)
-
-    def of_status(error: HTTPException) -> _Refusal:
-        return error if isinstance(error, _Refusal) else _problem(error.status_code, error.detail)
-
-    on(RequestValidationError, of_validation)
-    on(HTTPException, of_status)
-    on(RequestError, lambda error: _problem(400, error.message, error.param))
-    on(BusyError, lambda error: _problem(429, str(error), code="rate_limit_exceeded"))
-    on(EngineError, lambda error: _problem(503, str(error)))
-
-
-class _Guard:
-    """Refuses requests without a key, and bodies that are too large, as they arrive.
-
-    Written as plain ASGI: FastAPI's own kind of middleware hides from a stream that its client has
-    gone.
-    """
-
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self._app, self._keys = app, keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it with a refusal."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        length = headers.get("content-length", "0")
-        refusal = None
-        if scope["path"] not in OPEN_PATHS and not self._is_let_in(headers):
-            refusal = _problem(401, "wanted Authorization: Bearer KEY", code="invalid_api_key")
-        elif not length.isdecimal() or int(length) > MAX_BODY_BYTES:
-            refusal = _too_large()
-        if refusal is not None:
-            await _answer_of(refusal)(scope, receive, send)
-            return
-        num_bytes = 0
-
-        async def counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > MAX_BODY_BYTES:
-                raise _too_large()
-            return message
-
-        await self._app(scope, counted, send)
-
-    def _is_let_in(self, headers: Headers) -> bool:
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        is_known = self._keys.find(key.strip()) is not None
-        return not self._keys.hashes or (scheme.lower() == "bearer" and is_known)
-
-
-def _too_large() -> _Refusal:
-    return _problem(413, f"a request has at most {MAX_BODY_BYTES} bytes")
