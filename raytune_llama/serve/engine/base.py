@@ -29,6 +29,9 @@ class Generation:
     constraint: Constraint | None = None
     """What restricts the tokens; each sequence goes on by a copy of its own."""
 
+    adapter: Hashable | None = None
+    """Key of an adapter that the engine has; None: the base alone."""
+
 
 @dataclass(frozen=True)
 class Step:

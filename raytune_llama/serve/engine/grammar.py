@@ -31,8 +31,10 @@ ANY_OBJECT = {"type": "object"}
 class Grammar:
     """A schema, and how far a sequence has come in it."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, num_tokens: int) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, num_tokens: int, lark: str) -> None:
         self._matcher, self._num_tokens = matcher, num_tokens
+        self.lark = lark
+        """The grammar as llguidance reads it, for engines that keep it themselves."""
 
     def allowed(self) -> Tensor:
         """Return which tokens may come next; an end of the text where the form is whole."""
@@ -51,7 +53,7 @@ class Grammar:
 
     def copy(self) -> "Grammar":
         """Return another that stands where this one does."""
-        return Grammar(self._matcher.deep_copy(), self._num_tokens)
+        return Grammar(self._matcher.deep_copy(), self._num_tokens, self.lark)
 
 
 class Grammars:
@@ -80,8 +82,10 @@ class Grammars:
             raise ValueError(
                 f"the schema has {len(text)} characters, more than {MAX_SCHEMA_CHARACTERS}"
             )
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
-        matcher = llguidance.LLMatcher(self._tokenizer, grammar)
+        lark = f"start: %json {json.dumps({**schema, 'x-guidance': _LAYOUT})}"
+        matcher = llguidance.LLMatcher(
+            self._tokenizer, llguidance.LLMatcher.grammar_from_lark(lark)
+        )
         if matcher.is_error():
             raise ValueError(f"the schema can't be used: {matcher.get_error()}")
-        return Grammar(matcher, self._num_tokens)
+        return Grammar(matcher, self._num_tokens, lark)
