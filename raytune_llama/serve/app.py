@@ -21,9 +21,9 @@ from raytune_llama.serve.gateway import (
     build_gateway,
     check_exposure,
     deployment_name,
+    load_config_keys,
     proxy_host,
 )
-from raytune_llama.serve.http.keys import Keys, read_keys
 from raytune_llama.serve.replica import ModelReplica
 
 
@@ -34,7 +34,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         ConfigError: the file of keys is none, the proxy that runs may be reached by others and
             there are no keys, or a directory that this machine has is no model.
     """
-    keys = read_keys(Path(config.keys_file)) if config.keys_file is not None else Keys()
+    keys = load_config_keys(config)
     host = proxy_host()
     if host is not None:
         # Where no proxy runs yet, the gateways look again.

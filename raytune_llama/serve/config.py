@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from raytune_llama.chat.templates.names import TemplateName
 from raytune_llama.config import ConfigError, load, settings
+from raytune_llama.serve.http.limits import Limits
 
 
 @settings
@@ -24,7 +25,7 @@ class SamplingDefaults:
     top_k: Annotated[int, Field(ge=1)] | None = None
     """How many of the likeliest tokens are drawn from; null: all."""
 
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     """Above 1: tokens that are there already become less likely."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -139,8 +140,11 @@ class ServeConfig:
     """What is served; requests choose by name."""
 
     keys_file: str | None = None
-    """File of the hashes of API keys, on every node that speaks HTTP; null: no keys, on loopback
-    only."""
+    """File of the hashes of API keys, on every node that speaks HTTP; null: no keys but those in
+    the variable RAYTUNE_LLAMA_API_KEYS, and without any, on loopback only."""
+
+    limits: Limits = Limits()
+    """Bounds on every request."""
 
     key_limits: KeyLimits = KeyLimits()
     """What a key may ask for."""

@@ -6,6 +6,7 @@ Imports neither torch nor transformers: a gateway that was killed is back in a s
 import asyncio
 import ipaddress
 import logging
+import os
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
@@ -26,7 +27,7 @@ from raytune_llama.serve.config import KeyLimits, ServeConfig
 from raytune_llama.serve.errors import BusyError, EngineError, RequestError
 from raytune_llama.serve.http.admission import Ledger
 from raytune_llama.serve.http.embedding_protocol import EmbeddingRequest
-from raytune_llama.serve.http.keys import Keys, read_keys
+from raytune_llama.serve.http.keys import Keys, keys_from_environment, load_keys
 from raytune_llama.serve.http.meter import Meter, add_up
 from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
 from raytune_llama.serve.http.routes import build_http
@@ -175,9 +176,11 @@ class SharedBooks:
 
 def build_gateway(config: ServeConfig) -> serve.Deployment:
     """Return the deployment that speaks HTTP; it is bound to the ledger and the models."""
+    built_with = keys_from_environment(os.environ)
 
     def build() -> FastAPI:
-        keys = read_keys(Path(config.keys_file)) if config.keys_file else Keys()
+        # Those of the process that builds the application too: its environment may have them alone.
+        keys = load_config_keys(config) + built_with
         check_exposure(proxy_host(), keys)
         app_name = serve.get_replica_context().app_name
         meter = Meter()
@@ -191,6 +194,7 @@ def build_gateway(config: ServeConfig) -> serve.Deployment:
                 for model in config.models
             },
             keys,
+            config.limits,
             meter=meter,
             books=SharedBooks(ledger, config.key_limits, meter),
         )
@@ -214,6 +218,15 @@ def build_gateway(config: ServeConfig) -> serve.Deployment:
         ray_actor_options={"num_cpus": 0},
     )
     return gateway
+
+
+def load_config_keys(config: ServeConfig) -> Keys:
+    """Return the keys of the file that the config names and of this process's environment.
+
+    Raises:
+        ConfigError: one is no hash of a key.
+    """
+    return load_keys(Path(config.keys_file) if config.keys_file else None, os.environ)
 
 
 def deployment_name(model: str) -> str:

@@ -56,8 +56,10 @@ class CallForm:
 class Grammar:
     """A form, and how far a sequence has come in it."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, num_tokens: int) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, num_tokens: int, lark: str) -> None:
         self._matcher, self._num_tokens = matcher, num_tokens
+        self.lark = lark
+        """The grammar as llguidance reads it, for engines that keep it themselves."""
 
     def allowed(self) -> Tensor:
         """Return which tokens may come next; an end of the text where the form is whole."""
@@ -76,7 +78,7 @@ class Grammar:
 
     def copy(self) -> "Grammar":
         """Return another that stands where this one does."""
-        return Grammar(self._matcher.deep_copy(), self._num_tokens)
+        return Grammar(self._matcher.deep_copy(), self._num_tokens, self.lark)
 
 
 class Grammars:
@@ -113,9 +115,7 @@ class Grammars:
             raise ValueError(
                 f"the schema has {len(text)} characters, more than {MAX_SCHEMA_CHARACTERS}"
             )
-        return self._build(
-            llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT), "the schema"
-        )
+        return self._build(f"start: {_json_rule(schema)}", "the schema")
 
     def of_calls(self, form: CallForm) -> Grammar:
         """Return the grammar of answers with tools.
@@ -125,7 +125,7 @@ class Grammars:
                 names the function.
         """
         try:
-            return self._build(llguidance.LLMatcher.grammar_from_lark(self._lark(form)), "the form")
+            return self._build(self._lark(form), "the form")
         except ValueError:
             # Which one it is shows where each is tried alone.
             for name, schema in form.schemas:
@@ -135,9 +135,10 @@ class Grammars:
                     raise ValueError(f"{name}: {error}") from error
             raise
 
-    def _build(self, grammar: str, name: str) -> Grammar:
+    def _build(self, lark: str, name: str) -> Grammar:
         try:
-            return Grammar(self._matcher(grammar).deep_copy(), self._num_tokens)
+            matcher = self._matcher(llguidance.LLMatcher.grammar_from_lark(lark))
+            return Grammar(matcher.deep_copy(), self._num_tokens, lark)
         except ValueError as error:
             raise ValueError(f"{name} can't be used: {error}") from error
 

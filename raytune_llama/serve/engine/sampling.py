@@ -120,7 +120,9 @@ class Chooser:
         num_kept = min(sampling.top_k or len(logits_V), len(logits_V))
         # On the CPU, whose generators give equal numbers on every machine.
         kept, ids = logits_V.topk(num_kept) if sampling.top_k else logits_V.sort(descending=True)
-        weights = (kept.double().cpu() / sampling.temperature).softmax(0)
+        # The likeliest is 0 first: by a tiny temperature others become -inf, and none becomes inf.
+        below = kept.double().cpu() - float(kept[0])
+        weights = (below / sampling.temperature).softmax(0)
         if sampling.top_p < 1.0:
             # The token that crosses the line is kept.
             before = weights.cumsum(0) - weights

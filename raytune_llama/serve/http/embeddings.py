@@ -10,6 +10,7 @@ import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 
+from raytune_llama.serve.http.description import FOR_A_MODEL, refusals
 from raytune_llama.serve.http.embedding_protocol import (
     Embedding,
     EmbeddingList,
@@ -44,7 +45,7 @@ def add_embeddings(app: FastAPI, backend_of: Callable[[str], EmbeddingBackend]) 
         backend_of: returns a model by its name, or raises what the client is told.
     """
 
-    @app.post("/v1/embeddings", response_model=EmbeddingList)
+    @app.post("/v1/embeddings", response_model=EmbeddingList, responses=refusals(*FOR_A_MODEL))
     async def embed(request: EmbeddingRequest, connection: Request) -> Response:
         """Make a vector of each text."""
         items = backend_of(request.model).embed(request)

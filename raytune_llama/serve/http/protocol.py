@@ -1,7 +1,7 @@
 """OpenAI's requests and answers, as far as they are served, every number bounded.
 
 Fields that OpenAI has and that change nothing here are refused rather than ignored, but for those
-that clients always send (`user`, `metadata`, `store`).
+that clients always send (`user`, `metadata`, `store`). No value is converted: "3" is no number.
 """
 
 from typing import Annotated, Any, Literal
@@ -35,7 +35,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 class Request(BaseModel):
     """What every kind of generation may be asked for."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
     """Name of a model, or `model:adapter`."""
@@ -48,7 +48,7 @@ class Request(BaseModel):
     top_k: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Not OpenAI's; vLLM and others have it."""
 
-    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] | None = None
     """Not OpenAI's; vLLM and others have it."""
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
@@ -77,7 +77,7 @@ class Request(BaseModel):
 class StreamOptions(BaseModel):
     """How a stream is told."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
     """Send a last chunk with the counts."""
@@ -86,7 +86,7 @@ class StreamOptions(BaseModel):
 class TextPart(BaseModel):
     """A part of a message's content; pictures and sound are not served."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
     text: str
@@ -95,7 +95,7 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     """A turn of a conversation."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=256)] | None = None
@@ -137,7 +137,7 @@ class Message(BaseModel):
 class JsonSchema(BaseModel):
     """A form that an answer keeps."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: Annotated[str, Field(max_length=64)]
     description: Annotated[str, Field(max_length=4096)] | None = None
@@ -149,7 +149,7 @@ class JsonSchema(BaseModel):
 class ResponseFormat(BaseModel):
     """The form of an answer."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None

@@ -1,31 +1,38 @@
 """OpenAI's API over HTTP: requests in, answers or streams of them out. Knows no model and no Ray.
 
-Every route but `/health` and the chat page asks for a key where there are keys. What goes wrong is
-told in OpenAI's form. A stream's first part is awaited before its status is sent, so that a refusal
-has its own.
+Every route but `/health` asks for a key where there are keys. What goes wrong is told in OpenAI's
+form. A stream's first part is awaited before its status is sent, so that a refusal has its own.
 """
 
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Protocol
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 
 from raytune_llama.serve.config import KeyLimits
-from raytune_llama.serve.errors import BusyError, EngineError, RequestError, UnknownModelError
-from raytune_llama.serve.http.admission import ANYBODY, KEY_NAME, Admission, Books, LocalBooks
+from raytune_llama.serve.errors import BusyError, EngineError, UnknownModelError
+from raytune_llama.serve.http.admission import Admission, Books, LocalBooks
+from raytune_llama.serve.http.bodies import build_route_class
+from raytune_llama.serve.http.description import (
+    FOR_A_MODEL,
+    FOR_READING,
+    STREAM,
+    DescribedApp,
+    refusals,
+)
 from raytune_llama.serve.http.embeddings import EmbeddingBackend, add_embeddings
+from raytune_llama.serve.http.events import EventStream
+from raytune_llama.serve.http.guard import Guard
 from raytune_llama.serve.http.keys import Keys
+from raytune_llama.serve.http.limits import AnswerTimeoutError, Limits, within
 from raytune_llama.serve.http.meter import CountRequests, Meter, MeteredAnswers, exposition
 from raytune_llama.serve.http.page import add_page
 from raytune_llama.serve.http.protocol import (
@@ -38,19 +45,11 @@ from raytune_llama.serve.http.protocol import (
     ModelCard,
     ModelList,
 )
+from raytune_llama.serve.http.refusals import add_errors, answer_of, problem
 from raytune_llama.serve.http.shapes import Answer, ChatShape, CompletionShape, Counts, Shape
 from raytune_llama.serve.parts import Part
 
 logger = logging.getLogger(__name__)
-
-MAX_BODY_BYTES = 8 * 2**20
-"""Of a request; larger ones are refused as they arrive."""
-
-RETRY_SECONDS = 1
-"""What a client that was refused for load is told to wait."""
-
-OPEN_PATHS = frozenset({"/", "/health"})
-"""Routes that need no key."""
 
 
 class Backend(EmbeddingBackend, Protocol):
@@ -82,6 +81,7 @@ class Backend(EmbeddingBackend, Protocol):
 def build_http(
     backends: Mapping[str, Backend],
     keys: Keys,
+    limits: Limits | None = None,
     *,
     meter: Meter | None = None,
     books: Books | None = None,
@@ -91,21 +91,23 @@ def build_http(
     Args:
         backends: models by the names that requests use.
         keys: who may ask.
+        limits: bounds on every request; None: the defaults.
         meter: what counts; None: one that is made here.
         books: what admits requests and adds counts up; None: this gateway stands alone, and no
             key is limited.
     """
+    limits = limits or Limits()
     meter = meter or Meter()
     books = books or LocalBooks(KeyLimits(), meter)
-    app = FastAPI(title="raytune_llama", docs_url=None, redoc_url=None)
+    app = DescribedApp(title="raytune_llama", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.needs_keys = bool(keys.hashes)
+    app.router.route_class = build_route_class(limits.json_depth)
     created = int(time.time())
-    _add_errors(app)
+    add_errors(app)
+    _add_middleware(app, keys, limits, meter, books)
     _add_watching(app, backends, books)
-    # The last one added is the first one asked.
-    app.add_middleware(Admission, books=books, refuse=_wait)
-    app.add_middleware(_Guard, keys=keys)
-    app.add_middleware(CountRequests, meter=meter)
     add_page(app)
+    answers = STREAM | refusals(*FOR_A_MODEL)
 
     def backend_of(name: str) -> Backend:
         # What stands behind the colon is the backend's to know.
@@ -116,10 +118,10 @@ def build_http(
         return backends[base]
 
     def counted(request: ChatRequest | CompletionRequest) -> AsyncGenerator[int | Part, None]:
-        answers = backend_of(request.model).answer(request)
-        return MeteredAnswers(meter, request.model).pass_on(answers)
+        items = within(backend_of(request.model).answer(request), limits)
+        return MeteredAnswers(meter, request.model).pass_on(items)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=refusals(*FOR_READING, 503))
     async def models() -> ModelList:
         """List the models."""
         return ModelList(
@@ -130,19 +132,19 @@ def build_http(
             ]
         )
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name}", responses=refusals(*FOR_READING, 404, 503))
     async def model(name: str) -> ModelCard:
         """Describe a model."""
         if name not in await _names(name.partition(":")[0], backend_of(name)):
             raise UnknownModelError(f"no model {name!r}; /v1/models lists all", "model")
         return ModelCard(id=name, created=created)
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion)
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=answers)
     async def chat(request: ChatRequest) -> Response:
         """Answer a conversation."""
         return await _respond(counted(request), request, ChatShape(request))
 
-    @app.post("/v1/completions", response_model=Completion)
+    @app.post("/v1/completions", response_model=Completion, responses=answers)
     async def complete(request: CompletionRequest) -> Response:
         """Go on with a text."""
         echoed = request.prompt if request.echo and isinstance(request.prompt, str) else ""
@@ -153,17 +155,38 @@ def build_http(
     return app
 
 
+def _add_middleware(app: FastAPI, keys: Keys, limits: Limits, meter: Meter, books: Books) -> None:
+    """Add what stands before the routes; the last one added is the first one asked."""
+    app.add_middleware(Admission, books=books, refuse=_wait)
+    app.add_middleware(Guard, keys=keys, limits=limits)
+    if limits.allow_origins:
+        # Before the guard: browsers ask without a key whether they may ask.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=limits.allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    app.add_middleware(CountRequests, meter=meter)
+
+
+def _wait(seconds: float) -> JSONResponse:
+    after = {"Retry-After": str(math.ceil(seconds))}
+    text = "this key asks for more than it may"
+    return answer_of(problem(429, text, code="rate_limit_exceeded", headers=after))
+
+
 def _add_watching(app: FastAPI, backends: Mapping[str, Backend], books: Books) -> None:
     """Add the routes by which the endpoint is watched."""
 
-    @app.get("/health", response_model=None)
+    @app.get("/health", response_class=Response, responses=refusals(503))
     async def health() -> Response:
         """Say whether every model can answer."""
         for backend in backends.values():
             await backend.check()
         return Response(status_code=200)
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=refusals(*FOR_READING))
     async def metrics() -> Response:
         """Tell what all gateways have counted, as Prometheus reads it."""
         return Response(exposition(await books.families()), media_type=CONTENT_TYPE_LATEST)
@@ -191,10 +214,7 @@ async def _respond(
     # Refusals for load come with the first part, and must have their own status.
     first = _part(await anext(items))
     events = _events(first, items, request, shape, counts)
-    return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
-
-
-_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return EventStream(events)
 
 
 async def _events(
@@ -203,7 +223,7 @@ async def _events(
     request: ChatRequest | CompletionRequest,
     shape: Shape,
     counts: Counts,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """Yield server-sent events; closing them ends the answers."""
     async with aclosing(items):
         for chunk in shape.begin(request.n):
@@ -217,7 +237,7 @@ async def _events(
                 # What changes nothing for the client is not sent.
                 if part.text or part.calls or part.tokens or part.finish:
                     yield _event(shape.part(part))
-        except EngineError as error:
+        except (AnswerTimeoutError, BusyError, EngineError) as error:
             # The status is sent already.
             yield _event(ErrorAnswer(error=ErrorBody(message=str(error), type="server_error")))
             return
@@ -242,122 +262,3 @@ def _prompt_tokens(item: int | Part) -> int:
 def _part(item: int | Part) -> Part:
     assert isinstance(item, Part)
     return item
-
-
-class _Refusal(HTTPException):
-    """A status with OpenAI's body."""
-
-    def __init__(
-        self, status: int, body: ErrorBody, headers: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init__(status, body.message, headers)
-        self.body = body
-
-
-_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
-
-
-def _problem(
-    status: int, message: str, param: str | None = None, code: str | None = None
-) -> _Refusal:
-    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    headers = {"Retry-After": str(RETRY_SECONDS)} if status in {429, 503} else None
-    body = ErrorBody(message=message, type=kind, param=param, code=code)
-    return _Refusal(status, body, headers)
-
-
-def _answer_of(refusal: _Refusal) -> JSONResponse:
-    content = ErrorAnswer(error=refusal.body).model_dump()
-    return JSONResponse(content, refusal.status_code, headers=refusal.headers)
-
-
-def _add_errors(app: FastAPI) -> None:
-    """Let whatever goes wrong be told in OpenAI's form."""
-
-    def on(kind: type[Exception], make: Callable[[Any], _Refusal]) -> None:
-        async def handle(_: Request, error: Exception) -> JSONResponse:
-            return _answer_of(make(error))
-
-        app.add_exception_handler(kind, handle)
-
-    def of_validation(error: RequestValidationError) -> _Refusal:
-        first = error.errors()[0]
-        path = [str(part) for part in first["loc"] if part != "body"]
-        text = "; ".join(
-            f"{'.'.join(str(part) for part in one['loc'] if part != 'body') or 'body'}: "
-            f"{one['msg'].removeprefix('Value error, ')}"
-            for one in error.errors()[:8]
-        )
-        return _problem(400, text, ".".join(path) or None)
-
-    def of_status(error: HTTPException) -> _Refusal:
-        return error if isinstance(error, _Refusal) else _problem(error.status_code, error.detail)
-
-    on(RequestValidationError, of_validation)
-    on(HTTPException, of_status)
-    on(RequestError, lambda error: _problem(400, error.message, error.param))
-    on(
-        UnknownModelError,
-        lambda error: _problem(404, error.message, error.param, "model_not_found"),
-    )
-    on(BusyError, lambda error: _problem(429, str(error), code="rate_limit_exceeded"))
-    on(EngineError, lambda error: _problem(503, str(error)))
-
-
-class _Guard:
-    """Refuses requests without a key, and bodies that are too large, as they arrive.
-
-    Written as plain ASGI: FastAPI's own kind of middleware hides from a stream that its client has
-    gone.
-    """
-
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self._app, self._keys = app, keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it with a refusal."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        length = headers.get("content-length", "0")
-        refusal = None
-        name = self._name(headers)
-        scope[KEY_NAME] = name or ANYBODY
-        if scope["path"] not in OPEN_PATHS and self._keys.hashes and name is None:
-            refusal = _problem(401, "wanted Authorization: Bearer KEY", code="invalid_api_key")
-        elif not length.isdecimal() or int(length) > MAX_BODY_BYTES:
-            refusal = _too_large()
-        if refusal is not None:
-            await _answer_of(refusal)(scope, receive, send)
-            return
-        num_bytes = 0
-
-        async def counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > MAX_BODY_BYTES:
-                raise _too_large()
-            return message
-
-        await self._app(scope, counted, send)
-
-    def _name(self, headers: Headers) -> str | None:
-        """Return the name of the key that a request came with; None: of none that is known."""
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        name = self._keys.find(key.strip())
-        return name if scheme.lower() == "bearer" else None
-
-
-def _wait(seconds: float) -> JSONResponse:
-    refusal = _problem(429, "this key asks for more than it may", code="rate_limit_exceeded")
-    return JSONResponse(
-        ErrorAnswer(error=refusal.body).model_dump(),
-        refusal.status_code,
-        headers={"Retry-After": str(math.ceil(seconds))},
-    )
-
-
-def _too_large() -> _Refusal:
-    return _problem(413, f"a request has at most {MAX_BODY_BYTES} bytes")

@@ -59,6 +59,9 @@ class Scripted:
         if self._error is not None:
             raise self._error
 
+    async def adapters(self) -> list[str]:
+        return []
+
     async def check(self) -> None:
         pass
 

@@ -1,9 +1,19 @@
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from raytune_llama.config import ConfigError
-from raytune_llama.serve.http.keys import Keys, make_key, read_keys
+from raytune_llama.serve.http.keys import (
+    ENVIRONMENT_NAME,
+    Keys,
+    keys_from_environment,
+    load_keys,
+    make_key,
+    read_keys,
+)
 
 
 def test_key_that_was_made_is_let_in_and_no_other(tmp_path: Path) -> None:
@@ -32,3 +42,50 @@ def test_file_without_hashes_is_refused_and_never_shown(tmp_path: Path, text: st
 def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"keys_file: .*nowhere"):
         read_keys(tmp_path / "nowhere")
+
+
+def test_keys_of_file_and_environment_add_up(tmp_path: Path) -> None:
+    (one, first), (two, second), (three, third) = make_key(), make_key(), make_key()
+    (tmp_path / "keys").write_text(first + "\n")
+    environment = {ENVIRONMENT_NAME: f" {second},\n{third.upper()} "}
+    keys = load_keys(tmp_path / "keys", environment)
+    assert all(keys.find(key) for key in (one, two, three))
+    assert load_keys(None, environment).find(one) is None
+    assert load_keys(None, {}) == Keys()
+
+
+@pytest.mark.parametrize("text", ["", " , ", "sk-secret", "00, sk-secret"])
+def test_environment_without_hashes_is_refused_and_never_shown(text: str) -> None:
+    with pytest.raises(ConfigError, match=ENVIRONMENT_NAME) as caught:
+        keys_from_environment({ENVIRONMENT_NAME: text})
+    assert "sk-secret" not in str(caught.value)
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "jobs/make_key.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_keys_that_the_command_makes_are_let_in(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# those who may")  # no end of the line
+    file.chmod(0o644)
+    told = [make(str(file), name) for name in ("alice", "bob\n# x")]
+    keys = [one.stdout.split()[0] for one in told]
+    assert len(set(keys)) == 2
+    found = read_keys(file)
+    assert len(found.hashes) == 2
+    assert all(found.find(key) for key in keys)
+    text = file.read_text()
+    assert "# alice" in text
+    assert not [key for key in keys if key in text]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_command_adds_nothing_to_a_file_that_is_none_of_hashes(tmp_path: Path) -> None:
+    file = tmp_path / "notes"
+    file.write_text("buy milk\n")
+    told = make(str(file))
+    assert told.returncode == 2
+    assert "notes:1 is no SHA256" in told.stderr
+    assert file.read_text() == "buy milk\n"

@@ -15,8 +15,9 @@ import uvicorn
 from raytune_llama.serve.answers import Answerer
 from raytune_llama.serve.errors import BusyError, EngineError
 from raytune_llama.serve.http.keys import Keys, make_key
+from raytune_llama.serve.http.limits import Limits
 from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
-from raytune_llama.serve.http.routes import MAX_BODY_BYTES, build_http
+from raytune_llama.serve.http.routes import build_http
 from raytune_llama.serve.parts import Part
 
 Asked = ChatRequest | CompletionRequest
@@ -62,13 +63,17 @@ class Server:
     """The application behind uvicorn, in a thread."""
 
     def __init__(
-        self, backends: dict[str, Any], keys: Keys | None = None, **options: object
+        self,
+        backends: dict[str, Any],
+        keys: Keys | None = None,
+        limits: Limits | None = None,
+        **options: object,
     ) -> None:
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             self.port = one.getsockname()[1]
         build: Any = build_http
-        app = build(backends, keys or Keys(), **options)
+        app = build(backends, keys or Keys(), limits, **options)
         config = uvicorn.Config(app, host="127.0.0.1", port=self.port, log_level="error")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
@@ -296,7 +301,7 @@ def test_body_that_is_too_large_is_refused_by_its_length_or_as_it_comes(server: 
     assert raw(server.port, head + "Content-Length: 100000000").startswith(b"HTTP/1.1 413")
     piece = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
     # One byte more than may be, and no end: the answer comes while the client still sends.
-    pieces = piece * (MAX_BODY_BYTES // 2**20) + b"1\r\n \r\n"
+    pieces = piece * (Limits().body_bytes // 2**20) + b"1\r\n \r\n"
     assert raw(server.port, head + "Transfer-Encoding: chunked", pieces).startswith(b"HTTP/1.1 413")
 
 

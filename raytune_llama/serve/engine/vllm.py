@@ -1,0 +1,231 @@
+"""The engine on vLLM, for GPUs: the same ids in and out, by its own batching and kernels.
+
+Written against the sources of vLLM 0.29.0 and tried with a stand-in of their signatures alone: it
+has never run on a GPU. vLLM is imported where an engine is started, so that everything else goes
+without it (`pip install raytune_llama[vllm]`).
+
+What differs from `TransformersEngine`: seeds draw other tokens than its own, and a temperature
+below 0.01 that is not 0 counts as 0.01. A form is kept by the same library, llguidance.
+"""
+
+import importlib.util
+import itertools
+import uuid
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any, Literal
+
+from raytune_llama.config import ConfigError
+from raytune_llama.serve.engine.base import Finish, Generation, Step
+from raytune_llama.serve.engine.grammar import Grammar
+from raytune_llama.serve.engine.sampling import Choice, Sampling
+from raytune_llama.serve.errors import BusyError, EngineError
+
+EngineName = Literal["transformers", "vllm"]
+
+_DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def has_vllm() -> bool:
+    """Return whether vLLM is installed; it is not imported."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def choose_engine(
+    wanted: Literal["auto", "transformers", "vllm"], *, has_gpu: bool, is_installed: bool
+) -> EngineName:
+    """Return which engine answers.
+
+    Args:
+        wanted: by the config; auto: vLLM where it can run.
+        has_gpu: whether the replica has a GPU.
+        is_installed: whether vLLM is there.
+
+    Raises:
+        ConfigError: vLLM is wanted, and can't run.
+    """
+    if wanted != "vllm":
+        can_run = wanted == "auto" and has_gpu and is_installed
+        return "vllm" if can_run else "transformers"
+    problems: list[str] = []
+    if not is_installed:
+        problems.append("replicas.engine: vllm is not installed; pip install raytune_llama[vllm]")
+    if not has_gpu:
+        problems.append(
+            "replicas.engine: vllm needs a GPU; set replicas.use_gpu=true where there is one"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return "vllm"
+
+
+class VllmEngine:
+    """vLLM's engine behind the protocol of ours."""
+
+    def __init__(
+        self,
+        model_dir: str,
+        *,
+        precision: str,
+        num_slots: int,
+        max_waiting: int,
+        max_context: int,
+        num_tokens: int,
+        num_rows: int,
+        prefill_tokens: int | None = None,
+    ) -> None:
+        """Load the model onto the GPU.
+
+        Args:
+            model_dir: model directory; safetensors only.
+            precision: `auto`, `fp32`, `bf16` or `fp16`.
+            num_slots: sequences at a time; more wait.
+            max_waiting: requests that may wait beside them.
+            max_context: tokens of a sequence, prompt and answer, at most.
+            num_tokens: ids of the tokenizer; rows beyond are never generated.
+            num_rows: of the embedding.
+            prefill_tokens: longest piece of a prompt that is read between two tokens of the others;
+                None: as vLLM sees fit.
+        """
+        from vllm.config import StructuredOutputsConfig  # pyright: ignore[reportMissingImports]
+        from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
+        from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
+
+        self._max_context, self._max_open = max_context, num_slots + max_waiting
+        # A list of all is sent with each request, so only where there are rows that must not come.
+        self._allowed = list(range(num_tokens)) if num_tokens < num_rows else None
+        self._names, self._prefix = itertools.count(), uuid.uuid4().hex
+        self._num_open, self._is_closed = 0, False
+        arguments = AsyncEngineArgs(
+            model=model_dir,
+            dtype=_DTYPES[precision],
+            max_model_len=max_context,
+            max_num_seqs=num_slots,
+            # The pieces of prompts and one token of each running sequence make a pass.
+            max_num_batched_tokens=prefill_tokens and prefill_tokens + num_slots,
+            enable_chunked_prefill=True,
+            load_format="safetensors",
+            trust_remote_code=False,
+            enable_log_requests=False,
+            disable_log_stats=True,
+            logprobs_mode="raw_logprobs",
+            structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
+        )
+        self._engine: Any = AsyncLLM.from_engine_args(arguments)
+
+    async def generate(self, generation: Generation) -> AsyncGenerator[Step, None]:
+        """Yield a request's tokens; see `Engine`."""
+        from vllm.exceptions import VLLMClientError  # pyright: ignore[reportMissingImports]
+        from vllm.inputs import tokens_input  # pyright: ignore[reportMissingImports]
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError  # pyright: ignore[reportMissingImports]
+
+        self.check()
+        length = len(generation.prompt)
+        if not 1 <= length < self._max_context:
+            raise ValueError(
+                f"got a prompt of {length} tokens, wanted 1 to {self._max_context - 1}"
+            )
+        if self._num_open >= self._max_open:
+            raise BusyError(f"{self._max_open} requests are running or waiting already")
+        if generation.adapter is not None:
+            raise ValueError(
+                "adapters are not served on vLLM; merge the adapter, or set "
+                "replicas.engine=transformers"
+            )
+        parameters = self._parameters(generation)
+        key = f"{self._prefix}-{next(self._names)}"
+        self._num_open += 1
+        try:
+            # Closing vLLM's generator aborts its request.
+            answers = self._engine.generate(
+                tokens_input(list(generation.prompt)), parameters, request_id=key
+            )
+            async with aclosing(answers):
+                async for answer in answers:
+                    for step in _steps(key, answer.outputs[0], generation.sampling):
+                        yield step
+        except VLLMClientError as error:
+            raise ValueError(str(error)) from error
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise EngineError(f"the engine has failed: {error}") from error
+        finally:
+            self._num_open -= 1
+
+    def check(self) -> None:
+        """Raise EngineError where nothing can be generated any more."""
+        if self._is_closed:
+            raise EngineError("the engine was closed")
+        if self._engine.errored:
+            raise EngineError(f"the engine has failed: {self._engine.dead_error}")
+
+    def close(self) -> None:
+        """End; what still runs ends with an EngineError."""
+        self._is_closed = True
+        self._engine.shutdown()
+
+    def _parameters(self, generation: Generation) -> Any:  # noqa: ANN401  # vLLM's
+        """Return vLLM's settings of a request."""
+        from vllm.sampling_params import (  # pyright: ignore[reportMissingImports]
+            RequestOutputKind,
+            SamplingParams,
+            StructuredOutputsParams,
+        )
+
+        form = None
+        if generation.constraint is not None:
+            if not isinstance(generation.constraint, Grammar):
+                kind = type(generation.constraint).__name__
+                raise ValueError(f"vLLM keeps grammars alone, and no {kind}")
+            form = StructuredOutputsParams(grammar=generation.constraint.lark)
+        sampling = generation.sampling
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or 0,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=_seed(sampling.seed),
+            logprobs=sampling.num_logprobs,
+            stop_token_ids=sorted(generation.stop_ids),
+            max_tokens=min(generation.max_tokens, self._max_context - len(generation.prompt)),
+            allowed_token_ids=self._allowed,
+            structured_outputs=form,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+
+def _seed(seed: int | None) -> int | None:
+    """Return a seed that vLLM takes for one: to it, -1 is none."""
+    return 2**63 - 1 if seed == -1 else seed
+
+
+def _steps(key: str, output: Any, sampling: Sampling) -> Iterator[Step]:  # noqa: ANN401  # vLLM's
+    """Yield the tokens of one of vLLM's answers, which may hold several."""
+    finish = _finish(output.finish_reason)
+    tokens = list(output.token_ids)
+    if finish is not None and not tokens:
+        raise EngineError("vLLM has ended a sequence without its last token")
+    for place, token in enumerate(tokens):
+        choice = Choice(token)
+        if sampling.num_logprobs is not None:
+            found = output.logprobs[place]
+            ranked = sorted((one.rank, other, one.logprob) for other, one in found.items())
+            # The chosen token is told beside the likeliest, whatever its rank.
+            likeliest = tuple(
+                (other, value) for rank, other, value in ranked if rank <= sampling.num_logprobs
+            )
+            choice = Choice(token, found[token].logprob, likeliest[: sampling.num_logprobs])
+        yield Step(key, choice, finish if place == len(tokens) - 1 else None)
+
+
+def _finish(reason: str | None) -> Finish | None:
+    """Return vLLM's reason as ours.
+
+    Raises:
+        EngineError: it has ended a sequence for a reason of its own.
+    """
+    match reason:
+        case None | "stop" | "length":
+            return reason
+        case _:
+            raise EngineError(f"vLLM has ended a sequence: {reason}")

@@ -1,0 +1,447 @@
+"""What strangers send: each gets its status and OpenAI's body, and the server goes on as before."""
+
+import asyncio
+import json
+import logging
+import socket
+import struct
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import pytest
+
+from raytune_llama.serve.answers import Answerer
+from raytune_llama.serve.http.keys import Keys, make_key
+from raytune_llama.serve.http.limits import Limits
+from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
+from raytune_llama.serve.parts import Part
+from tests.serve.http.test_routes import FOX, Here, Server, raw
+
+MIB = 2**20
+QUICK = Limits(body_seconds=0.5, queue_seconds=0.5, request_seconds=1.5, send_seconds=0.5)
+FEW_BYTES = Limits(body_bytes=2 * MIB)
+
+
+class Endless:
+    """A model that says the same for ever, after a while; it counts who still waits for it."""
+
+    def __init__(self, text: str, *, before: float = 0.0, between: float = 0.0) -> None:
+        self._text, self._before, self._between = text, before, between
+        self.num_open, self.num_said = 0, 0
+
+    async def answer(
+        self,
+        request: ChatRequest | CompletionRequest,  # noqa: ARG002
+    ) -> AsyncGenerator[int | Part, None]:
+        self.num_open += 1
+        try:
+            yield 3
+            await asyncio.sleep(self._before)
+            while True:
+                await asyncio.sleep(self._between)
+                self.num_said += 1
+                yield Part(0, self._text, 1)
+        finally:
+            self.num_open -= 1
+
+    async def adapters(self) -> list[str]:
+        return []
+
+    async def check(self) -> None:
+        pass
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def server(answerer: Answerer) -> Iterator[Server]:
+    server = Server({"tiny": Here(answerer)}, limits=FEW_BYTES)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def slow() -> Iterator[tuple[Server, dict[str, Endless]]]:
+    models = {
+        "waiting": Endless("x", before=3600),
+        "endless": Endless("x", between=0.05),
+        "flood": Endless("x" * MIB),
+    }
+    server = Server(models, limits=QUICK)
+    yield server, models
+    server.close()
+
+
+def error_of(answer: bytes, status: int) -> dict[str, Any]:
+    """Return the error of an answer as it came over the wire."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status), answer[:400]
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def post(port: int, body: bytes, more: str = "Content-Type: application/json\r\n") -> bytes:
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    return raw(port, f"{head}{more}Content-Length: {len(body)}", body)
+
+
+ASKED: dict[str, Any] = {"model": "tiny", "messages": FOX, "max_tokens": 2, "temperature": 0}
+
+
+def with_text(inserted: str) -> bytes:
+    """Return a request that could be answered but for one more field."""
+    return (json.dumps(ASKED)[:-1] + ", " + inserted + "}").encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        (b"", "body"),
+        (b"{", "no JSON"),
+        (b'{"model": "tiny"} {}', "no JSON"),
+        (b'{"model": "t\xffny"}', "not UTF-8"),
+        (json.dumps(ASKED).encode("utf-16"), "not UTF-8"),
+        (json.dumps(ASKED).encode("utf-32-le"), "no JSON"),
+        (with_text('"temperature": NaN'), "NaN"),
+        (with_text('"temperature": -Infinity'), "-Infinity"),
+        (with_text('"temperature": 1e999'), "too large"),
+        (with_text('"seed": ' + "9" * 400), "seed"),
+        (with_text('"seed": ' + "9" * 5000), "digits"),
+        (with_text('"model": "other"'), "'model' twice"),
+        (with_text('"metadata": {"a": "1", "a": "2"}'), "'a' twice"),
+        (with_text('"user": "\\ud800"'), "surrogate"),
+        (with_text('"n": "3"'), "n: "),
+        (with_text('"n": 1e9'), "n: "),
+        (with_text('"n": 1000000000'), "n: "),
+        (with_text('"stream": "yes"'), "stream"),
+        (with_text('"max_completion_tokens": 1000000000'), "max_completion_tokens"),
+        (b'{"model": "tiny", "messages": "hello"}', "messages"),
+        (b'{"model": "tiny", "messages": {"role": "user"}}', "messages"),
+        (b'{"model": ["tiny"], "messages": []}', "model"),
+        (b"[" * 100_000, "100000 objects and lists deep"),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "100000 objects and lists deep"),
+        (with_text('"metadata": ' + "[" * 64 + "]" * 64), "65 objects and lists deep"),
+        (with_text('"a": "\\"' + "[" * 1000 + '"'), "a: Extra inputs"),
+        (b'"' + b'\\"' * (MIB // 2), "no JSON"),
+        (b"\0" * 100_000, "no JSON"),
+        (with_text('"' + "x" * 100_000 + '": 1'), "Extra inputs"),
+    ],
+)
+def test_body_that_can_be_no_request_is_refused(server: Server, body: bytes, problem: str) -> None:
+    begin = time.monotonic()
+    error = error_of(post(server.port, body), 400)
+    assert problem in error["message"]
+    assert len(error["message"]) < 4096
+    assert error["type"] == "invalid_request_error"
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["", "Content-Type: text/plain\r\n", "Content-Type: application/json; charset=utf-16\r\n"],
+)
+def test_body_of_another_type_is_refused(server: Server, kind: str) -> None:
+    error = error_of(post(server.port, json.dumps(ASKED).encode(), kind), 400)
+    assert error["code"] == "unsupported_content_type"
+
+
+def test_content_in_the_older_name_is_the_same(server: Server) -> None:
+    other = {**ASKED, "messages": [{"role": "user", "message": "the fox"}]}
+    texts = [
+        json.loads(post(server.port, json.dumps(asked).encode()).partition(b"\r\n\r\n")[2])
+        for asked in (ASKED, other)
+    ]
+    assert texts[0]["choices"] == texts[1]["choices"]
+    assert texts[0]["usage"] == texts[1]["usage"]
+
+
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "GET"])
+def test_other_methods_are_told_which_there_are(server: Server, method: str) -> None:
+    head = f"{method} /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close"
+    answer = raw(server.port, head)
+    assert answer.startswith(b"HTTP/1.1 405"), answer[:300]
+    assert b"\r\nallow: POST" in answer.partition(b"\r\n\r\n")[0]
+    if method != "HEAD":
+        error_of(answer, 405)
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1", "/v1/models/", "/docs", "/v1/models/../../etc/passwd", "/v1/%00", "//"]
+)
+def test_unknown_routes_are_not_there(server: Server, path: str) -> None:
+    error_of(raw(server.port, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close"), 404)
+
+
+def test_header_bombs_are_refused(server: Server) -> None:
+    head = "GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    many = "".join(f"x-{number}: {'y' * 100}\r\n" for number in range(1000)).strip()
+    assert b" 431 " in raw(server.port, head + many)[:20]
+    assert b" 431 " in raw(server.port, head + "cookie: " + "y" * 70_000)[:20]
+    # Beyond 64 KiB of path the server's own parser gives up.
+    assert (
+        b" 431 "
+        in raw(server.port, head.replace("els", "els?x=" + "y" * 60_000) + "z: " + "y" * 9000)[:20]
+    )
+
+
+def test_keys_that_are_none_are_refused(answerer: Answerer) -> None:
+    key, line = make_key()
+    server = Server({"tiny": Here(answerer)}, Keys((bytes.fromhex(line),)))
+    try:
+        for value in ("", "Bearer", "Bearer ", f"Basic {key}", key, f"Bearer {key} x", "Bearer ké"):
+            one = f"Authorization: {value}".encode("latin-1")
+            for path in (b"/v1/models", b"/openapi.json", b"/nowhere"):
+                head = b"GET " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + one
+                error = error_of(sent(server, head), 401)
+                assert error["code"] == "invalid_api_key"
+        head = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: "
+        error_of(sent(server, head + b"Bearer \xff\xfe\x80"), 401)
+        assert b" 200 " in sent(server, head + f"Bearer {key}".encode())[:20]
+        for path in (b"/openapi.json", b"/nowhere"):
+            known = head.replace(b"/v1/models", path) + f"bearer {key}".encode()
+            assert sent(server, known)[9:12] == (b"200" if b"json" in path else b"404")
+    finally:
+        server.close()
+
+
+def sent(server: Server, head: bytes) -> bytes:
+    """Send a request's first lines as bytes; return the answer."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as one:
+        one.sendall(head + b"\r\n\r\n")
+        received = b""
+        while piece := one.recv(65536):
+            received += piece
+        return received
+
+
+def test_large_body_is_refused_to_a_client_that_sends_it_all(server: Server) -> None:
+    body = b'{"model": "' + b"x" * (100 * MIB) + b'"}'
+    before = rss_bytes()
+    for content in (body, iter([body[at : at + MIB] for at in range(0, len(body), MIB)])):
+        answer = httpx.post(
+            f"http://127.0.0.1:{server.port}/v1/chat/completions",
+            content=content,
+            headers={"Content-Type": "application/json"},
+            timeout=120,
+        )
+        assert answer.status_code == 413
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    # The client's own copies of the pieces are the most of it.
+    assert rss_bytes() - before < 150 * MIB
+
+
+def rss_bytes() -> int:
+    """Return the memory that this process has, in which the server runs too."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+@pytest.mark.parametrize("length", ["-1", "1e3", "0x10", "9" * 30, "9" * 5000, "5, 6"])
+def test_length_that_is_none_is_refused(server: Server, length: str) -> None:
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    answer = raw(server.port, f"{head}Content-Length: {length}", b"{}")
+    assert answer[9:12] in {b"400", b"413"}, answer[:300]
+
+
+def test_length_that_lies_harms_nobody_else(server: Server, answerer: Answerer) -> None:
+    body = json.dumps(ASKED).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        "Content-Length: "
+    )
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as longer:
+        longer.sendall(f"{head}{len(body) + 100}\r\n\r\n".encode() + body)
+    # Shorter: the rest of the body is no second request.
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as shorter:
+        shorter.sendall(f"{head}10\r\n\r\n".encode() + body)
+        assert shorter.recv(12) == b"HTTP/1.1 400"
+    assert b" 200 " in post(server.port, body)[:20]
+    until_idle(answerer)
+
+
+def until_idle(answerer: Answerer) -> None:
+    engine: Any = answerer._engine  # the slots are what this is about
+    stepper = engine._stepper
+    until(lambda: not (stepper.num_running or stepper.num_waiting or engine._listeners))
+
+
+def test_request_that_never_ends_is_refused_in_time(
+    slow: tuple[Server, dict[str, Endless]],
+) -> None:
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        "Content-Length: 100"
+    )
+    answer = raw(slow[0].port, head, b"{")  # closed by the server, or this would time out
+    assert "0.5 s" in error_of(answer, 408)["message"]
+
+
+def test_answer_that_does_not_begin_is_refused_in_time(
+    slow: tuple[Server, dict[str, Endless]],
+) -> None:
+    server, models = slow
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError, match="no token came in") as caught:
+            server.client().chat.completions.create(model="waiting", messages=FOX, stream=stream)
+        assert caught.value.status_code == 503
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+    until(lambda: not models["waiting"].num_open)
+
+
+def test_answer_that_does_not_end_is_ended_in_time(
+    slow: tuple[Server, dict[str, Endless]],
+) -> None:
+    server, models = slow
+    client = server.client()
+    with pytest.raises(openai.InternalServerError, match="took more than") as caught:
+        client.chat.completions.create(model="endless", messages=FOX)
+    assert caught.value.status_code == 504
+    told: list[str | None] = []
+    chunks = client.chat.completions.create(model="endless", messages=FOX, stream=True)
+    with pytest.raises(openai.APIError, match="took more than"):
+        told.extend(chunk.choices[0].delta.content for chunk in chunks)
+    assert told[1:] == ["x"] * (len(told) - 1)
+    assert len(told) > 2
+    until(lambda: not models["endless"].num_open)
+
+
+def test_client_that_does_not_read_is_let_go(slow: tuple[Server, dict[str, Endless]]) -> None:
+    server, models = slow
+    body = json.dumps({"model": "flood", "messages": FOX, "stream": True})
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    flood, before = models["flood"], rss_bytes()
+    clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
+    try:
+        for client in clients:
+            client.sendall((head + body).encode())
+        until(lambda: flood.num_said > 0)
+        until(lambda: not flood.num_open)
+        # What fits between the two is all that was made: it waits for the client.
+        assert flood.num_said < 4 * 20
+        assert rss_bytes() - before < 200 * MIB
+    finally:
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_goes_away_ends_its_answer(
+    slow: tuple[Server, dict[str, Endless]], *, stream: bool
+) -> None:
+    server, models = slow
+    body = json.dumps({"model": "endless", "messages": FOX, "stream": stream})
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall((head + body).encode())
+        until(lambda: models["endless"].num_said > 0)
+        begin = time.monotonic()
+    until(lambda: not models["endless"].num_open)
+    assert time.monotonic() - begin < QUICK.request_seconds
+
+
+@pytest.mark.parametrize("num_clients", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_clients_that_go_away_leave_nothing(
+    server: Server, answerer: Answerer, num_clients: int
+) -> None:
+    asked = {**ASKED, "max_tokens": 100, "stream": True, "n": 2}
+    body = json.dumps(asked)
+    request = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n{body}"
+    ).encode()
+
+    def leave(number: int) -> None:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as one:
+            one.sendall(request)
+            assert one.recv(15) == b"HTTP/1.1 200 OK"
+            if number % 2:  # reset rather than closed
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    for number in range(num_clients // 4):
+        leave(number)
+    until_idle(answerer)
+    before = rss_bytes()
+    for number in range(num_clients):
+        leave(number)
+    until_idle(answerer)
+    assert rss_bytes() - before < 16 * MIB
+    assert b" 200 " in post(server.port, json.dumps(ASKED).encode())[:20]
+
+
+def test_keys_are_in_no_log(answerer: Answerer, caplog: pytest.LogCaptureFixture) -> None:
+    (key, line), (other, _) = make_key(), make_key()
+    caplog.set_level(logging.DEBUG)
+    server = Server({"tiny": Here(answerer)}, Keys((bytes.fromhex(line),)), QUICK)
+    # Which keeps its records to itself, and is told to be quiet.
+    servers = [logging.getLogger(name) for name in ("uvicorn", "uvicorn.error", "uvicorn.access")]
+    for one in servers:
+        one.addHandler(caplog.handler)
+        one.setLevel(logging.DEBUG)
+    try:
+        server.client(key).chat.completions.create(**ASKED)
+        for wrong in (other, key[:-1]):
+            with pytest.raises(openai.AuthenticationError):
+                server.client(wrong).chat.completions.create(**ASKED)
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        head += f"Authorization: Bearer {key}\r\nContent-Type: application/json\r\n"
+        error_of(raw(server.port, head + "Content-Length: 9", b"{"), 408)
+        error_of(raw(server.port, head + "Content-Length: 1", b"{"), 400)
+    finally:
+        server.close()
+        for one in servers:
+            one.removeHandler(caplog.handler)
+    clients = ("httpx", "httpcore", "openai")
+    told = [
+        record.getMessage() + str(record.exc_text or "") + str(record.args)
+        for record in caplog.records
+        if not record.name.startswith(clients)
+    ]
+    assert told
+    for secret in (key, key[3:], other, other[3:]):
+        assert not [text for text in told if secret in text]
+
+
+def test_pages_may_ask_where_they_are_named_and_nowhere_else(answerer: Answerer) -> None:
+    keys = Keys((bytes.fromhex(make_key()[1]),))
+    preflight = (
+        "OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        "Access-Control-Request-Method: POST\r\n"
+        "Access-Control-Request-Headers: authorization, content-type\r\nOrigin: "
+    )
+    page = "https://example.org"
+    named = Server({"tiny": Here(answerer)}, keys, Limits(allow_origins=(page,)))
+    closed = Server({"tiny": Here(answerer)}, keys)
+    try:
+        allowed = raw(named.port, preflight + page).lower()
+        assert allowed.startswith(b"http/1.1 200")
+        assert b"\r\naccess-control-allow-origin: https://example.org\r\n" in allowed
+        for answer in (
+            raw(named.port, preflight + "https://e.org"),
+            raw(closed.port, preflight + page),
+        ):
+            assert b"access-control-allow-origin" not in answer.lower()
+            assert answer[9:10] == b"4"
+        # A page sees why it was refused.
+        head = f"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\nOrigin: {page}"
+        refused = raw(named.port, head).lower()
+        assert refused.startswith(b"http/1.1 401")
+        assert b"access-control-allow-origin: https://example.org" in refused
+    finally:
+        named.close()
+        closed.close()
