@@ -16,7 +16,8 @@ from raytune_llama.serve.engine.loop import TransformersEngine
 from raytune_llama.serve.engine.stepper import Stepper
 from raytune_llama.serve.http.keys import Keys, make_key
 from raytune_llama.serve.models import ServedModelConfig, load_served
-from tests.serve.http.browser import Scripted, running_browser
+from tests.serve.http.browser import running_browser
+from tests.serve.http.scripted import Scripted
 from tests.serve.http.test_routes import Here, Server
 
 HOSTILE = "<img src=x onerror='window.hit=1'><script>window.hit=1</script>&amp;"
