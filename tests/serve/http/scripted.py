@@ -11,16 +11,24 @@ from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
 class Scripted:
     """A model that says given pieces, and keeps what it was asked."""
 
-    def __init__(self, *pieces: str, error: Exception | None = None, held: bool = False) -> None:
+    def __init__(
+        self,
+        *pieces: str,
+        error: Exception | None = None,
+        held: bool = False,
+        first_seconds: float = 0.0,
+    ) -> None:
         """Begin.
 
         Args:
             pieces: of every answer.
             error: what is raised behind them.
             held: wait for `let` before each piece but the first.
+            first_seconds: how long it thinks before the first piece.
         """
         self.asked: list[ChatRequest | CompletionRequest] = []
         self._pieces, self._error, self._held = pieces, error, held
+        self._first_seconds = first_seconds
         self._let = threading.Semaphore(0)
         self.num_running = 0
 
@@ -35,6 +43,7 @@ class Scripted:
         self.num_running += 1
         try:
             yield 3
+            await asyncio.sleep(self._first_seconds)
             for number, piece in enumerate(self._pieces):
                 while self._held and number and not self._let.acquire(blocking=False):
                     await asyncio.sleep(0.01)
