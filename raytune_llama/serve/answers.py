@@ -1,95 +1,25 @@
 """From a request to the text of its answers, part by part; knows tokens, and no HTTP."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Annotated
 
-from pydantic import Field
-
-from raytune_llama.chat.conversations import Conversation, Turn
-from raytune_llama.config import settings
-from raytune_llama.model.tokenizer import encode_text
+from raytune_llama.serve.config import SamplingDefaults
 from raytune_llama.serve.engine.base import Engine, Generation
-from raytune_llama.serve.engine.grammar import ANY_OBJECT, Grammar, Grammars
+from raytune_llama.serve.engine.grammar import CallForm, Grammar, Grammars
 from raytune_llama.serve.engine.sampling import Choice, Sampling
+from raytune_llama.serve.errors import RequestError, UnknownModelError
 from raytune_llama.serve.http.protocol import (
     ChatRequest,
     CompletionRequest,
-    FinishReason,
-    Message,
     Request,
-    ResponseFormat,
 )
+from raytune_llama.serve.http.tool_protocol import NamedTool
+from raytune_llama.serve.messages import read_messages
 from raytune_llama.serve.models import ServedModel
-from raytune_llama.serve.text import REPLACEMENT, TextStream
-
-
-@settings
-class SamplingDefaults:
-    """What a request that does not say gets; OpenAI's defaults."""
-
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    """0: always the likeliest token."""
-
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Part of the probability that is drawn from."""
-
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    """How many of the likeliest tokens are drawn from; null: all."""
-
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
-    """Above 1: tokens that are there already become less likely."""
-
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """New tokens; null: what the context has room for."""
-
-
-class RequestError(ValueError):
-    """A request that can't be answered; `param` is the field at fault."""
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        # All arguments, so that pickle can rebuild it.
-        super().__init__(message, param)
-        self.message, self.param = message, param
-
-    def __str__(self) -> str:
-        return self.message
-
-
-@dataclass(frozen=True)
-class TokenText:
-    """A token of an answer, as log-probabilities name it."""
-
-    text: str
-    """What it decodes to alone."""
-
-    logprob: float
-    """Natural logarithm of its probability."""
-
-    likeliest: tuple[tuple[str, float], ...] = ()
-    """The likeliest tokens in its place."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of one of a request's answers."""
-
-    index: int
-    """Of the answer."""
-
-    text: str
-    """What is new; may be empty."""
-
-    num_tokens: int
-    """Tokens generated since the part before."""
-
-    tokens: tuple[TokenText, ...] = ()
-    """The new tokens, where log-probabilities were asked for."""
-
-    finish: FinishReason | None = None
-    """Set with the answer's last part."""
+from raytune_llama.serve.parts import Part, TokenText
+from raytune_llama.serve.streams import AnswerStream
 
 
 @dataclass(frozen=True)
@@ -108,13 +38,29 @@ class Prompt:
     stops: tuple[str, ...]
     """Texts that end an answer."""
 
+    must_call: bool | None = None
+    """Whether answers are calls of tools alone; None: there are no tools."""
+
 
 class Answerer:
     """Makes prompts of requests, and text of what the engine generates."""
 
-    def __init__(self, served: ServedModel, engine: Engine, defaults: SamplingDefaults) -> None:
+    def __init__(
+        self,
+        served: ServedModel,
+        engine: Engine,
+        defaults: SamplingDefaults,
+        adapter: Hashable | None = None,
+    ) -> None:
+        """Answer for a model, with an adapter that the engine has, by its key."""
         self._served, self._engine, self._defaults = served, engine, defaults
+        self._adapter = adapter
         self._grammars = Grammars(served.tokenizer, served.stop_ids)
+
+    @property
+    def name(self) -> str:
+        """What requests call the model."""
+        return self._served.name
 
     def read_chat(self, request: ChatRequest) -> Prompt:
         """Write a conversation by the model's template.
@@ -129,24 +75,43 @@ class Answerer:
                 f"{self._served.name} has no chat template; use /v1/completions", "messages"
             )
         try:
-            ids = chat.encode_prompt(_conversation(request.messages)).tolist()
+            conversation = read_messages(
+                request.messages, request.shown_tools, allows_system=chat.template.allows_system
+            )
+            ids = chat.encode_prompt(conversation).tolist()
         except ValueError as error:
             raise RequestError(str(error), "messages") from error
         wanted = request.max_tokens or request.max_completion_tokens
         num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
         prompt = self._prompt(request, ids, wanted, num_logprobs, "messages")
-        constraint = self._constraint(request.response_format)
-        return replace(prompt, generation=replace(prompt.generation, constraint=constraint))
+        must_call = request.must_call if request.shown_tools else None
+        constraint = self._constraint(request)
+        generation = replace(prompt.generation, constraint=constraint)
+        return replace(prompt, generation=generation, must_call=must_call)
 
-    def _constraint(self, form: ResponseFormat | None) -> Grammar | None:
-        if form is None or form.type == "text":
-            return None
+    def _constraint(self, request: ChatRequest) -> Grammar | None:
+        """Return what an answer's form is kept by; None where it may be any text."""
+        schema = request.response_format.kept if request.response_format else None
+        if not request.shown_tools:
+            if schema is None:
+                return None
+            try:
+                return self._grammars.of_schema(schema)
+            except ValueError as error:
+                raise RequestError(str(error), "response_format") from error
+        choice = request.tool_choice
+        wanted = choice.function.name if isinstance(choice, NamedTool) else None
+        functions = [tool.function for tool in request.shown_tools]
+        form = CallForm(
+            [(one.name, one.schema_) for one in functions if wanted in {None, one.name}],
+            must_call=request.must_call,
+            is_single=request.parallel_tool_calls is False,
+            text_schema=schema,
+        )
         try:
-            return self._grammars.of_schema(
-                form.json_schema.schema_ if form.json_schema else ANY_OBJECT
-            )
+            return self._grammars.of_calls(form)
         except ValueError as error:
-            raise RequestError(str(error), "response_format") from error
+            raise RequestError(f"tools: {error}", "tools") from error
 
     def read_completion(self, request: CompletionRequest) -> Prompt:
         """Encode a text as a document's beginning, control tokens in it as text; or take ids.
@@ -156,9 +121,7 @@ class Answerer:
         """
         tokenizer = self._served.tokenizer
         if isinstance(request.prompt, str):
-            bos = tokenizer.bos_token_id
-            ids = [bos] if isinstance(bos, int) else []
-            ids += encode_text(tokenizer, [request.prompt])[0]
+            ids = self._served.encode_texts([request.prompt])[0]
         else:
             ids = request.prompt
             beyond = [token for token in ids if token >= len(tokenizer)]
@@ -193,7 +156,8 @@ class Answerer:
             num_logprobs=num_logprobs,
         )
         limit = min(wanted or defaults.max_tokens or room, room)
-        generation = Generation(tuple(ids), sampling, limit, self._served.stop_ids)
+        stop_ids = self._served.stop_ids
+        generation = Generation(tuple(ids), sampling, limit, stop_ids, adapter=self._adapter)
         return Prompt(tuple(ids), generation, request.n, request.stops)
 
     async def respond(
@@ -202,12 +166,17 @@ class Answerer:
         """Yield a request's number of prompt tokens, then the parts of all its answers.
 
         Raises:
+            UnknownModelError: the request names an adapter, and not this one.
             RequestError: the request can't be answered; before the first item.
             BusyError: as many requests wait as may.
             EngineError: the engine has failed.
         """
+        _, *adapter = request.model.partition(":")
+        if adapter != list(self.name.partition(":")[1:]):
+            raise UnknownModelError(f"{self.name} has no adapter {adapter[1]!r}", "model")
         if isinstance(request, ChatRequest):
-            prompt = self.read_chat(request)
+            # A hundred tools take a second: others' parts are told meanwhile.
+            prompt = await asyncio.to_thread(self.read_chat, request)
         else:
             prompt = self.read_completion(request)
         yield len(prompt.ids)
@@ -262,16 +231,15 @@ class Answerer:
         if index and generation.sampling.seed is not None:
             seed = generation.sampling.seed + index
             generation = replace(generation, sampling=replace(generation.sampling, seed=seed))
-        stream = TextStream(self._served.tokenizer, prompt.stops)
+        stream = AnswerStream(self._served.tokenizer, prompt.stops, must_call=prompt.must_call)
         async with aclosing(self._engine.generate(generation)) as steps:
             async for step in steps:
                 is_end = step.finish == "stop"
-                text = "" if is_end else stream.push(step.choice.token)
-                if step.finish and not stream.is_stopped:
-                    text += stream.finish()
-                finish = "stop" if stream.is_stopped else step.finish
+                token = None if is_end else step.choice.token
+                text, calls = stream.push(token, is_last=step.finish is not None)
+                finish = stream.finish_reason if is_end or stream.is_stopped else step.finish
                 tokens = self._tokens(step.choice) if not is_end else ()
-                yield Part(index, text, 1, tokens, finish)
+                yield Part(index, text, 1, tokens, finish, calls)
                 if stream.is_stopped:
                     return
 
@@ -286,26 +254,6 @@ class Answerer:
         text = self._served.tokenizer.decode([token], skip_special_tokens=False)
         assert isinstance(text, str)
         return text
-
-
-def text_bytes(text: str) -> list[int] | None:
-    """Return a token's bytes, or None where it is a part of a character."""
-    return None if REPLACEMENT in text else list(text.encode())
-
-
-def _conversation(messages: Sequence[Message]) -> Conversation:
-    """Return what templates write; only the first message may be the system's."""
-    system, turns = None, list(messages)
-    if turns[0].role in {"system", "developer"}:
-        system = turns.pop(0).text
-    written: list[Turn] = []
-    for number, message in enumerate(messages[len(messages) - len(turns) :]):
-        match message.role:
-            case "user" | "assistant" as role:
-                written.append(Turn(role, message.text))
-            case role:
-                raise ValueError(f"messages: message {number + 1} has the role {role}")
-    return Conversation(tuple(written), system)
 
 
 def _given(value: float | None, default: float) -> float:

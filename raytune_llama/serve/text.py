@@ -1,48 +1,54 @@
 """From tokens that come one by one to text that can be sent."""
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 from transformers import PreTrainedTokenizerBase
 
-REPLACEMENT = "\ufffd"
-"""What a decoder writes for bytes that are no character, and for those whose rest is to come."""
+from raytune_llama.model.tokenizer import control_ids
+from raytune_llama.serve.parts import REPLACEMENT
 
 
 class TextStream:
     """Decodes a growing sequence of tokens; what was told is never taken back.
 
-    The parts together are what the tokenizer makes of all tokens at once, without control tokens,
-    up to the stop string that is whole first, which is left out.
+    The parts together are what the tokenizer makes of all tokens at once, without control tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        shown: AbstractSet[int] = frozenset(),
+    ) -> None:
         """Begin with no token.
 
         Args:
             tokenizer: of the model.
-            stops: texts that end the sequence; none is empty.
+            shown: control tokens that are text all the same.
         """
-        assert all(stops)
-        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._tokenizer = tokenizer
+        self._skips_control = not shown
+        self._hidden = control_ids(tokenizer) - shown if shown else frozenset()
         self._tokens: list[int] = []
         # Decoding looks back: a piece's text depends on the one before it.
         self._context_start = self._told_end = 0
-        self._held = ""
-        self.is_stopped = False
-        """Whether a stop string has come."""
 
     def push(self, token: int) -> str:
         """Take a token; return the text that is now certain, which may be empty."""
-        self._tokens.append(token)
-        return self._tell(self._certain(is_last=False), is_last=False)
+        if token not in self._hidden:
+            self._tokens.append(token)
+        return self._certain(is_last=False)
 
     def finish(self) -> str:
         """Return the text that was held back; nothing comes behind it."""
-        return self._tell(self._certain(is_last=True), is_last=True)
+        return self._certain(is_last=True)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         text = self._tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(tokens),
+            skip_special_tokens=self._skips_control,
+            clean_up_tokenization_spaces=False,
         )
         assert isinstance(text, str)
         return text
@@ -57,8 +63,19 @@ class TextStream:
         self._context_start, self._told_end = self._told_end, len(self._tokens)
         return text[len(known) :]
 
-    def _tell(self, text: str, *, is_last: bool) -> str:
-        """Return what can't become part of a stop string any more."""
+
+class StopCutter:
+    """Cuts a text that comes in pieces before the stop string that is whole first."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """Begin with no text; no stop string is empty."""
+        assert all(stops)
+        self._stops, self._held = tuple(stops), ""
+        self.is_stopped = False
+        """Whether a stop string has come."""
+
+    def push(self, text: str) -> str:
+        """Take what comes next; return what can't become part of a stop string any more."""
         if self.is_stopped:
             return ""
         text = self._held + text
@@ -67,9 +84,14 @@ class TextStream:
         if found:
             self.is_stopped, self._held = True, ""
             return text[: min(found)[1]]
-        kept = 0 if is_last else self._open_length(text)
+        kept = self._open_length(text)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
+
+    def finish(self) -> str:
+        """Return the text that was held back; nothing comes behind it."""
+        held, self._held = self._held, ""
+        return held
 
     def _open_length(self, text: str) -> int:
         """Return the length of the longest end of a text that begins a stop string."""

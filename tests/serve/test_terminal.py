@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from raytune_llama.serve.answers import Answerer
-from raytune_llama.serve.engine.base import BusyError, EngineError
+from raytune_llama.serve.errors import BusyError, EngineError
 from raytune_llama.serve.http.keys import Keys, make_key
 from tests.serve.http.scripted import Scripted
 from tests.serve.http.test_routes import Here, Server

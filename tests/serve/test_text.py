@@ -7,7 +7,7 @@ from hypothesis import given
 from transformers import PreTrainedTokenizerBase
 
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
-from raytune_llama.serve.text import TextStream
+from raytune_llama.serve.text import StopCutter, TextStream
 
 TEXTS = st.text(st.sampled_from("ab \n人民🙂🇩🇪é.!<s>\u200d"), max_size=30)
 
@@ -44,11 +44,12 @@ def test_stream_of_any_tokens_is_what_the_tokenizer_decodes(
 def test_stream_ends_before_the_stop_string_that_is_whole_first(
     tokenizer: PreTrainedTokenizerBase, text: str, stops: list[str]
 ) -> None:
-    stream = TextStream(tokenizer, stops)
-    told = "".join(parts_of(stream, encoded(tokenizer, text)))
+    cutter = StopCutter(stops)
+    parts = parts_of(TextStream(tokenizer), encoded(tokenizer, text))
+    told = "".join(map(cutter.push, parts)) + cutter.finish()
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     assert told == (text[: min(ends)[1]] if ends else text)
-    assert stream.is_stopped == bool(ends)
+    assert cutter.is_stopped == bool(ends)
 
 
 def test_stream_tells_a_character_when_it_is_whole(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -60,3 +61,10 @@ def test_stream_tells_a_character_when_it_is_whole(tokenizer: PreTrainedTokenize
 def test_stream_leaves_control_tokens_out(tokenizer: PreTrainedTokenizerBase) -> None:
     tokens = [0, *encoded(tokenizer, "a"), 2, *encoded(tokenizer, "b"), 1]
     assert "".join(parts_of(TextStream(tokenizer), tokens)) == "ab"
+
+
+def test_stream_shows_control_tokens_that_are_to_be_shown(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tokens = [0, *encoded(tokenizer, "a"), 2, *encoded(tokenizer, "人"), 1]
+    assert "".join(parts_of(TextStream(tokenizer, shown={2}), tokens)) == "a<|im_end|>人"

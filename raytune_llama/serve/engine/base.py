@@ -1,10 +1,11 @@
 """What every engine is asked and tells: the protocol, and its errors."""
 
-from collections.abc import AsyncGenerator, Hashable
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from raytune_llama.serve.engine.sampling import Choice, Constraint, Sampling
+from raytune_llama.serve.parts import Vectors
 
 Finish = Literal["stop", "length"]
 """Why a sequence has ended: at a token that ends it, or at its limit."""
@@ -29,6 +30,9 @@ class Generation:
     constraint: Constraint | None = None
     """What restricts the tokens; each sequence goes on by a copy of its own."""
 
+    adapter: Hashable | None = None
+    """Key of an adapter that the engine has; None: the base alone."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -43,13 +47,10 @@ class Step:
     finish: Finish | None
     """Set with the last token."""
 
-
-class BusyError(RuntimeError):
-    """As many requests wait as may; try again later."""
-
-
-class EngineError(RuntimeError):
-    """The engine has failed and answers nothing any more."""
+    @property
+    def is_last(self) -> bool:
+        """Whether the sequence has ended."""
+        return self.finish is not None
 
 
 class Engine(Protocol):
@@ -63,6 +64,18 @@ class Engine(Protocol):
         Raises:
             BusyError: as many wait as may.
             ValueError: the prompt does not fit.
+            EngineError: the engine has failed.
+        """
+        ...
+
+    def embed(self, texts: Sequence[tuple[int, ...]]) -> AsyncGenerator[Vectors, None]:
+        """Yield the vectors of texts in their order, some at a time, between others' tokens.
+
+        A caller that ends the iteration before ends the work.
+
+        Raises:
+            BusyError: as many wait as may.
+            ValueError: a text is empty or does not fit.
             EngineError: the engine has failed.
         """
         ...

@@ -1,4 +1,7 @@
-"""Answers of a given form: which tokens may come next so that a JSON schema is kept.
+"""Answers of a given form: which tokens may come next so that it is kept.
+
+The form is a JSON schema, or text and calls of tools (`serve/tools.py`) whose arguments keep
+theirs.
 
 The work is llguidance's. A mask of all tokens takes it well under a millisecond.
 
@@ -6,6 +9,9 @@ Shapes: V tokens.
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import llguidance
@@ -15,7 +21,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from raytune_llama.model.tokenizer import control_ids
+from raytune_llama.serve.tools import CALL_END, CALL_MIDDLE, CALL_START, CLOSING, OPENING
+
 MAX_SCHEMA_CHARACTERS = 100_000
+MAX_KEPT_GRAMMARS = 32
 
 _LAYOUT: Any = {
     # As Python writes JSON. Where any white space may come, a small model writes nothing else.
@@ -24,12 +34,27 @@ _LAYOUT: Any = {
     "key_separator": ": ",
 }
 
-ANY_OBJECT = {"type": "object"}
-"""Schema of `response_format: {"type": "json_object"}`."""
+
+@dataclass(frozen=True)
+class CallForm:
+    """What an answer with tools may be: text and then calls, either of which may be missing."""
+
+    schemas: Sequence[tuple[str, dict[str, Any]]]
+    """Names of the functions that may be called, and the schemas of their arguments; at least one.
+    """
+
+    must_call: bool = False
+    """Whether there is no text, and at least one call."""
+
+    is_single: bool = False
+    """Whether there is one call at most."""
+
+    text_schema: dict[str, Any] | None = None
+    """What the text keeps, which then has no calls behind it; None: any text."""
 
 
 class Grammar:
-    """A schema, and how far a sequence has come in it."""
+    """A form, and how far a sequence has come in it."""
 
     def __init__(self, matcher: llguidance.LLMatcher, num_tokens: int) -> None:
         self._matcher, self._num_tokens = matcher, num_tokens
@@ -65,6 +90,14 @@ class Grammars:
             stop_ids: tokens that end an answer; at least one.
         """
         self._num_tokens = len(tokenizer)
+        # Clients send the same tools again and again. What is kept is never gone on by itself.
+        self._matcher = lru_cache(MAX_KEPT_GRAMMARS)(self._new_matcher)
+        # Added tokens such as <tool_call> stand for no text in llguidance: they must be named.
+        self._added = {
+            token.content: id_
+            for id_, token in tokenizer.added_tokens_decoder.items()
+            if token.content in (OPENING, CLOSING) or id_ not in control_ids(tokenizer)
+        }
         self._tokenizer = llguidance.hf.from_tokenizer(
             tokenizer, n_vocab=self._num_tokens, eos_token=sorted(stop_ids)
         )
@@ -80,8 +113,80 @@ class Grammars:
             raise ValueError(
                 f"the schema has {len(text)} characters, more than {MAX_SCHEMA_CHARACTERS}"
             )
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
+        return self._build(
+            llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT), "the schema"
+        )
+
+    def of_calls(self, form: CallForm) -> Grammar:
+        """Return the grammar of answers with tools.
+
+        Raises:
+            ValueError: a schema is none, uses what is not supported, or is too large; the text
+                names the function.
+        """
+        try:
+            return self._build(llguidance.LLMatcher.grammar_from_lark(self._lark(form)), "the form")
+        except ValueError:
+            # Which one it is shows where each is tried alone.
+            for name, schema in form.schemas:
+                try:
+                    self.of_schema(schema)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+            raise
+
+    def _build(self, grammar: str, name: str) -> Grammar:
+        try:
+            return Grammar(self._matcher(grammar).deep_copy(), self._num_tokens)
+        except ValueError as error:
+            raise ValueError(f"{name} can't be used: {error}") from error
+
+    def _new_matcher(self, grammar: str) -> llguidance.LLMatcher:
         matcher = llguidance.LLMatcher(self._tokenizer, grammar)
         if matcher.is_error():
-            raise ValueError(f"the schema can't be used: {matcher.get_error()}")
-        return Grammar(matcher, self._num_tokens)
+            raise ValueError(matcher.get_error())
+        return matcher
+
+    def _lark(self, form: CallForm) -> str:
+        """Write the grammar of answers with tools; see llguidance's docs/syntax.md."""
+        opening, closing = self._marker(OPENING), self._marker(CLOSING)
+        rules = [f"opening: {opening}", f"closing: {closing}"]
+        calls = [f"call_{number}" for number in range(len(form.schemas))]
+        for call, (name, schema) in zip(calls, form.schemas, strict=True):
+            start = json.dumps(CALL_START + name + CALL_MIDDLE)
+            rules.append(f"{call}: {start} {_json_rule(schema)} {json.dumps(CALL_END)}")
+        more = "" if form.is_single else ' ("\\n" opening call closing)*'
+        rules += [f"call: {' | '.join(calls)}", f"behind: call closing{more}"]
+        if form.must_call:
+            rules.append("start: opening behind")
+        elif form.text_schema is not None:
+            rules.append(f"start: {_json_rule(form.text_schema)} | opening behind")
+        else:
+            rules += self._prose_rules()
+        return "\n".join(["%llguidance {}", *rules])
+
+    def _prose_rules(self) -> list[str]:
+        """Return the rules of any text, and of any text before calls."""
+        rules = [
+            "start: prose | head behind",
+            # Ends at the first marker, and TEXT with it: what is lazy goes before what is greedy.
+            f"text_head[lazy]: /(.|\\n)*{OPENING}/",
+            r"TEXT: /(.|\n)+/",
+        ]
+        token = self._added.get(OPENING)
+        head = "text_head" if token is None else f"text_head | TEXT? <[{token}]>"
+        others = [id_ for text, id_ in self._added.items() if text not in (OPENING, CLOSING)]
+        if not others:
+            return [*rules, "prose: TEXT?", f"head: {head}"]
+        listed = ",".join(map(str, sorted(others)))
+        rules += [f"marked: TEXT? <[{listed}]>", "prose: marked* TEXT?", f"head: marked* ({head})"]
+        return rules
+
+    def _marker(self, text: str) -> str:
+        """Return what lets a marker through, as a token of its own or spelled."""
+        token = self._added.get(text)
+        return json.dumps(text) if token is None else f"<[{token}]> | {json.dumps(text)}"
+
+
+def _json_rule(schema: dict[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': _LAYOUT})}"

@@ -4,12 +4,22 @@ import asyncio
 import itertools
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Hashable
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing
+from dataclasses import replace
 
-from raytune_llama.serve.engine.base import BusyError, EngineError, Generation, Step
+from raytune_llama.serve.engine.base import Generation, Step
+from raytune_llama.serve.engine.embed import Embedded, Embedder
+from raytune_llama.serve.engine.lora import LowRank
 from raytune_llama.serve.engine.stepper import Stepper
+from raytune_llama.serve.errors import BusyError, EngineError
+from raytune_llama.serve.parts import Vectors
 
 logger = logging.getLogger(__name__)
+
+_Told = Step | Embedded
+"""What the thread tells of a request."""
 
 
 class TransformersEngine:
@@ -20,13 +30,17 @@ class TransformersEngine:
 
         Args:
             stepper: around the model; from here on the thread's alone.
-            max_waiting: requests that may wait for a slot.
+            max_waiting: requests that may wait for a slot; as many may wait for vectors.
         """
         self._stepper, self._max_waiting = stepper, max_waiting
+        # Adapters that are merged into a copy of the model.
+        self._own: dict[Hashable, Stepper] = {}
+        self._attaching: set[Future[None]] = set()
+        self._embedder = stepper.build_embedder()
         self._keys = itertools.count()
         self._wake = threading.Condition()
         self._todo: list[Callable[[], None]] = []
-        self._listeners: dict[Hashable, Callable[[Step | EngineError], object]] = {}
+        self._listeners: dict[Hashable, Callable[[_Told | EngineError], object]] = {}
         self._failure: EngineError | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -35,13 +49,53 @@ class TransformersEngine:
     async def generate(self, generation: Generation) -> AsyncGenerator[Step, None]:
         """Yield a request's tokens; see `Engine`."""
         self.check()
-        self._stepper.check(generation)
-        if self._stepper.num_waiting + len(self._todo) >= self._max_waiting:
+        stepper = self._own.get(generation.adapter, self._stepper)
+        if stepper is not self._stepper:
+            generation = replace(generation, adapter=None)
+        stepper.check(generation)
+        if stepper.num_waiting + len(self._todo) >= self._max_waiting:
             raise BusyError(f"{self._max_waiting} requests are waiting already")
-        key, loop = next(self._keys), asyncio.get_running_loop()
-        told: asyncio.Queue[Step | EngineError] = asyncio.Queue()
+        key = next(self._keys)
+        async with aclosing(
+            self._follow(
+                key,
+                start=lambda: stepper.add(key, generation),
+                stop=lambda: stepper.remove(key),
+            )
+        ) as items:
+            async for item in items:
+                assert isinstance(item, Step)
+                yield item
+
+    async def embed(self, texts: Sequence[tuple[int, ...]]) -> AsyncGenerator[Vectors, None]:
+        """Yield texts' vectors; see `Engine`."""
+        self.check()
+        self._embedder.check(texts)
+        if self._embedder.num_jobs + len(self._todo) >= self._max_waiting:
+            raise BusyError(f"{self._max_waiting} requests are waiting already")
+        key = next(self._keys)
+        async with aclosing(
+            self._follow(
+                key,
+                start=lambda: self._embedder.add(key, texts),
+                stop=lambda: self._embedder.remove(key),
+            )
+        ) as items:
+            async for item in items:
+                assert isinstance(item, Embedded)
+                yield item.vectors
+
+    async def _follow(
+        self, key: Hashable, *, start: Callable[[], None], stop: Callable[[], None]
+    ) -> AsyncGenerator[_Told, None]:
+        """Yield what the thread tells of a request, from its start to its last item.
+
+        `stop` is called in the thread where the caller goes away before.
+        """
+        loop = asyncio.get_running_loop()
+        told: asyncio.Queue[_Told | EngineError] = asyncio.Queue()
         self._listeners[key] = lambda item: loop.call_soon_threadsafe(told.put_nowait, item)
-        self._do(lambda: self._stepper.add(key, generation))
+        self._do(start)
         is_over = False
         try:
             while not is_over:
@@ -49,13 +103,58 @@ class TransformersEngine:
                 if isinstance(item, EngineError):
                     is_over = True
                     raise item
-                is_over = item.finish is not None
+                is_over = item.is_last
                 yield item
         finally:
             self._listeners.pop(key, None)
             if not is_over:
-                # The caller has gone: the slot is free before the next pass.
-                self._do(lambda: self._stepper.remove(key))
+                # The caller has gone: what it held is free before the next pass.
+                self._do(stop)
+
+    async def attach(self, key: Hashable, adapter: Mapping[str, LowRank] | Stepper) -> None:
+        """Take an adapter in between two steps; requests may name it afterwards.
+
+        Args:
+            key: its own; never one that was there before.
+            adapter: its updates of the model's layers, which run in one batch with the base; or
+                steps of a model of its own, which run by turns with it.
+
+        Raises:
+            EngineError: there is no memory for it, which harms nothing else; or the engine has
+                failed.
+        """
+        self.check()
+        done: Future[None] = Future()
+        self._attaching.add(done)
+
+        def attach() -> None:
+            try:
+                if isinstance(adapter, Stepper):
+                    self._own[key] = adapter
+                else:
+                    self._stepper.attach(key, adapter)
+            except RuntimeError as error:
+                done.set_exception(EngineError(f"the adapter can't be attached: {error}"))
+            else:
+                done.set_result(None)
+
+        self._do(attach)
+        # The thread may have ended since, and told those that it knew of.
+        if self._failure is not None and not done.done():
+            raise self._failure
+        try:
+            await asyncio.shield(asyncio.wrap_future(done))
+        finally:
+            self._attaching.discard(done)
+
+    def detach(self, key: Hashable) -> None:
+        """Let an adapter go before the next step; no request has it any more."""
+
+        def detach() -> None:
+            if self._own.pop(key, None) is None:
+                self._stepper.detach(key)
+
+        self._do(detach)
 
     def check(self) -> None:
         """Raise EngineError where nothing can be generated any more."""
@@ -88,22 +187,29 @@ class TransformersEngine:
         self._failure = failure
         for listener in list(self._listeners.values()):
             listener(failure)
+        for done in list(self._attaching):
+            if not done.done():
+                done.set_exception(failure)
 
     def _work(self) -> bool:
-        """Do what is asked, then one step; wait where there is nothing. False: it is over."""
+        """Do what is asked, then a pass of each kind; wait where there is nothing. False: over."""
         with self._wake:
-            while not (self._todo or self._is_closed or self._has_work()):
+            while not (self._todo or self._is_closed or self._busy()):
                 self._wake.wait()
             if self._is_closed:
                 return False
             todo, self._todo = self._todo, []
         for action in todo:
             action()
-        for step in self._stepper.step() if self._has_work() else ():
-            listener = self._listeners.get(step.key)
-            if listener is not None:
-                listener(step)
+        for worker in self._busy():
+            for item in worker.step():
+                listener = self._listeners.get(item.key)
+                if listener is not None:
+                    listener(item)
         return True
 
-    def _has_work(self) -> bool:
-        return bool(self._stepper.num_running or self._stepper.num_waiting)
+    def _busy(self) -> list[Stepper | Embedder]:
+        """Return those that have something to do."""
+        steppers = (self._stepper, *self._own.values())
+        busy: list[Stepper | Embedder] = [s for s in steppers if s.num_running or s.num_waiting]
+        return [*busy, self._embedder] if self._embedder.num_jobs else busy

@@ -8,12 +8,26 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from raytune_llama.serve.http.tool_protocol import (
+    MAX_CALLS,
+    MAX_TOOLS,
+    Tool,
+    ToolCall,
+    ToolCallDelta,
+    ToolChoice,
+    check_tools,
+    is_absent,
+)
+
 MAX_CHOICES = 16
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
 MAX_MESSAGES = 4096
 MAX_TOKENS = 1_000_000
 """A bound on the number alone; the model's context bounds what is generated."""
+
+ANY_OBJECT = {"type": "object"}
+"""Schema of `response_format: {"type": "json_object"}`."""
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
@@ -83,17 +97,33 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=256)] | None = None
     message: str | None = None
     """The older name of `content` in the servers of the Chinese-LLaMA scripts."""
 
     name: Annotated[str, Field(max_length=64)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MAX_CALLS)] | None = None
+    """An assistant's."""
+
+    tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """Of the call that a tool's message is the result of."""
+
+    # Clients send answers back as they were; what is not served is null or empty in these.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Message":
-        if (self.content is None) == (self.message is None):
+        num_texts = (self.content is not None) + (self.message is not None)
+        if num_texts > 1 or (num_texts == 0 and self.tool_calls is None):
             raise ValueError("content: got neither or both of content and message, wanted one")
+        if self.tool_calls is not None and self.role != "assistant":
+            raise ValueError("tool_calls: only in an assistant's message")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("tool_call_id: goes with role=tool, and with it alone")
         return self
 
     @property
@@ -130,6 +160,13 @@ class ResponseFormat(BaseModel):
             raise ValueError("json_schema: goes with type=json_schema, and with it alone")
         return self
 
+    @property
+    def kept(self) -> dict[str, Any] | None:
+        """The schema that an answer keeps; None: any text is one."""
+        if self.type == "text":
+            return None
+        return self.json_schema.schema_ if self.json_schema else ANY_OBJECT
+
 
 class ChatRequest(Request):
     """`POST /v1/chat/completions`."""
@@ -139,6 +176,13 @@ class ChatRequest(Request):
     """OpenAI's newer name of `max_tokens`."""
 
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    """null: auto where there are tools."""
+
+    parallel_tool_calls: bool | None = None
+    """Whether an answer may have several calls; null: it may."""
+
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -148,7 +192,19 @@ class ChatRequest(Request):
             raise ValueError("top_logprobs: only with logprobs=true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_tokens: only one of max_tokens and max_completion_tokens")
+        says_parallel = self.parallel_tool_calls is not None
+        check_tools(self.tools, self.tool_choice, says_parallel=says_parallel)
         return self
+
+    @property
+    def shown_tools(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def must_call(self) -> bool:
+        """Whether an answer is calls of tools alone."""
+        return self.tool_choice not in (None, "none", "auto")
 
 
 class CompletionRequest(Request):
@@ -171,7 +227,7 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class TokenLogprob(BaseModel):
@@ -199,8 +255,11 @@ class AnswerMessage(BaseModel):
     """What the model says."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    """null: only calls."""
+
     refusal: None = None
+    tool_calls: Annotated[list[ToolCall] | None, Field(exclude_if=is_absent)] = None
 
 
 class ChatChoice(BaseModel):
@@ -229,6 +288,7 @@ class Delta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: Annotated[list[ToolCallDelta] | None, Field(exclude_if=is_absent)] = None
 
 
 class ChunkChoice(BaseModel):

@@ -6,22 +6,27 @@ has its own.
 """
 
 import logging
+import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raytune_llama.serve.answers import Part, RequestError
-from raytune_llama.serve.engine.base import BusyError, EngineError
+from raytune_llama.serve.config import KeyLimits
+from raytune_llama.serve.errors import BusyError, EngineError, RequestError, UnknownModelError
+from raytune_llama.serve.http.admission import ANYBODY, KEY_NAME, Admission, Books, LocalBooks
+from raytune_llama.serve.http.embeddings import EmbeddingBackend, add_embeddings
 from raytune_llama.serve.http.keys import Keys
+from raytune_llama.serve.http.meter import CountRequests, Meter, MeteredAnswers, exposition
 from raytune_llama.serve.http.page import add_page
 from raytune_llama.serve.http.protocol import (
     ChatCompletion,
@@ -34,6 +39,7 @@ from raytune_llama.serve.http.protocol import (
     ModelList,
 )
 from raytune_llama.serve.http.shapes import Answer, ChatShape, CompletionShape, Counts, Shape
+from raytune_llama.serve.parts import Part
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +53,7 @@ OPEN_PATHS = frozenset({"/", "/health"})
 """Routes that need no key."""
 
 
-class Backend(Protocol):
+class Backend(EmbeddingBackend, Protocol):
     """A model that answers."""
 
     def answer(self, request: ChatRequest | CompletionRequest) -> AsyncGenerator[int | Part, None]:
@@ -60,29 +66,95 @@ class Backend(Protocol):
         """
         ...
 
+    async def adapters(self) -> Sequence[str]:
+        """Return the names of the adapters that may stand behind the model's and a colon.
+
+        Raises:
+            EngineError: they can't be listed.
+        """
+        ...
+
     async def check(self) -> None:
         """Raise EngineError where the model can't answer."""
         ...
 
 
-def build_http(backends: Mapping[str, Backend], keys: Keys) -> FastAPI:
+def build_http(
+    backends: Mapping[str, Backend],
+    keys: Keys,
+    *,
+    meter: Meter | None = None,
+    books: Books | None = None,
+) -> FastAPI:
     """Build the application.
 
     Args:
         backends: models by the names that requests use.
         keys: who may ask.
+        meter: what counts; None: one that is made here.
+        books: what admits requests and adds counts up; None: this gateway stands alone, and no
+            key is limited.
     """
+    meter = meter or Meter()
+    books = books or LocalBooks(KeyLimits(), meter)
     app = FastAPI(title="raytune_llama", docs_url=None, redoc_url=None)
     created = int(time.time())
     _add_errors(app)
+    _add_watching(app, backends, books)
+    # The last one added is the first one asked.
+    app.add_middleware(Admission, books=books, refuse=_wait)
     app.add_middleware(_Guard, keys=keys)
+    app.add_middleware(CountRequests, meter=meter)
     add_page(app)
 
     def backend_of(name: str) -> Backend:
-        if name not in backends:
+        # What stands behind the colon is the backend's to know.
+        base = name.partition(":")[0]
+        if base not in backends:
             known = ", ".join(backends)
-            raise _problem(404, f"no model {name!r}; there is {known}", "model", "model_not_found")
-        return backends[name]
+            raise UnknownModelError(f"no model {base!r}; there is {known}", "model")
+        return backends[base]
+
+    def counted(request: ChatRequest | CompletionRequest) -> AsyncGenerator[int | Part, None]:
+        answers = backend_of(request.model).answer(request)
+        return MeteredAnswers(meter, request.model).pass_on(answers)
+
+    @app.get("/v1/models")
+    async def models() -> ModelList:
+        """List the models."""
+        return ModelList(
+            data=[
+                ModelCard(id=name, created=created)
+                for base, backend in backends.items()
+                for name in await _names(base, backend)
+            ]
+        )
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> ModelCard:
+        """Describe a model."""
+        if name not in await _names(name.partition(":")[0], backend_of(name)):
+            raise UnknownModelError(f"no model {name!r}; /v1/models lists all", "model")
+        return ModelCard(id=name, created=created)
+
+    @app.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def chat(request: ChatRequest) -> Response:
+        """Answer a conversation."""
+        return await _respond(counted(request), request, ChatShape(request))
+
+    @app.post("/v1/completions", response_model=Completion)
+    async def complete(request: CompletionRequest) -> Response:
+        """Go on with a text."""
+        echoed = request.prompt if request.echo and isinstance(request.prompt, str) else ""
+        shape = CompletionShape(request, echoed)
+        return await _respond(counted(request), request, shape)
+
+    add_embeddings(app, backend_of)
+    return app
+
+
+def _add_watching(app: FastAPI, backends: Mapping[str, Backend], books: Books) -> None:
+    """Add the routes by which the endpoint is watched."""
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
@@ -91,36 +163,22 @@ def build_http(backends: Mapping[str, Backend], keys: Keys) -> FastAPI:
             await backend.check()
         return Response(status_code=200)
 
-    @app.get("/v1/models")
-    async def models() -> ModelList:
-        """List the models."""
-        return ModelList(data=[ModelCard(id=name, created=created) for name in backends])
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        """Tell what all gateways have counted, as Prometheus reads it."""
+        return Response(exposition(await books.families()), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models/{name}")
-    async def model(name: str) -> ModelCard:
-        """Describe a model."""
-        backend_of(name)
-        return ModelCard(id=name, created=created)
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion)
-    async def chat(request: ChatRequest) -> Response:
-        """Answer a conversation."""
-        return await _respond(backend_of(request.model), request, ChatShape(request))
-
-    @app.post("/v1/completions", response_model=Completion)
-    async def complete(request: CompletionRequest) -> Response:
-        """Go on with a text."""
-        echoed = request.prompt if request.echo and isinstance(request.prompt, str) else ""
-        shape = CompletionShape(request, echoed)
-        return await _respond(backend_of(request.model), request, shape)
-
-    return app
+async def _names(base: str, backend: Backend) -> list[str]:
+    """Return what requests may call a model, with its adapters."""
+    return [base, *(f"{base}:{name}" for name in await backend.adapters())]
 
 
 async def _respond(
-    backend: Backend, request: ChatRequest | CompletionRequest, shape: Shape
+    items: AsyncGenerator[int | Part, None],
+    request: ChatRequest | CompletionRequest,
+    shape: Shape,
 ) -> Response:
-    items = backend.answer(request)
     counts = Counts(prompt=_prompt_tokens(await anext(items)))
     if not request.stream:
         answers = [Answer() for _ in range(request.n)]
@@ -157,7 +215,7 @@ async def _events(
                 part = _part(item)
                 counts.completion += part.num_tokens
                 # What changes nothing for the client is not sent.
-                if part.text or part.tokens or part.finish:
+                if part.text or part.calls or part.tokens or part.finish:
                     yield _event(shape.part(part))
         except EngineError as error:
             # The status is sent already.
@@ -238,6 +296,10 @@ def _add_errors(app: FastAPI) -> None:
     on(RequestValidationError, of_validation)
     on(HTTPException, of_status)
     on(RequestError, lambda error: _problem(400, error.message, error.param))
+    on(
+        UnknownModelError,
+        lambda error: _problem(404, error.message, error.param, "model_not_found"),
+    )
     on(BusyError, lambda error: _problem(429, str(error), code="rate_limit_exceeded"))
     on(EngineError, lambda error: _problem(503, str(error)))
 
@@ -260,7 +322,9 @@ class _Guard:
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
         refusal = None
-        if scope["path"] not in OPEN_PATHS and not self._is_let_in(headers):
+        name = self._name(headers)
+        scope[KEY_NAME] = name or ANYBODY
+        if scope["path"] not in OPEN_PATHS and self._keys.hashes and name is None:
             refusal = _problem(401, "wanted Authorization: Bearer KEY", code="invalid_api_key")
         elif not length.isdecimal() or int(length) > MAX_BODY_BYTES:
             refusal = _too_large()
@@ -279,10 +343,20 @@ class _Guard:
 
         await self._app(scope, counted, send)
 
-    def _is_let_in(self, headers: Headers) -> bool:
+    def _name(self, headers: Headers) -> str | None:
+        """Return the name of the key that a request came with; None: of none that is known."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        is_known = self._keys.find(key.strip()) is not None
-        return not self._keys.hashes or (scheme.lower() == "bearer" and is_known)
+        name = self._keys.find(key.strip())
+        return name if scheme.lower() == "bearer" else None
+
+
+def _wait(seconds: float) -> JSONResponse:
+    refusal = _problem(429, "this key asks for more than it may", code="rate_limit_exceeded")
+    return JSONResponse(
+        ErrorAnswer(error=refusal.body).model_dump(),
+        refusal.status_code,
+        headers={"Retry-After": str(math.ceil(seconds))},
+    )
 
 
 def _too_large() -> _Refusal:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
-from raytune_llama.serve.answers import Part, text_bytes
 from raytune_llama.serve.http.protocol import (
     AnswerMessage,
     ChatChoice,
@@ -26,6 +25,14 @@ from raytune_llama.serve.http.protocol import (
     TokenLogprob,
     Usage,
 )
+from raytune_llama.serve.http.tool_protocol import (
+    CalledFunction,
+    FunctionDelta,
+    ToolCall,
+    ToolCallDelta,
+)
+from raytune_llama.serve.parts import Part, text_bytes
+from raytune_llama.serve.tools import CallPiece
 
 
 @dataclass
@@ -35,12 +42,18 @@ class Answer:
     text: str = ""
     parts: list[Part] = field(default_factory=list)
     finish: FinishReason = "stop"
+    calls: list[ToolCall] = field(default_factory=list)
 
     def add(self, part: Part) -> None:
         """Take a part in."""
         self.text += part.text
         self.parts.append(part)
         self.finish = part.finish or self.finish
+        for piece in part.calls:
+            if piece.id is not None and piece.name is not None:
+                function = CalledFunction(name=piece.name, arguments="")
+                self.calls.append(ToolCall(id=piece.id, function=function))
+            self.calls[piece.index].function.arguments += piece.arguments
 
 
 @dataclass
@@ -65,6 +78,8 @@ class ChatShape:
 
     def __init__(self, request: ChatRequest) -> None:
         self._model, self._wants_logprobs = request.model, request.logprobs
+        # An answer that has calls alone has no text, not an empty one.
+        self._begin = Delta(role="assistant", content=None if request.shown_tools else "")
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
 
     def whole(self, answers: Sequence[Answer], counts: Counts) -> BaseModel:
@@ -72,7 +87,10 @@ class ChatShape:
         choices = [
             ChatChoice(
                 index=index,
-                message=AnswerMessage(content=answer.text),
+                message=AnswerMessage(
+                    content=None if answer.calls and not answer.text else answer.text,
+                    tool_calls=answer.calls or None,
+                ),
                 logprobs=self._logprobs(answer.parts),
                 finish_reason=answer.finish,
             )
@@ -89,11 +107,13 @@ class ChatShape:
     def begin(self, num_choices: int) -> Iterator[BaseModel]:
         """Yield the chunks before the first part."""
         for index in range(num_choices):
-            yield self._chunk(index, Delta(role="assistant", content=""))
+            yield self._chunk(index, self._begin)
 
     def part(self, part: Part) -> BaseModel:
         """Return the chunk of a part."""
-        delta = Delta(content=part.text) if part.text or part.tokens else Delta()
+        has_text = part.text or (part.tokens and not part.calls)
+        calls = [_call_delta(piece) for piece in part.calls]
+        delta = Delta(content=part.text if has_text else None, tool_calls=calls or None)
         chunk = self._chunk(part.index, delta)
         chunk.choices[0].logprobs = self._logprobs([part])
         chunk.choices[0].finish_reason = part.finish
@@ -191,6 +211,15 @@ class CompletionShape:
 
 Shape = ChatShape | CompletionShape
 """Of either kind of answer."""
+
+
+def _call_delta(piece: CallPiece) -> ToolCallDelta:
+    return ToolCallDelta(
+        index=piece.index,
+        id=piece.id,
+        type=None if piece.id is None else "function",
+        function=FunctionDelta(name=piece.name, arguments=piece.arguments),
+    )
 
 
 def _content_logprobs(part: Part) -> Iterator[ContentLogprob]:

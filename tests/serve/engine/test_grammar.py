@@ -1,11 +1,14 @@
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AddedToken, PreTrainedTokenizerFast
 
-from raytune_llama.model.tokenizer import encode_text
-from raytune_llama.serve.engine.grammar import ANY_OBJECT, Grammars
+from raytune_llama.model.tokenizer import encode_text, load_tokenizer
+from raytune_llama.serve.engine.grammar import CallForm, Grammars
+from raytune_llama.serve.http.protocol import ANY_OBJECT
 from raytune_llama.serve.models import ServedModel
 
 PERSON = {
@@ -88,3 +91,104 @@ def test_random_tokens_that_are_allowed_make_json(grammars: Grammars, served: Se
         whole += 1
     assert whole > 5
     assert grammars.of_schema(ANY_OBJECT).allowed().any()
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rom"}}\n</tool_call>'
+OTHER = CALL.replace("weather", "now").replace('{"city": "Rom"}', "{}")
+SCHEMAS = [("weather", WEATHER), ("now", {"type": "object", "additionalProperties": False})]
+MARKERS = ("<tool_call>", "</tool_call>", "<think>")
+
+
+@pytest.fixture(scope="module", params=["text", "added", "control"])
+def with_markers(
+    request: pytest.FixtureRequest, tokenizer_dir: Path
+) -> tuple[PreTrainedTokenizerFast, Grammars]:
+    """A tokenizer to which the markers are text, tokens of their own, or control tokens."""
+    tokenizer = load_tokenizer(tokenizer_dir)
+    if request.param != "text":
+        is_control = request.param == "control"
+        for text in MARKERS:
+            tokenizer.add_tokens(AddedToken(text, special=is_control, normalized=False))
+    return tokenizer, Grammars(tokenizer, frozenset({1}))
+
+
+def reads(
+    with_markers: tuple[PreTrainedTokenizerFast, Grammars], form: CallForm, text: str
+) -> tuple[bool, bool]:
+    """Whether the form lets a text through, and whether it may end there."""
+    tokenizer, grammars = with_markers
+    grammar = grammars.of_calls(form)
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if not grammar.allowed()[token]:
+            return False, False
+        grammar.take(token)
+    return True, bool(grammar.allowed()[1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "wanted"),
+    [
+        ({}, "the fox < 3", (True, True)),
+        ({}, "a <tool_calls", (True, True)),
+        ({}, CALL, (True, True)),
+        ({}, f"{CALL}\n{OTHER}\n{CALL}", (True, True)),
+        ({}, f"Sure.\n\n{CALL}", (True, True)),
+        ({}, f"{CALL}\nfox", (False, False)),
+        ({}, "say <tool_call> fox", (False, False)),
+        ({}, CALL.replace("weather", "fox"), (False, False)),
+        ({}, CALL.replace("city", "town"), (False, False)),
+        ({}, CALL.replace('"Rom"', "3"), (False, False)),
+        ({}, CALL[:-5], (True, False)),
+        ({"is_single": True}, CALL, (True, True)),
+        ({"is_single": True}, f"{CALL}\n", (False, False)),
+        ({"must_call": True}, f"{OTHER}\n{CALL}", (True, True)),
+        ({"must_call": True}, "the fox", (False, False)),
+        ({"must_call": True}, f"fox {CALL}", (False, False)),
+        ({"text_schema": WEATHER}, CALL, (True, True)),
+        ({"text_schema": WEATHER}, '{"city": "Rom"}', (True, True)),
+        ({"text_schema": WEATHER}, "the fox", (False, False)),
+    ],
+)
+def test_form_of_calls_lets_them_through_and_nothing_else(
+    with_markers: tuple[PreTrainedTokenizerFast, Grammars],
+    fields: dict[str, Any],
+    text: str,
+    wanted: tuple[bool, bool],
+) -> None:
+    found = reads(with_markers, CallForm(SCHEMAS, **fields), text)
+    # What ends within a marker that is one token can't be written with it.
+    assert found == wanted or (text == CALL[:-5] and found == (False, False))
+
+
+def test_text_before_calls_may_have_tokens_of_its_own(tokenizer_dir: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_dir)
+    for text in MARKERS:
+        tokenizer.add_tokens(AddedToken(text, special=False))
+    both = (tokenizer, Grammars(tokenizer, frozenset({1})))
+    form = CallForm(SCHEMAS)
+    assert reads(both, form, "<think>the fox<think>") == (True, True)
+    assert reads(both, form, f"<think>the fox<think>dog\n{CALL}\n{CALL}") == (True, True)
+    assert reads(both, form, f"<think>the fox{CALL}dog") == (False, False)
+    # Control tokens are no text.
+    assert reads(both, form, "the <|im_end|>") == (False, False)
+
+
+def test_schema_that_cannot_be_used_names_its_function(grammars: Grammars) -> None:
+    form = CallForm([*SCHEMAS, ("bad", {"type": "object", "properties": {"a": {"type": "no"}}})])
+    with pytest.raises(ValueError, match=r"^bad: the schema can't be used"):
+        grammars.of_calls(form)
+
+
+def test_grammar_asked_for_again_begins_anew(grammars: Grammars, served: ServedModel) -> None:
+    first = grammars.of_schema(PERSON)
+    first.take(encode_text(served.tokenizer, ["{"])[0][0])
+    again = grammars.of_schema(PERSON)
+    assert not torch.equal(first.allowed(), again.allowed())
+    again.take(encode_text(served.tokenizer, ["{"])[0][0])
+    assert torch.equal(first.allowed(), again.allowed())

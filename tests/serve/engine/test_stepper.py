@@ -164,7 +164,7 @@ def test_stepper_never_generates_surplus_rows() -> None:
     assert all(token < favourite for tokens, _ in told.values() for token in tokens)
 
 
-@pytest.mark.parametrize("after", range(8))
+@pytest.mark.parametrize("after", [*range(8), 14, 20])
 def test_stepper_that_lets_one_go_answers_the_others_alike(
     llama: PreTrainedModel, after: int
 ) -> None:
@@ -184,3 +184,36 @@ def test_stepper_that_lets_one_go_answers_the_others_alike(
     assert (stepper.num_running, stepper.num_waiting) == (0, 0)
     for n in (0, 2, 3):
         assert told[n] == by_transformers(llama, asked[n].prompt, 10)
+
+
+def test_stepper_lets_the_first_of_several_go_while_they_are_answered(
+    llama: PreTrainedModel,
+) -> None:
+    asked = {n: Generation(p, GREEDY, 10) for n, p in enumerate(prompts(3))}
+    stepper = Stepper(llama, num_slots=3, max_context=200, prefill_tokens=100)
+    told: dict[Hashable, list[int]] = {n: [] for n in asked}
+    for key, generation in asked.items():
+        stepper.add(key, generation)
+    while len(told[2]) < 2:
+        for step in stepper.step():
+            told[step.key].append(step.choice.token)
+    stepper.remove(0)  # the last row takes its place, outside of a step
+    assert stepper.num_running == 2
+    while stepper.num_running:
+        for step in stepper.step():
+            told[step.key].append(step.choice.token)
+    for n in (1, 2):
+        assert told[n] == by_transformers(llama, asked[n].prompt, 10)
+
+
+def test_stepper_reads_short_prompts_together_up_to_the_bound(llama: PreTrainedModel) -> None:
+    stepper = Stepper(llama, num_slots=8, max_context=200, prefill_tokens=20)
+    lengths = {"a": 5, "b": 9, "c": 9, "d": 45, "e": 3}
+    for key, length in lengths.items():
+        stepper.add(key, Generation((5,) * length, GREEDY, 100))
+    began: list[set[Hashable]] = []
+    for _ in range(6):
+        known = set().union(*began)
+        began.append({step.key for step in stepper.step()} - known)
+    # Padded to 9 tokens two fit; the long one takes three passes alone.
+    assert began == [{"a", "b"}, {"c"}, set(), set(), {"d"}, {"e"}]

@@ -4,8 +4,8 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator
 
-from raytune_llama.serve.answers import Part
 from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
+from raytune_llama.serve.parts import Part
 
 
 class Scripted:
@@ -53,6 +53,9 @@ class Scripted:
                 raise self._error
         finally:
             self.num_running -= 1
+
+    async def adapters(self) -> list[str]:
+        return []
 
     async def check(self) -> None:
         pass

@@ -12,11 +12,12 @@ import openai
 import pytest
 import uvicorn
 
-from raytune_llama.serve.answers import Answerer, Part
-from raytune_llama.serve.engine.base import BusyError, EngineError
+from raytune_llama.serve.answers import Answerer
+from raytune_llama.serve.errors import BusyError, EngineError
 from raytune_llama.serve.http.keys import Keys, make_key
 from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
 from raytune_llama.serve.http.routes import MAX_BODY_BYTES, build_http
+from raytune_llama.serve.parts import Part
 
 Asked = ChatRequest | CompletionRequest
 
@@ -30,6 +31,9 @@ class Here:
     async def answer(self, request: Asked) -> AsyncGenerator[int | Part, None]:
         async for item in self._answerer.respond(request):
             yield item
+
+    async def adapters(self) -> list[str]:
+        return []
 
     async def check(self) -> None:
         pass
@@ -47,6 +51,9 @@ class Failing:
             yield Part(0, f"{number} ", 1)
         raise self._error
 
+    async def adapters(self) -> list[str]:
+        return []
+
     async def check(self) -> None:
         raise self._error
 
@@ -54,11 +61,14 @@ class Failing:
 class Server:
     """The application behind uvicorn, in a thread."""
 
-    def __init__(self, backends: dict[str, Any], keys: Keys | None = None) -> None:
+    def __init__(
+        self, backends: dict[str, Any], keys: Keys | None = None, **options: object
+    ) -> None:
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             self.port = one.getsockname()[1]
-        app = build_http(backends, keys or Keys())
+        build: Any = build_http
+        app = build(backends, keys or Keys(), **options)
         config = uvicorn.Config(app, host="127.0.0.1", port=self.port, log_level="error")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)

@@ -1,0 +1,181 @@
+"""Vectors of texts: the mean of the model's last hidden states, of length 1.
+
+Shapes: N texts of a pass, T tokens of the longest, D size of the hidden state.
+
+The work is cut into passes of a bounded number of tokens, so that others' answers go on between two
+of them. The cache of those answers is never touched.
+"""
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from raytune_llama.serve.parts import Vectors
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What a pass has made."""
+
+    key: Hashable
+    """Of the job, as `add` was told."""
+
+    vectors: Vectors
+    """Of the job's next texts, in their order."""
+
+    is_last: bool
+    """Whether the job is done."""
+
+
+@dataclass
+class _Reading:
+    """A text that is longer than a pass, as far as it is read."""
+
+    cache: DynamicCache
+    total_D: Tensor
+    num_read: int = 0
+
+
+@dataclass
+class _Job:
+    key: Hashable
+    texts: deque[tuple[int, ...]]
+    reading: _Reading | None = None
+
+
+class Embedder:
+    """The texts that a model is to make vectors of. Not for several threads at a time."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_context: int,
+        pass_tokens: int = 256,
+        before_pass: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Begin without any text.
+
+        Args:
+            model: a causal LM, in evaluation mode.
+            max_context: tokens of a text, at most.
+            pass_tokens: tokens of a pass, filling included, at most.
+            before_pass: called before each pass.
+        """
+        self._before_pass = before_pass
+        base = model.base_model
+        assert isinstance(base, PreTrainedModel)
+        self._model, self._device = base, model.device
+        self._max_context, self._pass_tokens = max_context, pass_tokens
+        self._passes_positions = "position_ids" in inspect.signature(base.forward).parameters
+        self._jobs: deque[_Job] = deque()
+
+    @property
+    def num_jobs(self) -> int:
+        """Jobs that are not done."""
+        return len(self._jobs)
+
+    def check(self, texts: Sequence[tuple[int, ...]]) -> None:
+        """Refuse what can't be done; may be called by any thread.
+
+        Raises:
+            ValueError: there is no text, or one is empty or longer than the context.
+        """
+        if not texts:
+            raise ValueError("got no text")
+        for number, ids in enumerate(texts):
+            if not 1 <= len(ids) <= self._max_context:
+                raise ValueError(
+                    f"text {number} has {len(ids)} tokens, wanted 1 to {self._max_context}"
+                )
+
+    def add(self, key: Hashable, texts: Sequence[tuple[int, ...]]) -> None:
+        """Take a job in: the ids of some texts.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        self.check(texts)
+        self._jobs.append(_Job(key, deque(texts)))
+
+    def remove(self, key: Hashable) -> None:
+        """Let a job go; nothing where it is done."""
+        self._jobs = deque(job for job in self._jobs if job.key != key)
+
+    @torch.inference_mode()
+    def step(self) -> list[Embedded]:
+        """Make one pass for one job; the jobs take turns between two texts or batches of them."""
+        if not self._jobs:
+            return []
+        job = self._jobs[0]
+        self._before_pass()
+        vectors_ND = self._pass(job)
+        if not job.texts:
+            self._jobs.popleft()
+        elif job.reading is None:
+            # Not within a text: there is one cache at a time.
+            self._jobs.rotate(-1)
+        if vectors_ND is None:
+            return []
+        normed_ND = torch.nn.functional.normalize(vectors_ND, dim=1)
+        return [Embedded(job.key, normed_ND.cpu().numpy(), not job.texts)]
+
+    def _pass(self, job: _Job) -> Tensor | None:
+        """Return the means of a job's next texts, (N, D), or None where a long one goes on."""
+        if len(job.texts[0]) > self._pass_tokens:
+            return self._read_on(job)
+        batch: list[tuple[int, ...]] = []
+        longest = 0
+        while job.texts:
+            longest = max(longest, len(job.texts[0]))
+            if longest * (len(batch) + 1) > self._pass_tokens:
+                break
+            batch.append(job.texts.popleft())
+        return self._means(batch)
+
+    def _means(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
+        """Return the mean hidden state of each text, (N, D), all read in one pass."""
+        lengths_N = torch.tensor([len(ids) for ids in batch], device=self._device)
+        rows = [torch.tensor(ids) for ids in batch]
+        # Filled behind the end, which no token before it sees; with an id that every model has.
+        ids_NT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self._device)
+        columns_T = torch.arange(ids_NT.shape[1], device=self._device)
+        mask_NT = columns_T < lengths_N.unsqueeze(1)
+        states_NTD = self._model(
+            input_ids=ids_NT, attention_mask=mask_NT.long(), use_cache=False
+        ).last_hidden_state.float()
+        total_ND = states_NTD.masked_fill(~mask_NT.unsqueeze(2), 0.0).sum(1)
+        return total_ND / lengths_N.unsqueeze(1)
+
+    def _read_on(self, job: _Job) -> Tensor | None:
+        """Read a piece of a long text; return its mean, (1, D), where that was the last one."""
+        ids = job.texts[0]
+        if job.reading is None:
+            job.reading = _Reading(DynamicCache(), torch.zeros(()))
+        reading = job.reading
+        start = reading.num_read
+        piece = ids[start : start + self._pass_tokens]
+        end = start + len(piece)
+        options: dict[str, Any] = {}
+        if self._passes_positions:
+            options["position_ids"] = torch.arange(start, end, device=self._device).unsqueeze(0)
+        states_1TD = self._model(
+            input_ids=torch.tensor([piece], device=self._device),
+            attention_mask=torch.ones(1, end, dtype=torch.long, device=self._device),
+            past_key_values=reading.cache,
+            use_cache=True,
+            **options,
+        ).last_hidden_state
+        reading.total_D = reading.total_D.to(self._device) + states_1TD[0].float().sum(0)
+        reading.num_read = end
+        if end < len(ids):
+            return None
+        job.texts.popleft()
+        job.reading = None
+        return (reading.total_D / len(ids)).unsqueeze(0)

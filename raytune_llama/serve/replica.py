@@ -1,0 +1,78 @@
+"""A copy of a model in an actor of Ray Serve. Imports torch; the gateway does not import this."""
+
+from collections.abc import AsyncGenerator, Hashable
+from contextlib import aclosing
+
+import torch
+
+from raytune_llama.logs import setup_logging
+from raytune_llama.serve.adapters.loading import AdapterLoader
+from raytune_llama.serve.adapters.pool import AdapterPool
+from raytune_llama.serve.adapters.registry import Registry
+from raytune_llama.serve.answers import Answerer
+from raytune_llama.serve.config import ServeConfig, ServedModelConfig
+from raytune_llama.serve.embeddings import TextVectors
+from raytune_llama.serve.engine.loop import TransformersEngine
+from raytune_llama.serve.engine.stepper import Stepper
+from raytune_llama.serve.http.embedding_protocol import EmbeddingRequest
+from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
+from raytune_llama.serve.models import ServedModel, load_served
+from raytune_llama.serve.parts import Part, Vectors
+
+
+class ModelReplica:
+    """A copy of a model, with its own engine."""
+
+    def __init__(self, model: ServedModelConfig, config: ServeConfig) -> None:
+        """Load the model; refuse one that is damaged, or tuned with another template."""
+        setup_logging()
+        replicas = config.replicas
+        torch.set_num_threads(max(1, int(replicas.cpus)))
+        device = torch.device("cuda" if replicas.use_gpu else "cpu")
+        served = load_served(model, device)
+
+        def make_stepper(served: ServedModel) -> Stepper:
+            return Stepper(
+                served.model,
+                num_slots=replicas.slots,
+                max_context=served.max_context,
+                num_tokens=len(served.tokenizer),
+                prefill_tokens=replicas.prefill_tokens,
+            )
+
+        # Ray Serve bounds what waits; here it never has to.
+        self._engine = engine = TransformersEngine(make_stepper(served), max_waiting=10**6)
+
+        self._vectors = TextVectors(served, engine)
+
+        def make_answerer(served: ServedModel, adapter: Hashable | None) -> Answerer:
+            return Answerer(served, engine, config.defaults, adapter)
+
+        self._answerer = base = make_answerer(served, None)
+        if model.adapters_dir is not None:
+            self._answerer = AdapterPool(
+                base,
+                Registry.of(model.adapters_dir),
+                AdapterLoader(model, served),
+                engine,
+                make_answerer=make_answerer,
+                make_stepper=make_stepper,
+                max_adapters=model.max_adapters,
+            )
+
+    async def answer(
+        self, request: ChatRequest | CompletionRequest
+    ) -> AsyncGenerator[int | Part, None]:
+        """Yield the prompt's number of tokens, then the parts of all answers."""
+        async for item in self._answerer.respond(request):
+            yield item
+
+    async def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
+        """Yield the texts' number of tokens, then their vectors."""
+        async with aclosing(self._vectors.respond(request)) as items:
+            async for item in items:
+                yield item
+
+    async def check_health(self) -> None:
+        """Let Ray Serve replace a replica whose engine has failed."""
+        self._engine.check()
