@@ -1,6 +1,7 @@
 """The chat page as a person uses it, in a real browser against the real server."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from raytune_llama.serve.engine.stepper import Stepper
 from raytune_llama.serve.errors import BusyError, EngineError
 from raytune_llama.serve.http.keys import Keys, make_key
 from raytune_llama.serve.models import load_served
-from tests.serve.http.browser import Scripted, running_browser
+from tests.serve.http.browser import running_browser
+from tests.serve.http.scripted import Scripted
 from tests.serve.http.test_routes import Here, Server
 
 HOSTILE = "<img src=x onerror='window.hit=1'><script>window.hit=1</script>&amp;"
@@ -87,7 +89,7 @@ def page(browser: Browser) -> Iterator[Open]:
 def models() -> dict[str, Scripted]:
     return {
         "plain": Scripted("one ", "two"),
-        "held": Scripted("one ", "two ", "three", held=True),
+        "held": Scripted("one ", "two ", "three", held=True, first_seconds=0.5),
         "hostile": Scripted(HOSTILE),
         HOSTILE: Scripted("x"),
         "busy": Scripted(error=BusyError("9 requests are waiting already")),
@@ -127,6 +129,10 @@ def test_answer_is_shown_piece_by_piece_then_its_counts(
     note = page.tab.locator(".assistant .foot span").inner_text()
     assert "3 read, 3 written" in note
     assert "tokens/s" in note
+    # From the question on, not from the status, which a server sends with the first token.
+    first = re.search(r"first after (\S+) s", note)
+    assert first is not None
+    assert float(first[1]) >= 0.5
 
 
 def test_stop_ends_the_request_and_frees_its_slot(
