@@ -27,7 +27,8 @@ from raytune_llama.chat.conversations import (
     find_prompt_defect,
 )
 from raytune_llama.chat.stretches import NoBoundaryError, Stretch, StretchEncoder, cut_stretches
-from raytune_llama.chat.templates.choice import TemplateName, build_template
+from raytune_llama.chat.templates.choice import build_template
+from raytune_llama.chat.templates.names import TemplateName
 from raytune_llama.chat.templates.segments import Segment, Template, UnrenderableError
 from raytune_llama.chat.truncation import Truncation, truncate
 from raytune_llama.config import settings

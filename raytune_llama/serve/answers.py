@@ -1,95 +1,27 @@
 """From a request to the text of its answers, part by part; knows tokens, and no HTTP."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Hashable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Annotated
-
-from pydantic import Field
 
 from raytune_llama.chat.conversations import Conversation, Turn
-from raytune_llama.config import settings
 from raytune_llama.model.tokenizer import encode_text
+from raytune_llama.serve.config import SamplingDefaults
 from raytune_llama.serve.engine.base import Engine, Generation
 from raytune_llama.serve.engine.grammar import ANY_OBJECT, Grammar, Grammars
 from raytune_llama.serve.engine.sampling import Choice, Sampling
+from raytune_llama.serve.errors import RequestError, UnknownModelError
 from raytune_llama.serve.http.protocol import (
     ChatRequest,
     CompletionRequest,
-    FinishReason,
     Message,
     Request,
     ResponseFormat,
 )
 from raytune_llama.serve.models import ServedModel
-from raytune_llama.serve.text import REPLACEMENT, TextStream
-
-
-@settings
-class SamplingDefaults:
-    """What a request that does not say gets; OpenAI's defaults."""
-
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    """0: always the likeliest token."""
-
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Part of the probability that is drawn from."""
-
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    """How many of the likeliest tokens are drawn from; null: all."""
-
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
-    """Above 1: tokens that are there already become less likely."""
-
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """New tokens; null: what the context has room for."""
-
-
-class RequestError(ValueError):
-    """A request that can't be answered; `param` is the field at fault."""
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        # All arguments, so that pickle can rebuild it.
-        super().__init__(message, param)
-        self.message, self.param = message, param
-
-    def __str__(self) -> str:
-        return self.message
-
-
-@dataclass(frozen=True)
-class TokenText:
-    """A token of an answer, as log-probabilities name it."""
-
-    text: str
-    """What it decodes to alone."""
-
-    logprob: float
-    """Natural logarithm of its probability."""
-
-    likeliest: tuple[tuple[str, float], ...] = ()
-    """The likeliest tokens in its place."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of one of a request's answers."""
-
-    index: int
-    """Of the answer."""
-
-    text: str
-    """What is new; may be empty."""
-
-    num_tokens: int
-    """Tokens generated since the part before."""
-
-    tokens: tuple[TokenText, ...] = ()
-    """The new tokens, where log-probabilities were asked for."""
-
-    finish: FinishReason | None = None
-    """Set with the answer's last part."""
+from raytune_llama.serve.parts import Part, TokenText
+from raytune_llama.serve.text import TextStream
 
 
 @dataclass(frozen=True)
@@ -112,9 +44,23 @@ class Prompt:
 class Answerer:
     """Makes prompts of requests, and text of what the engine generates."""
 
-    def __init__(self, served: ServedModel, engine: Engine, defaults: SamplingDefaults) -> None:
+    def __init__(
+        self,
+        served: ServedModel,
+        engine: Engine,
+        defaults: SamplingDefaults,
+        adapter: Hashable | None = None,
+    ) -> None:
+        """Answer for a model, with an adapter that the engine has, by its key."""
         self._served, self._engine, self._defaults = served, engine, defaults
+        self._adapter = adapter
+        self._longest = max(map(len, served.tokenizer.get_vocab()), default=1)
         self._grammars = Grammars(served.tokenizer, served.stop_ids)
+
+    @property
+    def name(self) -> str:
+        """What requests call the model."""
+        return self._served.name
 
     def read_chat(self, request: ChatRequest) -> Prompt:
         """Write a conversation by the model's template.
@@ -128,6 +74,7 @@ class Answerer:
             raise RequestError(
                 f"{self._served.name} has no chat template; use /v1/completions", "messages"
             )
+        self._check_size((message.text for message in request.messages), "messages")
         try:
             ids = chat.encode_prompt(_conversation(request.messages)).tolist()
         except ValueError as error:
@@ -156,6 +103,7 @@ class Answerer:
         """
         tokenizer = self._served.tokenizer
         if isinstance(request.prompt, str):
+            self._check_size((request.prompt,), "prompt")
             bos = tokenizer.bos_token_id
             ids = [bos] if isinstance(bos, int) else []
             ids += encode_text(tokenizer, [request.prompt])[0]
@@ -165,6 +113,20 @@ class Answerer:
             if beyond:
                 raise RequestError(f"{beyond[0]} is no token of {self._served.name}", "prompt")
         return self._prompt(request, ids, request.max_tokens, request.logprobs, "prompt")
+
+    def _check_size(self, texts: Iterable[str], param: str) -> None:
+        """Refuse texts that can't fit before they are encoded, which takes a second for a megabyte.
+
+        Raises:
+            RequestError: they have more characters than a whole context of the longest token.
+        """
+        num_characters = sum(len(text) for text in texts)
+        if num_characters > self._served.max_context * self._longest:
+            raise RequestError(
+                f"the prompt has {num_characters} characters, and {self._served.name} takes "
+                f"{self._served.max_context} tokens with the answer",
+                param,
+            )
 
     def _prompt(
         self,
@@ -193,7 +155,8 @@ class Answerer:
             num_logprobs=num_logprobs,
         )
         limit = min(wanted or defaults.max_tokens or room, room)
-        generation = Generation(tuple(ids), sampling, limit, self._served.stop_ids)
+        stop_ids = self._served.stop_ids
+        generation = Generation(tuple(ids), sampling, limit, stop_ids, adapter=self._adapter)
         return Prompt(tuple(ids), generation, request.n, request.stops)
 
     async def respond(
@@ -202,10 +165,14 @@ class Answerer:
         """Yield a request's number of prompt tokens, then the parts of all its answers.
 
         Raises:
+            UnknownModelError: the request names an adapter, and not this one.
             RequestError: the request can't be answered; before the first item.
             BusyError: as many requests wait as may.
             EngineError: the engine has failed.
         """
+        _, *adapter = request.model.partition(":")
+        if adapter != list(self.name.partition(":")[1:]):
+            raise UnknownModelError(f"{self.name} has no adapter {adapter[1]!r}", "model")
         if isinstance(request, ChatRequest):
             prompt = self.read_chat(request)
         else:
@@ -286,11 +253,6 @@ class Answerer:
         text = self._served.tokenizer.decode([token], skip_special_tokens=False)
         assert isinstance(text, str)
         return text
-
-
-def text_bytes(text: str) -> list[int] | None:
-    """Return a token's bytes, or None where it is a part of a character."""
-    return None if REPLACEMENT in text else list(text.encode())
 
 
 def _conversation(messages: Sequence[Message]) -> Conversation:

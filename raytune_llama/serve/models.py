@@ -1,57 +1,33 @@
 """A model directory that can be served: checked, loaded, with the template it was tuned with."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from raytune_llama.chat.encoding import ChatConfig, ChatEncoder, build_chat_encoder
-from raytune_llama.chat.templates.choice import TemplateName
-from raytune_llama.config import ConfigError, settings
+from raytune_llama.chat.templates.names import TemplateName
+from raytune_llama.config import ConfigError
 from raytune_llama.files import MANIFEST, read_json, sha256_file
 from raytune_llama.model.lineage import check_recorded, recorded_chat
 from raytune_llama.model.llama import DTYPES, check_model_directory
 from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.model.vocab import num_embedding_rows
+from raytune_llama.serve.config import ServedModelConfig
 
 logger = logging.getLogger(__name__)
-
-
-@settings
-class ServedModelConfig:
-    """A model, and how it is loaded."""
-
-    path: Annotated[str, Field(min_length=1)]
-    """Model directory, as `jobs/merge.py` writes it; safetensors only."""
-
-    name: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^:\s]+$")] | None = None
-    """What requests call it; null: the directory's name. Has no colon, behind which an adapter
-    is named."""
-
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the weights; auto: as they are stored, but in single precision on CPUs."""
-
-    template: TemplateName | None = None
-    """How conversations are written; null: as the model was tuned, or else the tokenizer's own."""
-
-    allow_other_template: bool = False
-    """Serve with another template than the model was tuned with."""
-
-    max_context: Annotated[int, Field(ge=2)] | None = None
-    """Tokens of a request, prompt and answer; null: what the model has positions for."""
-
-    verify: bool = True
-    """Compare the files with the hashes in the directory's manifest, where it has one."""
-
-    @property
-    def served_name(self) -> str:
-        """What requests call it."""
-        return self.name or Path(self.path).resolve().name.replace(":", "-")
 
 
 @dataclass(frozen=True)
@@ -87,6 +63,10 @@ class ServedModel:
 def load_served(config: ServedModelConfig, device: torch.device) -> ServedModel:
     """Load a model to serve it.
 
+    Args:
+        config: of the model.
+        device: where its weights go; `meta`: they are not read, for an engine that has them itself.
+
     Raises:
         ConfigError: the directory is no whole model, not what its manifest says, or the template
             is another than it was tuned with; all that is wrong.
@@ -101,23 +81,54 @@ def load_served(config: ServedModelConfig, device: torch.device) -> ServedModel:
         tokenizer = load_tokenizer(path)
     except (ValueError, OSError) as error:
         raise ConfigError([f"path: {error}"]) from error
-    chat = _load_template(config, path, tokenizer)
+    found = recorded_chat([path])
+    chat = load_template(
+        tokenizer,
+        path,
+        found[1] if found else None,
+        wanted=config.template,
+        allow_other=config.allow_other_template,
+    )
     dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
     if config.precision != "auto":
         dtype = DTYPES[config.precision]
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, local_files_only=True, use_safetensors=True
-    )
+    if device.type == "meta":
+        model = _outline(path, dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
     _refuse_windows(model, path)
     if num_embedding_rows(model) < len(tokenizer):
         raise ConfigError([f"path: {path} has fewer rows than its tokenizer has ids"])
-    positions = getattr(model.config, "max_position_embeddings", None)
-    limit = config.max_context or positions or getattr(model.config, "seq_length", None) or 2048
-    if positions is not None and limit > positions:
-        raise ConfigError([f"max_context: got {limit}, but {path} has {positions} positions"])
+    limit = context_tokens(config, model)
     logger.info("%s: %s, %d tokens of context", path, model.dtype, limit)
     nn.Module.to(model.eval(), device)
     return ServedModel(config.served_name, model, tokenizer, chat, limit)
+
+
+def _outline(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """Return a model without weights."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    stored = getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=stored if dtype == "auto" else dtype)
+    if (path / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return model
+
+
+def context_tokens(config: ServedModelConfig, model: PreTrainedModel) -> int:
+    """Return how many tokens a request may have.
+
+    Raises:
+        ConfigError: the config wants more than the model has positions for.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    limit = config.max_context or positions or getattr(model.config, "seq_length", None) or 2048
+    if positions is not None and limit > positions:
+        raise ConfigError([f"max_context: got {limit}, but the model has {positions} positions"])
+    return limit
 
 
 def check_files(path: Path) -> list[str]:
@@ -140,25 +151,39 @@ def check_files(path: Path) -> list[str]:
     return problems + ([f"path: {recorded}"] if recorded else [])
 
 
-def _load_template(
-    config: ServedModelConfig, path: Path, tokenizer: PreTrainedTokenizerFast
+def load_template(
+    tokenizer: PreTrainedTokenizerFast,
+    where: Path,
+    recorded: Mapping[str, Any] | None,
+    *,
+    wanted: TemplateName | None = None,
+    allow_other: bool = False,
 ) -> ChatEncoder | None:
-    """Return what makes prompts of conversations, or None where the model has no template."""
-    found = recorded_chat([path])
-    recorded = found[1] if found else None
-    name = config.template or (recorded["template"] if recorded else None)
+    """Return what makes prompts of conversations, or None where there is no template.
+
+    Args:
+        tokenizer: of the model or adapter.
+        where: its directory.
+        recorded: what `recorded_chat` has found there.
+        wanted: what is used instead of the recorded one.
+        allow_other: whether it may be another than the recorded one.
+
+    Raises:
+        ConfigError: the template can't be used, or is not the recorded one.
+    """
+    name = wanted or (recorded["template"] if recorded else None)
     if name is None and not tokenizer.chat_template:
-        logger.warning("%s has no chat template: it completes texts, and answers no chats", path)
+        logger.warning("%s has no chat template: it completes texts, and answers no chats", where)
         return None
     try:
         chat = build_chat_encoder(tokenizer, ChatConfig(template=name or "tokenizer"))
     except ValueError as error:
         raise ConfigError([f"template: {error}"]) from error
     sha256 = chat.template.sha256
-    if recorded and sha256 != recorded["template_sha256"] and not config.allow_other_template:
+    if recorded and sha256 != recorded["template_sha256"] and not allow_other:
         raise ConfigError(
             [
-                f"template: {chat.template.name} (SHA256 {sha256[:16]}) is not what {path} was "
+                f"template: {chat.template.name} (SHA256 {sha256[:16]}) is not what {where} was "
                 f"tuned with: {recorded['template']} ({recorded['template_sha256'][:16]}); leave "
                 "the field out, or set allow_other_template=true"
             ]

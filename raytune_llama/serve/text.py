@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-REPLACEMENT = "\ufffd"
-"""What a decoder writes for bytes that are no character, and for those whose rest is to come."""
+from raytune_llama.serve.parts import REPLACEMENT
 
 
 class TextStream:

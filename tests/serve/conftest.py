@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from raytune_llama.model.tokenizer import load_tokenizer
-from raytune_llama.serve.answers import Answerer, SamplingDefaults
+from raytune_llama.serve.answers import Answerer
+from raytune_llama.serve.config import SamplingDefaults, ServedModelConfig
 from raytune_llama.serve.engine.loop import TransformersEngine
 from raytune_llama.serve.engine.stepper import Stepper
-from raytune_llama.serve.models import ServedModel, ServedModelConfig, load_served
+from raytune_llama.serve.models import ServedModel, load_served
 from tests.train.conftest import write_model
 
 

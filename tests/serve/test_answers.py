@@ -9,9 +9,11 @@ import pytest
 from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.chat.encoding import EncodedConversation
 from raytune_llama.model.tokenizer import encode_text
-from raytune_llama.serve.answers import Answerer, Part, Prompt, RequestError
+from raytune_llama.serve.answers import Answerer, Prompt
+from raytune_llama.serve.errors import RequestError, UnknownModelError
 from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
 from raytune_llama.serve.models import ServedModel
+from raytune_llama.serve.parts import Part
 from tests.serve.engine.test_stepper import by_transformers
 
 
@@ -143,3 +145,12 @@ def test_older_name_of_content_is_read(answerer: Answerer) -> None:
         {"model": "tiny", "messages": [{"role": "user", "message": "the fox"}]}
     )
     assert answerer.read_chat(old).ids == answerer.read_chat(chat("the fox")).ids
+
+
+def test_adapter_is_refused_where_there_are_none(answerer: Answerer) -> None:
+    async def main() -> None:
+        request = complete("the").model_copy(update={"model": "tiny:poet"})
+        await anext(answerer.respond(request))
+
+    with pytest.raises(UnknownModelError, match="no adapter 'poet'"):
+        asyncio.run(main())

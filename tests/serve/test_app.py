@@ -8,9 +8,11 @@ import openai
 import pytest
 
 from raytune_llama.config import ConfigError
-from raytune_llama.serve.app import ServeConfig, build_app, check_exposure
+from raytune_llama.serve.app import build_app
+from raytune_llama.serve.config import ServeConfig, ServedModelConfig
+from raytune_llama.serve.gateway import check_exposure
 from raytune_llama.serve.http.keys import Keys, make_key
-from raytune_llama.serve.models import ServedModel, ServedModelConfig
+from raytune_llama.serve.models import ServedModel
 from tests.serve.engine.test_stepper import by_transformers
 
 
@@ -24,12 +26,6 @@ def test_other_addresses_need_keys(host: str | None) -> None:
     with pytest.raises(ConfigError, match="keys_file"):
         check_exposure(host, Keys())
     check_exposure(host, Keys((bytes.fromhex(make_key()[1]),)))
-
-
-def test_models_of_one_name_are_refused(served_dir: Path) -> None:
-    one = ServedModelConfig(path=str(served_dir))
-    with pytest.raises(ConfigError, match="tiny stands there twice"):
-        build_app(ServeConfig(models=(one, one)))
 
 
 @pytest.mark.ray

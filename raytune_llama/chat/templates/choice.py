@@ -1,7 +1,6 @@
 """The templates by their names in configs."""
 
 import logging
-from typing import Literal
 
 from transformers import PreTrainedTokenizerFast
 
@@ -9,14 +8,13 @@ from raytune_llama.chat.templates.alpaca import ALPACA
 from raytune_llama.chat.templates.alpaca_inference import ALPACA_INFERENCE
 from raytune_llama.chat.templates.belle import BELLE
 from raytune_llama.chat.templates.llama2 import LLAMA2
+from raytune_llama.chat.templates.names import TemplateName
 from raytune_llama.chat.templates.plain import PlainTemplate
 from raytune_llama.chat.templates.segments import Template, find_controls
 from raytune_llama.chat.templates.tokenizer import TokenizerTemplate
 
 logger = logging.getLogger(__name__)
 
-TemplateName = Literal["tokenizer", "alpaca", "alpaca_inference", "belle", "llama2"]
-"""What a config may ask for; `tokenizer` is the tokenizer's own chat template."""
 
 _FORMS = {form.name: form for form in (ALPACA, ALPACA_INFERENCE, BELLE, LLAMA2)}
 

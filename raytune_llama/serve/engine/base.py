@@ -47,14 +47,6 @@ class Step:
     """Set with the last token."""
 
 
-class BusyError(RuntimeError):
-    """As many requests wait as may; try again later."""
-
-
-class EngineError(RuntimeError):
-    """The engine has failed and answers nothing any more."""
-
-
 class Engine(Protocol):
     """Generates for many requests at a time."""
 

@@ -2,13 +2,13 @@
 
 Shapes: N sequences, Q new tokens of a row, L columns, V vocabulary rows.
 
-Sequences join and leave between two passes. A prompt is read in pieces between passes, so that a
-long one does not hold up those that are being answered.
+Sequences join and leave between two passes. Between them comes one that reads prompts: a piece of a
+long one, so that it does not hold up those that are being answered, or several short ones together.
 """
 
 import inspect
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from raytune_llama.serve.engine.base import Finish, Generation, Step
 from raytune_llama.serve.engine.cache import SlotCache
+from raytune_llama.serve.engine.lora import LoraLayers, LowRank
 from raytune_llama.serve.engine.sampling import Chooser, choose_all
 
 
@@ -50,12 +51,14 @@ class Stepper:
             num_slots: sequences at a time; more wait.
             max_context: tokens of a sequence, prompt and answer, at most.
             num_tokens: ids of the tokenizer; rows beyond are never generated. None: all rows are.
-            prefill_tokens: longest piece of a prompt read between two tokens of the others.
+            prefill_tokens: tokens of prompts, padding included, that are read between two tokens
+                of the others.
         """
         self._model, self._device = model, model.device
         self._num_slots, self._max_context = num_slots, max_context
         self._num_tokens, self._prefill_tokens = num_tokens, prefill_tokens
         self._cache = SlotCache(model.config, num_slots)
+        self._lora = LoraLayers(model)
         accepted = inspect.signature(model.forward).parameters
         self._passes_positions = "position_ids" in accepted
         # The place in the list is the row in the cache.
@@ -72,6 +75,14 @@ class Stepper:
     def num_waiting(self) -> int:
         """Sequences that wait for one."""
         return len(self._waiting)
+
+    def attach(self, key: Hashable, updates: Mapping[str, LowRank]) -> None:
+        """Take an adapter in, which sequences name from now on; see `LoraLayers.attach`."""
+        self._lora.attach(key, updates)
+
+    def detach(self, key: Hashable) -> None:
+        """Let an adapter go; no sequence has it any more."""
+        self._lora.detach(key)
 
     def check(self, generation: Generation) -> None:
         """Refuse what can't be answered; may be called by any thread.
@@ -108,7 +119,7 @@ class Stepper:
 
     @torch.inference_mode()
     def step(self) -> list[Step]:
-        """Read a piece of a prompt, and give every sequence that is answered its next token."""
+        """Give every sequence that is answered its next token, and read prompts."""
         # Those that decode come first: a prompt that ends here is told its first token only.
         steps = self._decode()
         return steps + self._prefill()
@@ -116,57 +127,84 @@ class Stepper:
     def _decode(self) -> list[Step]:
         if not self._decoding:
             return []
-        ids_N1 = torch.tensor([[s.generated[-1]] for s in self._decoding], device=self._device)
-        positions_N1 = torch.tensor([[s.num_stored] for s in self._decoding], device=self._device)
-        logits_NV = self._forward(ids_N1, positions_N1, first=0)
-        for sequence in self._decoding:
-            sequence.num_stored += 1
+        pieces = [sequence.generated[-1:] for sequence in self._decoding]
+        logits_NV = self._forward(pieces, self._decoding, first=0)
         steps = self._choose(logits_NV, self._decoding)
-        for row in reversed([row for row, step in enumerate(steps) if step.finish]):
-            self._free(row)
+        self._free_ended(steps, first=0)
         return steps
 
     def _prefill(self) -> list[Step]:
-        if self._prefilling is None:
-            if not self._waiting or len(self._decoding) == self._num_slots:
-                return []
-            self._prefilling = self._waiting.popleft()
-        sequence, row = self._prefilling, len(self._decoding)
-        start = sequence.num_stored
-        piece = sequence.generation.prompt[start : start + self._prefill_tokens]
-        ids_1Q = torch.tensor([piece], device=self._device)
-        positions_1Q = torch.arange(start, start + len(piece), device=self._device).unsqueeze(0)
-        logits_1V = self._forward(ids_1Q, positions_1Q, first=row)
-        sequence.num_stored += len(piece)
-        if sequence.num_stored < len(sequence.generation.prompt):
+        reading, first = self._next_prompts(), len(self._decoding)
+        if not reading:
             return []
-        self._prefilling = None
-        steps = self._choose(logits_1V, [sequence])
-        if steps[0].finish is None:
-            self._decoding.append(sequence)
+        pieces = [
+            sequence.generation.prompt[sequence.num_stored :][: self._prefill_tokens]
+            for sequence in reading
+        ]
+        logits_NV = self._forward(pieces, reading, first=first)
+        # One that goes on is alone.
+        goes_on = reading[0].num_stored < len(reading[0].generation.prompt)
+        self._prefilling = reading[0] if goes_on else None
+        if goes_on:
+            return []
+        steps = self._choose(logits_NV, reading)
+        self._decoding += reading
+        self._free_ended(steps, first=first)
         return steps
 
-    def _forward(self, ids_NQ: Tensor, positions_NQ: Tensor, *, first: int) -> Tensor:
-        """Return the logits behind each row's last token, (N, V) in float32."""
-        length_N1 = positions_NQ[:, -1:] + 1
-        num_columns = int(length_N1.max())
+    def _next_prompts(self) -> list[_Sequence]:
+        """Return whose prompts are read next: a long one's, or as many as fit, in their order."""
+        if self._prefilling is not None:
+            return [self._prefilling]
+        found: list[_Sequence] = []
+        longest = 0
+        while self._waiting and len(self._decoding) + len(found) < self._num_slots:
+            # They are padded to the longest.
+            longest = max(longest, len(self._waiting[0].generation.prompt))
+            if found and longest * (len(found) + 1) > self._prefill_tokens:
+                break
+            found.append(self._waiting.popleft())
+        return found
+
+    def _forward(
+        self, pieces: Sequence[Sequence[int]], sequences: Sequence[_Sequence], *, first: int
+    ) -> Tensor:
+        """Store each sequence's new tokens; return the logits behind the last, (N, V) in float32.
+
+        Rows are padded behind their tokens: what is stored there is not seen, and overwritten by
+        the tokens that come. Rows of several tokens begin in the same column, as causal masks do.
+        """
+        counts = [len(piece) for piece in pieces]
+        longest = max(counts)
+        ids_NQ = self._tensor([[*p, *[0] * (longest - len(p))] for p in pieces])
+        start_N1 = self._tensor([[sequence.num_stored] for sequence in sequences])
+        positions_NQ = start_N1 + torch.arange(longest, device=self._device)
+        num_columns = max(sequence.num_stored for sequence in sequences) + longest
+        assert longest == 1 or len({sequence.num_stored for sequence in sequences}) == 1
         self._cache.look(first, positions_NQ, num_columns)
+        self._lora.look([sequence.generation.adapter for sequence in sequences])
         options: dict[str, Any] = {}
         if self._passes_positions:
             options["position_ids"] = positions_NQ
-        columns_L = torch.arange(num_columns, device=self._device)
+        last_U, place_N = self._tensor(counts).sub(1).unique(return_inverse=True)
         output = self._model(
             input_ids=ids_NQ,
-            attention_mask=columns_L < length_N1,
+            attention_mask=torch.arange(num_columns, device=self._device)
+            < start_N1 + self._tensor(counts).unsqueeze(1),
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last_U,
             **options,
         )
-        logits_NV = output.logits[:, -1].float()
+        for sequence, count in zip(sequences, counts, strict=True):
+            sequence.num_stored += count
+        logits_NV = output.logits[torch.arange(len(counts)), place_N].float()
         if self._num_tokens is not None:
             logits_NV[:, self._num_tokens :] = -torch.inf
         return logits_NV
+
+    def _tensor(self, values: Sequence[object]) -> Tensor:
+        return torch.tensor(values, device=self._device)
 
     def _choose(self, logits_NV: Tensor, sequences: Sequence[_Sequence]) -> list[Step]:
         choices = choose_all(logits_NV, [sequence.chooser for sequence in sequences])
@@ -182,6 +220,10 @@ class Stepper:
             return "stop"
         is_full = len(generation.prompt) + count >= self._max_context
         return "length" if is_full or count >= generation.max_tokens else None
+
+    def _free_ended(self, steps: Sequence[Step], *, first: int) -> None:
+        for row in reversed([row for row, step in enumerate(steps, first) if step.finish]):
+            self._free(row)
 
     def _free(self, row: int) -> None:
         """Give up a row; the last ones move up, so that rows in use stay neighbours."""

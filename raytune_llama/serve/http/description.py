@@ -47,6 +47,14 @@ STREAM: dict[int | str, dict[str, Any]] = {
 }
 """What a route that streams answers beside JSON; the schema is that of an event."""
 
+METRICS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "What all gateways have counted",
+        "content": {"text/plain": {"schema": {"type": "string"}}},
+    }
+}
+"""What Prometheus reads."""
+
 
 class DescribedApp(FastAPI):
     """An application whose document says what it does, where FastAPI's says what is usual."""

@@ -10,6 +10,7 @@ import logging
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raytune_llama.serve.http.admission import ANYBODY, KEY_NAME
 from raytune_llama.serve.http.keys import Keys
 from raytune_llama.serve.http.limits import Limits
 from raytune_llama.serve.http.refusals import Refusal, answer_of, problem
@@ -48,7 +49,7 @@ class Guard:
                 await self._answer(scope, bytes(found), receive, send)
 
     def _refusal(self, scope: Scope) -> Refusal | None:
-        """Return what is wrong with a request's first lines."""
+        """Note whose request it is; return what is wrong with its first lines."""
         limits, headers = self._limits, Headers(scope=scope)
         num_bytes = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
         num_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
@@ -56,7 +57,9 @@ class Guard:
             close = {"Connection": "close"}
             message = f"a request has at most {limits.header_bytes} bytes of headers"
             return problem(431, message, headers=close)
-        if scope["path"] not in OPEN_PATHS and not self._is_let_in(headers):
+        name = self._name(headers)
+        scope[KEY_NAME] = name or ANYBODY
+        if scope["path"] not in OPEN_PATHS and self._keys.hashes and name is None:
             return problem(401, "wanted Authorization: Bearer KEY", code="invalid_api_key")
         length = headers.get("content-length", "0")
         if not length.isdecimal():
@@ -65,10 +68,11 @@ class Guard:
             return self._too_large()
         return None
 
-    def _is_let_in(self, headers: Headers) -> bool:
+    def _name(self, headers: Headers) -> str | None:
+        """Return the name of the key that a request came with; None: of none that is known."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        is_known = self._keys.find(key.strip()) is not None
-        return not self._keys.hashes or (scheme.lower() == "bearer" and is_known)
+        name = self._keys.find(key.strip())
+        return name if scheme.lower() == "bearer" else None
 
     def _too_large(self) -> Refusal:
         return problem(413, f"a request has at most {self._limits.body_bytes} bytes")

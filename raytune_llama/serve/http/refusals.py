@@ -9,8 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from raytune_llama.serve.answers import RequestError
-from raytune_llama.serve.engine.base import BusyError, EngineError
+from raytune_llama.serve.errors import BusyError, EngineError, RequestError, UnknownModelError
 from raytune_llama.serve.http.limits import AnswerTimeoutError, QueueTimeoutError
 from raytune_llama.serve.http.protocol import ErrorAnswer, ErrorBody
 
@@ -76,6 +75,10 @@ def add_errors(app: FastAPI) -> None:
     on(RequestValidationError, _of_validation)
     on(HTTPException, _of_status)
     on(RequestError, lambda error: problem(400, error.message, error.param))
+    on(
+        UnknownModelError,
+        lambda error: problem(404, error.message, error.param, "model_not_found"),
+    )
     on(BusyError, lambda error: problem(429, str(error), code="rate_limit_exceeded"))
     on(EngineError, lambda error: problem(503, str(error)))
     on(QueueTimeoutError, lambda error: problem(503, str(error), code="queue_timeout"))

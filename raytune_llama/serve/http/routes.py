@@ -4,23 +4,26 @@ Every route but `/health` asks for a key where there are keys. What goes wrong i
 form. A stream's first part is awaited before its status is sent, so that a refusal has its own.
 """
 
-import logging
+import math
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
 from fastapi import FastAPI
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
-from raytune_llama.serve.answers import Part
-from raytune_llama.serve.engine.base import BusyError, EngineError
+from raytune_llama.serve.config import KeyLimits
+from raytune_llama.serve.errors import BusyError, EngineError, UnknownModelError
+from raytune_llama.serve.http.admission import Admission, Books, LocalBooks
 from raytune_llama.serve.http.bodies import build_route_class
 from raytune_llama.serve.http.description import (
     FOR_A_MODEL,
     FOR_READING,
+    METRICS,
     STREAM,
     DescribedApp,
     refusals,
@@ -29,6 +32,7 @@ from raytune_llama.serve.http.events import EventStream
 from raytune_llama.serve.http.guard import Guard
 from raytune_llama.serve.http.keys import Keys
 from raytune_llama.serve.http.limits import AnswerTimeoutError, Limits, within
+from raytune_llama.serve.http.meter import CountRequests, Meter, MeteredAnswers, exposition
 from raytune_llama.serve.http.protocol import (
     ChatCompletion,
     ChatRequest,
@@ -39,10 +43,9 @@ from raytune_llama.serve.http.protocol import (
     ModelCard,
     ModelList,
 )
-from raytune_llama.serve.http.refusals import add_errors, problem
+from raytune_llama.serve.http.refusals import add_errors, answer_of, problem
 from raytune_llama.serve.http.shapes import Answer, ChatShape, CompletionShape, Counts, Shape
-
-logger = logging.getLogger(__name__)
+from raytune_llama.serve.parts import Part
 
 
 class Backend(Protocol):
@@ -58,13 +61,26 @@ class Backend(Protocol):
         """
         ...
 
+    async def adapters(self) -> Sequence[str]:
+        """Return the names of the adapters that may stand behind the model's and a colon.
+
+        Raises:
+            EngineError: they can't be listed.
+        """
+        ...
+
     async def check(self) -> None:
         """Raise EngineError where the model can't answer."""
         ...
 
 
 def build_http(
-    backends: Mapping[str, Backend], keys: Keys, limits: Limits | None = None
+    backends: Mapping[str, Backend],
+    keys: Keys,
+    *,
+    limits: Limits | None = None,
+    meter: Meter | None = None,
+    books: Books | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -72,30 +88,80 @@ def build_http(
         backends: models by the names that requests use.
         keys: who may ask.
         limits: bounds on every request; None: the defaults.
+        meter: what counts; None: one that is made here.
+        books: what admits requests and adds counts up; None: this gateway stands alone, and no
+            key is limited.
     """
     limits = limits or Limits()
+    meter = meter or Meter()
+    books = books or LocalBooks(KeyLimits(), meter)
     app = DescribedApp(title="raytune_llama", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.needs_keys = bool(keys.hashes)
     app.router.route_class = build_route_class(limits.json_depth)
     created = int(time.time())
     add_errors(app)
+    _add_watching(app, backends, books)
+    # The last one added is the first one asked.
+    app.add_middleware(Admission, books=books, refuse=_wait)
     app.add_middleware(Guard, keys=keys, limits=limits)
+    app.add_middleware(CountRequests, meter=meter)
     if limits.allow_origins:
-        # Before the guard: browsers ask without a key whether they may ask.
+        # Browsers ask without a key whether they may ask.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=limits.allow_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-
     answers = STREAM | refusals(*FOR_A_MODEL)
 
     def backend_of(name: str) -> Backend:
-        if name not in backends:
+        # What stands behind the colon is the backend's to know.
+        base = name.partition(":")[0]
+        if base not in backends:
             known = ", ".join(backends)
-            raise problem(404, f"no model {name!r}; there is {known}", "model", "model_not_found")
-        return backends[name]
+            raise UnknownModelError(f"no model {base!r}; there is {known}", "model")
+        return backends[base]
+
+    def counted(request: ChatRequest | CompletionRequest) -> AsyncGenerator[int | Part, None]:
+        answers = backend_of(request.model).answer(request)
+        return MeteredAnswers(meter, request.model).pass_on(within(answers, limits))
+
+    @app.get("/v1/models", responses=refusals(*FOR_READING, 503))
+    async def models() -> ModelList:
+        """List the models."""
+        return ModelList(
+            data=[
+                ModelCard(id=name, created=created)
+                for base, backend in backends.items()
+                for name in await _names(base, backend)
+            ]
+        )
+
+    @app.get("/v1/models/{name}", responses=refusals(*FOR_READING, 404, 503))
+    async def model(name: str) -> ModelCard:
+        """Describe a model."""
+        if name not in await _names(name.partition(":")[0], backend_of(name)):
+            raise UnknownModelError(f"no model {name!r}; /v1/models lists all", "model")
+        return ModelCard(id=name, created=created)
+
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=answers)
+    async def chat(request: ChatRequest) -> Response:
+        """Answer a conversation."""
+        return await _respond(counted(request), request, ChatShape(request))
+
+    @app.post("/v1/completions", response_model=Completion, responses=answers)
+    async def complete(request: CompletionRequest) -> Response:
+        """Go on with a text."""
+        echoed = request.prompt if request.echo and isinstance(request.prompt, str) else ""
+        shape = CompletionShape(request, echoed)
+        return await _respond(counted(request), request, shape)
+
+    return app
+
+
+def _add_watching(app: FastAPI, backends: Mapping[str, Backend], books: Books) -> None:
+    """Add the routes by which the endpoint is watched."""
 
     @app.get("/health", response_class=Response, responses=refusals(503))
     async def health() -> Response:
@@ -104,36 +170,22 @@ def build_http(
             await backend.check()
         return Response(status_code=200)
 
-    @app.get("/v1/models", responses=refusals(*FOR_READING))
-    async def models() -> ModelList:
-        """List the models."""
-        return ModelList(data=[ModelCard(id=name, created=created) for name in backends])
+    @app.get("/metrics", response_class=Response, responses=METRICS | refusals(*FOR_READING))
+    async def metrics() -> Response:
+        """Tell what all gateways have counted, as Prometheus reads it."""
+        return Response(exposition(await books.families()), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models/{name}", responses=refusals(*FOR_READING, 404))
-    async def model(name: str) -> ModelCard:
-        """Describe a model."""
-        backend_of(name)
-        return ModelCard(id=name, created=created)
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=answers)
-    async def chat(request: ChatRequest) -> Response:
-        """Answer a conversation."""
-        return await _respond(backend_of(request.model), request, ChatShape(request), limits)
-
-    @app.post("/v1/completions", response_model=Completion, responses=answers)
-    async def complete(request: CompletionRequest) -> Response:
-        """Go on with a text."""
-        echoed = request.prompt if request.echo and isinstance(request.prompt, str) else ""
-        shape = CompletionShape(request, echoed)
-        return await _respond(backend_of(request.model), request, shape, limits)
-
-    return app
+async def _names(base: str, backend: Backend) -> list[str]:
+    """Return what requests may call a model, with its adapters."""
+    return [base, *(f"{base}:{name}" for name in await backend.adapters())]
 
 
 async def _respond(
-    backend: Backend, request: ChatRequest | CompletionRequest, shape: Shape, limits: Limits
+    items: AsyncGenerator[int | Part, None],
+    request: ChatRequest | CompletionRequest,
+    shape: Shape,
 ) -> Response:
-    items = within(backend.answer(request), limits)
     counts = Counts(prompt=_prompt_tokens(await anext(items)))
     if not request.stream:
         answers = [Answer() for _ in range(request.n)]
@@ -194,3 +246,9 @@ def _prompt_tokens(item: int | Part) -> int:
 def _part(item: int | Part) -> Part:
     assert isinstance(item, Part)
     return item
+
+
+def _wait(seconds: float) -> JSONResponse:
+    headers = {"Retry-After": str(math.ceil(seconds))}
+    message = "this key asks for more than it may"
+    return answer_of(problem(429, message, code="rate_limit_exceeded", headers=headers))

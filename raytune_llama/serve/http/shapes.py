@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
-from raytune_llama.serve.answers import Part, text_bytes
 from raytune_llama.serve.http.protocol import (
     AnswerMessage,
     ChatChoice,
@@ -26,6 +25,7 @@ from raytune_llama.serve.http.protocol import (
     TokenLogprob,
     Usage,
 )
+from raytune_llama.serve.parts import Part, text_bytes
 
 
 @dataclass

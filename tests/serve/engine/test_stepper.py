@@ -164,7 +164,7 @@ def test_stepper_never_generates_surplus_rows() -> None:
     assert all(token < favourite for tokens, _ in told.values() for token in tokens)
 
 
-@pytest.mark.parametrize("after", range(8))
+@pytest.mark.parametrize("after", [*range(8), 14, 20])
 def test_stepper_that_lets_one_go_answers_the_others_alike(
     llama: PreTrainedModel, after: int
 ) -> None:
@@ -204,3 +204,16 @@ def test_stepper_lets_the_first_of_several_go_while_they_are_answered(
             told[step.key].append(step.choice.token)
     for n in (1, 2):
         assert told[n] == by_transformers(llama, asked[n].prompt, 10)
+
+
+def test_stepper_reads_short_prompts_together_up_to_the_bound(llama: PreTrainedModel) -> None:
+    stepper = Stepper(llama, num_slots=8, max_context=200, prefill_tokens=20)
+    lengths = {"a": 5, "b": 9, "c": 9, "d": 45, "e": 3}
+    for key, length in lengths.items():
+        stepper.add(key, Generation((5,) * length, GREEDY, 100))
+    began: list[set[Hashable]] = []
+    for _ in range(6):
+        known = set().union(*began)
+        began.append({step.key for step in stepper.step()} - known)
+    # Padded to 9 tokens two fit; the long one takes three passes alone.
+    assert began == [{"a", "b"}, {"c"}, set(), set(), {"d"}, {"e"}]

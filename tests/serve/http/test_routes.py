@@ -12,12 +12,13 @@ import openai
 import pytest
 import uvicorn
 
-from raytune_llama.serve.answers import Answerer, Part
-from raytune_llama.serve.engine.base import BusyError, EngineError
+from raytune_llama.serve.answers import Answerer
+from raytune_llama.serve.errors import BusyError, EngineError
 from raytune_llama.serve.http.keys import Keys, make_key
 from raytune_llama.serve.http.limits import Limits
 from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
 from raytune_llama.serve.http.routes import build_http
+from raytune_llama.serve.parts import Part
 
 Asked = ChatRequest | CompletionRequest
 
@@ -31,6 +32,9 @@ class Here:
     async def answer(self, request: Asked) -> AsyncGenerator[int | Part, None]:
         async for item in self._answerer.respond(request):
             yield item
+
+    async def adapters(self) -> list[str]:
+        return []
 
     async def check(self) -> None:
         pass
@@ -48,6 +52,9 @@ class Failing:
             yield Part(0, f"{number} ", 1)
         raise self._error
 
+    async def adapters(self) -> list[str]:
+        return []
+
     async def check(self) -> None:
         raise self._error
 
@@ -56,12 +63,13 @@ class Server:
     """The application behind uvicorn, in a thread."""
 
     def __init__(
-        self, backends: dict[str, Any], keys: Keys | None = None, limits: Limits | None = None
+        self, backends: dict[str, Any], keys: Keys | None = None, **options: object
     ) -> None:
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             self.port = one.getsockname()[1]
-        app = build_http(backends, keys or Keys(), limits)
+        build: Any = build_http
+        app = build(backends, keys or Keys(), **options)
         config = uvicorn.Config(app, host="127.0.0.1", port=self.port, log_level="error")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)

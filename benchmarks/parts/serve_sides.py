@@ -1,0 +1,125 @@
+"""Runs one side of a benchmark of serving, and returns the load of each level of clients."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .endpoint import MODEL_NAME, cpu_seconds, serve_config, serving
+from .material import write_json
+from .serve_direct import DirectSettings
+from .serve_driver import HttpClient, Load, Outcome, closed_loop
+from .serve_material import Prompt
+
+Levels = Sequence[tuple[int, int]]
+"""Clients and requests of closed loops that run one after the other."""
+
+_TAIL_CHARACTERS = 4000
+
+
+def bodies_of(prompts: Sequence[Prompt], num_new: int) -> list[dict[str, Any]]:
+    """Return our requests: greedy, ids in, counts told."""
+    return [
+        {
+            "model": MODEL_NAME,
+            "prompt": prompt.ids,
+            "max_tokens": num_new,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        for prompt in prompts
+    ]
+
+
+def thread_environment(cpus: int) -> dict[str, str]:
+    """Return the environment of a process that computes with so many threads."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    fixed = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **fixed, **dict.fromkeys(names, str(cpus))}
+
+
+def run_json(command: list[str], environment: dict[str, str]) -> Any:  # noqa: ANN401
+    """Run a program; return what its last line says.
+
+    Raises:
+        RuntimeError: it failed; the end of its output is in the message.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise RuntimeError(
+            f"{' '.join(command)}:\n{(done.stdout + done.stderr)[-_TAIL_CHARACTERS:]}"
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_direct(
+    folder: Path,
+    model: Path,
+    bodies: list[dict[str, Any]],
+    levels: Levels,
+    *,
+    cpus: int,
+    slots: int,
+) -> list[Load]:
+    """Call the replica directly, in a process of its own that knows no cluster."""
+    settings = DirectSettings(str(model), bodies, list(levels), cpus, slots)
+    file = write_json(folder / "direct.json", asdict(settings))
+    program = Path(__file__).with_name("serve_direct.py")
+    told = run_json([sys.executable, str(program), str(file)], thread_environment(cpus))
+    return [Load([Outcome(**one) for one in load["outcomes"]], load["seconds"]) for load in told]
+
+
+def run_served(
+    model: Path, bodies: list[dict[str, Any]], levels: Levels, *, cpus: int, slots: int
+) -> tuple[list[Load], list[dict[str, float]]]:
+    """Ask through HTTP and Ray Serve, on a cluster for these levels alone.
+
+    Returns:
+        The loads, and beside each the CPU seconds by part of the endpoint.
+    """
+    config = serve_config(model, cpus=cpus, slots=slots, waiting=10**6)
+    with serving(config) as url:
+        return asyncio.run(_ask_levels(f"{url}/completions", bodies, levels, slots))
+
+
+async def _ask_levels(
+    url: str, bodies: list[dict[str, Any]], levels: Levels, slots: int
+) -> tuple[list[Load], list[dict[str, float]]]:
+    loads: list[Load] = []
+    taken: list[dict[str, float]] = []
+    async with HttpClient(url, bodies) as client:
+        await closed_loop(client.ask, num_clients=slots, num_requests=slots)
+        for clients, requests in levels:
+            before = cpu_seconds()
+            loads.append(await closed_loop(client.ask, num_clients=clients, num_requests=requests))
+            after = cpu_seconds()
+            taken.append({part: after[part] - before.get(part, 0.0) for part in after})
+    return loads, taken
+
+
+async def ask_level(
+    url: str, bodies: list[dict[str, Any]], *, num_clients: int, num_requests: int
+) -> Load:
+    """Warm a server up with one request a client, then measure one closed loop."""
+    async with HttpClient(url, bodies) as client:
+        await closed_loop(client.ask, num_clients=num_clients, num_requests=num_clients)
+        return await closed_loop(client.ask, num_clients=num_clients, num_requests=num_requests)
+
+
+def refuse_failures(side: str, loads: Sequence[Load]) -> None:
+    """Refuse figures of which a part is missing.
+
+    Raises:
+        RuntimeError: a request was not answered whole.
+    """
+    bad = [one for load in loads for one in load.outcomes if one.status != 200]
+    if bad:
+        raise RuntimeError(
+            f"{side}: {len(bad)} requests failed, as with {bad[0].status} {bad[0].error}"
+        )

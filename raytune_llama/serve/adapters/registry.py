@@ -1,0 +1,169 @@
+"""The folder of adapters: what lies there now, by name, and in which version.
+
+    registry = Registry(Place.parse("s3://bucket/adapters", "adapters_dir"))
+    found = registry.list().get("poet")
+
+A request's name is looked up in the list and never becomes a path. The list is read at most once a
+second.
+"""
+
+import hashlib
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from raytune_llama.buckets import NUM_CONNECTIONS
+from raytune_llama.config import ConfigError
+from raytune_llama.serve.errors import EngineError
+from raytune_llama.storage import FileStatus, Place, check_place
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "adapter_config.json"
+MAX_NAME_CHARACTERS = 256
+LISTED_SECONDS = 1.0
+"""How long a list is taken for what is there."""
+
+_FOREIGN = (".bin", ".pt", ".pth")
+"""Ends of files that are never read: pickles."""
+
+
+class RegistryError(EngineError):
+    """The registry can't be read now; the base and what is in memory go on."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An adapter of the registry."""
+
+    name: str
+    """Of its folder."""
+
+    place: Place
+    """Its folder."""
+
+    files: tuple[tuple[str, FileStatus], ...]
+    """What lies in it, by name."""
+
+    @property
+    def version(self) -> str:
+        """Changes when any of its files is written again, comes or goes."""
+        return hashlib.sha256(repr(self.files).encode()).hexdigest()[:16]
+
+
+class Registry:
+    """A folder with a folder for each adapter. May be used by several threads."""
+
+    def __init__(self, root: Place) -> None:
+        """Name the folder, which is not read yet."""
+        self._root = root
+        self._lock = threading.Lock()
+        self._listed: dict[str, Listed] = {}
+        self._read_at: float | None = None
+        self._told: set[str] = set()
+
+    @classmethod
+    def of(cls, adapters_dir: str) -> "Registry":
+        """Open what a config names.
+
+        Raises:
+            ConfigError: it is no place, its bucket can't be reached, or a local folder is not
+                there.
+        """
+        try:
+            root = Place.parse(adapters_dir, "adapters_dir")
+        except ValueError as error:
+            raise ConfigError([str(error)]) from error
+        problem = check_place(root, "adapters_dir")
+        if problem is None and root.is_local and not root.is_dir():
+            problem = f"adapters_dir: there is no folder {root}; make it, adapters may come later"
+        if problem is not None:
+            raise ConfigError([problem])
+        return cls(root)
+
+    def list(self, *, anew: bool = False) -> Mapping[str, Listed]:
+        """Return the adapters by name, as they were at most a second ago; may take a while.
+
+        Args:
+            anew: read the folder now, whatever is known of it.
+
+        Raises:
+            RegistryError: the folder can't be read, and never could.
+        """
+        with self._lock:
+            now = time.monotonic()
+            is_fresh = self._read_at is not None and now - self._read_at < LISTED_SECONDS
+            if is_fresh and not anew:
+                return self._listed
+            try:
+                self._listed = self._read()
+            except (OSError, pa.ArrowException) as error:
+                if self._read_at is None:
+                    raise RegistryError("the adapters' folder can't be read now") from error
+                logger.warning("%s can't be read, and is taken as it was: %s", self._root, error)
+            self._read_at = time.monotonic()
+            return self._listed
+
+    @contextmanager
+    def open(self, listed: Listed) -> Iterator[Path]:
+        """Yield a local folder with an adapter's files; a copy of it goes with the block.
+
+        Raises:
+            RegistryError: a file can't be read.
+        """
+        if listed.place.is_local:
+            yield listed.place.path
+            return
+        names = [name for name, _ in listed.files if not name.endswith(_FOREIGN)]
+        with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
+
+            def download(name: str) -> None:
+                (listed.place / name).download(Path(folder, name))
+
+            try:
+                with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
+                    list(pool.map(download, names))
+            except (OSError, pa.ArrowException) as error:
+                logger.warning("%s can't be fetched: %s", listed.place, error)
+                raise RegistryError(f"the adapter {listed.name} can't be fetched now") from error
+            yield Path(folder)
+
+    def _read(self) -> dict[str, Listed]:
+        listed: dict[str, Listed] = {}
+        for folder, files in self._folders().items():
+            if CONFIG not in files or folder.name.startswith("."):
+                continue
+            if not _is_name(folder.name):
+                if folder.name not in self._told:
+                    logger.warning("%s: its name can't be one of an adapter", folder)
+                self._told.add(folder.name)
+                continue
+            listed[folder.name] = Listed(folder.name, folder, tuple(sorted(files.items())))
+        return listed
+
+    def _folders(self) -> dict[Place, dict[str, FileStatus]]:
+        """Return what lies in each folder; in object storage with one listing for all."""
+        if self._root.is_local:
+            return {
+                folder: {file.name: status for file, status in folder.files().items()}
+                for folder in self._root.folders()
+            }
+        folders: dict[Place, dict[str, FileStatus]] = {}
+        for file, status in self._root.files(recursive=True).items():
+            if file.parent.parent == self._root:
+                folders.setdefault(file.parent, {})[file.name] = status
+        return folders
+
+
+def _is_name(name: str) -> bool:
+    """Whether a folder's name may stand behind a model's and its colon."""
+    is_plain = name.isprintable() and not set(name) & set(" /\\:")
+    return is_plain and 0 < len(name) <= MAX_NAME_CHARACTERS

@@ -1,0 +1,89 @@
+"""Many clients in threads that ask an endpoint over and over, and what became of that."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import openai
+
+
+@dataclass
+class Clients:
+    """Asks without a pause until the block ends.
+
+    with Clients(url, {"model": "tiny", ...}, num_clients=8) as clients:
+        ...
+    assert not clients.failures
+    """
+
+    url: str
+    asked: Mapping[str, object]
+    num_clients: int = 8
+    retry_seconds: float | None = None
+    """How long a client waits before it asks once more what has failed; None: it does not."""
+
+    texts: Counter[str] = field(default_factory=Counter)
+    """Answers that came, by text."""
+
+    num_retried: int = 0
+    """Requests that were asked once more."""
+
+    failures: list[Exception] = field(default_factory=list)
+    """Of requests that were not answered."""
+
+    def __enter__(self) -> Self:
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._run) for _ in range(self.num_clients)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def num_answers(self) -> int:
+        """How many came."""
+        return sum(self.texts.values())
+
+    def _run(self) -> None:
+        client = openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120
+        )
+        while not self._over.is_set():
+            error = self._ask(client)
+            if error is not None and self.retry_seconds is not None:
+                self.num_retried += 1
+                time.sleep(self.retry_seconds)
+                error = self._ask(client)
+            if error is not None:
+                self.failures.append(error)
+
+    def _ask(self, client: openai.OpenAI) -> Exception | None:
+        asked: Any = self.asked
+        try:
+            told = client.completions.create(**asked)
+        except openai.APIError as error:
+            return error
+        self.texts[told.choices[0].text] += 1
+        return None
+
+
+def wait_until(is_so: Callable[[], bool], *, seconds: float, what: str) -> float:
+    """Return after how many seconds something is so; fail where it does not become so."""
+    start = time.monotonic()
+    while not is_so():
+        assert time.monotonic() - start < seconds, f"not within {seconds} s: {what}"
+        time.sleep(0.2)
+    return time.monotonic() - start

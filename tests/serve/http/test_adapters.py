@@ -1,0 +1,63 @@
+"""Adapters as OpenAI's client sees them: in the list, by name, and not there."""
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import openai
+import pytest
+
+from raytune_llama.serve.adapters.registry import Registry
+from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
+from raytune_llama.serve.parts import Part
+from tests.serve.adapters.conftest import Adapters, MakeAdapters, base_dir, make_adapters
+from tests.serve.http.test_routes import Server
+
+__all__ = ["base_dir", "make_adapters"]
+
+
+class Here:
+    """A model with adapters in this process."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self._adapters = adapters
+
+    async def answer(
+        self, request: ChatRequest | CompletionRequest
+    ) -> AsyncGenerator[int | Part, None]:
+        async for item in self._adapters.pool.respond(request):
+            yield item
+
+    async def adapters(self) -> list[str]:
+        return sorted(Registry.of(str(self._adapters.folder)).list())
+
+    async def check(self) -> None:
+        pass
+
+
+def test_client_lists_adapters_and_chooses_one_by_name(make_adapters: MakeAdapters) -> None:
+    adapters = make_adapters()
+    adapters.write("poet", seed=1)
+    adapters.write("broken", seed=2, manifest={"base": {"model.safetensors": "0" * 64}})
+    (adapters.folder / "notes").mkdir()
+    wanted = adapters.wanted("poet")
+    server = Server({"tiny": Here(adapters)})
+    asked: dict[str, Any] = {"prompt": "the quick", "temperature": 0, "max_tokens": 12}
+    try:
+        client = server.client()
+        assert [m.id for m in client.models.list()] == ["tiny", "tiny:broken", "tiny:poet"]
+        assert client.models.retrieve("tiny:poet").id == "tiny:poet"
+        told = client.completions.create(model="tiny:poet", **asked)
+        assert (told.choices[0].text, told.model) == (wanted, "tiny:poet")
+        chunks = client.completions.create(model="tiny:poet", stream=True, **asked)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == wanted
+        for name in ("tiny:none", "tiny:", "tiny:../poet", "tiny:notes", "none:poet", "none"):
+            with pytest.raises(openai.NotFoundError) as caught:
+                client.completions.create(model=name, stream=True, **asked)
+            assert caught.value.code == "model_not_found"
+            assert "there is" in caught.value.message
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("tiny:notes")
+        with pytest.raises(openai.BadRequestError, match="made for a base whose"):
+            client.completions.create(model="tiny:broken", **asked)
+    finally:
+        server.close()

@@ -1,0 +1,168 @@
+"""Replicas that follow the load, versions that replace each other, and what is too much."""
+
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from ray import serve
+from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+from safetensors.torch import load_file, save_file
+
+from raytune_llama.serve.app import build_app
+from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
+from tests.serve.clients import Clients, wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+ASKED = {"model": "tiny", "prompt": "the quick", "max_tokens": 100, "temperature": 0}
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+def config_of(path: Path, **replicas: Any) -> ServeConfig:  # noqa: ANN401  # a config's fields
+    model = ServedModelConfig(path=str(path), name="tiny", template="belle")
+    return ServeConfig(models=(model,), gateways=1, replicas=ReplicaConfig(cpus=0.5, **replicas))
+
+
+def num_running() -> int:
+    app = serve.status().applications["llm"]
+    states = app.deployments["model-tiny"].replica_states
+    return sum(count for state, count in states.items() if state == "RUNNING")
+
+
+def num_replicas() -> int:
+    return sum(serve.status().applications["llm"].deployments["model-tiny"].replica_states.values())
+
+
+def test_replicas_grow_and_shrink_with_the_load_and_no_answer_is_lost(
+    url: str, served_dir: Path
+) -> None:
+    config = config_of(
+        served_dir,
+        max=2,
+        slots=4,
+        target_ongoing=2,
+        upscale_seconds=1,
+        downscale_seconds=2,
+    )
+    serve.run(build_app(config), name="llm")
+    assert num_running() == 1
+    with Clients(url, ASKED, num_clients=8) as clients:
+        wait_until(lambda: num_running() == 2, seconds=120, what="two replicas under load")
+        grown = clients.num_answers
+        wait_until(
+            lambda: clients.num_answers > grown + 20, seconds=60, what="answers of two replicas"
+        )
+    # A few clients are left while the second replica is taken away again.
+    with Clients(url, ASKED, num_clients=1) as few:
+        wait_until(lambda: num_replicas() == 1, seconds=180, what="one replica again")
+    assert not clients.failures
+    assert not few.failures
+    assert len(clients.texts | few.texts) == 1
+
+
+def test_replicas_go_to_none_and_a_request_brings_one_back(url: str, served_dir: Path) -> None:
+    config = config_of(served_dir, min=0, upscale_seconds=0.5, downscale_seconds=1)
+    serve.run(build_app(config), name="llm")
+    wait_until(lambda: num_replicas() == 0, seconds=60, what="no replica")
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    assert client.completions.create(model="tiny", prompt="the quick", max_tokens=3).choices
+
+
+def test_a_new_version_goes_live_under_load_and_no_answer_is_lost(
+    url: str, served_dir: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(served_dir, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    generator = torch.Generator().manual_seed(7)
+    changed = {
+        name: torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+        if "embed" in name
+        else tensor
+        for name, tensor in weights.items()
+    }
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    serve.run(build_app(config_of(served_dir)), name="llm")
+    with Clients(url, ASKED, num_clients=4) as clients:
+        wait_until(lambda: clients.num_answers > 8, seconds=60, what="answers of the old one")
+        serve.run(build_app(config_of(other)), name="llm")
+        wait_until(lambda: num_replicas() == 1, seconds=120, what="the old replica is gone")
+        before = len(clients.texts)
+        assert before == 2
+        seen = clients.num_answers
+        wait_until(lambda: clients.num_answers > seen + 8, seconds=60, what="the new one's answers")
+    assert not clients.failures
+    # Nothing between the two: no answer was begun by one and ended by the other.
+    assert len(clients.texts) == 2
+
+
+def test_what_is_too_much_is_refused_and_the_rest_is_answered(url: str, served_dir: Path) -> None:
+    serve.run(build_app(config_of(served_dir, slots=2, waiting=2)), name="llm")
+    with Clients(url, ASKED, num_clients=16) as clients:
+        wait_until(lambda: clients.num_answers > 30, seconds=60, what="answers under overload")
+    assert clients.failures
+    for failure in clients.failures:
+        assert isinstance(failure, openai.RateLimitError)
+        assert int(failure.response.headers["Retry-After"]) >= 1
+    assert len(clients.texts) == 1
+
+
+def test_a_file_that_names_no_host_is_refused_without_keys(served_dir: Path) -> None:
+    # Ray's default for files is 0.0.0.0.
+    from ray.serve._private.api import serve_start
+
+    schema = ServeDeploySchema.model_validate(
+        {
+            "http_options": {"port": free_port()},
+            "applications": [
+                {
+                    "name": "llm",
+                    "import_path": "serve.app:app",
+                    "args": {"model_dir": str(served_dir), "gateways": 1},
+                }
+            ],
+        }
+    )
+    client: Any = serve_start(
+        http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location
+    )
+    try:
+        client.deploy_apps(schema, _blocking=False)
+
+        def status() -> ApplicationStatus:
+            apps = serve.status().applications
+            return apps["llm"].status if "llm" in apps else ApplicationStatus.NOT_STARTED
+
+        wait_until(lambda: status() == ApplicationStatus.DEPLOY_FAILED, seconds=120, what="refused")
+        assert "keys_file: none, but the proxy listens at 0.0.0.0" in (
+            serve.status().applications["llm"].message
+        )
+    finally:
+        serve.shutdown()
+
+
+def test_a_damaged_model_is_refused_with_the_reason(
+    url: str, served_dir: Path, tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(served_dir, tmp_path / "damaged")
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(Exception, match=r"model\.safetensors"):  # of Ray's choice
+        serve.run(build_app(config_of(damaged)), name="llm")
