@@ -111,8 +111,13 @@ class ReplicaConfig:
     cpus: Annotated[float, Field(gt=0)] = 1.0
     """CPUs reserved for a replica; as many threads compute, at least one."""
 
-    prefill_tokens: Annotated[int, Field(ge=1)] = 256
-    """Tokens of prompts that are read between two tokens of the others' answers."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """What generates; auto: vLLM where the replicas use a GPU, it is installed and the model has no
+    folder of adapters, which it does not serve here."""
+
+    prefill_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of prompts, padding included, that are read between two tokens of the others' answers;
+    null: 256, and on vLLM as it sees fit."""
 
     @model_validator(mode="after")
     def _check(self) -> "ReplicaConfig":

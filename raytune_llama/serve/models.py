@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from raytune_llama.chat.encoding import ChatConfig, ChatEncoder, build_chat_encoder
 from raytune_llama.chat.templates.names import TemplateName
@@ -62,6 +69,10 @@ class ServedModel:
 def load_served(config: ServedModelConfig, device: torch.device) -> ServedModel:
     """Load a model to serve it.
 
+    Args:
+        config: of the model.
+        device: where its weights go; `meta`: they are not read, for an engine that has them itself.
+
     Raises:
         ConfigError: the directory is no whole model, not what its manifest says, or the template
             is another than it was tuned with; all that is wrong.
@@ -87,9 +98,12 @@ def load_served(config: ServedModelConfig, device: torch.device) -> ServedModel:
     dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
     if config.precision != "auto":
         dtype = DTYPES[config.precision]
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, local_files_only=True, use_safetensors=True
-    )
+    if device.type == "meta":
+        model = _outline(path, dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
     _refuse_windows(model, path)
     if num_embedding_rows(model) < len(tokenizer):
         raise ConfigError([f"path: {path} has fewer rows than its tokenizer has ids"])
@@ -97,6 +111,17 @@ def load_served(config: ServedModelConfig, device: torch.device) -> ServedModel:
     logger.info("%s: %s, %d tokens of context", path, model.dtype, limit)
     nn.Module.to(model.eval(), device)
     return ServedModel(config.served_name, model, tokenizer, chat, limit)
+
+
+def _outline(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """Return a model without weights."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    stored = getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=stored if dtype == "auto" else dtype)
+    if (path / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return model
 
 
 def context_tokens(config: ServedModelConfig, model: PreTrainedModel) -> int:

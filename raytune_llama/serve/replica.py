@@ -1,23 +1,56 @@
 """A copy of a model in an actor of Ray Serve. Imports torch; the gateway does not import this."""
 
+import logging
 from collections.abc import AsyncGenerator, Hashable
 from contextlib import aclosing
 
 import torch
 
 from raytune_llama.logs import setup_logging
+from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.adapters.loading import AdapterLoader
 from raytune_llama.serve.adapters.pool import AdapterPool
 from raytune_llama.serve.adapters.registry import Registry
 from raytune_llama.serve.answers import Answerer
-from raytune_llama.serve.config import ServeConfig, ServedModelConfig
+from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
 from raytune_llama.serve.embeddings import TextVectors
+from raytune_llama.serve.engine.base import Engine
 from raytune_llama.serve.engine.loop import TransformersEngine
 from raytune_llama.serve.engine.stepper import Stepper
+from raytune_llama.serve.engine.vllm import VllmEngine, choose_engine, has_vllm
 from raytune_llama.serve.http.embedding_protocol import EmbeddingRequest
 from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
 from raytune_llama.serve.models import ServedModel, load_served
 from raytune_llama.serve.parts import Part, Vectors
+
+logger = logging.getLogger(__name__)
+
+PREFILL_TOKENS = 256
+"""What the engine around transformers reads of prompts between two tokens, where the config does
+not say."""
+
+
+def start_vllm(
+    model: ServedModelConfig, served: ServedModel, replicas: ReplicaConfig
+) -> VllmEngine:
+    """Start vLLM on a model.
+
+    Args:
+        model: its config.
+        served: the model without weights.
+        replicas: what a replica takes.
+    """
+    return VllmEngine(
+        model.path,
+        dtype=served.model.dtype,
+        num_slots=replicas.slots,
+        # Ray Serve bounds what waits.
+        max_waiting=10**6,
+        max_context=served.max_context,
+        num_tokens=len(served.tokenizer),
+        num_rows=num_embedding_rows(served.model),
+        prefill_tokens=replicas.prefill_tokens,
+    )
 
 
 class ModelReplica:
@@ -28,8 +61,22 @@ class ModelReplica:
         setup_logging()
         replicas = config.replicas
         torch.set_num_threads(max(1, int(replicas.cpus)))
-        device = torch.device("cuda" if replicas.use_gpu else "cpu")
-        served = load_served(model, device)
+        self._engine: Engine
+        self._answerer: Answerer | AdapterPool
+        chosen = choose_engine(
+            replicas.engine,
+            has_gpu=replicas.use_gpu and torch.cuda.is_available(),
+            has_adapters=model.adapters_dir is not None,
+            is_installed=has_vllm(),
+        )
+        logger.info("%s is answered by %s", model.served_name, chosen)
+        if chosen == "vllm":
+            served = load_served(model, torch.device("meta"))
+            self._engine = start_vllm(model, served, replicas)
+            self._answerer = Answerer(served, self._engine, config.defaults)
+            self._vectors = TextVectors(served, self._engine)
+            return
+        served = load_served(model, torch.device("cuda" if replicas.use_gpu else "cpu"))
 
         def make_stepper(served: ServedModel) -> Stepper:
             return Stepper(
@@ -37,7 +84,7 @@ class ModelReplica:
                 num_slots=replicas.slots,
                 max_context=served.max_context,
                 num_tokens=len(served.tokenizer),
-                prefill_tokens=replicas.prefill_tokens,
+                prefill_tokens=replicas.prefill_tokens or PREFILL_TOKENS,
             )
 
         # Ray Serve bounds what waits; here it never has to.

@@ -11,19 +11,20 @@ below 0.01 that is not 0 counts as 0.01. A form is kept by the same library, llg
 import importlib.util
 import itertools
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
+
+import torch
 
 from raytune_llama.config import ConfigError
 from raytune_llama.serve.engine.base import Finish, Generation, Step
 from raytune_llama.serve.engine.grammar import Grammar
 from raytune_llama.serve.engine.sampling import Choice, Sampling
-from raytune_llama.serve.errors import BusyError, EngineError
+from raytune_llama.serve.errors import BusyError, EngineError, RequestError
+from raytune_llama.serve.parts import Vectors
 
 EngineName = Literal["transformers", "vllm"]
-
-_DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def has_vllm() -> bool:
@@ -32,21 +33,23 @@ def has_vllm() -> bool:
 
 
 def choose_engine(
-    wanted: Literal["auto", "transformers", "vllm"], *, has_gpu: bool, is_installed: bool
+    wanted: Literal["auto", "transformers", "vllm"],
+    *,
+    has_gpu: bool,
+    has_adapters: bool,
+    is_installed: bool,
 ) -> EngineName:
     """Return which engine answers.
 
     Args:
-        wanted: by the config; auto: vLLM where it can run.
+        wanted: by the config; auto: vLLM where it can.
         has_gpu: whether the replica has a GPU.
+        has_adapters: whether the model has a folder of adapters.
         is_installed: whether vLLM is there.
 
     Raises:
-        ConfigError: vLLM is wanted, and can't run.
+        ConfigError: vLLM is wanted, and can't answer; all that is in its way.
     """
-    if wanted != "vllm":
-        can_run = wanted == "auto" and has_gpu and is_installed
-        return "vllm" if can_run else "transformers"
     problems: list[str] = []
     if not is_installed:
         problems.append("replicas.engine: vllm is not installed; pip install raytune_llama[vllm]")
@@ -54,9 +57,13 @@ def choose_engine(
         problems.append(
             "replicas.engine: vllm needs a GPU; set replicas.use_gpu=true where there is one"
         )
-    if problems:
+    if has_adapters:
+        problems.append(
+            "replicas.engine: vllm serves no adapters here; merge them, or set transformers"
+        )
+    if wanted == "vllm" and problems:
         raise ConfigError(problems)
-    return "vllm"
+    return "transformers" if wanted == "transformers" or problems else "vllm"
 
 
 class VllmEngine:
@@ -66,7 +73,7 @@ class VllmEngine:
         self,
         model_dir: str,
         *,
-        precision: str,
+        dtype: torch.dtype,
         num_slots: int,
         max_waiting: int,
         max_context: int,
@@ -78,7 +85,7 @@ class VllmEngine:
 
         Args:
             model_dir: model directory; safetensors only.
-            precision: `auto`, `fp32`, `bf16` or `fp16`.
+            dtype: of the weights.
             num_slots: sequences at a time; more wait.
             max_waiting: requests that may wait beside them.
             max_context: tokens of a sequence, prompt and answer, at most.
@@ -98,7 +105,8 @@ class VllmEngine:
         self._num_open, self._is_closed = 0, False
         arguments = AsyncEngineArgs(
             model=model_dir,
-            dtype=_DTYPES[precision],
+            # Never `auto`, by which vLLM halves the precision of what is stored in float32.
+            dtype=str(dtype).removeprefix("torch."),
             max_model_len=max_context,
             max_num_seqs=num_slots,
             # The pieces of prompts and one token of each running sequence make a pass.
@@ -150,6 +158,16 @@ class VllmEngine:
             raise EngineError(f"the engine has failed: {error}") from error
         finally:
             self._num_open -= 1
+
+    async def embed(self, texts: Sequence[tuple[int, ...]]) -> AsyncGenerator[Vectors, None]:
+        """Refuse: vLLM makes vectors with an engine started for that alone.
+
+        Raises:
+            RequestError: always.
+        """
+        for _ in texts:
+            raise RequestError("vectors are not made on vLLM; set replicas.engine=transformers")
+            yield
 
     def check(self) -> None:
         """Raise EngineError where nothing can be generated any more."""
