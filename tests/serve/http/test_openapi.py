@@ -1,6 +1,6 @@
 """The OpenAPI document is what the endpoint does, as schemathesis tries it out."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import httpx2 as httpx
@@ -20,7 +20,11 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from raytune_llama.serve.answers import Answerer
+from raytune_llama.serve.embeddings import TextVectors
+from raytune_llama.serve.http.embedding_protocol import EmbeddingRequest
 from raytune_llama.serve.http.keys import Keys, make_key
+from raytune_llama.serve.models import ServedModel
+from raytune_llama.serve.parts import Vectors
 from tests.serve.http.test_routes import FOX, Here, Server
 
 KEY, LINE = make_key()
@@ -38,9 +42,22 @@ CHECKS = [
 context has room."""
 
 
+class Whole(Here):
+    """A model that makes vectors too."""
+
+    def __init__(self, answerer: Answerer, vectors: TextVectors) -> None:
+        super().__init__(answerer)
+        self._vectors = vectors
+
+    async def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
+        async for item in self._vectors.respond(request):
+            yield item
+
+
 @pytest.fixture(scope="module")
-def guarded(answerer: Answerer) -> Iterator[Server]:
-    server = Server({"tiny": Here(answerer)}, Keys((bytes.fromhex(LINE),)))
+def guarded(answerer: Answerer, served: ServedModel) -> Iterator[Server]:
+    whole = Whole(answerer, TextVectors(served, answerer._engine))
+    server = Server({"tiny": whole}, Keys((bytes.fromhex(LINE),)))
     yield server
     server.close()
 
@@ -65,8 +82,11 @@ def try_out(operation: schemathesis.APIOperation, mode: GenerationMode) -> set[i
         if isinstance(case.body, dict) and mode is GenerationMode.POSITIVE:
             # Else hardly any would be for a model that there is, and of two names of a field one
             # alone may be given, which a schema can't say well.
-            case.body.pop("max_completion_tokens", None)
-            case.body |= {"model": "tiny", "max_tokens": 3}
+            # Vectors have one size, which it doesn't say either.
+            for name in ("max_completion_tokens", "dimensions"):
+                case.body.pop(name, None)
+            case.body |= {"model": "tiny"}
+            case.body |= {"input": "the fox"} if "input" in case.body else {"max_tokens": 3}
             case.body |= {"messages": FOX} if "messages" in case.body else {}
         answer = case.call(headers=HEADERS, timeout=120)
         case.validate_response(answer, checks=CHECKS, headers=HEADERS)
