@@ -16,6 +16,7 @@ from prometheus_client.samples import Sample
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raytune_llama.serve.errors import BusyError, EngineError, RequestError
+from raytune_llama.serve.http.limits import AnswerTimeoutError, QueueTimeoutError
 from raytune_llama.serve.parts import Part
 
 FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -182,6 +183,9 @@ class MeteredAnswers:
             raise
         except EngineError:
             outcome = "failed"
+            raise
+        except (QueueTimeoutError, AnswerTimeoutError):
+            outcome = "late"
             raise
         finally:
             gauge.dec()

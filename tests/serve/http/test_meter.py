@@ -1,9 +1,10 @@
 """What `/metrics` tells of requests that went well, were refused, or whose client has gone."""
 
+import asyncio
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
 import httpx2
@@ -16,8 +17,10 @@ from raytune_llama.serve.config import KeyLimits
 from raytune_llama.serve.errors import BusyError, EngineError
 from raytune_llama.serve.http.admission import LocalBooks
 from raytune_llama.serve.http.keys import Keys, make_key
+from raytune_llama.serve.http.limits import Limits
 from raytune_llama.serve.http.meter import Meter
-from tests.serve.http.test_routes import Failing, Here, Server
+from raytune_llama.serve.parts import Part
+from tests.serve.http.test_routes import Asked, Failing, Here, Server
 
 
 @pytest.fixture
@@ -130,6 +133,26 @@ def test_a_key_that_asks_too_much_must_wait_and_others_need_not(answerer: Answer
         server.client(other).completions.create(model="tiny", prompt="a", max_tokens=1)
         # Reading costs nothing.
         assert server.client(key).models.list().data
+    finally:
+        server.close()
+
+
+class Silent(Failing):
+    """A model that never says a word."""
+
+    async def answer(self, request: Asked) -> AsyncGenerator[int | Part, None]:  # noqa: ARG002
+        yield 3
+        await asyncio.Event().wait()
+
+
+def test_answers_that_do_not_come_in_time_are_counted_as_late() -> None:
+    server = Server({"silent": Silent(EngineError(""), 0)}, limits=Limits(queue_seconds=0.2))
+    try:
+        with pytest.raises(openai.InternalServerError):
+            server.client().completions.create(model="silent", prompt="a")
+        counted = metrics(server)
+        assert counted["answers_total", "silent", "", "late"] == 1
+        assert counted["requests_waiting", "silent", ""] == 0
     finally:
         server.close()
 
