@@ -69,6 +69,9 @@ class Clients:
                 error = self._ask(client)
             if error is not None:
                 self.failures.append(error)
+            if isinstance(error, openai.RateLimitError):
+                # As clients do: else they leave no time to those who answer on the same cores.
+                time.sleep(float(error.response.headers["Retry-After"]))
 
     def _ask(self, client: openai.OpenAI) -> Exception | None:
         asked: Any = self.asked

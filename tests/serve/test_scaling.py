@@ -78,6 +78,7 @@ def test_replicas_grow_and_shrink_with_the_load_and_no_answer_is_lost(
     assert len(clients.texts | few.texts) == 1
 
 
+@pytest.mark.slow
 def test_replicas_go_to_none_and_a_request_brings_one_back(url: str, served_dir: Path) -> None:
     config = config_of(served_dir, min=0, upscale_seconds=0.5, downscale_seconds=1)
     serve.run(build_app(config), name="llm")
@@ -86,6 +87,7 @@ def test_replicas_go_to_none_and_a_request_brings_one_back(url: str, served_dir:
     assert client.completions.create(model="tiny", prompt="the quick", max_tokens=3).choices
 
 
+@pytest.mark.slow
 def test_a_new_version_goes_live_under_load_and_no_answer_is_lost(
     url: str, served_dir: Path, tmp_path: Path
 ) -> None:
@@ -104,8 +106,6 @@ def test_a_new_version_goes_live_under_load_and_no_answer_is_lost(
         wait_until(lambda: clients.num_answers > 8, seconds=60, what="answers of the old one")
         serve.run(build_app(config_of(other)), name="llm")
         wait_until(lambda: num_replicas() == 1, seconds=120, what="the old replica is gone")
-        before = len(clients.texts)
-        assert before == 2
         seen = clients.num_answers
         wait_until(lambda: clients.num_answers > seen + 8, seconds=60, what="the new one's answers")
     assert not clients.failures
@@ -124,6 +124,7 @@ def test_what_is_too_much_is_refused_and_the_rest_is_answered(url: str, served_d
     assert len(clients.texts) == 1
 
 
+@pytest.mark.slow
 def test_a_file_that_names_no_host_is_refused_without_keys(served_dir: Path) -> None:
     # Ray's default for files is 0.0.0.0.
     from ray.serve._private.api import serve_start
