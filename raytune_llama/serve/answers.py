@@ -1,7 +1,7 @@
 """From a request to the text of its answers, part by part; knows tokens, and no HTTP."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Hashable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -56,7 +56,6 @@ class Answerer:
         self._served, self._engine, self._defaults = served, engine, defaults
         self._adapter = adapter
         self._grammars = Grammars(served.tokenizer, served.stop_ids)
-        self._longest = max(map(len, served.tokenizer.get_vocab()), default=1)
 
     @property
     def name(self) -> str:
@@ -75,7 +74,7 @@ class Answerer:
             raise RequestError(
                 f"{self._served.name} has no chat template; use /v1/completions", "messages"
             )
-        self._check_size((message.text for message in request.messages), "messages")
+        self._served.check_size([message.text for message in request.messages], "messages")
         try:
             conversation = read_messages(
                 request.messages, request.shown_tools, allows_system=chat.template.allows_system
@@ -123,7 +122,7 @@ class Answerer:
         """
         tokenizer = self._served.tokenizer
         if isinstance(request.prompt, str):
-            self._check_size((request.prompt,), "prompt")
+            self._served.check_size([request.prompt], "prompt")
             ids = self._served.encode_texts([request.prompt])[0]
         else:
             ids = request.prompt
@@ -131,20 +130,6 @@ class Answerer:
             if beyond:
                 raise RequestError(f"{beyond[0]} is no token of {self._served.name}", "prompt")
         return self._prompt(request, ids, request.max_tokens, request.logprobs, "prompt")
-
-    def _check_size(self, texts: Iterable[str], param: str) -> None:
-        """Refuse texts that can't fit before they are encoded, which takes a second for a megabyte.
-
-        Raises:
-            RequestError: they have more characters than a whole context of the longest token.
-        """
-        num_characters = sum(len(text) for text in texts)
-        if num_characters > self._served.max_context * self._longest:
-            raise RequestError(
-                f"the prompt has {num_characters} characters, and {self._served.name} takes "
-                f"{self._served.max_context} tokens with the answer",
-                param,
-            )
 
     def _prompt(
         self,

@@ -36,6 +36,8 @@ class TextVectors:
         texts: list[tuple[int, ...]] = []
         listed, is_list = _listed(request)
         written = [text for text in listed if isinstance(text, str)]
+        for number, text in enumerate(written):
+            served.check_size([text], f"input.{number}" if is_list else "input")
         encoded = iter(served.encode_texts(written) if written else [])
         for number, text in enumerate(listed):
             ids = next(encoded) if isinstance(text, str) else text

@@ -1,8 +1,9 @@
 """A model directory that can be served: checked, loaded, with the template it was tuned with."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from raytune_llama.model.llama import DTYPES, check_model_directory
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.config import ServedModelConfig
+from raytune_llama.serve.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,29 @@ class ServedModel:
         if isinstance(eos, int):
             ends.add(eos)
         return frozenset(ends) | (self.chat.template.stop_ids if self.chat else frozenset())
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self.tokenizer.get_vocab()), default=1)
+
+    def check_size(self, texts: Sequence[str], param: str) -> None:
+        """Refuse texts that can't fit before they are encoded, which takes a second for a megabyte.
+
+        Args:
+            texts: of one prompt.
+            param: the field that they stand in.
+
+        Raises:
+            RequestError: they have more characters than a whole context of the longest token.
+        """
+        num_characters = sum(map(len, texts))
+        if num_characters > self.max_context * self.longest_token:
+            raise RequestError(
+                f"{param}: got {num_characters} characters, and {self.name} takes "
+                f"{self.max_context} tokens",
+                param,
+            )
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of documents' beginnings: BOS where there is one, then plain text."""

@@ -42,7 +42,7 @@ def _is_id(value: object) -> bool:
 class EmbeddingRequest(BaseModel):
     """`POST /v1/embeddings`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
     """Name of a model."""

@@ -17,6 +17,7 @@ from raytune_llama.serve.http.embedding_protocol import (
     EmbeddingRequest,
     EmbeddingUsage,
 )
+from raytune_llama.serve.http.limits import Limits, within
 from raytune_llama.serve.parts import Vectors
 
 _CLIENT_GONE = 499
@@ -37,18 +38,21 @@ class EmbeddingBackend(Protocol):
         ...
 
 
-def add_embeddings(app: FastAPI, backend_of: Callable[[str], EmbeddingBackend]) -> None:
+def add_embeddings(
+    app: FastAPI, backend_of: Callable[[str], EmbeddingBackend], limits: Limits
+) -> None:
     """Add the route.
 
     Args:
         app: where.
         backend_of: returns a model by its name, or raises what the client is told.
+        limits: bounds on every request.
     """
 
     @app.post("/v1/embeddings", response_model=EmbeddingList, responses=refusals(*FOR_A_MODEL))
     async def embed(request: EmbeddingRequest, connection: Request) -> Response:
         """Make a vector of each text."""
-        items = backend_of(request.model).embed(request)
+        items = within(backend_of(request.model).embed(request), limits)
         made: list[Vectors] = []
         async with aclosing(items):
             num_tokens = await anext(items)

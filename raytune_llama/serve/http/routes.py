@@ -1,7 +1,8 @@
 """OpenAI's API over HTTP: requests in, answers or streams of them out. Knows no model and no Ray.
 
-Every route but `/health` asks for a key where there are keys. What goes wrong is told in OpenAI's
-form. A stream's first part is awaited before its status is sent, so that a refusal has its own.
+Every route but `/health` and the chat page asks for a key where there are keys. What goes wrong is
+told in OpenAI's form. A stream's first part is awaited before its status is sent, so that a refusal
+has its own.
 """
 
 import logging
@@ -151,7 +152,7 @@ def build_http(
         shape = CompletionShape(request, echoed)
         return await _respond(counted(request), request, shape)
 
-    add_embeddings(app, backend_of)
+    add_embeddings(app, backend_of, limits)
     return app
 
 

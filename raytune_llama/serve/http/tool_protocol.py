@@ -22,7 +22,7 @@ ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 class Function(BaseModel):
     """What a model may call."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: ToolName
     description: Annotated[str, Field(max_length=16_384)] | None = None
@@ -52,7 +52,7 @@ class Function(BaseModel):
 class Tool(BaseModel):
     """A tool; there are only functions."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["function"]
     function: Function
@@ -61,7 +61,7 @@ class Tool(BaseModel):
 class FunctionName(BaseModel):
     """Names a function."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: ToolName
 
@@ -69,7 +69,7 @@ class FunctionName(BaseModel):
 class NamedTool(BaseModel):
     """A tool that has to be called."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["function"]
     function: FunctionName
@@ -82,7 +82,7 @@ ToolChoice = Literal["none", "auto", "required"] | NamedTool
 class CalledFunction(BaseModel):
     """A function and its arguments."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: ToolName
     arguments: str
@@ -92,7 +92,7 @@ class CalledFunction(BaseModel):
 class ToolCall(BaseModel):
     """A call that the assistant has made."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     id: Annotated[str, Field(min_length=1, max_length=256)]
     type: Literal["function"] = "function"

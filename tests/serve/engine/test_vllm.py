@@ -17,7 +17,7 @@ from raytune_llama.serve.engine.base import Generation, Step
 from raytune_llama.serve.engine.grammar import Grammars
 from raytune_llama.serve.engine.sampling import Sampling
 from raytune_llama.serve.engine.vllm import choose_engine
-from raytune_llama.serve.errors import BusyError, EngineError
+from raytune_llama.serve.errors import BusyError, EngineError, RequestError
 from raytune_llama.serve.models import ServedModel, load_served
 from raytune_llama.serve.replica import ModelReplica
 from tests.serve.engine.vllm_standin import (
@@ -208,6 +208,11 @@ def test_engine_that_is_dead_or_closed_answers_nothing(standin: Standin) -> None
     assert standin.vllm.is_shut
     with pytest.raises(EngineError, match="closed"):
         standin.ask(Generation((1,), Sampling(), 9))
+
+
+def test_vectors_are_refused(standin: Standin) -> None:
+    with pytest.raises(RequestError, match="vectors"):
+        asyncio.run(anext(standin.engine.embed([(1, 2)])))  # type: ignore[arg-type]
 
 
 def test_adapters_are_refused(standin: Standin) -> None:

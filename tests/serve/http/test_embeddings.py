@@ -19,6 +19,7 @@ from raytune_llama.serve.embeddings import TextVectors
 from raytune_llama.serve.engine.embed import Vectors
 from raytune_llama.serve.errors import BusyError, RequestError
 from raytune_llama.serve.http.embedding_protocol import EmbeddingRequest
+from raytune_llama.serve.http.limits import Limits
 from raytune_llama.serve.models import ServedModel
 from tests.serve.http.test_routes import Server
 
@@ -191,3 +192,45 @@ def test_async_clients_get_their_own_vectors(server: Server, served: ServedModel
 
     for found, text in zip(asyncio.run(main()), TEXTS, strict=True):
         np.testing.assert_allclose(found, wanted(served, text), atol=1e-5)
+
+
+def test_texts_far_beyond_the_context_are_refused_before_they_are_encoded(server: Server) -> None:
+    long = "the quick brown fox " * 150_000
+    begin = time.process_time()
+    with pytest.raises(openai.BadRequestError, match=r"input\.1: got 3000000 characters"):
+        server.client().embeddings.create(model="tiny", input=["x", long])
+    # Encoded first, it would take seconds.
+    assert time.process_time() - begin < 2
+
+
+class Waiting:
+    """A model that never gets to it; it counts who waits."""
+
+    def __init__(self) -> None:
+        self.num_open = 0
+
+    async def embed(self, _: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
+        self.num_open += 1
+        try:
+            yield 3
+            await asyncio.Event().wait()
+        finally:
+            self.num_open -= 1
+
+
+def test_vectors_that_do_not_come_are_refused_in_time() -> None:
+    waiting = Waiting()
+    server = Server({"waiting": waiting}, limits=Limits(queue_seconds=0.3))
+    try:
+        with pytest.raises(openai.InternalServerError) as caught:
+            server.client().embeddings.create(model="waiting", input="the fox")
+        assert caught.value.status_code == 503
+        assert waiting.num_open == 0
+    finally:
+        server.close()
+
+
+def test_numbers_as_texts_are_no_numbers(client: openai.OpenAI) -> None:
+    fields: Any = {"dimensions": "48"}
+    with pytest.raises(openai.BadRequestError, match="dimensions"):
+        client.embeddings.create(model="tiny", input="the fox", **fields)
