@@ -41,8 +41,8 @@ def build_app(config: ServeConfig) -> serve.Application:
         check_exposure(host, keys)
     problems: list[str] = []
     for number, model in enumerate(config.models):
-        # On a cluster the model may lie on the replicas' nodes alone.
-        if Path(model.path).exists() or len(Path(model.path).parts) == 1:
+        # On a cluster an absolute path may be one of the replicas' nodes alone.
+        if Path(model.path).exists() or not Path(model.path).is_absolute():
             found = check_model_directory(Path(model.path))
             problems += [text.replace("model.path", f"models.{number}.path", 1) for text in found]
     if problems:

@@ -1,6 +1,6 @@
 """A client of any OpenAI endpoint: lists its models, and streams answers of chats.
 
-with ChatClient("http://127.0.0.1:8000/v1", key=None) as client:
+with closing(ChatClient("http://127.0.0.1:8000/v1", key=None)) as client:
 for item in client.stream({"model": "merged", "messages": [...]}):
 ...
 """
@@ -9,8 +9,7 @@ import json
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import httpx2
 
@@ -63,17 +62,6 @@ class ChatClient:
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
             timeout=httpx2.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds)),
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close all connections."""

@@ -9,7 +9,6 @@ import logging
 import os
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Sequence
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,26 +59,25 @@ class ReplicaBackend:
             return []
         return sorted(await asyncio.to_thread(self._registry.list))
 
-    async def answer(
-        self, request: ChatRequest | CompletionRequest
-    ) -> AsyncGenerator[int | Part, None]:
+    def answer(self, request: ChatRequest | CompletionRequest) -> AsyncGenerator[int | Part, None]:
         """Yield what a replica yields."""
-        async with aclosing(_followed(self._handle.answer.remote(request))) as items:
-            async for item in items:
-                yield item
+        return _followed(self._handle.answer, request)
 
-    async def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
+    def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
         """Yield what a replica yields."""
-        async with aclosing(_followed(self._handle.embed.remote(request))) as items:
-            async for item in items:
-                yield item
+        return _followed(self._handle.embed, request)
 
     async def check(self) -> None:
         """Do nothing: Ray Serve replaces replicas that have failed."""
 
 
-async def _followed(answers: Any) -> AsyncGenerator[Any, None]:  # noqa: ANN401  # Ray's are untyped
-    """Yield what a replica yields, its errors as they were; closing it ends the replica's work."""
+async def _followed(method: DeploymentHandle, request: object) -> AsyncGenerator[Any, None]:
+    """Ask a replica once the first item is; yield what it yields, its errors as they were.
+
+    Closing it ends the replica's work.
+    """
+    # Typed as a single answer whatever it is.
+    answers: Any = method.remote(request)
     try:
         async for item in answers:
             yield item

@@ -111,8 +111,9 @@ class ModelReplica:
         self, request: ChatRequest | CompletionRequest
     ) -> AsyncGenerator[int | Part, None]:
         """Yield the prompt's number of tokens, then the parts of all answers."""
-        async for item in self._answerer.respond(request):
-            yield item
+        async with aclosing(self._answerer.respond(request)) as items:
+            async for item in items:
+                yield item
 
     async def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
         """Yield the texts' number of tokens, then their vectors."""

@@ -156,7 +156,7 @@ def run_chat(
     if key is not None and parts.scheme == "http" and not is_near:
         notes.write(f"warning: the key goes to {parts.hostname} in clear; use https\n")
     try:
-        with ChatClient(config.url, key, timeout_seconds=config.timeout_seconds) as client:
+        with closing(ChatClient(config.url, key, timeout_seconds=config.timeout_seconds)) as client:
             if not (source.isatty() and out.isatty()):
                 return _answer_once(client, config, source, out, notes)
             return _Terminal(client, config, out, notes).run()

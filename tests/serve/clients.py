@@ -3,9 +3,9 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 import openai
@@ -15,7 +15,7 @@ import openai
 class Clients:
     """Asks without a pause until the block ends.
 
-    with Clients(url, {"model": "tiny", ...}, num_clients=8) as clients:
+    with Clients(url, {"model": "tiny", ...}, num_clients=8).asking() as clients:
         ...
     assert not clients.failures
     """
@@ -35,22 +35,20 @@ class Clients:
     failures: list[Exception] = field(default_factory=list)
     """Of requests that were not answered."""
 
-    def __enter__(self) -> Self:
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _ in range(self.num_clients)]
-        for thread in self._threads:
-            thread.start()
-        return self
+    _over: threading.Event = field(default_factory=threading.Event)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
+    @contextmanager
+    def asking(self) -> Iterator[Self]:
+        """Ask until the block ends."""
+        threads = [threading.Thread(target=self._run) for _ in range(self.num_clients)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield self
+        finally:
+            self._over.set()
+            for thread in threads:
+                thread.join()
 
     @property
     def num_answers(self) -> int:

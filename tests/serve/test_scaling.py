@@ -64,14 +64,14 @@ def test_replicas_grow_and_shrink_with_the_load_and_no_answer_is_lost(
     )
     serve.run(build_app(config), name="llm")
     assert num_running() == 1
-    with Clients(url, ASKED, num_clients=8) as clients:
+    with Clients(url, ASKED, num_clients=8).asking() as clients:
         wait_until(lambda: num_running() == 2, seconds=120, what="two replicas under load")
         grown = clients.num_answers
         wait_until(
             lambda: clients.num_answers > grown + 20, seconds=60, what="answers of two replicas"
         )
     # A few clients are left while the second replica is taken away again.
-    with Clients(url, ASKED, num_clients=1) as few:
+    with Clients(url, ASKED, num_clients=1).asking() as few:
         wait_until(lambda: num_replicas() == 1, seconds=180, what="one replica again")
     assert not clients.failures
     assert not few.failures
@@ -102,7 +102,7 @@ def test_a_new_version_goes_live_under_load_and_no_answer_is_lost(
     }
     save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
     serve.run(build_app(config_of(served_dir)), name="llm")
-    with Clients(url, ASKED, num_clients=4) as clients:
+    with Clients(url, ASKED, num_clients=4).asking() as clients:
         wait_until(lambda: clients.num_answers > 8, seconds=60, what="answers of the old one")
         serve.run(build_app(config_of(other)), name="llm")
         wait_until(lambda: num_replicas() == 1, seconds=120, what="the old replica is gone")
@@ -115,7 +115,7 @@ def test_a_new_version_goes_live_under_load_and_no_answer_is_lost(
 
 def test_what_is_too_much_is_refused_and_the_rest_is_answered(url: str, served_dir: Path) -> None:
     serve.run(build_app(config_of(served_dir, slots=2, waiting=2)), name="llm")
-    with Clients(url, ASKED, num_clients=16) as clients:
+    with Clients(url, ASKED, num_clients=16).asking() as clients:
         wait_until(lambda: clients.num_answers > 30, seconds=60, what="answers under overload")
     assert clients.failures
     for failure in clients.failures:

@@ -3,7 +3,7 @@
     books = LocalBooks(KeyLimits(requests_per_minute=60), meter)
 
 A gateway asks before it passes a request on, and tells when the answer has ended. What stands in
-for several gateways is `raytune_llama.serve.ledger`.
+for several gateways is in `raytune_llama.serve.gateway`.
 """
 
 import time

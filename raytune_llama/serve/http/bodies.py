@@ -93,6 +93,8 @@ def build_route_class(max_depth: int) -> type[APIRoute]:
     """
 
     class StrictRequest(Request):
+        """A request whose body is read by `read_json`."""
+
         async def json(self) -> Any:  # noqa: ANN401  # as Starlette's
             try:
                 return read_json(await self.body(), max_depth)
@@ -100,6 +102,8 @@ def build_route_class(max_depth: int) -> type[APIRoute]:
                 raise problem(400, str(error)) from error
 
     class StrictRoute(APIRoute):
+        """A route that asks for JSON in UTF-8."""
+
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
 

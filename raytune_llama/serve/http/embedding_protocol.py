@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, Field
+
+from raytune_llama.serve.http.strict import StrictModel
 
 MAX_INPUTS = 2048
 MAX_INPUT_TOKENS = 300_000
@@ -39,10 +41,8 @@ def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-class EmbeddingRequest(BaseModel):
+class EmbeddingRequest(StrictModel):
     """`POST /v1/embeddings`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
     """Name of a model."""

@@ -1,4 +1,4 @@
-"""The chat page at `/`: one file without any other, and a policy that lets nothing else run.
+"""The chat page at `/`: sent as one file, under a policy that lets nothing else run.
 
 The page itself holds no secret and needs no key; whatever it asks the API does.
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
-_FILE = Path(__file__).with_name("chat.html")
+_HERE = Path(__file__).parent
 
 
 def add_page(app: FastAPI) -> None:
     """Serve the page at `/`."""
-    html = _FILE.read_text(encoding="utf-8")
+    html = join_page(_HERE)
     headers = {
         "Content-Security-Policy": content_policy(html),
         "Cache-Control": "no-cache",
@@ -28,6 +28,16 @@ def add_page(app: FastAPI) -> None:
     async def page() -> HTMLResponse:
         """Send the page."""
         return HTMLResponse(html, headers=headers)
+
+
+def join_page(folder: Path) -> str:
+    """Return the page of a folder with its style and script within it."""
+    html, css, js = (
+        (folder / f"chat.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )
+    for tag, text in (("style", css), ("script", js)):
+        html = html.replace(f"<{tag}></{tag}>", f"<{tag}>\n{text}</{tag}>")
+    return html
 
 
 def content_policy(html: str) -> str:

@@ -6,8 +6,9 @@ that clients always send (`user`, `metadata`, `store`). No value is converted: "
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
+from raytune_llama.serve.http.strict import StrictModel
 from raytune_llama.serve.http.tool_protocol import (
     MAX_CALLS,
     MAX_TOOLS,
@@ -32,10 +33,8 @@ ANY_OBJECT = {"type": "object"}
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
-class Request(BaseModel):
+class Request(StrictModel):
     """What every kind of generation may be asked for."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
     """Name of a model, or `model:adapter`."""
@@ -74,28 +73,22 @@ class Request(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(StrictModel):
     """How a stream is told."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
     """Send a last chunk with the counts."""
 
 
-class TextPart(BaseModel):
+class TextPart(StrictModel):
     """A part of a message's content; pictures and sound are not served."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(StrictModel):
     """A turn of a conversation."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=256)] | None = None
@@ -134,10 +127,8 @@ class Message(BaseModel):
         return self.content if self.content is not None else self.message or ""
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(StrictModel):
     """A form that an answer keeps."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: Annotated[str, Field(max_length=64)]
     description: Annotated[str, Field(max_length=4096)] | None = None
@@ -146,10 +137,8 @@ class JsonSchema(BaseModel):
     """Accepted; the schema is always kept."""
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(StrictModel):
     """The form of an answer."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None

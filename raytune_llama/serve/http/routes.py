@@ -8,7 +8,7 @@ has its own.
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -103,12 +103,10 @@ def build_http(
     app = DescribedApp(title="raytune_llama", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.needs_keys = bool(keys.hashes)
     app.router.route_class = build_route_class(limits.json_depth)
-    created = int(time.time())
     add_errors(app)
     _add_middleware(app, keys, limits, meter, books)
     _add_watching(app, backends, books)
     add_page(app)
-    answers = STREAM | refusals(*FOR_A_MODEL)
 
     def backend_of(name: str) -> Backend:
         # What stands behind the colon is the backend's to know.
@@ -121,6 +119,18 @@ def build_http(
     def counted(request: ChatRequest | CompletionRequest) -> AsyncGenerator[int | Part, None]:
         items = within(backend_of(request.model).answer(request), limits)
         return MeteredAnswers(meter, request.model).pass_on(items)
+
+    _add_models(app, backends, backend_of)
+    _add_answers(app, counted)
+    add_embeddings(app, backend_of, limits)
+    return app
+
+
+def _add_models(
+    app: FastAPI, backends: Mapping[str, Backend], backend_of: Callable[[str], Backend]
+) -> None:
+    """Add the routes that tell what there is."""
+    created = int(time.time())
 
     @app.get("/v1/models", responses=refusals(*FOR_READING, 503))
     async def models() -> ModelList:
@@ -140,6 +150,19 @@ def build_http(
             raise UnknownModelError(f"no model {name!r}; /v1/models lists all", "model")
         return ModelCard(id=name, created=created)
 
+
+def _add_answers(
+    app: FastAPI,
+    counted: Callable[[ChatRequest | CompletionRequest], AsyncGenerator[int | Part, None]],
+) -> None:
+    """Add the routes that answer.
+
+    Args:
+        app: where they go.
+        counted: asks the model that a request names.
+    """
+    answers = STREAM | refusals(*FOR_A_MODEL)
+
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=answers)
     async def chat(request: ChatRequest) -> Response:
         """Answer a conversation."""
@@ -151,9 +174,6 @@ def build_http(
         echoed = request.prompt if request.echo and isinstance(request.prompt, str) else ""
         shape = CompletionShape(request, echoed)
         return await _respond(counted(request), request, shape)
-
-    add_embeddings(app, backend_of, limits)
-    return app
 
 
 def _add_middleware(app: FastAPI, keys: Keys, limits: Limits, meter: Meter, books: Books) -> None:

@@ -4,7 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
+
+from raytune_llama.serve.http.strict import StrictModel
 
 MAX_TOOLS = 128
 MAX_CALLS = 128
@@ -19,10 +21,8 @@ MAX_TOOLS_CHARACTERS = 100_000
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
-class Function(BaseModel):
+class Function(StrictModel):
     """What a model may call."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: ToolName
     description: Annotated[str, Field(max_length=16_384)] | None = None
@@ -49,27 +49,21 @@ class Function(BaseModel):
         return {"type": "object", **self.parameters}
 
 
-class Tool(BaseModel):
+class Tool(StrictModel):
     """A tool; there are only functions."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(BaseModel):
+class FunctionName(StrictModel):
     """Names a function."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: ToolName
 
 
-class NamedTool(BaseModel):
+class NamedTool(StrictModel):
     """A tool that has to be called."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["function"]
     function: FunctionName
@@ -79,20 +73,16 @@ ToolChoice = Literal["none", "auto", "required"] | NamedTool
 """Whether tools are called: never, as the model likes, at least one, or this one."""
 
 
-class CalledFunction(BaseModel):
+class CalledFunction(StrictModel):
     """A function and its arguments."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: ToolName
     arguments: str
     """An object in JSON; in an answer that was cut, its beginning."""
 
 
-class ToolCall(BaseModel):
+class ToolCall(StrictModel):
     """A call that the assistant has made."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     id: Annotated[str, Field(min_length=1, max_length=256)]
     type: Literal["function"] = "function"
