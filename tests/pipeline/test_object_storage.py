@@ -39,6 +39,7 @@ def assert_same_run(ours: PretrainConfig, wanted: PretrainConfig) -> None:
     assert adapters[0] == adapters[1]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_pretrain_in_object_storage_equals_the_run_on_disks_and_says_when_it_is_finished(

@@ -89,6 +89,7 @@ def expected(
     return content(folder / "store")
 
 
+@pytest.mark.slow
 def test_prepare_data_driver_killed_twice_ends_with_the_same_bytes(
     corpus: Path, tokenizer_dir: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
@@ -140,6 +141,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
+@pytest.mark.slow
 def test_prepare_data_full_disk_is_named_and_goes_on_after_room_is_made(
     corpus: Path, tokenizer_dir: Path, small_disk: Path, expected: dict[str, bytes]
 ) -> None:

@@ -25,6 +25,7 @@ from tests.pipeline.conftest import (
 ADAPTER = "pt_lora_model/adapter_model.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_pretrain_run_twice_finishes_once_and_says_so(make_job: MakeJob) -> None:
@@ -119,6 +120,7 @@ def test_job_killed_with_kill_9_and_run_again_equals_the_undisturbed_run(
     assert hashes[0] == hashes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_job_on_sigterm_saves_exits_75_and_goes_on(make_job: MakeJob, tmp_path: Path) -> None:
     # Long enough that the signal always finds it training, and no checkpoint but the asked one.
@@ -136,6 +138,7 @@ def test_job_on_sigterm_saves_exits_75_and_goes_on(make_job: MakeJob, tmp_path: 
     assert "resumed from" in (tmp_path / "again.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_job_submitted_with_token_authentication_runs_and_refuses_relative_places(
     ray_cluster: str, make_job: MakeJob, tmp_path: Path

@@ -97,6 +97,7 @@ def test_sweep_finds_the_best_rate_and_its_config_repeats_the_winner(
         run_sweep(make_sweep(max_steps=10))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_sweep_with_failed_and_diverged_trials_goes_on_and_says_why(
     make_sweep: MakeSweep, make_job: MakeJob, tmp_path: Path

@@ -32,6 +32,10 @@ MAX_NAME_CHARACTERS = 256
 LISTED_SECONDS = 1.0
 """How long a list is taken for what is there."""
 
+SETTLED_SECONDS = 2.0
+"""How long files in object storage have to stay as they are to be taken for the last of their
+second: servers tell times of writing in whole seconds, so that two can look alike."""
+
 _FOREIGN = (".bin", ".pt", ".pth")
 """Ends of files that are never read: pickles."""
 
@@ -53,10 +57,14 @@ class Listed:
     files: tuple[tuple[str, FileStatus], ...]
     """What lies in it, by name."""
 
+    is_settled: bool = True
+    """Whether a file that is written again from now on looks different. What was loaded before is
+    then loaded once more."""
+
     @property
     def version(self) -> str:
-        """Changes when any of its files is written again, comes or goes."""
-        return hashlib.sha256(repr(self.files).encode()).hexdigest()[:16]
+        """Changes when any of its files is written again, comes or goes, and when it is settled."""
+        return hashlib.sha256(repr((self.files, self.is_settled)).encode()).hexdigest()[:16]
 
 
 class Registry:
@@ -69,6 +77,7 @@ class Registry:
         self._listed: dict[str, Listed] = {}
         self._read_at: float | None = None
         self._told: set[str] = set()
+        self._changed: dict[str, tuple[object, float]] = {}
 
     @classmethod
     def of(cls, adapters_dir: str) -> "Registry":
@@ -146,8 +155,21 @@ class Registry:
                     logger.warning("%s: its name can't be one of an adapter", folder)
                 self._told.add(folder.name)
                 continue
-            listed[folder.name] = Listed(folder.name, folder, tuple(sorted(files.items())))
+            found = tuple(sorted(files.items()))
+            listed[folder.name] = Listed(
+                folder.name, folder, found, is_settled=self._is_settled(folder, found)
+            )
         return listed
+
+    def _is_settled(self, folder: Place, files: object) -> bool:
+        if folder.is_local:
+            return True
+        now = time.monotonic()
+        before, since = self._changed.get(folder.name, (None, now))
+        if before != files:
+            since = now
+        self._changed[folder.name] = (files, since)
+        return now - since >= SETTLED_SECONDS
 
     def _folders(self) -> dict[Place, dict[str, FileStatus]]:
         """Return what lies in each folder; in object storage with one listing for all."""
