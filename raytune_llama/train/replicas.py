@@ -53,9 +53,9 @@ def compare_replicas(step: int, tensors: Iterable[tuple[str, Tensor]], workers: 
     more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
     who = ", ".join(f"worker {rank} on {hosts[rank]}" for rank in others)
     verdict = (
-        f"what most of the {workers.world_size} workers hold alike is something else on {who}"
+        f"other weights than most of the {workers.world_size} workers has {who}"
         if is_most
-        else f"what all workers are to hold alike differs, and no majority says who is right: {who}"
+        else f"workers have different weights, and no majority says which are right: {who}"
     )
     raise ReplicaError(
         f"after step {step}: {verdict} ({differing[0]}{more}): a device or its memory computes "
