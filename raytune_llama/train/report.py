@@ -17,6 +17,7 @@ from typing import Self
 from raytune_llama.data.batches import StepBatch, StepTotal
 from raytune_llama.data.origins import Origins
 from raytune_llama.model.llama import SummedLoss, causal_lm
+from raytune_llama.storage import Place
 from raytune_llama.train import metrics
 from raytune_llama.train.checkpoint import RunState
 from raytune_llama.train.config import AnyTrainConfig
@@ -61,17 +62,7 @@ class Report:
 
     def __enter__(self) -> Self:
         if self._workers.is_first:
-            place, settings, step = (
-                self._config.run_place,
-                self._config.logging,
-                self._resumed_step,
-            )
-            self._log = MetricsLog(place, resumed_step=step, tensorboard=settings.tensorboard)
-            self._incidents = Incidents(place, self._origins, resumed_step=step)
-            if settings.spike_factor is not None:
-                self._spikes = SpikeWatch(
-                    settings.spike_factor, settings.spike_window_steps, self._past_losses()
-                )
+            self._open_files(self._config.run_place, self._resumed_step)
             logger.info("%s", self._opening_line())
         return self
 
@@ -86,13 +77,21 @@ class Report:
         if self._incidents is not None:
             self._incidents.close()
 
-    def _past_losses(self) -> list[float]:
+    def _open_files(self, run_dir: Place, resumed_step: int) -> None:
+        config = self._config.logging
+        self._incidents = Incidents(run_dir, self._origins, resumed_step=resumed_step)
+        if config.spike_factor is not None:
+            past = self._past_losses(run_dir, resumed_step)
+            self._spikes = SpikeWatch(config.spike_factor, config.spike_window_steps, past)
+        self._log = MetricsLog(run_dir, resumed_step=resumed_step, tensorboard=config.tensorboard)
+
+    @staticmethod
+    def _past_losses(run_dir: Place, resumed_step: int) -> list[float]:
         """Return the losses of the steps that are not done again."""
-        records = read_metrics(self._config.run_place) if self._resumed_step else []
         return [
             record[metrics.LOSS]
-            for record in records
-            if record["step"] <= self._resumed_step and record.get(metrics.LOSS) is not None
+            for record in (read_metrics(run_dir) if resumed_step else ())
+            if record["step"] <= resumed_step and record.get(metrics.LOSS) is not None
         ]
 
     def _opening_line(self) -> str:
