@@ -15,7 +15,6 @@ from raytune_llama.model.lora import LoraConfig
 from raytune_llama.storage import Place
 from raytune_llama.train.batching import BatchConfig, ChatBatchConfig, TextBatchConfig
 from raytune_llama.train.checkpoint import CheckpointConfig
-from raytune_llama.train.guard import GuardConfig
 from raytune_llama.train.optimizer import OptimConfig
 from raytune_llama.train.scale import EvalConfig, LoggingConfig, ScaleConfig
 from raytune_llama.train.schedule import ScheduleConfig
@@ -50,9 +49,6 @@ class TrainConfig:
 
     optim: OptimConfig = OptimConfig()
     """Optimizer."""
-
-    guard: GuardConfig = GuardConfig()
-    """Steps whose numbers are not finite."""
 
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate over the run."""

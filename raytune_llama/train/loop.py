@@ -24,6 +24,12 @@ from raytune_llama.model.lora import LoraConfig, attach_adapter, load_adapter
 from raytune_llama.model.loss import IGNORE
 from raytune_llama.model.pissa import start_from
 from raytune_llama.model.vocab import new_ids
+from raytune_llama.train.bad_steps import (
+    choose_answer,
+    find_suspects,
+    rolled_back,
+    stop_message,
+)
 from raytune_llama.train.checkpoint import (
     RunState,
     delete_old_checkpoints,
@@ -34,7 +40,6 @@ from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.engine import DataParallelEngine, Engine, StepResult
 from raytune_llama.train.export import write_result
 from raytune_llama.train.fsdp_engine import FullyShardedEngine
-from raytune_llama.train.guard import find_suspects, rolled_back, stop_message
 from raytune_llama.train.initial import initial_factors
 from raytune_llama.train.metrics import EvaluatedText, evaluation_values
 from raytune_llama.train.outcome import Outcome
@@ -257,7 +262,7 @@ def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
 def begin(session: Session, state: RunState, report: Report) -> RunState:
     """Evaluate before the first step, and save where a bad step may go back; return the state."""
     state = evaluate(session, state, report)
-    if session.config.guard.on_bad_step == "rollback":
+    if session.config.optim.on_bad_step == "rollback":
         state = replace(state, rollback_step=state.step)
         save(session, state, report)
     return state
@@ -272,7 +277,7 @@ def answer_bad_step(
         FloatingPointError: the run is to stop; nothing of the step is saved.
     """
     config, workers = session.config, session.workers
-    answer = config.guard.answer(state.num_bad_in_row)
+    answer = choose_answer(config.optim, state)
     suspects = find_suspects(batch, result, session.plan.micro_batch_sequences, workers)
     report.bad_step(state, result, answer, suspects)
     if answer == "stop":
@@ -345,7 +350,7 @@ def wants_checkpoint(state: RunState, config: AnyTrainConfig, last_step: int) ->
     back: a run that dies next goes on from those too.
     """
     is_best = config.checkpoint.keep_best and state.best_step == state.step
-    is_rolled_back = config.guard.on_bad_step == "rollback" and state.num_bad_in_row > 0
+    is_rolled_back = config.optim.on_bad_step == "rollback" and state.num_bad_in_row > 0
     return is_best or is_rolled_back or is_due(state.step, config.checkpoint.every_steps, last_step)
 
 

@@ -22,10 +22,10 @@ from raytune_llama.train import metrics
 from raytune_llama.train.checkpoint import RunState
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.engine import StepResult
-from raytune_llama.train.guard import Answer
 from raytune_llama.train.hardware import flops_per_token, peak_flops, peak_memory_gib
 from raytune_llama.train.incidents import BAD_STEPS_FILE, SPIKES_FILE, Incidents
 from raytune_llama.train.metrics import MetricsLog, read_metrics
+from raytune_llama.train.optimizer import Answer
 from raytune_llama.train.spikes import SpikeWatch
 from raytune_llama.train.workers import Workers
 

@@ -46,7 +46,7 @@ def test_job_with_a_nan_text_stops_by_name_or_goes_on_without_it(
     config = build_config(values, {})
     with pytest.raises(FloatingPointError, match="the summed loss is nan"):
         run_training(config)
-    skipping = override(config, {"run_dir": str(tmp_path / "skip"), "guard.on_bad_step": "skip"})
+    skipping = override(config, {"run_dir": str(tmp_path / "skip"), "optim.on_bad_step": "skip"})
     assert run_training(skipping).status == "finished"
     stopped, skipped = (
         read_records(each.run_place / BAD_STEPS_FILE) for each in (config, skipping)

@@ -37,8 +37,8 @@ STRATEGIES = {
     "zero_2": stage_fields(2),
     "zero_3": stage_fields(3),
 }
-SKIP = {"guard__on_bad_step": "skip"}
-ROLL_BACK = {"guard__on_bad_step": "rollback"}
+SKIP = {"optim__on_bad_step": "skip"}
+ROLL_BACK = {"optim__on_bad_step": "rollback"}
 BAD_POSITION = 4 * 4 + 1
 """The second sequence of the fifth step: of two workers, the second has it."""
 
@@ -247,7 +247,7 @@ def test_train_more_bad_steps_in_a_row_than_allowed_stop_the_run(
     tmp_path: Path,
     answer: dict[str, str],
 ) -> None:
-    fields = {"data__store_dir": str(marked_store), **CROPS, **answer, "guard__max_bad_steps": 2}
+    fields = {"data__store_dir": str(marked_store), **CROPS, **answer, "optim__max_bad_steps": 2}
     config = make_config(**fields)
     bad = [mark_at(config, 4 * step) for step in (0, 2, 3, 4)]
     model = write_broken_model(tmp_path / "model", tokenizer_dir, "".join(bad))
@@ -343,6 +343,8 @@ def test_train_rollback_on_two_workers_equals_a_resumed_one(
     assert end_of(parts) == end_of(whole)
 
 
-def test_guard_bound_without_an_answer_that_counts_is_refused(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match=r"guard\.max_bad_steps: got 3"):
-        make_config(guard__max_bad_steps=3)
+def test_optim_bound_of_bad_steps_without_an_answer_that_counts_is_refused(
+    make_config: MakeConfig,
+) -> None:
+    with pytest.raises(ConfigError, match=r"optim\.max_bad_steps: got 3"):
+        make_config(optim__max_bad_steps=3)

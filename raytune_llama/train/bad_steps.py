@@ -6,53 +6,17 @@ loss was finite, is lowered by its scaler, and such a step is only counted as sk
 """
 
 from dataclasses import replace
-from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
-
-from raytune_llama.config import ConfigError, settings
 from raytune_llama.data.batches import StepBatch
 from raytune_llama.train.checkpoint import RunState
 from raytune_llama.train.engine import StepResult
+from raytune_llama.train.optimizer import Answer, OptimConfig
 from raytune_llama.train.workers import Workers
 
-Answer = Literal["stop", "skip", "rollback"]
-"""What is done about a bad step."""
 
-DEFAULT_MAX_BAD_STEPS = 10
-
-
-@settings
-class GuardConfig:
-    """Steps whose loss or gradient is not finite; they move no weight in any case."""
-
-    on_bad_step: Answer = "stop"
-    """`stop`: the run ends at its newest checkpoint. `skip`: it goes on with the next step.
-    `rollback`: it goes on with the next step from the weights and moments of the newest checkpoint
-    (not one of SIGTERM's), which takes back the steps since; what they read is not read again. Each
-    bad step is a line of `bad_steps.jsonl` in the run directory, with the samples that it read."""
-
-    max_bad_steps: Annotated[int, Field(ge=1)] = DEFAULT_MAX_BAD_STEPS
-    """More bad steps than this in a row stop a run that skips or rolls back."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "GuardConfig":
-        if self.on_bad_step == "stop" and self.max_bad_steps != DEFAULT_MAX_BAD_STEPS:
-            raise ConfigError(
-                [
-                    f"max_bad_steps: got {self.max_bad_steps}, but on_bad_step is stop, which "
-                    "allows none; remove it, or set on_bad_step=skip or rollback"
-                ]
-            )
-        return self
-
-    def answer(self, num_in_row: int) -> Answer:
-        """Return what is done about a bad step.
-
-        Args:
-            num_in_row: bad steps without a good one between them, this one included.
-        """
-        return "stop" if num_in_row > self.max_bad_steps else self.on_bad_step
+def choose_answer(optim: OptimConfig, state: RunState) -> Answer:
+    """Return what is done about a bad step, by the state after it."""
+    return "stop" if state.num_bad_in_row > optim.max_bad_steps else optim.on_bad_step
 
 
 def find_suspects(
@@ -74,7 +38,7 @@ def stop_message(state: RunState, result: StepResult) -> str:
         f"{result.grad_norm} (bad steps in a row: {state.num_bad_in_row}); the run stops at its "
         "newest checkpoint. What the step read is in bad_steps.jsonl: mend that text, lower "
         "optim.learning_rate, use engine.precision=bf16 or fp32, or start a run with "
-        "guard.on_bad_step=skip or rollback"
+        "optim.on_bad_step=skip or rollback"
     )
 
 
