@@ -343,7 +343,7 @@ def test_train_rollback_on_two_workers_equals_a_resumed_one(
     assert end_of(parts) == end_of(whole)
 
 
-def test_optim_bound_of_bad_steps_without_an_answer_that_counts_is_refused(
+def test_optim_bound_of_bad_steps_of_a_run_that_stops_is_refused(
     make_config: MakeConfig,
 ) -> None:
     with pytest.raises(ConfigError, match=r"optim\.max_bad_steps: got 3"):
