@@ -39,7 +39,7 @@ class WholeDocuments:
     """The documents."""
     sequence_tokens: int
     """T; no document is longer."""
-    documents: NDArray[np.int64]
+    order: NDArray[np.int64]
     """All documents of the stretch by their numbers in the split, sequence after sequence."""
     bounds: NDArray[np.int64]
     """Where each sequence begins among them, and the end of the last."""
@@ -77,9 +77,16 @@ class WholeDocuments:
 
     def read(self, sample: Sample) -> Sequence:
         """Put the documents of a sequence together."""
-        check_index(sample.index, self.num_sequences)
-        start, stop = (int(bound) for bound in self.bounds[sample.index : sample.index + 2])
-        return _together(self.stretch, self.documents[start:stop])
+        return _together(self.stretch, self._members(sample.index))
+
+    def documents(self, sample: Sample) -> list[int]:
+        """Return the documents of a sequence, in its order."""
+        return self._members(sample.index).tolist()
+
+    def _members(self, index: int) -> NDArray[np.int64]:
+        check_index(index, self.num_sequences)
+        start, stop = (int(bound) for bound in self.bounds[index : index + 2])
+        return self.order[start:stop]
 
 
 def best_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:

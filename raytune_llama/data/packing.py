@@ -21,6 +21,7 @@ inside the model: it has T - 1 targets, and its first id is none.
 Shapes: T = tokens of a sequence.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -145,6 +146,10 @@ class SourceSequences(Protocol):
         """
         ...
 
+    def documents(self, sample: Sample) -> Iterable[int]:
+        """Return the numbers, in the split, of the documents that a sequence has tokens of."""
+        ...
+
 
 @dataclass(frozen=True)
 class JoinedSequences:
@@ -175,6 +180,11 @@ class JoinedSequences:
         span = self._span(sample.index)
         tokens = self.stretch.split.tokens(span.start, span.stop)
         return Sequence(tokens[:-1], tokens[1:])
+
+    def documents(self, sample: Sample) -> range:
+        """Return the documents of a sequence, that of its last target too."""
+        span = self._span(sample.index)
+        return self.stretch.split.documents_between(span.start, span.stop)
 
     def covered(self, index: int) -> range:
         """Return the part of the flat stream that one sequence accounts for: its targets.
@@ -256,6 +266,11 @@ class Crops:
         ids = self.stretch.split.tokens(start, min(start + self.sequence_tokens, stop))
         return Sequence(ids, ids[1:])
 
+    def documents(self, sample: Sample) -> range:
+        """Return the one document that a window is of."""
+        check_index(sample.index, self.num_sequences)
+        return self.stretch.documents[sample.index : sample.index + 1]
+
 
 @dataclass(frozen=True, eq=False)
 class SeedBlocks:
@@ -309,13 +324,23 @@ class SeedBlocks:
 
     def read(self, sample: Sample) -> Sequence:
         """Cut one block out."""
-        check_index(sample.index, self.num_sequences)
-        group = int(np.searchsorted(self.block_ends, sample.index, side="right"))
+        span = self._span(sample.index)
+        ids = self.stretch.split.tokens(span.start, span.stop)
+        return Sequence(ids, ids[1:])
+
+    def documents(self, sample: Sample) -> range:
+        """Return the documents of a block."""
+        span = self._span(sample.index)
+        return self.stretch.split.documents_between(span.start, span.stop)
+
+    def _span(self, index: int) -> range:
+        """Return the flat positions of a block."""
+        check_index(index, self.num_sequences)
+        group = int(np.searchsorted(self.block_ends, index, side="right"))
         blocks_before = int(self.block_ends[group - 1]) if group else 0
         group_start, group_stop = (int(bound) for bound in self.group_bounds[group : group + 2])
-        start = group_start + (sample.index - blocks_before) * self.sequence_tokens
-        ids = self.stretch.split.tokens(start, min(start + self.sequence_tokens, group_stop))
-        return Sequence(ids, ids[1:])
+        start = group_start + (index - blocks_before) * self.sequence_tokens
+        return range(start, min(start + self.sequence_tokens, group_stop))
 
 
 def num_sequences(num_tokens: int, sequence_tokens: int) -> int:

@@ -79,6 +79,11 @@ class TokenStore:
         """Identifies the store by what it was made from."""
         return self.manifest.fingerprint
 
+    def file_name(self, number: int) -> str | None:
+        """Return what a source file is called, by its number; None where no input names it."""
+        files = self.manifest.inputs.get("sources", [])
+        return files[number]["name"] if number < len(files) else None
+
     def split(self, name: SplitName) -> "TokenSplit":
         """Return a split; its shards are mapped at the first use.
 
@@ -212,6 +217,22 @@ class TokenSplit:
             pieces.append(starts[first:end] + batch.token_start)
         return pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
 
+    def documents_between(self, start: int, stop: int) -> range:
+        """Return the numbers of the documents that have tokens in [start, stop), which has some."""
+        bounds = [self._row_at(position) for position in (start, stop - 1)]
+        first, last = (int(self._batch_documents[number]) + row for number, row in bounds)
+        return range(first, last + 1)
+
+    def origin(self, document: int) -> tuple[int, int]:
+        """Return where a document of the split comes from.
+
+        Returns:
+            The number of its file among the store's, and its offset there as the store has it.
+        """
+        number = int(np.searchsorted(self._batch_documents, document, side="right")) - 1
+        batch, row = self._batches[number], document - int(self._batch_documents[number])
+        return int(batch.files[row]), int(batch.file_offsets[row])
+
     def bytes_between(self, start: int, stop: int) -> float:
         """Return the bytes of text that [start, stop) covers: of a cut document its token share."""
         (whole_start, part_start), (whole_stop, part_stop) = map(self._bytes_before, (start, stop))
@@ -263,13 +284,19 @@ class TokenSplit:
             raise IndexError(f"token {position} of a stream of {self.num_tokens}")
         if position == self.num_tokens:
             return self.num_bytes, 0.0
-        number = bisect_right(self._batch_starts, position) - 1
+        number, row = self._row_at(position)
         batch = self._batches[number]
         inside = position - batch.token_start
-        row = int(np.searchsorted(batch.offsets, inside, side="right")) - 1
         whole = int(self._batch_bytes[number]) + int(batch.num_bytes[:row].sum())
         start, end = (int(bound) for bound in batch.offsets[row : row + 2])
         return whole, int(batch.num_bytes[row]) * ((inside - start) / (end - start))
+
+    def _row_at(self, position: int) -> tuple[int, int]:
+        """Return the batch that has a token of the stream, and the row of its document there."""
+        number = bisect_right(self._batch_starts, position) - 1
+        batch = self._batches[number]
+        inside = position - batch.token_start
+        return number, int(np.searchsorted(batch.offsets, inside, side="right")) - 1
 
 
 @dataclass(frozen=True)
@@ -281,6 +308,7 @@ class _Batch:
     offsets: NDArray[np.int64]
     num_bytes: NDArray[np.int64]
     files: NDArray[np.int32]
+    file_offsets: NDArray[np.int64]
     targets: NDArray[np.uint8] | None
 
 
@@ -313,10 +341,12 @@ def _map_batches(place: Place, shards: list[Shard], cache_dir: Path | None) -> I
             ids = tokens.values.to_numpy()
             num_bytes = batch.column("num_bytes").to_numpy()
             files = batch.column("source").to_numpy()
+            file_offsets = batch.column("offset").to_numpy()
+            offsets = tokens.offsets.to_numpy()
             targets = None
             if shard.targets is not None:
                 targets = batch.column("targets").values.to_numpy()
-            yield _Batch(token_start, ids, tokens.offsets.to_numpy(), num_bytes, files, targets)
+            yield _Batch(token_start, ids, offsets, num_bytes, files, file_offsets, targets)
             token_start += len(ids)
             documents += batch.num_rows
         if (documents, token_start - first) != (shard.documents, shard.tokens):

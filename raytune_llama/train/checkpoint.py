@@ -94,6 +94,20 @@ class RunState:
     num_skipped_steps: int = 0
     """Steps that moved no weight since half-precision gradients overflowed."""
 
+    num_bad_steps: int = 0
+    """Steps that moved no weight since their loss or gradient was not finite."""
+
+    num_bad_in_row: int = 0
+    """Such steps since the last that moved weights."""
+
+    num_undone_steps: int = 0
+    """Good steps that were taken back by going back to a checkpoint; what they read is counted in
+    all that is counted here, and not read again."""
+
+    rollback_step: int | None = None
+    """The newest checkpoint but for those of a stop, where a bad step may go back to: a run that
+    was stopped goes back to where one that was not does."""
+
     seconds: float = 0.0
     """Time spent training, evaluating and saving, over all starts of the run."""
 
@@ -345,7 +359,9 @@ def _find_damage(path: Place, copies: Path) -> str | None:
 def delete_old_checkpoints(
     run_dir: Place, config: CheckpointConfig, state: RunState, workers: Workers
 ) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best one; the first worker does.
+    """Delete all but the newest `keep_last` checkpoints, the best one and that of `rollback_step`.
+
+    The first worker does.
 
     What a killed process left of a checkpoint that it was writing goes too.
     """
@@ -356,8 +372,9 @@ def delete_old_checkpoints(
         if is_half or _UNFINISHED.fullmatch(path.name):
             path.delete()
             logger.info("checkpoint: %s, which was never finished, deleted", path.name)
-    best = checkpoint_path(run_dir, state.best_step) if state.best_step is not None else None
+    needed = {state.rollback_step} | ({state.best_step} if config.keep_best else set())
+    kept = {checkpoint_path(run_dir, step) for step in needed if step is not None}
     for path in list_checkpoints(run_dir)[: -config.keep_last]:
-        if not (config.keep_best and path == best):
+        if path not in kept:
             path.delete()
             logger.info("checkpoint: %s deleted", path.name)

@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO 1 to 3 behind the engine protocol; the one module that imports deepspeed."""
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from raytune_llama.train.engine import (
     ParameterState,
     StepResult,
     evaluate_batch,
+    module_tensors,
+    not_finite,
     precise_buffers,
     to_device,
     trained_parameters,
@@ -40,7 +43,7 @@ def deepspeed_config(
     Raises:
         ValueError: a further key contradicts one of our fields.
     """
-    zero: dict[str, Any] = {"stage": engine.zero}
+    zero: dict[str, Any] = {"stage": engine.zero, "compute_grad_norm": True}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if engine.offload_parameters:
@@ -49,7 +52,8 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": micro_batch_sequences,
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": optim.max_grad_norm or 0.0,
-        "bf16": {"enabled": engine.precision == "bf16"},
+        # What is not finite has to be looked for, or it moves weights.
+        "bf16": {"enabled": engine.precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": engine.precision == "fp16"},
         "zero_optimization": zero,
         # The optimizer is PyTorch's own, on the CPU and the GPU alike.
@@ -103,6 +107,9 @@ class DeepSpeedEngine:
         named = trained_parameters(module)
         self._named = named
         self._shapes = {name: parameter.shape for name, parameter in named}
+        self._soundness = torch.ones((), device=workers.device)
+        smallest = min((parameter for _, parameter in named), key=torch.numel)
+        smallest.register_hook(self._pass_on_soundness)
         json = deepspeed_config(
             engine,
             optim,
@@ -130,24 +137,39 @@ class DeepSpeedEngine:
     ) -> StepResult:
         """Take one optimizer step; see `Engine`."""
         scale = self._loss_scale
-        loss_sum = torch.zeros((), device=self._workers.device)
+        losses: list[Tensor] = []
+        total = torch.zeros((), device=self._workers.device)
         set_learning_rate(self._engine.optimizer.param_groups, learning_rate)
         for batch, seed in zip(micro_batches, seeds, strict=True):
             torch.manual_seed(seed)
             loss = self._engine(*to_device(batch, self._workers.device))
+            losses.append(loss.detach())
+            if len(losses) == len(micro_batches):
+                # Before the gradients are there, after which DeepSpeed decides by itself.
+                total = self._workers.sum_in_place(sum(losses, total).double())
+                self._soundness = torch.where(total.isfinite(), 1.0, math.nan)
             # DeepSpeed averages gradients over the workers; ours is a sum over the whole step.
             self._engine.backward(
                 loss * (self._workers.world_size / num_targets), scale_wrt_gas=False
             )
             self._engine.step()
-            loss_sum += loss.detach()
+        self._soundness = torch.ones_like(self._soundness)
         was_applied = self._engine.was_step_applied()
         self._num_applied += was_applied
         if was_applied and not self._has_moments:
             self._link_moments()
             self._has_moments = True
         norm = float(self._engine.get_global_grad_norm() or 0.0) if was_applied else float("inf")
-        return StepResult(loss_sum.item(), norm, was_applied, scale)
+        bad = () if was_applied else not_finite(losses)
+        return StepResult(total.item(), norm, was_applied, scale, bad)
+
+    def _pass_on_soundness(self, gradient: Tensor) -> Tensor:
+        """Spoil one parameter's gradient where the loss is not finite, so that all is skipped.
+
+        A loss that is not finite can have finite gradients. A loss times nan would not do: of new
+        rows that a micro-batch does not look up, the gradient is zero whatever the loss is.
+        """
+        return gradient * self._soundness
 
     def _link_moments(self) -> None:
         """Let DeepSpeed find the moments of every group by parameter (stages 1 and 2).
@@ -239,6 +261,10 @@ class DeepSpeedEngine:
     @property
     def _loss_scale(self) -> float:
         return float(self._engine.optimizer.loss_scale) if self._config.precision == "fp16" else 1.0
+
+    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all weights; under ZeRO 3, which cuts them up, none; see `Engine`."""
+        return module_tensors(self.module) if self._config.zero < 3 else iter(())
 
     def scalar_state(self) -> dict[str, float]:
         """Return the applied steps and the loss scaler; see `Engine`."""

@@ -7,6 +7,7 @@ and workers.
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,19 +34,28 @@ BUCKET_NUMEL = 16 * 2**20
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, as this worker saw it."""
+    """What one optimizer step did; but for `bad_micro_batches` the same on every worker."""
 
     loss_sum: float
-    """Summed loss of this worker's targets, in nats."""
+    """Summed loss of the step's targets, of all workers, in nats."""
 
     grad_norm: float
-    """L2 norm of the step's whole gradient before clipping; inf where it overflowed."""
+    """L2 norm of the step's whole gradient before clipping; not finite where that is not."""
 
     was_applied: bool
-    """False where half-precision gradients overflowed, so that no weight moved."""
+    """False where the loss or the gradient was not finite, so that no weight moved."""
 
     loss_scale: float
     """Factor that kept half-precision gradients in range; 1 without one."""
+
+    bad_micro_batches: tuple[int, ...] = ()
+    """Which of this worker's micro-batches had a loss that is not finite."""
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether numbers were not finite, and not because the loss scale was too large."""
+        overflowed = math.isfinite(self.loss_sum) and self.loss_scale > 1.0
+        return not self.was_applied and not overflowed
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,9 @@ class Engine(Protocol):
         num_targets: float,
         learning_rate: float,
     ) -> StepResult:
-        """Take one optimizer step on the mean loss of the step's targets.
+        """Take one optimizer step on the mean loss of the step's targets; collective.
+
+        Where the loss of any worker or the gradient is not finite, no worker moves a weight.
 
         Args:
             micro_batches: this worker's; every worker passes the same number.
@@ -89,6 +101,10 @@ class Engine(Protocol):
 
     def load_trainable_state(self, read: Callable[[str], ParameterState]) -> None:
         """Set the state of every trained parameter; collective."""
+        ...
+
+    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what every worker holds, and is to hold alike, by name, in one order."""
         ...
 
     def scalar_state(self) -> dict[str, float]:
@@ -136,6 +152,17 @@ def evaluate_batch(
         loss = call(*to_device(batch, device))
     module.train()
     return loss.item()
+
+
+def not_finite(losses: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return the numbers of the losses that are not finite."""
+    return tuple(number for number, loss in enumerate(losses) if not loss.isfinite())
+
+
+def module_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of a module by name."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,27 +218,33 @@ class DataParallelEngine:
         learning_rate: float,
     ) -> StepResult:
         """Take one optimizer step; see `Engine`."""
-        loss_sum = torch.zeros((), device=self._workers.device)
+        losses: list[Tensor] = []
         for batch, seed in zip(micro_batches, seeds, strict=True):
             torch.manual_seed(seed)
             loss = self.module(*to_device(batch, self._workers.device))
             self._scaler.scale(loss / num_targets).backward()
             self._collect_gradients()
-            loss_sum += loss.detach()
+            losses.append(loss.detach())
         self._sum_gradients()
         scale = self._scaler.get_scale()
+        # One message: all workers decide on the same numbers.
+        mine = sum(losses, torch.zeros((), device=self._workers.device)).item()
+        loss_sum, squared = self._workers.sum([mine, self._squared_norm()])
+        norm = math.sqrt(squared) / scale
+        was_applied = math.isfinite(loss_sum) and math.isfinite(norm)
+        if not was_applied:
+            self._overflow_gradients()
         self._scaler.unscale_(self._optimizer)
-        norm = self._clip_gradients()
-        set_learning_rate(self._optimizer.param_groups, learning_rate)
-        was_applied = not self._scaler.is_enabled() or norm < float("inf")
-        self._scaler.step(self._optimizer)
+        if was_applied:
+            nn.utils.clip_grads_with_norm_(self._masters, self._max_grad_norm, torch.tensor(norm))
+            set_learning_rate(self._optimizer.param_groups, learning_rate)
+            self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         self._num_applied += was_applied
         self._write_weights()
-        return StepResult(
-            loss_sum.item(), norm if was_applied else float("inf"), was_applied, scale
-        )
+        bad = () if was_applied else not_finite(losses)
+        return StepResult(loss_sum, norm, was_applied, scale, bad)
 
     def _collect_gradients(self) -> None:
         """Add half-precision gradients to the masters' in float32, micro-batch by micro-batch."""
@@ -238,9 +271,20 @@ class DataParallelEngine:
         if bucket:
             _all_reduce(bucket)
 
-    def _clip_gradients(self) -> float:
-        """Scale the step's gradients down to the largest norm allowed; return theirs before."""
-        return float(nn.utils.clip_grad_norm_(self._masters, self._max_grad_norm))
+    def _squared_norm(self) -> float:
+        """Return what adds up over the workers to the square of the norm of the gradients."""
+        return self._norm_held() ** 2 / self._workers.world_size
+
+    def _norm_held(self) -> float:
+        """Return the norm of the gradients that this worker holds."""
+        gradients = [master.grad for master in self._masters if master.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
+
+    def _overflow_gradients(self) -> None:
+        """Let the scaler find an overflow, if there is one, whatever was not finite and where."""
+        for master in self._masters if self._scaler.is_enabled() else ():
+            assert master.grad is not None
+            master.grad.fill_(math.inf)
 
     @torch.no_grad()
     def _write_weights(self) -> None:
@@ -283,6 +327,10 @@ class DataParallelEngine:
                 "exp_avg_sq": self._part(state.exp_avg_sq, weight).to(master.device, copy=True),
             }
         self._write_weights()
+
+    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all weights; see `Engine`."""
+        return module_tensors(self.module)
 
     def scalar_state(self) -> dict[str, float]:
         """Return the applied steps and the loss scaler; see `Engine`."""

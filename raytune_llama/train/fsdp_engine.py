@@ -5,7 +5,7 @@ embeddings, the last norm, the output projection, which the loss reads whole) fr
 the forward pass to the end of the backward pass.
 """
 
-import math
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -79,30 +79,9 @@ class FullyShardedEngine(DataParallelEngine):
             gradient = weight.grad
             master.grad = torch.zeros_like(master) if gradient is None else _local(gradient)
             weight.grad = None
-        if self._scaler.is_enabled():
-            self._spread_overflow()
 
-    def _spread_overflow(self) -> None:
-        """Where one worker's part has overflowed, let all parts, so that all skip the step.
-
-        PyTorch's scaler for shards does so too, but fails with the fused optimizer.
-        """
-        (total,) = self._workers.sum([self._norm_of_part()])
-        if not math.isfinite(total):
-            for master in self._masters:
-                assert master.grad is not None
-                master.grad.fill_(math.inf)
-
-    def _norm_of_part(self) -> float:
-        gradients = [master.grad for master in self._masters if master.grad is not None]
-        return float(nn.utils.get_total_norm(gradients))
-
-    def _clip_gradients(self) -> float:
-        mine = self._norm_of_part()
-        (squared,) = self._workers.sum([mine * mine])
-        norm = math.sqrt(squared)
-        nn.utils.clip_grads_with_norm_(self._masters, self._max_grad_norm, torch.tensor(norm))
-        return norm
+    def _squared_norm(self) -> float:
+        return self._norm_held() ** 2
 
     @torch.no_grad()
     def _write_weights(self) -> None:
@@ -123,6 +102,10 @@ class FullyShardedEngine(DataParallelEngine):
         loss = super().loss_sum(batch)
         self._reshard()
         return loss
+
+    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield nothing: every worker holds other parts; see `Engine`."""
+        return iter(())
 
     def _whole(self, part: Tensor, weight: nn.Parameter) -> Tensor:
         sharded = cast("DTensor", weight)

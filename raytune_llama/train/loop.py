@@ -1,7 +1,6 @@
 """What every worker does, step by step. Reads top to bottom; start at `train`."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from raytune_llama.data.batches import BatchPlan, StepBatch, StepTotal, read_ste
 from raytune_llama.data.encode import open_store
 from raytune_llama.data.evaluation import EvaluatedSource, choose_evaluated, read_evaluation
 from raytune_llama.data.mixture import Source, cut_sources, mixture_record
+from raytune_llama.data.origins import Origins
 from raytune_llama.data.store import TokenStore
 from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import SummedLoss, load_model
@@ -24,6 +24,12 @@ from raytune_llama.model.lora import LoraConfig, attach_adapter, load_adapter
 from raytune_llama.model.loss import IGNORE
 from raytune_llama.model.pissa import start_from
 from raytune_llama.model.vocab import new_ids
+from raytune_llama.train.bad_steps import (
+    choose_answer,
+    find_suspects,
+    rolled_back,
+    stop_message,
+)
 from raytune_llama.train.checkpoint import (
     RunState,
     delete_old_checkpoints,
@@ -38,6 +44,7 @@ from raytune_llama.train.initial import initial_factors
 from raytune_llama.train.metrics import EvaluatedText, evaluation_values
 from raytune_llama.train.outcome import Outcome
 from raytune_llama.train.proofs import prove
+from raytune_llama.train.replicas import compare_replicas
 from raytune_llama.train.report import Report
 from raytune_llama.train.scale import EvalConfig
 from raytune_llama.train.schedule import rate_factor
@@ -60,6 +67,11 @@ class Session:
     workers: Workers
 
     @property
+    def origins(self) -> Origins:
+        """Which text a step sees."""
+        return Origins(self.store, self.store.split("train"), self.sources, self.plan)
+
+    @property
     def last_step(self) -> int:
         """After which the run ends, if it does not stall before."""
         return min(self.config.stop_step or self.plan.num_steps, self.plan.num_steps)
@@ -76,9 +88,9 @@ def train(config: AnyTrainConfig, workers: Workers, stop_requested: Callable[[],
     )
     state = restore(config.run_place, session.engine, workers)
 
-    with Report(config, session.plan, session.engine.module, state, workers) as report:
+    with Report(config, session.origins, session.engine.module, state, workers) as report:
         if state.step == 0:
-            state = evaluate(session, state, report)
+            state = begin(session, state, report)
         for batch in report.timed(read_batches(session, state.step)):
             if state.step == session.last_step or has_stalled(config.eval, state):
                 break
@@ -88,9 +100,13 @@ def train(config: AnyTrainConfig, workers: Workers, stop_requested: Callable[[],
                 return Outcome("stopped", state.step)
             result, rate = take_step(session, batch, total.num_targets)
             state = report.step(state, batch, result, total, rate)
+            if result.is_bad:
+                state = answer_bad_step(session, state, batch, result, report)
+            check_replicas(session, state)
             if is_due(state.step, config.eval.every_steps, session.last_step):
                 state = evaluate(session, state, report)
             if wants_checkpoint(state, config, session.last_step):
+                state = replace(state, rollback_step=state.step)
                 save(session, state, report)
 
     last, state = state, choose_result(session, state)
@@ -226,11 +242,7 @@ def sum_step(
 
 
 def take_step(session: Session, batch: StepBatch, num_targets: int) -> tuple[StepResult, float]:
-    """Take one optimizer step; return what it did, the loss summed over workers, and its rate.
-
-    Raises:
-        FloatingPointError: the loss of the step is not finite; nothing of it is saved.
-    """
+    """Take one optimizer step; return what it did, and its rate."""
     config, workers = session.config, session.workers
     factor = rate_factor(batch.step, session.plan.num_steps, config.schedule)
     rate = config.optim.learning_rate * factor
@@ -238,20 +250,53 @@ def take_step(session: Session, batch: StepBatch, num_targets: int) -> tuple[Ste
         dropout_seed(config.seed, batch.step, number, workers.rank)
         for number in range(len(batch.micro_batches))
     ]
-    result = session.engine.train_step(batch.micro_batches, seeds, max(num_targets, 1), rate)
-    (loss_sum,) = workers.sum([result.loss_sum])
-    if not math.isfinite(loss_sum):
-        raise FloatingPointError(
-            f"step {batch.step + 1}: the loss is {loss_sum}; the run stops at its newest "
-            "checkpoint. Lower optim.learning_rate, or use engine.precision=bf16 or fp32"
-        )
-    return replace(result, loss_sum=loss_sum), rate
+    return session.engine.train_step(batch.micro_batches, seeds, max(num_targets, 1), rate), rate
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
     """Return the generator's seed for one forward pass, so that no generator state is saved."""
     digest = blake2b(f"{seed}/{step}/{micro_batch}/{rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def begin(session: Session, state: RunState, report: Report) -> RunState:
+    """Evaluate before the first step, and save where a bad step may go back; return the state."""
+    state = evaluate(session, state, report)
+    if session.config.optim.on_bad_step == "rollback":
+        state = replace(state, rollback_step=state.step)
+        save(session, state, report)
+    return state
+
+
+def answer_bad_step(
+    session: Session, state: RunState, batch: StepBatch, result: StepResult, report: Report
+) -> RunState:
+    """Do what the config says about a step that moved no weight; return the state; collective.
+
+    Raises:
+        FloatingPointError: the run is to stop; nothing of the step is saved.
+    """
+    config, workers = session.config, session.workers
+    answer = choose_answer(config.optim, state)
+    suspects = find_suspects(batch, result, session.plan.micro_batch_sequences, workers)
+    report.bad_step(state, result, answer, suspects)
+    if answer == "stop":
+        raise FloatingPointError(stop_message(state, result))
+    if answer == "skip":
+        return state
+    before = restore(config.run_place, session.engine, workers, step=state.rollback_step)
+    return rolled_back(state, before)
+
+
+def check_replicas(session: Session, state: RunState) -> None:
+    """Compare what all workers hold alike, where that is due.
+
+    Raises:
+        ReplicaError: a worker differs.
+    """
+    every = session.config.scale.compare_every_steps
+    if every is not None and is_due(state.step, every, session.last_step):
+        compare_replicas(state.step, session.engine.replicated(), session.workers)
 
 
 def evaluate(session: Session, state: RunState, report: Report) -> RunState:
@@ -299,9 +344,14 @@ def save(session: Session, state: RunState, report: Report) -> None:
 
 
 def wants_checkpoint(state: RunState, config: AnyTrainConfig, last_step: int) -> bool:
-    """Whether a step is saved: at the interval, the last, and where evaluation was never better."""
+    """Whether a step is saved.
+
+    At the interval, the last, where evaluation was never better, and where weights were rolled
+    back: a run that dies next goes on from those too.
+    """
     is_best = config.checkpoint.keep_best and state.best_step == state.step
-    return is_best or is_due(state.step, config.checkpoint.every_steps, last_step)
+    is_rolled_back = config.optim.on_bad_step == "rollback" and state.num_bad_in_row > 0
+    return is_best or is_rolled_back or is_due(state.step, config.checkpoint.every_steps, last_step)
 
 
 def has_stalled(config: EvalConfig, state: RunState) -> bool:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from raytune_llama.storage import Place
 from raytune_llama.transfers import Mirror
@@ -21,6 +21,9 @@ INPUT_TOKENS = "train/input_tokens"
 FILLER_SEQUENCES = "train/filler_sequences"
 SKIPPED_STEPS = "train/skipped_steps"
 LOSS_SCALE = "train/loss_scale"
+# Of a run that has met a step whose numbers were not finite: how many, and the steps taken back.
+BAD_STEPS = "train/bad_steps"
+UNDONE_STEPS = "train/undone_steps"
 # Of several sources each has `eval/loss/<name>` and `eval/bits_per_byte/<name>` too.
 EVAL_LOSS = "eval/loss"
 EVAL_PERPLEXITY = "eval/perplexity"
@@ -96,7 +99,7 @@ class MetricsLog:
             [r for r in read_metrics(run_dir) if r["step"] <= resumed_step] if resumed_step else []
         )
         file = Place.local(self._mirror.folder / METRICS_FILE)
-        file.write_bytes("".join(_line(record) for record in kept).encode())
+        file.write_bytes("".join(map(record_line, kept)).encode())
         self._file = file.path.open("a")
         self._writer = None
         if tensorboard:
@@ -111,7 +114,7 @@ class MetricsLog:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one record; a value that is not finite is written as null."""
         finite = {name: v if abs(v) < float("inf") else None for name, v in values.items()}
-        self._file.write(_line({"step": step, **finite}))
+        self._file.write(record_line({"step": step, **finite}))
         self._file.flush()
         if self._writer is not None:
             for name, value in values.items():
@@ -144,13 +147,18 @@ class MetricsLog:
         self.close()
 
 
-def _line(record: Mapping[str, float | None]) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
+def record_line(record: Mapping[str, Any]) -> str:
+    """Return a record as a line of JSON."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_metrics(run_dir: Place) -> list[dict[str, float]]:
-    """Return a run's records in order; a last line cut by a crash is left out."""
-    file = run_dir / METRICS_FILE
+    """Return a run's records in order; see `read_records`."""
+    return read_records(run_dir / METRICS_FILE)
+
+
+def read_records(file: Place) -> list[dict[str, Any]]:
+    """Return the records of a file of JSON lines; a last line cut by a crash is left out."""
     if file.status() is None:
         return []
     lines = file.read_bytes().decode().split("\n")

@@ -5,14 +5,19 @@ one number, and engines need not know why a group has another rate.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
-from raytune_llama.config import settings
+from raytune_llama.config import ConfigError, settings
 from raytune_llama.model.llama import causal_lm
+
+Answer = Literal["stop", "skip", "rollback"]
+"""What is done about a step whose numbers are not finite."""
+
+DEFAULT_MAX_BAD_STEPS = 10
 
 _RATE_FACTOR = "rate_factor"
 _FACTOR_B = (".lora_B.", ".lora_embedding_B.")
@@ -51,6 +56,27 @@ class OptimConfig:
 
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this global L2 norm; null: never."""
+
+    on_bad_step: Answer = "stop"
+    """What follows a step whose loss or gradient is not finite; it moves no weight in any case.
+    `stop`: the run ends at its newest checkpoint. `skip`: it goes on with the next step.
+    `rollback`: it goes on with the next step from the weights and moments of the newest checkpoint
+    (but for those of a stop), which takes back the steps since; what they read is not read again.
+    Each such step is a line of `bad_steps.jsonl` in the run directory, with the samples it read."""
+
+    max_bad_steps: Annotated[int, Field(ge=1)] = DEFAULT_MAX_BAD_STEPS
+    """More such steps than this in a row end a run that skips or rolls back."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimConfig":
+        if self.on_bad_step == "stop" and self.max_bad_steps != DEFAULT_MAX_BAD_STEPS:
+            raise ConfigError(
+                [
+                    f"max_bad_steps: got {self.max_bad_steps}, but on_bad_step is stop, which "
+                    "allows none; remove it, or set on_bad_step=skip or rollback"
+                ]
+            )
+        return self
 
 
 def parameter_groups(

@@ -7,21 +7,26 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from itertools import zip_longest
 from types import TracebackType
 from typing import Self
 
-from raytune_llama.data.batches import BatchPlan, StepBatch, StepTotal
+from raytune_llama.data.batches import StepBatch, StepTotal
+from raytune_llama.data.origins import Origins
 from raytune_llama.model.llama import SummedLoss, causal_lm
+from raytune_llama.storage import Place
 from raytune_llama.train import metrics
 from raytune_llama.train.checkpoint import RunState
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.engine import StepResult
 from raytune_llama.train.hardware import flops_per_token, peak_flops, peak_memory_gib
-from raytune_llama.train.metrics import MetricsLog
+from raytune_llama.train.incidents import BAD_STEPS_FILE, SPIKES_FILE, Incidents
+from raytune_llama.train.metrics import MetricsLog, read_metrics
+from raytune_llama.train.optimizer import Answer
+from raytune_llama.train.spikes import SpikeWatch
 from raytune_llama.train.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -33,12 +38,14 @@ class Report:
     def __init__(
         self,
         config: AnyTrainConfig,
-        plan: BatchPlan,
+        origins: Origins,
         module: SummedLoss,
         state: RunState,
         workers: Workers,
     ) -> None:
+        plan = origins.plan
         self._config = config
+        self._origins = origins
         self._plan = plan
         self._last_step = min(config.stop_step or plan.num_steps, plan.num_steps)
         self._workers = workers
@@ -50,14 +57,12 @@ class Report:
         self._data_seconds = 0.0
         self._started = self._lap = self._counted = time.perf_counter()
         self._log: MetricsLog | None = None
+        self._incidents: Incidents | None = None
+        self._spikes: SpikeWatch | None = None
 
     def __enter__(self) -> Self:
         if self._workers.is_first:
-            self._log = MetricsLog(
-                self._config.run_place,
-                resumed_step=self._resumed_step,
-                tensorboard=self._config.logging.tensorboard,
-            )
+            self._open_files(self._config.run_place, self._resumed_step)
             logger.info("%s", self._opening_line())
         return self
 
@@ -69,6 +74,25 @@ class Report:
     ) -> None:
         if self._log is not None:
             self._log.close()
+        if self._incidents is not None:
+            self._incidents.close()
+
+    def _open_files(self, run_dir: Place, resumed_step: int) -> None:
+        config = self._config.logging
+        self._incidents = Incidents(run_dir, self._origins, resumed_step=resumed_step)
+        if config.spike_factor is not None:
+            past = self._past_losses(run_dir, resumed_step)
+            self._spikes = SpikeWatch(config.spike_factor, config.spike_window_steps, past)
+        self._log = MetricsLog(run_dir, resumed_step=resumed_step, tensorboard=config.tensorboard)
+
+    @staticmethod
+    def _past_losses(run_dir: Place, resumed_step: int) -> list[float]:
+        """Return the losses of the steps that are not done again."""
+        return [
+            record[metrics.LOSS]
+            for record in (read_metrics(run_dir) if resumed_step else ())
+            if record["step"] <= resumed_step and record.get(metrics.LOSS) is not None
+        ]
 
     def _opening_line(self) -> str:
         batch = self._plan
@@ -99,19 +123,21 @@ class Report:
         Args:
             state: before the step.
             batch: this worker's share.
-            result: with the loss summed over all workers.
+            result: what it did.
             total: what the step takes over all workers.
             rate: learning rate of the step.
         """
         seconds = self._lap_seconds()
-        num_targets = total.num_targets
+        num_targets, is_bad = total.num_targets, result.is_bad
         state = replace(
             state,
             step=batch.step + 1,
             tokens=state.tokens + num_targets,
             source_sequences=_added(state.source_sequences, total.source_sequences),
             source_targets=_added(state.source_targets, total.source_targets),
-            num_skipped_steps=state.num_skipped_steps + (not result.was_applied),
+            num_skipped_steps=state.num_skipped_steps + (not result.was_applied and not is_bad),
+            num_bad_steps=state.num_bad_steps + is_bad,
+            num_bad_in_row=0 if result.was_applied else state.num_bad_in_row + is_bad,
             seconds=state.seconds + self._uncounted_seconds(),
         )
         values = {
@@ -133,10 +159,61 @@ class Report:
         if self._config.engine.precision == "fp16":
             values[metrics.LOSS_SCALE] = result.loss_scale
             values[metrics.SKIPPED_STEPS] = float(state.num_skipped_steps)
+        if state.num_bad_steps:
+            values[metrics.BAD_STEPS] = float(state.num_bad_steps)
+            values[metrics.UNDONE_STEPS] = float(state.num_undone_steps)
+        self._look_for_spike(state.step, values[metrics.LOSS])
         self._write(state.step, values)
         if self._is_shown(state.step):
             logger.info("%s", self._progress_line(state, values))
         return state
+
+    def bad_step(
+        self, state: RunState, result: StepResult, answer: Answer, suspects: Collection[int]
+    ) -> None:
+        """Write down what a step read whose numbers were not finite, and what is done about it.
+
+        Args:
+            state: after the step.
+            result: what it did.
+            answer: what is done.
+            suspects: positions of the samples in micro-batches whose loss was not finite.
+        """
+        if self._incidents is None:
+            return
+        facts = {
+            "loss_sum": result.loss_sum,
+            "grad_norm": result.grad_norm,
+            "answer": answer,
+            "rollback_step": state.rollback_step if answer == "rollback" else None,
+        }
+        self._incidents.write(BAD_STEPS_FILE, state.step, facts, suspects)
+        logger.warning(
+            "step %d moved no weight: its summed loss is %s, its gradient norm %s; answer: %s "
+            "(bad steps: %d, in a row: %d); what it read is in %s",
+            state.step,
+            result.loss_sum,
+            result.grad_norm,
+            answer,
+            state.num_bad_steps,
+            state.num_bad_in_row,
+            BAD_STEPS_FILE,
+        )
+
+    def _look_for_spike(self, step: int, loss: float) -> None:
+        if self._incidents is None or self._spikes is None or not math.isfinite(loss):
+            return
+        bound = self._spikes.look(loss)
+        if bound is not None:
+            self._incidents.write(SPIKES_FILE, step, {"loss": loss, "bound": bound})
+            logger.warning(
+                "step %d: the loss %.4f is above %.4f, which usual ones stay below; what it read "
+                "is in %s",
+                step,
+                loss,
+                bound,
+                SPIKES_FILE,
+            )
 
     def _count_filler(self, step: int) -> int:
         """Return the filler sequences of a step over all workers."""
@@ -155,6 +232,7 @@ class Report:
         to_go = (time.perf_counter() - self._started) / done * left
         mfu = f", MFU {values[metrics.MFU]:.1%}" if metrics.MFU in values else ""
         skipped = f", {state.num_skipped_steps} skipped" if state.num_skipped_steps else ""
+        skipped += f", {state.num_bad_steps} bad" if state.num_bad_steps else ""
         return (
             f"step {state.step}/{self._plan.num_steps}: loss {values[metrics.LOSS]:.4f}, "
             f"lr {values[metrics.LEARNING_RATE]:.3g}, "

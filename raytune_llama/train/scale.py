@@ -52,6 +52,12 @@ class ScaleConfig:
     collective_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     """A worker that waits longer for the others fails, and the workers are restarted."""
 
+    compare_every_steps: Annotated[int, Field(ge=1)] | None = 100
+    """Optimizer steps between comparisons of what all workers hold alike, which end a run whose
+    workers differ: all weights under ddp and ZeRO 1 and 2; under fsdp and ZeRO 3 nothing is alike.
+    Also after the last step. Where it divides `checkpoint.every_steps`, no other weights are saved.
+    Null: never."""
+
     network_interface: str | None = None
     """Interface for gloo and NCCL, such as eth0, where hostnames resolve to a loopback address;
     null: the libraries choose."""
@@ -69,6 +75,15 @@ class LoggingConfig:
 
     every_steps: Annotated[int, Field(ge=1)] = 10
     """Optimizer steps between progress lines."""
+
+    spike_factor: Annotated[float, Field(gt=0)] | None = 8.0
+    """A step whose loss is more than so many standard deviations above the median of the steps
+    before it is a line of `loss_spikes.jsonl` in the run directory, with the samples that it read,
+    and a warning; training is the same. The deviation is a robust one: 1.4826 times the median
+    absolute deviation. Null: none."""
+
+    spike_window_steps: Annotated[int, Field(ge=4)] = 128
+    """Steps that say what loss is usual; none is judged before half of them are done."""
 
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -54,6 +55,28 @@ class Workers:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def sum_in_place(self, total: Tensor) -> Tensor:
+        """Add a tensor up over the workers where it lies, without waiting for it; return it."""
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all workers, by rank; small objects only."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def gather_rows(self, row_N: Tensor) -> list[list[int]]:
+        """Return a tensor of integers of all workers, by rank."""
+        if self.world_size == 1:
+            return [row_N.tolist()]
+        rows = [torch.empty_like(row_N) for _ in range(self.world_size)]
+        dist.all_gather(rows, row_N)
+        return [row.tolist() for row in rows]
 
     def broadcast(self, value: T) -> T:
         """Return the first worker's value on every worker; small objects only."""

@@ -20,7 +20,7 @@ def make_split(tmp_path_factory: pytest.TempPathFactory) -> MakeSplit:
     """Write a split: each argument is a source, a list of files, which are lists of documents.
 
     A file has two shards, so that ranges cross them. A document has `BYTES_PER_TOKEN` bytes for
-    each of its tokens.
+    each of its tokens; its offset in the file is its number there.
     """
     root = tmp_path_factory.mktemp("splits")
 
@@ -32,11 +32,12 @@ def make_split(tmp_path_factory: pytest.TempPathFactory) -> MakeSplit:
         for source, files in enumerate(sources):
             for documents in files:
                 half = len(documents) // 2
-                for part in (documents[:half], documents[half:]):
+                numbered = list(enumerate(documents))
+                for part in (numbered[:half], numbered[half:]):
                     path = folder / f"train-{len(shards):05d}.arrow"
                     with ShardWriter(path, "uint16", source=source) as writer:
-                        for ids in part:
-                            writer.write(ids, BYTES_PER_TOKEN * len(ids), file_number, 0)
+                        for number, ids in part:
+                            writer.write(ids, BYTES_PER_TOKEN * len(ids), file_number, number)
                     if writer.shard:
                         shards.append(writer.shard)
                 file_number += 1

@@ -2,6 +2,7 @@
 
 import os
 import traceback
+from collections.abc import Mapping
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
@@ -64,12 +65,25 @@ class Group:
         for process in self._processes:
             process.start()
 
-    def run(self, config: AnyTrainConfig, *, stop_after: int | None = None) -> None:
-        """Train on all processes; raise what any of them raised first."""
+    def run(
+        self,
+        config: AnyTrainConfig,
+        *,
+        stop_after: int | None = None,
+        others: Mapping[int, AnyTrainConfig] | None = None,
+    ) -> None:
+        """Train on all processes; raise what any of them raised first.
+
+        Args:
+            config: of the run.
+            stop_after: steps after which it is asked to stop.
+            others: of single ranks, which are to be wrong.
+        """
         if not self._processes:
             self._start()
-        for jobs in self._jobs:
-            jobs.put((type(config), to_dict(config), stop_after))
+        for rank, jobs in enumerate(self._jobs):
+            mine = (others or {}).get(rank, config)
+            jobs.put((type(mine), to_dict(mine), stop_after))
         for _ in self._jobs:
             try:
                 problem = self._answers.get(timeout=TIMEOUT_SECONDS)

@@ -36,7 +36,7 @@ def shown_steps(caplog: pytest.LogCaptureFixture) -> list[int]:
 
 def open_report(session: Session, state: RunState, *, world_size: int = 1) -> Report:
     workers = Workers(rank=0, world_size=world_size, device=torch.device("cpu"))
-    return Report(session.config, session.plan, session.engine.module, state, workers)
+    return Report(session.config, session.origins, session.engine.module, state, workers)
 
 
 def test_report_over_two_starts_adds_up_and_shows_the_steps_asked_for(
@@ -81,15 +81,16 @@ def test_report_step_counts_what_is_done_and_the_filler_of_all_workers(
     session = open_session(make_config(batch__micro_batch_sequences=1), Workers.alone())
     start = RunState(tokens=7, source_sequences=[1, 2], source_targets=[3, 4], num_skipped_steps=1)
     batch = next(iter(read_batches(session, 0)))
+    overflowed = replace(RESULT, was_applied=False, grad_norm=float("inf"), loss_scale=1024.0)
     with open_report(session, start, world_size=3) as report:
-        state = report.step(start, batch, replace(RESULT, was_applied=False), TOTAL, 0.5)
+        state = report.step(start, batch, overflowed, TOTAL, 0.5)
     assert (state.step, state.tokens, state.num_skipped_steps) == (1, 32, 2)
     assert (state.source_sequences, state.source_targets) == ([4, 3], [23, 9])
     (record,) = read_metrics(session.config.run_place)
     assert record["step"] == 1
     assert record[metrics.LOSS] == 2.0
     assert record[metrics.LEARNING_RATE] == 0.5
-    assert record[metrics.GRAD_NORM] == 2.0
+    assert record[metrics.GRAD_NORM] is None
     assert record[metrics.FILLER_SEQUENCES] == 2.0
     assert record[metrics.TOKENS_PER_SECOND] * record[metrics.STEP_SECONDS] == pytest.approx(25)
 
@@ -154,7 +155,7 @@ def test_report_only_the_first_worker_writes(make_config: MakeConfig) -> None:
     second = Workers(rank=1, world_size=2, device=torch.device("cpu"))
     quiet = override(config, {"logging.every_steps": 1})
     state = RunState()
-    with Report(quiet, session.plan, session.engine.module, state, second) as report:
+    with Report(quiet, session.origins, session.engine.module, state, second) as report:
         state = report.step(state, next(iter(read_batches(session, 0))), RESULT, TOTAL, 0.5)
     assert state.step == 1
     assert not config.run_place.exists()
