@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from raytune_llama.storage import Place
 from raytune_llama.train.scale import WorkerRange
@@ -139,8 +139,6 @@ class NodeWatch:
         self._count_running = count_running
         self._save_and_stop = save_and_stop
         self._closed = threading.Event()
-        self.has_stopped_run = False
-        """Whether the run was asked to stop, to go on with more workers."""
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -154,6 +152,13 @@ class NodeWatch:
             thread.join()
 
     def _watch(self) -> None:
+        try:
+            self._watch_growth()
+        except RayError as error:
+            # The run trains on with the workers that it has, or ends for the same reason.
+            logger.warning("nodes are not watched any more: %s", error)
+
+    def _watch_growth(self) -> None:
         growth = Growth(self._limits)
         alive: set[str] = set()
         room: int | None = None
@@ -179,6 +184,5 @@ class NodeWatch:
                     room,
                     running,
                 )
-                self.has_stopped_run = True
                 self._save_and_stop()
                 return
