@@ -3,7 +3,7 @@
 Same samples, each once an epoch; same losses; and more workers only where there is room to stay.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +26,6 @@ from tests.train.group import Group
 
 SAME = 1e-5
 """Relative difference allowed between numbers of workers in fp32."""
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
-    group = Group(3, tmp_path_factory.mktemp("three"))
-    yield group
-    group.close()
 
 
 @dataclass(frozen=True)
