@@ -12,16 +12,19 @@ is started again: no step is repeated.
 
 import contextlib
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.train.torch import TorchTrainer
 
 from raytune_llama.storage import Place
-from raytune_llama.train.scale import WorkerRange
+from raytune_llama.train.channel import Channel
+from raytune_llama.train.scale import ScaleConfig, WorkerRange
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +127,26 @@ class Growth:
         return now - self._since >= self._limits.grow_seconds
 
 
+def watching(
+    scale: ScaleConfig, run_dir: Place, trainer: TorchTrainer, channel: Channel
+) -> contextlib.AbstractContextManager[None]:
+    """Watch the nodes under a run of Ray's trainer, if it is elastic.
+
+    Args:
+        scale: of the run.
+        run_dir: of the run, which has no other driver.
+        trainer: which is to be run in the block.
+        channel: to its workers, which are asked to stop once there is room for more of them.
+    """
+    if scale.elastic is None:
+        return contextlib.nullcontext()
+    # Ray's controller has its settings from the driver's environment; a user's own is kept.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
+    requester = f"train-{trainer.train_run_context.run_id}"
+    reservation = Reservation.take_over(run_dir, requester, scale.worker_resources)
+    return NodeWatch(scale.elastic, reservation, channel).watching()
+
+
 class NodeWatch:
     """Watches the nodes under an elastic run, in a thread of the driver."""
 
@@ -131,13 +154,11 @@ class NodeWatch:
         self,
         limits: WorkerRange,
         reservation: Reservation,
-        count_running: Callable[[], int],
-        save_and_stop: Callable[[], None],
+        channel: Channel,
     ) -> None:
         self._limits = limits
         self._reservation = reservation
-        self._count_running = count_running
-        self._save_and_stop = save_and_stop
+        self._channel = channel
         self._closed = threading.Event()
 
     @contextlib.contextmanager
@@ -177,12 +198,12 @@ class NodeWatch:
                     room,
                     self._limits.min,
                 )
-            running = self._count_running()
+            running = self._channel.num_workers()
             if growth.is_due(running, room, now):
                 logger.info(
                     "nodes: room for %d workers, and %d train: saving, to go on with more",
                     room,
                     running,
                 )
-                self._save_and_stop()
+                self._channel.request_restart()
                 return

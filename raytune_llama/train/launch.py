@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raytune_llama.logs import setup_logging
 from raytune_llama.storage import Place
 from raytune_llama.train.channel import Channel, StopRequest, WorkerHandler
-from raytune_llama.train.elastic import START_SECONDS, NodeWatch, Reservation
+from raytune_llama.train.elastic import watching
 from raytune_llama.train.outcome import Outcome
 from raytune_llama.train.scale import ScaleConfig
 
@@ -66,7 +66,7 @@ def launch(run: Launch) -> Outcome:
         channel = Channel()
         trainer = build_trainer(run, channel.actor)
         try:
-            with _signals(channel), _watch_nodes(run, trainer, channel):
+            with _signals(channel), watching(run.scale, run.run_dir, trainer, channel):
                 result = trainer.fit()
         finally:
             channel.close()
@@ -76,21 +76,6 @@ def launch(run: Launch) -> Outcome:
             raise FloatingPointError(outcome.cause)
         if outcome.status == "finished" or channel.was_stopped:
             return outcome
-
-
-def _watch_nodes(
-    run: Launch, trainer: TorchTrainer, channel: Channel
-) -> contextlib.AbstractContextManager[None]:
-    """Watch the nodes under an elastic run; a stop for more workers is no end of the run."""
-    scale = run.scale
-    if scale.elastic is None:
-        return contextlib.nullcontext()
-    # Ray gives only one environment to what starts the workers: the driver's. A user's own counts.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
-    requester = f"train-{trainer.train_run_context.run_id}"
-    reservation = Reservation.take_over(run.run_dir, requester, scale.worker_resources)
-    watch = NodeWatch(scale.elastic, reservation, channel.num_workers, channel.request_restart)
-    return watch.watching()
 
 
 def build_trainer(run: Launch, channel: Any) -> TorchTrainer:  # noqa: ANN401  # an actor

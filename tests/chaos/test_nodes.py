@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ADAPTER = "pt_lora_model/adapter_model.safetensors"
 # Steps of many small passes, so that a run outlasts the start of a node; 15 is odd, so that two
 # workers have a filler sequence in each step and one has none.
-EVERY = 50
+EVERY = 20
 STEPS = {
     "batch__sequences_per_step": 15,
     "batch__micro_batch_sequences": 1,
@@ -129,10 +129,10 @@ def test_run_whose_node_is_lost_has_the_weights_of_the_undisturbed_run(
     nodes: Nodes, make_job: MakeJob, tmp_path: Path
 ) -> None:
     # One of two nodes trains: the other takes its place.
-    config = make_job("lost", **STEPS, max_steps=300, scale__num_workers=1)
+    config = make_job("lost", **STEPS, max_steps=160, scale__num_workers=1)
     log = tmp_path / "job.log"
     process = start(config, nodes, log)
-    wait_for_step(config, 120, process)
+    wait_for_step(config, 60, process)
     (number,) = nodes.training()
     nodes.run("kill", number)
     assert wait(process, log) == 0, log.read_text()[-3000:]
@@ -151,7 +151,7 @@ def test_elastic_run_goes_on_with_more_nodes_and_with_fewer_again(
     nodes.run("add")
     wait_until(lambda: newest(filler(config)) == 1, process, log)
     first = min(step for step, count in filler(config).items() if count == 1)
-    wait_for_step(config, first + 70, process)
+    wait_for_step(config, first + 30, process)
     nodes.run("kill", next(iter(nodes.training())))
     # The steps behind the newest checkpoint are taken again, by the worker that is left.
     wait_until(lambda: newest(filler(config)) == 0, process, log)
@@ -170,10 +170,10 @@ def test_elastic_run_goes_on_with_more_nodes_and_with_fewer_again(
 def test_run_whose_head_is_lost_goes_on_on_a_new_cluster(
     nodes: Nodes, make_job: MakeJob, tmp_path: Path
 ) -> None:
-    config = make_job("headless", **STEPS, max_steps=300, scale__num_workers=1)
+    config = make_job("headless", **STEPS, max_steps=160, scale__num_workers=1)
     log = tmp_path / "job.log"
     process = start(config, nodes, log)
-    wait_for_step(config, 120, process)
+    wait_for_step(config, 60, process)
     nodes.run("kill", "head")
     assert wait(process, log) != 0
     nodes.run("down")
