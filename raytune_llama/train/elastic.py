@@ -143,8 +143,9 @@ def watching(
     # Ray's controller has its settings from the driver's environment; a user's own is kept.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
     requester = f"train-{trainer.train_run_context.run_id}"
-    reservation = Reservation.take_over(run_dir, requester, scale.worker_resources)
-    return NodeWatch(scale.elastic, reservation, channel).watching()
+    needs = scale.worker_resources
+    reservation = Reservation.take_over(run_dir, requester, needs)
+    return NodeWatch(scale.elastic, needs, reservation, channel).watching()
 
 
 class NodeWatch:
@@ -153,10 +154,12 @@ class NodeWatch:
     def __init__(
         self,
         limits: WorkerRange,
+        needs: Mapping[str, float],
         reservation: Reservation,
         channel: Channel,
     ) -> None:
         self._limits = limits
+        self._needs = needs
         self._reservation = reservation
         self._channel = channel
         self._closed = threading.Event()
@@ -199,7 +202,7 @@ class NodeWatch:
                     self._limits.min,
                 )
             running = self._channel.num_workers()
-            if growth.is_due(running, room, now):
+            if growth.is_due(running, min(room, running + self._count_free()), now):
                 logger.info(
                     "nodes: room for %d workers, and %d train: saving, to go on with more",
                     room,
@@ -207,3 +210,7 @@ class NodeWatch:
                 )
                 self._channel.request_restart()
                 return
+
+    def _count_free(self) -> int:
+        """Return how many more workers could start: what is no trainer's is not in reservations."""
+        return count_reserved({"free": ray.available_resources()}, self._needs)
