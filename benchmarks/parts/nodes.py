@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -51,7 +52,7 @@ class Nodes:
             raise RuntimeError(f"local.sh {arguments}: status {done.returncode}\n{output}")
         return output
 
-    @property
+    @cached_property
     def environment(self) -> dict[str, str]:
         """The environment of a job on the cluster, made of the lines that the script prints."""
         lines = [line for line in self.run("status").splitlines() if line.startswith("export ")]

@@ -30,11 +30,7 @@ class NoNodes(Nodes):
     """The environment alone: what is run here needs no cluster."""
 
     def __init__(self) -> None:
-        pass
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return dict(os.environ)
+        self.environment = dict(os.environ)
 
 
 def test_run_side_sees_steps_through_restarts(tmp_path: Path) -> None:
