@@ -64,6 +64,14 @@ class Nodes:
         files = (self._folder / "c").glob("*/pid")
         return {file.parent.name: int(file.read_text()) for file in files}
 
+    def resize(self, count: int) -> None:
+        """Lose nodes or start some, until there are so many beside the head."""
+        numbers = [name.removeprefix("node-") for name in self.pids() if name != "head"]
+        for number in numbers[count:]:
+            self.run("kill", number)
+        for _ in range(count - len(numbers)):
+            self.run("add")
+
     def training(self) -> dict[str, list[int]]:
         """Return the processes that train, by the number of the node that they run on."""
         found = {

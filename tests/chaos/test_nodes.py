@@ -69,7 +69,7 @@ def filler(config: PretrainConfig) -> dict[int, float]:
 
 
 def wait_until(
-    is_so: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 180
+    is_so: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 300
 ) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
@@ -78,7 +78,7 @@ def wait_until(
         time.sleep(0.2)
 
 
-def wait(process: subprocess.Popen[bytes], log: Path, seconds: float = 240) -> int:
+def wait(process: subprocess.Popen[bytes], log: Path, seconds: float = 400) -> int:
     """Return the exit status of a job."""
     try:
         return process.wait(seconds)
@@ -129,6 +129,7 @@ def test_run_whose_node_is_lost_has_the_weights_of_the_undisturbed_run(
     nodes: Nodes, make_job: MakeJob, tmp_path: Path
 ) -> None:
     # One of two nodes trains: the other takes its place.
+    nodes.resize(2)
     config = make_job("lost", **STEPS, max_steps=160, scale__num_workers=1)
     log = tmp_path / "job.log"
     process = start(config, nodes, log)
@@ -142,6 +143,7 @@ def test_run_whose_node_is_lost_has_the_weights_of_the_undisturbed_run(
 def test_elastic_run_goes_on_with_more_nodes_and_with_fewer_again(
     nodes: Nodes, make_job: MakeJob, tmp_path: Path
 ) -> None:
+    nodes.resize(1)
     workers = {"min": 1, "max": 2, "grow_seconds": 1.0}
     fields = {**STEPS, "lora__dropout": 0.0, "max_steps": 100_000}
     config = make_job("elastic", **fields, scale__num_workers=workers)
