@@ -5,6 +5,7 @@ anew, under its name, whenever its workers start: so our loop does, and the peer
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -67,7 +68,6 @@ class Record:
     began: float = field(default_factory=time.monotonic)
     ended: float = 0.0
     is_finished: bool = False
-    num_commands: int = 0
     num_interventions: int = 0
     """Ends of the command that nobody had asked for, and that did not end the run."""
     steps: list[Step] = field(default_factory=list)
@@ -154,42 +154,58 @@ def run_side(
     """
     reader, record = _Reader(side.steps_file), Record()
     killer = _Killer(nodes, random.Random(seed))
-    due = record.began + (every_seconds or limit_seconds)
-    process = _start(side, nodes, log)
-    record.num_commands = 1
-    while True:
-        time.sleep(LOOK_SECONDS)
-        now = time.monotonic()
-        record.steps += reader.read()
-        status = process.poll()
-        if status == 0 or now - record.began > limit_seconds:
-            break
-        if status is not None:
-            record.num_interventions += 1
-            process = _start(side, nodes, log)
-            record.num_commands += 1
-        elif now >= due and every_seconds is not None:
-            due += every_seconds
-            kind = killer.kill(process)
-            if kind is not None:
-                record.kills.append(Kill(kind, now, reader.start))
-            if kind == "driver":
-                process = _start(side, nodes, log)
-                record.num_commands += 1
+    due = record.began + (every_seconds or math.inf)
+    command = _Command(side, nodes, log)
+    try:
+        while True:
+            time.sleep(LOOK_SECONDS)
+            now = time.monotonic()
+            record.steps += reader.read()
+            status = command.process.poll()
+            if status == 0 or now - record.began > limit_seconds:
+                break
+            if status is not None:
+                record.num_interventions += 1
+                command.start()
+            elif now >= due and every_seconds is not None:
+                due += every_seconds
+                kind = killer.kill(command.process)
+                if kind is not None:
+                    record.kills.append(Kill(kind, now, reader.start))
+                if kind == "driver":
+                    command.start()
+    finally:
+        command.end()
+        killer.close()
     record.is_finished = status == 0
-    record.ended = time.monotonic()
-    if process.poll() is None:
-        process.kill()
-        process.wait()
-    killer.close()
+    record.ended = now
     return record
 
 
-def _start(side: Side, nodes: Nodes, log: Path) -> subprocess.Popen[bytes]:
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            side.command, stdout=output, stderr=output, env=nodes.environment, cwd=log.parent
-        )
+class _Command:
+    """A side's command, which is given again and again."""
+
+    def __init__(self, side: Side, nodes: Nodes, log: Path) -> None:
+        self._side, self._nodes, self._log = side, nodes, log
+        self.process = self._open()
+
+    def _open(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as output:
+            return subprocess.Popen(
+                self._side.command,
+                stdout=output,
+                stderr=output,
+                env=self._nodes.environment,
+                cwd=self._log.parent,
+            )
+
+    def start(self) -> None:
+        self.process = self._open()
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
 
 
 class _Killer:
