@@ -27,6 +27,8 @@ __all__ = ["job_inputs", "make_job"]
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+Start = Callable[..., subprocess.Popen[bytes]]
+
 ADAPTER = "pt_lora_model/adapter_model.safetensors"
 # Steps of many small passes, so that a run outlasts the start of a node; 15 is odd, so that two
 # workers have a filler sequence in each step and one has none.
@@ -51,15 +53,26 @@ def nodes() -> Iterator[Nodes]:
         cluster.close()
 
 
-def start(config: PretrainConfig, nodes: Nodes, log: Path) -> subprocess.Popen[bytes]:
-    """Start `python jobs/pretrain.py` on the cluster."""
-    file = log.with_suffix(".yaml")
-    write_yaml(config, file)
-    command = [sys.executable, "jobs/pretrain.py", str(file)]
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=output, env=nodes.environment
-        )
+@pytest.fixture
+def start(nodes: Nodes, tmp_path: Path) -> Iterator[Start]:
+    """Start `python jobs/pretrain.py` on the cluster; the log is in the test's folder."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start_job(config: PretrainConfig, log: str = "job.log") -> subprocess.Popen[bytes]:
+        file = (tmp_path / log).with_suffix(".yaml")
+        write_yaml(config, file)
+        command = [sys.executable, "jobs/pretrain.py", str(file)]
+        with (tmp_path / log).open("ab") as output:
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=output, stderr=output, env=nodes.environment
+            )
+        started.append(process)
+        return process
+
+    yield start_job
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def filler(config: PretrainConfig) -> dict[int, float]:
@@ -126,13 +139,13 @@ def test_local_cluster_is_there_once_and_says_how_it_is(nodes: Nodes) -> None:
 
 
 def test_run_whose_node_is_lost_has_the_weights_of_the_undisturbed_run(
-    nodes: Nodes, make_job: MakeJob, tmp_path: Path
+    nodes: Nodes, start: Start, make_job: MakeJob, tmp_path: Path
 ) -> None:
     # One of two nodes trains: the other takes its place.
     nodes.resize(2)
     config = make_job("lost", **STEPS, max_steps=160, scale__num_workers=1)
     log = tmp_path / "job.log"
-    process = start(config, nodes, log)
+    process = start(config)
     wait_for_step(config, 60, process)
     (number,) = nodes.training()
     nodes.run("kill", number)
@@ -141,14 +154,14 @@ def test_run_whose_node_is_lost_has_the_weights_of_the_undisturbed_run(
 
 
 def test_elastic_run_goes_on_with_more_nodes_and_with_fewer_again(
-    nodes: Nodes, make_job: MakeJob, tmp_path: Path
+    nodes: Nodes, start: Start, make_job: MakeJob, tmp_path: Path
 ) -> None:
     nodes.resize(1)
     workers = {"min": 1, "max": 2, "grow_seconds": 1.0}
     fields = {**STEPS, "lora__dropout": 0.0, "max_steps": 100_000}
     config = make_job("elastic", **fields, scale__num_workers=workers)
     log = tmp_path / "job.log"
-    process = start(config, nodes, log)
+    process = start(config)
     wait_for_step(config, 30, process)
     nodes.run("add")
     wait_until(lambda: newest(filler(config)) == 1, process, log)
@@ -170,16 +183,16 @@ def test_elastic_run_goes_on_with_more_nodes_and_with_fewer_again(
 
 
 def test_run_whose_head_is_lost_goes_on_on_a_new_cluster(
-    nodes: Nodes, make_job: MakeJob, tmp_path: Path
+    nodes: Nodes, start: Start, make_job: MakeJob, tmp_path: Path
 ) -> None:
     config = make_job("headless", **STEPS, max_steps=160, scale__num_workers=1)
     log = tmp_path / "job.log"
-    process = start(config, nodes, log)
+    process = start(config)
     wait_for_step(config, 60, process)
     nodes.run("kill", "head")
     assert wait(process, log) != 0
     nodes.run("down")
     nodes.run("up", "1")
     log = tmp_path / "again.log"
-    assert wait(start(config, nodes, log), log) == 0, log.read_text()[-3000:]
+    assert wait(start(config, log.name), log) == 0, log.read_text()[-3000:]
     assert_same_weights(config)
