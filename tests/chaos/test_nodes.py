@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,22 @@ def nodes() -> Iterator[Nodes]:
         yield cluster
     finally:
         cluster.close()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first job writes the token store, for all of them."""
+    return tmp_path_factory.mktemp("stores") / "store"
+
+
+@pytest.fixture
+def make(make_job: MakeJob, store: Path) -> MakeJob:
+    """Build the config of a job of many steps; keywords replace its fields."""
+
+    def made(name: str, **fields: Any) -> PretrainConfig:  # noqa: ANN401
+        return make_job(name, data__store_dir=str(store), **STEPS, **fields)
+
+    return made
 
 
 @pytest.fixture
@@ -139,11 +156,11 @@ def test_local_cluster_is_there_once_and_says_how_it_is(nodes: Nodes) -> None:
 
 
 def test_run_whose_node_is_lost_has_the_weights_of_the_undisturbed_run(
-    nodes: Nodes, start: Start, make_job: MakeJob, tmp_path: Path
+    nodes: Nodes, start: Start, make: MakeJob, tmp_path: Path
 ) -> None:
     # One of two nodes trains: the other takes its place.
     nodes.resize(2)
-    config = make_job("lost", **STEPS, max_steps=160, scale__num_workers=1)
+    config = make("lost", max_steps=160, scale__num_workers=1)
     log = tmp_path / "job.log"
     process = start(config)
     wait_for_step(config, 60, process)
@@ -154,12 +171,12 @@ def test_run_whose_node_is_lost_has_the_weights_of_the_undisturbed_run(
 
 
 def test_elastic_run_goes_on_with_more_nodes_and_with_fewer_again(
-    nodes: Nodes, start: Start, make_job: MakeJob, tmp_path: Path
+    nodes: Nodes, start: Start, make: MakeJob, tmp_path: Path
 ) -> None:
     nodes.resize(1)
     workers = {"min": 1, "max": 2, "grow_seconds": 1.0}
-    fields = {**STEPS, "lora__dropout": 0.0, "max_steps": 100_000}
-    config = make_job("elastic", **fields, scale__num_workers=workers)
+    fields = {"lora__dropout": 0.0, "max_steps": 100_000}
+    config = make("elastic", **fields, scale__num_workers=workers)
     log = tmp_path / "job.log"
     process = start(config)
     wait_for_step(config, 30, process)
@@ -183,9 +200,9 @@ def test_elastic_run_goes_on_with_more_nodes_and_with_fewer_again(
 
 
 def test_run_whose_head_is_lost_goes_on_on_a_new_cluster(
-    nodes: Nodes, start: Start, make_job: MakeJob, tmp_path: Path
+    nodes: Nodes, start: Start, make: MakeJob, tmp_path: Path
 ) -> None:
-    config = make_job("headless", **STEPS, max_steps=160, scale__num_workers=1)
+    config = make("headless", max_steps=160, scale__num_workers=1)
     log = tmp_path / "job.log"
     process = start(config)
     wait_for_step(config, 60, process)
