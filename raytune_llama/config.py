@@ -315,7 +315,8 @@ def _problem_lines(
     cls: type[Any], data: dict[str, Any], error: pydantic.ValidationError
 ) -> list[str]:
     """Turn pydantic's errors into lines `a.b: got X, wanted Y`, one for each field."""
-    # A value that fits no member of a union gives one error a member: one line names them all.
+    # A value that fits no member of a union gives one error a member: one line names them all, but
+    # for a mapping whose fields are wrong, which was meant for the member that has fields.
     wanted: dict[str, list[str]] = {}
     for detail in error.errors(include_url=False):
         keys = list(_keys_in(data, detail["loc"]))
@@ -336,7 +337,11 @@ def _problem_lines(
         else:
             start = f"{path}: got {_short(detail['input'])}, wanted "
             wanted.setdefault(start, []).append(_wanted_text(detail))
-    return [start + " or ".join(dict.fromkeys(texts)) for start, texts in wanted.items()]
+    return [
+        start + " or ".join(dict.fromkeys(texts))
+        for start, texts in wanted.items()
+        if not (texts and any(other.startswith(f"{start.partition(':')[0]}.") for other in wanted))
+    ]
 
 
 def _keys_in(data: object, location: Sequence[int | str]) -> Iterator[str]:

@@ -234,7 +234,7 @@ def read_sequences(config: PretrainConfig) -> tuple[NDArray[np.int64], NDArray[n
     store = TokenStore.open(Path(config.data.store_dir))
     built = build_sources(config, store)
     plan = plan_run(config, built)
-    workers = config.scale.num_workers
+    workers = config.scale.most_workers
     sources = [source.sequences for source in built]
     streams = [
         read_steps(sources, store.fingerprint, plan, rank=rank, world_size=workers)

@@ -23,6 +23,7 @@ class ChannelActor:
     def __init__(self) -> None:
         self._records: list[dict[str, Any]] = []
         self._stop = asyncio.Event()
+        self._num_workers = 0
 
     async def put(self, record: dict[str, Any]) -> None:
         """Take a log record, as `logging.makeLogRecord` reads it."""
@@ -33,6 +34,14 @@ class ChannelActor:
         # Ray keeps no order of the calls of an actor that serves many at once.
         records, self._records = self._records, []
         return sorted(records, key=lambda record: record["created"])
+
+    async def workers_started(self, num_workers: int) -> None:
+        """Take the number of workers that train from now on."""
+        self._num_workers = num_workers
+
+    async def num_workers(self) -> int:
+        """Return how many workers were started last; 0 before the first."""
+        return self._num_workers
 
     async def request_stop(self) -> None:
         """Ask all workers to save and stop."""
@@ -62,6 +71,19 @@ class Channel:
     def request_stop(self) -> None:
         """Ask the workers to save and stop; safe in a signal handler, which must not call Ray."""
         self._stop_requested.set()
+
+    def request_restart(self) -> None:
+        """Ask the workers to save and stop, to be started again; not in a signal handler."""
+        ray.get(self.actor.request_stop.remote())
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether a stop was requested that is to end the run."""
+        return self._stop_requested.is_set()
+
+    def num_workers(self) -> int:
+        """Return how many workers were started last; 0 before the first."""
+        return ray.get(self.actor.num_workers.remote())
 
     def close(self) -> None:
         """Show what is left, and end."""

@@ -32,7 +32,7 @@ def in_submitted_job() -> bool:
 
 
 def wait_for_resources(scale: ScaleConfig) -> None:
-    """Return once the cluster's nodes can hold the workers; wait at most `wait_seconds`.
+    """Return once the cluster's nodes can hold the fewest workers; wait at most `wait_seconds`.
 
     Raises:
         ConfigError: they cannot, and no node that could has come in time.
@@ -42,7 +42,7 @@ def wait_for_resources(scale: ScaleConfig) -> None:
     if shortage is None:
         return
     start = time.monotonic()
-    with _requested([needs] * scale.num_workers):
+    with _requested([needs] * scale.fewest_workers):
         while shortage is not None:
             waited = time.monotonic() - start
             if waited >= scale.wait_seconds:
@@ -75,11 +75,11 @@ def find_shortage(
     Args:
         nodes: as `ray.nodes()` lists them.
         needs: what one worker reserves.
-        scale: how many workers there are.
+        scale: how many workers there are; of an elastic run the fewest count.
     """
     alive = [node for node in nodes if node["Alive"]]
     held = count_held(nodes, needs)
-    if held >= scale.num_workers:
+    if held >= scale.fewest_workers:
         return None
     have = "; ".join(
         f"{node['NodeManagerAddress']}: {node['Resources'].get('CPU', 0):g} CPUs, "
@@ -87,7 +87,8 @@ def find_shortage(
         for node in alive
     )
     have = have or "no node is alive"
-    field, remedy = "scale.num_workers", "lower it, add nodes"
+    field = "scale.num_workers.min" if scale.elastic else "scale.num_workers"
+    remedy = "lower it, add nodes"
     if scale.use_gpu and not any(node["Resources"].get("GPU") for node in alive):
         field, remedy = "scale.use_gpu", "set it to false, add nodes with GPUs"
     elif held == 0:
@@ -95,8 +96,8 @@ def find_shortage(
         field, remedy = "scale.cpus_per_worker", "lower it, add larger nodes"
     wants = " and ".join(f"{amount:g} {name}" for name, amount in needs.items())
     return (
-        f"{field}: {scale.num_workers} workers of {wants} each are asked for, and the cluster can "
-        f"hold {held} ({have}); {remedy}, or set scale.wait_seconds where it scales by itself"
+        f"{field}: {scale.fewest_workers} workers of {wants} each are asked for, and the cluster "
+        f"can hold {held} ({have}); {remedy}, or set scale.wait_seconds where it scales by itself"
     )
 
 

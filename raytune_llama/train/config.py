@@ -154,10 +154,11 @@ class TrainConfig:
                 f"num_epochs: got {self.num_epochs}, but sources with weights have epochs of their "
                 "own; set max_steps, or drop the weights"
             )
-        num_workers, micro_batch = self.scale.num_workers, batch.micro_batch_sequences
+        num_workers, micro_batch = self.scale.most_workers, batch.micro_batch_sequences
         if num_workers * micro_batch > batch.sequences_per_step:
+            field = "scale.num_workers.max" if self.scale.elastic else "scale.num_workers"
             problems.append(
-                f"scale.num_workers: {num_workers} workers with micro-batches of {micro_batch} "
+                f"{field}: {num_workers} workers with micro-batches of {micro_batch} "
                 f"exceed batch.sequences_per_step, {batch.sequences_per_step}; use fewer "
                 "workers, smaller micro-batches or a larger step"
             )

@@ -21,6 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raytune_llama.logs import setup_logging
 from raytune_llama.storage import Place
 from raytune_llama.train.channel import Channel, StopRequest, WorkerHandler
+from raytune_llama.train.elastic import watching
 from raytune_llama.train.outcome import Outcome
 from raytune_llama.train.scale import ScaleConfig
 
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 STARTUP_FAILURES = 5
 """Attempts of Ray to start the workers; its own default is without end."""
+
+NEVER_SECONDS = 1e12
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,20 @@ def launch(run: Launch) -> Outcome:
         FloatingPointError: a number of the run is no longer finite.
         ray.train.TrainingFailedError: the workers failed more often than `scale.max_failures`.
     """
-    channel = Channel()
-    try:
-        with _signals(channel):
-            result = build_trainer(run, channel.actor).fit()
-    finally:
-        channel.close()
-    # What the loop returned on the first worker; see train_worker.
-    outcome = cast("Outcome", result.return_value)
-    if outcome.status == "diverged":
-        raise FloatingPointError(outcome.cause)
-    return outcome
+    while True:
+        channel = Channel()
+        trainer = build_trainer(run, channel.actor)
+        try:
+            with _signals(channel), watching(run.scale, run.run_dir, trainer, channel):
+                result = trainer.fit()
+        finally:
+            channel.close()
+        # What the loop returned on the first worker; see train_worker.
+        outcome = cast("Outcome", result.return_value)
+        if outcome.status == "diverged":
+            raise FloatingPointError(outcome.cause)
+        if outcome.status == "finished" or channel.was_stopped:
+            return outcome
 
 
 def build_trainer(run: Launch, channel: Any) -> TorchTrainer:  # noqa: ANN401  # an actor
@@ -87,7 +93,11 @@ def build_trainer(run: Launch, channel: Any) -> TorchTrainer:  # noqa: ANN401  #
             timeout_s=int(scale.collective_timeout_seconds),
         ),
         scaling_config=ScalingConfig(
-            num_workers=scale.num_workers,
+            num_workers=scale.num_workers
+            if isinstance(scale.num_workers, int)
+            else (scale.num_workers.min, scale.num_workers.max),
+            # Running workers are stopped by us alone; see elastic.py.
+            elastic_resize_monitor_interval_s=NEVER_SECONDS,
             use_gpu=scale.use_gpu,
             resources_per_worker=scale.worker_resources,
         ),
@@ -135,6 +145,8 @@ def train_worker(job: dict[str, Any]) -> Outcome:
     workers = Workers.of_process_group(device)
     torch.set_num_threads(config.scale.cpus_per_worker)
     setup_logging()
+    if workers.is_first:
+        job["channel"].workers_started.remote(workers.world_size)
     handler = WorkerHandler(job["channel"], workers.rank)
     package = logging.getLogger("raytune_llama")
     package.addHandler(handler)

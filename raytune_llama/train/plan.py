@@ -73,14 +73,28 @@ class StepPlan:
     step_tokens: int
     """Tokens of a full step over all workers, padding included."""
 
+    epochs: dict[str, float] | None
+    """Of each source; None without a token store."""
+
+
+@dataclass(frozen=True)
+class WorkersPlan:
+    """What a run takes with one number of workers."""
+
+    num_workers: int
+    """Processes that train."""
+
     num_micro_batches: int
     """Forward passes of each worker in a step."""
 
     filler_sequences: int
     """Sequences of a step without targets, where the workers' shares do not come out even."""
 
-    epochs: dict[str, float] | None
-    """Of each source; None without a token store."""
+    memory: tuple[WorkerMemory, ...]
+    """Of a worker, by layout, as configured else."""
+
+    memory_toggled: tuple[WorkerMemory, ...]
+    """The same with `engine.gradient_checkpointing` the other way."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +133,8 @@ class Plan:
     counts: ParameterCounts
     """Of the model with its adapter, its vocabulary grown."""
 
-    memory: tuple[WorkerMemory, ...]
-    """Of a worker, by layout, as configured else."""
-
-    memory_toggled: tuple[WorkerMemory, ...]
-    """The same with `engine.gradient_checkpointing` the other way."""
+    workers: tuple[WorkersPlan, ...]
+    """With the number of workers; with the fewest and the most of an elastic run."""
 
     steps: StepPlan
     """Steps and epochs."""
@@ -147,14 +158,16 @@ def build_plan(config: AnyTrainConfig) -> Plan:
     fit = check_vocabulary(num_embedding_rows(skeleton), path, Path(config.model.tokenizer_path))
     model = build_model(config, load_skeleton(path, num_rows=max(fit.num_rows, fit.num_ids)))
     store = _existing_store(config)
-    toggled = not config.engine.gradient_checkpointing
+    scale = config.scale
     return Plan(
         config=written,
         has_weights=has_weights(path),
         vocabulary=fit,
         counts=count_parameters(model),
-        memory=plan_memory(config, model),
-        memory_toggled=plan_memory(config, model, gradient_checkpointing=toggled),
+        workers=tuple(
+            plan_workers(config, model, number)
+            for number in sorted({scale.fewest_workers, scale.most_workers})
+        ),
         steps=plan_steps(config, store),
         disk=plan_disk(config, model, store),
     )
@@ -180,9 +193,26 @@ def build_model(config: AnyTrainConfig, skeleton: PreTrainedModel) -> PreTrained
     return skeleton
 
 
+def plan_workers(
+    config: AnyTrainConfig, model: PreTrainedModel | PeftModel, num_workers: int
+) -> WorkersPlan:
+    """Plan a step and a worker's memory with a number of workers."""
+    batch, toggled = config.batch, not config.engine.gradient_checkpointing
+    count = num_micro_batches(batch.sequences_per_step, batch.micro_batch_sequences, num_workers)
+    rows = count * batch.micro_batch_sequences * num_workers
+    return WorkersPlan(
+        num_workers=num_workers,
+        num_micro_batches=count,
+        filler_sequences=rows - batch.sequences_per_step,
+        memory=plan_memory(config, model, num_workers),
+        memory_toggled=plan_memory(config, model, num_workers, gradient_checkpointing=toggled),
+    )
+
+
 def plan_memory(
     config: AnyTrainConfig,
     model: PreTrainedModel | PeftModel,
+    num_workers: int,
     *,
     gradient_checkpointing: bool | None = None,
 ) -> tuple[WorkerMemory, ...]:
@@ -191,10 +221,11 @@ def plan_memory(
     Args:
         config: of the run.
         model: on the meta device, with its adapter; it is cast to the run's precision.
+        num_workers: that train.
         gradient_checkpointing: instead of the engine's setting.
     """
     engine, batch, scale = config.engine, config.batch, config.scale
-    count = _num_micro_batches(config)
+    count = num_micro_batches(batch.sequences_per_step, batch.micro_batch_sequences, num_workers)
     try:
         json = deepspeed_config(
             engine,
@@ -217,7 +248,7 @@ def plan_memory(
     settings = WorkerSettings(
         precision=engine.precision,
         optim=config.optim,
-        num_workers=scale.num_workers,
+        num_workers=num_workers,
         on_gpu=scale.use_gpu,
         num_micro_batches=count,
         offload_optimizer=engine.offload_optimizer,
@@ -252,19 +283,9 @@ def _measure_quantized(config: AnyTrainConfig) -> QuantizedWeights | None:
     )
 
 
-def _num_micro_batches(config: AnyTrainConfig) -> int:
-    return num_micro_batches(
-        config.batch.sequences_per_step,
-        config.batch.micro_batch_sequences,
-        config.scale.num_workers,
-    )
-
-
 def plan_steps(config: AnyTrainConfig, store: TokenStore | None) -> StepPlan:
     """Count steps and tokens; epochs and, where they decide, steps need the token store."""
     batch = config.batch
-    count = _num_micro_batches(config)
-    rows = count * batch.micro_batch_sequences * config.scale.num_workers
     num_steps, epochs = config.max_steps, None
     if store is not None:
         sources = build_sources(config, store)
@@ -277,8 +298,6 @@ def plan_steps(config: AnyTrainConfig, store: TokenStore | None) -> StepPlan:
     return StepPlan(
         num_steps=num_steps,
         step_tokens=batch.sequences_per_step * batch.sequence_tokens,
-        num_micro_batches=count,
-        filler_sequences=rows - batch.sequences_per_step,
         epochs=epochs,
     )
 

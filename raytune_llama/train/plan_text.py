@@ -2,15 +2,20 @@
 
 from collections.abc import Iterator
 
-from raytune_llama.train.plan import DiskPlan, Plan, StepPlan
+from raytune_llama.train.plan import DiskPlan, Plan, StepPlan, WorkersPlan
 
 _GIB = 2**30
+_NOTES = (
+    "* as configured. Not all parts are there at a time, so the peak is less than their sum.",
+    "Not counted: Python and its libraries, and what an allocator or a driver keeps besides.",
+)
 
 
 def render_plan(plan: Plan) -> str:
     """Return a plan as text for a terminal, at most 100 columns wide."""
     lines = [f"{name:<13}{text}" for name, text in _facts(plan)]
-    return "\n".join([*lines, "", *_memory_table(plan)])
+    tables = [line for workers in plan.workers for line in ("", *_memory_table(plan, workers))]
+    return "\n".join([*lines, *tables, *_NOTES])
 
 
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -32,11 +37,13 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     else:
         total = ""
     yield "tokens", f"{steps.step_tokens:,} a step, {batch.sequence_tokens:,} a sequence{total}"
-    yield (
-        "workers",
-        f"{config.scale.num_workers}, each {steps.num_micro_batches} x "
-        f"{batch.micro_batch_sequences} sequences a step, {steps.filler_sequences} filler in all",
-    )
+    for workers in plan.workers:
+        yield (
+            "workers",
+            f"{workers.num_workers}, each {workers.num_micro_batches} x "
+            f"{batch.micro_batch_sequences} sequences a step, {workers.filler_sequences} filler "
+            "in all",
+        )
     if steps.epochs is None:
         yield "epochs", "unknown until the token store is built"
     for name, epochs in (steps.epochs or {}).items():
@@ -62,14 +69,15 @@ def _store_text(disk: DiskPlan) -> str:
     return f"about {_gib(disk.store)} GiB, by a sample of the sources"
 
 
-def _memory_table(plan: Plan) -> Iterator[str]:
+def _memory_table(plan: Plan, workers: WorkersPlan) -> Iterator[str]:
     engine, scale = plan.config.engine, plan.config.scale
-    layouts = [memory.layout for memory in plan.memory]
+    layouts = [memory.layout for memory in workers.memory]
     heads = [f"{layout}{'*' if layout == engine.layout else ''}" for layout in layouts]
     where = "a GPU" if scale.use_gpu else "a CPU"
     kind = plan.config.model.quantization
     base = f", {kind} base" if kind else ""
-    title = f"GiB of a worker on {where}, {engine.precision}{base}"
+    who = f"1 of {workers.num_workers} workers" if scale.elastic else "a worker"
+    title = f"GiB of {who} on {where}, {engine.precision}{base}"
     yield _row(title, heads)
     parts = {
         "weights": "weights",
@@ -82,17 +90,15 @@ def _memory_table(plan: Plan) -> Iterator[str]:
         "in the host's memory instead": "offloaded",
     }
     for label, field in parts.items():
-        numbers = [getattr(memory, field) for memory in plan.memory]
+        numbers = [getattr(memory, field) for memory in workers.memory]
         if any(numbers):
             yield _row(label, [_gib(number) for number in numbers])
-    yield _row("peak", [_gib(memory.peak) for memory in plan.memory])
+    yield _row("peak", [_gib(memory.peak) for memory in workers.memory])
     toggled = "without" if engine.gradient_checkpointing else "with"
     yield f"{toggled} gradient checkpointing"
     for label in ("activations", "peak"):
-        numbers = [getattr(memory, label) for memory in plan.memory_toggled]
+        numbers = [getattr(memory, label) for memory in workers.memory_toggled]
         yield _row(f"  {label}", [_gib(number) for number in numbers])
-    yield "* as configured. Not all parts are there at a time, so the peak is less than their sum."
-    yield "Not counted: Python and its libraries, and what an allocator or a driver keeps besides."
 
 
 def _row(label: str, cells: list[str]) -> str:

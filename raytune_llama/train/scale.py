@@ -1,6 +1,6 @@
 """What surrounds the steps: evaluation, the workers, and what is told."""
 
-from typing import Annotated
+from typing import Annotated, cast
 
 from pydantic import Field, model_validator
 
@@ -30,11 +30,34 @@ class EvalConfig:
 
 
 @settings
+class WorkerRange:
+    """The numbers of workers that an elastic run trains on, as nodes come and go."""
+
+    min: Annotated[int, Field(ge=1)]
+    """With fewer than these the run waits for nodes."""
+
+    max: Annotated[int, Field(ge=1)]
+    """More are never started."""
+
+    grow_seconds: Annotated[float, Field(ge=0)] = 30.0
+    """How long there has to be room for more workers before the run is saved, and goes on with
+    them; so that a node that comes and goes costs nothing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "WorkerRange":
+        if self.max < self.min:
+            raise ConfigError([f"max: got {self.max}, wanted at least min, {self.min}"])
+        return self
+
+
+@settings
 class ScaleConfig:
     """The workers, and what Ray is asked for."""
 
-    num_workers: Annotated[int, Field(ge=1)] = 1
-    """Training processes, one a GPU where `use_gpu`."""
+    num_workers: Annotated[int, Field(ge=1)] | WorkerRange = 1
+    """Training processes, one a GPU where `use_gpu`. `{min: 1, max: 8}`: as many of these as the
+    nodes hold; the run goes on with fewer when nodes are lost, and with more when they return. No
+    number changes what a step computes."""
 
     use_gpu: bool = False
     """Train on GPUs over NCCL; false: on CPUs over gloo."""
@@ -61,6 +84,21 @@ class ScaleConfig:
     network_interface: str | None = None
     """Interface for gloo and NCCL, such as eth0, where hostnames resolve to a loopback address;
     null: the libraries choose."""
+
+    @property
+    def elastic(self) -> WorkerRange | None:
+        """The numbers of workers where there may be several; None: there is one."""
+        return self.num_workers if isinstance(self.num_workers, WorkerRange) else None
+
+    @property
+    def fewest_workers(self) -> int:
+        """Without which the run does not train."""
+        return self.elastic.min if self.elastic else cast("int", self.num_workers)
+
+    @property
+    def most_workers(self) -> int:
+        """That the run ever has."""
+        return self.elastic.max if self.elastic else cast("int", self.num_workers)
 
     @property
     def worker_resources(self) -> dict[str, float]:

@@ -200,7 +200,8 @@ def _run_trials(
         return None if read_result(config) is not None else prepare_run(config, store)
 
     num_left = count_left(sweep, journal)
-    fit = count_held(ray.nodes(), base.scale.worker_resources) // base.scale.num_workers
+    # An elastic trial takes what there is, up to its most; one that fits with fewer runs alone.
+    fit = max(1, count_held(ray.nodes(), base.scale.worker_resources) // base.scale.most_workers)
     at_a_time = min(fit, sweep.max_concurrent or fit, num_left)
     logger.info("%d trials are left, %d at a time", num_left, at_a_time)
     display = Display(sweep, journal)

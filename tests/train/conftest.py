@@ -163,6 +163,14 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
     group.close()
 
 
+@pytest.fixture(scope="session")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+    """Three such processes."""
+    group = Group(3, tmp_path_factory.mktemp("three"))
+    yield group
+    group.close()
+
+
 @pytest.fixture(params=["local", "s3"])
 def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """The directory of a run, on the disk and in object storage; not there yet."""

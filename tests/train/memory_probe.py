@@ -39,7 +39,7 @@ def measure(config: PretrainConfig, folder: Path) -> list[dict[str, int]]:
     folder.mkdir()
     file = folder / "config.yaml"
     write_yaml(config, file)
-    count = config.scale.num_workers
+    count = config.scale.most_workers
     environment = {
         **os.environ,
         # Every tensor of this size is a mapping of its own.

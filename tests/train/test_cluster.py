@@ -7,7 +7,7 @@ import pytest
 
 from raytune_llama.storage import Place
 from raytune_llama.train.cluster import find_shortage, probe_node
-from raytune_llama.train.scale import ScaleConfig
+from raytune_llama.train.scale import ScaleConfig, WorkerRange
 from tests.faulty_s3 import FaultyServer
 from tests.train.conftest import MakeConfig
 
@@ -31,6 +31,8 @@ def shortage(nodes: list[dict[str, Any]], scale: ScaleConfig) -> str | None:
         ([node(1, 8), node(64, 0), node(3, 4)], ScaleConfig(num_workers=4, use_gpu=True)),
         # Ray gives a head node no CPUs where the cluster is set up so.
         ([node(0), node(2)], ScaleConfig(num_workers=2)),
+        # The fewest workers of an elastic run are enough to start.
+        ([node(1)], ScaleConfig(num_workers=WorkerRange(min=1, max=8))),
     ],
 )
 def test_find_shortage_nodes_that_hold_the_workers_give_none(
@@ -72,6 +74,12 @@ def test_find_shortage_nodes_that_hold_the_workers_give_none(
             ScaleConfig(num_workers=2),
             "scale.num_workers",
             ["hold 1", "10.0.0.1: 1 CPUs"],
+        ),
+        (
+            [node(1), node(1)],
+            ScaleConfig(num_workers=WorkerRange(min=3, max=8)),
+            "scale.num_workers.min",
+            ["3 workers", "hold 2"],
         ),
     ],
 )

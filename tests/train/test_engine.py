@@ -3,7 +3,6 @@
 Workers here are processes with gloo between them, as under Ray Train, without Ray.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,6 @@ from tests.train.group import Group
 
 SAME = 1e-5
 """Relative difference allowed between worker counts and stages in fp32."""
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
-    group = Group(3, tmp_path_factory.mktemp("three"))
-    yield group
-    group.close()
 
 
 def assert_close(ours: list[float], reference: list[float], tolerance: float) -> None:

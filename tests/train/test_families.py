@@ -199,4 +199,4 @@ def test_bloom_can_be_planned(make: MakeConfig, tmp_path: Path, tokenizer_dir: P
     plan = build_plan(make(model__path=str(base), plan=True, **BLOOM))
     # Rank 4 on 32 -> 96 and 32 -> 128, in two layers.
     assert plan.counts.trained == 2 * 4 * (32 + 96 + 32 + 128)
-    assert all(memory.peak > 0 for memory in plan.memory)
+    assert all(memory.peak > 0 for memory in plan.workers[0].memory)

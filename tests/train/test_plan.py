@@ -183,6 +183,23 @@ def test_build_plan_says_steps_epochs_and_disk_of_the_run(
     assert (plan.steps.num_steps, plan.steps.step_tokens) == (6, 4 * 24)
 
 
+def test_build_plan_of_an_elastic_run_shows_the_fewest_and_the_most_workers(
+    make_plan: MakeConfig,
+) -> None:
+    elastic = {"scale__num_workers": {"min": 1, "max": 3}, "batch__micro_batch_sequences": 1}
+    plan = build_plan(make_plan(**elastic))
+    assert [
+        (workers.num_workers, workers.num_micro_batches, workers.filler_sequences)
+        for workers in plan.workers
+    ] == [(1, 4, 0), (3, 2, 2)]
+    for number, workers in ((1, plan.workers[0]), (3, plan.workers[1])):
+        alone = make_plan(scale__num_workers=number, batch__micro_batch_sequences=1)
+        assert build_plan(alone).workers == (workers,)
+    text = render_plan(plan)
+    assert "GiB of 1 of 1 workers" in text
+    assert "GiB of 1 of 3 workers" in text
+
+
 def test_build_plan_without_a_store_knows_no_epochs(make_plan: MakeConfig, tmp_path: Path) -> None:
     fields = {"data__store_dir": str(tmp_path / "none"), "max_steps": None, "num_epochs": 2.0}
     plan = build_plan(make_plan(**fields))
@@ -223,7 +240,7 @@ def gpu_memory(make_config: MakeConfig, **engine: Any) -> WorkerMemory:  # noqa:
     """Return the memory of a worker on a GPU under ZeRO 2."""
     config = make_config(engine={"precision": "bf16", "zero_stage": 2, **engine})
     config = override(config, {"scale.use_gpu": True, "scale.num_workers": 2})
-    return plan_memory(config, build_model(config, load_skeleton(Path(config.model.path))))[2]
+    return plan_memory(config, build_model(config, load_skeleton(Path(config.model.path))), 2)[2]
 
 
 def test_plan_memory_of_an_offloaded_optimizer_is_the_hosts(make_config: MakeConfig) -> None:
@@ -287,7 +304,8 @@ def measure_config(path: Path, tmp_path: Path, **fields: Any) -> PretrainConfig:
 def assert_measured(config: PretrainConfig, tmp_path: Path) -> None:
     """Compare a plan's peak with what the worker that holds most was seen to hold."""
     model = build_model(config, load_skeleton(Path(config.model.path)))
-    planned = {memory.layout: memory for memory in plan_memory(config, model)}
+    number = config.scale.most_workers
+    planned = {memory.layout: memory for memory in plan_memory(config, model, number)}
     memory = planned[config.engine.layout]
     measured = max(worker["peak"] for worker in measure(config, tmp_path / "probe"))
     assert memory.peak == pytest.approx(measured, rel=WITHIN)

@@ -240,6 +240,8 @@ def test_check_identity_placement_may_change(make: MakeConfig) -> None:
         data__store_dir="/elsewhere",
     )
     check_identity(config.run_place, identify(changed))
+    elastic = make(scale__num_workers={"min": 1, "max": 2}, batch__micro_batch_sequences=1)
+    check_identity(config.run_place, identify(elastic))
 
 
 def test_check_identity_new_run_dir_passes(make: MakeConfig) -> None:
@@ -284,6 +286,13 @@ def test_placement_changes_names_field_and_both_values(make: MakeConfig) -> None
     assert placement_changes(changed, config.run_place / "run.yaml") == [
         "scale.num_workers: 1 -> 2",
         "logging.every_steps: 10 -> 3",
+    ]
+    elastic = make(scale__num_workers={"min": 1, "max": 2})
+    assert placement_changes(elastic, config.run_place / "run.yaml") == [
+        "scale.num_workers: 1 -> (not given)",
+        "scale.num_workers.min: (not given) -> 1",
+        "scale.num_workers.max: (not given) -> 2",
+        "scale.num_workers.grow_seconds: (not given) -> 30.0",
     ]
 
 

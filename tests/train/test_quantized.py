@@ -169,7 +169,7 @@ def test_plan_memory_of_a_quantised_base_is_that_of_ddp_with_fewer_bytes(
     for kind in (None, "int8", "nf4"):
         config = make_config(model__quantization=kind, lora__modules_to_save=[])
         model = build_model(config, load_skeleton(Path(config.model.path)))
-        memory = plan_memory(config, model)
+        memory = plan_memory(config, model, 1)
         assert memory[0].layout == "ddp"
         assert (len(memory) == 1) == (kind is not None)
         found[kind] = memory[0].weights
