@@ -259,7 +259,8 @@ def evaluate(session: Session, state: RunState, report: Report) -> RunState:
     if not session.evaluated:
         return state
     start = time.perf_counter()
-    values = evaluation_values(sum_evaluation(session, session.evaluated))
+    with session.workers.pulse.doing("evaluating"):
+        values = evaluation_values(sum_evaluation(session, session.evaluated))
     return report.evaluation(state, values, time.perf_counter() - start)
 
 
