@@ -77,8 +77,9 @@ def launch(run: Launch) -> Outcome:
                 stop.tell(guard.channel.request_stop)
                 outcome, error = _fit(run, guard)
             failures = guard.failures
-            if failures.ending is not None:
-                raise failures.ending.error()
+            ending = failures.ending or (outcome and outcome.ending)
+            if ending is not None:
+                raise ending.error()
             if outcome is not None and (outcome.status == "finished" or stop.requested):
                 return outcome
             admission = _settle(run, failures, error)

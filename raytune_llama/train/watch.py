@@ -13,8 +13,8 @@ from pydantic import Field
 from raytune_llama.config import settings
 from raytune_llama.train.pulse import BEAT_SECONDS, Beat
 
-SILENT_SECONDS = 15 * BEAT_SECONDS
-"""A worker that has said nothing for so long answers no more."""
+SILENT_BEATS = 5
+"""A worker that has left out fewer answers still."""
 
 RECENT = 100
 
@@ -129,10 +129,16 @@ class Watch:
 
 def _find_culprits(workers: list[_Heard], now: float) -> list[_Heard]:
     """Return those that the others wait for."""
-    silent = [worker for worker in workers if now - worker.heard > SILENT_SECONDS]
+    # One that runs has told its place ever since it got on last.
+    silent = [w for w in workers if _is_silent(w, now)]
     if silent:
         return silent
     fewest = min(worker.beat.marks for worker in workers)
     behind = [worker for worker in workers if worker.beat.marks == fewest]
     # Of those that are equally far, who waits in a collective waits for the rest.
     return [worker for worker in behind if not worker.beat.waits] or behind
+
+
+def _is_silent(worker: _Heard, now: float) -> bool:
+    silence = now - worker.heard
+    return silence > SILENT_BEATS * BEAT_SECONDS and silence > (now - worker.changed) / 2
