@@ -51,14 +51,14 @@ def train_worker(job: dict[str, Any]) -> Outcome:
         return Outcome("ended", 0, _end(job["channel"], Ending("diverged", str(error))))
     except MISTAKES as error:
         logger.exception("failed")
-        ending = _end(job["channel"], Ending("refused", describe_mistake(error)))
+        mistake = _end(job["channel"], Ending("refused", describe_mistake(error)))
         if not _release_others(device):
             # Ray then restarts them, and they are told not to start.
             raise
-        return Outcome("ended", 0, ending)
+        return Outcome("ended", 0, mistake)
     except BaseException:
         # What another worker has found may be why this one fails.
-        ending = ray.get(job["channel"].ending.remote(), timeout=ANSWER_SECONDS)
+        ending: Ending | None = ray.get(job["channel"].ending.remote(), timeout=ANSWER_SECONDS)
         if ending is not None:
             return Outcome("ended", 0, ending)
         # Ray restarts the workers and shows an error only once it gives up.

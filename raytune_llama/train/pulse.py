@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, Literal, Self
 
 import ray
+from ray.exceptions import RayError
 
 from raytune_llama.train.processes import ProcessId
 
@@ -128,7 +129,7 @@ class Heartbeat:
         self._thread.join()
         self._pulse.enter("over")
         # Sent, and waited for: it is the last word of this process.
-        with contextlib.suppress(ray.exceptions.RayError):
+        with contextlib.suppress(RayError):
             ray.get(self._actor.beat.remote(self._now()), timeout=BEAT_SECONDS)
 
     def _beat(self) -> None:

@@ -64,5 +64,10 @@ def main() -> None:
         cluster.shutdown()
 
 
+def has_trained(config: PretrainConfig) -> bool:
+    """Whether a run is on its way."""
+    return any(r["step"] >= STRIKE_STEP for r in read_metrics(config.run_place) if LOSS in r)
+
+
 if __name__ == "__main__":
     main()

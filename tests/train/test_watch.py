@@ -50,9 +50,9 @@ def ranks(stuck: Stuck) -> list[int]:
 def test_silent_worker_is_found_and_the_one_that_waits_for_it_is_not() -> None:
     clock = Clock()
     for marks in range(5):
-        clock.tell(beat(0, marks), beat(1, marks))
-    # The first is in the collective of the next step and says so; the other is stopped.
-    stuck, seconds = clock.until_stuck(beat(0, 4, waits=True))
+        clock.tell(beat(0, marks), beat(1, marks, waits=True))
+    # Stopped in a collective, which where the first is looks like work.
+    stuck, seconds = clock.until_stuck(beat(0, 4))
     assert ranks(stuck) == [1]
     assert seconds == pytest.approx(10, abs=1)
     for word in ("worker 1", "process 101 on host", "node1", "step 4"):
