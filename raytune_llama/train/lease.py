@@ -111,7 +111,10 @@ class Lease:
             if any(_is_held(says) and dead.get(claim) != says for claim, says in top.items()):
                 continue  # by one that was quicker
             self._number = max((_number(claim) for claim in top), default=0) + 1
-            self._write()
+            try:
+                self._write()
+            except FileNotFoundError:
+                continue  # another driver has just left, and taken the folder along
             self._claimed = time.monotonic()
             if self._claimed - start < self._times.settle:
                 self._thread.start()
@@ -141,13 +144,12 @@ class Lease:
 
     def _clear(self) -> None:
         """Leave nothing behind where no run has begun, whose workers could know a number."""
-        if self._run_dir.files():
+        folders = [folder.name for folder in self._run_dir.folders()]
+        if self._run_dir.files() or folders not in ([], [FOLDER]):
             return
-        claims = _top_claims(self._run_dir)
-        if [folder.name for folder in self._run_dir.folders()] == [FOLDER] and not any(
-            _is_held(says) for says in claims.values()
-        ):
-            _folder(self._run_dir).delete()
+        self._place.delete()
+        # What another driver has written there meanwhile stays, and so does the folder.
+        _folder(self._run_dir).delete_empty()
         if not self._existed:
             self._run_dir.delete_empty()
 
@@ -225,7 +227,13 @@ def _folder(run_dir: Place) -> Place:
 
 def _claims(run_dir: Place) -> list[Place]:
     """Return all claims, the lowest first."""
-    return [file for file in _folder(run_dir).files() if _number(file)]
+    for _ in range(_ATTEMPTS):
+        try:
+            return [file for file in _folder(run_dir).files() if _number(file)]
+        except FileNotFoundError:
+            # Listed, and gone before its size was asked for: the temporary name of a claim.
+            continue
+    raise OSError(f"run_dir: {_folder(run_dir)} changes faster than it can be listed")
 
 
 def _top_claims(run_dir: Place) -> dict[Place, dict[str, Any] | None]:

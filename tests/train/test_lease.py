@@ -78,9 +78,9 @@ def test_driver_that_was_killed_is_succeeded_at_once(tmp_path: Path) -> None:
         holder.kill()
     start = time.monotonic()
     # Its claim would otherwise be waited for as long as this.
-    with Lease(run_dir, LeaseTimes(settle=0.3, beat=0.1, stale=600)) as lease:
+    with Lease(run_dir, LeaseTimes(settle=0.3, beat=0.1, stale=90)) as lease:
         assert lease.confirm().number > number
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 80
 
 
 def test_driver_of_another_machine_is_succeeded_when_it_shows_no_life(run_dir: Place) -> None:
@@ -143,10 +143,10 @@ def test_drivers_that_start_together_are_one_in_the_end(run_dir: Place) -> None:
         try:
             with Lease(run_dir, LeaseTimes(settle=2.0, beat=0.1, stale=600)) as lease:
                 holding.append(lease.confirm().number)
-                tried.wait(60)
+                tried.wait(30)
         except ConfigError as error:
             refused.append(error)
-            tried.wait(60)
+            tried.wait(30)
 
     threads = [threading.Thread(target=drive) for _ in range(6)]
     for thread in threads:
@@ -154,6 +154,28 @@ def test_drivers_that_start_together_are_one_in_the_end(run_dir: Place) -> None:
     for thread in threads:
         thread.join()
     assert (len(holding), len(refused)) == (1, 5)
+
+
+@pytest.mark.parametrize("owner", ["0", "z"])
+def test_claim_of_a_rival_that_comes_while_others_settle_is_seen(
+    run_dir: Place, owner: str
+) -> None:
+    with Lease(run_dir, LeaseTimes(settle=2.0, beat=600, stale=600)) as lease:
+        (claim,) = claims(run_dir)
+
+        def write_late() -> None:
+            # It looked before there was any claim, and the storage was slow.
+            time.sleep(0.5)
+            claim.with_name(f"00000001-{owner}.json").write_bytes(claim.read_bytes())
+
+        thread = threading.Thread(target=write_late)
+        thread.start()
+        if owner == "0":  # the first in the order of names
+            with pytest.raises(ConfigError):
+                lease.confirm()
+        else:
+            lease.confirm().check()
+        thread.join()
 
 
 def test_driver_that_never_confirmed_leaves_nothing_behind(run_dir: Place) -> None:
@@ -167,3 +189,11 @@ def test_claim_that_takes_too_long_to_write_is_withdrawn(tmp_path: Path) -> None
     with pytest.raises(OSError, match="takes more than"):
         Lease(run_dir, SLOW_DISK).__enter__()
     assert not run_dir.exists()
+
+
+def test_lease_is_checked_while_its_holder_tells_that_it_lives(run_dir: Place) -> None:
+    # Each sign of life is a new file under a temporary name for a moment.
+    with Lease(run_dir, LeaseTimes(settle=0.3, beat=0.0005, stale=600)) as lease:
+        fence = lease.confirm()
+        for _ in range(300 if run_dir.is_local else 3):
+            fence.check()
