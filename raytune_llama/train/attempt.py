@@ -52,7 +52,7 @@ def train_worker(job: dict[str, Any]) -> Outcome:
     except MISTAKES as error:
         logger.exception("failed")
         mistake = _end(job["channel"], Ending("refused", describe_mistake(error)))
-        if not _release_others(device):
+        if not release_others(device):
             # Ray then restarts them, and they are told not to start.
             raise
         return Outcome("ended", 0, mistake)
@@ -102,7 +102,7 @@ def _end(channel: Any, ending: Ending) -> Ending:  # noqa: ANN401  # an actor
     return ray.get(channel.ending.remote(), timeout=ANSWER_SECONDS)
 
 
-def _release_others(device: "torch.device") -> bool:
+def release_others(device: "torch.device") -> bool:
     """Let workers that wait for this one in a collective fail at once, where that can be done."""
     import torch.distributed as dist
 

@@ -77,7 +77,8 @@ class ChannelActor:
 
     async def take_controller(self, process: ProcessId) -> None:
         """Learn which process Ray's controller of the workers is."""
-        self._controller = process
+        # What it has, workers get too, later.
+        self._controller = self._controller or process
 
     async def admit(self, step: int) -> Admission:
         """Answer a group of workers that starts at a step."""
@@ -197,11 +198,13 @@ class FailureReport(ray.train.UserCallback):
 
     def __init__(self, actor: Any) -> None:  # noqa: ANN401  # an actor handle has no type
         self._actor = actor
+        self._driver = ProcessId.here()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Unpickled where Ray's controller is, whose process can be learned from nothing else.
+        # Unpickled first where Ray's controller is, whose process nothing else tells.
         self.__dict__ |= state
-        self._actor.take_controller.remote(ProcessId.here())
+        if ProcessId.here() != self._driver:
+            self._actor.take_controller.remote(ProcessId.here())
 
     def after_exception(
         self,

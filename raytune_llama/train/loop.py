@@ -276,6 +276,7 @@ def sum_evaluation(session: Session, sources: Sequence[EvaluatedSource]) -> list
             rank=workers.rank,
             world_size=workers.world_size,
         ):
+            workers.pulse.enter("evaluating")
             loss_sum += session.engine.loss_sum(batch)
             num_targets += int((batch.labels_BT != IGNORE).sum())
         sums += [loss_sum, num_targets]

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,8 +64,13 @@ def assert_equal_runs(run: PretrainConfig, whole: PretrainConfig) -> None:
 
 def worker_pids() -> list[int]:
     """Return the processes of Ray Train's workers that are alive in the tests' own cluster."""
+    return pids_of("RayTrainWorker")
+
+
+def pids_of(class_name: str) -> list[int]:
+    """Return the processes of the actors of a class that are alive in the tests' own cluster."""
     alive = ray.util.state.list_actors(
-        filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")], timeout=60
+        filters=[("class_name", "=", class_name), ("state", "=", "ALIVE")], timeout=60
     )
     return sorted(actor.pid for actor in alive if actor.pid)
 
@@ -101,11 +105,3 @@ def end(pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Return once a condition holds; fail if it does not in time."""
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)

@@ -18,6 +18,7 @@ from tests.chaos.conftest import (
     assert_equal_runs,
     at_step,
     end,
+    pids_of,
     worker_pids,
 )
 from tests.pipeline.conftest import losses
@@ -99,6 +100,28 @@ def test_file_that_is_missing_ends_the_run_at_once_and_is_named(
         run_training(config)
     # The start that found it was the last one.
     assert restarts(config) == []
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_controller_of_ray_that_hangs_is_replaced(make_run: MakeRun, whole: PretrainConfig) -> None:
+    config = make_run(scale__watch={**WATCH, "slow_seconds": 90.0})
+    stopped: list[int] = []
+
+    def strike() -> None:
+        stopped.extend(pids_of("TrainController"))
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+
+    try:
+        with at_step(config, 30, strike):
+            # The workers end the run, and nobody is there to say so.
+            assert run_training(config).status == "finished"
+    finally:
+        end(stopped)
+    assert len(stopped) == 1
+    assert_equal_runs(config, whole)
 
 
 @pytest.mark.ray
