@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 
-ANSWER_SECONDS = 60.0
+START_SECONDS = 600.0
+"""A busy machine may take so long to start the actor's process."""
+
+ANSWER_SECONDS = 120.0
 """The actor answers at once: one that takes longer is lost."""
 
 
@@ -134,7 +137,7 @@ class Channel:
         options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
         self.actor: Any = actor.options(**options).remote(failures or Failures(tolerated=1))
         self._listen = listen
-        self._process: ProcessId = ray.get(self.actor.introduce.remote(), timeout=ANSWER_SECONDS)
+        self._process: ProcessId = ray.get(self.actor.introduce.remote(), timeout=START_SECONDS)
         self._controller: ProcessId | None = None
         self._is_closing = self._is_stopping = False
         # A queue that a signal handler may put into.

@@ -7,11 +7,12 @@ import time
 from typing import Any, Self
 
 import ray
+from ray._private.state import state
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_llama.train.channel import Channel, Heard
-from raytune_llama.train.failures import Failures
+from raytune_llama.train.failures import Failures, describe
 from raytune_llama.train.lease import Fence, LeaseError
 from raytune_llama.train.outcome import Ending, GaveUpError
 from raytune_llama.train.processes import ProcessId
@@ -33,8 +34,7 @@ class Guard:
     def __init__(self, scale: ScaleConfig, failures: Failures, fence: Fence | None) -> None:
         self.failures = failures
         """All so far."""
-        self.has_drained = False
-        """Whether the workers were asked to stop since a node of theirs is taken away."""
+        self._has_drained = False
         self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         """What Ray's trainer has returned or raised, or what the guard raises in its place."""
         self._controller: ProcessId | None = None
@@ -52,7 +52,17 @@ class Guard:
         self.channel.close()
 
     def _listen(self, heard: Heard) -> None:
-        """Take what the workers have said; called about once a second."""
+        """Take what the workers have said; called about once a second, in the channel's thread."""
+        try:
+            self._attend(heard)
+        except RayError as error:
+            logger.warning("the cluster does not answer: %s", describe(error))
+        except BaseException as error:
+            # Nobody would watch over the run any more: whoever waits for it is to know.
+            self.answers.put(error)
+            raise
+
+    def _attend(self, heard: Heard) -> None:
         now = time.monotonic()
         self.failures = heard.failures
         self._controller = heard.controller
@@ -88,8 +98,8 @@ class Guard:
 
     def _check_nodes(self) -> None:
         draining = self._node_ids & set(draining_nodes())
-        if draining and not self.has_drained:
-            self.has_drained = True
+        if draining and not self._has_drained:
+            self._has_drained = True
             names = ", ".join(sorted(node_id[:8] for node_id in draining))
             logger.warning("nodes are taken away (Ray node %s): saving after this step", names)
             self.channel.request_stop()
@@ -112,7 +122,7 @@ def draining_nodes() -> dict[str, int]:
     Ray has no public way to ask but `ray.train.get_preemption_info`, which lets all workers wait
     for one another in every step; this is what stands behind it.
     """
-    return ray._private.state.state.get_draining_nodes()
+    return state.get_draining_nodes()
 
 
 def kill_workers(workers: tuple[Beat, ...]) -> None:
