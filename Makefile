@@ -8,7 +8,7 @@ PYTHON ?= $(firstword $(shell command -v python3.11) $(shell command -v python3.
 # DeepSpeed looks for ninja in PATH when it compiles its collective at the first training step.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test test-all check bench venv tools clean-demo
+.PHONY: help demo test test-all chaos check bench venv tools clean-demo
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -22,6 +22,9 @@ test: venv ## Run the tests that need no minutes
 
 test-all: venv ## Run every test
 	python -m pytest
+
+chaos: venv ## Run whole runs that something happens to: killed, stopped, drained
+	python -m pytest tests/chaos
 
 check: venv ## Check format, style, types and imports
 	ruff format --check .

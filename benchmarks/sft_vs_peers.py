@@ -88,7 +88,7 @@ class Material:
             "max_steps": num_steps,
             "seed": SEED,
             "engine": {"precision": "fp32", "strategy": "ddp"},
-            "scale": {"num_workers": shape.num_workers, "cpus_per_worker": 1, "max_failures": 0},
+            "scale": {"num_workers": shape.num_workers, "cpus_per_worker": 1, "max_failures": 1},
             "checkpoint": {"every_steps": 10**9, "keep_best": False},
             "eval": {"every_steps": None},
             "logging": {"every_steps": 10, "tensorboard": False},

@@ -6,17 +6,17 @@ python jobs/pretrain.py [CONFIG.yaml] [a.b=c ...]      --help lists every field
 import sys
 from pathlib import Path
 
-from raytune_llama.config import ConfigError, load, run_job
+from raytune_llama.config import EXIT_STOPPED, ConfigError, load, run_job
 from raytune_llama.data.manifest import StoreError
 from raytune_llama.data.rows import SourceError
 from raytune_llama.logs import setup_logging
 from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.outcome import RefusedError
 from raytune_llama.train.plan import build_plan
 from raytune_llama.train.plan_text import render_plan
 from raytune_llama.train.trainer import run_training
 
 DEFAULT = Path(__file__).parent / "configs" / "pretrain_smollm2.yaml"
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, the same command goes on
 
 
 def main() -> int:
@@ -39,4 +39,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_job(main, StoreError, SourceError)
+    run_job(main, StoreError, SourceError, RefusedError)

@@ -6,7 +6,7 @@ python jobs/sweep.py [SWEEP.yaml] [a.b=c ...]      --help lists every field
 import sys
 from pathlib import Path
 
-from raytune_llama.config import load, run_job
+from raytune_llama.config import EXIT_STOPPED, load, run_job
 from raytune_llama.data.manifest import StoreError
 from raytune_llama.data.rows import SourceError
 from raytune_llama.logs import setup_logging
@@ -15,7 +15,6 @@ from raytune_llama.tune.display import trial_line
 from raytune_llama.tune.sweep import run_sweep
 
 DEFAULT = Path(__file__).parent / "configs" / "sweep_smollm2.yaml"
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 
 
 def main() -> int:

@@ -31,6 +31,13 @@ from raytune_llama import fields, yaml12
 
 T = TypeVar("T")
 
+EXIT_MISTAKE: Final = 2
+"""Exit status of a job that its user has to mend something for."""
+
+EXIT_STOPPED: Final = 75
+"""Exit status of a job that was stopped and has saved what it had: the same command goes on. It is
+EX_TEMPFAIL of sysexits.h."""
+
 
 class ConfigError(ValueError):
     """A config that cannot be used.
@@ -231,7 +238,7 @@ def run_job(main: Callable[[], int | None], *user_errors: type[ValueError]) -> N
         status = main()
     except (ConfigError, *user_errors) as error:
         sys.stderr.write(f"{error}\n")
-        sys.exit(2)
+        sys.exit(EXIT_MISTAKE)
     sys.exit(status)
 
 

@@ -4,26 +4,28 @@ What starts a run needs no model: only the workers import what a config is made 
 starts runs and nothing else, as a sweep's trials have, is there in a third of the time.
 """
 
-import contextlib
 import logging
-import os
 import pickle
-import signal
 import threading
-from collections.abc import Iterator
+import time
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+import ray
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raytune_llama.logs import setup_logging
 from raytune_llama.storage import Place
-from raytune_llama.train.channel import Channel, StopRequest, WorkerHandler
+from raytune_llama.train.attempt import newest_step, train_worker
+from raytune_llama.train.channel import FailureReport
 from raytune_llama.train.elastic import watching
+from raytune_llama.train.failures import Admission, Failures, describe
+from raytune_llama.train.guard import Guard, draining_nodes
+from raytune_llama.train.lease import Fence
 from raytune_llama.train.outcome import Outcome
 from raytune_llama.train.scale import ScaleConfig
+from raytune_llama.train.stopping import StopSignal
 
 if TYPE_CHECKING:
     from raytune_llama.train.config import AnyTrainConfig
@@ -34,6 +36,8 @@ STARTUP_FAILURES = 5
 """Attempts of Ray to start the workers; its own default is without end."""
 
 NEVER_SECONDS = 1e12
+
+WITHOUT_LIMIT = -1
 
 
 @dataclass(frozen=True)
@@ -49,33 +53,106 @@ class Launch:
     run_dir: Place
     """Of the run."""
 
+    fence: Fence | None
+    """What allows to publish in the run directory; None where nobody else could."""
+
     @classmethod
-    def of(cls, config: "AnyTrainConfig") -> Self:
+    def of(cls, config: "AnyTrainConfig", fence: Fence | None = None) -> Self:
         """Pack a config."""
-        return cls(pickle.dumps(config), config.scale, config.run_place)
+        return cls(pickle.dumps(config), config.scale, config.run_place, fence)
 
 
 def launch(run: Launch) -> Outcome:
     """Run the loop on Ray Train to its end, or until SIGTERM.
 
+    Ray restarts workers that fail. What it does not restart is started again here: a controller of
+    Ray's that has failed, and workers that had to leave nodes which are taken away.
+
     Raises:
         FloatingPointError: a number of the run is no longer finite.
-        ray.train.TrainingFailedError: the workers failed more often than `scale.max_failures`.
+        GaveUpError: the workers failed `scale.max_failures` times without a new checkpoint.
+        RefusedError: the run's data, files or settings do not allow it.
     """
-    while True:
-        channel = Channel()
-        trainer = build_trainer(run, channel.actor)
+    failures = Failures(run.scale.max_failures)
+    with StopSignal() as stop:
+        while True:
+            with Guard(run.scale, failures, run.fence) as guard:
+                stop.tell(guard.channel.request_stop)
+                outcome, error = _fit(run, guard)
+            failures = guard.failures
+            ending = failures.ending or (outcome and outcome.ending)
+            if ending is not None:
+                raise ending.error()
+            if outcome is not None and (outcome.status == "finished" or stop.requested):
+                return outcome
+            admission = _settle(run, failures, error)
+            if stop.wait(admission.wait_seconds) or not _has_room(run.scale, stop):
+                return Outcome("stopped", newest_step(run.run_dir))
+
+
+def _fit(run: Launch, guard: Guard) -> tuple[Outcome | None, Exception | None]:
+    """Train; return how it ended, or what Ray has failed with.
+
+    Raises:
+        GaveUpError: nothing happens any more.
+    """
+    trainer = build_trainer(run, guard.channel.actor)
+
+    def fit() -> None:
         try:
-            with _signals(channel), watching(run.scale, run.run_dir, trainer, channel):
-                result = trainer.fit()
-        finally:
-            channel.close()
-        # What the loop returned on the first worker; see train_worker.
-        outcome = cast("Outcome", result.return_value)
-        if outcome.status == "diverged":
-            raise FloatingPointError(outcome.cause)
-        if outcome.status == "finished" or channel.was_stopped:
-            return outcome
+            guard.answers.put(trainer.fit())
+        except BaseException as error:  # noqa: BLE001  # raised again by whoever waits
+            guard.answers.put(error)
+
+    # Not in the main thread: there Ray would take Ctrl-C for itself, and where its controller hangs
+    # so would the driver.
+    threading.Thread(target=fit, name="fit", daemon=True).start()
+    try:
+        with watching(run.scale, run.run_dir, trainer, guard.channel):
+            answer = guard.answers.get()
+    except BaseException:
+        guard.kill_controller()
+        raise
+    if isinstance(answer, (TrainingFailedError, RayError)):
+        logger.warning("Ray's trainer has failed: %s", describe(answer))
+        return None, answer
+    if isinstance(answer, BaseException):
+        raise answer
+    # What the loop returned on the first worker; see train_worker.
+    return cast("Outcome", answer.return_value), None
+
+
+def _settle(run: Launch, failures: Failures, error: Exception | None) -> Admission:
+    """Count a failure of Ray's own as one of the workers is.
+
+    Raises:
+        GaveUpError: it is one too many.
+    """
+    if error is not None:
+        failures.fail([describe(error)])
+    admission = failures.settle(newest_step(run.run_dir))
+    if admission.ending is not None:
+        raise admission.ending.error()
+    return admission
+
+
+def _has_room(scale: ScaleConfig, stop: "StopSignal") -> bool:
+    """Whether nodes that stay can hold the workers; waits for them at most `wait_seconds`."""
+    from raytune_llama.train.cluster import POLL_SECONDS, find_shortage
+
+    start = time.monotonic()
+    while True:
+        draining = draining_nodes()
+        nodes = [node for node in ray.nodes() if node["NodeID"] not in draining]
+        shortage = find_shortage(nodes, scale.worker_resources, scale)
+        left = start + scale.wait_seconds - time.monotonic()
+        if shortage is None or not draining:
+            return True
+        if left <= 0:
+            logger.warning("stopping, as the nodes that stay are too few: %s", shortage)
+            return False
+        if stop.wait(min(POLL_SECONDS, left)):
+            return False
 
 
 def build_trainer(run: Launch, channel: Any) -> TorchTrainer:  # noqa: ANN401  # an actor
@@ -87,7 +164,7 @@ def build_trainer(run: Launch, channel: Any) -> TorchTrainer:  # noqa: ANN401  #
     scale = run.scale
     return TorchTrainer(
         train_worker,
-        train_loop_config={"config": run.config, "channel": channel},
+        train_loop_config={"config": run.config, "channel": channel, "fence": run.fence},
         torch_config=TorchConfig(
             backend="nccl" if scale.use_gpu else "gloo",
             timeout_s=int(scale.collective_timeout_seconds),
@@ -106,8 +183,12 @@ def build_trainer(run: Launch, channel: Any) -> TorchTrainer:  # noqa: ANN401  #
             storage_path=run.run_dir.key,
             storage_filesystem=run.run_dir.filesystem,
             failure_config=FailureConfig(
-                max_failures=scale.max_failures, controller_failure_limit=STARTUP_FAILURES
+                # Every group of workers asks the channel whether it may start.
+                max_failures=WITHOUT_LIMIT,
+                max_preemption_failures=WITHOUT_LIMIT,
+                controller_failure_limit=STARTUP_FAILURES,
             ),
+            callbacks=[FailureReport(channel)],
             worker_runtime_env={"env_vars": worker_environment(scale)},
         ),
     )
@@ -130,61 +211,3 @@ def worker_environment(scale: ScaleConfig) -> dict[str, str]:
         environment["GLOO_SOCKET_IFNAME"] = scale.network_interface
         environment["NCCL_SOCKET_IFNAME"] = scale.network_interface
     return environment
-
-
-def train_worker(job: dict[str, Any]) -> Outcome:
-    """Run the loop as one of Ray Train's workers; the process group is there already."""
-    import ray.train.torch
-    import torch
-
-    from raytune_llama.train.loop import train
-    from raytune_llama.train.workers import Workers
-
-    config: AnyTrainConfig = pickle.loads(job["config"])  # noqa: S301  # made by our own driver
-    device = ray.train.torch.get_device() if config.scale.use_gpu else torch.device("cpu")
-    workers = Workers.of_process_group(device)
-    torch.set_num_threads(config.scale.cpus_per_worker)
-    setup_logging()
-    if workers.is_first:
-        job["channel"].workers_started.remote(workers.world_size)
-    handler = WorkerHandler(job["channel"], workers.rank)
-    package = logging.getLogger("raytune_llama")
-    package.addHandler(handler)
-    try:
-        outcome = train(config, workers, StopRequest(job["channel"]))
-    except FloatingPointError as error:
-        # Every worker finds it, and would again: Ray is not to restart them.
-        logger.error("%s", error)  # noqa: TRY400  # the message says it all
-        return Outcome("diverged", 0, str(error))
-    except BaseException:
-        # Ray restarts the workers and shows an error only once it gives up.
-        logger.exception("failed")
-        raise
-    finally:
-        package.removeHandler(handler)
-    return outcome
-
-
-@contextlib.contextmanager
-def _signals(channel: Channel) -> Iterator[None]:
-    """Let SIGTERM save and stop the run; entered after Ray has set its own handler.
-
-    Ray's trainer lets SIGINT abort the run, and leaves that handler behind: Ctrl-C would then do
-    nothing in whatever the process does next.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # Python's signature
-        # Logging could wait for a lock that the interrupted code holds.
-        os.write(2, b"SIGTERM: saving a checkpoint after this step, then stopping\n")
-        channel.request_stop()
-
-    before = signal.signal(signal.SIGTERM, handle)
-    interrupt = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, interrupt)

@@ -304,7 +304,8 @@ def evaluate(session: Session, state: RunState, report: Report) -> RunState:
     if not session.evaluated:
         return state
     start = time.perf_counter()
-    values = evaluation_values(sum_evaluation(session, session.evaluated))
+    with session.workers.pulse.doing("evaluating"):
+        values = evaluation_values(sum_evaluation(session, session.evaluated))
     return report.evaluation(state, values, time.perf_counter() - start)
 
 
@@ -320,6 +321,7 @@ def sum_evaluation(session: Session, sources: Sequence[EvaluatedSource]) -> list
             rank=workers.rank,
             world_size=workers.world_size,
         ):
+            workers.pulse.enter("evaluating")
             loss_sum += session.engine.loss_sum(batch)
             num_targets += int((batch.labels_BT != IGNORE).sum())
         sums += [loss_sum, num_targets]

@@ -34,6 +34,7 @@ DATA_SHARE = "time/data_share"
 EVAL_SECONDS = "time/eval_seconds"
 CHECKPOINT_SECONDS = "time/checkpoint_seconds"
 PEAK_MEMORY = "memory/peak_gib"
+RESTARTS = "run/restarts"
 
 METRICS_FILE = "metrics.jsonl"
 

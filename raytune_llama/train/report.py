@@ -64,6 +64,8 @@ class Report:
         if self._workers.is_first:
             self._open_files(self._config.run_place, self._resumed_step)
             logger.info("%s", self._opening_line())
+            if self._workers.restarts:
+                self._write(self._resumed_step, {metrics.RESTARTS: self._workers.restarts})
         return self
 
     def __exit__(
@@ -72,6 +74,7 @@ class Report:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._workers.pulse.enter("finishing")
         if self._log is not None:
             self._log.close()
         if self._incidents is not None:
@@ -127,6 +130,7 @@ class Report:
             total: what the step takes over all workers.
             rate: learning rate of the step.
         """
+        self._workers.pulse.take_step(batch.step + 1)
         seconds = self._lap_seconds()
         num_targets, is_bad = total.num_targets, result.is_bad
         state = replace(
@@ -276,7 +280,8 @@ class Report:
         if self._log is not None:
             # A run that goes on from the checkpoint keeps the records up to it.
             self._log.sync()
-        yield
+        with self._workers.pulse.doing("saving"):
+            yield
         self._write(step, {metrics.CHECKPOINT_SECONDS: self._lap_seconds()})
 
     def _write(self, step: int, values: dict[str, float]) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, cast
 from pydantic import Field, model_validator
 
 from raytune_llama.config import ConfigError, settings
+from raytune_llama.train.watch import WatchConfig
 
 
 @settings
@@ -69,8 +70,12 @@ class ScaleConfig:
     """How long an autoscaling cluster may take to bring the nodes; 0: refuse at once what the
     cluster does not have."""
 
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    """Restarts of the workers from the newest checkpoint before the run gives up."""
+    max_failures: Annotated[int, Field(ge=1)] = 3
+    """Failures in a row at which the run gives up, without a new checkpoint in between; with
+    progress, workers are restarted without limit. 1: at the first."""
+
+    watch: WatchConfig | None = WatchConfig()
+    """Finds and replaces workers that are alive but do not get on; null: does not."""
 
     collective_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     """A worker that waits longer for the others fails, and the workers are restarted."""

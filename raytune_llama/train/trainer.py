@@ -15,6 +15,7 @@ from raytune_llama.train.cluster import check_nodes, in_submitted_job, wait_for_
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.export import read_result, result_path
 from raytune_llama.train.launch import Launch, launch
+from raytune_llama.train.lease import Fence, Lease
 from raytune_llama.train.loop import build_evaluation, build_sources, plan_run
 from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS, read_metrics
 from raytune_llama.train.plot import write_plot
@@ -65,7 +66,8 @@ def run_training(config: AnyTrainConfig) -> Summary:
         ConfigError: the config, its files or the cluster do not allow the run; found before any
             training worker starts.
         FloatingPointError: the loss or another number of the run is no longer finite.
-        ray.train.TrainingFailedError: the workers failed more often than `scale.max_failures`.
+        GaveUpError: the workers failed `scale.max_failures` times without a new checkpoint.
+        RefusedError: data or files, as the workers found them, do not allow it.
     """
     config = resolve_places(config, in_job=in_submitted_job())
     check_run(config)
@@ -74,18 +76,23 @@ def run_training(config: AnyTrainConfig) -> Summary:
     if result is not None:
         return _summary(config, "already finished", result["step"])
 
-    with connected():
+    with Lease(config.run_place) as lease, connected():
         wait_for_resources(config.scale)
         store = prepare_data(config.encoded_data, Path(config.model.tokenizer_path))
         check_nodes(config)
-        outcome = launch(prepare_run(config, store))
-        assert outcome.status != "diverged", "it raises"
-    write_plot(config.run_place)
+        outcome = launch(prepare_run(config, store, lease.confirm()))
+        assert outcome.status != "ended", "it raises"
+        write_plot(config.run_place)
     return _summary(config, outcome.status, outcome.step)
 
 
-def prepare_run(config: AnyTrainConfig, store: TokenStore) -> Launch:
+def prepare_run(config: AnyTrainConfig, store: TokenStore, fence: Fence) -> Launch:
     """Check a run on its token store, and write down in its directory whose it is.
+
+    Args:
+        config: of the run, with absolute paths.
+        store: that it trains on.
+        fence: what allows to write in its directory, or in that of its sweep.
 
     Raises:
         ConfigError: the store does not allow the run, or the directory is another run's.
@@ -94,7 +101,7 @@ def prepare_run(config: AnyTrainConfig, store: TokenStore) -> Launch:
     known = {**identify(config), "store": store.fingerprint}
     check_identity(config.run_place, known)
     write_identity(config, known)
-    return Launch.of(config)
+    return Launch.of(config, fence)
 
 
 def _check_plan(config: AnyTrainConfig, store: TokenStore) -> None:

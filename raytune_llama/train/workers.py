@@ -1,12 +1,15 @@
 """The group of workers that train together, as one worker sees it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from raytune_llama.train.lease import Fence
+from raytune_llama.train.pulse import Pulse
 
 T = TypeVar("T")
 
@@ -31,6 +34,15 @@ class Workers:
 
     device: torch.device
     """Where this worker computes."""
+
+    restarts: int = 0
+    """How often workers have been started before, under the run's driver."""
+
+    fence: Fence | None = None
+    """What allows to publish in the run directory; None where nobody else could."""
+
+    pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
+    """What this worker is doing."""
 
     @classmethod
     def alone(cls, device: torch.device | None = None) -> Self:

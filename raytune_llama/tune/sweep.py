@@ -26,6 +26,7 @@ from raytune_llama.train.cluster import (
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.export import read_result
 from raytune_llama.train.launch import Launch
+from raytune_llama.train.lease import Fence, Lease
 from raytune_llama.train.loop import build_evaluation
 from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS
 from raytune_llama.train.preflight import (
@@ -91,11 +92,13 @@ def run_sweep(sweep: SweepConfig) -> SweepSummary:
     check_identity(sweep.place, known, field="sweep_dir")
     journal = Journal(sweep.place)
     if count_left(sweep, journal):
-        with connected():
+        # Of the sweep's directory, in which its trials have theirs.
+        with Lease(sweep.place) as lease, connected():
             store = _prepare(sweep, base)
+            fence = lease.confirm()
             (sweep.place / IDENTITY).write_json(known)
             (sweep.place / RESOLVED_CONFIG).write_bytes(to_yaml(sweep).encode())
-            _run_trials(sweep, base, journal, store)
+            _run_trials(sweep, base, journal, store, fence)
     return _sum_up(sweep, base, journal)
 
 
@@ -188,7 +191,7 @@ def _prepare(sweep: SweepConfig, base: AnyTrainConfig) -> TokenStore:
 
 
 def _run_trials(
-    sweep: SweepConfig, base: AnyTrainConfig, journal: Journal, store: TokenStore
+    sweep: SweepConfig, base: AnyTrainConfig, journal: Journal, store: TokenStore, fence: Fence
 ) -> None:
     """Let Tune run what is left, until all trials have ended or it is interrupted."""
 
@@ -197,7 +200,7 @@ def _run_trials(
         # A sample may name paths too.
         config = resolve_places(config, in_job=in_submitted_job())
         check_run(config)
-        return None if read_result(config) is not None else prepare_run(config, store)
+        return None if read_result(config) is not None else prepare_run(config, store, fence)
 
     num_left = count_left(sweep, journal)
     # An elastic trial takes what there is, up to its most; one that fits with fewer runs alone.

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ray.train import TrainingFailedError
-
 from raytune_llama.logs import setup_logging
 from raytune_llama.storage import Place
 from raytune_llama.train.launch import Launch, launch
 from raytune_llama.train.metrics import EVAL_LOSS, EVAL_SECONDS, STEP_SECONDS, read_metrics
+from raytune_llama.train.outcome import GaveUpError
 from raytune_llama.tune.journal import State, trial_dir
 
 logger = logging.getLogger(__name__)
@@ -133,10 +132,10 @@ def build_trainable(
                 }
         except FloatingPointError as error:
             yield {**last, "state": "diverged", "cause": str(error)}
-        except (ValueError, TrainingFailedError) as error:
-            # Another attempt would end alike; Ray Train has tried as often as it was allowed to.
+        except (ValueError, GaveUpError) as error:
+            # Another attempt would end alike; or there were as many as are allowed.
             logger.exception("failed")
-            yield {**last, "state": "failed", "cause": _cause(error)}
+            yield {**last, "state": "failed", "cause": str(error)}
 
     return run_trial
 
@@ -171,11 +170,3 @@ def follow(
             yield found[-1], "finished"
             return
         run.join(POLL_SECONDS)
-
-
-def _cause(error: Exception) -> str:
-    """Return what a failure is, shortly: the innermost cause, without its traceback."""
-    while isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if isinstance(error, TrainingFailedError) and lines else str(error)

@@ -42,27 +42,37 @@ def make_job(tmp_path: Path, job_inputs: Path) -> MakeJob:
     """Build the config of a job of eight steps on two workers; keywords replace its fields."""
 
     def make(name: str = "run", **fields: Any) -> PretrainConfig:  # noqa: ANN401
-        values: dict[str, Any] = {
-            "run_dir": str(tmp_path / name),
-            "model": {"path": str(job_inputs / "model")},
-            "data": {
-                "sources": [{"path": str(job_inputs / "corpus")}],
-                "store_dir": str(tmp_path / "store"),
-                "validation_fraction": 0.1,
-            },
-            "lora": {"rank": 4, "dropout": 0.1, "modules_to_save": ["embed_tokens"]},
-            "batch": {"sequence_tokens": 24, "sequences_per_step": 4, "micro_batch_sequences": 2},
-            "optim": {"learning_rate": 0.01},
-            "engine": {"precision": "fp32", "zero_stage": 2},
-            "scale": {"num_workers": 2},
-            "checkpoint": {"every_steps": 2},
-            "eval": {"every_steps": 4, "max_sequences": 8},
-            "logging": {"tensorboard": False, "every_steps": 1},
-            "max_steps": 8,
-        }
-        return build_config(values, fields)
+        return build_job(tmp_path / name, tmp_path / "store", job_inputs, **fields)
 
     return make
+
+
+def build_job(
+    run_dir: Path,
+    store_dir: Path,
+    inputs: Path,
+    **fields: Any,  # noqa: ANN401
+) -> PretrainConfig:
+    """Build the config of a job; keywords replace its fields by paths such as `lora__rank`."""
+    values: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "model": {"path": str(inputs / "model")},
+        "data": {
+            "sources": [{"path": str(inputs / "corpus")}],
+            "store_dir": str(store_dir),
+            "validation_fraction": 0.1,
+        },
+        "lora": {"rank": 4, "dropout": 0.1, "modules_to_save": ["embed_tokens"]},
+        "batch": {"sequence_tokens": 24, "sequences_per_step": 4, "micro_batch_sequences": 2},
+        "optim": {"learning_rate": 0.01},
+        "engine": {"precision": "fp32", "zero_stage": 2},
+        "scale": {"num_workers": 2},
+        "checkpoint": {"every_steps": 2},
+        "eval": {"every_steps": 4, "max_sequences": 8},
+        "logging": {"tensorboard": False, "every_steps": 1},
+        "max_steps": 8,
+    }
+    return build_config(values, fields)
 
 
 def start_job(config: PretrainConfig, log: Path) -> subprocess.Popen[bytes]:

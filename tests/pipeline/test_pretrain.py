@@ -1,4 +1,4 @@
-"""The whole job on Ray: from text to an adapter, refused early, killed, stopped, submitted."""
+"""The whole job on Ray: from text to an adapter, refused early, submitted."""
 
 import os
 import signal
@@ -11,15 +11,12 @@ from typing import Any
 import pytest
 
 from raytune_llama.config import ConfigError, override, write_yaml
-from raytune_llama.files import sha256_file
 from raytune_llama.train.trainer import run_training
 from tests.pipeline.conftest import (
     ROOT,
     MakeJob,
     losses,
     own_cluster,
-    start_job,
-    wait_for_step,
 )
 
 ADAPTER = "pt_lora_model/adapter_model.safetensors"
@@ -98,44 +95,6 @@ def test_job_without_arguments_and_demo_says_how_to_make_it(tmp_path: Path) -> N
     )
     assert done.returncode == 2
     assert "python jobs/prepare_demo.py" in done.stderr
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_job_killed_with_kill_9_and_run_again_equals_the_undisturbed_run(
-    make_job: MakeJob, tmp_path: Path
-) -> None:
-    # Workers outlive their driver by some seconds: so many steps that they cannot end the run.
-    fields = {"max_steps": 400, "checkpoint__every_steps": 25, "eval__every_steps": 200}
-    whole, killed = make_job("whole", **fields), make_job("killed", **fields)
-    assert run_training(whole).status == "finished"
-    process = start_job(killed, tmp_path / "killed.log")
-    wait_for_step(killed, 60, process)
-    process.kill()
-    process.wait()
-    assert start_job(killed, tmp_path / "again.log").wait() == 0
-    assert "resumed from" in (tmp_path / "again.log").read_text()
-    assert losses(killed) == losses(whole)
-    hashes = [sha256_file(Path(config.run_dir) / ADAPTER) for config in (whole, killed)]
-    assert hashes[0] == hashes[1]
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_job_on_sigterm_saves_exits_75_and_goes_on(make_job: MakeJob, tmp_path: Path) -> None:
-    # Long enough that the signal always finds it training, and no checkpoint but the asked one.
-    config = make_job(max_steps=3000, checkpoint__every_steps=5000, checkpoint__keep_best=False)
-    process = start_job(config, tmp_path / "job.log")
-    wait_for_step(config, 3, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 75
-    (saved,) = (Path(config.run_dir) / "checkpoints").iterdir()
-    assert int(saved.name.removeprefix("step-")) == max(losses(config))
-    process = start_job(config, tmp_path / "again.log")
-    wait_for_step(config, int(max(losses(config))) + 1, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 75
-    assert "resumed from" in (tmp_path / "again.log").read_text()
 
 
 @pytest.mark.slow

@@ -1,0 +1,154 @@
+"""Promise: a worker that dies or hangs is replaced, and the run is the undisturbed one."""
+
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.metrics import RESTARTS, read_metrics
+from raytune_llama.train.outcome import GaveUpError, RefusedError
+from raytune_llama.train.trainer import run_training
+from tests.chaos.conftest import (
+    ADAPTER,
+    MakeRun,
+    assert_equal_runs,
+    at_step,
+    end,
+    pids_of,
+    worker_pids,
+)
+from tests.pipeline.conftest import losses
+
+WATCH = {"min_seconds": 12.0, "factor": 20.0, "slow_seconds": 300.0}
+
+
+def restarts(config: PretrainConfig) -> list[float]:
+    return [record[RESTARTS] for record in read_metrics(config.run_place) if RESTARTS in record]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_worker_that_is_killed_or_stopped_is_replaced_and_nothing_is_lost(
+    make_run: MakeRun, whole: PretrainConfig, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    config = make_run(scale__watch=WATCH)
+    struck: list[int] = []
+
+    def strike() -> None:
+        struck.append(worker_pids()[-1])
+        os.kill(struck[0], number)
+
+    try:
+        with caplog.at_level(logging.ERROR), at_step(config, 60, strike):
+            assert run_training(config).status == "finished"
+    finally:
+        end(struck)
+    assert_equal_runs(config, whole)
+    assert restarts(config) == [1]
+    if number == signal.SIGSTOP:
+        found = [r for r in caplog.records if r.name == "raytune_llama.train.guard"]
+        assert f"process {struck[0]} on" in found[0].getMessage()
+
+
+def spoil_store(config: PretrainConfig) -> None:
+    """Write ids that the model does not have, where the second half of the tokens is."""
+    (shard,) = Path(config.data.store_dir).glob("train-*.arrow")
+    size = shard.stat().st_size
+    with shard.open("r+b") as file:
+        file.seek(size // 3)
+        file.write(b"\xff" * (size // 3))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_bug_that_comes_back_at_one_step_ends_the_run_after_three_failures(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    # A store of its own, since it is spoilt.
+    config = make_run(data__store_dir=str(tmp_path / "store"))
+    with (
+        at_step(config, 30, lambda: spoil_store(config)),
+        pytest.raises(GaveUpError) as caught,
+    ):
+        run_training(config)
+    message = str(caught.value)
+    assert "3 times in a row" in message
+    assert message.count("IndexError") >= 3
+    assert not (Path(config.run_dir) / ADAPTER).exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_file_that_is_missing_ends_the_run_at_once_and_is_named(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    # A store of its own, since it is spoilt.
+    config = make_run(data__store_dir=str(tmp_path / "store"))
+
+    def strike() -> None:
+        (tmp_path / "store" / "manifest.json").unlink()
+        os.kill(worker_pids()[0], signal.SIGKILL)
+
+    with at_step(config, 30, strike), pytest.raises(RefusedError, match="store"):
+        run_training(config)
+    # The start that found it was the last one.
+    assert restarts(config) == []
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_controller_of_ray_that_hangs_is_replaced(make_run: MakeRun, whole: PretrainConfig) -> None:
+    config = make_run(scale__watch={**WATCH, "slow_seconds": 90.0})
+    stopped: list[int] = []
+
+    def strike() -> None:
+        stopped.extend(pids_of("TrainController"))
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+
+    try:
+        with at_step(config, 30, strike):
+            # The workers end the run, and nobody is there to say so.
+            assert run_training(config).status == "finished"
+    finally:
+        end(stopped)
+    assert len(stopped) == 1
+    assert_equal_runs(config, whole)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_run_that_fails_ever_again_but_gets_on_is_finished(
+    make_run: MakeRun, whole: PretrainConfig
+) -> None:
+    config = make_run(scale__max_failures=2)
+    kills = []
+
+    def strike() -> None:
+        kills.append(os.kill(worker_pids()[0], signal.SIGKILL))
+
+    # More often than two in a row would be allowed.
+    steps = iter((60, 120, 180))
+
+    def strike_again_and_again() -> None:
+        strike()
+        for step in steps:
+            done: dict[Any, Any] = {}
+            while max(done, default=0) < step + 30:
+                done = losses(config)
+            strike()
+
+    with at_step(config, 30, strike_again_and_again):
+        assert run_training(config).status == "finished"
+    assert len(kills) == 4
+    assert_equal_runs(config, whole)
+    assert restarts(config)[-1] == 4
