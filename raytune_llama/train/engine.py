@@ -9,7 +9,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -48,13 +48,38 @@ class StepResult:
     """Factor that kept half-precision gradients in range; 1 without one."""
 
 
+Part = Literal["weight", "exp_avg", "exp_avg_sq"]
+"""What AdamW knows of every number that it changes."""
+
+PARTS: tuple[Part, ...] = ("weight", "exp_avg", "exp_avg_sq")
+
+ReadPart = Callable[[Part, str, int, int], Tensor]
+"""Returns numbers [start, stop) of a part of a parameter: flat, float32, on the CPU, a copy."""
+
+
 @dataclass(frozen=True)
-class ParameterState:
-    """All that AdamW knows of one parameter: whole tensors, float32, on the CPU."""
+class StateSlice:
+    """A stretch of one parameter, in the flat order of the whole tensor; float32, on any device."""
+
+    name: str
+    """Of the parameter."""
+
+    start: int
+    """Number of the stretch's first element in the whole."""
 
     weight: Tensor
+    """Flat."""
+
     exp_avg: Tensor
+    """AdamW's mean of gradients, as long."""
+
     exp_avg_sq: Tensor
+    """AdamW's mean of squared gradients, as long."""
+
+    @property
+    def stop(self) -> int:
+        """Number of the first element behind the stretch."""
+        return self.start + self.weight.numel()
 
 
 class Engine(Protocol):
@@ -83,12 +108,19 @@ class Engine(Protocol):
         """Return the summed loss of a batch in nats, dropout off; collective."""
         ...
 
-    def trainable_state(self) -> Iterator[tuple[str, ParameterState]]:
-        """Yield the state of every trained parameter by name, in one order; collective."""
+    def trainable_state(self) -> Iterator[StateSlice]:
+        """Yield what this worker saves; the workers' slices are each trained parameter once.
+
+        They share the engine's memory, and change with the next step. Nothing is exchanged.
+        """
         ...
 
-    def load_trainable_state(self, read: Callable[[str], ParameterState]) -> None:
-        """Set the state of every trained parameter; collective."""
+    def load_trainable_state(self, read: ReadPart) -> None:
+        """Set the state of every trained parameter; a worker reads what it holds; collective."""
+        ...
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every trained parameter by name, whole, float32, on the CPU; collective."""
         ...
 
     def scalar_state(self) -> dict[str, float]:
@@ -107,6 +139,32 @@ class Engine(Protocol):
 def trained_parameters(module: SummedLoss) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters that are trained, by their name in the wrapped model."""
     return [(name, p) for name, p in module.model.named_parameters() if p.requires_grad]
+
+
+def trained_shapes(module: SummedLoss) -> dict[str, list[int]]:
+    """Return the shapes of the whole parameters that are trained, by name."""
+    # ZeRO 3 leaves the whole shape in an attribute.
+    return {
+        name: list(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in trained_parameters(module)
+    }
+
+
+def even_ranges(sizes: Sequence[int], rank: int, world_size: int) -> list[tuple[int, int]]:
+    """Lay tensors end to end, cut the row into equal stretches, one a worker.
+
+    Returns:
+        Of each tensor the numbers [start, stop) that are in this worker's stretch.
+    """
+    total = sum(sizes)
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    ranges: list[tuple[int, int]] = []
+    position = 0
+    for size in sizes:
+        start, stop = (min(max(edge - position, 0), size) for edge in (first, last))
+        ranges.append((start, stop))
+        position += size
+    return ranges
 
 
 @contextlib.contextmanager
@@ -252,37 +310,56 @@ class DataParallelEngine:
         """Return the summed loss of a batch; see `Engine`."""
         return evaluate_batch(self.module, self.module, batch, self._workers.device)
 
-    def trainable_state(self) -> Iterator[tuple[str, ParameterState]]:
-        """Yield the state of every trained parameter; see `Engine`."""
-        for name, weight, master in zip(self._names, self._weights, self._masters, strict=True):
+    def trainable_state(self) -> Iterator[StateSlice]:
+        """Yield what this worker saves; see `Engine`."""
+        kept = self._kept_ranges()
+        for name, weight, master, (start, stop) in zip(
+            self._names, self._weights, self._masters, kept, strict=True
+        ):
+            if start == stop:
+                continue
             moments = self._optimizer.state.get(master) or {}
-            parts = [master.detach()]
-            parts += [
-                moments[key] if moments else torch.zeros_like(master)
-                for key in ("exp_avg", "exp_avg_sq")
+            parts = [
+                moments[part] if moments else torch.zeros_like(master)
+                for part in ("exp_avg", "exp_avg_sq")
             ]
-            yield name, ParameterState(*(self._whole(part, weight) for part in parts))
+            first = self._first_held(weight)
+            mine = [
+                part.reshape(-1)[start - first : stop - first] for part in (master.detach(), *parts)
+            ]
+            yield StateSlice(name, start, *mine)
 
-    def _whole(self, part: Tensor, weight: nn.Parameter) -> Tensor:  # noqa: ARG002  # for others
-        """Return all of a tensor of which this worker holds what it holds of a weight; a copy."""
-        return part.cpu()
+    def _kept_ranges(self) -> list[tuple[int, int]]:
+        """Return the numbers of each parameter that this worker saves."""
+        sizes = [master.numel() for master in self._masters]
+        return even_ranges(sizes, self._workers.rank, self._workers.world_size)
 
-    def _part(self, whole: Tensor, weight: nn.Parameter) -> Tensor:  # noqa: ARG002  # for others
-        """Return what this worker holds of a whole tensor."""
-        return whole
+    def _first_held(self, weight: nn.Parameter) -> int:  # noqa: ARG002  # for others
+        """Return where in the whole parameter begins what this worker holds of it."""
+        return 0
 
     @torch.no_grad()
-    def load_trainable_state(self, read: Callable[[str], ParameterState]) -> None:
+    def load_trainable_state(self, read: ReadPart) -> None:
         """Set the state of every trained parameter; see `Engine`."""
         for name, weight, master in zip(self._names, self._weights, self._masters, strict=True):
-            state = read(name)
-            master.copy_(self._part(state.weight, weight))
+            start = self._first_held(weight)
+            stop = start + master.numel()
+            held = {part: read(part, name, start, stop).view_as(master) for part in PARTS}
+            master.copy_(held.pop("weight"))
             self._optimizer.state[master] = {
                 "step": torch.tensor(0.0, device=master.device),
-                "exp_avg": self._part(state.exp_avg, weight).to(master.device, copy=True),
-                "exp_avg_sq": self._part(state.exp_avg_sq, weight).to(master.device, copy=True),
+                **{part: moment.to(master.device) for part, moment in held.items()},
             }
         self._write_weights()
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every trained parameter; see `Engine`."""
+        for name, weight, master in zip(self._names, self._weights, self._masters, strict=True):
+            yield name, self._whole(master.detach(), weight)
+
+    def _whole(self, part: Tensor, weight: nn.Parameter) -> Tensor:  # noqa: ARG002  # for others
+        """Return all of a tensor of which this worker holds what it holds of a weight."""
+        return part.cpu()
 
     def scalar_state(self) -> dict[str, float]:
         """Return the applied steps and the loss scaler; see `Engine`."""

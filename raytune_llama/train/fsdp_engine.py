@@ -135,11 +135,18 @@ class FullyShardedEngine(DataParallelEngine):
         )
         return whole.full_tensor().cpu()
 
-    def _part(self, whole: Tensor, weight: nn.Parameter) -> Tensor:  # noqa: ARG002  # cut alike
-        # As FSDP cuts: pieces of one size, the last ones smaller or empty.
-        parts = whole.chunk(self._workers.world_size)
-        rank = self._workers.rank
-        return parts[rank] if rank < len(parts) else whole[:0]
+    def _kept_ranges(self) -> list[tuple[int, int]]:
+        firsts = [self._first_held(weight) for weight in self._weights]
+        return [
+            (first, first + master.numel())
+            for first, master in zip(firsts, self._masters, strict=True)
+        ]
+
+    def _first_held(self, weight: nn.Parameter) -> int:
+        # As FSDP cuts: pieces of so many rows, the last ones smaller or empty.
+        num_rows = weight.shape[0]
+        piece = math.ceil(num_rows / self._workers.world_size)
+        return min(self._workers.rank * piece, num_rows) * (weight.numel() // num_rows)
 
 
 def _local(tensor: Tensor) -> Tensor:

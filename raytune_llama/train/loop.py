@@ -24,12 +24,7 @@ from raytune_llama.model.lora import LoraConfig, attach_adapter, load_adapter
 from raytune_llama.model.loss import IGNORE
 from raytune_llama.model.pissa import start_from
 from raytune_llama.model.vocab import new_ids
-from raytune_llama.train.checkpoint import (
-    RunState,
-    delete_old_checkpoints,
-    restore,
-    save_checkpoint,
-)
+from raytune_llama.train.checkpoint import RunState
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.engine import DataParallelEngine, Engine, StepResult
 from raytune_llama.train.export import write_result
@@ -39,6 +34,8 @@ from raytune_llama.train.metrics import EvaluatedText, evaluation_values
 from raytune_llama.train.outcome import Outcome
 from raytune_llama.train.proofs import prove
 from raytune_llama.train.report import Report
+from raytune_llama.train.restoring import restore
+from raytune_llama.train.saving import Saver
 from raytune_llama.train.scale import EvalConfig
 from raytune_llama.train.schedule import rate_factor
 from raytune_llama.train.untrained import modules_to_save
@@ -76,7 +73,10 @@ def train(config: AnyTrainConfig, workers: Workers, stop_requested: Callable[[],
     )
     state = restore(config.run_place, session.engine, workers)
 
-    with Report(config, session.plan, session.engine.module, state, workers) as report:
+    with (
+        Report(config, session.plan, session.engine.module, state, workers) as report,
+        Saver(config.run_place, config.checkpoint, session.engine, workers, report) as saver,
+    ):
         if state.step == 0:
             state = evaluate(session, state, report)
         for batch in report.timed(read_batches(session, state.step)):
@@ -84,14 +84,14 @@ def train(config: AnyTrainConfig, workers: Workers, stop_requested: Callable[[],
                 break
             total, stop = sum_step(batch, stop_requested, workers)
             if stop:
-                save(session, state, report)
+                saver.save(state)
                 return Outcome("stopped", state.step)
             result, rate = take_step(session, batch, total.num_targets)
             state = report.step(state, batch, result, total, rate)
             if is_due(state.step, config.eval.every_steps, session.last_step):
                 state = evaluate(session, state, report)
             if wants_checkpoint(state, config, session.last_step):
-                save(session, state, report)
+                saver.save(state)
 
     last, state = state, choose_result(session, state)
     mixture = sum_up_mixture(session, state)
@@ -288,14 +288,6 @@ def sum_evaluation(session: Session, sources: Sequence[EvaluatedSource]) -> list
 def sum_up_mixture(session: Session, state: RunState) -> dict[str, dict[str, Any]]:
     """Return what the run has seen of each source, by name."""
     return mixture_record(session.sources, state.source_sequences, state.source_targets)
-
-
-def save(session: Session, state: RunState, report: Report) -> None:
-    """Write a checkpoint and delete those that are not kept any more."""
-    run_dir = session.config.run_place
-    with report.saving(state.step):
-        save_checkpoint(run_dir, state, session.engine, session.workers)
-        delete_old_checkpoints(run_dir, session.config.checkpoint, state, session.workers)
 
 
 def wants_checkpoint(state: RunState, config: AnyTrainConfig, last_step: int) -> bool:

@@ -2,6 +2,8 @@
 
 import os
 import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
@@ -27,14 +29,15 @@ def _serve(
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     workers = Workers.of_process_group(torch.device("cpu"))
     while (job := jobs.get()) is not None:
-        kind, settings, stop_after = job
+        kind, settings, stop_after, around = job
         steps = iter(range(10**9))
 
         def stop_requested(steps: Any = steps, stop_after: int | None = stop_after) -> bool:  # noqa: ANN401
             return next(steps) == stop_after
 
         try:
-            train(from_dict(kind, settings), workers, stop_requested)
+            with around(rank):
+                train(from_dict(kind, settings), workers, stop_requested)
             answers.put(None)
         except BaseException:  # noqa: BLE001 - every failure is the test's to show
             answers.put(traceback.format_exc())
@@ -64,12 +67,24 @@ class Group:
         for process in self._processes:
             process.start()
 
-    def run(self, config: AnyTrainConfig, *, stop_after: int | None = None) -> None:
-        """Train on all processes; raise what any of them raised first."""
+    def run(
+        self,
+        config: AnyTrainConfig,
+        *,
+        stop_after: int | None = None,
+        around: Callable[[int], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Train on all processes; raise what any of them raised first.
+
+        Args:
+            config: of the run.
+            stop_after: ask it to stop after so many steps.
+            around: gives each process, by its rank, a block around the run; a function of a module.
+        """
         if not self._processes:
             self._start()
         for jobs in self._jobs:
-            jobs.put((type(config), to_dict(config), stop_after))
+            jobs.put((type(config), to_dict(config), stop_after, around))
         for _ in self._jobs:
             try:
                 problem = self._answers.get(timeout=TIMEOUT_SECONDS)
