@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -36,7 +36,6 @@ from raytune_llama.train.checkpoint import (
     unfinished_place,
 )
 from raytune_llama.train.engine import PARTS, Engine, StateSlice, trained_shapes
-from raytune_llama.train.report import Report
 from raytune_llama.train.slices import join_parts, write_slices
 from raytune_llama.train.workers import Workers
 from raytune_llama.transfers import is_published
@@ -77,6 +76,18 @@ class _Attempt:
     """On the first worker, that all is."""
 
 
+class SaveLog(Protocol):
+    """Who is told what saving takes."""
+
+    def saving(self) -> contextlib.AbstractContextManager[None]:
+        """Surround the time in which training stands still."""
+        ...
+
+    def saved(self, result: SaveResult) -> None:
+        """Learn what became of a checkpoint; every worker does."""
+        ...
+
+
 class Saver(contextlib.AbstractContextManager["Saver"]):
     """Takes checkpoints of a run; every worker has one and calls the same methods."""
 
@@ -86,7 +97,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         config: CheckpointConfig,
         engine: Engine,
         workers: Workers,
-        report: Report,
+        report: SaveLog,
     ) -> None:
         self._run_dir, self._config = run_dir, config
         self._engine, self._workers, self._report = engine, workers, report

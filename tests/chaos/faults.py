@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Never
+from typing import Any, BinaryIO, Never, Self
 
 import pytest
 
@@ -101,7 +101,7 @@ class _WatchedFile:
     def fileno(self) -> int:
         return self._file.fileno()
 
-    def __enter__(self) -> "_WatchedFile":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,6 +4,7 @@ import os
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
@@ -21,6 +22,9 @@ from raytune_llama.train.workers import Workers
 TIMEOUT_SECONDS = 300
 
 
+Job = Callable[[Workers], None]
+
+
 def _serve(
     rank: int, world_size: int, store: str, jobs: "Queue[Any]", answers: "Queue[Any]"
 ) -> None:
@@ -29,19 +33,24 @@ def _serve(
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     workers = Workers.of_process_group(torch.device("cpu"))
     while (job := jobs.get()) is not None:
-        kind, settings, stop_after, around = job
-        steps = iter(range(10**9))
-
-        def stop_requested(steps: Any = steps, stop_after: int | None = stop_after) -> bool:  # noqa: ANN401
-            return next(steps) == stop_after
-
         try:
-            with around(rank):
-                train(from_dict(kind, settings), workers, stop_requested)
+            job(workers)
             answers.put(None)
         except BaseException:  # noqa: BLE001 - every failure is the test's to show
             answers.put(traceback.format_exc())
     dist.destroy_process_group()
+
+
+def _train(
+    kind: type[AnyTrainConfig],
+    settings: dict[str, Any],
+    stop_after: int | None,
+    around: Callable[[int], AbstractContextManager[None]],
+    workers: Workers,
+) -> None:
+    steps = iter(range(10**9))
+    with around(workers.rank):
+        train(from_dict(kind, settings), workers, lambda: next(steps) == stop_after)
 
 
 class Group:
@@ -81,10 +90,14 @@ class Group:
             stop_after: ask it to stop after so many steps.
             around: gives each process, by its rank, a block around the run; a function of a module.
         """
+        self.call(partial(_train, type(config), to_dict(config), stop_after, around))
+
+    def call(self, job: Job) -> None:
+        """Run a job on all processes: something that can be pickled, and takes the workers."""
         if not self._processes:
             self._start()
         for jobs in self._jobs:
-            jobs.put((type(config), to_dict(config), stop_after, around))
+            jobs.put(job)
         for _ in self._jobs:
             try:
                 problem = self._answers.get(timeout=TIMEOUT_SECONDS)

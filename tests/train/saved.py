@@ -1,5 +1,6 @@
 """Looking into checkpoints, and taking one without a run."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -9,11 +10,10 @@ from torch import Tensor
 
 from raytune_llama.config import from_dict
 from raytune_llama.storage import Place
-from raytune_llama.train.checkpoint import MANIFEST, CheckpointConfig, RunState
+from raytune_llama.train.checkpoint import MANIFEST, CheckpointConfig, RunState, SaveResult
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engine import PARTS, Engine, StateSlice
 from raytune_llama.train.loop import Session, open_session, read_batches, take_step
-from raytune_llama.train.report import Report
 from raytune_llama.train.saving import Saver
 from raytune_llama.train.slices import SliceReader
 from raytune_llama.train.workers import Workers
@@ -30,6 +30,16 @@ class WholeState:
     exp_avg_sq: Tensor
 
 
+class NoLog:
+    """Is told what saving takes, and forgets it."""
+
+    def saving(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def saved(self, result: SaveResult) -> None:
+        pass
+
+
 def build(config: PretrainConfig, num_steps: int = 0) -> Session:
     """Open a run alone and take its first steps."""
     session = open_session(config, ALONE)
@@ -41,10 +51,9 @@ def build(config: PretrainConfig, num_steps: int = 0) -> Session:
 
 
 def open_saver(session: Session, run_dir: Place, **fields: object) -> Saver:
-    """Return what saves a run alone; it reports to nobody."""
-    report = Report(session.config, session.plan, session.engine.module, RunState(), ALONE)
+    """Return what saves a run alone."""
     config = from_dict(CheckpointConfig, fields)
-    return Saver(run_dir, config, session.engine, ALONE, report)
+    return Saver(run_dir, config, session.engine, ALONE, NoLog())
 
 
 def save(session: Session, run_dir: Place, state: RunState, **fields: object) -> None:
@@ -95,3 +104,23 @@ def weights_in(checkpoint: Place) -> dict[str, Tensor]:
             name: reader.read("weight", name, 0, prod(shape)).view(shape)
             for name, shape in shapes.items()
         }
+
+
+def assert_same_content(ours: Place, wanted: Place) -> None:
+    """Compare every number of two checkpoints on the disk, whoever has written them."""
+    manifests = [(place / MANIFEST).read_json() for place in (ours, wanted)]
+    for key in ("state", "scalars"):
+        assert manifests[0][key] == manifests[1][key]
+    shapes = [
+        {name: entry["shape"] for name, entry in manifest["tensors"].items()}
+        for manifest in manifests
+    ]
+    assert shapes[0] == shapes[1]
+    with (
+        SliceReader(ours, manifests[0], Path("unused")) as left,
+        SliceReader(wanted, manifests[1], Path("unused")) as right,
+    ):
+        for name, shape in shapes[0].items():
+            for part in PARTS:
+                numbers = (part, name, 0, prod(shape))
+                assert torch.equal(left.read(*numbers), right.read(*numbers)), f"{part} of {name}"

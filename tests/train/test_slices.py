@@ -9,7 +9,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from safetensors.torch import load_file
 
 from raytune_llama.storage import Place
@@ -56,9 +56,10 @@ def test_even_ranges_give_each_number_to_one_worker_and_as_many_to_each(
     assert max(counts) - min(counts) <= 1
 
 
+@settings(max_examples=25)  # each flushes its files to the disk
 @given(
     world_size=st.integers(1, 5),
-    file_bytes=st.integers(12, 1500),
+    file_bytes=st.integers(100, 1500),
     name=st.sampled_from(list(SHAPES)),
     edges=st.tuples(st.integers(0, 40), st.integers(0, 40)),
 )
