@@ -17,7 +17,7 @@ from raytune_llama.train.saving import Saver
 from raytune_llama.train.workers import Workers
 from tests.train.conftest import MakeConfig, curve, run_here, stage_fields
 from tests.train.group import Group
-from tests.train.saved import ALONE, NoLog, assert_same_content
+from tests.train.saved import ALONE, NoLog, assert_same_content, state_files
 
 LORA: dict[str, Any] = {"lora__dropout": 0.0, "batch__micro_batch_sequences": 1}
 FULL = {
@@ -125,3 +125,20 @@ def test_train_on_two_then_one_then_four_workers_and_back_keeps_the_losses(
         assert len(ours) == len(wanted) > 0
         assert ours == pytest.approx(wanted, rel=SAME)
     assert list_checkpoints(reference.run_place)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_restore_on_two_workers_sets_a_damaged_checkpoint_aside_whoever_reads_it(
+    make_config: MakeConfig, two: Group, number: int
+) -> None:
+    whole, config = make_config("whole"), make_config("parts")
+    two.run(whole)
+    two.run(config, stop_after=5)
+    newest = list_checkpoints(config.run_place)[-1]
+    file = state_files(newest)[number]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    two.run(config)
+    assert curve(config) == curve(whole)
+    assert newest.with_name(f"{newest.name}.damaged").exists()
