@@ -4,8 +4,10 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -43,12 +45,21 @@ class Saved:
 
 
 @pytest.fixture
-def saved(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Saved:
-    # Several files to a checkpoint.
-    monkeypatch.setattr(slices, "FILE_BYTES", 100_000)
-    session = build(make_config(), num_steps=1)
+def disk() -> Iterator[Path]:
+    """A folder in memory, where there is one: hundreds of flushes cost nothing there."""
+    memory = Path("/dev/shm")  # noqa: S108  # the folder in it has a name of its own
+    with TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def saved(make_config: MakeConfig, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Saved:
+    # Two files to a checkpoint, of few tensors each.
+    monkeypatch.setattr(slices, "FILE_BYTES", 4096)
+    config = make_config(lora__targets=["q_proj"], lora__modules_to_save=[])
+    session = build(config, num_steps=1)
     states = {1: state_of(session.engine)}
-    at_start = tmp_path / "at_start"
+    at_start = disk / "at_start"
     save(session, Place.local(at_start), RunState(step=1))
     batch = list(zip(range(2), read_batches(session, 0), strict=False))[1][1]
     take_step(session, batch, sum(batch.source_targets))
@@ -87,13 +98,11 @@ def assert_goes_on(saved: Saved, run_dir: Path) -> None:
     assert [folder.name for folder in (run_dir / "checkpoints").iterdir()] == ["step-00000003"]
 
 
-def test_save_that_fails_at_any_call_leaves_a_valid_checkpoint(
-    saved: Saved, tmp_path: Path
-) -> None:
-    names = count_calls(saved, tmp_path / "counted")
+def test_save_that_fails_at_any_call_leaves_a_valid_checkpoint(saved: Saved, disk: Path) -> None:
+    names = count_calls(saved, disk / "counted")
     loaded: list[int] = []
     for number in range(len(names)):
-        run_dir = saved.copy(tmp_path / f"run-{number}")
+        run_dir = saved.copy(disk / f"run-{number}")
         calls = Calls(run_dir, fail_at=number, fault=no_space)
         with calls.watched():
             try:
@@ -105,7 +114,7 @@ def test_save_that_fails_at_any_call_leaves_a_valid_checkpoint(
         saved.states[3] = saved.states[loaded[-1]]
         assert_goes_on(saved, run_dir)
         # Back to the state of step 2, whatever was loaded.
-        restore(Place.local(tmp_path / "counted"), saved.session.engine, ALONE)
+        restore(Place.local(disk / "counted"), saved.session.engine, ALONE)
         shutil.rmtree(run_dir)
     # Until the new one has its name the old one loads, and from then on the new one.
     assert loaded == sorted(loaded)
@@ -116,10 +125,13 @@ def save_and_die(saved: Saved, run_dir: Path, number: int) -> int:
     """Save in a child process that is killed at a call; return its exit status."""
     child = os.fork()
     if child == 0:
-        torch.set_num_threads(1)
-        with Calls(run_dir, fail_at=number, fault=die).watched():
-            saved.save(run_dir)
-        os._exit(0)
+        try:
+            torch.set_num_threads(1)
+            with Calls(run_dir, fail_at=number, fault=die).watched():
+                saved.save(run_dir)
+        finally:
+            # Never back into the tests, whatever happened.
+            os._exit(1)
     late = threading.Timer(DEADLINE_SECONDS, os.kill, (child, signal.SIGKILL))
     late.start()
     _, status = os.waitpid(child, 0)
@@ -128,17 +140,17 @@ def save_and_die(saved: Saved, run_dir: Path, number: int) -> int:
 
 
 def test_save_that_is_killed_at_any_call_leaves_a_valid_checkpoint(
-    saved: Saved, tmp_path: Path
+    saved: Saved, disk: Path
 ) -> None:
-    names = count_calls(saved, tmp_path / "counted")
+    names = count_calls(saved, disk / "counted")
     loaded: list[int] = []
     for number in range(len(names)):
-        run_dir = saved.copy(tmp_path / f"run-{number}")
+        run_dir = saved.copy(disk / f"run-{number}")
         assert save_and_die(saved, run_dir, number) == 9
         loaded.append(assert_loads(saved, run_dir, {1, 2}))
         saved.states[3] = saved.states[loaded[-1]]
         assert_goes_on(saved, run_dir)
-        restore(Place.local(tmp_path / "counted"), saved.session.engine, ALONE)
+        restore(Place.local(disk / "counted"), saved.session.engine, ALONE)
         shutil.rmtree(run_dir)
     assert loaded == sorted(loaded)
     assert set(loaded) == {1, 2}
