@@ -344,7 +344,7 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
     def _start_file(self, file: str) -> BinaryIO:
         self._end_file()
         opened = (self._folder / file).open("wb")
-        opened.write(_header({name: self._specs[name] for name in self._files[file]}))
+        opened.write(safetensors_header({name: self._specs[name] for name in self._files[file]}))
         return opened
 
     def _end_file(self) -> None:
@@ -383,7 +383,8 @@ def write_index(folder: Path, specs: Mapping[str, TensorSpec], files: dict[str, 
     (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _header(specs: Mapping[str, TensorSpec]) -> bytes:
+def safetensors_header(specs: Mapping[str, TensorSpec]) -> bytes:
+    """Return what a safetensors file of such tensors begins with."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, spec in specs.items():

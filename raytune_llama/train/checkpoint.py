@@ -1,54 +1,48 @@
-"""Checkpoints of a run: whole tensors by parameter name, whatever the workers and the strategy.
+"""Checkpoints of a run: parameters in slices by name, whatever the workers and the strategy.
 
-A checkpoint is a directory `step-00000100/` with safetensors shards, each holding `weight`,
-`exp_avg` and `exp_avg_sq` of some parameters, and a `manifest.json`, which lists every tensor and
-the SHA256 of every shard and of itself, and carries the rest of the state as JSON. Nothing is
-pickled. It is built under another name and renamed, so it is there whole or not at all; in object
-storage, which has no rename, it is there once its manifest is, which is uploaded last. Since bits
-can still be lost, a reader trusts only hashes that fit.
+A checkpoint is a directory `step-00000100/` with safetensors files and a `manifest.json`. Each
+worker has written what it holds: `weight`, `exp_avg` and `exp_avg_sq` of stretches of parameters,
+in the flat order of the whole tensor. The manifest tells of every parameter its shape and in which
+files its stretches lie, which together are the whole; it has the size and the SHA256 of every file
+and of itself, and the rest of the state as JSON. Nothing is pickled.
+
+Its files are written under another name (`unfinished_place`), which is then changed: so it is there
+whole or not at all. In object storage, which has no rename, it is there once its manifest is, which
+is uploaded last. Since bits can still be lost, a reader trusts only hashes that fit.
+
+Here is what it is, how it is found, checked and deleted; `saving.py` writes it, `restoring.py`
+reads it, and `slices.py` knows the files that a worker writes.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import re
-import shutil
-import tempfile
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from raytune_llama.config import ConfigError, settings
-from raytune_llama.files import sha256_file, write_json_atomic
+from raytune_llama.files import sha256_file
 from raytune_llama.storage import Place
-from raytune_llama.train.engine import Engine, ParameterState, trained_parameters
-from raytune_llama.train.workers import Workers
-from raytune_llama.transfers import is_published, local_copy, publish_place
+from raytune_llama.transfers import is_published, local_copy
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 DAMAGED = ".damaged"
-SHARD_BYTES = 2 * 2**30
-"""Size at which a shard is written; host memory needed to save, beside one parameter's state."""
 
-_PARTS = ("weight", "exp_avg", "exp_avg_sq")
 _NAME = re.compile(r"step-\d{8}")
 _UNFINISHED = re.compile(r"\.step-\d{8}\..*\.tmp")
 _DIGEST = "sha256"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be trusted or does not fit the run."""
+    """A checkpoint that cannot be trusted, does not fit the run, or could not be written."""
 
 
 @settings
@@ -60,6 +54,14 @@ class CheckpointConfig:
 
     keep_last: Annotated[int, Field(ge=1)] = 2
     """Newest checkpoints kept."""
+
+    background: bool = True
+    """Training goes on from a copy of the state in host memory while it is written; false: training
+    stands still until it is, without a copy."""
+
+    max_failed_saves: Annotated[int, Field(ge=1)] = 3
+    """The run ends after so many checkpoints in a row that could not be written, on a full disk
+    say; the next due step tries again. At the end of the run the last one must be written."""
 
     keep_best: bool = True
     """Also save and keep the step with the lowest `eval/loss`."""
@@ -118,194 +120,50 @@ class RunState:
     """That loss, in nats a token."""
 
 
+@dataclass(frozen=True)
+class SaveResult:
+    """What became of one checkpoint."""
+
+    step: int
+    """Whose state it has."""
+
+    stall_seconds: float
+    """How long training stood still for it."""
+
+    write_seconds: float
+    """From its beginning until it was there for readers; 0 where it is not."""
+
+    problem: str | None
+    """Why it is not there; None where it is."""
+
+
 def checkpoint_path(run_dir: Place, step: int) -> Place:
     """Return where the checkpoint of a step lies."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def save_checkpoint(run_dir: Place, state: RunState, engine: Engine, workers: Workers) -> None:
-    """Write the checkpoint of `state.step`; collective, the first worker writes.
+def unfinished_place(run_dir: Place, step: int, attempt: str) -> Place:
+    """Return where the files of a checkpoint are written; in object storage, where they will be.
 
-    A checkpoint of this step that is there already is kept: equal steps of a run are equal.
+    Args:
+        run_dir: of the run.
+        step: of the checkpoint.
+        attempt: names this saving of it; its files have it in their names.
     """
-    target = checkpoint_path(run_dir, state.step)
-    if workers.broadcast(workers.is_first and is_published(target, MANIFEST)):
-        return
-    scalars = engine.scalar_state()
-    if not workers.is_first:
-        for _ in engine.trainable_state():
-            pass
-        return
-    with publish_place(target, last=MANIFEST) as folder:
-        tensors = _write_shards(engine.trainable_state(), folder)
-        files = sorted(path.name for path in folder.iterdir())
-        manifest = {
-            "format": FORMAT_VERSION,
-            "state": asdict(state),
-            "scalars": scalars,
-            "tensors": tensors,
-            "files": {name: _file_entry(folder / name) for name in files},
-            "world_size": workers.world_size,
-        }
-        write_json_atomic(folder / MANIFEST, {**manifest, _DIGEST: _digest(manifest)})
-    num_bytes = sum(entry["bytes"] for entry in manifest["files"].values())
-    logger.info("checkpoint: step %d, %.1f MiB, %s", state.step, num_bytes / 2**20, target)
+    target = checkpoint_path(run_dir, step)
+    return target.with_name(f".{target.name}.{attempt}.tmp") if run_dir.is_local else target
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest with its format and with a hash of all of it."""
+    content = {"format": FORMAT_VERSION, **manifest}
+    return {**content, _DIGEST: _digest(content)}
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     """Hash all of a manifest but its own hash."""
     content = {key: value for key, value in manifest.items() if key != _DIGEST}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _file_entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
-def _write_shards(parameters: Iterable[tuple[str, ParameterState]], folder: Path) -> dict[str, Any]:
-    """Write parameters into shards of bounded size and return where each lies."""
-    index: dict[str, Any] = {}
-    shard: dict[str, Tensor] = {}
-    num_files = 0
-    num_bytes = 0
-
-    def flush() -> None:
-        nonlocal shard, num_files, num_bytes
-        save_file(shard, folder / _shard_name(num_files))
-        shard, num_files, num_bytes = {}, num_files + 1, 0
-
-    for name, state in parameters:
-        for part in _PARTS:
-            tensor: Tensor = getattr(state, part).contiguous()
-            shard[f"{part}/{name}"] = tensor
-            num_bytes += tensor.numel() * tensor.element_size()
-        index[name] = {"shape": list(state.weight.shape), "file": _shard_name(num_files)}
-        if num_bytes >= SHARD_BYTES:
-            flush()
-    if shard:
-        flush()
-    return index
-
-
-def _shard_name(number: int) -> str:
-    return f"state-{number:05d}.safetensors"
-
-
-def restore(
-    run_dir: Place, engine: Engine, workers: Workers, *, step: int | None = None
-) -> RunState:
-    """Load the newest checkpoint that can be trusted, or start at step 0; collective.
-
-    A checkpoint that cannot be trusted is named in the log and renamed out of the way, so that
-    the run can save that step again. From object storage, each node fetches a checkpoint once.
-
-    Args:
-        run_dir: the run's directory.
-        engine: takes the weights and moments.
-        workers: all of the run.
-        step: load the checkpoint of this step, and no other.
-
-    Raises:
-        CheckpointError: the newest trusted checkpoint does not fit the model, or there are
-            checkpoints and none can be trusted; or not that of `step`.
-        OSError: the run directory cannot be reached.
-    """
-    with node_folder(workers) as copies:
-        # An error of the first worker ends the others too: they fail in the broadcast.
-        found = workers.broadcast(_trusted(run_dir, copies, step) if workers.is_first else None)
-        if found is None:
-            return RunState()
-        manifest = (found / MANIFEST).read_json()
-        _check_fit(found, manifest["tensors"], engine)
-
-        def read(name: str) -> ParameterState:
-            shard = manifest["tensors"][name]["file"]
-            path = _shard_path(found, shard, manifest["files"][shard], copies)
-            with safe_open(path, framework="pt") as file:
-                return ParameterState(*(file.get_tensor(f"{part}/{name}") for part in _PARTS))
-
-        engine.load_trainable_state(read)
-    engine.load_scalar_state(manifest["scalars"])
-    state = RunState(**manifest["state"])
-    logger.info("resumed from %s: step %d done", found, state.step)
-    if manifest["world_size"] != workers.world_size:
-        logger.info(
-            "workers: %d when it was saved, %d now", manifest["world_size"], workers.world_size
-        )
-    return state
-
-
-@contextlib.contextmanager
-def node_folder(workers: Workers) -> Iterator[Path]:
-    """A folder that the workers of a node have together; deleted at the end; collective."""
-    name = workers.broadcast(f"raytune_llama-{uuid.uuid4().hex}")
-    folder = Path(tempfile.gettempdir(), name)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    try:
-        yield folder
-        workers.barrier()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _shard_path(path: Place, name: str, entry: Mapping[str, Any], copies: Path) -> Path:
-    """Return a local path to a shard: where it is, or of one in object storage a checked copy."""
-    return local_copy(
-        path / name, sha256=entry["sha256"], num_bytes=entry["bytes"], cache_dir=copies
-    )
-
-
-def _check_fit(path: Place, tensors: Mapping[str, Any], engine: Engine) -> None:
-    """Refuse a checkpoint of other parameters than the engine's, by name or by shape."""
-    # ZeRO 3 leaves the whole shape in an attribute.
-    wanted = {
-        name: list(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in trained_parameters(engine.module)
-    }
-    problems = [f"it has no parameter {name}" for name in wanted if name not in tensors]
-    problems += [f"its {name} is not trained now" for name in tensors if name not in wanted]
-    problems += [
-        f"its {name} is of shape {tensors[name]['shape']}, the model's of {shape}"
-        for name, shape in wanted.items()
-        if name in tensors and tensors[name]["shape"] != shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"{path}: {'; '.join(problems[:3])}{more}: it was written with another model or "
-            "adapter; use another run_dir"
-        )
-
-
-def _trusted(run_dir: Place, copies: Path, step: int | None) -> Place | None:
-    if step is None:
-        return _newest_trusted(run_dir, copies)
-    path = checkpoint_path(run_dir, step)
-    damage = check_checkpoint(path, copies)
-    if damage is not None:
-        raise CheckpointError(f"{damage}; set checkpoint.result=last to do without it")
-    return path
-
-
-def _newest_trusted(run_dir: Place, copies: Path) -> Place | None:
-    """Return the newest checkpoint that can be trusted; None in a run that never saved one."""
-    for path in reversed(list_checkpoints(run_dir)):
-        problem = check_checkpoint(path, copies)
-        if problem is None:
-            return path
-        aside = path.with_name(f"{path.name}{DAMAGED}")
-        path.move(aside, first=MANIFEST)
-        logger.warning("%s; it is now %s, the checkpoint before it is used", problem, aside.name)
-    folders = (run_dir / "checkpoints").folders()
-    damaged = [folder for folder in folders if folder.name.endswith(DAMAGED)]
-    if damaged:
-        # Starting over would throw a run away that a person can perhaps still mend.
-        raise CheckpointError(
-            f"{run_dir}: none of its {len(damaged)} checkpoints can be trusted, the newest is "
-            f"{damaged[-1].name}; restore one from a backup under its own name, or delete them to "
-            "start at step 0"
-        )
-    return None
 
 
 def list_checkpoints(run_dir: Place) -> list[Place]:
@@ -317,18 +175,22 @@ def list_checkpoints(run_dir: Place) -> list[Place]:
     ]
 
 
-def check_checkpoint(path: Place, copies: Path) -> str | None:
-    """Return why a checkpoint cannot be trusted, or None: every file's size and hash is read.
+def check_checkpoint(
+    path: Place, copies: Path, *, share: int = 0, num_shares: int = 1
+) -> str | None:
+    """Return why a checkpoint cannot be trusted, or None: sizes and hashes of files are compared.
 
     Args:
         path: The checkpoint.
         copies: Local folder for copies of its files, where it is in object storage.
+        share: Which of its files to read, from 0; the manifest is always read.
+        num_shares: Into how many shares its files are dealt out; 1: read all of them.
 
     Raises:
         OSError: Object storage cannot be reached.
     """
     try:
-        problem = _find_damage(path, copies)
+        problem = _find_damage(path, copies, share, num_shares)
     except ValueError as error:
         problem = str(error)
     except OSError as error:
@@ -339,42 +201,64 @@ def check_checkpoint(path: Place, copies: Path) -> str | None:
     return f"checkpoint {path}: {problem}" if problem else None
 
 
-def _find_damage(path: Place, copies: Path) -> str | None:
+def _find_damage(path: Place, copies: Path, share: int, num_shares: int) -> str | None:
     manifest = (path / MANIFEST).read_json()
     if not isinstance(manifest, dict) or manifest.get(_DIGEST) != _digest(manifest):
         return f"the content of {MANIFEST} does not fit its hash"
     if manifest["format"] != FORMAT_VERSION:
         return f"format {manifest['format']}, wanted {FORMAT_VERSION}"
-    for name, entry in manifest["files"].items():
+    for name, entry in sorted(manifest["files"].items())[share::num_shares]:
         status = (path / name).status()
         if status is None:
             return f"{name} is missing"
         if status.num_bytes != entry["bytes"]:
             return f"{name} has {status.num_bytes} bytes, not {entry['bytes']}"
-        if sha256_file(_shard_path(path, name, entry, copies)) != entry["sha256"]:
+        if sha256_file(file_path(path, name, entry, copies)) != entry["sha256"]:
             return f"the content of {name} does not fit its hash"
     return None
 
 
-def delete_old_checkpoints(
-    run_dir: Place, config: CheckpointConfig, state: RunState, workers: Workers
-) -> None:
-    """Delete all but the newest `keep_last` checkpoints, the best one and that of `rollback_step`.
+def file_path(path: Place, name: str, entry: Mapping[str, Any], copies: Path) -> Path:
+    """Return a local path to a checkpoint's file: where it is, or of object storage a checked copy.
 
-    The first worker does.
-
-    What a killed process left of a checkpoint that it was writing goes too.
+    Args:
+        path: The checkpoint.
+        name: Of the file.
+        entry: The manifest's entry of the file.
+        copies: Local folder for copies.
     """
-    if not workers.is_first:
-        return
-    for path in (run_dir / "checkpoints").folders():
-        is_half = _NAME.fullmatch(path.name) and not is_published(path, MANIFEST)
-        if is_half or _UNFINISHED.fullmatch(path.name):
-            path.delete()
-            logger.info("checkpoint: %s, which was never finished, deleted", path.name)
+    return local_copy(
+        path / name, sha256=entry["sha256"], num_bytes=entry["bytes"], cache_dir=copies
+    )
+
+
+def set_aside(path: Place) -> Place:
+    """Rename a damaged checkpoint, so that the run can save that step again."""
+    aside = path.with_name(f"{path.name}{DAMAGED}")
+    path.move(aside, first=MANIFEST)
+    return aside
+
+
+def delete_old_checkpoints(run_dir: Place, config: CheckpointConfig, state: RunState) -> None:
+    """Delete all but the newest `keep_last`, the best one and that of `rollback_step`.
+
+    Args:
+        run_dir: of the run.
+        config: says what is kept.
+        state: of the newest checkpoint, which is there.
+    """
     needed = {state.rollback_step} | ({state.best_step} if config.keep_best else set())
     kept = {checkpoint_path(run_dir, step) for step in needed if step is not None}
     for path in list_checkpoints(run_dir)[: -config.keep_last]:
         if path not in kept:
             path.delete()
             logger.info("checkpoint: %s deleted", path.name)
+
+
+def delete_unfinished(run_dir: Place) -> None:
+    """Delete what is left of checkpoints whose writing has failed or was killed."""
+    for path in (run_dir / "checkpoints").folders():
+        is_half = _NAME.fullmatch(path.name) and not is_published(path, MANIFEST)
+        if is_half or _UNFINISHED.fullmatch(path.name):
+            path.delete()
+            logger.info("checkpoint: %s, which was never finished, deleted", path.name)

@@ -34,8 +34,8 @@ class TrainConfig:
     run_dir: Annotated[str, Field(min_length=1), PLACEMENT]
     """Directory of the run: on storage that every node mounts, or `s3://...`, `gs://...`. The same
     command with the same directory goes on where the run was. Object storage shows metrics as of
-    the newest evaluation or checkpoint, and saving and resuming need room for one checkpoint in
-    the temporary folder (TMPDIR) of the nodes."""
+    the newest evaluation or checkpoint, and in the temporary folder (TMPDIR) of the nodes saving
+    needs room for 2 GiB a worker, and resuming for one checkpoint."""
 
     lora: LoraConfig | None = None
     """A new adapter; null with `adapter`, or where none is trained."""

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from raytune_llama.data.batches import MicroBatch
 from raytune_llama.model.llama import DTYPES, SummedLoss
 from raytune_llama.train.engine import (
-    ParameterState,
+    PARTS,
+    ReadPart,
+    StateSlice,
     StepResult,
     evaluate_batch,
     module_tensors,
@@ -189,74 +191,97 @@ class DeepSpeedEngine:
         """Return the summed loss of a batch; see `Engine`."""
         return evaluate_batch(self._engine, self._engine, batch, self._workers.device)
 
-    def trainable_state(self) -> Iterator[tuple[str, ParameterState]]:
-        """Yield the state of every trained parameter; see `Engine`."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
+    def trainable_state(self) -> Iterator[StateSlice]:
+        """Yield what this worker holds, as ZeRO cuts it; see `Engine`."""
         for name, parameter in self._named:
-            weight = safe_get_full_fp32_param(parameter)
+            start, stop = self._held_range(parameter)
+            if start == stop:
+                continue
+            weight = self._held(parameter, None)[: stop - start]
             moments = [
-                safe_get_full_optimizer_state(parameter, key)
+                self._held(parameter, part)[: stop - start]
                 if self._has_moments
-                else torch.zeros_like(cast("Tensor", weight))
-                for key in ("exp_avg", "exp_avg_sq")
+                else torch.zeros_like(weight)
+                for part in ("exp_avg", "exp_avg_sq")
             ]
-            whole = [cast("Tensor", tensor).detach() for tensor in (weight, *moments)]
-            shaped = [tensor.reshape(self._shapes[name]).cpu() for tensor in whole]
-            yield name, ParameterState(*shaped)
+            yield StateSlice(name, start, weight.detach(), *moments)
 
-    def load_trainable_state(self, read: Callable[[str], ParameterState]) -> None:
+    def _held_range(self, parameter: Any) -> tuple[int, int]:  # noqa: ANN401  # DeepSpeed's attributes
+        """Return the numbers of a parameter of which this worker holds the float32 master."""
+        if self._config.zero == 3:
+            # Equal pieces, of which the last are padded, or padding alone.
+            piece = parameter.ds_tensor.ds_numel
+            first = piece * self._workers.rank
+            return min(first, parameter.ds_numel), min(first + piece, parameter.ds_numel)
+        # A group of parameters is cut as one row: a worker may hold nothing of one of them.
+        mapping = parameter._hp_mapping  # its getters of whole tensors start from it too
+        if mapping is None:
+            return 0, 0
+        address = mapping.lp_fragment_address
+        return address.start, address.start + address.numel
+
+    def _held(self, parameter: Any, moment: str | None) -> Tensor:  # noqa: ANN401  # as above
+        """Return this worker's master or a moment of it; under ZeRO 3 with padding at its end."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        if self._config.zero < 3:
+            return parameter._hp_mapping.get_hp_fragment(moment)
+        if moment is None:
+            return cast("Tensor", safe_get_local_fp32_param(parameter))
+        return cast("Tensor", safe_get_local_optimizer_state(parameter, moment))
+
+    @torch.no_grad()
+    def load_trainable_state(self, read: ReadPart) -> None:
         """Set the state of every trained parameter; see `Engine`."""
         self._make_moments()
+        if self._config.zero == 3:
+            self._load_pieces(read)
+            return
         for name, parameter in self._named:
-            state = read(name)
-            self._set_weight(parameter, state.weight)
-            self._set_master(parameter, state.weight, None)
-            self._set_master(parameter, state.exp_avg, "exp_avg")
-            self._set_master(parameter, state.exp_avg_sq, "exp_avg_sq")
+            # What the forward pass reads is whole on every worker, and apart from the masters.
+            parameter.copy_(read("weight", name, 0, parameter.numel()).view_as(parameter))
+            start, stop = self._held_range(parameter)
+            for part in PARTS if start < stop else ():
+                held = self._held(parameter, None if part == "weight" else part)
+                held.copy_(read(part, name, start, stop))
+
+    def _load_pieces(self, read: ReadPart) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        # Small parameters stay whole on every worker, and are gathered anew at the end.
+        self._engine.optimizer.checkpoint_event_prologue()
+        for name, untyped in self._named:
+            parameter: Any = untyped  # with DeepSpeed's attributes
+            start, stop = self._held_range(parameter)
+            padding = (0, parameter.ds_tensor.ds_numel - (stop - start))
+            pieces = {
+                part: nn.functional.pad(read(part, name, start, stop), padding).to(
+                    self._workers.device
+                )
+                for part in PARTS
+            }
+            weight = pieces.pop("weight")
+            parameter.ds_tensor.copy_(weight)
+            safe_set_local_fp32_param(parameter, weight)
+            for part, moment in pieces.items():
+                safe_set_local_optimizer_state(parameter, moment, part)
+        self._engine.optimizer.checkpoint_event_epilogue()
 
     def _make_moments(self) -> None:
         """Take a step without targets at rate zero: the optimizer's state exists only after one."""
-        ids = torch.zeros((1, 2), dtype=torch.long)
-        nothing = MicroBatch(ids, torch.full_like(ids, -100), torch.arange(2).unsqueeze(0))
-        count = self._engine.gradient_accumulation_steps()
-        self.train_step([nothing] * count, [0] * count, 1.0, 0.0)
+        with torch.enable_grad():
+            ids = torch.zeros((1, 2), dtype=torch.long)
+            nothing = MicroBatch(ids, torch.full_like(ids, -100), torch.arange(2).unsqueeze(0))
+            count = self._engine.gradient_accumulation_steps()
+            self.train_step([nothing] * count, [0] * count, 1.0, 0.0)
 
-    @torch.no_grad()
-    def _set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Set what the forward pass reads; the masters are apart from it."""
-        if self._config.zero < 3:
-            parameter.copy_(value)
-            return
-        with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if self._workers.is_first:
-                parameter.copy_(value)
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every trained parameter; see `Engine`."""
+        from deepspeed.utils import safe_get_full_fp32_param
 
-    def _set_master(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
-        from deepspeed.utils import (
-            safe_set_full_fp32_param,
-            safe_set_full_optimizer_state,
-            safe_set_local_fp32_param,
-            safe_set_local_optimizer_state,
-        )
-
-        value = value.to(self._workers.device)
-        if self._config.zero < 3:
-            if moment is None:
-                safe_set_full_fp32_param(parameter, value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, moment)
-            return
-        # The setter of whole tensors fails where a size does not divide by the workers.
-        numel = parameter.ds_tensor.ds_numel  # pyright: ignore[reportAttributeAccessIssue]  # set by ZeRO 3
-        padded = nn.functional.pad(
-            value.flatten(), (0, numel * self._workers.world_size - value.numel())
-        )
-        mine = padded.narrow(0, numel * self._workers.rank, numel)
-        if moment is None:
-            safe_set_local_fp32_param(parameter, mine)
-        else:
-            safe_set_local_optimizer_state(parameter, mine, moment)
+        for name, parameter in self._named:
+            whole = cast("Tensor", safe_get_full_fp32_param(parameter)).detach()
+            yield name, whole.reshape(self._shapes[name]).cpu()
 
     @property
     def _loss_scale(self) -> float:

@@ -59,10 +59,7 @@ def write_result(
     Every trained tensor is written whole: in float32 for an adapter, in the run's precision for a
     model of which every weight was trained, and in the base's where only its tables were.
     """
-    trained: dict[str, Tensor] = {}
-    for name, parameter in engine.trainable_state():
-        if workers.is_first:
-            trained[name] = parameter.weight
+    trained = {name: tensor for name, tensor in engine.whole_weights() if workers.is_first}
     if not workers.is_first:
         return
     base, tokenizer = Path(config.model.path), Path(config.model.tokenizer_path)

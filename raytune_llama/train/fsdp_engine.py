@@ -5,6 +5,7 @@ embeddings, the last norm, the output projection, which the loss reads whole) fr
 the forward pass to the end of the backward pass.
 """
 
+import math
 from collections.abc import Iterator
 from typing import cast
 
@@ -24,7 +25,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from raytune_llama.data.batches import MicroBatch
 from raytune_llama.model.llama import DTYPES, Precision, SummedLoss, decoder_layers
-from raytune_llama.train.engine import DataParallelEngine, OptimConfig
+from raytune_llama.train.ddp_engine import DataParallelEngine
+from raytune_llama.train.optimizer import OptimConfig
 from raytune_llama.train.strategy import EngineConfig
 from raytune_llama.train.workers import Workers, ensure_process_group
 
@@ -118,11 +120,18 @@ class FullyShardedEngine(DataParallelEngine):
         )
         return whole.full_tensor().cpu()
 
-    def _part(self, whole: Tensor, weight: nn.Parameter) -> Tensor:  # noqa: ARG002  # cut alike
-        # As FSDP cuts: pieces of one size, the last ones smaller or empty.
-        parts = whole.chunk(self._workers.world_size)
-        rank = self._workers.rank
-        return parts[rank] if rank < len(parts) else whole[:0]
+    def _kept_ranges(self) -> list[tuple[int, int]]:
+        firsts = [self._first_held(weight) for weight in self._weights]
+        return [
+            (first, first + master.numel())
+            for first, master in zip(firsts, self._masters, strict=True)
+        ]
+
+    def _first_held(self, weight: nn.Parameter) -> int:
+        # As FSDP cuts: pieces of so many rows, the last ones smaller or empty.
+        num_rows = weight.shape[0]
+        piece = math.ceil(num_rows / self._workers.world_size)
+        return min(self._workers.rank * piece, num_rows) * (weight.numel() // num_rows)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from raytune_llama.files import MANIFEST, sha256_file, write_json_atomic
 from raytune_llama.model.pissa import principal_factors
 from raytune_llama.storage import Place
-from raytune_llama.train.checkpoint import CheckpointError, list_checkpoints, node_folder
+from raytune_llama.train.checkpoint import CheckpointError, list_checkpoints
+from raytune_llama.train.restoring import node_folder
 from raytune_llama.train.workers import Workers
 from raytune_llama.transfers import is_published, local_copy, publish_place
 

@@ -162,6 +162,8 @@ def build_trainer(run: Launch, channel: Any) -> TorchTrainer:  # noqa: ANN401  #
     with Ray: its snapshot file is not written atomically, and a torn one ends a run for good.
     """
     scale = run.scale
+    # Left by whatever other program, a torn one would end this run too.
+    (run.run_dir / "ray" / "checkpoint_manager_snapshot.json").delete()
     return TorchTrainer(
         train_worker,
         train_loop_config={"config": run.config, "channel": channel, "fence": run.fence},

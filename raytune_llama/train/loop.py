@@ -30,14 +30,10 @@ from raytune_llama.train.bad_steps import (
     rolled_back,
     stop_message,
 )
-from raytune_llama.train.checkpoint import (
-    RunState,
-    delete_old_checkpoints,
-    restore,
-    save_checkpoint,
-)
+from raytune_llama.train.checkpoint import RunState
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
-from raytune_llama.train.engine import DataParallelEngine, Engine, StepResult
+from raytune_llama.train.ddp_engine import DataParallelEngine
+from raytune_llama.train.engine import Engine, StepResult
 from raytune_llama.train.export import write_result
 from raytune_llama.train.fsdp_engine import FullyShardedEngine
 from raytune_llama.train.initial import initial_factors
@@ -46,6 +42,8 @@ from raytune_llama.train.outcome import Outcome
 from raytune_llama.train.proofs import prove
 from raytune_llama.train.replicas import compare_replicas
 from raytune_llama.train.report import Report
+from raytune_llama.train.restoring import restore
+from raytune_llama.train.saving import Saver
 from raytune_llama.train.scale import EvalConfig
 from raytune_llama.train.schedule import rate_factor
 from raytune_llama.train.untrained import modules_to_save
@@ -88,26 +86,29 @@ def train(config: AnyTrainConfig, workers: Workers, stop_requested: Callable[[],
     )
     state = restore(config.run_place, session.engine, workers)
 
-    with Report(config, session.origins, session.engine.module, state, workers) as report:
+    with (
+        Report(config, session.origins, session.engine.module, state, workers) as report,
+        Saver(config.run_place, config.checkpoint, session.engine, workers, report) as saver,
+    ):
         if state.step == 0:
-            state = begin(session, state, report)
+            state = begin(session, state, report, saver)
         for batch in report.timed(read_batches(session, state.step)):
             if state.step == session.last_step or has_stalled(config.eval, state):
                 break
             total, stop = sum_step(batch, stop_requested, workers)
             if stop:
-                save(session, state, report)
+                saver.save(state)
                 return Outcome("stopped", state.step)
             result, rate = take_step(session, batch, total.num_targets)
             state = report.step(state, batch, result, total, rate)
             if result.is_bad:
-                state = answer_bad_step(session, state, batch, result, report)
+                state = answer_bad_step(session, state, batch, result, report, saver=saver)
             check_replicas(session, state)
             if is_due(state.step, config.eval.every_steps, session.last_step):
                 state = evaluate(session, state, report)
             if wants_checkpoint(state, config, session.last_step):
                 state = replace(state, rollback_step=state.step)
-                save(session, state, report)
+                saver.save(state)
 
     last, state = state, choose_result(session, state)
     mixture = sum_up_mixture(session, state)
@@ -259,17 +260,23 @@ def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def begin(session: Session, state: RunState, report: Report) -> RunState:
+def begin(session: Session, state: RunState, report: Report, saver: Saver) -> RunState:
     """Evaluate before the first step, and save where a bad step may go back; return the state."""
     state = evaluate(session, state, report)
     if session.config.optim.on_bad_step == "rollback":
         state = replace(state, rollback_step=state.step)
-        save(session, state, report)
+        saver.save(state)
     return state
 
 
 def answer_bad_step(
-    session: Session, state: RunState, batch: StepBatch, result: StepResult, report: Report
+    session: Session,
+    state: RunState,
+    batch: StepBatch,
+    result: StepResult,
+    report: Report,
+    *,
+    saver: Saver,
 ) -> RunState:
     """Do what the config says about a step that moved no weight; return the state; collective.
 
@@ -284,6 +291,7 @@ def answer_bad_step(
         raise FloatingPointError(stop_message(state, result))
     if answer == "skip":
         return state
+    saver.finish()
     before = restore(config.run_place, session.engine, workers, step=state.rollback_step)
     return rolled_back(state, before)
 
@@ -335,14 +343,6 @@ def sum_evaluation(session: Session, sources: Sequence[EvaluatedSource]) -> list
 def sum_up_mixture(session: Session, state: RunState) -> dict[str, dict[str, Any]]:
     """Return what the run has seen of each source, by name."""
     return mixture_record(session.sources, state.source_sequences, state.source_targets)
-
-
-def save(session: Session, state: RunState, report: Report) -> None:
-    """Write a checkpoint and delete those that are not kept any more."""
-    run_dir = session.config.run_place
-    with report.saving(state.step):
-        save_checkpoint(run_dir, state, session.engine, session.workers)
-        delete_old_checkpoints(run_dir, session.config.checkpoint, state, session.workers)
 
 
 def wants_checkpoint(state: RunState, config: AnyTrainConfig, last_step: int) -> bool:

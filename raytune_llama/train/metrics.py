@@ -32,7 +32,10 @@ STEP_SECONDS = "time/step_seconds"
 DATA_SECONDS = "time/data_seconds"
 DATA_SHARE = "time/data_share"
 EVAL_SECONDS = "time/eval_seconds"
-CHECKPOINT_SECONDS = "time/checkpoint_seconds"
+# Training stands still for a checkpoint, which is then written while it goes on.
+CHECKPOINT_STALL_SECONDS = "time/checkpoint_stall_seconds"
+CHECKPOINT_WRITE_SECONDS = "time/checkpoint_write_seconds"
+CHECKPOINT_FAILED = "checkpoint/failed"
 PEAK_MEMORY = "memory/peak_gib"
 RESTARTS = "run/restarts"
 

@@ -53,6 +53,11 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{_gib(disk.checkpoint)} GiB each, {disk.num_checkpoints} kept and one while it is "
         f"written: {_gib((disk.num_checkpoints + 1) * disk.checkpoint)} GiB",
     )
+    if config.checkpoint.background:
+        yield (
+            "  copied",
+            f"{_gib(disk.checkpoint)} GiB of the nodes' memory together, to be written",
+        )
     yield "result", f"{config.result_name}, {_gib(disk.result)} GiB"
     yield "token store", _store_text(disk)
 

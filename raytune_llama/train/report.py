@@ -19,7 +19,7 @@ from raytune_llama.data.origins import Origins
 from raytune_llama.model.llama import SummedLoss, causal_lm
 from raytune_llama.storage import Place
 from raytune_llama.train import metrics
-from raytune_llama.train.checkpoint import RunState
+from raytune_llama.train.checkpoint import RunState, SaveResult
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.engine import StepResult
 from raytune_llama.train.hardware import flops_per_token, peak_flops, peak_memory_gib
@@ -275,14 +275,23 @@ class Report:
         return state
 
     @contextlib.contextmanager
-    def saving(self, step: int) -> Iterator[None]:
-        """Time the saving of a checkpoint, during which training stands still."""
+    def saving(self) -> Iterator[None]:
+        """Keep the block, in which training stands still, out of the next step's time."""
         if self._log is not None:
             # A run that goes on from the checkpoint keeps the records up to it.
             self._log.sync()
         with self._workers.pulse.doing("saving"):
             yield
-        self._write(step, {metrics.CHECKPOINT_SECONDS: self._lap_seconds()})
+        self._lap_seconds()
+
+    def saved(self, result: SaveResult) -> None:
+        """Write down what became of a checkpoint."""
+        values = {metrics.CHECKPOINT_STALL_SECONDS: result.stall_seconds}
+        if result.problem is None:
+            values[metrics.CHECKPOINT_WRITE_SECONDS] = result.write_seconds
+        else:
+            values[metrics.CHECKPOINT_FAILED] = 1.0
+        self._write(result.step, values)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self._log is not None:

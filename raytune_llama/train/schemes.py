@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from raytune_llama.model.llama import DTYPES, Precision, decoder_layers
-from raytune_llama.train.engine import BUCKET_NUMEL
+from raytune_llama.train.ddp_engine import BUCKET_NUMEL
 from raytune_llama.train.optimizer import OptimConfig, parameter_groups
 from raytune_llama.train.strategy import Layout
 

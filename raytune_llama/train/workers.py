@@ -1,8 +1,9 @@
 """The group of workers that train together, as one worker sees it."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -74,14 +75,6 @@ class Workers:
             dist.all_reduce(total)
         return total
 
-    def gather(self, value: T) -> list[T]:
-        """Return the values of all workers, by rank; small objects only."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
     def gather_rows(self, row_N: Tensor) -> list[list[int]]:
         """Return a tensor of integers of all workers, by rank."""
         if self.world_size == 1:
@@ -97,6 +90,17 @@ class Workers:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return every worker's value, by rank, on every worker; small objects only."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        on_gpu = self.device.type == "cuda"
+        # The values travel over the current device, whichever that is.
+        with torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext():
+            dist.all_gather_object(values, value)
+        return cast("list[T]", values)
 
     def barrier(self) -> None:
         """Wait until every worker is here."""

@@ -14,9 +14,10 @@ import ray.util.state
 from raytune_llama.files import sha256_file
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.trainer import run_training
-from tests.pipeline.conftest import build_job, job_inputs, losses
+from tests.pipeline.conftest import build_job, job_inputs, losses, make_job
+from tests.train.conftest import make_config, model_dir, store_dir, two
 
-__all__ = ["job_inputs"]
+__all__ = ["job_inputs", "make_config", "make_job", "model_dir", "store_dir", "two"]
 
 ADAPTER = "pt_lora_model/adapter_model.safetensors"
 

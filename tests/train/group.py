@@ -2,7 +2,9 @@
 
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
@@ -20,6 +22,9 @@ from raytune_llama.train.workers import Workers
 TIMEOUT_SECONDS = 300
 
 
+Job = Callable[[Workers], None]
+
+
 def _serve(
     rank: int, world_size: int, store: str, jobs: "Queue[Any]", answers: "Queue[Any]"
 ) -> None:
@@ -28,18 +33,24 @@ def _serve(
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     workers = Workers.of_process_group(torch.device("cpu"))
     while (job := jobs.get()) is not None:
-        kind, settings, stop_after = job
-        steps = iter(range(10**9))
-
-        def stop_requested(steps: Any = steps, stop_after: int | None = stop_after) -> bool:  # noqa: ANN401
-            return next(steps) == stop_after
-
         try:
-            train(from_dict(kind, settings), workers, stop_requested)
+            job(workers)
             answers.put(None)
         except BaseException:  # noqa: BLE001 - every failure is the test's to show
             answers.put(traceback.format_exc())
     dist.destroy_process_group()
+
+
+def _train(
+    kind: type[AnyTrainConfig],
+    settings: dict[str, Any],
+    stop_after: int | None,
+    around: Callable[[int], AbstractContextManager[None]],
+    workers: Workers,
+) -> None:
+    steps = iter(range(10**9))
+    with around(workers.rank):
+        train(from_dict(kind, settings), workers, lambda: next(steps) == stop_after)
 
 
 class Group:
@@ -71,19 +82,30 @@ class Group:
         *,
         stop_after: int | None = None,
         others: Mapping[int, AnyTrainConfig] | None = None,
+        around: Callable[[int], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Train on all processes; raise what any of them raised first.
 
         Args:
             config: of the run.
-            stop_after: steps after which it is asked to stop.
-            others: of single ranks, which are to be wrong.
+            stop_after: ask it to stop after so many steps.
+            others: configs of single ranks, which are to be wrong.
+            around: gives each process, by its rank, a block around the run; a function of a module.
         """
+        configs = [(others or {}).get(rank, config) for rank in range(self._world_size)]
+        self._call_each(
+            [partial(_train, type(each), to_dict(each), stop_after, around) for each in configs]
+        )
+
+    def call(self, job: Job) -> None:
+        """Run a job on all processes: something that can be pickled, and takes the workers."""
+        self._call_each([job] * self._world_size)
+
+    def _call_each(self, each: Sequence[Job]) -> None:
         if not self._processes:
             self._start()
-        for rank, jobs in enumerate(self._jobs):
-            mine = (others or {}).get(rank, config)
-            jobs.put((type(mine), to_dict(mine), stop_after))
+        for jobs, job in zip(self._jobs, each, strict=True):
+            jobs.put(job)
         for _ in self._jobs:
             try:
                 problem = self._answers.get(timeout=TIMEOUT_SECONDS)

@@ -24,8 +24,9 @@ from raytune_llama.model.llama import SummedLoss
 from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.model.quantized_layers import quantize_base
 from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.ddp_engine import DataParallelEngine
 from raytune_llama.train.deepspeed_engine import DeepSpeedEngine
-from raytune_llama.train.engine import DataParallelEngine, Engine
+from raytune_llama.train.engine import Engine
 from raytune_llama.train.fsdp_engine import FullyShardedEngine
 from raytune_llama.train.loop import build_engine
 from raytune_llama.train.workers import Workers

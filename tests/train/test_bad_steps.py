@@ -18,7 +18,7 @@ from raytune_llama.model.llama import SummedLoss, causal_lm
 from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import RunState, checkpoint_path, list_checkpoints
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.engine import Engine, ParameterState, StepResult
+from raytune_llama.train.engine import Engine, StateSlice, StepResult
 from raytune_llama.train.incidents import BAD_STEPS_FILE
 from raytune_llama.train.loop import open_session, read_batches, train
 from raytune_llama.train.metrics import BAD_STEPS, LOSS, TARGET_TOKENS, read_metrics, read_records
@@ -131,14 +131,16 @@ def break_loss(module: nn.Module) -> Any:  # noqa: ANN401  # a handle
     return module.register_forward_hook(lambda _module, _inputs, output: output + math.inf)
 
 
-def state_of(engine: Engine) -> dict[str, ParameterState]:
+def state_of(engine: Engine) -> dict[str, StateSlice]:
     return {
-        name: ParameterState(*(t.clone() for t in (s.weight, s.exp_avg, s.exp_avg_sq)))
-        for name, s in engine.trainable_state()
+        s.name: StateSlice(
+            s.name, s.start, *(t.clone() for t in (s.weight, s.exp_avg, s.exp_avg_sq))
+        )
+        for s in engine.trainable_state()
     }
 
 
-def assert_same_state(ours: dict[str, ParameterState], wanted: dict[str, ParameterState]) -> None:
+def assert_same_state(ours: dict[str, StateSlice], wanted: dict[str, StateSlice]) -> None:
     for name, state in wanted.items():
         assert torch.equal(ours[name].weight, state.weight), name
         assert torch.equal(ours[name].exp_avg, state.exp_avg), name

@@ -33,6 +33,7 @@ from raytune_llama.train.metrics import (
 from raytune_llama.train.outcome import Outcome
 from raytune_llama.train.workers import Workers
 from tests.train.conftest import MakeConfig, curve, run_here
+from tests.train.saved import weights_in
 
 IDS = torch.arange(5, 25)[None]
 
@@ -79,8 +80,7 @@ def test_train_with_modules_to_save_writes_an_adapter_that_peft_loads(
     result = Path(config.run_dir, "pt_lora_model")
     loaded = PeftModel.from_pretrained(base, str(result))
     # The masters of the last checkpoint are what was trained.
-    state = load_file(list_checkpoints(config.run_place)[-1].path / "state-00000.safetensors")
-    trained = {key.removeprefix("weight/"): t for key, t in state.items() if "weight/" in key}
+    trained = weights_in(list_checkpoints(config.run_place)[-1])
     mine = dict(loaded.named_parameters())
     assert trained
     assert all(torch.equal(mine[name], tensor) for name, tensor in trained.items())
@@ -93,8 +93,8 @@ def test_train_full_writes_a_model_that_transformers_loads(make_config: MakeConf
     run_here(config)
     result = Path(config.run_dir, "pt_model")
     model = AutoModelForCausalLM.from_pretrained(result)
-    state = load_file(list_checkpoints(config.run_place)[-1].path / "state-00000.safetensors")
-    assert all(torch.equal(p, state[f"weight/{name}"]) for name, p in model.named_parameters())
+    trained = weights_in(list_checkpoints(config.run_place)[-1])
+    assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters())
     assert is_tied(model)
 
 

@@ -43,7 +43,7 @@ def batch_of(seed: int) -> MicroBatch:
 
 
 def weights_of(engine: Engine) -> dict[str, Tensor]:
-    return {name: state.weight.clone() for name, state in engine.trainable_state()}
+    return {name: weight.clone() for name, weight in engine.whole_weights()}
 
 
 def moves(config: PretrainConfig) -> dict[str, Tensor]:

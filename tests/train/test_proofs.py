@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from raytune_llama.model.llama import DTYPES, Precision, SummedLoss
-from raytune_llama.train.engine import DataParallelEngine
+from raytune_llama.train.ddp_engine import DataParallelEngine
 from raytune_llama.train.optimizer import OptimConfig
 from raytune_llama.train.proofs import prove
 from raytune_llama.train.workers import Workers

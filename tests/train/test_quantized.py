@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from raytune_llama.config import ConfigError
 from raytune_llama.model.llama import causal_lm, load_skeleton
 from raytune_llama.model.lora import LLAMA_PROJECTIONS
-from raytune_llama.train.engine import DataParallelEngine, trained_parameters
+from raytune_llama.train.ddp_engine import DataParallelEngine
+from raytune_llama.train.engine import trained_parameters
 from raytune_llama.train.loop import Session, open_session, read_batches, take_step
 from raytune_llama.train.metrics import EVAL_LOSS
 from raytune_llama.train.plan import build_model, plan_memory

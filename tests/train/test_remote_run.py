@@ -1,5 +1,6 @@
 """Promise: a run whose directory is in object storage resumes as exactly as one on a disk."""
 
+import re
 from http import HTTPStatus
 from pathlib import Path
 
@@ -9,20 +10,20 @@ from raytune_llama import buckets
 from raytune_llama.config import override
 from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import (
+    CheckpointError,
     RunState,
     checkpoint_path,
     list_checkpoints,
-    restore,
-    save_checkpoint,
 )
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.export import read_result
 from raytune_llama.train.loop import train
 from raytune_llama.train.metrics import EVAL_LOSS, LOSS, read_metrics
+from raytune_llama.train.restoring import restore
 from raytune_llama.train.workers import Workers
 from tests.faulty_s3 import FaultyServer
 from tests.train.conftest import MakeConfig, Runs, copy_run, run_here
-from tests.train.test_checkpoint import ALONE, SHARD, build
+from tests.train.saved import ALONE, build, save, state_files
 
 ADAPTER = "pt_lora_model/adapter_model.safetensors"
 WRITES = ("PUT", "POST", "DELETE")
@@ -96,7 +97,7 @@ def test_train_killed_at_any_write_and_started_again_equals_the_run_on_a_disk(
     faulty_s3.fault = lambda request, _: (
         HTTPStatus.FORBIDDEN if request.startswith(WRITES) and next(left, None) is None else None
     )
-    with pytest.raises(OSError, match=r"ACCESS_DENIED|403"):
+    with pytest.raises((OSError, CheckpointError), match=r"ACCESS_DENIED|403"):
         run_here(at(whole, faulty_s3.front_of(s3_path)))
     run_here(at(whole, s3_path))
     assert_same_run(s3_path, whole.run_place)
@@ -122,11 +123,11 @@ def test_restore_where_only_an_unfinished_checkpoint_is_starts_at_step_0(
     make_config: MakeConfig, s3_path: Place
 ) -> None:
     config = make_config()
-    engine = build(config)
-    (checkpoint_path(s3_path, 2) / SHARD).write_bytes(b"half")
-    assert restore(s3_path, engine, ALONE) == RunState()
-    save_checkpoint(s3_path, RunState(step=2), engine, ALONE)
-    assert restore(s3_path, build(config), ALONE).step == 2
+    session = build(config)
+    (checkpoint_path(s3_path, 2) / "state.safetensors").write_bytes(b"half")
+    assert restore(s3_path, session.engine, ALONE) == RunState()
+    save(session, s3_path, RunState(step=2))
+    assert restore(s3_path, build(config).engine, ALONE).step == 2
 
 
 def test_restore_fetches_each_file_once_and_leaves_no_copy(
@@ -139,8 +140,9 @@ def test_restore_fetches_each_file_once_and_leaves_no_copy(
     copy_run(runs, s3_path)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    assert restore(faulty_s3.front_of(s3_path), build(runs.config), ALONE).step == 5
-    gets = [r for r in faulty_s3.requests if r.startswith("GET") and r.endswith(SHARD)]
+    assert restore(faulty_s3.front_of(s3_path), build(runs.config).engine, ALONE).step == 5
+    (file,) = state_files(list_checkpoints(s3_path)[-1])
+    gets = [r for r in faulty_s3.requests if r.startswith("GET") and r.endswith(file.name)]
     assert len(gets) == 1
     assert list((tmp_path / "temporary").iterdir()) == []
 
@@ -152,8 +154,8 @@ def test_restore_from_storage_that_does_not_answer_blames_no_checkpoint(
     copy_run(runs, s3_path)
     before = s3_path.files(recursive=True)
     faulty_s3.fault = lambda request, _: (
-        HTTPStatus.FORBIDDEN if request.endswith(SHARD) and request.startswith("GET") else None
+        HTTPStatus.FORBIDDEN if re.match(r"GET .*\.safetensors$", request) else None
     )
-    with pytest.raises(OSError, match=SHARD):
-        restore(faulty_s3.front_of(s3_path), build(runs.config), ALONE)
+    with pytest.raises(OSError, match="safetensors"):
+        restore(faulty_s3.front_of(s3_path), build(runs.config).engine, ALONE)
     assert s3_path.files(recursive=True) == before

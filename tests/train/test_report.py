@@ -119,7 +119,7 @@ def test_report_saving_time_is_part_of_the_run(
     with open_report(session, state) as report:
         clock[0] += 1.0
         state = report.step(state, batch, RESULT, TOTAL, 0.5)
-        with report.saving(state.step):
+        with report.saving():
             clock[0] += 4.0
         clock[0] += 2.0
         state = report.step(state, batch, RESULT, TOTAL, 0.5)

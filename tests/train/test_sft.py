@@ -39,6 +39,7 @@ from raytune_llama.train.metrics import (
     TARGET_TOKENS,
 )
 from tests.train.conftest import WORDS, curve, problems_of, run_here
+from tests.train.saved import weights_in
 
 MakeSft = Callable[..., SftConfig]
 CHAT = ChatConfig(template="belle", max_tokens=64)
@@ -288,11 +289,11 @@ def test_result_of_the_best_step_has_its_weights(make_sft: MakeSft) -> None:
     best = losses.index(min(losses))
     assert 0 < best == len(losses) - 2, losses
     (place,) = [p for p in list_checkpoints(config.run_place) if p.name.endswith(f"{best:08d}")]
-    state = load_file(place.path / "state-00000.safetensors")
+    trained = weights_in(place)
     written = load_file(adapter_of(config))
     for key, tensor in written.items():
         name = key.replace(".weight", ".default.weight")
-        assert torch.equal(tensor, state[f"weight/{name}"])
+        assert torch.equal(tensor, trained[name])
 
 
 @pytest.mark.parametrize(

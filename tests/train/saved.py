@@ -1,0 +1,126 @@
+"""Looking into checkpoints, and taking one without a run."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from raytune_llama.config import from_dict
+from raytune_llama.storage import Place
+from raytune_llama.train.checkpoint import MANIFEST, CheckpointConfig, RunState, SaveResult
+from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.engine import PARTS, Engine, StateSlice
+from raytune_llama.train.loop import Session, open_session, read_batches, take_step
+from raytune_llama.train.saving import Saver
+from raytune_llama.train.slices import SliceReader
+from raytune_llama.train.workers import Workers
+
+ALONE = Workers.alone()
+
+
+@dataclass(frozen=True)
+class WholeState:
+    """All of a parameter, flat."""
+
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+class NoLog:
+    """Is told what saving takes, and forgets it."""
+
+    def saving(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def saved(self, result: SaveResult) -> None:
+        pass
+
+
+def build(config: PretrainConfig, num_steps: int = 0) -> Session:
+    """Open a run alone and take its first steps."""
+    session = open_session(config, ALONE)
+    batches = read_batches(session, 0)
+    for _ in range(num_steps):
+        batch = next(batches)
+        take_step(session, batch, sum(batch.source_targets))
+    return session
+
+
+def open_saver(session: Session, run_dir: Place, **fields: object) -> Saver:
+    """Return what saves a run alone."""
+    config = from_dict(CheckpointConfig, fields)
+    return Saver(run_dir, config, session.engine, ALONE, NoLog())
+
+
+def save(session: Session, run_dir: Place, state: RunState, **fields: object) -> None:
+    """Take one checkpoint and wait for it."""
+    with open_saver(session, run_dir, **fields) as saver:
+        saver.save(state)
+
+
+def state_of(engine: Engine) -> dict[str, WholeState]:
+    """Return copies of what an engine alone would save."""
+    slices: list[StateSlice] = list(engine.trainable_state())
+    assert all(each.start == 0 for each in slices)
+    return {
+        each.name: WholeState(*(getattr(each, part).clone() for part in PARTS)) for each in slices
+    }
+
+
+def assert_same(ours: Engine, wanted: Engine) -> None:
+    """Compare all that two engines would save, bit for bit."""
+    assert ours.scalar_state() == wanted.scalar_state()
+    left, right = state_of(ours), state_of(wanted)
+    assert list(left) == list(right)
+    for name, state in right.items():
+        for part in PARTS:
+            tensor = getattr(state, part)
+            assert tensor.dtype == torch.float32
+            assert torch.equal(getattr(left[name], part), tensor), f"{part} of {name}"
+
+
+def state_files(checkpoint: Place) -> list[Place]:
+    """Return the files of a checkpoint but its manifest."""
+    return [file for file in checkpoint.files() if file.name != MANIFEST]
+
+
+def hashes_of(checkpoint: Place) -> list[str]:
+    """Return what the manifest says of the content of each file, in their order."""
+    files = (checkpoint / MANIFEST).read_json()["files"]
+    assert files
+    return [entry["sha256"] for _, entry in sorted(files.items())]
+
+
+def weights_in(checkpoint: Place) -> dict[str, Tensor]:
+    """Read the whole weights of a checkpoint on the disk."""
+    manifest = (checkpoint / MANIFEST).read_json()
+    shapes = {name: entry["shape"] for name, entry in manifest["tensors"].items()}
+    with SliceReader(checkpoint, manifest, Path("unused")) as reader:
+        return {
+            name: reader.read("weight", name, 0, prod(shape)).view(shape)
+            for name, shape in shapes.items()
+        }
+
+
+def assert_same_content(ours: Place, wanted: Place) -> None:
+    """Compare every number of two checkpoints on the disk, whoever has written them."""
+    manifests = [(place / MANIFEST).read_json() for place in (ours, wanted)]
+    for key in ("state", "scalars"):
+        assert manifests[0][key] == manifests[1][key]
+    shapes = [
+        {name: entry["shape"] for name, entry in manifest["tensors"].items()}
+        for manifest in manifests
+    ]
+    assert shapes[0] == shapes[1]
+    with (
+        SliceReader(ours, manifests[0], Path("unused")) as left,
+        SliceReader(wanted, manifests[1], Path("unused")) as right,
+    ):
+        for name, shape in shapes[0].items():
+            for part in PARTS:
+                numbers = (part, name, 0, prod(shape))
+                assert torch.equal(left.read(*numbers), right.read(*numbers)), f"{part} of {name}"
