@@ -191,9 +191,24 @@ def test_claim_that_takes_too_long_to_write_is_withdrawn(tmp_path: Path) -> None
     assert not run_dir.exists()
 
 
-def test_lease_is_checked_while_its_holder_tells_that_it_lives(run_dir: Place) -> None:
-    # Each sign of life is a new file under a temporary name for a moment.
-    with Lease(run_dir, LeaseTimes(settle=0.3, beat=0.0005, stale=600)) as lease:
+def test_lease_is_checked_while_its_holder_writes(tmp_path: Path) -> None:
+    run_dir = Place.local(tmp_path / "run")
+    done = threading.Event()
+
+    def write() -> None:
+        # Each sign of life is a file of another name for a moment, and listed as such.
+        temporary = tmp_path / "run" / FOLDER / ".claim.tmp"
+        while not done.is_set():
+            temporary.write_bytes(b"")
+            temporary.unlink()
+
+    with Lease(run_dir, QUICK) as lease:
         fence = lease.confirm()
-        for _ in range(300 if run_dir.is_local else 3):
-            fence.check()
+        thread = threading.Thread(target=write)
+        thread.start()
+        try:
+            for _ in range(5000):
+                fence.check()
+        finally:
+            done.set()
+            thread.join()
