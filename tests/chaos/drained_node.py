@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
@@ -35,21 +36,25 @@ def main() -> None:
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
 
+    reasons: Any = autoscaler_pb2
+
     def drain() -> None:
         while not any(
             r["step"] >= STRIKE_STEP for r in read_metrics(config.run_place) if LOSS in r
         ):
             time.sleep(0.1)
         # One that a worker has taken the CPU of.
-        free = ray._private.state.available_resources_per_node()
+        # Ray has no public way to either.
+        private: Any = ray._private  # pyright: ignore[reportPrivateImportUsage]
+        free = private.state.available_resources_per_node()
         busy = [
             node["NodeID"]
             for node in ray.nodes()
             if node["Resources"].get("CPU") and not free[node["NodeID"]].get("CPU")
         ]
-        ray._private.worker.global_worker.gcs_client.drain_node(
+        private.worker.global_worker.gcs_client.drain_node(
             busy[0],
-            autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+            reasons.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
             "the spot price rose",
             int((time.time() + NOTICE_SECONDS) * 1000),
         )

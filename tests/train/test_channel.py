@@ -12,6 +12,7 @@ from ray.exceptions import RayActorError
 from ray.util.state import list_actors
 
 from raytune_llama.train.channel import Channel, ChannelActor, StopRequest, WorkerHandler
+from raytune_llama.train.failures import Failures
 
 NAME = "raytune_llama.somewhere"
 
@@ -62,7 +63,7 @@ def test_channel_shows_each_record_once_with_name_and_level(
 
 def test_channel_actor_drain_is_in_the_order_of_time_and_forgets() -> None:
     async def drained_twice() -> list[list[float]]:
-        actor = ChannelActor()
+        actor = ChannelActor(Failures(tolerated=1))
         for created in (2.0, 3.0, 1.0):
             await actor.put({"created": created})
         return [[r["created"] for r in (await actor.drain()).records] for _ in range(2)]

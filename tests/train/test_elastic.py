@@ -48,6 +48,9 @@ class Numbered:
         number = np.array([self.first + sample.index], dtype=np.uint16)
         return Sequence(ids=number, labels=number)
 
+    def documents(self, sample: Sample) -> list[int]:
+        return [sample.index]
+
 
 @given(
     sizes=st.lists(st.integers(1, 12), min_size=1, max_size=3),

@@ -65,7 +65,7 @@ def _compare(rank: int, wrong: list[int], store: str, answers: Path, world_size:
 def compare(folder: Path, world_size: int, wrong: list[int]) -> str:
     """Compare on processes of which some have a flipped bit; return what all of them say."""
     arguments = (wrong, str(folder / "rendezvous"), folder, world_size)
-    mp.spawn(_compare, arguments, nprocs=world_size)
+    mp.spawn(_compare, arguments, nprocs=world_size)  # pyright: ignore[reportPrivateImportUsage]  # documented
     (said,) = {(folder / str(rank)).read_text() for rank in range(world_size)}
     return said
 
