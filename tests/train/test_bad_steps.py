@@ -283,7 +283,8 @@ def test_train_rollback_goes_on_behind_the_bad_step_from_the_weights_before(
 def test_train_rollback_in_the_first_steps_goes_back_to_the_start(
     make_marked: MakeConfig,
 ) -> None:
-    config = make_marked(**ROLL_BACK, checkpoint__every_steps=99, checkpoint__keep_last=9)
+    fields = {"checkpoint__every_steps": 99, "checkpoint__keep_last": 9, "eval__every_steps": None}
+    config = make_marked(**ROLL_BACK, **fields)
     run_here(config)
     assert tensors_at(config, 5) == tensors_at(config, 0)
     assert state_at(config, 5).num_undone_steps == 4
