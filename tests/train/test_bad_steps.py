@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -123,12 +123,17 @@ def break_gradient(module: SummedLoss) -> Any:  # noqa: ANN401  # a handle
     def spoil(_module: nn.Module, _inputs: Any, output: Tensor) -> None:  # noqa: ANN401
         output.register_hook(lambda gradient: gradient * math.nan)
 
-    return causal_lm(module.model).get_decoder().norm.register_forward_hook(spoil)
+    norm = cast("nn.Module", causal_lm(module.model).get_decoder().norm)
+    return norm.register_forward_hook(spoil)
 
 
 def break_loss(module: nn.Module) -> Any:  # noqa: ANN401  # a handle
     """Let the loss be inf while gradients are finite."""
-    return module.register_forward_hook(lambda _module, _inputs, output: output + math.inf)
+
+    def spoil(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:  # noqa: ANN401
+        return output + math.inf
+
+    return module.register_forward_hook(spoil)
 
 
 def state_of(engine: Engine) -> dict[str, ParameterState]:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from raytune_llama.config import override
 from raytune_llama.train.loop import open_session
@@ -65,7 +65,7 @@ def _compare(rank: int, wrong: list[int], store: str, answers: Path, world_size:
 def compare(folder: Path, world_size: int, wrong: list[int]) -> str:
     """Compare on processes of which some have a flipped bit; return what all of them say."""
     arguments = (wrong, str(folder / "rendezvous"), folder, world_size)
-    mp.spawn(_compare, arguments, nprocs=world_size)
+    spawn(_compare, arguments, nprocs=world_size)
     (said,) = {(folder / str(rank)).read_text() for rank in range(world_size)}
     return said
 
