@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from raytune_llama.config import override
+from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.train.loop import open_session
 from raytune_llama.train.metrics import LOSS
 from raytune_llama.train.replicas import ReplicaError, checksum, compare_replicas
@@ -112,10 +113,10 @@ def test_engine_compares_all_weights_or_where_they_are_cut_up_none(
 
 
 def test_train_with_another_bit_on_one_worker_stops_before_it_is_saved(
-    make_config: MakeConfig, two: Group, tmp_path: Path
+    make_config: MakeConfig, two: Group, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    write_model(tmp_path / "model", tied=False)
-    write_model(tmp_path / "flipped", tied=False)
+    for name in ("model", "flipped"):
+        load_tokenizer(tokenizer_dir).save_pretrained(write_model(tmp_path / name, tied=False))
     file = tmp_path / "flipped" / "model.safetensors"
     tensors = load_file(file)
     # The lowest bit of a frozen weight: nothing that a loss would show.
