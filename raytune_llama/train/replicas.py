@@ -66,7 +66,11 @@ def compare_replicas(step: int, tensors: Iterable[tuple[str, Tensor]], workers: 
 
 def checksum(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor's bits in words of 64 bits, modulo 2**64; an int64 scalar."""
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.storage_offset() * flat.element_size() % _WORD_BYTES:
+        # Cut out of a buffer between two words, as ZeRO does with weights.
+        flat = flat.clone()
+    flat = flat.view(torch.uint8)
     rest = flat.numel() % _WORD_BYTES
     whole = flat[: flat.numel() - rest].view(torch.int64).sum()
     if not rest:

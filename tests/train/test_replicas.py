@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from raytune_llama.config import override
+from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.train.loop import open_session
 from raytune_llama.train.metrics import LOSS
 from raytune_llama.train.replicas import ReplicaError, checksum, compare_replicas
@@ -46,6 +47,8 @@ def test_checksum_of_nothing_and_of_a_view() -> None:
     assert int(checksum(torch.empty(0))) == 0
     table = torch.arange(12.0).view(3, 4)
     assert int(checksum(table.T)) == int(checksum(table.T.contiguous()))
+    between_words = torch.randn(9)[1:]
+    assert int(checksum(between_words)) == int(checksum(between_words.clone()))
 
 
 def _compare(rank: int, wrong: list[int], store: str, answers: Path, world_size: int) -> None:
@@ -65,7 +68,7 @@ def _compare(rank: int, wrong: list[int], store: str, answers: Path, world_size:
 def compare(folder: Path, world_size: int, wrong: list[int]) -> str:
     """Compare on processes of which some have a flipped bit; return what all of them say."""
     arguments = (wrong, str(folder / "rendezvous"), folder, world_size)
-    mp.spawn(_compare, arguments, nprocs=world_size)  # pyright: ignore[reportPrivateImportUsage]  # documented
+    spawn(_compare, arguments, nprocs=world_size)
     (said,) = {(folder / str(rank)).read_text() for rank in range(world_size)}
     return said
 
@@ -112,10 +115,10 @@ def test_engine_compares_all_weights_or_where_they_are_cut_up_none(
 
 
 def test_train_with_another_bit_on_one_worker_stops_before_it_is_saved(
-    make_config: MakeConfig, two: Group, tmp_path: Path
+    make_config: MakeConfig, two: Group, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    write_model(tmp_path / "model", tied=False)
-    write_model(tmp_path / "flipped", tied=False)
+    for name in ("model", "flipped"):
+        load_tokenizer(tokenizer_dir).save_pretrained(write_model(tmp_path / name, tied=False))
     file = tmp_path / "flipped" / "model.safetensors"
     tensors = load_file(file)
     # The lowest bit of a frozen weight: nothing that a loss would show.
