@@ -15,7 +15,7 @@ from raytune_llama.train.channel import Channel, Heard
 from raytune_llama.train.failures import Failures, describe
 from raytune_llama.train.lease import Fence, LeaseError
 from raytune_llama.train.outcome import Ending, GaveUpError
-from raytune_llama.train.processes import ProcessId
+from raytune_llama.train.processes import ProcessId, kill_process
 from raytune_llama.train.pulse import Beat
 from raytune_llama.train.scale import ScaleConfig
 from raytune_llama.train.watch import Stuck, Watch
@@ -127,7 +127,7 @@ def draining_nodes() -> dict[str, int]:
 
 def kill_workers(workers: tuple[Beat, ...]) -> None:
     """Kill processes on their nodes with SIGKILL: a stopped process answers to nothing else."""
-    task: Any = ray.remote(_kill)
+    task: Any = ray.remote(kill_process)
     pending: dict[Any, Beat] = {}
     for beat in workers:
         there = NodeAffinitySchedulingStrategy(node_id=beat.node_id, soft=False)
@@ -141,7 +141,3 @@ def kill_workers(workers: tuple[Beat, ...]) -> None:
         with contextlib.suppress(RayError):
             if ray.get(ref):
                 logger.warning("%s killed", pending[ref].process)
-
-
-def _kill(process: ProcessId) -> bool:
-    return process.kill()

@@ -63,6 +63,11 @@ class ProcessId:
         return True
 
 
+def kill_process(process: ProcessId) -> bool:
+    """End a process, as a task on its node does; see `ProcessId.kill`."""
+    return process.kill()
+
+
 def _boot() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

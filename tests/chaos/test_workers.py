@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from raytune_llama.train.config import PretrainConfig
@@ -56,12 +57,15 @@ def test_worker_that_is_killed_or_stopped_is_replaced_and_nothing_is_lost(
 
 
 def spoil_store(config: PretrainConfig) -> None:
-    """Write ids that the model does not have, where the second half of the tokens is."""
+    """Put ids that the model does not have into the middle of the tokens, as they lie there."""
     (shard,) = Path(config.data.store_dir).glob("train-*.arrow")
-    size = shard.stat().st_size
+    content = shard.read_bytes()
+    tokens = pa.ipc.open_file(pa.BufferReader(content)).get_batch(0).column("tokens").values
+    data = memoryview(tokens.buffers()[1])
     with shard.open("r+b") as file:
-        file.seek(size // 3)
-        file.write(b"\xff" * (size // 3))
+        # In place: the workers have it mapped.
+        file.seek(content.index(bytes(data[:64])) + data.nbytes // 2)
+        file.write(b"\xff" * 256)
 
 
 @pytest.mark.ray
