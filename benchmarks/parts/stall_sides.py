@@ -9,12 +9,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raytune_llama.data.batches import MicroBatch
@@ -115,7 +115,7 @@ class _Bench:
             self.log,
         )
         # Its collectives are in a thread: a group of their own, as PyTorch advises.
-        self.group = dist.new_group(backend="gloo")
+        self.group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
         self.num_saves = 0
 
     def _build_deepspeed(self) -> Any:  # noqa: ANN401  # the module is untyped
@@ -196,8 +196,7 @@ class _Bench:
     def _start_dcp(self, path: Path) -> _Save:
         started = time.perf_counter()
         ended: list[float] = []
-        private: Any = dcp  # which does not say what it exports
-        future = private.async_save(self.tensors(), checkpoint_id=path, process_group=self.group)
+        future: Any = async_save(self.tensors(), checkpoint_id=path, process_group=self.group)
         future.add_done_callback(lambda _: ended.append(time.perf_counter() - started))
 
         def finish() -> float:
