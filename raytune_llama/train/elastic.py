@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -128,7 +128,11 @@ class Growth:
 
 
 def watching(
-    scale: ScaleConfig, run_dir: Place, trainer: TorchTrainer, channel: Channel
+    scale: ScaleConfig,
+    run_dir: Place,
+    trainer: TorchTrainer,
+    channel: Channel,
+    tell_waiting: Callable[[], None],
 ) -> contextlib.AbstractContextManager[None]:
     """Watch the nodes under a run of Ray's trainer, if it is elastic.
 
@@ -137,6 +141,7 @@ def watching(
         run_dir: of the run, which has no other driver.
         trainer: which is to be run in the block.
         channel: to its workers, which are asked to stop once there is room for more of them.
+        tell_waiting: called every second while the nodes are too few to train on.
     """
     if scale.elastic is None:
         return contextlib.nullcontext()
@@ -145,7 +150,7 @@ def watching(
     requester = f"train-{trainer.train_run_context.run_id}"
     needs = scale.worker_resources
     reservation = Reservation.take_over(run_dir, requester, needs)
-    return NodeWatch(scale.elastic, needs, reservation, channel).watching()
+    return NodeWatch(scale.elastic, needs, reservation, channel, tell_waiting).watching()
 
 
 class NodeWatch:
@@ -157,11 +162,13 @@ class NodeWatch:
         needs: Mapping[str, float],
         reservation: Reservation,
         channel: Channel,
+        tell_waiting: Callable[[], None],
     ) -> None:
         self._limits = limits
         self._needs = needs
         self._reservation = reservation
         self._channel = channel
+        self._tell_waiting = tell_waiting
         self._closed = threading.Event()
 
     @contextlib.contextmanager
@@ -194,6 +201,8 @@ class NodeWatch:
                 room, counted = self._reservation.count(), now
             if room is None:
                 continue
+            if room < self._limits.min:
+                self._tell_waiting()
             if room < self._limits.min and now - told >= WAITING_SECONDS:
                 told = now
                 logger.warning(

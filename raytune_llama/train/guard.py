@@ -92,6 +92,11 @@ class Guard:
         if self._num_hung > 1 or not self.kill_controller():
             self.answers.put(GaveUpError(f"Ray starts no workers, and does not end: {stuck}"))
 
+    def wait_for_nodes(self) -> None:
+        """Learn that no workers can start now; to be told again as long as that is so."""
+        if self._watch is not None:
+            self._watch.excuse(time.monotonic())
+
     def kill_controller(self) -> bool:
         """End Ray's controller of the workers, and them with it; False where there is none."""
         return self._controller is not None and self._controller.kill()

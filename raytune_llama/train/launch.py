@@ -108,7 +108,7 @@ def _fit(run: Launch, guard: Guard) -> tuple[Outcome | None, Exception | None]:
     # so would the driver.
     threading.Thread(target=fit, name="fit", daemon=True).start()
     try:
-        with watching(run.scale, run.run_dir, trainer, guard.channel):
+        with watching(run.scale, run.run_dir, trainer, guard.channel, guard.wait_for_nodes):
             answer = guard.answers.get()
     except BaseException:
         guard.kill_controller()

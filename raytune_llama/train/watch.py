@@ -95,6 +95,10 @@ class Watch:
         self._ended = self._attempt
         self._begin(self._attempt)
 
+    def excuse(self, now: float) -> None:
+        """Expect no workers to start from now on: the nodes that are there are too few."""
+        self._quiet_since = now
+
     def _begin(self, attempt: int) -> None:
         self._attempt = attempt
         self._workers = {}

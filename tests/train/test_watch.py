@@ -138,3 +138,12 @@ def test_group_that_gets_on_is_never_stuck(steps: list[float], num_workers: int)
             late = [beat(r, marks + (r > 0), slowest_seconds=seconds) for r in range(num_workers)]
             watch.hear(late, now)
             assert watch.judge(now) is None
+
+
+def test_nobody_is_missed_while_nodes_are_waited_for() -> None:
+    clock = Clock()
+    for _ in range(300):
+        clock.watch.excuse(clock.now)
+        clock.tell()
+    _, seconds = clock.until_stuck()
+    assert seconds > CONFIG.slow_seconds
