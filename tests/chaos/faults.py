@@ -49,9 +49,8 @@ class Calls:
         """Watch while the block runs."""
         with pytest.MonkeyPatch.context() as patch:
             self._watch_files(patch)
-            for owner, names in ((Path, ("replace", "rename", "mkdir", "unlink")),):
-                for name in names:
-                    self._watch_method(patch, owner, name)
+            for name in ("replace", "rename", "mkdir", "unlink"):
+                self._watch_method(patch, Path, name)
             self._watch_method(patch, shutil, "rmtree")
             yield
 

@@ -27,7 +27,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk that holds two checkpoints of a full fine-tune, but not a third one beside them."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount("-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder))
+    mount("-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(folder))
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 

@@ -35,7 +35,7 @@ def disk_of(full_rank: int, times: int, rank: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def killed(dying_rank: int, number: int, rank: int) -> Iterator[None]:
-    """End one worker as it flushes its file of a checkpoint, at the n-th time."""
+    """End one worker as it flushes a file of a checkpoint, at the n-th time, from 0."""
     count = itertools.count()
 
     def die() -> None:
@@ -86,16 +86,17 @@ def test_train_with_one_workers_disk_full_ends_on_all_of_them_naming_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rank", "number", "resumed"), [(1, 1, 2), (0, 2, 4)])
+@pytest.mark.parametrize(("rank", "number"), [(1, 1), (0, 4)])
 def test_train_whose_worker_is_killed_while_saving_resumes_from_the_one_before(
-    make_config: MakeConfig, two: Group, rank: int, number: int, resumed: int
+    make_config: MakeConfig, two: Group, rank: int, number: int
 ) -> None:
+    # At step 4: as the second worker flushes its file, or as the first one publishes all.
     fields = {**FIELDS, **stage_fields(2)}
     whole, config = make_config("whole", **fields), make_config(**fields)
     two.run(whole)
     with pytest.raises(AssertionError):
         two.run(config, around=partial(killed, rank, number))
-    assert list_checkpoints(config.run_place)[-1].name == f"step-{resumed:08d}"
+    assert list_checkpoints(config.run_place)[-1].name == "step-00000002"
     two.run(config)
     assert curve(config) == curve(whole)
     ours, wanted = (hashes_of(list_checkpoints(c.run_place)[-1]) for c in (config, whole))

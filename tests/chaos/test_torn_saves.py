@@ -49,7 +49,7 @@ def disk() -> Iterator[Path]:
     """A folder in memory, where there is one: hundreds of flushes cost nothing there."""
     memory = Path("/dev/shm")  # noqa: S108  # the folder in it has a name of its own
     with TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        yield Path(folder)
+        yield Path(folder).resolve()
 
 
 @pytest.fixture
