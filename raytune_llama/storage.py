@@ -150,8 +150,9 @@ class Place:
 
     def status(self) -> FileStatus | None:
         """Return what is known of a file; None where there is no file (but perhaps a folder)."""
-        info = self._info(self.key)
-        return self._status(info) if info.type == pafs.FileType.File else None
+        with contextlib.suppress(FileNotFoundError):  # it has gone between two looks at it
+            info = self._info(self.key)
+            return self._status(info) if info.type == pafs.FileType.File else None
 
     def exists(self) -> bool:
         """Whether there is a file or folder; in object storage a folder exists by its files."""

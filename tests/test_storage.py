@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import re
+import threading
 from http import HTTPStatus
 from pathlib import Path
 
@@ -141,6 +142,25 @@ def test_files_written_are_listed_and_read_under_any_name(folder: Place) -> None
         assert status == folder.files(recursive=True)[place]
     assert (folder.exists(), folder.is_dir(), folder.status()) == (True, True, None)
     assert not (folder / "plain").is_dir()
+
+
+def test_files_of_a_folder_that_others_write_in_are_listed(tmp_path: Path) -> None:
+    folder = Place.local(tmp_path)
+    over = threading.Event()
+
+    def write() -> None:
+        while not over.is_set():
+            (folder / "changing").write_bytes(b"1")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        # Its temporary names come and go.
+        for _ in range(5000):
+            assert len(folder.files()) <= 2
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_files_of_a_local_link_to_a_folder_are_left_out(tmp_path: Path) -> None:
