@@ -71,7 +71,10 @@ def worker_pids() -> list[int]:
 def pids_of(class_name: str) -> list[int]:
     """Return the processes of the actors of a class that are alive in the tests' own cluster."""
     alive: list[Any] = ray.util.state.list_actors(
-        filters=[("class_name", "=", class_name), ("state", "=", "ALIVE")], timeout=60
+        # Other clusters may run on this machine.
+        address=ray.get_runtime_context().gcs_address,
+        filters=[("class_name", "=", class_name), ("state", "=", "ALIVE")],
+        timeout=60,
     )
     return sorted(actor.pid for actor in alive if actor.pid)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray import serve
 from ray.util.state import list_actors
 
@@ -38,7 +39,12 @@ def endpoint(url: str, served_dir: Path) -> str:
 
 
 def pids(kind: str) -> list[int]:
-    actors: list[Any] = list_actors(filters=[("state", "=", "ALIVE")], detail=True, limit=1000)
+    actors: list[Any] = list_actors(
+        address=ray.get_runtime_context().gcs_address,
+        filters=[("state", "=", "ALIVE")],
+        detail=True,
+        limit=1000,
+    )
     return [actor.pid for actor in actors if actor.class_name.startswith(kind)]
 
 

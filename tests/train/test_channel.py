@@ -97,6 +97,8 @@ def test_stop_request_lost_channel_is_no_request() -> None:
 def test_channel_actor_takes_no_cpu(channel: Channel) -> None:
     ray.get(channel.actor.drain.remote())  # it is there
     alive: list[Any] = [("class_name", "=", "ChannelActor"), ("state", "=", "ALIVE")]
-    states: list[Any] = list_actors(filters=alive, detail=True)
+    states: list[Any] = list_actors(
+        address=ray.get_runtime_context().gcs_address, filters=alive, detail=True
+    )
     assert states
     assert not any((state.required_resources or {}).get("CPU") for state in states)

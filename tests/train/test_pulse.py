@@ -3,6 +3,9 @@
 import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +61,7 @@ def test_run_of_the_loop_tells_its_phases(make_config: MakeConfig) -> None:
     train(make_config(max_steps=2), workers, lambda: False)
     assert seen == [
         *("starting", "evaluating", "starting", "training", "evaluating", "training"),
-        *("saving", "training", "finishing"),
+        *("saving", "training", "saving", "training", "finishing"),
     ]
     assert workers.pulse.step == 2
 
@@ -69,12 +72,9 @@ def wait_for_peer(store: str) -> None:
     time.sleep(600)
 
 
-def test_thread_in_a_collective_is_seen_to_wait(tmp_path: object) -> None:
-    import torch.multiprocessing as mp
-
-    store = f"{tmp_path}/store"
-    peer = mp.get_context("spawn").Process(target=wait_for_peer, args=(store,), daemon=True)
-    peer.start()
+def observe(store: str) -> None:
+    """Watch a thread that waits in a collective, until the other member is killed."""
+    peer = spawned(wait_for_peer, store)
     started = threading.Event()
 
     def wait() -> None:
@@ -99,3 +99,18 @@ def test_thread_in_a_collective_is_seen_to_wait(tmp_path: object) -> None:
     thread.join(120)
     assert not thread.is_alive()
     assert not locate(sys._current_frames()[threading.get_ident()])[1]
+
+
+def spawned(target: Callable[[str], None], store: str) -> Any:  # noqa: ANN401  # a process
+    import torch.multiprocessing as mp
+
+    process = mp.get_context("spawn").Process(target=target, args=(store,))
+    process.start()
+    return process
+
+
+def test_thread_in_a_collective_is_seen_to_wait(tmp_path: Path) -> None:
+    # In a process of its own: this one may be in a group already.
+    process = spawned(observe, f"{tmp_path}/store")
+    process.join(400)
+    assert process.exitcode == 0
