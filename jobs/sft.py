@@ -6,9 +6,10 @@ python jobs/sft.py [CONFIG.yaml] [a.b=c ...]      --help lists every field
 import sys
 from pathlib import Path
 
-from raytune_llama.config import EXIT_STOPPED, ConfigError, load, run_job
+from raytune_llama.config import ConfigError, load, run_job
 from raytune_llama.data.manifest import StoreError
 from raytune_llama.data.rows import SourceError
+from raytune_llama.exits import EXIT_STOPPED
 from raytune_llama.logs import setup_logging
 from raytune_llama.train.config import SftConfig
 from raytune_llama.train.outcome import RefusedError

@@ -28,15 +28,9 @@ import pydantic.dataclasses
 import pydantic_core
 
 from raytune_llama import fields, yaml12
+from raytune_llama.exits import EXIT_MISTAKE
 
 T = TypeVar("T")
-
-EXIT_MISTAKE: Final = 2
-"""Exit status of a job that its user has to mend something for."""
-
-EXIT_STOPPED: Final = 75
-"""Exit status of a job that was stopped and has saved what it had: the same command goes on. It is
-EX_TEMPFAIL of sysexits.h."""
 
 
 class ConfigError(ValueError):
@@ -344,11 +338,10 @@ def _problem_lines(
         else:
             start = f"{path}: got {_short(detail['input'])}, wanted "
             wanted.setdefault(start, []).append(_wanted_text(detail))
-    return [
-        start + " or ".join(dict.fromkeys(texts))
-        for start, texts in wanted.items()
-        if not (texts and any(other.startswith(f"{start.partition(':')[0]}.") for other in wanted))
-    ]
+    for start in [start for start, texts in wanted.items() if texts]:
+        if any(other.startswith(f"{start.partition(':')[0]}.") for other in wanted):
+            del wanted[start]
+    return [start + " or ".join(dict.fromkeys(texts)) for start, texts in wanted.items()]
 
 
 def _keys_in(data: object, location: Sequence[int | str]) -> Iterator[str]:
