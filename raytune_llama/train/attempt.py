@@ -75,6 +75,7 @@ def _run_loop(
     fence: Fence | None,
 ) -> Outcome:
     """Ask for leave to start, and train; the same on every worker."""
+    from raytune_llama.train.export import read_result
     from raytune_llama.train.loop import train
 
     stop = StopRequest(channel)
@@ -91,6 +92,10 @@ def _run_loop(
     is_stopped = stop.wait(admission.wait_seconds)
     if workers.sum([float(is_stopped)])[0] > 0:
         return Outcome("stopped", newest_step(config.run_place))
+    # Workers before these may have ended the run when Ray's controller could not hear it any more.
+    result = read_result(config) if admission.attempt > 1 else None
+    if result is not None:
+        return Outcome("finished", result["step"])
     if workers.is_first:
         channel.workers_started.remote(workers.world_size)
     workers = replace(workers, restarts=admission.attempt - 1, fence=fence)
