@@ -93,7 +93,8 @@ def _run_loop(
     if workers.sum([float(is_stopped)])[0] > 0:
         return Outcome("stopped", newest_step(config.run_place))
     # Workers before these may have ended the run when Ray's controller could not hear it any more.
-    result = read_result(config) if admission.attempt > 1 else None
+    is_again = workers.is_first and admission.attempt > 1
+    result = workers.broadcast(read_result(config) if is_again else None)
     if result is not None:
         return Outcome("finished", result["step"])
     if workers.is_first:

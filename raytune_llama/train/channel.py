@@ -159,10 +159,6 @@ class Channel:
         self._is_stopping = True
         self._wake.put(None)
 
-    def request_restart(self) -> None:
-        """Ask the workers to save and stop, to be started again; not in a signal handler."""
-        ray.get(self.actor.request_stop.remote())
-
     def num_workers(self) -> int:
         """Return how many workers were started last; 0 before the first."""
         return ray.get(self.actor.num_workers.remote())

@@ -39,6 +39,8 @@ ANSWER_SECONDS = 10.0
 START_SECONDS = 10
 """In which Ray has to find places for workers that it counted itself; then it counts again."""
 
+_TOO_FEW_NODES = "waiting for nodes: they hold %d workers, and scale.num_workers.min is %d"
+
 RESERVATION = "ray/reservation.json"
 """In the run directory: under which name the run's newest driver reserves."""
 
@@ -203,13 +205,9 @@ class NodeWatch:
                 continue
             if room < self._limits.min:
                 self._tell_waiting()
-            if room < self._limits.min and now - told >= WAITING_SECONDS:
-                told = now
-                logger.warning(
-                    "waiting for nodes: they hold %d workers, and scale.num_workers.min is %d",
-                    room,
-                    self._limits.min,
-                )
+                if now - told >= WAITING_SECONDS:
+                    told = now
+                    logger.warning(_TOO_FEW_NODES, room, self._limits.min)
             running = self._channel.num_workers()
             if growth.is_due(running, min(room, running + self._count_free()), now):
                 logger.info(
@@ -217,7 +215,7 @@ class NodeWatch:
                     room,
                     running,
                 )
-                self._channel.request_restart()
+                self._channel.request_stop()
                 return
 
     def _count_free(self) -> int:

@@ -98,6 +98,17 @@ def assert_goes_on(saved: Saved, run_dir: Path) -> None:
     assert [folder.name for folder in (run_dir / "checkpoints").iterdir()] == ["step-00000003"]
 
 
+def assert_survived(saved: Saved, run_dir: Path, disk: Path) -> int:
+    """Check that a run goes on from a step and is saved again; return the step; delete the run."""
+    step = assert_loads(saved, run_dir, {1, 2})
+    saved.states[3] = saved.states[step]
+    assert_goes_on(saved, run_dir)
+    # Back to the state of step 2, whatever was loaded.
+    restore(Place.local(disk / "counted"), saved.session.engine, ALONE)
+    shutil.rmtree(run_dir)
+    return step
+
+
 def test_save_that_fails_at_any_call_leaves_a_valid_checkpoint(saved: Saved, disk: Path) -> None:
     names = count_calls(saved, disk / "counted")
     loaded: list[int] = []
@@ -110,12 +121,7 @@ def test_save_that_fails_at_any_call_leaves_a_valid_checkpoint(saved: Saved, dis
             except CheckpointError as error:
                 assert os.strerror(28) in str(error)  # noqa: PT017  # not every call ends the run
         assert len(calls.names) > number
-        loaded.append(assert_loads(saved, run_dir, {1, 2}))
-        saved.states[3] = saved.states[loaded[-1]]
-        assert_goes_on(saved, run_dir)
-        # Back to the state of step 2, whatever was loaded.
-        restore(Place.local(disk / "counted"), saved.session.engine, ALONE)
-        shutil.rmtree(run_dir)
+        loaded.append(assert_survived(saved, run_dir, disk))
     # Until the new one has its name the old one loads, and from then on the new one.
     assert loaded == sorted(loaded)
     assert set(loaded) == {1, 2}
@@ -147,10 +153,6 @@ def test_save_that_is_killed_at_any_call_leaves_a_valid_checkpoint(
     for number in range(len(names)):
         run_dir = saved.copy(disk / f"run-{number}")
         assert save_and_die(saved, run_dir, number) == 9
-        loaded.append(assert_loads(saved, run_dir, {1, 2}))
-        saved.states[3] = saved.states[loaded[-1]]
-        assert_goes_on(saved, run_dir)
-        restore(Place.local(disk / "counted"), saved.session.engine, ALONE)
-        shutil.rmtree(run_dir)
+        loaded.append(assert_survived(saved, run_dir, disk))
     assert loaded == sorted(loaded)
     assert set(loaded) == {1, 2}

@@ -19,6 +19,7 @@ from raytune_llama.train.slices import SliceReader
 from raytune_llama.train.workers import Workers
 
 ALONE = Workers.alone()
+FULL = {"train": "full", "lora": None}
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from raytune_llama.train.restoring import restore
 from tests.train.conftest import MakeConfig, Runs, copy_run, run_here
 from tests.train.saved import (
     ALONE,
+    FULL,
     assert_same,
     build,
     hashes_of,
@@ -33,7 +34,6 @@ from tests.train.saved import (
 )
 
 MANIFEST = "manifest.json"
-FULL = {"train": "full", "lora": None}
 
 Damage = Callable[[Place], None]
 

@@ -23,6 +23,7 @@ from tests.train.conftest import MakeConfig, curve, run_here, stage_fields
 from tests.train.group import Group
 from tests.train.saved import (
     ALONE,
+    FULL,
     assert_same,
     build,
     hashes_of,
@@ -32,7 +33,6 @@ from tests.train.saved import (
     state_of,
 )
 
-FULL = {"train": "full", "lora": None}
 DEADLINE_SECONDS = 60
 
 
