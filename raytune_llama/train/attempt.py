@@ -14,6 +14,7 @@ from raytune_llama.train.failures import Admission
 from raytune_llama.train.lease import Fence
 from raytune_llama.train.outcome import Ending, Outcome
 from raytune_llama.train.pulse import Heartbeat
+from raytune_llama.train.reserved import note_reserved
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +99,8 @@ def _run_loop(
     if result is not None:
         return Outcome("finished", result["step"])
     if workers.is_first:
-        channel.workers_started.remote(workers.world_size)
+        started = channel.workers_started.remote(workers.world_size)
+        note_reserved(config.run_place, ray.get(started, timeout=ANSWER_SECONDS))
     workers = replace(workers, restarts=admission.attempt - 1, fence=fence)
     with Heartbeat(channel, workers.pulse, attempt=admission.attempt, rank=workers.rank):
         return train(config, workers, stop)

@@ -109,9 +109,10 @@ class ChannelActor:
         self._records, self._beats, self._has_failed = [], [], False
         return heard
 
-    async def workers_started(self, num_workers: int) -> None:
-        """Take the number of workers that train from now on."""
+    async def workers_started(self, num_workers: int) -> ProcessId | None:
+        """Take the number of workers that train from now on; return Ray's controller of them."""
         self._num_workers = num_workers
+        return self._controller
 
     async def num_workers(self) -> int:
         """Return how many workers were started last; 0 before the first."""

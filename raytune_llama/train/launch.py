@@ -24,6 +24,7 @@ from raytune_llama.train.failures import Admission, Failures, describe
 from raytune_llama.train.guard import Guard, draining_nodes
 from raytune_llama.train.lease import Fence
 from raytune_llama.train.outcome import Outcome
+from raytune_llama.train.reserved import Reserved
 from raytune_llama.train.scale import ScaleConfig
 from raytune_llama.train.stopping import StopSignal
 
@@ -123,13 +124,16 @@ def _fit(run: Launch, guard: Guard) -> tuple[Outcome | None, Exception | None]:
 
 
 def _settle(run: Launch, failures: Failures, error: Exception | None) -> Admission:
-    """Count a failure of Ray's own as one of the workers is.
+    """Count a failure of Ray's own as one of the workers is, and free what it has left reserved.
 
     Raises:
         GaveUpError: it is one too many.
     """
     if error is not None:
         failures.fail([describe(error)])
+        reserved = Reserved.read(run.run_dir)
+        if reserved is not None:
+            reserved.free()
     admission = failures.settle(newest_step(run.run_dir))
     if admission.ending is not None:
         raise admission.ending.error()

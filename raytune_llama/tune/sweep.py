@@ -39,6 +39,7 @@ from raytune_llama.train.preflight import (
 from raytune_llama.train.trainer import prepare_run
 from raytune_llama.tune.config import SweepConfig, load_base, trial_config
 from raytune_llama.tune.display import Display
+from raytune_llama.tune.freeing import Freeing
 from raytune_llama.tune.journal import Journal, TrialRecord, trial_dir
 from raytune_llama.tune.plot import write_page
 from raytune_llama.tune.results import rank, score, write_best, write_leaderboard
@@ -208,6 +209,7 @@ def _run_trials(
     at_a_time = min(fit, sweep.max_concurrent or fit, num_left)
     logger.info("%d trials are left, %d at a time", num_left, at_a_time)
     display = Display(sweep, journal)
+    freeing = Freeing(sweep.place)
     scheduler = build_scheduler(sweep, base)
     replay(scheduler, journal, sweep.mode)
     # What Tune tells of its own files, which nobody reads.
@@ -234,12 +236,13 @@ def _run_trials(
             storage_path=(sweep.place / "tune").key,
             storage_filesystem=sweep.place.filesystem,
             failure_config=tune.FailureConfig(max_failures=sweep.max_restarts),
-            callbacks=[Recorder(journal, display.refresh)],
+            callbacks=[Recorder(journal, display.refresh, freeing.start)],
             verbose=0,
         ),
     )
     with display.showing():
         tuner.fit()
+    freeing.wait()
 
 
 def _beside_driver() -> tune.PlacementGroupFactory:
@@ -254,10 +257,15 @@ def _beside_driver() -> tune.PlacementGroupFactory:
 
 
 class Recorder(tune.Callback):
-    """Writes what Tune's trials report and how they end into the journal."""
+    """Writes what Tune's trials report and how they end into the journal; frees their workers.
 
-    def __init__(self, journal: Journal, refresh: Callable[[], None]) -> None:
-        self._journal, self._refresh = journal, refresh
+    Tune stops a trial by ending its process, which cannot free anything then.
+    """
+
+    def __init__(
+        self, journal: Journal, refresh: Callable[[], None], free: Callable[[int], None]
+    ) -> None:
+        self._journal, self._refresh, self._free = journal, refresh, free
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:  # noqa: ANN401, ARG002
         """Show the trials."""
@@ -292,6 +300,7 @@ class Recorder(tune.Callback):
         if state == "diverged" and cause is None:
             cause = f"the evaluation at step {result[STEP]} is not finite"
         self._journal.end(trial.config["number"], state, cause)
+        self._free(trial.config["number"])
 
     def on_trial_error(
         self,
@@ -303,6 +312,17 @@ class Recorder(tune.Callback):
         """Note that a trial has failed for good."""
         cause = str(trial.get_error() or "unknown").strip().splitlines()[-1]
         self._journal.end(trial.config["number"], "failed", cause)
+        self._free(trial.config["number"])
+
+    def on_trial_recover(
+        self,
+        iteration: int,  # noqa: ARG002
+        trials: list[Trial],  # noqa: ARG002
+        trial: Trial,
+        **info: Any,  # noqa: ANN401, ARG002
+    ) -> None:
+        """Let a trial that is started again have what it had."""
+        self._free(trial.config["number"])
 
 
 def _sum_up(sweep: SweepConfig, base: AnyTrainConfig, journal: Journal) -> SweepSummary:

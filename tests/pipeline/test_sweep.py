@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.util.placement_group import placement_group_table
 
 from raytune_llama.config import ConfigError, from_dict, load, write_yaml
 from raytune_llama.storage import Place
@@ -74,6 +75,8 @@ def test_sweep_finds_the_best_rate_and_its_config_repeats_the_winner(
     stopped = [trial for trial in summary.trials if trial.state == "stopped"]
     assert all(trial.step < 8 for trial in stopped)
     assert set(states.values()) <= {"finished", "stopped"}
+    # Stopped trials have left nothing behind that the next would wait for.
+    assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
 
     rows = list(csv.DictReader((tmp_path / "sweep" / "leaderboard.csv").open()))
     assert [int(row["trial"]) for row in rows] == [trial.number for trial in summary.trials]
