@@ -121,7 +121,7 @@ def test_sweep_with_failed_and_diverged_trials_goes_on_and_says_why(
     assert summary.status == "finished"
     assert [trials[n].state for n in range(4)] == ["finished", "diverged", "failed", "failed"]
     assert "gone" in (trials[2].cause or "")
-    assert "loss is nan" in (trials[1].cause or "")
+    assert "the gradient norm nan" in (trials[1].cause or "")
 
 
 @pytest.mark.slow
@@ -215,7 +215,10 @@ def test_sweep_that_loses_a_node_ends_as_if_it_had_not(
         command, cwd=ROOT, capture_output=True, text=True, env=own_cluster(), check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == ["node", "lost", "finished"], done.stdout + done.stderr
+    # Ray writes there too what its raylets have to say.
+    told = {"node lost", "finished", "stopped", "failed"}
+    lines = [line for line in done.stdout.splitlines() if line in told]
+    assert lines == ["node lost", "finished"], done.stdout + done.stderr
     trials = Journal(sweep.place).trials
     assert {trial.state for trial in trials.values()} == {"finished"}
 
