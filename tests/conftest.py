@@ -119,6 +119,8 @@ def ray_cluster() -> Iterator[str]:
     """A cluster of two CPUs that all tests with the marker `ray` share; its dashboard's address."""
     import ray
 
+    # Serve's controller starts a proxy anew at the third look, ten seconds apart by default.
+    os.environ["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] = "1"
     context = ray.init(
         address="local",  # not what a killed cluster has left behind
         num_cpus=2,

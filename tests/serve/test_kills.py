@@ -59,7 +59,8 @@ def pids(kind: str) -> list[int]:
     ],
 )
 def test_killed_under_load_nearly_all_is_answered_with_one_retry(endpoint: str, kind: str) -> None:
-    with Clients(endpoint, ASKED, num_clients=8, retry_seconds=RETRY_SECONDS).asking() as clients:
+    asked = {**ASKED, "max_tokens": 16}
+    with Clients(endpoint, asked, num_clients=8, retry_seconds=RETRY_SECONDS).asking() as clients:
         wait_until(lambda: clients.num_answers > 200, seconds=120, what="answers before")
         before_pids = pids(kind)
         os.kill(before_pids[0], signal.SIGKILL)
