@@ -39,9 +39,7 @@ def main() -> None:
     reasons: Any = autoscaler_pb2
 
     def drain() -> None:
-        while not any(
-            r["step"] >= STRIKE_STEP for r in read_metrics(config.run_place) if LOSS in r
-        ):
+        while not has_trained(config):
             time.sleep(0.1)
         # One that a worker has taken the CPU of.
         # Ray has no public way to either.
