@@ -34,7 +34,8 @@ class Guard:
     def __init__(self, scale: ScaleConfig, failures: Failures, fence: Fence | None) -> None:
         self.failures = failures
         """All so far."""
-        self._has_drained = False
+        self.has_drained = False
+        """Whether nodes of the workers were taken away; those that were idle since are gone."""
         self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         """What Ray's trainer has returned or raised, or what the guard raises in its place."""
         self._controller: ProcessId | None = None
@@ -103,8 +104,8 @@ class Guard:
 
     def _check_nodes(self) -> None:
         draining = self._node_ids & set(draining_nodes())
-        if draining and not self._has_drained:
-            self._has_drained = True
+        if draining and not self.has_drained:
+            self.has_drained = True
             names = ", ".join(sorted(node_id[:8] for node_id in draining))
             logger.warning("nodes are taken away (Ray node %s): saving after this step", names)
             self.channel.request_stop()

@@ -87,7 +87,9 @@ def launch(run: Launch) -> Outcome:
             if outcome is not None and (outcome.status == "finished" or stop.requested):
                 return outcome
             admission = _settle(run, failures, error)
-            if stop.wait(admission.wait_seconds) or not _has_room(run.scale, stop):
+            if stop.wait(admission.wait_seconds) or not has_room(
+                run.scale, stop, has_drained=guard.has_drained
+            ):
                 return Outcome("stopped", newest_step(run.run_dir))
 
 
@@ -140,8 +142,15 @@ def _settle(run: Launch, failures: Failures, error: Exception | None) -> Admissi
     return admission
 
 
-def _has_room(scale: ScaleConfig, stop: "StopSignal") -> bool:
-    """Whether nodes that stay can hold the workers; waits for them at most `wait_seconds`."""
+def has_room(scale: ScaleConfig, stop: StopSignal, *, has_drained: bool) -> bool:
+    """Whether nodes that stay can hold the workers; waits for them at most `wait_seconds`.
+
+    Args:
+        scale: the workers, and how long to wait.
+        stop: ends the waiting.
+        has_drained: whether nodes were taken away under the workers. Where none were, Ray waits
+            for nodes itself.
+    """
     from raytune_llama.train.cluster import POLL_SECONDS, find_shortage
 
     start = time.monotonic()
@@ -150,7 +159,8 @@ def _has_room(scale: ScaleConfig, stop: "StopSignal") -> bool:
         nodes = [node for node in ray.nodes() if node["NodeID"] not in draining]
         shortage = find_shortage(nodes, scale.worker_resources, scale)
         left = start + scale.wait_seconds - time.monotonic()
-        if shortage is None or not draining:
+        # A node that is drained ends once it is idle, and is in no list any more.
+        if shortage is None or not (has_drained or draining):
             return True
         if left <= 0:
             logger.warning("stopping, as the nodes that stay are too few: %s", shortage)
