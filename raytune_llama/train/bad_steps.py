@@ -52,6 +52,8 @@ def rolled_back(state: RunState, before: RunState) -> RunState:
     return replace(
         state,
         num_undone_steps=state.num_undone_steps + state.step - 1 - before.step,
+        # An earlier one than was meant, where that could not be written.
+        rollback_step=before.step,
         # A better one since then is gone with its weights.
         best_step=before.best_step,
         best_loss=before.best_loss,

@@ -108,7 +108,8 @@ class RunState:
 
     rollback_step: int | None = None
     """The newest checkpoint but for those of a stop, where a bad step may go back to: a run that
-    was stopped goes back to where one that was not does."""
+    was stopped goes back to where one that was not does. If it could not be written, the newest
+    before it takes its place."""
 
     seconds: float = 0.0
     """Time spent training, evaluating and saving, over all starts of the run."""
@@ -240,16 +241,23 @@ def set_aside(path: Place) -> Place:
 
 
 def delete_old_checkpoints(run_dir: Place, config: CheckpointConfig, state: RunState) -> None:
-    """Delete all but the newest `keep_last`, the best one and that of `rollback_step`.
+    """Delete all but the newest `keep_last`, the best one and that where a bad step goes back to.
+
+    That is the one of `rollback_step`, or where it could not be written the newest before it.
 
     Args:
         run_dir: of the run.
         config: says what is kept.
         state: of the newest checkpoint, which is there.
     """
-    needed = {state.rollback_step} | ({state.best_step} if config.keep_best else set())
-    kept = {checkpoint_path(run_dir, step) for step in needed if step is not None}
-    for path in list_checkpoints(run_dir)[: -config.keep_last]:
+    paths = list_checkpoints(run_dir)
+    kept = set(paths[-config.keep_last :])
+    if config.keep_best and state.best_step is not None:
+        kept.add(checkpoint_path(run_dir, state.best_step))
+    if state.rollback_step is not None:
+        target = checkpoint_path(run_dir, state.rollback_step).name
+        kept.update([path for path in paths if path.name <= target][-1:])
+    for path in paths:
         if path not in kept:
             path.delete()
             logger.info("checkpoint: %s deleted", path.name)

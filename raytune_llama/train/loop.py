@@ -42,7 +42,7 @@ from raytune_llama.train.outcome import Outcome
 from raytune_llama.train.proofs import prove
 from raytune_llama.train.replicas import compare_replicas
 from raytune_llama.train.report import Report
-from raytune_llama.train.restoring import restore
+from raytune_llama.train.restoring import restore, restore_step, roll_back
 from raytune_llama.train.saving import Saver
 from raytune_llama.train.scale import EvalConfig
 from raytune_llama.train.schedule import rate_factor
@@ -286,14 +286,15 @@ def answer_bad_step(
     config, workers = session.config, session.workers
     answer = choose_answer(config.optim, state)
     suspects = find_suspects(batch, result, session.plan.micro_batch_sequences, workers)
+    if answer == "rollback":
+        assert state.rollback_step is not None, "begin() has set it"
+        saver.finish()
+        before = roll_back(config.run_place, session.engine, workers, state.rollback_step)
+        state = rolled_back(state, before)
     report.bad_step(state, result, answer, suspects)
     if answer == "stop":
         raise FloatingPointError(stop_message(state, result))
-    if answer == "skip":
-        return state
-    saver.finish()
-    before = restore(config.run_place, session.engine, workers, step=state.rollback_step)
-    return rolled_back(state, before)
+    return state
 
 
 def check_replicas(session: Session, state: RunState) -> None:
@@ -372,7 +373,7 @@ def choose_result(session: Session, state: RunState) -> RunState:
     if state.best_step == 0:
         logger.warning("no step was better than none: the result is that of the last one")
         return state
-    return restore(config.run_place, session.engine, workers, step=state.best_step)
+    return restore_step(config.run_place, session.engine, workers, state.best_step)
 
 
 def is_due(step: int, every_steps: int | None, last_step: int) -> bool:

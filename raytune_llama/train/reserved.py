@@ -92,9 +92,17 @@ class Reserved:
 
 
 def note_reserved(run_dir: Place, controller: ProcessId | None) -> None:
-    """Write down what the workers reserve; called by one of them."""
+    """Write down what the workers reserve; called by one of them.
+
+    Where that cannot be written it is logged, and the run goes on: a disk that is full for a while
+    is for its checkpoints to judge.
+    """
     group = get_current_placement_group()
     if group is None:
         return
     process = controller.to_json() if controller else None
-    (run_dir / RESERVED).write_json({"placement_group": group.id.hex(), "controller": process})
+    data = {"placement_group": group.id.hex(), "controller": process}
+    try:
+        (run_dir / RESERVED).write_json(data)
+    except OSError as error:
+        logger.warning("what the workers reserve could not be written down: %s", error)

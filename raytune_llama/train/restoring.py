@@ -27,9 +27,7 @@ from raytune_llama.train.workers import Workers
 logger = logging.getLogger(__name__)
 
 
-def restore(
-    run_dir: Place, engine: Engine, workers: Workers, *, step: int | None = None
-) -> RunState:
+def restore(run_dir: Place, engine: Engine, workers: Workers) -> RunState:
     """Load the newest checkpoint that can be trusted, or start at step 0; collective.
 
     A checkpoint that cannot be trusted is named in the log and renamed out of the way, so that
@@ -39,30 +37,61 @@ def restore(
         run_dir: the run's directory.
         engine: takes the weights and moments.
         workers: all of the run.
-        step: load the checkpoint of this step, and no other.
 
     Raises:
         CheckpointError: the newest trusted checkpoint does not fit the model, or there are
-            checkpoints and none can be trusted; or not that of `step`.
+            checkpoints and none can be trusted.
         OSError: the run directory cannot be reached.
     """
     with node_folder(workers) as copies:
-        if step is None:
-            found = _newest_trusted(run_dir, copies, workers)
-        else:
-            found = checkpoint_path(run_dir, step)
-            damage = _check_together(found, copies, workers)
-            if damage is not None:
-                raise CheckpointError(f"{damage}; set checkpoint.result=last to do without it")
+        found = _newest_trusted(run_dir, copies, workers)
         if found is None:
+            _refuse_to_start_over(run_dir, workers)
             return RunState()
-        manifest = (found / MANIFEST).read_json()
-        _check_fit(found, manifest["tensors"], engine)
-        with SliceReader(found, manifest, copies) as reader:
-            engine.load_trainable_state(reader.read)
+        return _load(found, copies, engine, workers)
+
+
+def restore_step(run_dir: Place, engine: Engine, workers: Workers, step: int) -> RunState:
+    """Load the checkpoint of one step and no other; collective.
+
+    Raises:
+        CheckpointError: it cannot be trusted, or does not fit the model.
+        OSError: the run directory cannot be reached.
+    """
+    with node_folder(workers) as copies:
+        path = checkpoint_path(run_dir, step)
+        damage = _check_together(path, copies, workers)
+        if damage is not None:
+            raise CheckpointError(f"{damage}; set checkpoint.result=last to do without it")
+        return _load(path, copies, engine, workers)
+
+
+def roll_back(run_dir: Place, engine: Engine, workers: Workers, step: int) -> RunState:
+    """Load the checkpoint of a step, or where it was not written the newest before; collective.
+
+    Raises:
+        CheckpointError: there is none that can be trusted, or it does not fit the model.
+        OSError: the run directory cannot be reached.
+    """
+    with node_folder(workers) as copies:
+        found = _newest_trusted(run_dir, copies, workers, most=step)
+        if found is None:
+            raise CheckpointError(
+                f"{run_dir}: no checkpoint of step {step} or before could be written, so there is "
+                "none to go back to; mend that, or start a run with optim.on_bad_step=skip"
+            )
+        return _load(found, copies, engine, workers)
+
+
+def _load(path: Place, copies: Path, engine: Engine, workers: Workers) -> RunState:
+    """Load a checkpoint that was checked."""
+    manifest = (path / MANIFEST).read_json()
+    _check_fit(path, manifest["tensors"], engine)
+    with SliceReader(path, manifest, copies) as reader:
+        engine.load_trainable_state(reader.read)
     engine.load_scalar_state(manifest["scalars"])
     state = RunState(**manifest["state"])
-    logger.info("resumed from %s: step %d done", found, state.step)
+    logger.info("resumed from %s: step %d done", path, state.step)
     if manifest["world_size"] != workers.world_size:
         logger.info(
             "workers: %d when it was saved, %d now", manifest["world_size"], workers.world_size
@@ -89,11 +118,14 @@ def _check_together(path: Place, copies: Path, workers: Workers) -> str | None:
     return next((found for found in workers.gather(problem) if found is not None), None)
 
 
-def _newest_trusted(run_dir: Place, copies: Path, workers: Workers) -> Place | None:
-    """Return the newest checkpoint that can be trusted; None in a run that never saved one."""
+def _newest_trusted(
+    run_dir: Place, copies: Path, workers: Workers, *, most: int | None = None
+) -> Place | None:
+    """Return the newest checkpoint that can be trusted, of at most a step; None without one."""
     # An error of the first worker ends the others too: they fail in the broadcast.
     listed = workers.broadcast(list_checkpoints(run_dir) if workers.is_first else [])
-    for path in reversed(listed):
+    last = None if most is None else checkpoint_path(run_dir, most).name
+    for path in reversed([path for path in listed if last is None or path.name <= last]):
         problem = _check_together(path, copies, workers)
         if problem is None:
             return path
@@ -102,16 +134,19 @@ def _newest_trusted(run_dir: Place, copies: Path, workers: Workers) -> Place | N
             logger.warning(
                 "%s; it is now %s, the checkpoint before it is used", problem, aside.name
             )
+    return None
+
+
+def _refuse_to_start_over(run_dir: Place, workers: Workers) -> None:
+    """Raise where a run has checkpoints, all damaged: a person can perhaps still mend one."""
     folders = (run_dir / "checkpoints").folders() if workers.is_first else []
     damaged = workers.broadcast([f.name for f in folders if f.name.endswith(DAMAGED)])
     if damaged:
-        # Starting over would throw a run away that a person can perhaps still mend.
         raise CheckpointError(
             f"{run_dir}: none of its {len(damaged)} checkpoints can be trusted, the newest is "
             f"{damaged[-1]}; restore one from a backup under its own name, or delete them to "
             "start at step 0"
         )
-    return None
 
 
 def _check_fit(path: Place, tensors: Mapping[str, Any], engine: Engine) -> None:

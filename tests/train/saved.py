@@ -1,10 +1,13 @@
 """Looking into checkpoints, and taking one without a run."""
 
+import errno
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -39,6 +42,30 @@ class NoLog:
 
     def saved(self, result: SaveResult) -> None:
         pass
+
+
+class FullDisk:
+    """Refuses to flush files of a checkpoint as often as told."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, times: int, name: str = "state-") -> None:
+        """Refuse from now on.
+
+        Args:
+            patch: takes it back.
+            times: how often.
+            name: what is in the paths of the files.
+        """
+        self.left = times
+        fsync = os.fsync
+
+        def refusing(descriptor: int) -> None:
+            file = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+            if name in file and self.left > 0:
+                self.left -= 1
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(descriptor)
+
+        patch.setattr(os, "fsync", refusing)
 
 
 def build(config: PretrainConfig, num_steps: int = 0) -> Session:

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from raytune_llama.config import ConfigError
 from raytune_llama.model.llama import SummedLoss, causal_lm
 from raytune_llama.storage import Place
-from raytune_llama.train.checkpoint import RunState, checkpoint_path, list_checkpoints
+from raytune_llama.train.checkpoint import (
+    CheckpointError,
+    RunState,
+    checkpoint_path,
+    list_checkpoints,
+)
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engine import Engine, StateSlice, StepResult
 from raytune_llama.train.incidents import BAD_STEPS_FILE
@@ -26,7 +31,7 @@ from raytune_llama.train.workers import Workers
 from tests.train.conftest import MakeConfig, curve, run_here, stage_fields
 from tests.train.group import Group
 from tests.train.marked import CROPS, MARKS, mark_at, write_broken_model, write_marked_store
-from tests.train.saved import hashes_of
+from tests.train.saved import FullDisk, hashes_of
 
 ADAPTER = "pt_lora_model/adapter_model.safetensors"
 FSDP = {"engine__strategy": "fsdp"}
@@ -295,6 +300,31 @@ def test_train_rollback_in_the_first_steps_goes_back_to_the_start(
     run_here(config)
     assert tensors_at(config, 5) == tensors_at(config, 0)
     assert state_at(config, 5).num_undone_steps == 4
+
+
+@pytest.mark.parametrize(("unwritten", "back_to"), [("step-00000004", 2), ("step-00000002", 4)])
+def test_train_rollback_to_a_checkpoint_that_was_not_written_takes_the_one_before(
+    make_marked: MakeConfig, monkeypatch: pytest.MonkeyPatch, unwritten: str, back_to: int
+) -> None:
+    fields = {"checkpoint__every_steps": 2, "checkpoint__keep_last": 9, "eval__every_steps": None}
+    config = make_marked(**ROLL_BACK, **fields)
+    FullDisk(monkeypatch, times=1, name=unwritten)
+    run_here(config)
+    assert not checkpoint_path(config.run_place, int(unwritten[-1])).exists()
+    assert tensors_at(config, 5) == tensors_at(config, back_to)
+    assert state_at(config, 5).rollback_step == 5
+    assert state_at(config, 5).num_undone_steps == 4 - back_to
+    assert incidents(config)[0]["rollback_step"] == back_to
+
+
+def test_train_rollback_without_any_checkpoint_ends_by_name(
+    make_marked: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"checkpoint__every_steps": 99, "eval__every_steps": None}
+    config = make_marked(**ROLL_BACK, **fields)
+    FullDisk(monkeypatch, times=1)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 0 or before"):
+        run_here(config)
 
 
 class KilledError(Exception):

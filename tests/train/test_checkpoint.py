@@ -260,6 +260,18 @@ def test_delete_old_checkpoints_keeps_the_newest_and_the_best(
     assert list_checkpoints(run_dir) == [checkpoint_path(run_dir, step) for step in kept]
 
 
+@pytest.mark.parametrize(("rollback_step", "kept"), [(2, [2, 6]), (3, [2, 6]), (5, [4, 6])])
+def test_delete_old_checkpoints_keeps_where_a_bad_step_goes_back_to(
+    run_dir: Place, rollback_step: int, kept: list[int]
+) -> None:
+    # Those of steps 3 and 5 could not be written.
+    for step in (1, 2, 4, 6):
+        (checkpoint_path(run_dir, step) / MANIFEST).write_bytes(b"{}")
+    config = from_dict(CheckpointConfig, {"keep_last": 1})
+    delete_old_checkpoints(run_dir, config, RunState(step=6, rollback_step=rollback_step))
+    assert list_checkpoints(run_dir) == [checkpoint_path(run_dir, step) for step in kept]
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [

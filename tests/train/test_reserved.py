@@ -91,3 +91,14 @@ def test_run_without_workers_or_with_those_of_another_cluster_frees_nothing(
     (run_dir / reserved.RESERVED).write_bytes(b"{")
     assert Reserved.read(run_dir) is None
     assert "what the workers reserve is not known" in caplog.text
+
+
+def test_worker_that_cannot_write_down_what_it_reserves_goes_on(
+    controller: Any,  # noqa: ANN401  # an actor handle has no type
+    tmp_path: Path,
+) -> None:
+    no_folder = tmp_path / "file"
+    no_folder.write_text("")
+    _, group = ray.get(controller.start.remote(Place.local(no_folder)))
+    assert state_of(group) == "CREATED"
+    assert Reserved.read(Place.local(no_folder)) is None

@@ -24,6 +24,7 @@ from tests.train.group import Group
 from tests.train.saved import (
     ALONE,
     FULL,
+    FullDisk,
     assert_same,
     build,
     hashes_of,
@@ -53,23 +54,6 @@ class Gate:
 
     def open(self) -> None:
         self._open.set()
-
-
-class FullDisk:
-    """Refuses to flush files of a checkpoint as often as told."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, times: int) -> None:
-        self.left = times
-        fsync = os.fsync
-
-        def refusing(descriptor: int) -> None:
-            file = Path(f"/proc/self/fd/{descriptor}").readlink()
-            if file.name.startswith("state-") and self.left > 0:
-                self.left -= 1
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            fsync(descriptor)
-
-        patch.setattr(os, "fsync", refusing)
 
 
 def test_save_while_training_goes_on_has_the_state_of_its_step(
