@@ -36,7 +36,7 @@ from raytune_llama.data.publishing import build_manifest, check_counts, publish
 from raytune_llama.data.rows import SourceError
 from raytune_llama.data.seen import SeenFiles, hash_files
 from raytune_llama.data.sources import SourceFile, discover_files
-from raytune_llama.data.store import TokenStore
+from raytune_llama.data.store import TokenStore, open_store
 from raytune_llama.data.texts import TextReader
 from raytune_llama.data.units import UnitReader, UnitRecord
 from raytune_llama.data.workers import read_sample, run_units
@@ -184,17 +184,6 @@ def _check_free(store_dir: Place, work: Place) -> None:
                 "another place"
             ]
         )
-
-
-def open_store(config: StoreConfig) -> TokenStore:
-    """Open the token store that a config names, as it is.
-
-    Raises:
-        StoreError: It is no token store, of another format, or damaged.
-        OSError: Its place cannot be reached.
-    """
-    cache_dir = Path(config.cache_dir) if config.cache_dir is not None else None
-    return TokenStore.open(Place.parse(config.store_dir, "data.store_dir"), cache_dir)
 
 
 def check_data(config: AnyDataConfig, tokenizer_path: Path) -> list[str]:

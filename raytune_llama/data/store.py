@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raytune_llama.data.config import StoreConfig
 from raytune_llama.data.copies import local_shards
 from raytune_llama.data.manifest import (
     MANIFEST_NAME,
@@ -361,3 +362,14 @@ def _check_size(file: Place, files: dict[Place, FileStatus], file_bytes: int) ->
     if got != file_bytes:
         state = "is missing" if got is None else f"has {got} bytes"
         raise StoreError(f"{file} {state}, the manifest says {file_bytes} bytes; {REBUILD}")
+
+
+def open_store(config: StoreConfig) -> TokenStore:
+    """Open the token store that a config names, as it is.
+
+    Raises:
+        StoreError: It is no token store, of another format, or damaged.
+        OSError: Its place cannot be reached.
+    """
+    cache_dir = Path(config.cache_dir) if config.cache_dir is not None else None
+    return TokenStore.open(Place.parse(config.store_dir, "data.store_dir"), cache_dir)

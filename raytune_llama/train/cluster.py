@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_llama.config import ConfigError
-from raytune_llama.data.encode import open_store
+from raytune_llama.data.store import open_store
 from raytune_llama.model.llama import check_model_directory
 from raytune_llama.storage import Place
 from raytune_llama.train.config import AnyTrainConfig

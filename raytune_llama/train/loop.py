@@ -13,11 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raytune_llama.data.batches import BatchPlan, StepBatch, StepTotal, read_steps
-from raytune_llama.data.encode import open_store
 from raytune_llama.data.evaluation import EvaluatedSource, choose_evaluated, read_evaluation
 from raytune_llama.data.mixture import Source, cut_sources, mixture_record
 from raytune_llama.data.origins import Origins
-from raytune_llama.data.store import TokenStore
+from raytune_llama.data.store import TokenStore, open_store
 from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import SummedLoss, load_model
 from raytune_llama.model.lora import LoraConfig, attach_adapter, load_adapter
@@ -367,13 +366,13 @@ def has_stalled(config: EvalConfig, state: RunState) -> bool:
 def choose_result(session: Session, state: RunState) -> RunState:
     """Load the best step's weights where they are to be the result; return their state."""
     config, workers = session.config, session.workers
-    is_last = state.best_step in (None, state.step)
-    if config.checkpoint.result == "last" or is_last:
+    best = state.best_step
+    if config.checkpoint.result == "last" or best is None or best == state.step:
         return state
-    if state.best_step == 0:
+    if best == 0:
         logger.warning("no step was better than none: the result is that of the last one")
         return state
-    return restore_step(config.run_place, session.engine, workers, state.best_step)
+    return restore_step(config.run_place, session.engine, workers, best)
 
 
 def is_due(step: int, every_steps: int | None, last_step: int) -> bool:

@@ -19,10 +19,9 @@ from transformers import PreTrainedModel
 
 from raytune_llama.config import ConfigError, identity
 from raytune_llama.data.batches import num_micro_batches
-from raytune_llama.data.encode import open_store
 from raytune_llama.data.manifest import MANIFEST_NAME, token_dtype
 from raytune_llama.data.sources import discover_files
-from raytune_llama.data.store import TokenStore
+from raytune_llama.data.store import TokenStore, open_store
 from raytune_llama.data.workers import read_sample
 from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import DTYPES, SummedLoss, has_weights, load_skeleton

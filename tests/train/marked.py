@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from raytune_llama.data.encode import open_store
+from raytune_llama.data.store import open_store
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.loop import build_sources, plan_run

@@ -18,7 +18,7 @@ from raytune_llama.train.checkpoint import (
 )
 from raytune_llama.train.loop import read_batches, take_step
 from raytune_llama.train.metrics import read_metrics
-from raytune_llama.train.restoring import restore
+from raytune_llama.train.restoring import restore, restore_step
 from tests.train.conftest import MakeConfig, curve, run_here, stage_fields
 from tests.train.group import Group
 from tests.train.saved import (
@@ -99,7 +99,7 @@ def test_save_waits_for_the_one_before_and_reuses_its_memory(
             assert len(list_checkpoints(run_dir)) >= step - 1
     for step, wanted in zip((1, 2, 3), states, strict=True):
         engine = build(config).engine
-        restore(run_dir, engine, ALONE, step=step)
+        restore_step(run_dir, engine, ALONE, step=step)
         for name, state in state_of(engine).items():
             assert state.weight.equal(wanted[name].weight)
             assert state.exp_avg_sq.equal(wanted[name].exp_avg_sq)
