@@ -3,7 +3,7 @@
 import errno
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import MANIFEST, CheckpointConfig, RunState, SaveResult
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engine import PARTS, Engine, StateSlice
+from raytune_llama.train.lease import Fence
 from raytune_llama.train.loop import Session, open_session, read_batches, take_step
 from raytune_llama.train.saving import Saver
 from raytune_llama.train.slices import SliceReader
@@ -78,15 +79,24 @@ def build(config: PretrainConfig, num_steps: int = 0) -> Session:
     return session
 
 
-def open_saver(session: Session, run_dir: Place, **fields: object) -> Saver:
+def open_saver(
+    session: Session, run_dir: Place, *, fence: Fence | None = None, **fields: object
+) -> Saver:
     """Return what saves a run alone."""
     config = from_dict(CheckpointConfig, fields)
-    return Saver(run_dir, config, session.engine, ALONE, NoLog())
+    return Saver(run_dir, config, session.engine, replace(ALONE, fence=fence), NoLog())
 
 
-def save(session: Session, run_dir: Place, state: RunState, **fields: object) -> None:
+def save(
+    session: Session,
+    run_dir: Place,
+    state: RunState,
+    *,
+    fence: Fence | None = None,
+    **fields: object,
+) -> None:
     """Take one checkpoint and wait for it."""
-    with open_saver(session, run_dir, **fields) as saver:
+    with open_saver(session, run_dir, fence=fence, **fields) as saver:
         saver.save(state)
 
 

@@ -16,6 +16,7 @@ from raytune_llama.train.checkpoint import (
     checkpoint_path,
     list_checkpoints,
 )
+from raytune_llama.train.lease import Lease, LeaseError
 from raytune_llama.train.loop import read_batches, take_step
 from raytune_llama.train.metrics import read_metrics
 from raytune_llama.train.restoring import restore, restore_step
@@ -62,6 +63,8 @@ def test_save_while_training_goes_on_has_the_state_of_its_step(
     config = make_config(**FULL)
     session, frozen = build(config, num_steps=2), build(config, num_steps=2)
     run_dir = Place.local(tmp_path)
+    # The gate holds up the first of many files: all others are written after the next step.
+    monkeypatch.setattr(slices, "FILE_BYTES", 8192)
     gate = Gate(monkeypatch)
     batch = list(zip(range(3), read_batches(session, 0), strict=False))[2][1]
     with open_saver(session, run_dir) as saver:
@@ -214,6 +217,38 @@ def test_saver_of_a_run_that_fails_still_finishes_its_checkpoint(
     with pytest.raises(FloatingPointError):
         fail()
     assert list_checkpoints(Place.local(tmp_path)) == [checkpoint_path(Place.local(tmp_path), 1)]
+
+
+def test_worker_that_cannot_write_gives_its_room_back_at_once(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = build(make_config(**FULL))
+    monkeypatch.setattr(slices, "FILE_BYTES", 8192)
+    FullDisk(monkeypatch, times=1, name="-00002.safetensors")
+
+    def fail() -> None:
+        # No worker cleans up after what another exception ends.
+        with open_saver(session, Place.local(tmp_path)) as saver:
+            saver.save(RunState(step=1))
+            raise FloatingPointError
+
+    with pytest.raises(FloatingPointError):
+        fail()
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+def test_saver_of_a_run_that_another_driver_has_taken_publishes_nothing(
+    make_config: MakeConfig, run_dir: Place
+) -> None:
+    session = build(make_config())
+    with Lease(run_dir) as lease:
+        fence = lease.confirm()
+        save(session, run_dir, RunState(step=1), fence=fence)
+    with Lease(run_dir) as successor:
+        successor.confirm()
+        with pytest.raises(LeaseError, match="another driver"):
+            save(session, run_dir, RunState(step=2), fence=fence)
+    assert list_checkpoints(run_dir) == [checkpoint_path(run_dir, 1)]
 
 
 def test_save_of_what_is_no_json_is_an_error_of_its_own(
