@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raytune_llama.config import ConfigError
 from raytune_llama.model.llama import SummedLoss, causal_lm
 from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import (
@@ -26,7 +25,14 @@ from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engine import Engine, StateSlice, StepResult
 from raytune_llama.train.incidents import BAD_STEPS_FILE
 from raytune_llama.train.loop import open_session, read_batches, train
-from raytune_llama.train.metrics import BAD_STEPS, LOSS, TARGET_TOKENS, read_metrics, read_records
+from raytune_llama.train.metrics import (
+    BAD_STEPS,
+    EVAL_LOSS,
+    LOSS,
+    TARGET_TOKENS,
+    read_metrics,
+    read_records,
+)
 from raytune_llama.train.workers import Workers
 from tests.train.conftest import MakeConfig, curve, run_here, stage_fields
 from tests.train.group import Group
@@ -302,6 +308,18 @@ def test_train_rollback_in_the_first_steps_goes_back_to_the_start(
     assert state_at(config, 5).num_undone_steps == 4
 
 
+def test_train_rollback_forgets_the_best_step_that_it_took_back(make_marked: MakeConfig) -> None:
+    fields = {"checkpoint__every_steps": 3, "checkpoint__keep_last": 9, "eval__every_steps": 1}
+    config = make_marked(**ROLL_BACK, **fields, checkpoint__keep_best=False)
+    run_here(config)
+    losses = curve(config, EVAL_LOSS)
+    assert losses[4] < losses[3] == min(losses[:4])
+    # The fifth step goes back to the third one's weights.
+    assert losses[5] == losses[3]
+    state = state_at(config, 5)
+    assert (state.best_step, state.best_loss) == (3, losses[3])
+
+
 @pytest.mark.parametrize(("unwritten", "back_to"), [("step-00000004", 2), ("step-00000002", 4)])
 def test_train_rollback_to_a_checkpoint_that_was_not_written_takes_the_one_before(
     make_marked: MakeConfig, monkeypatch: pytest.MonkeyPatch, unwritten: str, back_to: int
@@ -379,10 +397,3 @@ def test_train_rollback_on_two_workers_equals_a_resumed_one(
     two.run(parts, stop_after=5)
     two.run(parts)
     assert end_of(parts) == end_of(whole)
-
-
-def test_optim_bound_of_bad_steps_of_a_run_that_stops_is_refused(
-    make_config: MakeConfig,
-) -> None:
-    with pytest.raises(ConfigError, match=r"optim\.max_bad_steps: got 3"):
-        make_config(optim__max_bad_steps=3)

@@ -166,3 +166,10 @@ def test_embedding_learning_rate_without_a_trained_table_is_refused(make: MakeCo
     assert "embed_tokens nor lm_head" in problem
     assert problems_of(make(lora__modules_to_save=["lm_head"], **rate)) == []
     assert problems_of(make(lora=None, train="embeddings", **rate)) == []
+
+
+def test_optim_bound_of_bad_steps_of_a_run_that_stops_is_refused(
+    make_config: MakeConfig,
+) -> None:
+    with pytest.raises(ConfigError, match=r"optim\.max_bad_steps: got 3"):
+        make_config(optim__max_bad_steps=3)
