@@ -182,11 +182,12 @@ class Place:
     def folders(self) -> list["Place"]:
         """List the folders right below a folder by name; empty where there is no folder."""
         selector = pafs.FileSelector(self.key, allow_not_found=True)
-        return sorted(
-            Place(self.scheme, info.path, self.options)
-            for info in self.filesystem.get_file_info(selector)
-            if info.type == pafs.FileType.Directory
-        )
+        infos: list[pafs.FileInfo] = []
+        with contextlib.suppress(FileNotFoundError):  # it was made between pyarrow's two looks
+            infos = self.filesystem.get_file_info(selector)
+        is_folder = pafs.FileType.Directory
+        found = [info.path for info in infos if info.type == is_folder]
+        return sorted(Place(self.scheme, path, self.options) for path in found)
 
     def open(self) -> pa.NativeFile:
         """Open a file for reading at any offset; use it in a `with`.

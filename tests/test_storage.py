@@ -163,6 +163,25 @@ def test_files_of_a_folder_that_others_write_in_are_listed(tmp_path: Path) -> No
         thread.join()
 
 
+def test_folders_of_one_that_appears_and_disappears_are_listed(tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    ended = threading.Event()
+
+    def churn() -> None:
+        while not ended.is_set():
+            parent.mkdir()
+            parent.rmdir()
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(20_000):
+            assert Place.local(parent).folders() == []
+    finally:
+        ended.set()
+        thread.join()
+
+
 def test_files_of_a_local_link_to_a_folder_are_left_out(tmp_path: Path) -> None:
     folder = Place.local(tmp_path / "folder")
     (folder / "real/file").write_bytes(b"x")
