@@ -185,9 +185,8 @@ class Place:
         infos: list[pafs.FileInfo] = []
         with contextlib.suppress(FileNotFoundError):  # it was made between pyarrow's two looks
             infos = self.filesystem.get_file_info(selector)
-        is_folder = pafs.FileType.Directory
-        found = [info.path for info in infos if info.type == is_folder]
-        return sorted(Place(self.scheme, path, self.options) for path in found)
+        found = [info for info in infos if info.type == pafs.FileType.Directory]
+        return sorted(Place(self.scheme, info.path, self.options) for info in found)
 
     def open(self) -> pa.NativeFile:
         """Open a file for reading at any offset; use it in a `with`.
