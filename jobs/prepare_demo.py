@@ -273,7 +273,7 @@ def check_model(directory: Path) -> None:
 
 
 def package_directory(name: str) -> Path:
-    """Return the folder of an installed package that has the demo's material, without importing it."""
+    """Return the folder of an installed package, whose material is there, without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise DemoError(f"the package {name} is not installed; run: {INSTALL[name]}")

@@ -36,7 +36,7 @@ from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.storage import Place
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.loop import build_sources, plan_run
+from raytune_llama.train.inputs import build_sources, plan_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SEED = 1

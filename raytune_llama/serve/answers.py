@@ -6,9 +6,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from raytune_llama.serve.config import SamplingDefaults
-from raytune_llama.serve.engine.base import Engine, Generation
+from raytune_llama.serve.engine.base import Choice, Engine, Generation, Sampling
 from raytune_llama.serve.engine.grammar import CallForm, Grammar, Grammars
-from raytune_llama.serve.engine.sampling import Choice, Sampling
 from raytune_llama.serve.errors import RequestError, UnknownModelError
 from raytune_llama.serve.http.protocol import (
     ChatRequest,

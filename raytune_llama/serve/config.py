@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 
 from raytune_llama.chat.templates.names import TemplateName
 from raytune_llama.config import ConfigError, load, settings
-from raytune_llama.serve.http.limits import Limits
 
 
 @settings
@@ -124,6 +123,35 @@ class ReplicaConfig:
         if self.min > self.max:
             raise ConfigError([f"min: got {self.min}, more than max, {self.max}"])
         return self
+
+
+@settings
+class Limits:
+    """Bounds on every request, whoever asks."""
+
+    body_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
+    """Of a request; larger ones are refused as they arrive, with 413."""
+
+    header_bytes: Annotated[int, Field(ge=1024)] = 64 * 2**10
+    """Of a request's path and headers together; more are refused with 431."""
+
+    json_depth: Annotated[int, Field(ge=8, le=200)] = 64
+    """Objects and lists within one another; deeper ones are refused before they are read."""
+
+    body_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """How long a request's body may take to arrive; then it is refused with 408."""
+
+    queue_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Longest wait for an answer's first token; then it is refused with 503."""
+
+    request_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Longest whole answer; then it is refused with 504, and a stream ends with an error."""
+
+    send_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """How long a client may leave what it was sent unread; then its answer is ended."""
+
+    allow_origins: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Web pages that browsers let ask, `https://example.org`, or `*`: all. None: no other page."""
 
 
 @settings

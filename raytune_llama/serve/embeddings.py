@@ -5,11 +5,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import cast
 
-from raytune_llama.serve.engine.base import Engine
+from raytune_llama.serve.engine.base import Engine, Vectors
 from raytune_llama.serve.errors import RequestError
 from raytune_llama.serve.http.embedding_protocol import MAX_INPUT_TOKENS, EmbeddingRequest
 from raytune_llama.serve.models import ServedModel
-from raytune_llama.serve.parts import Vectors
 
 
 class TextVectors:

@@ -23,6 +23,7 @@ from raytune_llama.config import ConfigError
 from raytune_llama.logs import setup_logging
 from raytune_llama.serve.adapters.registry import Registry
 from raytune_llama.serve.config import KeyLimits, ServeConfig
+from raytune_llama.serve.engine.base import Vectors
 from raytune_llama.serve.errors import BusyError, EngineError, RequestError
 from raytune_llama.serve.http.admission import Ledger
 from raytune_llama.serve.http.embedding_protocol import EmbeddingRequest
@@ -30,7 +31,7 @@ from raytune_llama.serve.http.keys import Keys, keys_from_environment, load_keys
 from raytune_llama.serve.http.meter import Meter, add_up
 from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
 from raytune_llama.serve.http.routes import build_http
-from raytune_llama.serve.parts import Part, Vectors
+from raytune_llama.serve.parts import Part
 
 T = TypeVar("T")
 

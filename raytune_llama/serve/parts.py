@@ -2,14 +2,8 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from raytune_llama.serve.http.protocol import FinishReason
 from raytune_llama.serve.tools import CallPiece
-
-Vectors = NDArray[np.float32]
-"""Vectors of texts, (N, D): N texts, D hidden size."""
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are no character, and for those whose rest is to come."""

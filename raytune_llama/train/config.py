@@ -15,10 +15,12 @@ from raytune_llama.model.lora import LoraConfig
 from raytune_llama.storage import Place
 from raytune_llama.train.batching import BatchConfig, ChatBatchConfig, TextBatchConfig
 from raytune_llama.train.checkpoint import CheckpointConfig
+from raytune_llama.train.eval_config import EvalConfig
+from raytune_llama.train.logging_config import LoggingConfig
 from raytune_llama.train.optimizer import OptimConfig
-from raytune_llama.train.scale import EvalConfig, LoggingConfig, ScaleConfig
+from raytune_llama.train.scale import ScaleConfig
 from raytune_llama.train.schedule import ScheduleConfig
-from raytune_llama.train.strategy import EngineConfig
+from raytune_llama.train.strategy import EngineConfig, strategies_with
 
 DORA_PARTITIONED = (
     "engine.zero_stage: got 3, which cuts up the weights whose lengths DoRA takes in each pass; "
@@ -102,22 +104,25 @@ class TrainConfig:
                 f"optim.lora_plus_ratio: got {self.optim.lora_plus_ratio}, but the run has no "
                 "adapter whose factors could differ; set it to null, or train=lora"
             )
-        kind, strategy = self.model.quantization, self.engine.strategy
-        if kind is not None and strategy != "ddp":
+        kind = self.model.quantization
+        if kind is not None and not self.engine.traits.takes_quantized:
+            others = strategies_with(lambda traits: traits.takes_quantized)
             problems.append(
-                f"model.quantization: got {kind}, but engine.strategy is {strategy}, which would "
-                "cut packed weights to pieces; set engine.strategy=ddp, or model.quantization=null"
+                f"model.quantization: got {kind}, but engine.strategy is {self.engine.strategy}, "
+                f"which would cut packed weights to pieces; set engine.strategy={others}, or "
+                "model.quantization=null"
             )
         if kind is not None and self.lora is not None and self.lora.init == "pissa":
             problems.append(
                 "lora.init: got pissa, which takes the singular values of whole weights, but "
                 f"model.quantization is {kind}; use default, or model.quantization=null"
             )
-        on_cpu_with_zero = not self.scale.use_gpu and self.engine.strategy == "deepspeed"
-        if self.engine.precision == "fp16" and on_cpu_with_zero:
+        is_fp16_on_cpus = self.engine.precision == "fp16" and not self.scale.use_gpu
+        if is_fp16_on_cpus and not self.engine.traits.has_fp16_on_cpus:
+            others = strategies_with(lambda traits: traits.has_fp16_on_cpus)
             problems.append(
-                "engine.precision: got fp16, which DeepSpeed does not have on CPUs; use bf16 or "
-                "fp32, or engine.strategy=ddp or fsdp"
+                f"engine.precision: got fp16, which {self.engine.strategy} does not have on CPUs; "
+                f"use bf16 or fp32, or engine.strategy={others}"
             )
         if self.lora is not None and self.lora.dora and self.engine.layout == "ZeRO 3":
             problems.append(DORA_PARTITIONED)

@@ -5,24 +5,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedModel
-
 from raytune_llama.data.batches import BatchPlan, StepBatch, StepTotal, read_steps
-from raytune_llama.data.evaluation import EvaluatedSource, choose_evaluated, read_evaluation
-from raytune_llama.data.mixture import Source, cut_sources, mixture_record
+from raytune_llama.data.evaluation import EvaluatedSource, read_evaluation
+from raytune_llama.data.mixture import Source, mixture_record
 from raytune_llama.data.origins import Origins
 from raytune_llama.data.store import TokenStore, open_store
-from raytune_llama.model.embeddings import train_embeddings
-from raytune_llama.model.llama import SummedLoss, load_model
-from raytune_llama.model.lora import LoraConfig, attach_adapter, load_adapter
 from raytune_llama.model.loss import IGNORE
-from raytune_llama.model.pissa import start_from
-from raytune_llama.model.vocab import new_ids
 from raytune_llama.train.bad_steps import (
     choose_answer,
     find_suspects,
@@ -30,12 +20,12 @@ from raytune_llama.train.bad_steps import (
     stop_message,
 )
 from raytune_llama.train.checkpoint import RunState
-from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
-from raytune_llama.train.ddp_engine import DataParallelEngine
+from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.engine import Engine, StepResult
+from raytune_llama.train.engine_build import build_engine
+from raytune_llama.train.eval_config import EvalConfig
 from raytune_llama.train.export import write_result
-from raytune_llama.train.fsdp_engine import FullyShardedEngine
-from raytune_llama.train.initial import initial_factors
+from raytune_llama.train.inputs import build_evaluation, build_sources, plan_run
 from raytune_llama.train.metrics import EvaluatedText, evaluation_values
 from raytune_llama.train.outcome import Outcome
 from raytune_llama.train.proofs import prove
@@ -43,9 +33,7 @@ from raytune_llama.train.replicas import compare_replicas
 from raytune_llama.train.report import Report
 from raytune_llama.train.restoring import restore, restore_step, roll_back
 from raytune_llama.train.saving import Saver
-from raytune_llama.train.scale import EvalConfig
 from raytune_llama.train.schedule import rate_factor
-from raytune_llama.train.untrained import modules_to_save
 from raytune_llama.train.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -122,99 +110,6 @@ def open_session(config: AnyTrainConfig, workers: Workers) -> Session:
     plan = plan_run(config, sources)
     engine = build_engine(config, plan, workers)
     return Session(config, store, sources, evaluated, plan, engine, workers)
-
-
-def plan_run(config: AnyTrainConfig, sources: Sequence[Source]) -> BatchPlan:
-    """Return the order of the whole run over its sources, which depends on no worker."""
-    weights = [source.weight for source in sources if source.weight is not None]
-    return BatchPlan.of(
-        [source.sequences.num_sequences for source in sources],
-        sequence_tokens=config.batch.sequence_tokens,
-        sequences_per_step=config.batch.sequences_per_step,
-        micro_batch_sequences=config.batch.micro_batch_sequences,
-        seed=config.seed,
-        weights=weights or None,
-        max_steps=config.max_steps,
-        num_epochs=config.num_epochs,
-        is_padded=config.batch.form == "padded",
-    )
-
-
-def build_sources(config: AnyTrainConfig, store: TokenStore) -> tuple[Source, ...]:
-    """Return the sources that the run trains on, cut into sequences.
-
-    Raises:
-        ConfigError: the store has too little text, of any or of a weighted source.
-    """
-    return cut_sources(
-        config.data.sources,
-        store.split("train"),
-        config.batch.form,
-        config.batch.sequence_tokens,
-        fingerprint=store.fingerprint,
-        seed=config.seed,
-    )
-
-
-def build_evaluation(config: AnyTrainConfig, store: TokenStore) -> tuple[EvaluatedSource, ...]:
-    """Return what is evaluated of each source with validation text.
-
-    Raises:
-        ConfigError: `eval.max_sequences` is less than one for each of them.
-    """
-    return choose_evaluated(
-        config.data.every_source,
-        store.split("validation"),
-        config.batch.evaluation_form,
-        config.batch.sequence_tokens,
-        config.eval.max_sequences,
-    )
-
-
-def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: Workers) -> Engine:
-    """Load the base, choose what is trained, and only then place or partition the weights."""
-    model = load_model(
-        config.model,
-        config.engine.precision,
-        workers.device,
-        modules_to_save=modules_to_save(config),
-    )
-    if config.engine.gradient_checkpointing:
-        # The reentrant kind needs an input that wants a gradient: frozen embeddings give none.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    trained: nn.Module = model
-    if config.lora is not None:
-        trained = start_adapter(config, config.lora, model, workers)
-    elif config.adapter is not None:
-        trained = load_adapter(model, Path(config.adapter))
-    elif isinstance(config, PretrainConfig) and config.train == "embeddings":
-        ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
-        train_embeddings(model, config.embeddings, ids)
-    module = SummedLoss(trained, neftune_alpha=config.optim.neftune_alpha)
-    if config.engine.strategy == "ddp":
-        return DataParallelEngine(module, config.engine.precision, config.optim, workers)
-    if config.engine.strategy == "fsdp":
-        return FullyShardedEngine(module, config.engine, config.optim, workers)
-    from raytune_llama.train.deepspeed_engine import DeepSpeedEngine
-
-    return DeepSpeedEngine(
-        module,
-        config.engine,
-        config.optim,
-        workers,
-        micro_batch_sequences=plan.micro_batch_sequences,
-        num_micro_batches=plan.num_micro_batches(workers.world_size),
-    )
-
-
-def start_adapter(
-    config: AnyTrainConfig, lora: LoraConfig, model: PreTrainedModel, workers: Workers
-) -> PeftModel:
-    """Attach a new adapter, with the values that its first start gave it; collective."""
-    attached = attach_adapter(model, lora, seed=config.seed)
-    if lora.init == "pissa":
-        start_from(attached, initial_factors(config.run_place, attached, workers))
-    return attached
 
 
 def read_batches(session: Session, start_step: int) -> Iterator[StepBatch]:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from raytune_llama.train.schemes import (
-    FLOAT_BYTES,
     Scheme,
     Sizes,
     WorkerSettings,
     is_original,
+    offloaded_bytes,
     scheme_of,
+    weight_bytes,
 )
 from raytune_llama.train.strategy import Layout
 from raytune_llama.train.tracing import MicroBatchTrace
@@ -96,7 +97,7 @@ def estimate_memory(
     """
     sizes = Sizes.of(model, settings.num_workers, settings.optim)
     scheme = scheme_of(layout, sizes, settings)
-    weights, gathered, coming = _weights(sizes, settings, layout)
+    weights, gathered, coming = weight_bytes(layout, sizes, settings)
     base = weights + scheme.optimizer + scheme.constant
     base += scheme.gradients if scheme.gradients_stay else 0
     forward = coming + trace.decoder_peak_bytes
@@ -105,13 +106,7 @@ def estimate_memory(
         later = _walk(trace, scheme, settings, kept=scheme.kept_later, room=0)
         passes = max(passes, scheme.held + max(forward, later))
     step = scheme.step if scheme.gradients_stay else scheme.gradients + scheme.step
-    offloaded = 0
-    if settings.on_gpu and layout.startswith("ZeRO") and settings.offload_optimizer:
-        offloaded += scheme.optimizer
-    if settings.on_gpu and layout == "ZeRO 3" and settings.offload_parameters:
-        offloaded += weights
-    if settings.on_gpu and layout == "fsdp" and settings.offload_parameters:
-        offloaded += weights + scheme.optimizer + scheme.gradients
+    offloaded = offloaded_bytes(layout, weights, scheme, settings)
     filled = min(sizes.trained, settings.zero_size("reduce_bucket_size"))
     bucket = scheme.bucket * (
         settings.zero_size("reduce_bucket_size") if settings.on_gpu else filled
@@ -156,43 +151,3 @@ def _walk(
     beside = kept * done + scheme.bucket * full
     last = scheme.exchange(min(waiting, capacity)) + room
     return scheme.passing + max(peak, trace.rest_peak_bytes + beside, beside + last)
-
-
-def _weights(sizes: Sizes, settings: WorkerSettings, layout: Layout) -> tuple[int, int, int]:
-    """Return the bytes of weights that a worker holds, has gathered, and that are on their way.
-
-    ZeRO 3 cuts every parameter into W pieces and keeps small ones whole too. What is gathered is
-    kept as long as it is needed again within `stage3_max_reuse_distance` numbers, and fetching
-    ahead goes on up to `stage3_max_live_parameters`. What is fetched ahead comes in one buffer and
-    is copied out of it. Where all weights may be live, they are so at the end of the decoder, and
-    nothing comes any more; else something comes all the time. One worker has nothing to gather.
-    """
-    number = settings.number_bytes
-    if layout == "fsdp":
-        return _sharded_weights(sizes, number)
-    if settings.quantized is not None:
-        held = number * (sum(sizes.resident) - settings.quantized.numel)
-        return held + settings.quantized.held_bytes, number * settings.quantized.largest, 0
-    if layout != "ZeRO 3" or sizes.num_workers == 1:
-        return number * sum(sizes.resident), 0, 0
-    threshold = settings.zero_size("stage3_param_persistence_threshold")
-    whole = sum(size for size in sizes.resident if size <= threshold)
-    pieces = sum(sizes.piece(size) for size in sizes.resident)
-    gathered = sum(size for size in sizes.used if size > threshold)
-    most = settings.zero_size("stage3_max_live_parameters")
-    coming = min(gathered, settings.zero_size("stage3_prefetch_bucket_size"))
-    if gathered > most:
-        return number * (pieces + whole), number * (most + coming), 0
-    return number * (pieces + whole), number * gathered, number * coming
-
-
-def _sharded_weights(sizes: Sizes, number: int) -> tuple[int, int, int]:
-    """Return the same for fsdp, where trained weights are float32 and nothing else comes.
-
-    Whole are the weights outside of layers, the layer in use, and the next one, twice: what comes
-    is copied out of one buffer.
-    """
-    trained = sizes.shared_out
-    pieces = sum(sizes.piece(size) for size in sizes.resident)
-    held = number * (pieces - trained) + FLOAT_BYTES * trained
-    return held, number * (sizes.outside.whole + 3 * sizes.layer.whole), 0

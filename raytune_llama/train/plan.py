@@ -39,7 +39,7 @@ from raytune_llama.storage import Place
 from raytune_llama.train.cluster import in_submitted_job
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.deepspeed_engine import deepspeed_config
-from raytune_llama.train.loop import build_sources, plan_run
+from raytune_llama.train.inputs import build_sources, plan_run
 from raytune_llama.train.memory import (
     ParameterCounts,
     WorkerMemory,
@@ -48,7 +48,7 @@ from raytune_llama.train.memory import (
 )
 from raytune_llama.train.preflight import check_identity, check_run, resolve_places
 from raytune_llama.train.schemes import QuantizedWeights, WorkerSettings
-from raytune_llama.train.strategy import Layout
+from raytune_llama.train.strategy import STRATEGIES, Layout
 from raytune_llama.train.tracing import META, trace_micro_batch
 from raytune_llama.train.untrained import modules_to_save
 
@@ -261,11 +261,16 @@ def plan_memory(
 
 
 def _possible_layouts(config: AnyTrainConfig) -> tuple[Layout, ...]:
-    if config.model.quantization is not None:
-        return ("ddp",)
-    if config.engine.precision == "fp16" and not config.scale.use_gpu:
-        return ("ddp", "fsdp")
-    return get_args(Layout)
+    is_quantized = config.model.quantization is not None
+    is_fp16_on_cpus = config.engine.precision == "fp16" and not config.scale.use_gpu
+    possible = {
+        layout
+        for traits in STRATEGIES.values()
+        if (traits.takes_quantized or not is_quantized)
+        and (traits.has_fp16_on_cpus or not is_fp16_on_cpus)
+        for layout in traits.layouts
+    }
+    return tuple(layout for layout in get_args(Layout) if layout in possible)
 
 
 def _measure_quantized(config: AnyTrainConfig) -> QuantizedWeights | None:

@@ -48,6 +48,7 @@ from raytune_llama.train.config import (
     SftConfig,
 )
 from raytune_llama.train.export import fingerprint_adapter, fingerprint_model
+from raytune_llama.train.strategy import strategies_with
 from raytune_llama.train.untrained import (
     check_embedding_rate,
     count_untrained_rows,
@@ -150,10 +151,11 @@ def _check_model(config: AnyTrainConfig) -> list[str]:
         problems += check_isolation(model)
     if config.lora is not None:
         problems += check_adapter_targets(model, config.lora)
-    if config.engine.strategy == "fsdp" and not decoder_layers(model):
+    if config.engine.traits.shards_by_layer and not decoder_layers(model):
+        others = strategies_with(lambda traits: not traits.shards_by_layer)
         problems.append(
-            f"engine.strategy: got fsdp, but {type(model).__name__} keeps its layers in no list, "
-            "so they cannot be sharded one by one; set engine.strategy=deepspeed or ddp"
+            f"engine.strategy: got {config.engine.strategy}, but {type(model).__name__} keeps its "
+            f"layers in no list, so they cannot be sharded one by one; set engine.strategy={others}"
         )
     if config.model.quantization is not None:
         keep = modules_to_save(config)

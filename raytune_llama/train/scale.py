@@ -1,33 +1,25 @@
-"""What surrounds the steps: evaluation, the workers, and what is told."""
+"""The workers of a run: how many, what Ray reserves for them, and when one is replaced."""
 
 from typing import Annotated, cast
 
 from pydantic import Field, model_validator
 
 from raytune_llama.config import ConfigError, settings
-from raytune_llama.train.watch import WatchConfig
 
 
 @settings
-class EvalConfig:
-    """Evaluation on the token store's validation documents, before, during and after training."""
+class WatchConfig:
+    """When a worker that does not get on is taken for stuck, and replaced."""
 
-    every_steps: Annotated[int, Field(ge=1)] | None = 100
-    """Optimizer steps between evaluations; null: before the first and after the last only."""
+    min_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """No step that takes less is taken for stuck."""
 
-    patience: Annotated[int, Field(ge=1)] | None = None
-    """The run ends after so many evaluations in a row without a lower loss; null: never early."""
+    factor: Annotated[float, Field(gt=1)] = 10.0
+    """A step is, that takes so many times as long as the slowest of the recent ones."""
 
-    max_sequences: Annotated[int, Field(ge=1)] | None = 256
-    """Sequences evaluated: of each source its share, at even distances; null: all."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "EvalConfig":
-        if self.patience is not None and self.every_steps is None:
-            raise ConfigError(
-                [f"patience: got {self.patience}, but every_steps is null; set both, or neither"]
-            )
-        return self
+    slow_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    """So is anything else that takes longer: loading and the first step, an evaluation, saving,
+    writing the result, and Ray's start of the workers."""
 
 
 @settings
@@ -110,23 +102,3 @@ class ScaleConfig:
         """What Ray reserves for one worker."""
         gpu = {"GPU": 1.0} if self.use_gpu else {}
         return {"CPU": float(self.cpus_per_worker), **gpu}
-
-
-@settings
-class LoggingConfig:
-    """What a run tells while it runs; every step is in metrics.jsonl in any case."""
-
-    every_steps: Annotated[int, Field(ge=1)] = 10
-    """Optimizer steps between progress lines."""
-
-    spike_factor: Annotated[float, Field(gt=0)] | None = 8.0
-    """A step whose loss is more than so many standard deviations above the median of the steps
-    before it is a line of `loss_spikes.jsonl` in the run directory, with the samples that it read,
-    and a warning; training is the same. The deviation is a robust one: 1.4826 times the median
-    absolute deviation. Null: none."""
-
-    spike_window_steps: Annotated[int, Field(ge=4)] = 128
-    """Steps that say what loss is usual; none is judged before half of them are done."""
-
-    tensorboard: bool = True
-    """Write TensorBoard event files beside metrics.jsonl."""

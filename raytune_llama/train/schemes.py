@@ -385,3 +385,61 @@ def _fully_sharded(sizes: Sizes, settings: WorkerSettings) -> Scheme:
         passing=number * outside + (number + FLOAT_BYTES) * layer,
         exchange=lambda _: FLOAT_BYTES * outside,
     )
+
+
+def weight_bytes(layout: Layout, sizes: Sizes, settings: WorkerSettings) -> tuple[int, int, int]:
+    """Return the bytes of weights that a worker holds, has gathered, and that are on their way.
+
+    ZeRO 3 cuts every parameter into W pieces and keeps small ones whole too. What is gathered is
+    kept as long as it is needed again within `stage3_max_reuse_distance` numbers, and fetching
+    ahead goes on up to `stage3_max_live_parameters`. What is fetched ahead comes in one buffer and
+    is copied out of it. Where all weights may be live, they are so at the end of the decoder, and
+    nothing comes any more; else something comes all the time. One worker has nothing to gather.
+    """
+    number = settings.number_bytes
+    if layout == "fsdp":
+        return _sharded_weights(sizes, number)
+    if settings.quantized is not None:
+        held = number * (sum(sizes.resident) - settings.quantized.numel)
+        return held + settings.quantized.held_bytes, number * settings.quantized.largest, 0
+    if layout != "ZeRO 3" or sizes.num_workers == 1:
+        return number * sum(sizes.resident), 0, 0
+    threshold = settings.zero_size("stage3_param_persistence_threshold")
+    whole = sum(size for size in sizes.resident if size <= threshold)
+    pieces = sum(sizes.piece(size) for size in sizes.resident)
+    gathered = sum(size for size in sizes.used if size > threshold)
+    most = settings.zero_size("stage3_max_live_parameters")
+    coming = min(gathered, settings.zero_size("stage3_prefetch_bucket_size"))
+    if gathered > most:
+        return number * (pieces + whole), number * (most + coming), 0
+    return number * (pieces + whole), number * gathered, number * coming
+
+
+def _sharded_weights(sizes: Sizes, number: int) -> tuple[int, int, int]:
+    """Return the same for fsdp, where trained weights are float32 and nothing else comes.
+
+    Whole are the weights outside of layers, the layer in use, and the next one, twice: what comes
+    is copied out of one buffer.
+    """
+    trained = sizes.shared_out
+    pieces = sum(sizes.piece(size) for size in sizes.resident)
+    held = number * (pieces - trained) + FLOAT_BYTES * trained
+    return held, number * (sizes.outside.whole + 3 * sizes.layer.whole), 0
+
+
+def offloaded_bytes(layout: Layout, weights: int, scheme: Scheme, settings: WorkerSettings) -> int:
+    """Return the bytes that a worker on a GPU keeps in host memory instead.
+
+    Args:
+        layout: of the engine.
+        weights: bytes of its weights.
+        scheme: of its gradients and optimizer state.
+        settings: of the run.
+    """
+    if not settings.on_gpu:
+        return 0
+    if layout == "fsdp":
+        everything = weights + scheme.optimizer + scheme.gradients
+        return everything if settings.offload_parameters else 0
+    optimizer = scheme.optimizer if settings.offload_optimizer else 0
+    return optimizer + (weights if settings.offload_parameters else 0)

@@ -1,5 +1,7 @@
 """How a step is spread over the workers: the settings that choose an engine and its memory."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -13,6 +15,36 @@ Layout = Literal["ddp", "ZeRO 1", "ZeRO 2", "ZeRO 3", "fsdp"]
 """How weights, gradients and optimizer state lie in the workers' memory."""
 
 DEFAULT_ZERO_STAGE = 2
+
+
+@dataclass(frozen=True)
+class StrategyTraits:
+    """What a strategy can do; the rest of the package asks here instead of for its name."""
+
+    layouts: tuple[Layout, ...]
+    """What it may be set to."""
+
+    takes_quantized: bool = False
+    """Whether the frozen base may be packed in 4 or 8 bits, which cannot be cut to pieces."""
+
+    has_fp16_on_cpus: bool = True
+    """Whether it computes in fp16 on CPUs."""
+
+    shards_by_layer: bool = False
+    """Whether it needs the decoder's layers in a list."""
+
+
+STRATEGIES: Mapping[Strategy, StrategyTraits] = {
+    "deepspeed": StrategyTraits(("ZeRO 1", "ZeRO 2", "ZeRO 3"), has_fp16_on_cpus=False),
+    "fsdp": StrategyTraits(("fsdp",), shards_by_layer=True),
+    "ddp": StrategyTraits(("ddp",), takes_quantized=True),
+}
+"""Every strategy. A new one is an entry here, in `build_engine` and in the memory estimate."""
+
+
+def strategies_with(trait: Callable[[StrategyTraits], bool]) -> str:
+    """Name the strategies with a trait, as a message lists them: `ddp or fsdp`."""
+    return " or ".join(sorted(name for name, traits in STRATEGIES.items() if trait(traits)))
 
 
 @settings
@@ -44,6 +76,11 @@ class EngineConfig:
 
     deepspeed: Annotated[dict[str, Any], PLACEMENT] = Field(default_factory=dict)
     """Further keys of DeepSpeed's JSON; one that contradicts a field here is refused."""
+
+    @property
+    def traits(self) -> StrategyTraits:
+        """What the strategy can do."""
+        return STRATEGIES[self.strategy]
 
     @property
     def zero(self) -> int:

@@ -14,9 +14,9 @@ from raytune_llama.storage import Place
 from raytune_llama.train.cluster import check_nodes, in_submitted_job, wait_for_resources
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.export import read_result, result_path
+from raytune_llama.train.inputs import build_evaluation, build_sources, plan_run
 from raytune_llama.train.launch import Launch, launch
 from raytune_llama.train.lease import Fence, Lease
-from raytune_llama.train.loop import build_evaluation, build_sources, plan_run
 from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS, read_metrics
 from raytune_llama.train.plot import write_plot
 from raytune_llama.train.preflight import (

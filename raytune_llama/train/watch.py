@@ -6,32 +6,14 @@ All times are the watcher's own: `now` is its `time.monotonic()`, and no two clo
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
 
-from pydantic import Field
-
-from raytune_llama.config import settings
 from raytune_llama.train.pulse import BEAT_SECONDS, Beat
+from raytune_llama.train.scale import WatchConfig
 
 SILENT_BEATS = 5
 """A worker that has left out fewer answers still."""
 
 RECENT = 100
-
-
-@settings
-class WatchConfig:
-    """When a worker that does not get on is taken for stuck, and replaced."""
-
-    min_seconds: Annotated[float, Field(gt=0)] = 120.0
-    """No step that takes less is taken for stuck."""
-
-    factor: Annotated[float, Field(gt=1)] = 10.0
-    """A step is, that takes so many times as long as the slowest of the recent ones."""
-
-    slow_seconds: Annotated[float, Field(gt=0)] = 1800.0
-    """So is anything else that takes longer: loading and the first step, an evaluation, saving,
-    writing the result, and Ray's start of the workers."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raytune_llama.train.lease import Fence
-from raytune_llama.train.pulse import Pulse
+from raytune_llama.train.progress import Pulse
 
 T = TypeVar("T")
 

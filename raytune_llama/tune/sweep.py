@@ -25,9 +25,9 @@ from raytune_llama.train.cluster import (
 )
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.export import read_result
+from raytune_llama.train.inputs import build_evaluation
 from raytune_llama.train.launch import Launch
 from raytune_llama.train.lease import Fence, Lease
-from raytune_llama.train.loop import build_evaluation
 from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS
 from raytune_llama.train.preflight import (
     IDENTITY,

@@ -27,8 +27,8 @@ from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.ddp_engine import DataParallelEngine
 from raytune_llama.train.deepspeed_engine import DeepSpeedEngine
 from raytune_llama.train.engine import Engine
+from raytune_llama.train.engine_build import build_engine
 from raytune_llama.train.fsdp_engine import FullyShardedEngine
-from raytune_llama.train.loop import build_engine
 from raytune_llama.train.workers import Workers
 
 ROOT = Path(__file__).parents[2]

@@ -16,8 +16,9 @@ from raytune_llama.model.llama import SummedLoss, load_model
 from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import list_checkpoints
 from raytune_llama.train.deepspeed_engine import deepspeed_config
+from raytune_llama.train.engine_build import build_engine
 from raytune_llama.train.export import read_result
-from raytune_llama.train.loop import build_engine, build_sources, plan_run
+from raytune_llama.train.inputs import build_sources, plan_run
 from raytune_llama.train.metrics import (
     EVAL_BITS_PER_BYTE,
     EVAL_LOSS,

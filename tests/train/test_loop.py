@@ -20,7 +20,8 @@ from raytune_llama.storage import Place
 from raytune_llama.train.checkpoint import list_checkpoints
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.export import read_result
-from raytune_llama.train.loop import build_sources, open_session, plan_run, read_batches
+from raytune_llama.train.inputs import build_sources, plan_run
+from raytune_llama.train.loop import open_session, read_batches
 from raytune_llama.train.metrics import (
     EVAL_BITS_PER_BYTE,
     EVAL_LOSS,

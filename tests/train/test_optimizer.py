@@ -15,7 +15,8 @@ from raytune_llama.data.store import TokenStore
 from raytune_llama.model.llama import causal_lm
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engine import Engine
-from raytune_llama.train.loop import build_engine, build_sources, plan_run
+from raytune_llama.train.engine_build import build_engine
+from raytune_llama.train.inputs import build_sources, plan_run
 from raytune_llama.train.metrics import GRAD_NORM
 from raytune_llama.train.workers import Workers
 from tests.train.conftest import (

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from raytune_llama.train.pulse import Pulse, locate
+from raytune_llama.train.progress import Pulse
+from raytune_llama.train.pulse import locate
 from raytune_llama.train.workers import Workers
 from tests.train.conftest import MakeConfig
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from raytune_llama.train.processes import ProcessId
 from raytune_llama.train.pulse import Beat
-from raytune_llama.train.watch import Stuck, Watch, WatchConfig
+from raytune_llama.train.scale import WatchConfig
+from raytune_llama.train.watch import Stuck, Watch
 
 CONFIG = WatchConfig(min_seconds=10.0, factor=5.0, slow_seconds=100.0)
 

@@ -1,14 +1,76 @@
-"""What every engine is asked and tells: the protocol, and its errors."""
+"""What every engine is asked and answers: the protocol. No torch here: the gateway needs none."""
 
 from collections.abc import AsyncGenerator, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
-from raytune_llama.serve.engine.sampling import Choice, Constraint, Sampling
-from raytune_llama.serve.parts import Vectors
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Vectors = NDArray[np.float32]
+"""Vectors of texts, (N, D): N texts, D hidden size."""
 
 Finish = Literal["stop", "length"]
 """Why a sequence has ended: at a token that ends it, or at its limit."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a sequence's tokens are chosen."""
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0: always the likeliest token."""
+
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability are drawn from."""
+
+    top_k: int | None = None
+    """Only so many of the likeliest tokens are drawn from; None: all."""
+
+    repetition_penalty: float = 1.0
+    """Logits of tokens that the sequence has already are divided by it where positive, else
+    multiplied (Keskar et al. 2019)."""
+
+    seed: int | None = None
+    """Equal seeds draw equal tokens; None: each request draws anew."""
+
+    num_logprobs: int | None = None
+    """How many of the likeliest tokens' log-probabilities are told beside the chosen one's; None:
+    no log-probability at all."""
+
+
+class Constraint(Protocol):
+    """What restricts a sequence's tokens, one after the other."""
+
+    def allowed(self) -> "Tensor":
+        """Return which tokens may come next, (V,) of booleans; at least one may."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Go on by a token that may come."""
+        ...
+
+    def copy(self) -> Self:
+        """Return another that stands where this one does."""
+        ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token that was chosen."""
+
+    token: int
+    """Its id."""
+
+    logprob: float | None = None
+    """Natural logarithm of its probability, before temperature and cuts; None: not asked for."""
+
+    likeliest: tuple[tuple[int, float], ...] = ()
+    """Ids and log-probabilities of the likeliest tokens, the likeliest first."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from raytune_llama.serve.parts import Vectors
+from raytune_llama.serve.engine.base import Vectors
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,9 @@ from typing import Any, Literal
 import torch
 
 from raytune_llama.config import ConfigError
-from raytune_llama.serve.engine.base import Finish, Generation, Step
+from raytune_llama.serve.engine.base import Choice, Finish, Generation, Sampling, Step, Vectors
 from raytune_llama.serve.engine.grammar import Grammar
-from raytune_llama.serve.engine.sampling import Choice, Sampling
 from raytune_llama.serve.errors import BusyError, EngineError, RequestError
-from raytune_llama.serve.parts import Vectors
 
 EngineName = Literal["transformers", "vllm"]
 

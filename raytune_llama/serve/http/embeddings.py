@@ -10,6 +10,8 @@ import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 
+from raytune_llama.serve.config import Limits
+from raytune_llama.serve.engine.base import Vectors
 from raytune_llama.serve.http.description import FOR_A_MODEL, refusals
 from raytune_llama.serve.http.embedding_protocol import (
     Embedding,
@@ -17,8 +19,7 @@ from raytune_llama.serve.http.embedding_protocol import (
     EmbeddingRequest,
     EmbeddingUsage,
 )
-from raytune_llama.serve.http.limits import Limits, within
-from raytune_llama.serve.parts import Vectors
+from raytune_llama.serve.http.limits import within
 
 _CLIENT_GONE = 499
 """As nginx calls it; nobody is there to read it."""

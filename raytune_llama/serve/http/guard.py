@@ -10,9 +10,9 @@ import logging
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raytune_llama.serve.config import Limits
 from raytune_llama.serve.http.admission import ANYBODY, KEY_NAME
 from raytune_llama.serve.http.keys import Keys
-from raytune_llama.serve.http.limits import Limits
 from raytune_llama.serve.http.refusals import Refusal, answer_of, problem
 
 logger = logging.getLogger(__name__)

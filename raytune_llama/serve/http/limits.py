@@ -1,47 +1,16 @@
-"""How large, how deep and how long a request and its answer may be; who may ask from a browser."""
+"""How long an answer may take, from its request to its last token."""
 
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
-from pydantic import Field
-
-from raytune_llama.config import settings
+from raytune_llama.serve.config import Limits
 
 T = TypeVar("T")
 
 NUM_WAITED_FOR = 2
 """Items of an answer that `queue_seconds` is for: the prompt's size and the first part."""
-
-
-@settings
-class Limits:
-    """Bounds on every request, whoever asks."""
-
-    body_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
-    """Of a request; larger ones are refused as they arrive, with 413."""
-
-    header_bytes: Annotated[int, Field(ge=1024)] = 64 * 2**10
-    """Of a request's path and headers together; more are refused with 431."""
-
-    json_depth: Annotated[int, Field(ge=8, le=200)] = 64
-    """Objects and lists within one another; deeper ones are refused before they are read."""
-
-    body_seconds: Annotated[float, Field(gt=0)] = 30.0
-    """How long a request's body may take to arrive; then it is refused with 408."""
-
-    queue_seconds: Annotated[float, Field(gt=0)] = 60.0
-    """Longest wait for an answer's first token; then it is refused with 503."""
-
-    request_seconds: Annotated[float, Field(gt=0)] = 600.0
-    """Longest whole answer; then it is refused with 504, and a stream ends with an error."""
-
-    send_seconds: Annotated[float, Field(gt=0)] = 60.0
-    """How long a client may leave what it was sent unread; then its answer is ended."""
-
-    allow_origins: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Web pages that browsers let ask, `https://example.org`, or `*`: all. None: no other page."""
 
 
 class QueueTimeoutError(RuntimeError):

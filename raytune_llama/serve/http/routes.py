@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
-from raytune_llama.serve.config import KeyLimits
+from raytune_llama.serve.config import KeyLimits, Limits
 from raytune_llama.serve.errors import BusyError, EngineError, UnknownModelError
 from raytune_llama.serve.http.admission import Admission, Books, LocalBooks
 from raytune_llama.serve.http.bodies import build_route_class
@@ -33,7 +33,7 @@ from raytune_llama.serve.http.embeddings import EmbeddingBackend, add_embeddings
 from raytune_llama.serve.http.events import EventStream
 from raytune_llama.serve.http.guard import Guard
 from raytune_llama.serve.http.keys import Keys
-from raytune_llama.serve.http.limits import AnswerTimeoutError, Limits, within
+from raytune_llama.serve.http.limits import AnswerTimeoutError, within
 from raytune_llama.serve.http.meter import CountRequests, Meter, MeteredAnswers, exposition
 from raytune_llama.serve.http.page import add_page
 from raytune_llama.serve.http.protocol import (

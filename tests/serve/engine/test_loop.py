@@ -7,9 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from raytune_llama.serve.engine.base import Generation
+from raytune_llama.serve.engine.base import Generation, Sampling
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.sampling import Sampling
 from raytune_llama.serve.engine.stepper import Stepper
 from raytune_llama.serve.errors import BusyError, EngineError
 from tests.serve.engine.test_stepper import GREEDY, by_transformers, make_llama, prompts

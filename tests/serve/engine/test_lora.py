@@ -3,9 +3,8 @@
 import torch
 from transformers import PreTrainedModel
 
-from raytune_llama.serve.engine.base import Generation
+from raytune_llama.serve.engine.base import Choice, Generation, Sampling
 from raytune_llama.serve.engine.lora import LowRank
-from raytune_llama.serve.engine.sampling import Choice, Sampling
 from raytune_llama.serve.engine.stepper import Stepper
 from tests.serve.engine.test_stepper import GREEDY, make_llama, prompts, run
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from raytune_llama.serve.engine.sampling import Chooser, Sampling
+from raytune_llama.serve.engine.base import Sampling
+from raytune_llama.serve.engine.sampling import Chooser
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-30, 1e-3])

@@ -14,8 +14,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from raytune_llama.serve.engine.base import Finish, Generation
-from raytune_llama.serve.engine.sampling import Sampling
+from raytune_llama.serve.engine.base import Finish, Generation, Sampling
 from raytune_llama.serve.engine.stepper import Stepper
 
 GREEDY = Sampling(temperature=0)

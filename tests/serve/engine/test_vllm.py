@@ -13,9 +13,8 @@ import torch
 from raytune_llama.config import ConfigError
 from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
-from raytune_llama.serve.engine.base import Generation, Step
+from raytune_llama.serve.engine.base import Generation, Sampling, Step
 from raytune_llama.serve.engine.grammar import Grammars
-from raytune_llama.serve.engine.sampling import Sampling
 from raytune_llama.serve.engine.vllm import choose_engine
 from raytune_llama.serve.errors import BusyError, EngineError, RequestError
 from raytune_llama.serve.models import ServedModel, load_served

@@ -11,8 +11,8 @@ import openai
 import pytest
 
 from raytune_llama.serve.answers import Answerer
+from raytune_llama.serve.config import Limits
 from raytune_llama.serve.http.keys import Keys, make_key
-from raytune_llama.serve.http.limits import Limits
 from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
 from raytune_llama.serve.parts import Part
 from tests.serve.http.test_hostile import (

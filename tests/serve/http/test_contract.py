@@ -9,9 +9,9 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from raytune_llama.serve.answers import Answerer
+from raytune_llama.serve.config import Limits
 from raytune_llama.serve.errors import BusyError, EngineError
 from raytune_llama.serve.http.keys import Keys, make_key
-from raytune_llama.serve.http.limits import Limits
 from tests.serve.http.test_routes import FOX, Failing, Here, Server
 
 KEY, LINE = make_key()

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from raytune_llama.serve.answers import Answerer
+from raytune_llama.serve.config import Limits
 from raytune_llama.serve.embeddings import TextVectors
 from raytune_llama.serve.engine.embed import Vectors
 from raytune_llama.serve.errors import BusyError, RequestError
 from raytune_llama.serve.http.embedding_protocol import EmbeddingRequest
-from raytune_llama.serve.http.limits import Limits
 from raytune_llama.serve.models import ServedModel
 from tests.serve.http.test_routes import Server
 

@@ -11,8 +11,8 @@ import httpx2 as httpx
 import pytest
 
 from raytune_llama.serve.answers import Answerer
+from raytune_llama.serve.config import Limits
 from raytune_llama.serve.http.keys import Keys, make_key
-from raytune_llama.serve.http.limits import Limits
 from tests.serve.http.test_routes import FOX, Here, Server, raw
 
 MIB = 2**20

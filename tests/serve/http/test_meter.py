@@ -13,11 +13,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from raytune_llama.serve.answers import Answerer
-from raytune_llama.serve.config import KeyLimits
+from raytune_llama.serve.config import KeyLimits, Limits
 from raytune_llama.serve.errors import BusyError, EngineError
 from raytune_llama.serve.http.admission import LocalBooks
 from raytune_llama.serve.http.keys import Keys, make_key
-from raytune_llama.serve.http.limits import Limits
 from raytune_llama.serve.http.meter import Meter
 from raytune_llama.serve.parts import Part
 from tests.serve.http.test_routes import Asked, Failing, Here, Server

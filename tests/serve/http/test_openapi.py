@@ -21,10 +21,10 @@ from schemathesis.specs.openapi.checks import (
 
 from raytune_llama.serve.answers import Answerer
 from raytune_llama.serve.embeddings import TextVectors
+from raytune_llama.serve.engine.base import Vectors
 from raytune_llama.serve.http.embedding_protocol import EmbeddingRequest
 from raytune_llama.serve.http.keys import Keys, make_key
 from raytune_llama.serve.models import ServedModel
-from raytune_llama.serve.parts import Vectors
 from tests.serve.http.test_routes import FOX, Here, Server
 
 KEY, LINE = make_key()
