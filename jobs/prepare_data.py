@@ -8,7 +8,7 @@ import ray
 
 from raytune_llama.config import load, run_job
 from raytune_llama.data.config import PrepareDataConfig
-from raytune_llama.data.encode import prepare_data
+from raytune_llama.data.encode import open_data, prepare_data
 from raytune_llama.data.manifest import StoreError
 from raytune_llama.data.preview import render_preview
 from raytune_llama.data.rows import SourceError
@@ -27,8 +27,9 @@ def main() -> None:
         number, colour = config.preview_documents, sys.stdout.isatty()
         print(render_preview(config.data, tokenizer, num_documents=number, colour=colour))
         return
+    inputs = open_data(config.data, tokenizer)
     store = prepare_data(
-        config.data, tokenizer, start_ray=lambda: ray.init(logging_level=logging.WARNING)
+        config.data, inputs, start_ray=lambda: ray.init(logging_level=logging.WARNING)
     )
     print(f"token store: {store.place}")
 

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 
 from raytune_llama.config import load
 from raytune_llama.data.config import PrepareDataConfig
-from raytune_llama.data.encode import prepare_data
+from raytune_llama.data.encode import open_data, prepare_data
 
 OBJECT_STORE_BYTES = 80 * 2**20
 POLL_SECONDS = 0.2
@@ -70,7 +70,7 @@ def main() -> None:
         ray.init(address=cluster.address, log_to_driver=False)
         watch.start()
         start = time.perf_counter()
-        prepare_data(config.data, Path(config.tokenizer))
+        prepare_data(config.data, open_data(config.data, Path(config.tokenizer)))
         seconds = time.perf_counter() - start
         watch.stop()
     finally:

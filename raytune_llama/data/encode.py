@@ -1,6 +1,7 @@
 """Build a token store from corpora: plan on the driver, encode in Ray Data actors, publish.
 
-    store = prepare_data(config.data, Path(config.tokenizer))
+    inputs = open_data(config.data, Path(config.tokenizer))    # lists and looks at files, once
+    store = prepare_data(config.data, inputs)
 
 The work is done unit by unit (`units.py`). Running the same command again after any crash skips
 the units that are done, and publishes the same bytes as an undisturbed run.
@@ -96,8 +97,34 @@ class TextCorpus:
         return TextReader(encoder)
 
 
+@dataclass(frozen=True)
+class DataInputs:
+    """What a token store is made from, opened."""
+
+    tokenizer: PreTrainedTokenizerFast
+    """What defines the ids."""
+    corpus: Corpus
+    """The files, listed, and what the beginning of each says of it."""
+
+
+def open_data(config: AnyDataConfig, tokenizer_path: Path) -> DataInputs:
+    """List the sources and look at the beginning of each file; needs no Ray.
+
+    Args:
+        config: What to encode, and where to.
+        tokenizer_path: Directory of the tokenizer, needed on the driver's node only.
+
+    Raises:
+        ConfigError: Problems of the config, all of them, with field paths.
+    """
+    tokenizer, corpus, problems = _look(config, tokenizer_path)
+    if tokenizer is None or corpus is None or problems:
+        raise ConfigError(problems)
+    return DataInputs(tokenizer, corpus)
+
+
 def prepare_data(
-    config: AnyDataConfig, tokenizer_path: Path, start_ray: Callable[[], object] | None = None
+    config: AnyDataConfig, inputs: DataInputs, start_ray: Callable[[], object] | None = None
 ) -> TokenStore:
     """Return the token store that a config describes; build it if it is not there.
 
@@ -105,7 +132,7 @@ def prepare_data(
 
     Args:
         config: What to encode, and where to.
-        tokenizer_path: Directory of the tokenizer, needed on the driver's node only.
+        inputs: What `open_data` returned for it.
         start_ray: Initialises Ray; called once there is something to build, while the encoder is
             chosen beside it. None: Ray is initialised.
 
@@ -113,15 +140,13 @@ def prepare_data(
         The store, open.
 
     Raises:
-        ConfigError: Problems of the config, all of them; found before any work.
+        ConfigError: Other things are at `store_dir`, or another job is building there.
         StoreError: There is a store already, made from other inputs, or damaged.
         SourceError: A file cannot be read as configured, too many rows are bad, or there is too
             little text.
         NoSpaceError: A disk is full; the same command goes on once there is room.
     """
-    tokenizer, corpus, problems = _check(config, tokenizer_path)
-    if tokenizer is None or corpus is None or problems:
-        raise ConfigError(problems)
+    tokenizer, corpus = inputs.tokenizer, inputs.corpus
     store_dir = Place.parse(config.store_dir, "data.store_dir")
     encoding = _encoding_inputs(config, tokenizer) | corpus.inputs
     if (store_dir / MANIFEST_NAME).exists():
@@ -137,9 +162,9 @@ def prepare_data(
         reader = corpus.reader(choice.result().encoder)
         records = _run(units, plan, reader, config.num_workers)
         seen = SeenFiles.of_records(corpus.files, units, records)
-        inputs = encoding | {"sources": seen.inputs(corpus.files)}
+        sources = {"sources": seen.inputs(corpus.files)}
         with _space_for(plan):
-            manifest = build_manifest(inputs, units, plan, records)
+            manifest = build_manifest(encoding | sources, units, plan, records)
             check_counts(manifest, plan, config.validation_fraction, config.max_bad_fraction)
             publish(manifest, seen, plan, store_dir, list(source_names(config.every_source)))
     return open_store(config)
@@ -186,18 +211,10 @@ def _check_free(store_dir: Place, work: Place) -> None:
         )
 
 
-def check_data(config: AnyDataConfig, tokenizer_path: Path) -> list[str]:
-    """Return what is wrong with a config, with field paths; needs no Ray.
-
-    Of the corpus no more is read than the beginning of each file.
-    """
-    return _check(config, tokenizer_path)[2]
-
-
-def _check(
+def _look(
     config: AnyDataConfig, tokenizer_path: Path
 ) -> tuple[PreTrainedTokenizerFast | None, Corpus | None, list[str]]:
-    """As `check_data`; return the tokenizer and the corpus too, where they can be opened."""
+    """Open tokenizer and corpus as far as they can be, and list what is wrong."""
     problems: list[str] = []
     try:
         problem = check_place(Place.parse(config.store_dir, "data.store_dir"), "data.store_dir")

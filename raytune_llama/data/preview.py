@@ -7,12 +7,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from raytune_llama.config import ConfigError
 from raytune_llama.data.config import DataConfig
-from raytune_llama.data.encode import check_data
-from raytune_llama.data.sources import SourceFile, discover_files
+from raytune_llama.data.encode import open_data
+from raytune_llama.data.sources import SourceFile
 from raytune_llama.data.workers import read_beginning
-from raytune_llama.model.tokenizer import encode_text, load_tokenizer
+from raytune_llama.model.tokenizer import encode_text
 
 _RESET, _CONTROL, _DIM = "\x1b[0m", "\x1b[1;97;45m", "\x1b[2;4m"
 _COLOURS = ("\x1b[30;48;5;153m", "\x1b[30;48;5;229m", "\x1b[30;48;5;157m")
@@ -47,11 +46,8 @@ def render_preview(
     Raises:
         ConfigError: Problems of the config, all of them.
     """
-    problems = check_data(config, tokenizer_path)
-    if problems:
-        raise ConfigError(problems)
-    tokenizer = load_tokenizer(tokenizer_path)
-    files = discover_files(config.sources)
+    inputs = open_data(config, tokenizer_path)
+    tokenizer, files = inputs.tokenizer, inputs.corpus.files
     lines: list[str] = []
     for number in range(len(config.sources)):
         mine = [file for file in files if file.source == number]

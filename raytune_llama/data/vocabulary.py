@@ -6,6 +6,7 @@ A tokenizer with a SentencePiece tokenizer.model gets pieces, trained here or gi
 one gets merges. Ids of old tokens stay, and so does what the model says of them.
 """
 
+import copy
 import json
 import logging
 import shutil
@@ -328,7 +329,7 @@ def _is_setting(file: Path) -> bool:
 
 def _save(grown: Path, pad_token: str | None) -> None:
     """Write a tokenizer directory again in all its forms, with a padding token if there is one."""
-    tokenizer = load_tokenizer(grown)
+    tokenizer = copy.deepcopy(load_tokenizer(grown))
     if pad_token is not None:
         tokenizer.add_special_tokens({"pad_token": pad_token})
     tokenizer.save_pretrained(grown)

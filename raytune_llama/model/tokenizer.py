@@ -36,13 +36,14 @@ ENGINE_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 """The parts of a `tokenizers` engine that decide which ids a text gets."""
 
 _MODEL_FILE = "tokenizer.model"
+_WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pth", ".pt", ".gguf"})
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a local directory.
+    """Load the tokenizer of a local directory, once for as long as its files stay the same.
 
     For names, numbers and templates; ids come from `encode_text` or an encoder, since its own call
-    knows nothing of the reference.
+    knows nothing of the reference. Callers share the object: one that changes it copies it first.
 
     Raises:
         ValueError: `path` holds no tokenizer file, or not all that says how text is split, or two
@@ -53,6 +54,24 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
             f"tokenizer: {path} holds none of {', '.join(TOKENIZER_FILES)}; "
             "name a directory saved by a tokenizer's save_pretrained"
         )
+    return _load(path.absolute(), _file_state(path))
+
+
+def _file_state(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return name, time and size of each small file of a directory: all that a tokenizer reads."""
+    stats = [(file, file.stat()) for file in sorted(path.iterdir()) if file.is_file()]
+    return tuple(
+        (file.name, stat.st_mtime_ns, stat.st_size)
+        for file, stat in stats
+        if file.suffix not in _WEIGHT_SUFFIXES
+    )
+
+
+@lru_cache(maxsize=8)
+def _load(
+    path: Path,
+    state: tuple[tuple[str, int, int], ...],  # noqa: ARG001  # changed files are another tokenizer
+) -> PreTrainedTokenizerFast:
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     # Only tokenizer.json holds the normalization; without it a class has to know it. The generic
     # class knows none, and gives LLaMA's tokenizer.model other ids without a word.
@@ -67,7 +86,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
             f"tokenizer: {path} is a {type(tokenizer).__name__}, which has no tokenizer.json form; "
             "name a directory with a tokenizer.json"
         )
-    file = path.absolute() / _MODEL_FILE
+    file = path / _MODEL_FILE
     if file.is_file() and is_sentencepiece(file.read_bytes()):
         _check_agreement(tokenizer, file)
         tokenizer.vocab_file = str(file)

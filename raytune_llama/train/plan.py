@@ -19,16 +19,15 @@ from transformers import PreTrainedModel
 
 from raytune_llama.config import ConfigError, identity
 from raytune_llama.data.batches import num_micro_batches
+from raytune_llama.data.encode import DataInputs
 from raytune_llama.data.manifest import MANIFEST_NAME, token_dtype
-from raytune_llama.data.sources import discover_files
 from raytune_llama.data.store import TokenStore, open_store
-from raytune_llama.data.workers import read_sample
 from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import DTYPES, SummedLoss, has_weights, load_skeleton
 from raytune_llama.model.lora import attach_adapter
 from raytune_llama.model.pissa import INITIAL, add_initial
 from raytune_llama.model.quantization import quantized_bytes, quantized_linears
-from raytune_llama.model.tokenizer import encode_text, load_tokenizer
+from raytune_llama.model.tokenizer import encode_text
 from raytune_llama.model.vocab import (
     VocabularyFit,
     check_vocabulary,
@@ -46,7 +45,7 @@ from raytune_llama.train.memory import (
     count_parameters,
     estimate_memory,
 )
-from raytune_llama.train.preflight import check_identity, check_run, resolve_places
+from raytune_llama.train.preflight import check_identity, open_inputs, resolve_places
 from raytune_llama.train.schemes import QuantizedWeights, WorkerSettings
 from raytune_llama.train.strategy import STRATEGIES, Layout
 from raytune_llama.train.tracing import META, trace_micro_batch
@@ -150,11 +149,11 @@ def build_plan(config: AnyTrainConfig) -> Plan:
     """
     written = config
     config = resolve_places(config, in_job=in_submitted_job())
-    check_run(config)
+    inputs = open_inputs(config)
     check_identity(config.run_place, {"config": identity(config)})
     path = Path(config.model.path)
-    skeleton = load_skeleton(path)
-    fit = check_vocabulary(num_embedding_rows(skeleton), path, Path(config.model.tokenizer_path))
+    num_rows = num_embedding_rows(inputs.skeleton)
+    fit = check_vocabulary(num_rows, path, Path(config.model.tokenizer_path))
     model = build_model(config, load_skeleton(path, num_rows=max(fit.num_rows, fit.num_ids)))
     store = _existing_store(config)
     scale = config.scale
@@ -168,7 +167,7 @@ def build_plan(config: AnyTrainConfig) -> Plan:
             for number in sorted({scale.fewest_workers, scale.most_workers})
         ),
         steps=plan_steps(config, store),
-        disk=plan_disk(config, model, store),
+        disk=plan_disk(config, model, inputs.data, store),
     )
 
 
@@ -307,7 +306,10 @@ def plan_steps(config: AnyTrainConfig, store: TokenStore | None) -> StepPlan:
 
 
 def plan_disk(
-    config: AnyTrainConfig, model: PreTrainedModel | PeftModel, store: TokenStore | None
+    config: AnyTrainConfig,
+    model: PreTrainedModel | PeftModel,
+    data: DataInputs,
+    store: TokenStore | None,
 ) -> DiskPlan:
     """Estimate what the run writes.
 
@@ -331,7 +333,7 @@ def plan_disk(
         checkpoint=CHECKPOINT_BYTES * counts.trained,
         num_checkpoints=checkpoint.keep_last + checkpoint.keep_best,
         result=result,
-        store=_estimate_store(config) if store is None else _store_bytes(store),
+        store=_estimate_store(config, data) if store is None else _store_bytes(store),
         store_exists=store is not None,
     )
 
@@ -346,7 +348,7 @@ def _store_bytes(store: TokenStore) -> int:
     return sum(shard.file_bytes for split in splits for shard in split.shards)
 
 
-def _estimate_store(config: AnyTrainConfig) -> int | None:
+def _estimate_store(config: AnyTrainConfig, data: DataInputs) -> int | None:
     """Estimate a store from the sources' bytes, with the tokens of a sample of the corpus.
 
     As if all bytes were text. Compressed and Parquet files do not show how much they hold, and
@@ -354,11 +356,11 @@ def _estimate_store(config: AnyTrainConfig) -> int | None:
     """
     if not isinstance(config, PretrainConfig):
         return None
-    files = discover_files(config.data.sources)
+    files = data.corpus.files
     if any(f.options.compression != "none" or f.options.format == "parquet" for f in files):
         return None
-    tokenizer = load_tokenizer(Path(config.model.tokenizer_path))
-    texts = list(_first(read_sample(files), _SAMPLE_CHARS))
+    tokenizer = data.tokenizer
+    texts = list(_first(data.corpus.sample(), _SAMPLE_CHARS))
     sampled = sum(len(text.encode()) for text in texts)
     ends = config.data.bos + config.data.eos
     tokens = sum(len(ids) + ends for ids in encode_text(tokenizer, texts))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from raytune_llama.config import (
     to_dict,
     to_yaml,
 )
-from raytune_llama.data.encode import check_data
+from raytune_llama.data.encode import DataInputs, open_data
 from raytune_llama.files import read_json
 from raytune_llama.model.directory import stored_tables
 from raytune_llama.model.embeddings import check_embeddings
@@ -120,31 +121,55 @@ def resolve_places(config: C, *, in_job: bool) -> C:
     return override(config, resolved)
 
 
-def check_run(config: AnyTrainConfig) -> None:
-    """Check a config, with absolute paths, against the files that it names.
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, opened once per start; every later step takes it from here."""
+
+    data: DataInputs
+    """Tokenizer and corpus."""
+
+    skeleton: PreTrainedModel
+    """The model without weights, on PyTorch's meta device."""
+
+
+def open_inputs(config: AnyTrainConfig, data: DataInputs | None = None) -> Inputs:
+    """Look at the files that a config with absolute paths names, once, and check it against them.
+
+    Args:
+        config: of the run.
+        data: tokenizer and corpus, where another run on the same store has opened them.
 
     Raises:
         ConfigError: with every problem found.
     """
-    problems = _check_model(config) + _check_adapter(config) + _check_template(config)
-    problems += check_data(config.encoded_data, Path(config.model.tokenizer_path))
+    skeleton, problems = _open_model(config)
+    problems += _check_adapter(config) + _check_template(config)
+    try:
+        data = data or open_data(config.encoded_data, Path(config.model.tokenizer_path))
+    except ConfigError as error:
+        problems += error.problems
     problems += _check_run_dir(config)
-    if problems:
+    if problems or data is None or skeleton is None:
         # The vocabulary and the data both need the tokenizer, and say so alike.
         raise ConfigError(list(dict.fromkeys(problems)))
+    return Inputs(data, skeleton)
 
 
-def _check_model(config: AnyTrainConfig) -> list[str]:
+def _open_model(config: AnyTrainConfig) -> tuple[PreTrainedModel | None, list[str]]:
     path = Path(config.model.path)
     try:
         # A plan needs no weights; those that are there have to be whole.
         no_weights_needed = config.plan and not has_weights(path)
         problems = (check_model_settings if no_weights_needed else check_model_directory)(path)
         if problems:
-            return problems
+            return None, problems
         model = load_skeleton(path)
     except (ValueError, OSError) as error:
-        return [f"model.path: {path} is no causal LM that can be read: {error}"]
+        return None, [f"model.path: {path} is no causal LM that can be read: {error}"]
+    return model, _check_model(config, model)
+
+
+def _check_model(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
     problems = check_output_projection(model)
     problems += _check_positions(config, model)
     if config.batch.evaluation_form == "isolated":

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from raytune_llama.config import ConfigError
@@ -21,8 +20,8 @@ from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS, read_metr
 from raytune_llama.train.plot import write_plot
 from raytune_llama.train.preflight import (
     check_identity,
-    check_run,
     identify,
+    open_inputs,
     resolve_places,
     write_identity,
 )
@@ -70,7 +69,7 @@ def run_training(config: AnyTrainConfig) -> Summary:
         RefusedError: data or files, as the workers found them, do not allow it.
     """
     config = resolve_places(config, in_job=in_submitted_job())
-    check_run(config)
+    inputs = open_inputs(config)
     check_identity(config.run_place, identify(config))
     result = read_result(config)
     if result is not None:
@@ -78,7 +77,7 @@ def run_training(config: AnyTrainConfig) -> Summary:
 
     with Lease(config.run_place) as lease, connected():
         wait_for_resources(config.scale)
-        store = prepare_data(config.encoded_data, Path(config.model.tokenizer_path))
+        store = prepare_data(config.encoded_data, inputs.data)
         check_nodes(config)
         outcome = launch(prepare_run(config, store, lease.confirm()))
         assert outcome.status != "ended", "it raises"

@@ -5,7 +5,6 @@ import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -14,7 +13,7 @@ from ray.tune.experiment import Trial
 
 from raytune_llama.config import ConfigError, differences, identity, override, to_dict, to_yaml
 from raytune_llama.connection import connected
-from raytune_llama.data.encode import prepare_data
+from raytune_llama.data.encode import DataInputs, prepare_data
 from raytune_llama.data.store import TokenStore
 from raytune_llama.storage import Place
 from raytune_llama.train.cluster import (
@@ -32,8 +31,8 @@ from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS
 from raytune_llama.train.preflight import (
     IDENTITY,
     check_identity,
-    check_run,
     identify,
+    open_inputs,
     resolve_places,
 )
 from raytune_llama.train.trainer import prepare_run
@@ -87,7 +86,7 @@ def run_sweep(sweep: SweepConfig) -> SweepSummary:
     check_plan(sweep, base)
     configs = check_samples(sweep, base)
     _check_stores(base, configs)
-    check_run(configs[0])
+    data = open_inputs(configs[0]).data
     # Trials are compared where they evaluate, so that this may not change as it may for a run.
     known = {"sweep": identity(sweep), "base": identify(base), "eval": to_dict(base.eval)}
     check_identity(sweep.place, known, field="sweep_dir")
@@ -95,11 +94,11 @@ def run_sweep(sweep: SweepConfig) -> SweepSummary:
     if count_left(sweep, journal):
         # Of the sweep's directory, in which its trials have theirs.
         with Lease(sweep.place) as lease, connected():
-            store = _prepare(sweep, base)
+            store = _prepare(sweep, base, data)
             fence = lease.confirm()
             (sweep.place / IDENTITY).write_json(known)
             (sweep.place / RESOLVED_CONFIG).write_bytes(to_yaml(sweep).encode())
-            _run_trials(sweep, base, journal, store, fence)
+            _run_trials(sweep, base, journal, data=data, store=store, fence=fence)
     return _sum_up(sweep, base, journal)
 
 
@@ -170,10 +169,10 @@ def _check_stores(base: AnyTrainConfig, configs: list[AnyTrainConfig]) -> None:
         )
 
 
-def _prepare(sweep: SweepConfig, base: AnyTrainConfig) -> TokenStore:
+def _prepare(sweep: SweepConfig, base: AnyTrainConfig, data: DataInputs) -> TokenStore:
     """Wait for the cluster and build the token store, once for all trials."""
     wait_for_resources(base.scale)
-    store = prepare_data(base.encoded_data, Path(base.model.tokenizer_path))
+    store = prepare_data(base.encoded_data, data)
     evaluated = build_evaluation(base, store)
     if not evaluated:
         raise ConfigError(
@@ -192,7 +191,13 @@ def _prepare(sweep: SweepConfig, base: AnyTrainConfig) -> TokenStore:
 
 
 def _run_trials(
-    sweep: SweepConfig, base: AnyTrainConfig, journal: Journal, store: TokenStore, fence: Fence
+    sweep: SweepConfig,
+    base: AnyTrainConfig,
+    journal: Journal,
+    *,
+    data: DataInputs,
+    store: TokenStore,
+    fence: Fence,
 ) -> None:
     """Let Tune run what is left, until all trials have ended or it is interrupted."""
 
@@ -200,7 +205,7 @@ def _run_trials(
         config = trial_config(base, sample, trial_dir(sweep.place, number))
         # A sample may name paths too.
         config = resolve_places(config, in_job=in_submitted_job())
-        check_run(config)
+        open_inputs(config, data)
         return None if read_result(config) is not None else prepare_run(config, store, fence)
 
     num_left = count_left(sweep, journal)

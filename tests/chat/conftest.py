@@ -1,5 +1,6 @@
 """Tokenizers in the forms that LLaMA-family models come with, and conversations to encode."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -60,7 +61,7 @@ CONVERSATIONS = st.lists(st.tuples(CONTENTS, ANSWERS), min_size=1, max_size=3).m
 @pytest.fixture(scope="session")
 def byte_level(tokenizer_dir: Path) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer without SentencePiece, which has a chat template."""
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = copy.deepcopy(load_tokenizer(tokenizer_dir))
     tokenizer.chat_template = CHATML
     return tokenizer
 

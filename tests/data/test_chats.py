@@ -11,11 +11,12 @@ from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.chat.encoding import build_chat_encoder
 from raytune_llama.config import ConfigError, from_dict
 from raytune_llama.data.config import ChatDataConfig
-from raytune_llama.data.encode import check_data, prepare_data
+from raytune_llama.data.encode import open_data
 from raytune_llama.data.manifest import StoreError
 from raytune_llama.data.rows import SourceError
 from raytune_llama.data.store import TokenSplit, TokenStore
 from raytune_llama.model.tokenizer import load_tokenizer
+from tests.data.stores import build_store
 
 pytestmark = pytest.mark.ray
 
@@ -61,7 +62,7 @@ def talks() -> list[Conversation]:
 @pytest.fixture
 def prepare(tokenizer_dir: Path, ray_cluster: str) -> Any:  # noqa: ANN401
     def run(config: ChatDataConfig) -> TokenStore:
-        return prepare_data(config, tokenizer_dir)
+        return build_store(config, tokenizer_dir)
 
     return run
 
@@ -216,7 +217,9 @@ def test_check_names_a_file_of_another_format(tmp_path: Path, tokenizer_dir: Pat
     write_rows(folder / "a.jsonl", ROWS)
     talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     write_rows(folder / "b.jsonl", [{"conversations": talk}])
-    (problem,) = check_data(config_of(tmp_path, folder), tokenizer_dir)
+    with pytest.raises(ConfigError) as caught:
+        open_data(config_of(tmp_path, folder), tokenizer_dir)
+    (problem,) = caught.value.problems
     assert problem.startswith("data.sources.0.path: ")
     assert "b.jsonl is of the format conversations, but alpaca" in problem
 
@@ -239,14 +242,15 @@ def test_check_lists_all_problems_with_their_fields(tmp_path: Path, tokenizer_di
         validation=[{"path": str(tmp_path / "missing.json")}],
         chat={"template": "tokenizer"},
     )
-    problems = check_data(config, tokenizer_dir)
-    assert [problem.partition(":")[0] for problem in problems] == [
+    with pytest.raises(ConfigError) as caught:
+        open_data(config, tokenizer_dir)
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
         "data.chat.template",
         "data.validation.0.path",
         "data.sources.0.format",
         "data.validation.0.path",
-    ][: len(problems)]
-    assert len(problems) >= 3
+    ][: len(caught.value.problems)]
+    assert len(caught.value.problems) >= 3
 
 
 def test_validation_by_file_and_by_fraction_is_refused(tmp_path: Path) -> None:

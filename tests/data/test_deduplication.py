@@ -10,7 +10,6 @@ import pytest
 
 from raytune_llama.data import deduplication
 from raytune_llama.data.config import DataConfig
-from raytune_llama.data.encode import prepare_data
 from raytune_llama.data.manifest import SPLITS
 from raytune_llama.data.rows import SourceError
 from raytune_llama.data.seen import SEEN_NAME
@@ -19,6 +18,7 @@ from raytune_llama.data.sources import SourceConfig
 from raytune_llama.data.store import TokenStore
 from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.storage import Place
+from tests.data.stores import build_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -84,7 +84,7 @@ def undisturbed(
     folder = tmp_path_factory.mktemp("undisturbed")
     kept = write_corpus(folder / "corpus")
     config = make_config(folder / "corpus", folder / "store", num_workers=1)
-    return prepare_data(config, tokenizer_dir), kept
+    return build_store(config, tokenizer_dir), kept
 
 
 def test_prepare_data_keeps_the_first_of_its_duplicates_and_counts_the_others(
@@ -109,7 +109,7 @@ def test_prepare_data_exact_only_keeps_similar_documents(
         validation_fraction=0.2,
         num_workers=2,
     )
-    store = prepare_data(config, tokenizer_dir)
+    store = build_store(config, tokenizer_dir)
     assert store.manifest.rows.skipped == {"blank": 1, "exact_duplicate": 42}
     texts = [text for name in SPLITS for text in documents(store, tokenizer_dir, name)]
     assert max(Counter(texts).values()) == 1
@@ -131,7 +131,7 @@ def test_prepare_data_stopped_between_the_passes_goes_on_to_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(deduplication, "find_duplicates", fail)
         with pytest.raises(KeyboardInterrupt):
-            prepare_data(config, tokenizer_dir)
+            build_store(config, tokenizer_dir)
     (work,) = [folder for folder in s3_path.folders() if "partial" in folder.name]
     before = (work / "duplicates" / "signatures").files()
     assert len(before) == 3
@@ -144,7 +144,7 @@ def test_prepare_data_stopped_between_the_passes_goes_on_to_the_same_bytes(
         return find(signatures, *args, **kwargs)
 
     monkeypatch.setattr(deduplication, "find_duplicates", watch)
-    store = prepare_data(config, tokenizer_dir)
+    store = build_store(config, tokenizer_dir)
     # Nothing was signed again: the files are of the same version.
     assert seen == [before]
     assert content(store.place) == content(undisturbed[0].place)
@@ -158,13 +158,13 @@ def test_prepare_data_finished_units_follow_a_change_in_an_earlier_file(
     (corpus / "c.txt").write_bytes(good + b"\xff\n" * 80)
     config = make_config(corpus, tmp_path / "store", range_mib=1, num_workers=1)
     with pytest.raises(SourceError, match="max_bad_fraction"):
-        prepare_data(config, tokenizer_dir)
+        build_store(config, tokenizer_dir)
     # All units are done now. What the other files repeat of this one is no repetition any more.
     first = (corpus / "a.txt").read_text().split("\n")
     (corpus / "a.txt").write_text("\n".join(first[130:]))
     (corpus / "c.txt").write_bytes(good)
-    store = prepare_data(config, tokenizer_dir)
-    fresh = prepare_data(make_config(corpus, tmp_path / "fresh"), tokenizer_dir)
+    store = build_store(config, tokenizer_dir)
+    fresh = build_store(make_config(corpus, tmp_path / "fresh"), tokenizer_dir)
     assert content(store.place) == content(fresh.place)
     again = set(first[:5])
     assert again <= set(documents(store, tokenizer_dir))
@@ -176,9 +176,9 @@ def test_prepare_data_broken_file_is_told_in_the_first_pass(
     whole = gzip.compress((corpus / "a.txt").read_bytes())
     (corpus / "d.txt.gz").write_bytes(whole[:-30])
     with pytest.raises(SourceError, match=r"d\.txt\.gz"):
-        prepare_data(make_config(corpus, tmp_path / "store"), tokenizer_dir)
+        build_store(make_config(corpus, tmp_path / "store"), tokenizer_dir)
     (work,) = tmp_path.glob("store.partial-*")
     assert not list((work / "units").iterdir())
     (corpus / "d.txt.gz").write_bytes(whole)
-    store = prepare_data(make_config(corpus, tmp_path / "store"), tokenizer_dir)
+    store = build_store(make_config(corpus, tmp_path / "store"), tokenizer_dir)
     assert store.manifest.rows.skipped["exact_duplicate"] == 42 + 2630

@@ -15,7 +15,6 @@ import pytest
 from raytune_llama.config import ConfigError
 from raytune_llama.data import encode, workers
 from raytune_llama.data.config import DataConfig
-from raytune_llama.data.encode import prepare_data
 from raytune_llama.data.manifest import SPLITS, StoreError
 from raytune_llama.data.rows import SourceError
 from raytune_llama.data.seen import SEEN_NAME
@@ -23,6 +22,7 @@ from raytune_llama.data.sources import SourceConfig
 from raytune_llama.data.store import TokenStore
 from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.storage import Place
+from tests.data.stores import build_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -68,7 +68,7 @@ def undisturbed(
     """The store of the same corpus, elsewhere, made by one worker without an incident."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = make_config(write_corpus(folder / "corpus"), folder / "store", num_workers=1)
-    return prepare_data(config, tokenizer_dir)
+    return build_store(config, tokenizer_dir)
 
 
 @pytest.fixture
@@ -92,9 +92,9 @@ def test_prepare_data_in_object_storage_gives_the_same_bytes_after_a_failed_run(
     with monkeypatch.context() as patch:
         patch.setattr(encode, "publish", fail)
         with pytest.raises(KeyboardInterrupt):
-            prepare_data(config, tokenizer_dir)
+            build_store(config, tokenizer_dir)
     assert len(store_dir.files()) > 2
-    store = prepare_data(config, tokenizer_dir)
+    store = build_store(config, tokenizer_dir)
     store.verify()
     files = [file for file in store_dir.files() if file.name != SEEN_NAME]
     assert {file.name: file.read_bytes() for file in files} == expected
@@ -107,7 +107,7 @@ def test_prepare_data_where_other_things_are_in_object_storage_is_refused_and_ke
     (s3_path / "thesis.tex").write_bytes(b"x")
     config = make_config(corpus, s3_path)
     with pytest.raises(ConfigError, match="exists and is no token store"):
-        prepare_data(config, tokenizer_dir)
+        build_store(config, tokenizer_dir)
     assert list(s3_path.files(recursive=True)) == [s3_path / "thesis.tex"]
 
 
@@ -115,7 +115,7 @@ def test_prepare_data_two_workers_elsewhere_give_the_bytes_of_one(
     corpus: Path, tmp_path: Path, tokenizer_dir: Path, expected: dict[str, bytes]
 ) -> None:
     config = make_config(corpus, tmp_path / "store", num_workers=2)
-    store = prepare_data(config, tokenizer_dir)
+    store = build_store(config, tokenizer_dir)
     assert len(expected) == 3 + 5 * 2  # manifest, quarantine, report; five units of two splits
     assert content(store) == expected
     assert not list(tmp_path.glob("*.partial-*"))
@@ -146,7 +146,7 @@ def test_prepare_data_manifest_accounts_for_every_line(undisturbed: TokenStore) 
 def test_prepare_data_other_ranges_give_the_same_documents(
     corpus: Path, tmp_path: Path, tokenizer_dir: Path, undisturbed: TokenStore
 ) -> None:
-    store = prepare_data(make_config(corpus, tmp_path / "store", range_mib=2), tokenizer_dir)
+    store = build_store(make_config(corpus, tmp_path / "store", range_mib=2), tokenizer_dir)
     assert store.fingerprint == undisturbed.fingerprint
     assert store.manifest.rows == undisturbed.manifest.rows
     for name in SPLITS:
@@ -196,7 +196,7 @@ def test_prepare_data_killed_worker_gives_the_same_bytes(
 
     monkeypatch.setattr(workers, "UnitEncoder", KillingEncoder)
     config = make_config(corpus, tmp_path / "store", num_workers=1)
-    assert content(prepare_data(config, tokenizer_dir)) == expected
+    assert content(build_store(config, tokenizer_dir)) == expected
 
 
 def test_prepare_data_after_a_failed_run_keeps_its_work_and_gives_the_same_bytes(
@@ -206,7 +206,7 @@ def test_prepare_data_after_a_failed_run_keeps_its_work_and_gives_the_same_bytes
     (corpus / "3.txt").write_bytes(good + b"\xff\n" * 80)
     config = make_config(corpus, tmp_path / "store", num_workers=1)
     with pytest.raises(SourceError) as caught:
-        prepare_data(config, tokenizer_dir)
+        build_store(config, tokenizer_dir)
     message = str(caught.value)
     assert message.startswith("data.max_bad_fraction: 81 of 64389 rows cannot be used (81 invalid")
     listed = message.split("\n  ")[1:]
@@ -223,7 +223,7 @@ def test_prepare_data_after_a_failed_run_keeps_its_work_and_gives_the_same_bytes
     torn.write_bytes(torn.read_bytes()[:100])
 
     (corpus / "3.txt").write_bytes(good)
-    store = prepare_data(config, tokenizer_dir)
+    store = build_store(config, tokenizer_dir)
     assert content(store) == expected
     assert (store.place.path / "train-00000.arrow").stat().st_ino == before
 
@@ -244,7 +244,7 @@ def test_prepare_data_crashing_file_is_refused_by_name(
     with pytest.raises(
         SourceError, match=r"1\.txt and 1 files behind it: encoding it ended the process 3 times"
     ):
-        prepare_data(make_config(corpus, tmp_path / "store", num_workers=1), tokenizer_dir)
+        build_store(make_config(corpus, tmp_path / "store", num_workers=1), tokenizer_dir)
 
 
 def test_prepare_data_complete_store_is_reused(
@@ -252,7 +252,7 @@ def test_prepare_data_complete_store_is_reused(
 ) -> None:
     copy = shutil.copytree(undisturbed.place.path, tmp_path / "store")
     inode = (copy / "manifest.json").stat().st_ino
-    store = prepare_data(make_config(corpus, copy), tokenizer_dir)
+    store = build_store(make_config(corpus, copy), tokenizer_dir)
     assert store.fingerprint == undisturbed.fingerprint
     assert (copy / "manifest.json").stat().st_ino == inode
     # The second time no source file is read: their sizes and times are those of the first.
@@ -261,7 +261,7 @@ def test_prepare_data_complete_store_is_reused(
         file["sha256"] = "of another file"
     (copy / SEEN_NAME).write_text(json.dumps(seen))
     with pytest.raises(StoreError, match=r"sources\.0\.sha256"):
-        prepare_data(make_config(corpus, copy), tokenizer_dir)
+        build_store(make_config(corpus, copy), tokenizer_dir)
 
 
 def test_prepare_data_stale_store_is_refused_naming_the_fields(
@@ -270,7 +270,7 @@ def test_prepare_data_stale_store_is_refused_naming_the_fields(
     copy = shutil.copytree(undisturbed.place.path, tmp_path / "store")
     (corpus / "1.txt").write_text("changed")
     with pytest.raises(StoreError) as caught:
-        prepare_data(make_config(corpus, copy, eos=False), tokenizer_dir)
+        build_store(make_config(corpus, copy, eos=False), tokenizer_dir)
     assert "tokenizer.eos_id: 1 -> None" in str(caught.value)
     assert "sources.1.sha256: " in str(caught.value)
     assert "sources.0" not in str(caught.value)
@@ -287,7 +287,7 @@ def test_prepare_data_other_tokenizer_settings_make_the_store_stale(
     (changed / "tokenizer_config.json").write_text(json.dumps(settings))
     copy = shutil.copytree(undisturbed.place.path, tmp_path / "store")
     with pytest.raises(StoreError, match=r"tokenizer\.sha256: "):
-        prepare_data(make_config(corpus, copy), changed)
+        build_store(make_config(corpus, copy), changed)
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
@@ -296,7 +296,7 @@ def test_prepare_data_empty_split_is_refused(
 ) -> None:
     config = make_config(corpus, tmp_path / "store", validation_fraction=fraction)
     with pytest.raises(SourceError, match=r"^data\.validation_fraction: "):
-        prepare_data(config, tokenizer_dir)
+        build_store(config, tokenizer_dir)
     assert not (tmp_path / "store").exists()
 
 
@@ -304,4 +304,4 @@ def test_prepare_data_blank_corpus_is_refused(tmp_path: Path, tokenizer_dir: Pat
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text("\n \n")
     with pytest.raises(SourceError, match=r"no document has any text .*2 blank"):
-        prepare_data(make_config(tmp_path / "corpus", tmp_path / "store"), tokenizer_dir)
+        build_store(make_config(tmp_path / "corpus", tmp_path / "store"), tokenizer_dir)

@@ -6,8 +6,8 @@ import pytest
 
 from raytune_llama.config import ConfigError, from_dict, identity, load
 from raytune_llama.data.config import DataConfig, PrepareDataConfig
-from raytune_llama.data.encode import prepare_data
 from tests.conftest import train_tokenizer
+from tests.data.stores import build_store
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -16,7 +16,7 @@ def test_prepare_data_many_mistakes_are_reported_together(tmp_path: Path) -> Non
     tokenizer = train_tokenizer(tmp_path / "tokenizer", special=False)
     data = {"sources": [{"path": str(tmp_path / "none.txt")}], "store_dir": "ftp://host/store"}
     with pytest.raises(ConfigError) as caught:
-        prepare_data(from_dict(DataConfig, data), tokenizer)
+        build_store(from_dict(DataConfig, data), tokenizer)
     starts = [problem.split(":")[0] for problem in caught.value.problems]
     assert starts == ["data.sources.0.path", "data.store_dir", "data.bos", "data.eos"]
 
@@ -25,7 +25,7 @@ def test_prepare_data_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     data = {"sources": [{"path": str(tmp_path / "a.txt")}], "store_dir": str(tmp_path / "store")}
     with pytest.raises(ConfigError, match=r"^tokenizer: "):
-        prepare_data(from_dict(DataConfig, data), tmp_path)
+        build_store(from_dict(DataConfig, data), tmp_path)
 
 
 def test_data_config_moved_paths_and_other_workers_keep_the_identity() -> None:

@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF001  # Chinese text
 
+import copy
 import json
 import random
 import shutil
@@ -210,7 +211,7 @@ def test_a_tokenizer_with_tokens_behind_its_pieces_is_refused(
     tmp_path: Path, tokenizer_dir: Path, corpora: dict[str, Any]
 ) -> None:
     base = make_base(tmp_path / "base", "pieces", tokenizer_dir)
-    tokenizer = load_tokenizer(base)
+    tokenizer = copy.deepcopy(load_tokenizer(base))
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(base)
     with pytest.raises(ConfigError, match=r"1 tokens behind its \d+ pieces"):

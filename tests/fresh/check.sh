@@ -20,9 +20,9 @@ if [ "$(id -u)" != 0 ] || ! command -v debootstrap >/dev/null; then
 	echo "fresh-check makes a Debian root: run it as root, with debootstrap installed" >&2
 	exit 1
 fi
-# A mount namespace of its own: whatever is mounted below goes with this process.
+# Namespaces of its own: what is mounted and started below goes with this process.
 if [ -z "${FRESH_INSIDE:-}" ]; then
-	FRESH_INSIDE=1 exec unshare --mount --propagation private -- bash "$0" "$@"
+	FRESH_INSIDE=1 exec unshare --mount --pid --fork --kill-child --propagation private -- bash "$0" "$@"
 fi
 
 # The packages that the README asks for, from the line that a reader copies.

@@ -1,5 +1,6 @@
 """Promise: training the embeddings trains just them; all else keeps every bit."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def save(model: PreTrainedModel, path: Path, tokenizer: Path, **options: Any) ->
 @pytest.fixture
 def grown_dir(tmp_path: Path, tokenizer_dir: Path) -> Path:
     """A tokenizer with 15 ids more: five beyond the rows of the models here."""
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = copy.deepcopy(load_tokenizer(tokenizer_dir))
     tokenizer.add_tokens([f"<{number}>" for number in range(15)])
     tokenizer.save_pretrained(tmp_path / "grown")
     return tmp_path / "grown"

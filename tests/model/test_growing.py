@@ -1,5 +1,6 @@
 """Promises: old rows keep their bits, new ones mean something, and plain transformers loads it."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -34,7 +35,7 @@ def make_base(tmp_path: Path, tokenizer_dir: Path, make_llama: MakeModel) -> Mak
 @pytest.fixture
 def grown_tokenizer(tmp_path: Path, tokenizer_dir: Path) -> Path:
     """The tokenizer of 400 ids with two texts and a padding token."""
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = copy.deepcopy(load_tokenizer(tokenizer_dir))
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in NEW])
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(tmp_path / "grown-tokenizer")

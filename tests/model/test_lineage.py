@@ -1,5 +1,6 @@
 """Promise: a model, an adapter and a tokenizer that don't belong together are told by name."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +22,7 @@ Chinese-LLaMA-Alpaca 32000, 49953 and 49954."""
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizers")
     train_tokenizer(folder / "base")
-    tokenizer = load_tokenizer(folder / "base")
+    tokenizer = copy.deepcopy(load_tokenizer(folder / "base"))
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("lazy dog", "龙")])
     tokenizer.save_pretrained(folder / "llama")
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})

@@ -1,5 +1,6 @@
 """Promises: a tokenizer is known by its ids, and control tokens written in text are text."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -129,7 +130,7 @@ def test_reference_of_a_tokenizer_with_text_added_as_tokens_is_tokenizers(
     llama_tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     """SentencePiece knows nothing of such tokens, so that its ids are not the tokenizer's."""
-    tokenizer = load_tokenizer(llama_tokenizer_dir)
+    tokenizer = copy.deepcopy(load_tokenizer(llama_tokenizer_dir))
     tokenizer.add_tokens(["fox"])
     tokenizer.save_pretrained(tmp_path / "grown")
     shutil.copy(llama_tokenizer_dir / "tokenizer.model", tmp_path / "grown")
@@ -260,7 +261,7 @@ def test_tokenizer_sha256_with_a_change_of_ids_changes(
 def test_tokenizer_sha256_with_an_added_token_changes(
     any_tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    tokenizer = load_tokenizer(any_tokenizer_dir)
+    tokenizer = copy.deepcopy(load_tokenizer(any_tokenizer_dir))
     tokenizer.add_tokens(["fox"])
     tokenizer.save_pretrained(tmp_path / "grown")
     assert tokenizer_sha256(tmp_path / "grown") != tokenizer_sha256(any_tokenizer_dir)

@@ -1,5 +1,6 @@
 """Promises: a tokenizer belongs to its model, new rows mean something, old ones keep their bits."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -29,7 +30,7 @@ NEW_TOKENS = (
 
 def add_tokens(path: Path, grown: Path, *tokens: AddedToken) -> Path:
     """Write the tokenizer of a directory to another one, with more tokens."""
-    tokenizer = load_tokenizer(path)
+    tokenizer = copy.deepcopy(load_tokenizer(path))
     tokenizer.add_tokens(list(tokens))
     tokenizer.save_pretrained(grown)
     return grown
@@ -186,9 +187,9 @@ def test_split_new_token_of_sentencepiece_adds_no_space_and_loses_none(
 def test_split_new_token_of_added_text_adds_no_space(
     llama_tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    old = load_tokenizer(llama_tokenizer_dir)
+    old = copy.deepcopy(load_tokenizer(llama_tokenizer_dir))
     grown = add_tokens(llama_tokenizer_dir, tmp_path / "grown", *NEW_TOKENS)
-    new = load_tokenizer(grown)
+    new = copy.deepcopy(load_tokenizer(grown))
     spelled = [old.convert_ids_to_tokens(split_new_token(old, new, 360 + i)) for i in range(3)]
     assert "".join(spelled[0]) == "lazy▁dog"
     assert spelled[1] == [f"<0x{byte:02X}>" for byte in "龙".encode()]

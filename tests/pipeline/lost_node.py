@@ -10,7 +10,7 @@ from ray.cluster_utils import Cluster
 
 from raytune_llama.config import load
 from raytune_llama.data.config import PrepareDataConfig
-from raytune_llama.data.encode import prepare_data
+from raytune_llama.data.encode import open_data, prepare_data
 
 OBJECT_STORE_BYTES = 80 * 2**20
 
@@ -39,7 +39,7 @@ def main() -> None:
     killer = threading.Thread(target=lose_node, daemon=True)
     try:
         killer.start()
-        prepare_data(config.data, Path(config.tokenizer))
+        prepare_data(config.data, open_data(config.data, Path(config.tokenizer)))
         killer.join(timeout=60)
     finally:
         ray.shutdown()

@@ -1,5 +1,6 @@
 """What templates write of messages with tools."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ QWENS = r"""{% if tools %}{{ '<s>system\n' }}
 def test_tools_are_written_as_qwens_templates_write_them(
     tokenizer_dir: Path, start: list[Any], text: str
 ) -> None:
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = copy.deepcopy(load_tokenizer(tokenizer_dir))
     tokenizer.eos_token = "<|im_end|>"  # noqa: S105  # no secret
     for marker in ("<tool_call>", "</tool_call>"):
         tokenizer.add_tokens(AddedToken(marker, special=False, normalized=False))

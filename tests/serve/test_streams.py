@@ -1,5 +1,6 @@
 """Answers with tools, token by token."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ CALLS = [("weather", '{"city": "人民 a, b"}'), ("now", "{}")]
 @pytest.fixture(scope="module", params=["text", "added", "control"])
 def tokenizer(request: pytest.FixtureRequest, tokenizer_dir: Path) -> PreTrainedTokenizerFast:
     """Knows the markers as text, as tokens of their own, or as control tokens."""
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = copy.deepcopy(load_tokenizer(tokenizer_dir))
     if request.param != "text":
         for text in ("<tool_call>", "</tool_call>"):
             tokenizer.add_tokens(AddedToken(text, special=request.param == "control"))

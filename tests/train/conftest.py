@@ -3,6 +3,7 @@
 Nothing here needs Ray: the store is written through its own writer.
 """
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.loop import train
 from raytune_llama.train.metrics import LOSS, read_metrics
 from raytune_llama.train.outcome import Outcome
-from raytune_llama.train.preflight import check_run
+from raytune_llama.train.preflight import open_inputs
 from raytune_llama.train.workers import Workers
 from tests.train.group import Group
 
@@ -138,7 +139,7 @@ def write_store(path: Path, tokenizer_dir: Path, **splits: list[list[str]]) -> N
 def grown_tokenizer(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
     """The tokenizer with words of the texts as tokens: more ids than the models have rows."""
     path = tmp_path_factory.mktemp("grown")
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = copy.deepcopy(load_tokenizer(tokenizer_dir))
     known = tokenizer.get_vocab()
     tokenizer.add_tokens([word for word in WORDS if len(word) > 1 and word not in known])
     assert len(tokenizer) > 410
@@ -222,7 +223,7 @@ def make(make_config: MakeConfig, source: dict[str, Any]) -> MakeConfig:
 def problems_of(config: AnyTrainConfig) -> list[str]:
     """Return what the checks before a run find."""
     try:
-        check_run(config)
+        open_inputs(config)
     except ConfigError as error:
         return error.problems
     return []

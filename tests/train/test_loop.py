@@ -1,5 +1,6 @@
 """Promise: a run that is stopped and started again equals one that never was, bit for bit."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def test_train_from_an_adapter_goes_on_where_it_ended(make_config: MakeConfig) -
 def test_train_with_a_grown_tokenizer_saves_the_new_rows(
     make_config: MakeConfig, tokenizer_dir: Path, model_dir: Path, tmp_path: Path
 ) -> None:
-    grown = load_tokenizer(tokenizer_dir)
+    grown = copy.deepcopy(load_tokenizer(tokenizer_dir))
     num_added = grown.add_tokens([f"new{number}" for number in range(30)])
     grown.save_pretrained(tmp_path / "grown")
     config = make_config(model__tokenizer=str(tmp_path / "grown"))

@@ -1,5 +1,6 @@
 """Promise: what a plan says of a run is what the run takes, and costs nothing."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_build_plan_without_weights_counts_and_says_so(
 def test_build_plan_counts_the_rows_that_the_tokenizer_adds(
     make_plan: MakeConfig, tmp_path: Path, tokenizer_dir: Path
 ) -> None:
-    grown = load_tokenizer(tokenizer_dir)
+    grown = copy.deepcopy(load_tokenizer(tokenizer_dir))
     grown.add_tokens([f"new{number}" for number in range(30)])
     grown.save_pretrained(tmp_path / "grown")
     before = build_plan(make_plan())

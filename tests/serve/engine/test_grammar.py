@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def with_markers(
     request: pytest.FixtureRequest, tokenizer_dir: Path
 ) -> tuple[PreTrainedTokenizerFast, Grammars]:
     """A tokenizer to which the markers are text, tokens of their own, or control tokens."""
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = copy.deepcopy(load_tokenizer(tokenizer_dir))
     if request.param != "text":
         is_control = request.param == "control"
         for text in MARKERS:
@@ -167,7 +168,7 @@ def test_form_of_calls_lets_them_through_and_nothing_else(
 
 
 def test_text_before_calls_may_have_tokens_of_its_own(tokenizer_dir: Path) -> None:
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = copy.deepcopy(load_tokenizer(tokenizer_dir))
     for text in MARKERS:
         tokenizer.add_tokens(AddedToken(text, special=False))
     both = (tokenizer, Grammars(tokenizer, frozenset({1})))
