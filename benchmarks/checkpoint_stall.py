@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
-from parts.stall_sides import OURS, SIDES, Sample, Setup, measure
+from harness.stall_sides import OURS, SIDES, Sample, Setup, measure
 
-from raytune_llama.train.checkpoint import CheckpointConfig
+from raytune_llama.train.checkpoint.layout import CheckpointConfig
 
 TARGET_PERCENT = 1.0
 NEEDS = """needs: 12 GB of memory and 10 GB of disk for two workers and all weights.

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from parts.corpus import make_corpus
-from parts.vocabulary import make_llama_tokenizer
+from harness.corpus import make_corpus
+from harness.vocabulary import make_llama_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("reference", "compiled")

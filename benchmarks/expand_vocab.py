@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from parts.corpus import ROOT, make_corpus, write_repeated
-from parts.vocabulary import make_llama_tokenizer, write_base
+from harness.corpus import ROOT, make_corpus, write_repeated
+from harness.vocabulary import make_llama_tokenizer, write_base
 
 NUM_TOKENS = 20_000
 _PEER = """

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from parts.disturbed import Record, Side, describe, python, run_side
-from parts.material import TINY, Material, Shape, make_material, read_sequences, write_json
-from parts.nodes import Nodes
+from harness.disturbed import Record, Side, describe, python, run_side
+from harness.material import TINY, Material, Shape, make_material, read_sequences, write_json
+from harness.nodes import Nodes
 
-from raytune_llama.config import override, write_yaml
-from raytune_llama.files import sha256_file
+from raytune_llama.config.settings import override, write_yaml
+from raytune_llama.storage.files import sha256_file
 from raytune_llama.train.config import PretrainConfig
 
 BENCHMARKS = Path(__file__).resolve().parent
@@ -69,7 +69,7 @@ class Benchmark:
         config = self.config(name)
         file = self.folder / f"{name}.yaml"
         write_yaml(config, file)
-        command = python(BENCHMARKS / "parts" / "train_on_ray.py", file)
+        command = python(BENCHMARKS / "harness" / "train_on_ray.py", file)
         run_dir = Path(config.run_dir)
         side = Side(OURS, command, run_dir / "metrics.jsonl", self.num_steps)
         return side, run_dir / config.result_name / ADAPTER

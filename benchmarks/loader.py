@@ -15,9 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from parts.corpus import ROOT, make_corpus
-from parts.peers import install_packages, is_installed, run, run_program
-from parts.vocabulary import make_llama_tokenizer
+from harness.corpus import ROOT, make_corpus
+from harness.peers import install_packages, is_installed, run, run_program
+from harness.vocabulary import make_llama_tokenizer
 
 OURS = "ours"
 NEEDS = {"HF datasets": "datasets", "MosaicML streaming": "streaming", "litdata": "litdata"}

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from parts.corpus import ROOT
-from parts.merge_material import TINY, MergeShape, write_adapter, write_base
-from parts.peers import install_packages, is_installed, run, run_program
+from harness.corpus import ROOT
+from harness.merge_material import TINY, MergeShape, write_adapter, write_base
+from harness.peers import install_packages, is_installed, run, run_program
 
 from raytune_llama.model.tensors import open_weights
 
@@ -63,7 +63,7 @@ class Merge:
         return Run(seconds, json.loads(printed.splitlines()[-1])["peak_mib"])
 
     def _ours(self, dtype: str, target: Path) -> str:
-        program = ROOT / "benchmarks" / "parts" / "merge_once.py"
+        program = ROOT / "benchmarks" / "harness" / "merge_once.py"
         settings = [f"base={self.base}", f"adapters=[{self.adapter}]", f"target={target}"]
         settings += [f"dtype={dtype}", "max_shard_mib=1024"]
         return run([sys.executable, str(program), *settings])

@@ -17,12 +17,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from parts.launch import SKIPPED_STEPS, Measurement, read_measurement, run_torchrun_loop
-from parts.material import TINY, Material, Shape, make_material
+from harness.launch import SKIPPED_STEPS, Measurement, read_measurement, run_torchrun_loop
+from harness.material import TINY, Material, Shape, make_material
 
 from raytune_llama.connection import connected
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.launch import Launch, launch
+from raytune_llama.train.orchestration.launch import Launch, launch
 
 TARGET_PERCENT = 2.5
 TORCHRUN, RAY = "torchrun", "Ray Train"

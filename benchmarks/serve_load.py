@@ -18,8 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from parts.endpoint import DEMO_MODEL, serve_config, serving
-from parts.serve_driver import (
+from harness.endpoint import DEMO_MODEL, serve_config, serving
+from harness.serve_driver import (
     HttpClient,
     Load,
     closed_loop,
@@ -27,8 +27,8 @@ from parts.serve_driver import (
     percentile,
     poisson_arrivals,
 )
-from parts.serve_material import make_prompts
-from parts.serve_sides import bodies_of
+from harness.serve_material import make_prompts
+from harness.serve_sides import bodies_of
 
 FACTORS = (0.5, 1.0, 2.0)
 NEEDS = """needs: the demo's model (`make demo`); 3 GB of memory.

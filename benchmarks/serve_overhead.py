@@ -17,10 +17,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts.endpoint import DEMO_MODEL
-from parts.serve_driver import Load, percentile
-from parts.serve_material import make_prompts
-from parts.serve_sides import Levels, bodies_of, refuse_failures, run_direct, run_served
+from harness.endpoint import DEMO_MODEL
+from harness.serve_driver import Load, percentile
+from harness.serve_material import make_prompts
+from harness.serve_sides import Levels, bodies_of, refuse_failures, run_direct, run_served
 
 TARGET_PERCENT, TARGET_MS = 5.0, 15.0
 DIRECT, SERVED = "direct", "HTTP and Ray Serve"

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parts.endpoint import DEMO_MODEL
-from parts.material import SEED, write_json
-from parts.peers import PACKAGES, PROGRAMS
-from parts.serve_driver import Load, percentile
-from parts.serve_material import Prompt, generate, load_reference, make_prompts
-from parts.serve_peers import (
+from harness.endpoint import DEMO_MODEL
+from harness.material import SEED, write_json
+from harness.peers import PACKAGES, PROGRAMS
+from harness.serve_driver import Load, percentile
+from harness.serve_material import Prompt, generate, load_reference, make_prompts
+from harness.serve_peers import (
     INSTALL_LLAMA_CPP,
     INSTALL_TRANSFORMERS,
     has_llama_cpp,
@@ -39,7 +39,7 @@ from parts.serve_peers import (
     transformers_bodies,
     transformers_serve,
 )
-from parts.serve_sides import (
+from harness.serve_sides import (
     ask_level,
     bodies_of,
     refuse_failures,
@@ -49,9 +49,9 @@ from parts.serve_sides import (
     thread_environment,
 )
 
-from raytune_llama.merge.merging import MergeConfig, merge_adapters
+from raytune_llama.merge.merger import MergeConfig, merge_adapters
 from raytune_llama.model.lora import LoraConfig, attach_adapter
-from raytune_llama.model.tokenizer import load_tokenizer
+from raytune_llama.tokenizer.loader import load_tokenizer
 
 CLIENTS = 16
 LENGTHS = (8, 12, 16, 24)

@@ -23,16 +23,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from parts.launch import Measurement, run_torchrun, run_torchrun_loop
-from parts.material import REPOSITORY, SEED, TINY, Shape, write_json, write_model
-from parts.peers import PACKAGES, install_llama_factory, install_packages, is_installed
+from harness.launch import Measurement, run_torchrun, run_torchrun_loop
+from harness.material import REPOSITORY, SEED, TINY, Shape, write_json, write_model
+from harness.peers import PACKAGES, install_llama_factory, install_packages, is_installed
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.chat.encoding import ChatConfig, EncodedConversation, build_chat_encoder
-from raytune_llama.config import from_dict
-from raytune_llama.data.manifest import (
+from raytune_llama.config.settings import from_dict
+from raytune_llama.data.store.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     Manifest,
@@ -42,10 +42,10 @@ from raytune_llama.data.manifest import (
     token_dtype,
     write_manifest,
 )
-from raytune_llama.data.shards import EncodedDocuments, ShardWriter
+from raytune_llama.data.store.shards import EncodedDocuments, ShardWriter
 from raytune_llama.model.lora import LoraConfig, attach_adapter
-from raytune_llama.model.tokenizer import load_tokenizer
-from raytune_llama.storage import Place
+from raytune_llama.storage.place import Place
+from raytune_llama.tokenizer.loader import load_tokenizer
 from raytune_llama.train.config import SftConfig
 
 TARGETS = {"packed": 1.5, "padded": 1.1}

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parts.material import REPOSITORY, SEED
+from harness.material import REPOSITORY, SEED
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from raytune_llama.config import from_dict, write_yaml
+from raytune_llama.config.settings import from_dict, write_yaml
 from raytune_llama.connection import connected
 from raytune_llama.logs import setup_logging
 from raytune_llama.train.config import PretrainConfig

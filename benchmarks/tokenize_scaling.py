@@ -18,9 +18,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts.corpus import ROOT, Corpus, make_corpus, write_repeated
-from parts.peers import run
-from parts.vocabulary import make_llama_tokenizer
+from harness.corpus import ROOT, Corpus, make_corpus, write_repeated
+from harness.peers import run
+from harness.vocabulary import make_llama_tokenizer
 
 LAYOUTS = {1: (1, 1), 2: (2, 1), 4: (2, 2)}
 """Workers: nodes and CPUs of each."""
@@ -49,7 +49,7 @@ def run_job(folder: Path, text: Path, num_workers: int, engine: str) -> Job:
     }
     config = work / "job.yaml"
     config.write_text(json.dumps({"tokenizer": str(make_llama_tokenizer()), "data": data}))
-    program = ROOT / "benchmarks" / "parts" / "prepare_on_nodes.py"
+    program = ROOT / "benchmarks" / "harness" / "prepare_on_nodes.py"
     layout = map(str, LAYOUTS[num_workers])
     measured = json.loads(
         run([sys.executable, str(program), *layout, str(config)]).splitlines()[-1]

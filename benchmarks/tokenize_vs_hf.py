@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from parts.corpus import ROOT, Corpus, make_corpus, write_repeated
-from parts.peers import install_packages, is_installed, run, run_program
-from parts.vocabulary import make_llama_tokenizer
+from harness.corpus import ROOT, Corpus, make_corpus, write_repeated
+from harness.peers import install_packages, is_installed, run, run_program
+from harness.vocabulary import make_llama_tokenizer
 from transformers import AutoTokenizer
 
-from raytune_llama.data.store import TokenStore
-from raytune_llama.model.tokenizer import load_reference
+from raytune_llama.data.store.token_store import TokenStore
+from raytune_llama.tokenizer.loader import load_reference
 
 NUM_WORKERS = 2
 BLOCK_TOKENS = 512

@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from parts.launch import SKIPPED_STEPS, Measurement, run_torchrun, run_torchrun_loop
-from parts.material import TINY, Material, Shape, make_material, read_sequences, write_json
+from harness.launch import SKIPPED_STEPS, Measurement, run_torchrun, run_torchrun_loop
+from harness.material import TINY, Material, Shape, make_material, read_sequences, write_json
 
 TARGET_RATIO = 1.3
 MAX_LOSS_DIFFERENCE = 1e-3

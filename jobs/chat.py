@@ -7,8 +7,8 @@ once: `echo question | python jobs/chat.py model=NAME`.     --help lists every f
 import os
 import sys
 
-from raytune_llama.config import load, run_job
-from raytune_llama.serve.terminal import TerminalConfig, run_chat
+from raytune_llama.config.settings import load, run_job
+from raytune_llama.serve.client.terminal import TerminalConfig, run_chat
 
 
 def main() -> int:

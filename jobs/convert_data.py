@@ -2,9 +2,9 @@
 
 import sys
 
-from raytune_llama.config import load, run_job
-from raytune_llama.data.converting import ConvertDataConfig, convert_data
-from raytune_llama.data.rows import SourceError
+from raytune_llama.config.settings import load, run_job
+from raytune_llama.data.conversion import ConvertDataConfig, convert_data
+from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.logs import setup_logging
 
 

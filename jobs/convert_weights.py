@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from raytune_llama.config import load, run_job
+from raytune_llama.config.settings import load, run_job
 from raytune_llama.logs import setup_logging
-from raytune_llama.model.convert import ConvertConfig, convert_weights
+from raytune_llama.model.meta.conversion import ConvertConfig, convert_weights
 
 
 def main() -> None:

@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-from raytune_llama.config import load, run_job
-from raytune_llama.data.rows import SourceError
-from raytune_llama.data.vocabulary import ExpandVocabConfig, expand_vocabulary
+from raytune_llama.config.settings import load, run_job
+from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.logs import setup_logging
+from raytune_llama.vocabulary.expansion import ExpandVocabConfig, expand_vocabulary
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "expand_vocab_smollm2.yaml"
 

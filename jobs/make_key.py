@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from raytune_llama.config import run_job
+from raytune_llama.config.settings import run_job
 from raytune_llama.serve.http.keys import append_hash, make_key
 
 

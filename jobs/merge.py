@@ -2,9 +2,9 @@
 
 import sys
 
-from raytune_llama.config import load, run_job
+from raytune_llama.config.settings import load, run_job
 from raytune_llama.logs import setup_logging
-from raytune_llama.merge.merging import MergeConfig, merge_adapters
+from raytune_llama.merge.merger import MergeConfig, merge_adapters
 
 
 def main() -> None:

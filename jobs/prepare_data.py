@@ -6,14 +6,14 @@ from pathlib import Path
 
 import ray
 
-from raytune_llama.config import load, run_job
+from raytune_llama.config.settings import load, run_job
+from raytune_llama.data.build.preparation import open_data, prepare_data
+from raytune_llama.data.build.preview import render_preview
 from raytune_llama.data.config import PrepareDataConfig
-from raytune_llama.data.encode import open_data, prepare_data
-from raytune_llama.data.manifest import StoreError
-from raytune_llama.data.preview import render_preview
-from raytune_llama.data.rows import SourceError
+from raytune_llama.data.readers.rows import SourceError
+from raytune_llama.data.store.manifest import StoreError
 from raytune_llama.logs import setup_logging
-from raytune_llama.storage import local_path
+from raytune_llama.storage.place import local_path
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "prepare_data_smollm2.yaml"
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from raytune_llama.config import run_job
+from raytune_llama.config.settings import run_job
 from raytune_llama.logs import setup_logging
 
 if TYPE_CHECKING:

@@ -6,15 +6,15 @@ python jobs/pretrain.py [CONFIG.yaml] [a.b=c ...]      --help lists every field
 import sys
 from pathlib import Path
 
-from raytune_llama.config import ConfigError, load, run_job
-from raytune_llama.data.manifest import StoreError
-from raytune_llama.data.rows import SourceError
+from raytune_llama.config.settings import ConfigError, load, run_job
+from raytune_llama.data.readers.rows import SourceError
+from raytune_llama.data.store.manifest import StoreError
 from raytune_llama.exits import EXIT_STOPPED
 from raytune_llama.logs import setup_logging
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.outcome import RefusedError
-from raytune_llama.train.plan import build_plan
-from raytune_llama.train.plan_text import render_plan
+from raytune_llama.train.estimate.plan import build_plan
+from raytune_llama.train.estimate.text import render_plan
+from raytune_llama.train.result import RefusedError
 from raytune_llama.train.trainer import run_training
 
 DEFAULT = Path(__file__).parent / "configs" / "pretrain_smollm2.yaml"

@@ -6,9 +6,9 @@ python jobs/sweep.py [SWEEP.yaml] [a.b=c ...]      --help lists every field
 import sys
 from pathlib import Path
 
-from raytune_llama.config import load, run_job
-from raytune_llama.data.manifest import StoreError
-from raytune_llama.data.rows import SourceError
+from raytune_llama.config.settings import load, run_job
+from raytune_llama.data.readers.rows import SourceError
+from raytune_llama.data.store.manifest import StoreError
 from raytune_llama.exits import EXIT_STOPPED
 from raytune_llama.logs import setup_logging
 from raytune_llama.tune.config import SweepConfig

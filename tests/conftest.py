@@ -38,7 +38,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from raytune_llama.storage import Place
+from raytune_llama.storage.place import Place
 from tests.faulty_s3 import FaultyServer
 
 # A busy machine is no failure.
@@ -104,6 +104,14 @@ def s3() -> Iterator[Place]:
 def s3_path(s3: Place) -> Place:
     """A folder of a test's own in object storage, as `tmp_path` is one on the disk."""
     return s3 / uuid.uuid4().hex
+
+
+@pytest.fixture(params=["local", "s3"])
+def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """The directory of a run, on the disk and in object storage; not there yet."""
+    if request.param == "local":
+        return Place.local(tmp_path / "run")
+    return request.getfixturevalue("s3_path")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 
 from werkzeug.serving import make_server
 
-from raytune_llama.storage import Place
+from raytune_llama.storage.place import Place
 
 Fault = Callable[[str, int], HTTPStatus | None]
 """From a request, `PUT /bucket/key?partNumber=1`, and how often it came before, to the error that

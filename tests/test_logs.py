@@ -31,7 +31,7 @@ def test_event_of_a_module_is_one_line_with_time_and_part(
 
 def test_warnings_carry_their_level(capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging()
-    logging.getLogger("raytune_llama.data.store").warning("2 rows quarantined")
+    logging.getLogger("raytune_llama.data.store.token_store").warning("2 rows quarantined")
     assert capsys.readouterr().err.endswith(" data: warning: 2 rows quarantined\n")
 
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from raytune_llama.config import ConfigError
+from raytune_llama.config.settings import ConfigError
 
 JOB = """
 import sys
-from raytune_llama.config import ConfigError, run_job
+from raytune_llama.config.settings import ConfigError, run_job
 
 class StoreError(ValueError):
     pass
@@ -53,7 +53,7 @@ def test_job_keeps_the_traceback_of_a_bug() -> None:
 
 def test_import_needs_no_heavy_package() -> None:
     heavy = "{'ray', 'torch', 'transformers'} & set(sys.modules)"
-    code = f"import sys, raytune_llama.config; sys.exit(bool({heavy}))"
+    code = f"import sys, raytune_llama.config.settings; sys.exit(bool({heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

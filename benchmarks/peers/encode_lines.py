@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from raytune_llama.model.choice import choose_encoder
-from raytune_llama.model.tokenizer import load_reference, load_tokenizer
+from raytune_llama.tokenizer.loader import load_reference, load_tokenizer
+from raytune_llama.tokenizer.selection import choose_encoder
 
 Encode = Callable[[list[str]], Sequence[np.ndarray]]
 

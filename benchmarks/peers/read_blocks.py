@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from raytune_llama.data.store import TokenStore
+from raytune_llama.data.store.token_store import TokenStore
 
 SEED = 1
 WARM_UP_SECONDS = 1.0
@@ -62,9 +62,9 @@ class Ours(Side):
 
     @override
     def batches(self) -> Iterator[torch.Tensor]:
-        from raytune_llama.data.batches import BatchPlan, read_steps
-        from raytune_llama.data.mixture import cut_sources
-        from raytune_llama.data.sources import SourceConfig
+        from raytune_llama.data.batches.mixture import cut_sources
+        from raytune_llama.data.batches.step_batches import BatchPlan, read_steps
+        from raytune_llama.data.readers.sources import SourceConfig
 
         store = TokenStore.open(self.store)
         sources = cut_sources(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from parts.serve_material import generate, load_reference
+from harness.serve_material import generate, load_reference
 
 
 def main() -> None:

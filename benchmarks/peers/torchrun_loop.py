@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from raytune_llama.config import from_dict
+from raytune_llama.config.settings import from_dict
 from raytune_llama.train.config import PretrainConfig, SftConfig
 from raytune_llama.train.loop import train
-from raytune_llama.train.workers import Workers
+from raytune_llama.train.process_group import Workers
 
 
 def main() -> None:

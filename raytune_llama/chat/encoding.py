@@ -26,15 +26,15 @@ from raytune_llama.chat.conversations import (
     find_defect,
     find_prompt_defect,
 )
-from raytune_llama.chat.stretches import NoBoundaryError, Stretch, StretchEncoder, cut_stretches
+from raytune_llama.chat.spans import NoBoundaryError, Stretch, StretchEncoder, cut_stretches
 from raytune_llama.chat.templates.choice import build_template
 from raytune_llama.chat.templates.names import TemplateName
 from raytune_llama.chat.templates.segments import Segment, Template, UnrenderableError
 from raytune_llama.chat.truncation import Truncation, truncate
-from raytune_llama.config import settings
-from raytune_llama.model.cuts import UncuttableTextError
-from raytune_llama.model.reference import TextEncoder
-from raytune_llama.model.tokenizer import build_reference
+from raytune_llama.config.settings import settings
+from raytune_llama.tokenizer.loader import build_reference
+from raytune_llama.tokenizer.reference import TextEncoder
+from raytune_llama.tokenizer.split_points import UncuttableTextError
 
 
 @settings

@@ -25,7 +25,7 @@ from raytune_llama.chat.conversations import (
     find_text_defect,
     name_type,
 )
-from raytune_llama.json_keys import RepeatedKeys
+from raytune_llama.storage.files import RepeatedKeys
 
 FormatName = Literal["alpaca", "conversations", "messages", "completion"]
 """The formats, each by what marks it."""

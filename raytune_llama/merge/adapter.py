@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytune_llama.files import read_json
 from raytune_llama.model.tensors import PickledFile, SafetensorsFile, TensorSpec
+from raytune_llama.storage.files import read_json
 
 CONFIG = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")

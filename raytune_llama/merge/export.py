@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from raytune_llama.files import sha256_file, write_json_atomic
 from raytune_llama.merge.freed import give_back_freed
 from raytune_llama.merge.gguf_file import GgufForm, GgufWeights, write_gguf
 from raytune_llama.merge.plan import MergePlan
 from raytune_llama.merge.proof import prove
-from raytune_llama.model.from_meta import open_meta
-from raytune_llama.model.growing import EMBEDDING, HEAD
+from raytune_llama.model.meta.from_meta import open_meta
+from raytune_llama.model.meta.to_meta import MetaForm, copy_pieces, write_meta
 from raytune_llama.model.tensors import SafetensorsFile, WeightsWriter, plan_files, write_index
-from raytune_llama.model.to_meta import MetaForm, copy_pieces, write_meta
-from raytune_llama.model.tokenizer import write_tokenizer
+from raytune_llama.model.vocab import EMBEDDING, HEAD
+from raytune_llama.storage.files import sha256_file, write_json_atomic
+from raytune_llama.tokenizer.loader import write_tokenizer
 
 logger = logging.getLogger(__name__)
 

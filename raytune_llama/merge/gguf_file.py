@@ -28,7 +28,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from raytune_llama.merge.gguf_vocabulary import GgufVocabulary, read_vocabulary
 from raytune_llama.merge.plan import MergePlan
 from raytune_llama.merge.proof import BLOCK
-from raytune_llama.model.meta import to_halves, to_pairs
+from raytune_llama.model.meta.layout import to_halves, to_pairs
 from raytune_llama.model.tensors import TensorSpec
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerFast
 
-from raytune_llama.model.reference import SentencePieceReference, is_plain_merging
-from raytune_llama.model.tokenizer import build_reference, control_ids, load_tokenizer
+from raytune_llama.tokenizer.loader import build_reference, control_ids, load_tokenizer
+from raytune_llama.tokenizer.reference import SentencePieceReference, is_plain_merging
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from raytune_llama.merge.plan import MergePlan
 from raytune_llama.model.rope import set_settings
-from raytune_llama.model.tokenizer import encode_text, load_tokenizer
+from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raytune_llama.model.embeddings import embedding_layers
-from raytune_llama.model.growing import EMBEDDING, HEAD
 from raytune_llama.model.llama import load_skeleton
 from raytune_llama.model.tensors import ShardedWeights
+from raytune_llama.model.vocab import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True)

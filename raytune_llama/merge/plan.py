@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from raytune_llama.files import read_json, read_manifest, sha256_file
 from raytune_llama.merge.adapter import Adapter
 from raytune_llama.merge.names import BaseNames, find_names
 from raytune_llama.model.lineage import check_chain
 from raytune_llama.model.rope import read_model_settings
 from raytune_llama.model.tensors import ShardedWeights, TensorSpec, open_weights
-from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.model.vocab import has_tokenizer
+from raytune_llama.storage.files import read_json, read_manifest, sha256_file
+from raytune_llama.tokenizer.loader import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

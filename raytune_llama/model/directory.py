@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raytune_llama.files import read_json, write_json_atomic
 from raytune_llama.model.embeddings import embedding_layers, new_rows_name
 from raytune_llama.model.lora import is_tied
 from raytune_llama.model.tensors import TensorSpec, WeightsWriter, open_weights
-from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.model.vocab import (
     has_tokenizer,
     new_ids,
     split_new_tokens,
     start_new_rows,
 )
+from raytune_llama.storage.files import read_json, write_json_atomic
+from raytune_llama.tokenizer.loader import load_tokenizer
 
 MAX_SHARD_BYTES = 5 * 2**30
 

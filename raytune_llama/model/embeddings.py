@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from raytune_llama.config import settings
+from raytune_llama.config.settings import settings
 from raytune_llama.model.lora import is_tied
 
 logger = logging.getLogger(__name__)

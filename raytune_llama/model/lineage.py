@@ -8,9 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from raytune_llama.files import read_manifest
-from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
 from raytune_llama.model.vocab import describe_foreign, has_tokenizer
+from raytune_llama.storage.files import read_manifest
+from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
 
 CHAT = "chat"
 """Key of a manifest: the template that a model or an adapter was tuned with, and its hash."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, BloomModel, PreTrainedModel
 
-from raytune_llama.config import PLACEMENT, settings
+from raytune_llama.config.settings import PLACEMENT, settings
 from raytune_llama.model.bloom import run_bloom
 from raytune_llama.model.embeddings import projection_weight
 from raytune_llama.model.loss import IGNORE, summed_cross_entropy
@@ -23,8 +23,8 @@ from raytune_llama.model.neftune import add_noise
 from raytune_llama.model.quantization import Quantization
 from raytune_llama.model.rope import RopeScaling, scaled_settings, set_settings
 from raytune_llama.model.tensors import SAFETENSORS, SAFETENSORS_INDEX, SafetensorsFile
-from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.model.vocab import grow_embeddings, has_tokenizer
+from raytune_llama.tokenizer.loader import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raytune_llama.config import ConfigError, settings
+from raytune_llama.config.settings import ConfigError, settings
 from raytune_llama.model.pissa import as_plain, plain_settings
 
 logger = logging.getLogger(__name__)

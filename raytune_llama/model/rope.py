@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from transformers import PreTrainedConfig
 
-from raytune_llama.config import ConfigError, settings
-from raytune_llama.files import read_manifest
+from raytune_llama.config.settings import ConfigError, settings
+from raytune_llama.storage.files import read_manifest
 
 MODEL_SETTINGS = "model_settings"
 """Key of an adapter's manifest: what differs in the config.json of the model it was trained on."""

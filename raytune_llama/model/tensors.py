@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Protocol, Self
 import torch
 from torch import Tensor
 
-from raytune_llama.files import parse_json, sync
+from raytune_llama.storage.files import parse_json, sync
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from raytune_llama.files import read_manifest
-from raytune_llama.model.tokenizer import (
+from raytune_llama.storage.files import read_manifest
+from raytune_llama.tokenizer.loader import (
     TOKENIZER_FILES,
     build_reference,
     encode_text,
@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 InitialRows = Literal["mean_subtokens", "mean", "normal"]
 """How the rows of new tokens start: as the mean of the old tokens that their text splits into, as
 the mean of all old tokens, or drawn from a normal distribution around 0, as transformers did."""
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""Names of the two tables in a LLaMA's weights."""
 
 
 @dataclass(frozen=True)

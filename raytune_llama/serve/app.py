@@ -12,7 +12,7 @@ from typing import Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 
-from raytune_llama.config import ConfigError
+from raytune_llama.config.settings import ConfigError
 from raytune_llama.model.llama import check_model_directory
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig
 from raytune_llama.serve.gateway import (

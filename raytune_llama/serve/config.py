@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from raytune_llama.chat.templates.names import TemplateName
-from raytune_llama.config import ConfigError, load, settings
+from raytune_llama.config.settings import ConfigError, load, settings
 
 
 @settings

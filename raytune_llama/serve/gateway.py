@@ -19,19 +19,19 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from raytune_llama.config import ConfigError
+from raytune_llama.config.settings import ConfigError
 from raytune_llama.logs import setup_logging
 from raytune_llama.serve.adapters.registry import Registry
 from raytune_llama.serve.config import KeyLimits, ServeConfig
-from raytune_llama.serve.engine.base import Vectors
+from raytune_llama.serve.engine.protocol import Vectors
 from raytune_llama.serve.errors import BusyError, EngineError, RequestError
-from raytune_llama.serve.http.admission import Ledger
-from raytune_llama.serve.http.embedding_protocol import EmbeddingRequest
+from raytune_llama.serve.generation.output import Part
 from raytune_llama.serve.http.keys import Keys, keys_from_environment, load_keys
-from raytune_llama.serve.http.meter import Meter, add_up
-from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
+from raytune_llama.serve.http.metrics import Meter, add_up
+from raytune_llama.serve.http.rate_limit import Ledger
 from raytune_llama.serve.http.routes import build_http
-from raytune_llama.serve.parts import Part
+from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
+from raytune_llama.serve.protocol.embeddings import EmbeddingRequest
 
 T = TypeVar("T")
 

@@ -11,17 +11,17 @@ from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.adapters.loading import AdapterLoader
 from raytune_llama.serve.adapters.pool import AdapterPool
 from raytune_llama.serve.adapters.registry import Registry
-from raytune_llama.serve.answers import Answerer
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
-from raytune_llama.serve.embeddings import TextVectors
-from raytune_llama.serve.engine.base import Engine, Vectors
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.stepper import Stepper
+from raytune_llama.serve.engine.protocol import Engine, Vectors
+from raytune_llama.serve.engine.scheduler import Stepper
 from raytune_llama.serve.engine.vllm import VllmEngine, choose_engine, has_vllm
-from raytune_llama.serve.http.embedding_protocol import EmbeddingRequest
-from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
-from raytune_llama.serve.models import ServedModel, load_served
-from raytune_llama.serve.parts import Part
+from raytune_llama.serve.generation.completion import Answerer
+from raytune_llama.serve.generation.embeddings import TextVectors
+from raytune_llama.serve.generation.model import ServedModel, load_served
+from raytune_llama.serve.generation.output import Part
+from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
+from raytune_llama.serve.protocol.embeddings import EmbeddingRequest
 
 logger = logging.getLogger(__name__)
 

@@ -6,21 +6,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raytune_llama.config import PLACEMENT, ConfigError, override, settings
+from raytune_llama.config.settings import PLACEMENT, ConfigError, override, settings
+from raytune_llama.data.batches.mixture import MixedSource, check_mixture
 from raytune_llama.data.config import ChatDataConfig, DataConfig
-from raytune_llama.data.mixture import MixedSource, check_mixture
 from raytune_llama.model.embeddings import EmbeddingsConfig
 from raytune_llama.model.llama import ModelConfig
 from raytune_llama.model.lora import LoraConfig
-from raytune_llama.storage import Place
-from raytune_llama.train.batching import BatchConfig, ChatBatchConfig, TextBatchConfig
-from raytune_llama.train.checkpoint import CheckpointConfig
+from raytune_llama.storage.place import Place
+from raytune_llama.train.batch_config import BatchConfig, ChatBatchConfig, TextBatchConfig
+from raytune_llama.train.checkpoint.layout import CheckpointConfig
+from raytune_llama.train.engines.config import EngineConfig, strategies_with
+from raytune_llama.train.engines.optimizer import OptimConfig
 from raytune_llama.train.eval_config import EvalConfig
-from raytune_llama.train.logging_config import LoggingConfig
-from raytune_llama.train.optimizer import OptimConfig
-from raytune_llama.train.scale import ScaleConfig
+from raytune_llama.train.monitoring.config import LoggingConfig
+from raytune_llama.train.orchestration.config import ScaleConfig
 from raytune_llama.train.schedule import ScheduleConfig
-from raytune_llama.train.strategy import EngineConfig, strategies_with
 
 DORA_PARTITIONED = (
     "engine.zero_stage: got 3, which cuts up the weights whose lengths DoRA takes in each pass; "

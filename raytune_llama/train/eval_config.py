@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from raytune_llama.config import ConfigError, settings
+from raytune_llama.config.settings import ConfigError, settings
 
 
 @settings

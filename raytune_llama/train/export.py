@@ -12,24 +12,24 @@ from peft import PeftModel
 from torch import Tensor
 
 import raytune_llama
-from raytune_llama.config import to_dict
-from raytune_llama.data.store import TokenStore
-from raytune_llama.files import MANIFEST, sha256_file, write_json_atomic
+from raytune_llama.config.settings import to_dict
+from raytune_llama.data.store.token_store import TokenStore
 from raytune_llama.model.directory import write_with_tables
 from raytune_llama.model.lineage import CHAT
 from raytune_llama.model.llama import DTYPES, causal_lm, model_settings
 from raytune_llama.model.lora import write_adapter
 from raytune_llama.model.rope import MODEL_SETTINGS
-from raytune_llama.model.tokenizer import tokenizer_sha256, write_tokenizer
 from raytune_llama.model.vocab import new_ids
-from raytune_llama.storage import Place
-from raytune_llama.train.checkpoint import RunState
+from raytune_llama.storage.files import MANIFEST, sha256_file, write_json_atomic
+from raytune_llama.storage.place import Place
+from raytune_llama.storage.transfers import publish_place
+from raytune_llama.tokenizer.loader import tokenizer_sha256, write_tokenizer
+from raytune_llama.train.checkpoint.initial_adapter import read_initial
+from raytune_llama.train.checkpoint.layout import RunState
 from raytune_llama.train.config import AnyTrainConfig
-from raytune_llama.train.engine import Engine
-from raytune_llama.train.initial import read_initial
-from raytune_llama.train.untrained import UNTRAINED_ROWS, count_untrained_rows
-from raytune_llama.train.workers import Workers
-from raytune_llama.transfers import publish_place
+from raytune_llama.train.engines.protocol import Engine
+from raytune_llama.train.process_group import Workers
+from raytune_llama.train.untrained_rows import UNTRAINED_ROWS, count_untrained_rows
 
 logger = logging.getLogger(__name__)
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from raytune_llama.data.batches import BatchPlan
-from raytune_llama.data.evaluation import EvaluatedSource, choose_evaluated
-from raytune_llama.data.mixture import Source, cut_sources
-from raytune_llama.data.store import TokenStore
+from raytune_llama.data.batches.evaluation import EvaluatedSource, choose_evaluated
+from raytune_llama.data.batches.mixture import Source, cut_sources
+from raytune_llama.data.batches.step_batches import BatchPlan
+from raytune_llama.data.store.token_store import TokenStore
 from raytune_llama.train.config import AnyTrainConfig
 
 

@@ -7,34 +7,34 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
-from raytune_llama.data.batches import BatchPlan, StepBatch, StepTotal, read_steps
-from raytune_llama.data.evaluation import EvaluatedSource, read_evaluation
-from raytune_llama.data.mixture import Source, mixture_record
-from raytune_llama.data.origins import Origins
-from raytune_llama.data.store import TokenStore, open_store
+from raytune_llama.data.batches.evaluation import EvaluatedSource, read_evaluation
+from raytune_llama.data.batches.mixture import Source, mixture_record
+from raytune_llama.data.batches.provenance import Origins
+from raytune_llama.data.batches.step_batches import BatchPlan, StepBatch, StepTotal, read_steps
+from raytune_llama.data.store.token_store import TokenStore, open_store
 from raytune_llama.model.loss import IGNORE
-from raytune_llama.train.bad_steps import (
+from raytune_llama.train.checkpoint.layout import RunState
+from raytune_llama.train.checkpoint.restore import restore, restore_step, roll_back
+from raytune_llama.train.checkpoint.saver import Saver
+from raytune_llama.train.config import AnyTrainConfig
+from raytune_llama.train.engines.build import build_engine
+from raytune_llama.train.engines.protocol import Engine, StepResult
+from raytune_llama.train.eval_config import EvalConfig
+from raytune_llama.train.export import write_result
+from raytune_llama.train.inputs import build_evaluation, build_sources, plan_run
+from raytune_llama.train.monitoring.metrics import EvaluatedText, evaluation_values
+from raytune_llama.train.monitoring.nonfinite import (
     choose_answer,
     find_suspects,
     rolled_back,
     stop_message,
 )
-from raytune_llama.train.checkpoint import RunState
-from raytune_llama.train.config import AnyTrainConfig
-from raytune_llama.train.engine import Engine, StepResult
-from raytune_llama.train.engine_build import build_engine
-from raytune_llama.train.eval_config import EvalConfig
-from raytune_llama.train.export import write_result
-from raytune_llama.train.inputs import build_evaluation, build_sources, plan_run
-from raytune_llama.train.metrics import EvaluatedText, evaluation_values
-from raytune_llama.train.outcome import Outcome
-from raytune_llama.train.proofs import prove
-from raytune_llama.train.replicas import compare_replicas
-from raytune_llama.train.report import Report
-from raytune_llama.train.restoring import restore, restore_step, roll_back
-from raytune_llama.train.saving import Saver
+from raytune_llama.train.monitoring.replica_check import compare_replicas
+from raytune_llama.train.monitoring.reporter import Report
+from raytune_llama.train.monitoring.self_test import prove
+from raytune_llama.train.process_group import Workers
+from raytune_llama.train.result import Outcome
 from raytune_llama.train.schedule import rate_factor
-from raytune_llama.train.workers import Workers
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel
 
 from raytune_llama.chat.templates.choice import build_template
-from raytune_llama.config import (
+from raytune_llama.config.settings import (
     ConfigError,
     differences,
     from_dict,
@@ -18,8 +18,8 @@ from raytune_llama.config import (
     to_dict,
     to_yaml,
 )
-from raytune_llama.data.encode import DataInputs, open_data
-from raytune_llama.files import read_json
+from raytune_llama.config.yaml12 import parse_mapping
+from raytune_llama.data.build.preparation import DataInputs, open_data
 from raytune_llama.model.directory import stored_tables
 from raytune_llama.model.embeddings import check_embeddings
 from raytune_llama.model.lineage import check_adapter_tokenizer, recorded_chat
@@ -39,23 +39,23 @@ from raytune_llama.model.lora import (
 )
 from raytune_llama.model.quantization import check_quantization
 from raytune_llama.model.rope import check_rope_scaling, read_model_settings, scaled_settings
-from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
 from raytune_llama.model.vocab import VocabularyFit, check_vocabulary, num_embedding_rows
-from raytune_llama.storage import Place, check_place, local_path
+from raytune_llama.storage.files import read_json
+from raytune_llama.storage.place import Place, check_place, local_path
+from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
 from raytune_llama.train.config import (
     DORA_PARTITIONED,
     AnyTrainConfig,
     PretrainConfig,
     SftConfig,
 )
+from raytune_llama.train.engines.config import strategies_with
 from raytune_llama.train.export import fingerprint_adapter, fingerprint_model
-from raytune_llama.train.strategy import strategies_with
-from raytune_llama.train.untrained import (
+from raytune_llama.train.untrained_rows import (
     check_embedding_rate,
     count_untrained_rows,
     modules_to_save,
 )
-from raytune_llama.yaml12 import parse_mapping
 
 logger = logging.getLogger(__name__)
 

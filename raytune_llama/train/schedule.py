@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from raytune_llama.config import settings
+from raytune_llama.config.settings import settings
 
 
 @settings

@@ -4,20 +4,24 @@ import logging
 from dataclasses import dataclass
 from typing import Literal
 
-from raytune_llama.config import ConfigError
+from raytune_llama.config.settings import ConfigError
 from raytune_llama.connection import connected
-from raytune_llama.data.encode import prepare_data
-from raytune_llama.data.mixture import log_mixture
-from raytune_llama.data.store import TokenStore
-from raytune_llama.storage import Place
-from raytune_llama.train.cluster import check_nodes, in_submitted_job, wait_for_resources
+from raytune_llama.data.batches.mixture import log_mixture
+from raytune_llama.data.build.preparation import prepare_data
+from raytune_llama.data.store.token_store import TokenStore
+from raytune_llama.storage.lease import Fence, Lease
+from raytune_llama.storage.place import Place
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.export import read_result, result_path
 from raytune_llama.train.inputs import build_evaluation, build_sources, plan_run
-from raytune_llama.train.launch import Launch, launch
-from raytune_llama.train.lease import Fence, Lease
-from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS, read_metrics
-from raytune_llama.train.plot import write_plot
+from raytune_llama.train.monitoring.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS, read_metrics
+from raytune_llama.train.monitoring.plot import write_plot
+from raytune_llama.train.orchestration.launch import Launch, launch
+from raytune_llama.train.orchestration.nodes import (
+    check_nodes,
+    in_submitted_job,
+    wait_for_resources,
+)
 from raytune_llama.train.preflight import (
     check_identity,
     identify,

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from raytune_llama.config import PLACEMENT, ConfigError, from_dict, override, settings
-from raytune_llama.storage import Place
+from raytune_llama.config.settings import PLACEMENT, ConfigError, from_dict, override, settings
+from raytune_llama.config.yaml12 import read_mapping
+from raytune_llama.storage.place import Place
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig, SftConfig
 from raytune_llama.tune.space import Distribution, Sample, check_space
-from raytune_llama.yaml12 import read_mapping
 
 JOBS: dict[str, type[PretrainConfig] | type[SftConfig]] = {
     "pretrain": PretrainConfig,

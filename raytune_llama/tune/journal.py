@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from raytune_llama.storage import Place
+from raytune_llama.storage.place import Place
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from raytune_llama.storage import Place
+from raytune_llama.storage.place import Place
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.tune.config import SweepConfig
 from raytune_llama.tune.journal import TrialRecord

@@ -4,8 +4,8 @@ import csv
 import io
 from collections.abc import Sequence
 
-from raytune_llama.config import override, to_yaml
-from raytune_llama.storage import Place
+from raytune_llama.config.settings import override, to_yaml
+from raytune_llama.storage.place import Place
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.tune.config import SweepConfig, trial_config
 from raytune_llama.tune.journal import TrialRecord, trial_dir

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from ray.tune.search import Searcher
 
-from raytune_llama.config import ConfigError
+from raytune_llama.config.settings import ConfigError
 from raytune_llama.train.config import AnyTrainConfig
-from raytune_llama.train.launch import Launch
+from raytune_llama.train.orchestration.launch import Launch
 from raytune_llama.tune.config import SearchConfig, SweepConfig, trial_config
 from raytune_llama.tune.journal import Journal, TrialRecord, trial_dir
 from raytune_llama.tune.space import (

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Protocol
 
 from pydantic import Field, JsonValue, model_validator
 
-from raytune_llama.config import ConfigError, settings
+from raytune_llama.config.settings import ConfigError, settings
 
 Sample = dict[str, Any]
 """Dotted field -> plain value, in the order of the space."""

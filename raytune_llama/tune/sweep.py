@@ -11,23 +11,30 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
-from raytune_llama.config import ConfigError, differences, identity, override, to_dict, to_yaml
+from raytune_llama.config.settings import (
+    ConfigError,
+    differences,
+    identity,
+    override,
+    to_dict,
+    to_yaml,
+)
 from raytune_llama.connection import connected
-from raytune_llama.data.encode import DataInputs, prepare_data
-from raytune_llama.data.store import TokenStore
-from raytune_llama.storage import Place
-from raytune_llama.train.cluster import (
+from raytune_llama.data.build.preparation import DataInputs, prepare_data
+from raytune_llama.data.store.token_store import TokenStore
+from raytune_llama.storage.lease import Fence, Lease
+from raytune_llama.storage.place import Place
+from raytune_llama.train.config import AnyTrainConfig
+from raytune_llama.train.export import read_result
+from raytune_llama.train.inputs import build_evaluation
+from raytune_llama.train.monitoring.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS
+from raytune_llama.train.orchestration.launch import Launch
+from raytune_llama.train.orchestration.nodes import (
     check_nodes,
     count_held,
     in_submitted_job,
     wait_for_resources,
 )
-from raytune_llama.train.config import AnyTrainConfig
-from raytune_llama.train.export import read_result
-from raytune_llama.train.inputs import build_evaluation
-from raytune_llama.train.launch import Launch
-from raytune_llama.train.lease import Fence, Lease
-from raytune_llama.train.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS
 from raytune_llama.train.preflight import (
     IDENTITY,
     check_identity,
@@ -38,14 +45,14 @@ from raytune_llama.train.preflight import (
 from raytune_llama.train.trainer import prepare_run
 from raytune_llama.tune.config import SweepConfig, load_base, trial_config
 from raytune_llama.tune.display import Display
-from raytune_llama.tune.freeing import Freeing
 from raytune_llama.tune.journal import Journal, TrialRecord, trial_dir
 from raytune_llama.tune.plot import write_page
 from raytune_llama.tune.results import rank, score, write_best, write_leaderboard
-from raytune_llama.tune.scheduling import build_scheduler, replay
+from raytune_llama.tune.scheduler import build_scheduler, replay
 from raytune_llama.tune.search import TrialSearch, check_samples, count_left
 from raytune_llama.tune.space import Sample
 from raytune_llama.tune.trial import STEP, build_trainable
+from raytune_llama.tune.trial_cleanup import Freeing
 
 logger = logging.getLogger(__name__)
 

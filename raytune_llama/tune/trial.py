@@ -10,10 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_llama.logs import setup_logging
-from raytune_llama.storage import Place
-from raytune_llama.train.launch import Launch, launch
-from raytune_llama.train.metrics import EVAL_LOSS, EVAL_SECONDS, STEP_SECONDS, read_metrics
-from raytune_llama.train.outcome import GaveUpError
+from raytune_llama.storage.place import Place
+from raytune_llama.train.monitoring.metrics import (
+    EVAL_LOSS,
+    EVAL_SECONDS,
+    STEP_SECONDS,
+    read_metrics,
+)
+from raytune_llama.train.orchestration.launch import Launch, launch
+from raytune_llama.train.result import GaveUpError
 from raytune_llama.tune.journal import State, trial_dir
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.parts.disturbed import Kill, Record, Side, Step, run_side
-from benchmarks.parts.nodes import Nodes
+from benchmarks.harness.disturbed import Kill, Record, Side, Step, run_side
+from benchmarks.harness.nodes import Nodes
 
 # Ends badly at its first call, in the middle of a line, and goes on at the second.
 PROGRAM = """

@@ -12,7 +12,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.parts.serve_driver import (
+from benchmarks.harness.serve_driver import (
     HttpClient,
     Load,
     Outcome,

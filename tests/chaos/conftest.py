@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray.util.state
 
-from raytune_llama.files import sha256_file
+from raytune_llama.storage.files import sha256_file
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.trainer import run_training
 from tests.pipeline.conftest import build_job, job_inputs, losses, make_job

@@ -9,10 +9,10 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from raytune_llama.config import load
+from raytune_llama.config.settings import load
 from raytune_llama.logs import setup_logging
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.metrics import LOSS, read_metrics
+from raytune_llama.train.monitoring.metrics import LOSS, read_metrics
 from raytune_llama.train.trainer import run_training
 
 OBJECT_STORE_BYTES = 80 * 2**20

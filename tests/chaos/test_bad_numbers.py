@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from raytune_llama.config import override
-from raytune_llama.train.incidents import BAD_STEPS_FILE
-from raytune_llama.train.metrics import LOSS, read_metrics, read_records
+from raytune_llama.config.settings import override
+from raytune_llama.train.monitoring.incident_log import BAD_STEPS_FILE
+from raytune_llama.train.monitoring.metrics import LOSS, read_metrics, read_records
 from raytune_llama.train.trainer import run_training
 from tests.train.conftest import WORDS, build_config
 from tests.train.marked import write_broken_model

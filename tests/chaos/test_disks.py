@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from raytune_llama.train import metrics
-from raytune_llama.train.checkpoint import CheckpointError, list_checkpoints
-from raytune_llama.train.metrics import read_metrics
+from raytune_llama.train.checkpoint.layout import CheckpointError, list_checkpoints
+from raytune_llama.train.monitoring import metrics
+from raytune_llama.train.monitoring.metrics import read_metrics
 from tests.train.conftest import MakeConfig, curve, run_here
 from tests.train.saved import hashes_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_llama.config import write_yaml
+from raytune_llama.config.settings import write_yaml
 from raytune_llama.train.config import PretrainConfig
 from tests.chaos.conftest import MakeRun, assert_equal_runs
 from tests.pipeline.conftest import ROOT, losses, own_cluster, start_job, wait_for_step

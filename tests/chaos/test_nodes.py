@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.parts.nodes import Nodes
-from raytune_llama.config import override, write_yaml
-from raytune_llama.files import sha256_file
+from benchmarks.harness.nodes import Nodes
+from raytune_llama.config.settings import override, write_yaml
+from raytune_llama.storage.files import sha256_file
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.metrics import FILLER_SEQUENCES, TARGET_TOKENS, read_metrics
+from raytune_llama.train.monitoring.metrics import FILLER_SEQUENCES, TARGET_TOKENS, read_metrics
 from tests.pipeline.conftest import ROOT, MakeJob, job_inputs, losses, make_job
 from tests.train.conftest import run_here
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_llama.config import write_yaml
+from raytune_llama.config.settings import write_yaml
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.trainer import run_training
 from tests.chaos.conftest import MakeRun, assert_equal_runs

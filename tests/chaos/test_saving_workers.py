@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from raytune_llama.train import metrics
-from raytune_llama.train.checkpoint import list_checkpoints
-from raytune_llama.train.metrics import read_metrics
+from raytune_llama.train.checkpoint.layout import list_checkpoints
+from raytune_llama.train.monitoring import metrics
+from raytune_llama.train.monitoring.metrics import read_metrics
 from tests.train.conftest import MakeConfig, curve, stage_fields
 from tests.train.group import Group
 from tests.train.saved import hashes_of

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raytune_llama.train.checkpoint import list_checkpoints
+from raytune_llama.train.checkpoint.layout import list_checkpoints
 from raytune_llama.train.trainer import run_training
 from tests.pipeline.conftest import MakeJob, losses
 

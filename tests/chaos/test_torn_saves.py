@@ -12,11 +12,11 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from raytune_llama.storage import Place
-from raytune_llama.train import slices
-from raytune_llama.train.checkpoint import CheckpointError, RunState, check_checkpoint
+from raytune_llama.storage.place import Place
+from raytune_llama.train.checkpoint import shards as slices
+from raytune_llama.train.checkpoint.layout import CheckpointError, RunState, check_checkpoint
+from raytune_llama.train.checkpoint.restore import restore
 from raytune_llama.train.loop import Session, read_batches, take_step
-from raytune_llama.train.restoring import restore
 from tests.chaos.faults import Calls, die, no_space
 from tests.train.conftest import MakeConfig
 from tests.train.saved import ALONE, WholeState, build, save, state_of

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.metrics import RESTARTS, read_metrics
-from raytune_llama.train.outcome import GaveUpError, RefusedError
+from raytune_llama.train.monitoring.metrics import RESTARTS, read_metrics
+from raytune_llama.train.result import GaveUpError, RefusedError
 from raytune_llama.train.trainer import run_training
 from tests.chaos.conftest import (
     ADAPTER,
@@ -52,7 +52,9 @@ def test_worker_that_is_killed_or_stopped_is_replaced_and_nothing_is_lost(
     assert_equal_runs(config, whole)
     assert restarts(config) == [1]
     if number == signal.SIGSTOP:
-        found = [r for r in caplog.records if r.name == "raytune_llama.train.guard"]
+        found = [
+            r for r in caplog.records if r.name == "raytune_llama.train.orchestration.supervisor"
+        ]
         assert f"process {struck[0]} on" in found[0].getMessage()
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.chat.conversations import Conversation, Role, Turn
-from raytune_llama.model.tokenizer import load_tokenizer
+from raytune_llama.tokenizer.loader import load_tokenizer
 from tests.model.conftest import NAMES_LLAMA, piece_model
 
 __all__ = ["piece_model"]  # a fixture that tests of this folder take by its name

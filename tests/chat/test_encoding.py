@@ -18,7 +18,7 @@ from raytune_llama.chat.encoding import (
     count_encoded,
 )
 from raytune_llama.chat.templates.choice import TemplateName
-from raytune_llama.model.tokenizer import control_ids, load_tokenizer
+from raytune_llama.tokenizer.loader import control_ids, load_tokenizer
 from tests.chat.conftest import CONVERSATIONS, talk
 from tests.conftest import train_tokenizer
 

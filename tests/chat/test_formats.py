@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from raytune_llama.chat.conversations import Conversation, Defect
 from raytune_llama.chat.formats import FormatName, KeyCounts, read_row, sniff_format, write_row
-from raytune_llama.json_keys import KEY_DECODER
+from raytune_llama.storage.files import KEY_DECODER
 from tests.chat.conftest import ANSWERS, CONTENTS, CONVERSATIONS, talk
 
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from raytune_llama.data.manifest import Shard, SplitManifest
-from raytune_llama.data.shards import ShardWriter
-from raytune_llama.data.store import TokenSplit
-from raytune_llama.storage import Place
+from raytune_llama.data.store.manifest import Shard, SplitManifest
+from raytune_llama.data.store.shards import ShardWriter
+from raytune_llama.data.store.token_store import TokenSplit
+from raytune_llama.storage.place import Place
 
 Documents = list[list[int]]
 MakeSplit = Callable[..., TokenSplit]

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from raytune_llama.data.build.preparation import open_data, prepare_data
 from raytune_llama.data.config import AnyDataConfig
-from raytune_llama.data.encode import open_data, prepare_data
-from raytune_llama.data.store import TokenStore
+from raytune_llama.data.store.token_store import TokenStore
 
 
 def build_store(config: AnyDataConfig, tokenizer: Path) -> TokenStore:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from raytune_llama.config import ConfigError, from_dict
-from raytune_llama.merge.merging import MergeConfig
-from raytune_llama.model import to_meta
-from raytune_llama.model.convert import ConvertConfig, convert_weights
-from raytune_llama.model.meta import MetaParams, published_shards
+from raytune_llama.config.settings import ConfigError, from_dict
+from raytune_llama.merge.merger import MergeConfig
+from raytune_llama.model.meta import to_meta
+from raytune_llama.model.meta.conversion import ConvertConfig, convert_weights
+from raytune_llama.model.meta.layout import MetaParams, published_shards
 from raytune_llama.model.tensors import open_weights
 from tests.merge.conftest import WHOLE, MakeAdapter, MakeBase, left_over, merge, rewrite_base
 

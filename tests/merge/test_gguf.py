@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from raytune_llama.merge import gguf_file
 from raytune_llama.model.tensors import open_weights
-from raytune_llama.model.tokenizer import encode_text, load_tokenizer
+from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
 from tests.conftest import train_tokenizer
 from tests.merge.conftest import IDS, WHOLE, MakeAdapter, MakeBase, left_over, load, merge
 from tests.model.conftest import SENTENCES

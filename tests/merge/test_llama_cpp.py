@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raytune_llama.model.tokenizer import encode_text, load_tokenizer
+from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
 from tests.merge.conftest import ALL, MakeAdapter, merge
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"

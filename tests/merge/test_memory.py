@@ -17,7 +17,7 @@ from tests.merge.conftest import ALL, MakeAdapter, MakeBase
 _MERGE = """
 import re, sys, threading, time
 from pathlib import Path
-from raytune_llama.merge.merging import MergeConfig, merge_adapters
+from raytune_llama.merge.merger import MergeConfig, merge_adapters
 
 peak = 0
 

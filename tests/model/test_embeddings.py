@@ -27,8 +27,8 @@ from raytune_llama.model.embeddings import (
 )
 from raytune_llama.model.llama import ModelConfig, SummedLoss, load_model, load_skeleton
 from raytune_llama.model.lora import is_tied
-from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.model.vocab import new_ids
+from raytune_llama.tokenizer.loader import load_tokenizer
 from tests.model.conftest import MakeModel
 
 IDS = torch.tensor([[5, 401, 7, 399, 402, 409, 401]])

@@ -9,8 +9,8 @@ import pytest
 from transformers import AddedToken
 
 from raytune_llama.model.lineage import check_adapter_tokenizer, check_chain, check_recorded
-from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
 from raytune_llama.model.vocab import check_vocabulary
+from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
 from tests.conftest import train_tokenizer
 
 ROWS = {"base": 400, "llama": 402, "alpaca": 403}

@@ -19,7 +19,6 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from raytune_llama.files import sha256_file
 from raytune_llama.model.llama import (
     ModelConfig,
     Precision,
@@ -32,6 +31,7 @@ from raytune_llama.model.llama import (
 )
 from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.model.loss import IGNORE
+from raytune_llama.storage.files import sha256_file
 from tests.model.conftest import MakeModel
 
 CPU = torch.device("cpu")

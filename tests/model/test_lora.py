@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from raytune_llama.config import ConfigError, from_dict
+from raytune_llama.config.settings import ConfigError, from_dict
 from raytune_llama.model.llama import SummedLoss, causal_lm
 from raytune_llama.model.lora import (
     LoraConfig,

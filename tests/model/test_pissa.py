@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from raytune_llama.config import ConfigError, from_dict
+from raytune_llama.config.settings import ConfigError, from_dict
 from raytune_llama.model.lora import (
     LoraConfig,
     attach_adapter,

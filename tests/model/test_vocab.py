@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import AddedToken, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.model.vocab import (
     VocabularyFit,
     check_vocabulary,
@@ -18,6 +17,7 @@ from raytune_llama.model.vocab import (
     num_embedding_rows,
     split_new_token,
 )
+from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
 from tests.conftest import train_tokenizer
 from tests.model.conftest import MakeModel
 

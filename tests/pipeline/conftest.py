@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from raytune_llama.config import write_yaml
+from raytune_llama.config.settings import write_yaml
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.metrics import LOSS, read_metrics
+from raytune_llama.train.monitoring.metrics import LOSS, read_metrics
 from tests.train.conftest import WORDS, build_config, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ MakeJob = Callable[..., PretrainConfig]
 @pytest.fixture(scope="session")
 def job_inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
     """A folder with `model/` and `corpus/`."""
-    from raytune_llama.model.tokenizer import load_tokenizer
+    from raytune_llama.tokenizer.loader import load_tokenizer
 
     folder = tmp_path_factory.mktemp("inputs")
     write_model(folder / "model")

@@ -8,9 +8,9 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from raytune_llama.config import load
+from raytune_llama.config.settings import load
+from raytune_llama.data.build.preparation import open_data, prepare_data
 from raytune_llama.data.config import PrepareDataConfig
-from raytune_llama.data.encode import open_data, prepare_data
 
 OBJECT_STORE_BYTES = 80 * 2**20
 

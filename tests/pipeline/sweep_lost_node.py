@@ -7,7 +7,7 @@ import time
 import ray
 from ray.cluster_utils import Cluster
 
-from raytune_llama.config import load
+from raytune_llama.config.settings import load
 from raytune_llama.logs import setup_logging
 from raytune_llama.tune.config import SweepConfig
 from raytune_llama.tune.journal import Journal

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from raytune_llama.config import ConfigError, override
-from raytune_llama.storage import Place
+from raytune_llama.config.settings import ConfigError, override
+from raytune_llama.storage.place import Place
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.trainer import run_training
 from tests.pipeline.conftest import MakeJob, losses, start_job, wait_for_step

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from raytune_llama.config import from_dict, write_yaml
+from raytune_llama.config.settings import from_dict, write_yaml
+from raytune_llama.data.build.file_hashes import SEEN_NAME
 from raytune_llama.data.config import PrepareDataConfig
-from raytune_llama.data.seen import SEEN_NAME
-from raytune_llama.data.store import TokenStore
+from raytune_llama.data.store.token_store import TokenStore
 from tests.pipeline.conftest import ROOT, own_cluster
 from tests.train.conftest import WORDS
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raytune_llama.config import ConfigError, override, write_yaml
+from raytune_llama.config.settings import ConfigError, override, write_yaml
 from raytune_llama.train.trainer import run_training
 from tests.pipeline.conftest import (
     ROOT,

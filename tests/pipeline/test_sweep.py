@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from ray.util.placement_group import placement_group_table
 
-from raytune_llama.config import ConfigError, from_dict, load, write_yaml
-from raytune_llama.storage import Place
+from raytune_llama.config.settings import ConfigError, from_dict, load, write_yaml
+from raytune_llama.storage.place import Place
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.metrics import EVAL_LOSS, LOSS, read_metrics
+from raytune_llama.train.monitoring.metrics import EVAL_LOSS, LOSS, read_metrics
 from raytune_llama.train.trainer import run_training
 from raytune_llama.tune.config import SweepConfig
 from raytune_llama.tune.journal import Journal

@@ -5,7 +5,7 @@ import sys
 import ray
 from ray.cluster_utils import Cluster
 
-from raytune_llama.config import load
+from raytune_llama.config.settings import load
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.trainer import run_training
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from raytune_llama.model.tokenizer import load_tokenizer
-from raytune_llama.serve.answers import Answerer
 from raytune_llama.serve.config import SamplingDefaults, ServedModelConfig
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.stepper import Stepper
-from raytune_llama.serve.models import ServedModel, load_served
+from raytune_llama.serve.engine.scheduler import Stepper
+from raytune_llama.serve.generation.completion import Answerer
+from raytune_llama.serve.generation.model import ServedModel, load_served
+from raytune_llama.tokenizer.loader import load_tokenizer
 from tests.train.conftest import write_model
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import openai
 import pytest
 
-from raytune_llama.config import ConfigError
+from raytune_llama.config.settings import ConfigError
 from raytune_llama.serve.app import build_app
 from raytune_llama.serve.config import ServeConfig, ServedModelConfig
 from raytune_llama.serve.gateway import check_exposure
+from raytune_llama.serve.generation.model import ServedModel
 from raytune_llama.serve.http.keys import Keys, make_key
-from raytune_llama.serve.models import ServedModel
-from tests.serve.engine.test_stepper import by_transformers
+from tests.serve.engine.test_scheduler import by_transformers
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from raytune_llama.config import ConfigError
+from raytune_llama.config.settings import ConfigError
+from raytune_llama.config.yaml12 import read_mapping
 from raytune_llama.serve.config import ServedModelConfig, read_arguments
-from raytune_llama.yaml12 import read_mapping
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from raytune_llama.config import ConfigError, from_dict, override
-from raytune_llama.data.manifest import (
+from raytune_llama.config.settings import ConfigError, from_dict, override
+from raytune_llama.data.store.manifest import (
     FORMAT_VERSION,
     Manifest,
     RowCounts,
@@ -24,15 +24,15 @@ from raytune_llama.data.manifest import (
     fingerprint_of,
     write_manifest,
 )
-from raytune_llama.data.shards import ShardWriter
-from raytune_llama.model.tokenizer import encode_text, load_tokenizer
-from raytune_llama.storage import Place
+from raytune_llama.data.store.shards import ShardWriter
+from raytune_llama.storage.place import Place
+from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.loop import train
-from raytune_llama.train.metrics import LOSS, read_metrics
-from raytune_llama.train.outcome import Outcome
+from raytune_llama.train.monitoring.metrics import LOSS, read_metrics
 from raytune_llama.train.preflight import open_inputs
-from raytune_llama.train.workers import Workers
+from raytune_llama.train.process_group import Workers
+from raytune_llama.train.result import Outcome
 from tests.train.group import Group
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -170,14 +170,6 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
     group = Group(3, tmp_path_factory.mktemp("three"))
     yield group
     group.close()
-
-
-@pytest.fixture(params=["local", "s3"])
-def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    """The directory of a run, on the disk and in object storage; not there yet."""
-    if request.param == "local":
-        return Place.local(tmp_path / "run")
-    return request.getfixturevalue("s3_path")
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from raytune_llama.config import from_dict, to_dict
+from raytune_llama.config.settings import from_dict, to_dict
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.loop import train
-from raytune_llama.train.workers import Workers
+from raytune_llama.train.process_group import Workers
 
 TIMEOUT_SECONDS = 300
 

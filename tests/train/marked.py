@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from raytune_llama.data.store import open_store
-from raytune_llama.model.tokenizer import encode_text, load_tokenizer
+from raytune_llama.data.store.token_store import open_store
+from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.inputs import build_sources, plan_run
 from tests.train.conftest import WORDS, write_model, write_store

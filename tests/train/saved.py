@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from raytune_llama.config import from_dict
-from raytune_llama.storage import Place
-from raytune_llama.train.checkpoint import MANIFEST, CheckpointConfig, RunState, SaveResult
+from raytune_llama.config.settings import from_dict
+from raytune_llama.storage.lease import Fence
+from raytune_llama.storage.place import Place
+from raytune_llama.train.checkpoint.layout import MANIFEST, CheckpointConfig, RunState, SaveResult
+from raytune_llama.train.checkpoint.saver import Saver
+from raytune_llama.train.checkpoint.shards import SliceReader
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.engine import PARTS, Engine, StateSlice
-from raytune_llama.train.lease import Fence
+from raytune_llama.train.engines.protocol import PARTS, Engine, StateSlice
 from raytune_llama.train.loop import Session, open_session, read_batches, take_step
-from raytune_llama.train.saving import Saver
-from raytune_llama.train.slices import SliceReader
-from raytune_llama.train.workers import Workers
+from raytune_llama.train.process_group import Workers
 
 ALONE = Workers.alone()
 FULL = {"train": "full", "lora": None}

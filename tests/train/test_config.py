@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from raytune_llama.config import ConfigError, describe, from_dict, identity, load, to_dict
-from raytune_llama.fields import walk
+from raytune_llama.config.fields import walk
+from raytune_llama.config.settings import ConfigError, describe, from_dict, identity, load, to_dict
 from raytune_llama.train.config import PretrainConfig
 
 

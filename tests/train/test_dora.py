@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from raytune_llama.config import ConfigError
-from raytune_llama.train.metrics import GRAD_NORM
+from raytune_llama.config.settings import ConfigError
+from raytune_llama.train.monitoring.metrics import GRAD_NORM
 from tests.train.conftest import (
     MakeConfig,
     curve,

@@ -9,19 +9,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from raytune_llama.merge.merging import MergeConfig, merge_adapters
+from raytune_llama.merge.merger import MergeConfig, merge_adapters
 from raytune_llama.model.llama import SummedLoss, causal_lm, load_model
 from raytune_llama.model.lora import is_tied
-from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
 from raytune_llama.model.vocab import new_ids
-from raytune_llama.storage import Place
-from raytune_llama.train.checkpoint import list_checkpoints
+from raytune_llama.storage.place import Place
+from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
+from raytune_llama.train.checkpoint.layout import list_checkpoints
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.engine import trained_parameters
+from raytune_llama.train.engines.protocol import trained_parameters
 from raytune_llama.train.export import read_result
 from raytune_llama.train.loop import open_session, read_batches, take_step
-from raytune_llama.train.metrics import EVAL_LOSS, GRAD_NORM
-from raytune_llama.train.workers import Workers
+from raytune_llama.train.monitoring.metrics import EVAL_LOSS, GRAD_NORM
+from raytune_llama.train.process_group import Workers
 from tests.train.conftest import MakeConfig, curve, problems_of, run_here, stage_fields
 from tests.train.group import Group
 from tests.train.saved import hashes_of

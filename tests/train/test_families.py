@@ -18,10 +18,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from raytune_llama.merge.merging import MergeConfig, merge_adapters
-from raytune_llama.model.tokenizer import load_tokenizer
-from raytune_llama.train.metrics import EVAL_LOSS
-from raytune_llama.train.plan import build_plan
+from raytune_llama.merge.merger import MergeConfig, merge_adapters
+from raytune_llama.tokenizer.loader import load_tokenizer
+from raytune_llama.train.estimate.plan import build_plan
+from raytune_llama.train.monitoring.metrics import EVAL_LOSS
 from tests.train.conftest import MakeConfig, curve, problems_of, run_here, stage_fields
 from tests.train.group import Group
 

@@ -11,19 +11,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from raytune_llama.data.store import TokenStore
-from raytune_llama.files import sha256_file
+from raytune_llama.data.store.token_store import TokenStore
 from raytune_llama.model.llama import causal_lm
 from raytune_llama.model.lora import is_tied
 from raytune_llama.model.loss import IGNORE
-from raytune_llama.model.tokenizer import load_tokenizer
-from raytune_llama.storage import Place
-from raytune_llama.train.checkpoint import list_checkpoints
+from raytune_llama.storage.files import sha256_file
+from raytune_llama.storage.place import Place
+from raytune_llama.tokenizer.loader import load_tokenizer
+from raytune_llama.train.checkpoint.layout import list_checkpoints
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.export import read_result
 from raytune_llama.train.inputs import build_sources, plan_run
 from raytune_llama.train.loop import open_session, read_batches
-from raytune_llama.train.metrics import (
+from raytune_llama.train.monitoring.metrics import (
     EVAL_BITS_PER_BYTE,
     EVAL_LOSS,
     FILLER_SEQUENCES,
@@ -32,8 +32,8 @@ from raytune_llama.train.metrics import (
     TARGET_TOKENS,
     read_metrics,
 )
-from raytune_llama.train.outcome import Outcome
-from raytune_llama.train.workers import Workers
+from raytune_llama.train.process_group import Workers
+from raytune_llama.train.result import Outcome
 from tests.train.conftest import MakeConfig, curve, run_here
 from tests.train.saved import weights_in
 

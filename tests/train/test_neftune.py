@@ -2,7 +2,7 @@
 
 import pytest
 
-from raytune_llama.train.metrics import EVAL_LOSS
+from raytune_llama.train.monitoring.metrics import EVAL_LOSS
 from tests.train.conftest import MakeConfig, curve, run_here, stage_fields
 from tests.train.group import Group
 

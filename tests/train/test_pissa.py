@@ -8,16 +8,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from raytune_llama.files import sha256_file
-from raytune_llama.merge.merging import MergeConfig, merge_adapters
-from raytune_llama.storage import Place
-from raytune_llama.train.checkpoint import CheckpointError
+from raytune_llama.merge.merger import MergeConfig, merge_adapters
+from raytune_llama.storage.files import sha256_file
+from raytune_llama.storage.place import Place
+from raytune_llama.train.checkpoint.layout import CheckpointError
+from raytune_llama.train.checkpoint.restore import restore
 from raytune_llama.train.config import PretrainConfig
+from raytune_llama.train.estimate.plan import build_plan
 from raytune_llama.train.loop import open_session
-from raytune_llama.train.metrics import EVAL_LOSS
-from raytune_llama.train.plan import build_plan
-from raytune_llama.train.restoring import restore
-from raytune_llama.train.workers import Workers
+from raytune_llama.train.monitoring.metrics import EVAL_LOSS
+from raytune_llama.train.process_group import Workers
 from tests.train.conftest import MakeConfig, curve, problems_of, run_here, stage_fields
 from tests.train.group import Group
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from raytune_llama.config import ConfigError, override
-from raytune_llama.storage import Place
+from raytune_llama.config.settings import ConfigError, override
+from raytune_llama.storage.place import Place
 from raytune_llama.train.preflight import (
     check_identity,
     identify,

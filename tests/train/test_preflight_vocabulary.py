@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from raytune_llama.model.llama import load_model
 from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.model.vocab import new_ids
-from raytune_llama.train.workers import Workers
+from raytune_llama.train.process_group import Workers
 from tests.conftest import train_tokenizer
 from tests.train.conftest import MakeConfig, fields_of, problems_of
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from raytune_llama.config import load, override
+from raytune_llama.config.settings import load, override
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig, SftConfig
 from tests.train.conftest import curve
 from tests.train.group import Group

@@ -14,15 +14,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from raytune_llama.config import ConfigError
+from raytune_llama.config.settings import ConfigError
 from raytune_llama.model.llama import causal_lm, load_skeleton
 from raytune_llama.model.lora import LLAMA_PROJECTIONS
-from raytune_llama.train.ddp_engine import DataParallelEngine
-from raytune_llama.train.engine import trained_parameters
+from raytune_llama.train.engines.ddp import DataParallelEngine
+from raytune_llama.train.engines.protocol import trained_parameters
+from raytune_llama.train.estimate.plan import build_model, plan_memory
 from raytune_llama.train.loop import Session, open_session, read_batches, take_step
-from raytune_llama.train.metrics import EVAL_LOSS
-from raytune_llama.train.plan import build_model, plan_memory
-from raytune_llama.train.workers import Workers
+from raytune_llama.train.monitoring.metrics import EVAL_LOSS
+from raytune_llama.train.process_group import Workers
 from tests.train.conftest import MakeConfig, curve, fields_of, problems_of, run_here
 from tests.train.group import Group
 

@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from raytune_llama import buckets
-from raytune_llama.config import override
-from raytune_llama.storage import Place
-from raytune_llama.train.checkpoint import (
+from raytune_llama.config.settings import override
+from raytune_llama.storage import buckets
+from raytune_llama.storage.place import Place
+from raytune_llama.train.checkpoint.layout import (
     CheckpointError,
     RunState,
     checkpoint_path,
     list_checkpoints,
 )
+from raytune_llama.train.checkpoint.restore import restore
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.export import read_result
 from raytune_llama.train.loop import train
-from raytune_llama.train.metrics import EVAL_LOSS, LOSS, read_metrics
-from raytune_llama.train.restoring import restore
-from raytune_llama.train.workers import Workers
+from raytune_llama.train.monitoring.metrics import EVAL_LOSS, LOSS, read_metrics
+from raytune_llama.train.process_group import Workers
 from tests.faulty_s3 import FaultyServer
 from tests.train.conftest import MakeConfig, Runs, copy_run, run_here
 from tests.train.saved import ALONE, build, save, state_files

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from raytune_llama.merge.merging import MergeConfig, merge_adapters
+from raytune_llama.merge.merger import MergeConfig, merge_adapters
 from raytune_llama.model.llama import load_model
 from raytune_llama.model.rope import RopeScaling, check_rope_scaling
 from raytune_llama.train.config import PretrainConfig

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.chat.encoding import ChatConfig, EncodedConversation, build_chat_encoder
-from raytune_llama.config import ConfigError, from_dict
-from raytune_llama.data.manifest import (
+from raytune_llama.config.settings import ConfigError, from_dict
+from raytune_llama.data.store.manifest import (
     FORMAT_VERSION,
     Manifest,
     RowCounts,
@@ -24,14 +24,14 @@ from raytune_llama.data.manifest import (
     fingerprint_of,
     write_manifest,
 )
-from raytune_llama.data.shards import EncodedDocuments, ShardWriter
-from raytune_llama.files import MANIFEST, read_json, sha256_file, write_json_atomic
-from raytune_llama.merge.merging import MergeConfig, merge_adapters
-from raytune_llama.model.tokenizer import load_tokenizer
-from raytune_llama.storage import Place
-from raytune_llama.train.checkpoint import list_checkpoints
+from raytune_llama.data.store.shards import EncodedDocuments, ShardWriter
+from raytune_llama.merge.merger import MergeConfig, merge_adapters
+from raytune_llama.storage.files import MANIFEST, read_json, sha256_file, write_json_atomic
+from raytune_llama.storage.place import Place
+from raytune_llama.tokenizer.loader import load_tokenizer
+from raytune_llama.train.checkpoint.layout import list_checkpoints
 from raytune_llama.train.config import SftConfig
-from raytune_llama.train.metrics import (
+from raytune_llama.train.monitoring.metrics import (
     EVAL_BITS_PER_BYTE,
     EVAL_LOSS,
     GRAD_NORM,

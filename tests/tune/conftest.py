@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from raytune_llama.config import from_dict, write_yaml
+from raytune_llama.config.settings import from_dict, write_yaml
 from raytune_llama.tune.config import SweepConfig
 from tests.train.conftest import MakeConfig, make_config, model_dir, store_dir
 

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from raytune_llama.config import ConfigError, load, write_yaml
+from raytune_llama.config.settings import ConfigError, load, write_yaml
 from raytune_llama.tune.config import SweepConfig, load_base
 from raytune_llama.tune.sweep import check_plan
 from tests.tune.conftest import SPACE, MakeSweep

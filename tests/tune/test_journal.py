@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_llama.storage import Place
+from raytune_llama.storage.place import Place
 from raytune_llama.tune.journal import JOURNAL_FILE, Journal
 
 

@@ -3,7 +3,7 @@ import io
 
 import pytest
 
-from raytune_llama.config import load, override
+from raytune_llama.config.settings import load, override
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.tune.config import SweepConfig, load_base
 from raytune_llama.tune.journal import TrialRecord

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from ray.tune.search import Searcher
 
-from raytune_llama.config import ConfigError, from_dict
+from raytune_llama.config.settings import ConfigError, from_dict
 from raytune_llama.tune.config import SearchConfig, SweepConfig, load_base
 from raytune_llama.tune.journal import Journal, TrialRecord, trial_dir
 from raytune_llama.tune.search import (

@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from raytune_llama.config import ConfigError, from_dict
+from raytune_llama.config.settings import ConfigError, from_dict
 from raytune_llama.tune.space import Dice, Distribution, check_space, draw, drawn_parameters, grid
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from raytune_llama.storage import Place
-from raytune_llama.train.metrics import METRICS_FILE
+from raytune_llama.storage.place import Place
+from raytune_llama.train.monitoring.metrics import METRICS_FILE
 from raytune_llama.tune.trial import Evaluation, Follower, RunThread, follow
 
 

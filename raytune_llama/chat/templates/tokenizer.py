@@ -26,7 +26,7 @@ from raytune_llama.chat.templates.segments import (
     UnrenderableError,
     find_controls,
 )
-from raytune_llama.model.tokenizer import control_strings
+from raytune_llama.tokenizer.loader import control_strings
 
 logger = logging.getLogger(__name__)
 

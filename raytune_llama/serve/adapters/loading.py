@@ -25,15 +25,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from raytune_llama.files import read_manifest, sha256_file
 from raytune_llama.model.lineage import CHAT
 from raytune_llama.model.lora import ADAPTER_WEIGHTS, check_adapter_directory, is_tied
 from raytune_llama.model.rope import read_model_settings, set_settings
-from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.model.vocab import describe_foreign, has_tokenizer, num_embedding_rows
 from raytune_llama.serve.config import ServedModelConfig
 from raytune_llama.serve.engine.lora import LowRank
-from raytune_llama.serve.models import ServedModel, check_files, context_tokens, load_template
+from raytune_llama.serve.generation.model import (
+    ServedModel,
+    check_files,
+    context_tokens,
+    load_template,
+)
+from raytune_llama.storage.files import read_manifest, sha256_file
+from raytune_llama.tokenizer.loader import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

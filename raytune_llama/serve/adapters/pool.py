@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 
 from raytune_llama.serve.adapters.loading import AdapterLoader, LoadedAdapter
 from raytune_llama.serve.adapters.registry import Listed, Registry, RegistryError
-from raytune_llama.serve.answers import Answerer
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.stepper import Stepper
+from raytune_llama.serve.engine.scheduler import Stepper
 from raytune_llama.serve.errors import BusyError, EngineError, RequestError, UnknownModelError
-from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
-from raytune_llama.serve.models import ServedModel
-from raytune_llama.serve.parts import Part
+from raytune_llama.serve.generation.completion import Answerer
+from raytune_llama.serve.generation.model import ServedModel
+from raytune_llama.serve.generation.output import Part
+from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
 
 logger = logging.getLogger(__name__)
 

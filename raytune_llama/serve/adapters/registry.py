@@ -20,10 +20,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from raytune_llama.buckets import NUM_CONNECTIONS
-from raytune_llama.config import ConfigError
+from raytune_llama.config.settings import ConfigError
 from raytune_llama.serve.errors import EngineError
-from raytune_llama.storage import FileStatus, Place, check_place
+from raytune_llama.storage.buckets import NUM_CONNECTIONS
+from raytune_llama.storage.place import FileStatus, Place, check_place
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from raytune_llama.serve.engine.base import Vectors
+from raytune_llama.serve.engine.protocol import Vectors
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from raytune_llama.model.tokenizer import control_ids
-from raytune_llama.serve.tools import CALL_END, CALL_MIDDLE, CALL_START, CLOSING, OPENING
+from raytune_llama.chat.tools import CALL_END, CALL_MIDDLE, CALL_START, CLOSING, OPENING
+from raytune_llama.tokenizer.loader import control_ids
 
 MAX_SCHEMA_CHARACTERS = 100_000
 MAX_KEPT_GRAMMARS = 32

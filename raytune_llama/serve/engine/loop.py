@@ -9,10 +9,10 @@ from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import replace
 
-from raytune_llama.serve.engine.base import Generation, Step, Vectors
 from raytune_llama.serve.engine.embed import Embedded, Embedder
 from raytune_llama.serve.engine.lora import LowRank
-from raytune_llama.serve.engine.stepper import Stepper
+from raytune_llama.serve.engine.protocol import Generation, Step, Vectors
+from raytune_llama.serve.engine.scheduler import Stepper
 from raytune_llama.serve.errors import BusyError, EngineError
 
 logger = logging.getLogger(__name__)

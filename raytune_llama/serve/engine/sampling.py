@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from raytune_llama.serve.engine.base import Choice, Constraint, Sampling
+from raytune_llama.serve.engine.protocol import Choice, Constraint, Sampling
 
 
 @dataclass

@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import torch
 
-from raytune_llama.config import ConfigError
-from raytune_llama.serve.engine.base import Choice, Finish, Generation, Sampling, Step, Vectors
+from raytune_llama.config.settings import ConfigError
 from raytune_llama.serve.engine.grammar import Grammar
+from raytune_llama.serve.engine.protocol import Choice, Finish, Generation, Sampling, Step, Vectors
 from raytune_llama.serve.errors import BusyError, EngineError, RequestError
 
 EngineName = Literal["transformers", "vllm"]

@@ -4,8 +4,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from raytune_llama.serve.http.guard import OPEN_PATHS
-from raytune_llama.serve.http.protocol import ErrorAnswer
+from raytune_llama.serve.http.request_guard import OPEN_PATHS
+from raytune_llama.serve.protocol.chat import ErrorAnswer
 
 _MEANINGS = {
     400: "The request is not one, or can't be answered",

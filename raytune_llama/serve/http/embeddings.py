@@ -11,15 +11,15 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 
 from raytune_llama.serve.config import Limits
-from raytune_llama.serve.engine.base import Vectors
+from raytune_llama.serve.engine.protocol import Vectors
 from raytune_llama.serve.http.description import FOR_A_MODEL, refusals
-from raytune_llama.serve.http.embedding_protocol import (
+from raytune_llama.serve.http.timeouts import within
+from raytune_llama.serve.protocol.embeddings import (
     Embedding,
     EmbeddingList,
     EmbeddingRequest,
     EmbeddingUsage,
 )
-from raytune_llama.serve.http.limits import within
 
 _CLIENT_GONE = 499
 """As nginx calls it; nobody is there to read it."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from raytune_llama.config import ConfigError
+from raytune_llama.config.settings import ConfigError
 
 KEY_BYTES = 32
 ENVIRONMENT_NAME = "RAYTUNE_LLAMA_API_KEYS"

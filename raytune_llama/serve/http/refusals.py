@@ -10,8 +10,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from raytune_llama.serve.errors import BusyError, EngineError, RequestError, UnknownModelError
-from raytune_llama.serve.http.limits import AnswerTimeoutError, QueueTimeoutError
-from raytune_llama.serve.http.protocol import ErrorAnswer, ErrorBody
+from raytune_llama.serve.http.timeouts import AnswerTimeoutError, QueueTimeoutError
+from raytune_llama.serve.protocol.chat import ErrorAnswer, ErrorBody
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from raytune_llama.serve.config import KeyLimits, Limits
 from raytune_llama.serve.errors import BusyError, EngineError, UnknownModelError
-from raytune_llama.serve.http.admission import Admission, Books, LocalBooks
+from raytune_llama.serve.generation.output import Part
 from raytune_llama.serve.http.bodies import build_route_class
 from raytune_llama.serve.http.description import (
     FOR_A_MODEL,
@@ -31,12 +31,15 @@ from raytune_llama.serve.http.description import (
 )
 from raytune_llama.serve.http.embeddings import EmbeddingBackend, add_embeddings
 from raytune_llama.serve.http.events import EventStream
-from raytune_llama.serve.http.guard import Guard
 from raytune_llama.serve.http.keys import Keys
-from raytune_llama.serve.http.limits import AnswerTimeoutError, within
-from raytune_llama.serve.http.meter import CountRequests, Meter, MeteredAnswers, exposition
+from raytune_llama.serve.http.metrics import CountRequests, Meter, MeteredAnswers, exposition
 from raytune_llama.serve.http.page import add_page
-from raytune_llama.serve.http.protocol import (
+from raytune_llama.serve.http.rate_limit import Admission, Books, LocalBooks
+from raytune_llama.serve.http.refusals import add_errors, answer_of, problem
+from raytune_llama.serve.http.request_guard import Guard
+from raytune_llama.serve.http.responses import Answer, ChatShape, CompletionShape, Counts, Shape
+from raytune_llama.serve.http.timeouts import AnswerTimeoutError, within
+from raytune_llama.serve.protocol.chat import (
     ChatCompletion,
     ChatRequest,
     Completion,
@@ -46,9 +49,6 @@ from raytune_llama.serve.http.protocol import (
     ModelCard,
     ModelList,
 )
-from raytune_llama.serve.http.refusals import add_errors, answer_of, problem
-from raytune_llama.serve.http.shapes import Answer, ChatShape, CompletionShape, Counts, Shape
-from raytune_llama.serve.parts import Part
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from raytune_llama.chat.encoding import (
 )
 from raytune_llama.chat.templates.choice import build_template, check_roles
 from raytune_llama.chat.templates.tokenizer import TokenizerTemplate
-from raytune_llama.model.tokenizer import control_strings, load_tokenizer
+from raytune_llama.tokenizer.loader import control_strings, load_tokenizer
 from tests.chat.conftest import ANSWERS, CHATML, CONVERSATIONS, LLAMA2_OWN, talk
 
 DEMO = Path("demo/model")

@@ -15,19 +15,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raytune_llama.files import MANIFEST, sha256_file, write_json_atomic
-from raytune_llama.model.tokenizer import load_tokenizer, tokenizer_sha256
 from raytune_llama.serve.adapters.loading import AdapterLoader
 from raytune_llama.serve.adapters.pool import AdapterPool
 from raytune_llama.serve.adapters.registry import Registry
-from raytune_llama.serve.answers import Answerer
 from raytune_llama.serve.config import SamplingDefaults, ServedModelConfig
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.stepper import Stepper
-from raytune_llama.serve.http.protocol import CompletionRequest
-from raytune_llama.serve.models import ServedModel, load_served
-from raytune_llama.serve.parts import Part
-from raytune_llama.storage import Place
+from raytune_llama.serve.engine.scheduler import Stepper
+from raytune_llama.serve.generation.completion import Answerer
+from raytune_llama.serve.generation.model import ServedModel, load_served
+from raytune_llama.serve.generation.output import Part
+from raytune_llama.serve.protocol.chat import CompletionRequest
+from raytune_llama.storage.files import MANIFEST, sha256_file, write_json_atomic
+from raytune_llama.storage.place import Place
+from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
 from raytune_llama.train.export import fingerprint_model
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

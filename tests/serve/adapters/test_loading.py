@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_llama.chat.encoding import ChatConfig, build_chat_encoder
 from raytune_llama.model.rope import MODEL_SETTINGS
-from raytune_llama.model.tokenizer import load_tokenizer
 from raytune_llama.serve.adapters.loading import AdapterLoader
 from raytune_llama.serve.config import ServedModelConfig
-from raytune_llama.serve.models import load_served
+from raytune_llama.serve.generation.model import load_served
+from raytune_llama.tokenizer.loader import load_tokenizer
 from tests.serve.adapters.conftest import LINEAR, write_adapter_directory
 
 IDS = torch.tensor([[0, 5, 70, 33, 200]])

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from raytune_llama.files import MANIFEST, read_json, write_json_atomic
 from raytune_llama.serve.errors import BusyError, RequestError, UnknownModelError
-from raytune_llama.storage import Place
+from raytune_llama.storage.files import MANIFEST, read_json, write_json_atomic
+from raytune_llama.storage.place import Place
 from tests.serve.adapters.conftest import MakeAdapters, asked, run
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from raytune_llama.serve.engine.base import Generation
 from raytune_llama.serve.engine.embed import Embedder, Vectors
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.stepper import Stepper
+from raytune_llama.serve.engine.protocol import Generation
+from raytune_llama.serve.engine.scheduler import Stepper
 from raytune_llama.serve.errors import BusyError
-from tests.serve.engine.test_stepper import (
+from tests.serve.engine.test_scheduler import (
     GREEDY,
     by_transformers,
     make_bloom,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from raytune_llama.model.tokenizer import encode_text, load_tokenizer
 from raytune_llama.serve.engine.grammar import CallForm, Grammars
-from raytune_llama.serve.http.protocol import ANY_OBJECT
-from raytune_llama.serve.models import ServedModel
+from raytune_llama.serve.generation.model import ServedModel
+from raytune_llama.serve.protocol.chat import ANY_OBJECT
+from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
 
 PERSON = {
     "type": "object",

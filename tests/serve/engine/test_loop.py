@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from raytune_llama.serve.engine.base import Generation, Sampling
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.stepper import Stepper
+from raytune_llama.serve.engine.protocol import Generation, Sampling
+from raytune_llama.serve.engine.scheduler import Stepper
 from raytune_llama.serve.errors import BusyError, EngineError
-from tests.serve.engine.test_stepper import GREEDY, by_transformers, make_llama, prompts
+from tests.serve.engine.test_scheduler import GREEDY, by_transformers, make_llama, prompts
 
 LONG = Generation((1, 2, 3), GREEDY, 10_000)
 

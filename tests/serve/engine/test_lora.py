@@ -3,10 +3,10 @@
 import torch
 from transformers import PreTrainedModel
 
-from raytune_llama.serve.engine.base import Choice, Generation, Sampling
 from raytune_llama.serve.engine.lora import LowRank
-from raytune_llama.serve.engine.stepper import Stepper
-from tests.serve.engine.test_stepper import GREEDY, make_llama, prompts, run
+from raytune_llama.serve.engine.protocol import Choice, Generation, Sampling
+from raytune_llama.serve.engine.scheduler import Stepper
+from tests.serve.engine.test_scheduler import GREEDY, make_llama, prompts, run
 
 ENDS = ("q_proj", "v_proj", "down_proj")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raytune_llama.serve.engine.base import Sampling
+from raytune_llama.serve.engine.protocol import Sampling
 from raytune_llama.serve.engine.sampling import Chooser
 
 

@@ -10,14 +10,14 @@ import llguidance.hf
 import pytest
 import torch
 
-from raytune_llama.config import ConfigError
+from raytune_llama.config.settings import ConfigError
 from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
-from raytune_llama.serve.engine.base import Generation, Sampling, Step
 from raytune_llama.serve.engine.grammar import Grammars
+from raytune_llama.serve.engine.protocol import Generation, Sampling, Step
 from raytune_llama.serve.engine.vllm import choose_engine
 from raytune_llama.serve.errors import BusyError, EngineError, RequestError
-from raytune_llama.serve.models import ServedModel, load_served
+from raytune_llama.serve.generation.model import ServedModel, load_served
 from raytune_llama.serve.replica import ModelReplica
 from tests.serve.engine.vllm_standin import (
     Answer,

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytune_llama.serve.engine.base import Generation, Step
+from raytune_llama.serve.engine.protocol import Generation, Step
 from raytune_llama.serve.engine.vllm import VllmEngine
 
 SAMPLING = """

@@ -4,8 +4,8 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator
 
-from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
-from raytune_llama.serve.parts import Part
+from raytune_llama.serve.generation.output import Part
+from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
 
 
 class Scripted:

@@ -7,8 +7,8 @@ import openai
 import pytest
 
 from raytune_llama.serve.adapters.registry import Registry
-from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
-from raytune_llama.serve.parts import Part
+from raytune_llama.serve.generation.output import Part
+from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
 from tests.serve.adapters.conftest import Adapters, MakeAdapters, base_dir, make_adapters
 from tests.serve.http.test_routes import Server
 

@@ -10,11 +10,11 @@ from collections.abc import AsyncGenerator, Iterator
 import openai
 import pytest
 
-from raytune_llama.serve.answers import Answerer
 from raytune_llama.serve.config import Limits
+from raytune_llama.serve.generation.completion import Answerer
+from raytune_llama.serve.generation.output import Part
 from raytune_llama.serve.http.keys import Keys, make_key
-from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
-from raytune_llama.serve.parts import Part
+from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
 from tests.serve.http.test_hostile import (
     ASKED,
     FEW_BYTES,

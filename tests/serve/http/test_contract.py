@@ -8,9 +8,9 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
-from raytune_llama.serve.answers import Answerer
 from raytune_llama.serve.config import Limits
 from raytune_llama.serve.errors import BusyError, EngineError
+from raytune_llama.serve.generation.completion import Answerer
 from raytune_llama.serve.http.keys import Keys, make_key
 from tests.serve.http.test_routes import FOX, Failing, Here, Server
 

@@ -14,13 +14,13 @@ import openai
 import pytest
 import torch
 
-from raytune_llama.serve.answers import Answerer
 from raytune_llama.serve.config import Limits
-from raytune_llama.serve.embeddings import TextVectors
 from raytune_llama.serve.engine.embed import Vectors
 from raytune_llama.serve.errors import BusyError, RequestError
-from raytune_llama.serve.http.embedding_protocol import EmbeddingRequest
-from raytune_llama.serve.models import ServedModel
+from raytune_llama.serve.generation.completion import Answerer
+from raytune_llama.serve.generation.embeddings import TextVectors
+from raytune_llama.serve.generation.model import ServedModel
+from raytune_llama.serve.protocol.embeddings import EmbeddingRequest
 from tests.serve.http.test_routes import Server
 
 

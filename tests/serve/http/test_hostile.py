@@ -10,8 +10,8 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from raytune_llama.serve.answers import Answerer
 from raytune_llama.serve.config import Limits
+from raytune_llama.serve.generation.completion import Answerer
 from raytune_llama.serve.http.keys import Keys, make_key
 from tests.serve.http.test_routes import FOX, Here, Server, raw
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_llama.config import ConfigError
+from raytune_llama.config.settings import ConfigError
 from raytune_llama.serve.http.keys import (
     ENVIRONMENT_NAME,
     Keys,

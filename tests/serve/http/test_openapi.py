@@ -19,12 +19,12 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from raytune_llama.serve.answers import Answerer
-from raytune_llama.serve.embeddings import TextVectors
-from raytune_llama.serve.engine.base import Vectors
-from raytune_llama.serve.http.embedding_protocol import EmbeddingRequest
+from raytune_llama.serve.engine.protocol import Vectors
+from raytune_llama.serve.generation.completion import Answerer
+from raytune_llama.serve.generation.embeddings import TextVectors
+from raytune_llama.serve.generation.model import ServedModel
 from raytune_llama.serve.http.keys import Keys, make_key
-from raytune_llama.serve.models import ServedModel
+from raytune_llama.serve.protocol.embeddings import EmbeddingRequest
 from tests.serve.http.test_routes import FOX, Here, Server
 
 KEY, LINE = make_key()

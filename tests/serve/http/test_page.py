@@ -11,13 +11,13 @@ import pytest
 import torch
 from playwright.sync_api import Browser, Page, Route, expect
 
-from raytune_llama.serve.answers import Answerer
 from raytune_llama.serve.config import SamplingDefaults, ServedModelConfig
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.stepper import Stepper
+from raytune_llama.serve.engine.scheduler import Stepper
 from raytune_llama.serve.errors import BusyError, EngineError
+from raytune_llama.serve.generation.completion import Answerer
+from raytune_llama.serve.generation.model import load_served
 from raytune_llama.serve.http.keys import Keys, make_key
-from raytune_llama.serve.models import load_served
 from tests.serve.http.browser import running_browser
 from tests.serve.http.scripted import Scripted
 from tests.serve.http.test_routes import Here, Server

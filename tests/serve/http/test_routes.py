@@ -12,13 +12,13 @@ import openai
 import pytest
 import uvicorn
 
-from raytune_llama.serve.answers import Answerer
 from raytune_llama.serve.config import Limits
 from raytune_llama.serve.errors import BusyError, EngineError
+from raytune_llama.serve.generation.completion import Answerer
+from raytune_llama.serve.generation.output import Part
 from raytune_llama.serve.http.keys import Keys, make_key
-from raytune_llama.serve.http.protocol import ChatRequest, CompletionRequest
 from raytune_llama.serve.http.routes import build_http
-from raytune_llama.serve.parts import Part
+from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
 
 Asked = ChatRequest | CompletionRequest
 

@@ -1,0 +1,88 @@
+"""The model's replica called directly in one process: no HTTP, no Ray.
+
+    python benchmarks/harness/serve_direct.py SETTINGS.json
+
+Prints a JSON list with the load of each level of clients.
+"""
+
+import asyncio
+import json
+import math
+import sys
+import time
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__:
+    from .endpoint import serve_config
+    from .serve_driver import Load, Outcome, closed_loop
+else:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from harness.endpoint import serve_config
+    from harness.serve_driver import Load, Outcome, closed_loop
+
+from raytune_llama.serve.generation.output import Part
+from raytune_llama.serve.protocol.chat import CompletionRequest
+from raytune_llama.serve.replica import ModelReplica
+
+
+@dataclass(frozen=True)
+class DirectSettings:
+    """What is asked."""
+
+    model: str
+    bodies: list[dict[str, Any]]
+    levels: list[tuple[int, int]]
+    """Clients and requests of each closed loop, one after the other."""
+
+    cpus: int
+    slots: int
+
+
+async def ask(replica: ModelReplica, body: dict[str, Any]) -> Outcome:
+    """Ask as the gateway does."""
+    outcome, started = Outcome(), time.perf_counter()
+    async with aclosing(replica.answer(CompletionRequest.model_validate(body))) as items:
+        async for item in items:
+            if not isinstance(item, Part):
+                continue
+            outcome.num_tokens += item.num_tokens
+            if item.text:
+                outcome.last_token = time.perf_counter() - started
+                if math.isnan(outcome.first_token):
+                    outcome.first_token = outcome.last_token
+            outcome.text += item.text
+            outcome.finish = item.finish or outcome.finish
+    outcome.status, outcome.seconds = 200, time.perf_counter() - started
+    return outcome
+
+
+async def run(settings: DirectSettings) -> list[Load]:
+    """Load the model, warm up with one request a slot, and run the levels."""
+    config = serve_config(
+        Path(settings.model), cpus=settings.cpus, slots=settings.slots, waiting=10**6
+    )
+    replica = ModelReplica(config.models[0], config)
+    bodies = settings.bodies
+
+    async def one(number: int) -> Outcome:
+        return await ask(replica, bodies[number % len(bodies)])
+
+    await closed_loop(one, num_clients=settings.slots, num_requests=settings.slots)
+    return [
+        await closed_loop(one, num_clients=clients, num_requests=requests)
+        for clients, requests in settings.levels
+    ]
+
+
+def main() -> None:
+    """Run with the settings of the file."""
+    settings = DirectSettings(**json.loads(Path(sys.argv[1]).read_text()))
+    loads = asyncio.run(run(settings))
+    print(json.dumps([asdict(load) for load in loads]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The fields of settings classes: their paths and types in words."""
+
+import difflib
+import inspect
+import json
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
+
+import pydantic
+import pydantic.dataclasses
+import pydantic_core
+from pydantic.fields import FieldInfo
+
+_BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"), ("multiple_of", "multiple of"))
+_LENGTHS = (("min_length", "at least"), ("max_length", "at most"))
+
+
+def is_settings(kind: object) -> TypeGuard[type[Any]]:
+    """Tell whether an annotation is a settings class."""
+    return isinstance(kind, type) and pydantic.dataclasses.is_pydantic_dataclass(kind)
+
+
+def fields_of(cls: type[Any]) -> Mapping[str, FieldInfo]:
+    """Return the fields of a settings class by name, in the order of the source."""
+    return cls.__pydantic_fields__
+
+
+def inherited_description(cls: type[Any], name: str) -> str | None:
+    """Return the docstring of a field in the nearest base class that has it.
+
+    pydantic reads the docstrings of a class's own source only. A field that the class defines anew
+    inherits nothing.
+    """
+    if name in inspect.get_annotations(cls):
+        return None
+    bases = [base for base in cls.__mro__[1:] if is_settings(base) and name in fields_of(base)]
+    return fields_of(bases[0])[name].description if bases else None
+
+
+def check_default(name: str, field: FieldInfo) -> None:
+    """Refuse a bad default when its class is defined: no later step looks at defaults.
+
+    Raises:
+        TypeError: It does not fit the field's type, or is a settings object that differs from its
+            class's own defaults.
+    """
+    default = field.get_default(call_default_factory=True, validated_data={})
+    # Annotated wants something beside the type, also where the type has no bounds.
+    kind: Any = Annotated[(field.annotation, "bounds", *field.metadata)]
+    try:
+        pydantic.TypeAdapter(kind).validate_python(default, strict=True)
+    except pydantic.ValidationError as error:
+        raise TypeError(f"{name}: the default does not fit the type: {error}") from None
+    if is_settings(type(default)) and default != type(default)():
+        raise TypeError(
+            f"{name}: the default differs from {type(default).__name__}(); "
+            "change the defaults of that class instead"
+        )
+
+
+def walk(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the dotted path and the definition of every field, those of nested classes after it.
+
+    Elements of lists have the path `list.N`, values of mappings `mapping.NAME`.
+    """
+    for name, field in fields_of(cls).items():
+        path = f"{prefix}{name}"
+        yield path, field
+        for below, nested in nested_settings(field.annotation):
+            yield from walk(nested, f"{path}.{below}")
+
+
+def nested_settings(annotation: object) -> Iterator[tuple[str, type[Any]]]:
+    """Yield the settings classes that a field of this type may hold, with the path to them."""
+    if is_settings(annotation):
+        yield "", annotation
+        return
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from nested_settings(arguments[0])
+        return
+    step = ""
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        step, arguments = "NAME.", arguments[1:]
+    elif isinstance(origin, type) and issubclass(origin, Sequence):
+        step = "N."
+    for argument in arguments if origin is not Literal else ():
+        for below, nested in nested_settings(argument):
+            yield f"{step}{below}", nested
+
+
+def nearest(cls: type[Any], parents: Sequence[str], name: str) -> str:
+    """Say which field was probably meant by a name that a settings class doesn't have.
+
+    Args:
+        cls: Root settings class.
+        parents: Path of the mapping that holds the name, list indices and keys included.
+        name: The unknown name.
+    """
+    classes = _classes_at(cls, parents)
+    siblings = [sibling for owner in classes for sibling in fields_of(owner)]
+    if close := difflib.get_close_matches(name, siblings, n=1):
+        return f"did you mean {'.'.join((*parents, *close))}?"
+    # A right name at a wrong place is the other common mistake.
+    leaves = {path.rpartition(".")[2]: path for path, _ in walk(cls)}
+    if close := difflib.get_close_matches(name, leaves, n=1, cutoff=0.8):
+        return f"did you mean {leaves[close[0]]}?"
+    owners = " or ".join(owner.__name__ for owner in classes)
+    return f"{owners} has {', '.join(siblings)}"
+
+
+def _classes_at(cls: type[Any], path: Sequence[str]) -> list[type[Any]]:
+    """Return the settings classes that may stand at a path."""
+    classes = {"": [cls]}
+    for part in path:
+        below: dict[str, list[type[Any]]] = {}
+        for rest, owners in classes.items():
+            if rest:  # Inside a list or mapping: this part is its index or key.
+                below.setdefault(rest.partition(".")[2], []).extend(owners)
+                continue
+            for owner in owners:
+                if field := fields_of(owner).get(part):
+                    for step, nested in nested_settings(field.annotation):
+                        below.setdefault(step, []).append(nested)
+        classes = below
+    return classes.get("", [])
+
+
+def type_text(annotation: object, metadata: Sequence[object] = ()) -> str:
+    """Return a type in words: `int >= 1 or null`, `list of text`, `'fp32' or 'bf16'`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    bounds = "".join(_bound_text(item) for item in metadata)
+    if origin is Annotated:
+        return type_text(arguments[0], arguments[1:]) + bounds
+    if origin is Literal:
+        return " or ".join(repr(value) for value in arguments)
+    if origin is Union or origin is types.UnionType:
+        return " or ".join(type_text(argument) for argument in arguments) + bounds
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"mapping of name to {type_text(arguments[1])}{bounds}"
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        items = arguments[:1] if arguments[-1] is Ellipsis else arguments
+        return f"list of {', '.join(type_text(item) for item in items)}{bounds}"
+    words = {str: "text", Path: "path", type(None): "null", Any: "anything"}
+    return words.get(annotation, getattr(annotation, "__name__", str(annotation))) + bounds
+
+
+def default_text(field: FieldInfo) -> str:
+    """Return a default as one writes it in YAML."""
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if is_settings(type(default)):
+        return "as below"
+    return json.dumps(pydantic_core.to_jsonable_python(default), ensure_ascii=False)
+
+
+def _bound_text(constraint: object) -> str:
+    """Return one constraint of a type in words, empty for what is not a bound."""
+    parts = getattr(constraint, "metadata", [constraint])  # A FieldInfo inside Annotated.
+    found = [
+        f" {word} {getattr(part, name)}{unit}"
+        for part in parts
+        for names, unit in ((_BOUNDS, ""), (_LENGTHS, " long"))
+        for name, word in names
+        if getattr(part, name, None) is not None
+    ]
+    return "".join(found)

@@ -1,0 +1,397 @@
+"""Settings of a run: a YAML file and `a.b=c` overrides become frozen, typed, strict objects.
+
+A module describes its settings with one class, and a job's root class nests them:
+
+    @settings
+    class LoraConfig:
+        '''Which weights are adapted, and how.'''
+
+        rank: Annotated[int, Field(ge=1)] = 8
+        '''Rank of the update matrices.'''
+
+    config = load(SftConfig, sys.argv[1:], default=Path("jobs/configs/sft.yaml"))
+
+A file and overrides, nothing else: no includes, no interpolation, no environment look-ups. Every
+mistake of both is reported at once, in one `ConfigError`. How YAML is read is in `yaml12.py`.
+"""
+
+import dataclasses
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeVar, cast, dataclass_transform
+
+import pydantic
+import pydantic.dataclasses
+import pydantic_core
+
+from raytune_llama.config import fields, yaml12
+from raytune_llama.exits import EXIT_MISTAKE
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used.
+
+    A validator of a settings class may raise it too, with one entry a mistake: its entries start
+    with a field path relative to that class.
+
+    Attributes:
+        problems: One line for each mistake, starting with the dotted path of the field.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        # The list is the only argument, so that pickle can rebuild the error in another process.
+        super().__init__(problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Type of the marker `PLACEMENT`."""
+
+
+PLACEMENT: Final = Placement()
+"""Marks a field, `Annotated[int, PLACEMENT]`, that may change when a run is resumed.
+
+It says where and how a run is carried out, not what it computes. On a field that holds a settings
+class it marks all that is inside.
+"""
+
+
+@dataclass_transform(
+    frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, pydantic.Field)
+)
+def settings(cls: type[T]) -> type[T]:
+    """Make a class a frozen, keyword-only, strictly typed group of settings.
+
+    Values are not converted: "yes" is no boolean and 1.5 no integer; only integers are taken for
+    floats, and the texts of a YAML file for paths and enums. Floats are finite.
+
+    Raises:
+        TypeError: A field has no docstring under it, its default does not fit its type, or its
+            default is a settings object that differs from its class's own defaults: a file that
+            gives some of that object's fields would silently reset the others.
+    """
+    made = pydantic.dataclasses.dataclass(
+        frozen=True,
+        kw_only=True,
+        config=pydantic.ConfigDict(
+            allow_inf_nan=False,
+            extra="forbid",
+            ser_json_inf_nan="constants",
+            strict=True,
+            use_attribute_docstrings=True,
+        ),
+    )(cls)
+    for name, field in fields.fields_of(made).items():
+        field.description = field.description or fields.inherited_description(cls, name)
+        if not field.description:
+            raise TypeError(f"{cls.__name__}.{name}: write a docstring under the field")
+        if not field.is_required():
+            fields.check_default(f"{cls.__name__}.{name}", field)
+    return cast("type[T]", made)
+
+
+def load(cls: type[T], argv: Sequence[str], *, default: Path | None = None) -> T:
+    """Read a config as a job's command line gives it: `[CONFIG.yaml] [a.b=c ...]`.
+
+    The right side of an override is YAML: `model.targets=[q_proj, v_proj]`, `eval.store=null`. The
+    left side is a dotted path; numbers are indices of lists. `--help` or `-h` prints every field
+    and exits.
+
+    Args:
+        cls: Root settings class.
+        argv: Arguments without the program's name.
+        default: File to read if `argv` names none; None means an empty config.
+
+    Returns:
+        The validated config.
+
+    Raises:
+        ConfigError: All mistakes of the file and of the overrides.
+        SystemExit: With status 0, after the help was printed.
+    """
+    if "-h" in argv or "--help" in argv:
+        usage = f"usage: {Path(sys.argv[0]).name} [CONFIG.yaml] [a.b=c ...]\n"
+        source = f"Without a file: {default}\n" if default else ""
+        sys.stdout.write(f"{usage}{source}\n{describe(cls)}")
+        raise SystemExit(0)
+    overrides = list(argv)
+    path = default
+    if overrides and _is_file_name(overrides[0]):
+        path = Path(overrides.pop(0))
+    problems: list[str] = []
+    data: dict[str, Any] | None = {}
+    if path is not None:
+        data, problems = yaml12.read_mapping(path)
+    # A file that could not be read lacks every field; the overrides are still checked for form.
+    target = {} if data is None else data
+    for argument in overrides:
+        problems += _apply_argument(target, argument)
+    if data is None:
+        raise ConfigError(problems)
+    return _validate(cls, data, problems)
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
+    """Build a config from nested plain data, as `to_dict` returns it.
+
+    Raises:
+        ConfigError: All mistakes in the data.
+    """
+    return _validate(cls, data, [])
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """Return all fields of a config, defaults included, as nested plain data (JSON types)."""
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def to_yaml(config: object) -> str:
+    """Return all fields of a config, defaults included, as YAML that `load` reads back."""
+    return yaml12.dump(to_dict(config))
+
+
+def write_yaml(config: object, path: Path) -> None:
+    """Write `to_yaml` to a local file; a reader sees the old file or the new, never half of it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(to_yaml(config), encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def override(config: T, values: Mapping[str, Any]) -> T:
+    """Return a copy of a config with some fields replaced, validated again.
+
+    Args:
+        config: Any settings object; it is not changed.
+        values: Dotted path -> value, for example a sample of a search space.
+
+    Raises:
+        ConfigError: All mistakes, unknown paths and broken relations included.
+    """
+    data = to_dict(config)
+    problems = [problem for path, value in values.items() for problem in _put(data, path, value)]
+    return _validate(type(config), data, problems)
+
+
+def identity(config: object) -> dict[str, Any]:
+    """Return the fields that make a run what it is: nested plain data without `PLACEMENT` fields.
+
+    A run is resumed only if these are equal to what it was started with.
+    """
+    return _without_placement(config, to_dict(config))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Compare two results of `identity` or `to_dict`.
+
+    Returns:
+        One line for each field that differs: `a.b: OLD -> NEW`, in the order of `old`.
+    """
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        f"{path}: {_shown(before, path)} -> {_shown(after, path)}"
+        for path in {**before, **after}
+        if path not in before or path not in after or before[path] != after[path]
+    ]
+
+
+def describe(cls: type[Any]) -> str:
+    """Return the help text: each field's dotted path, type, default and meaning."""
+    summary = inspect.cleandoc(cls.__doc__ or "").splitlines()[:1]
+    lines = [": ".join([cls.__name__, *summary]), ""]
+    for path, field in fields.walk(cls):
+        required = field.is_required()
+        default = "required" if required else f"default {fields.default_text(field)}"
+        placement = ", may change on resume" if PLACEMENT in field.metadata else ""
+        lines.append(
+            f"{path}: {fields.type_text(field.annotation, field.metadata)} ({default}{placement})"
+        )
+        lines += [f"    {line}".rstrip() for line in (field.description or "").splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def run_job(main: Callable[[], int | None], *user_errors: type[ValueError]) -> NoReturn:
+    """Run a job's main function and exit with its status.
+
+    A `ConfigError` or one of `user_errors` (`StoreError`, `CheckpointError`) is a mistake that the
+    user can mend: its message goes to stderr without a traceback, and the status is 2. Any other
+    exception keeps its traceback and status 1.
+    """
+    try:
+        status = main()
+    except (ConfigError, *user_errors) as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(EXIT_MISTAKE)
+    sys.exit(status)
+
+
+def _validate(cls: type[T], data: Mapping[str, Any], problems: list[str]) -> T:
+    """Build `cls` from plain data, or raise one error with `problems` and what is wrong in it."""
+    try:
+        text = pydantic_core.to_json(data, inf_nan_mode="constants")
+    except pydantic_core.PydanticSerializationError as error:
+        raise ConfigError([*problems, f"not plain data: {error}"]) from None
+    try:
+        # In JSON, strict means what we want of YAML: lists for tuples and texts for paths pass,
+        # and nothing else is converted.
+        config = pydantic.TypeAdapter(cls).validate_json(text)
+    except pydantic.ValidationError as error:
+        plain = pydantic_core.from_json(text)
+        raise ConfigError([*problems, *_problem_lines(cls, plain, error)]) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _is_file_name(argument: str) -> bool:
+    # The directory of a trial may be called `lr=0.001`, but no field has a slash in its path.
+    left, equals, _ = argument.partition("=")
+    return not argument.startswith("-") and (not equals or "/" in left)
+
+
+def _apply_argument(data: dict[str, Any], argument: str) -> list[str]:
+    """Put one `a.b=c` into plain data; return what is wrong with it."""
+    path, equals, text = argument.partition("=")
+    if not equals or not path or path.startswith("-"):
+        return [f"{argument}: got no override, wanted a.b=c (a config file comes first)"]
+    if not text.strip():
+        return [f"{path}: got no value; write {path}=null, or {path}='\"\"' for the empty text"]
+    value, problems = yaml12.read_value(text)
+    if problems:
+        return [f"{path}: {problem}" for problem in problems]
+    return _put(data, path, value)
+
+
+def _put(data: dict[str, Any], path: str, value: object) -> list[str]:
+    """Set the value at a dotted path of plain data, making mappings on the way.
+
+    A key of a mapping may have dots itself: what is left of the path may be one that is there.
+    """
+    *parents, last = path.split(".")
+    here: Any = data
+    for position, part in enumerate(parents):
+        rest = ".".join([*parents[position:], last])
+        if isinstance(here, dict) and rest in here:
+            here[rest] = value
+            return []
+        seen = ".".join(parents[:position])
+        key, problem = _key_in(here, part, seen, path)
+        if problem:
+            return [problem]
+        if isinstance(here, dict) and here.get(key) is None:
+            here[key] = {}
+        here = here[key]
+    key, problem = _key_in(here, last, ".".join(parents), path)
+    if problem:
+        return [problem]
+    here[key] = value
+    return []
+
+
+def _key_in(container: object, part: str, seen: str, path: str) -> tuple[Any, str]:
+    """Return the key of `container` that `part` of a dotted path means, or what is wrong."""
+    if isinstance(container, dict) and part:
+        return part, ""
+    if not part:
+        return None, f"{path}: got an empty name between dots"
+    if not isinstance(container, list):
+        return None, f"{path}: {seen} is {_short(container)}, which has no field {part!r}"
+    if not part.isdecimal() or int(part) >= len(container):
+        return None, f"{path}: {seen} is a list of {len(container)}; {part!r} is no index of it"
+    return int(part), ""
+
+
+def _problem_lines(
+    cls: type[Any], data: dict[str, Any], error: pydantic.ValidationError
+) -> list[str]:
+    """Turn pydantic's errors into lines `a.b: got X, wanted Y`, one for each field."""
+    # A value that fits no member of a union gives one error a member: one line names them all, but
+    # for a mapping whose fields are wrong, which was meant for the member that has fields.
+    wanted: dict[str, list[str]] = {}
+    for detail in error.errors(include_url=False):
+        keys = list(_keys_in(data, detail["loc"]))
+        if detail["type"] == "missing":
+            keys.append(str(detail["loc"][-1]))
+        path = ".".join(keys)
+        cause = detail.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):
+            for problem in cause.problems:
+                wanted.setdefault(f"{path}.{problem}" if path else problem, [])
+        elif detail["type"] == "unexpected_keyword_argument":
+            hint = fields.nearest(cls, keys[:-1], keys[-1])
+            wanted.setdefault(f"{path}: no such field; {hint}", [])
+        elif detail["type"] == "missing":
+            wanted.setdefault(f"{path}: required, but not given", [])
+        elif cause is not None:
+            wanted.setdefault(f"{path}: {cause}" if path else str(cause), [])
+        else:
+            start = f"{path}: got {_short(detail['input'])}, wanted "
+            wanted.setdefault(start, []).append(_wanted_text(detail))
+    for start in [start for start, texts in wanted.items() if texts]:
+        if any(other.startswith(f"{start.partition(':')[0]}.") for other in wanted):
+            del wanted[start]
+    return [start + " or ".join(dict.fromkeys(texts)) for start, texts in wanted.items()]
+
+
+def _keys_in(data: object, location: Sequence[int | str]) -> Iterator[str]:
+    """Yield the part of pydantic's location that lies in the data, without names of types."""
+    for part in location:
+        in_mapping = isinstance(data, dict) and part in data
+        if in_mapping or (isinstance(data, list) and isinstance(part, int)):
+            data = cast("Any", data)[part]
+            yield str(part)
+
+
+def _wanted_text(detail: pydantic_core.ErrorDetails) -> str:
+    """Return what a field takes, in words."""
+    words = {"bool_type": "true or false", "dataclass_type": "a mapping of fields to values"}
+    words |= {"none_required": "null", "tuple_type": "a list", "dict_type": "a mapping"}
+    return words.get(detail["type"], detail["msg"].removeprefix("Input should be "))
+
+
+def _short(value: object) -> str:
+    """Return a value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _without_placement(value: object, plain: Any) -> Any:  # noqa: ANN401 (any JSON type)
+    """Drop from `plain`, the dump of `value`, what `PLACEMENT` marks."""
+    if fields.is_settings(type(value)):
+        return {
+            name: _without_placement(getattr(value, name), plain[name])
+            for name, field in fields.fields_of(type(value)).items()
+            if PLACEMENT not in field.metadata
+        }
+    if isinstance(value, tuple | list):
+        return [_without_placement(*pair) for pair in zip(value, plain, strict=True)]
+    if isinstance(value, Mapping):
+        return {key: _without_placement(value[key], plain[str(key)]) for key in value}
+    return plain
+
+
+def _leaves(data: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted path and value of what has no fields: plain values and lists of them."""
+    for key, value in data.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{path}.")
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            yield from _leaves(dict(enumerate(value)), f"{path}.")
+        else:
+            yield path, value
+
+
+def _shown(leaves: Mapping[str, Any], path: str) -> str:
+    return _short(leaves[path]) if path in leaves else "(not given)"

@@ -1,0 +1,207 @@
+"""Units of work on Ray: actors of Ray Data that encode, and what is told while they do."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pydantic
+import ray
+import ray.data
+
+from raytune_llama.data.build.unit_encoder import (
+    UnitReader,
+    UnitRecord,
+    encode_unit,
+    finished_record,
+)
+from raytune_llama.data.build.units import EncodePlan, Unit, UnitStoppedError
+from raytune_llama.data.filters.tasks import quiet_ray_data
+from raytune_llama.data.readers.documents import OpenRange, read_rows
+from raytune_llama.data.readers.ranges import HashedRange
+from raytune_llama.data.readers.rows import RowBatch, SourceError
+from raytune_llama.data.readers.sources import SourceFile
+
+logger = logging.getLogger(__name__)
+
+_LOG_SECONDS = 5.0
+_SAMPLE_FILES = 32
+_SAMPLE_BYTES = 4 << 20
+
+
+class UnitEncoder:
+    """Ray Data actor: encodes one unit a call; a problem of the user's files is returned as data.
+
+    An exception would reach the driver wrapped in Ray's own, without the chance to tell it from a
+    defect of ours, and the problems of other files would be lost.
+    """
+
+    def __init__(
+        self, reader: "ray.ObjectRef[UnitReader]", plan: EncodePlan, units: list[Unit]
+    ) -> None:
+        # In Ray's shared memory the tables of a fast engine are there once for all of a node.
+        self._reader = ray.get(reader)
+        self._plan = plan
+        self._units = units
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Encode the unit whose index is the only row of the column `unit`."""
+        unit = self._units[batch.column("unit")[0].as_py()]
+        record, problem = finished_record(unit, self._plan), None
+        reused = record is not None
+        try:
+            record = record or encode_unit(unit, self._plan, self._reader)
+        except SourceError as error:
+            problem = str(error)
+            self._stop()
+        except UnitStoppedError:
+            pass
+        row = {
+            "unit": unit.index,
+            "record": json.dumps(asdict(record)) if record else None,
+            "problem": problem,
+            "reused": reused,
+        }
+        return pa.Table.from_pylist([row], schema=_RESULT_SCHEMA)
+
+    def _stop(self) -> None:
+        try:
+            self._plan.stop.write_bytes(b"")
+        except OSError as error:  # a full disk, of which the problem speaks: others meet it too
+            logger.warning("%s cannot be written: %s", self._plan.stop, error)
+
+
+_RESULT_SCHEMA = pa.schema(
+    {"unit": pa.int64(), "record": pa.string(), "problem": pa.string(), "reused": pa.bool_()}
+)
+
+
+def run_units(
+    units: list[Unit],
+    plan: EncodePlan,
+    reader: UnitReader,
+    *,
+    num_workers: int,
+    num_free: int,
+) -> list[UnitRecord]:
+    """Run all units in actors; return their records in unit order.
+
+    Args:
+        units: What to encode.
+        plan: What they have in common.
+        reader: What turns rows into ids.
+        num_workers: Actors, one CPU each.
+        num_free: CPUs that are free now; more actors are started as the cluster grows.
+
+    Raises:
+        SourceError: Units have failed; their problems, all of them.
+    """
+    logger.info(
+        "encoding %d files in %d units with %d workers in %s",
+        len(plan.files),
+        len(units),
+        num_workers,
+        plan.work,
+    )
+    records: dict[int, UnitRecord] = {}
+    problems: dict[int, str] = {}
+    progress = _Progress(units)
+    kwargs = {"reader": ray.put(reader), "plan": plan, "units": units}
+    for row in _run_actors(len(units), kwargs, num_workers, num_free):
+        if row["problem"]:
+            problems[row["unit"]] = row["problem"]
+        elif row["record"]:
+            record = pydantic.TypeAdapter(UnitRecord).validate_json(row["record"])
+            records[row["unit"]] = record
+            progress.add(units[row["unit"]], record, reused=row["reused"])
+    if problems:
+        # A full disk stops every unit with the same words.
+        raise SourceError("\n".join(dict.fromkeys(line for _, line in sorted(problems.items()))))
+    assert len(records) == len(units), "a unit was lost"
+    return [records[unit.index] for unit in units]
+
+
+def _run_actors(
+    num_units: int, kwargs: dict[str, Any], num_workers: int, num_free: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the result rows of all units as they are done."""
+    with quiet_ray_data():
+        dataset = ray.data.from_items(
+            [{"unit": number} for number in range(num_units)], override_num_blocks=num_units
+        ).map_batches(
+            UnitEncoder,
+            fn_constructor_kwargs=kwargs,
+            # More workers than CPUs are asked for only where a cluster can grow to them.
+            compute=ray.data.ActorPoolStrategy(
+                min_size=min(num_workers, num_free), max_size=num_workers
+            ),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=1,
+        )
+        yield from dataset.iter_rows()
+
+
+def read_sample(files: list[SourceFile]) -> list[str]:
+    """Read the beginning of some files, evenly over the corpus: up to 4 MiB of documents."""
+    step = max(1, len(files) // _SAMPLE_FILES)
+    chosen = files[::step]
+    texts: list[str] = []
+    for file in chosen:
+        left = _SAMPLE_BYTES // len(chosen)
+        for batch in read_beginning(file):
+            for text, num_bytes in zip(batch.texts, batch.num_bytes, strict=True):
+                if left > 0:
+                    texts.append(text)
+                    left -= num_bytes
+            if left <= 0:
+                break
+    return texts
+
+
+def read_beginning(file: SourceFile) -> Iterator[RowBatch]:
+    """Stream the rows of a file (of a Parquet file, its first row group) from its beginning."""
+    with file.place.open() as opened:
+        stop = len(file.row_group_bytes[:1]) or file.status.num_bytes
+        part = OpenRange(file.place, opened, 0, stop, HashedRange(opened, 0, 0))
+        yield from read_rows(part, file.options)
+
+
+class _Progress:
+    """Logs how far the work is, at most every few seconds."""
+
+    def __init__(self, units: list[Unit]) -> None:
+        self._num_units = len(units)
+        self._left_bytes = self._total_bytes = sum(unit.num_bytes for unit in units)
+        self._done = self._reused = self._tokens = self._bad = self._new_bytes = 0
+        self._started = self._logged = time.monotonic()
+
+    def add(self, unit: Unit, record: UnitRecord, *, reused: bool) -> None:
+        """Count a finished unit."""
+        self._done += 1
+        self._reused += reused
+        self._left_bytes -= unit.num_bytes
+        self._new_bytes += 0 if reused else unit.num_bytes
+        self._tokens += sum(shard.tokens for shard in record.shards.values() if shard)
+        self._bad += record.rows.num_quarantined
+        now = time.monotonic()
+        if self._done == self._num_units or now - self._logged >= _LOG_SECONDS:
+            self._logged = now
+            seconds = max(now - self._started, 1e-9)
+            speed = self._new_bytes / seconds
+            logger.info(
+                "%d/%d units (%d from an earlier run), %.1f of %.1f MB, %d tokens, %d rows in "
+                "quarantine, %.2f MB/s, %s",
+                self._done,
+                self._num_units,
+                self._reused,
+                (self._total_bytes - self._left_bytes) / 1e6,
+                self._total_bytes / 1e6,
+                self._tokens,
+                self._bad,
+                speed / 1e6,
+                f"{self._left_bytes / speed:.0f} s to go" if speed else "time to go not known",
+            )

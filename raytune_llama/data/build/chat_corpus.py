@@ -1,0 +1,353 @@
+"""Conversations of JSON files as token ids with a mask, unit by unit, on any number of workers.
+
+    corpus = open_chats(config, tokenizer)            # on the driver: files, formats, template
+    reader = corpus.reader(text_encoder)              # picklable, for the workers
+    for documents in reader.read(unit, plan, tally, quarantine): ...
+
+A bad row is counted and written down, as with text. A file of another format than its source's
+first row is an error: somebody has mixed up two sets.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from raytune_llama.chat.conversations import Conversation, Defect
+from raytune_llama.chat.encoding import ChatEncoder, EncodedConversation, build_chat_encoder
+from raytune_llama.chat.formats import FormatName, KeyCounts, read_row, sniff_format
+from raytune_llama.chat.templates.choice import build_template
+from raytune_llama.config.settings import ConfigError
+from raytune_llama.data.build.actors import read_beginning
+from raytune_llama.data.build.text_corpus import choose_sides
+from raytune_llama.data.build.unit_reader import (
+    QuarantineWriter,
+    Tally,
+    quarantine_rows,
+    read_pieces,
+)
+from raytune_llama.data.build.units import EncodePlan, Piece, Unit
+from raytune_llama.data.config import ChatDataConfig, ChatSourceConfig
+from raytune_llama.data.readers.conversations import find_conversation_files
+from raytune_llama.data.readers.lines import count_bytes
+from raytune_llama.data.readers.rows import BadRow, ObjectRow, SourceError, excerpt
+from raytune_llama.data.readers.sources import SourceFile
+from raytune_llama.data.store.shards import EncodedDocuments
+from raytune_llama.tokenizer.reference import TextEncoder
+
+logger = logging.getLogger(__name__)
+
+_BATCH_CONVERSATIONS = 512
+_SNIFFED_ROWS = 1000
+_SAMPLE_BYTES = 4 << 20
+
+DROPPED = ("too_long", "no_target")
+"""Reasons that are no mistakes of a file: such rows are left out, and in no quarantine."""
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How the rows of a source are read."""
+
+    name: FormatName
+    """Their format."""
+    input_separator: str
+    """As `ConversationSource.input_separator`."""
+
+
+@dataclass(frozen=True)
+class ChatCorpus:
+    """Conversations that are going to be encoded; see `encode.Corpus`."""
+
+    config: ChatDataConfig
+    """What was asked for."""
+    tokenizer: PreTrainedTokenizerFast
+    """What makes ids."""
+    files: list[SourceFile]
+    """Those that are trained on, then those for evaluation alone."""
+    formats: tuple[RowFormat, ...]
+    """Of each source, those for evaluation last."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """All but files and tokenizer that decides the documents."""
+        chat = self.config.chat
+        return {
+            "validation_sources": len(self.config.validation),
+            "formats": [[source.name, source.input_separator] for source in self.formats],
+            "chat": {
+                "template": chat.template,
+                "template_sha256": build_template(chat.template, self.tokenizer).sha256,
+                "max_tokens": chat.max_tokens,
+                "truncation": chat.truncation,
+                "train_on_prompt": chat.train_on_prompt,
+            },
+        }
+
+    def sample(self) -> list[str]:
+        """Read what is said at the beginning of some files, for the choice of an encoder."""
+        step = max(1, len(self.files) // 32)
+        texts: list[str] = []
+        left = _SAMPLE_BYTES
+        for file in self.files[::step]:
+            for row in _first_rows(file):
+                read = _read(row, self.formats[file.source], KeyCounts())
+                if isinstance(read, Conversation):
+                    texts += [turn.content for turn in read.turns]
+                    left -= sum(len(turn.content) for turn in read.turns)
+                if left <= 0:
+                    return texts
+        return texts
+
+    def reader(self, encoder: TextEncoder) -> "ChatReader":
+        """Return what reads units on the workers."""
+        num_trained = len(self.config.sources)
+        chat = build_chat_encoder(self.tokenizer, self.config.chat, encoder)
+        return ChatReader(chat, self.formats, num_trained)
+
+
+def open_chats(config: ChatDataConfig, tokenizer: PreTrainedTokenizerFast) -> ChatCorpus:
+    """Find the files of all sources, and the format of each.
+
+    Raises:
+        ConfigError: A source matches no file, mixes formats, or has none that is known; or the
+            tokenizer cannot write conversations. All such problems, with their fields.
+    """
+    problems: list[str] = []
+    try:
+        build_template(config.chat.template, tokenizer)
+    except ValueError as error:
+        problems.append(f"data.chat.{error}")
+    max_bytes = config.max_document_mib << 20
+    trained = _find(config.sources, "sources", 0, max_bytes, problems)
+    held_out = _find(config.validation, "validation", len(config.sources), max_bytes, problems)
+    names = {_identity(file) for file in held_out}
+    files = [file for file in trained if _identity(file) not in names]
+    if len(files) < len(trained):
+        logger.info(
+            "%d files of data.sources are those of data.validation: not trained on",
+            len(trained) - len(files),
+        )
+    every = (*config.sources, *config.validation)
+    formats: list[RowFormat] = []
+    for number, source in enumerate(every):
+        own = [file for file in [*files, *held_out] if file.source == number]
+        found = _find_format(source, _field(config, number), own, problems)
+        formats.append(RowFormat(found or "messages", source.input_separator))
+    if problems:
+        raise ConfigError(problems)
+    return ChatCorpus(config, tokenizer, [*files, *held_out], tuple(formats))
+
+
+def _field(config: ChatDataConfig, number: int) -> str:
+    behind = number - len(config.sources)
+    return f"data.sources.{number}" if behind < 0 else f"data.validation.{behind}"
+
+
+def _identity(file: SourceFile) -> str:
+    return str(file.place.path.resolve()) if file.place.is_local else str(file.place)
+
+
+def _find(
+    sources: Sequence[ChatSourceConfig],
+    field: str,
+    first: int,
+    max_document_bytes: int,
+    problems: list[str],
+) -> list[SourceFile]:
+    if not sources and first:
+        return []
+    try:
+        files = find_conversation_files(tuple(sources))
+    except ConfigError as error:
+        problems += [f"data.{field}{line.removeprefix('sources')}" for line in error.problems]
+        return []
+    return [
+        replace(
+            file,
+            source=file.source + first,
+            options=replace(file.options, max_document_bytes=max_document_bytes),
+        )
+        for file in files
+    ]
+
+
+def _find_format(
+    source: ChatSourceConfig, field: str, files: list[SourceFile], problems: list[str]
+) -> FormatName | None:
+    """Return the format of a source by the first rows of each file; None with a problem."""
+    found: FormatName | None = None if source.format == "auto" else source.format
+    first = "format says so"
+    for file in files:
+        named = _sniff(file)
+        if named is None or named == found:
+            continue
+        if found is None:
+            found, first = named, f"{file.place} is"
+        elif source.format == "auto":
+            problems.append(
+                f"{field}.path: {file.place} is of the format {named}, but {found} is the "
+                f"source's ({first}); give each format a source of its own"
+            )
+            return None
+    if not files:
+        problems.append(
+            f"{field}.path: no file of {source.path} is left, for all are data.validation's; name "
+            "other files"
+        )
+    elif found is None:
+        problems.append(
+            f"{field}.format: no row of {source.path} is of a known format; name it if the rows "
+            "are damaged. Known are alpaca (instruction, output), conversations, messages and "
+            "completion (prompt, completion)"
+        )
+    return found
+
+
+def _sniff(file: SourceFile) -> FormatName | None:
+    for number, row in enumerate(_first_rows(file)):
+        found = sniff_format(row.value)
+        if found is not None:
+            return found
+        if number == _SNIFFED_ROWS:
+            return None
+    return None
+
+
+def _first_rows(file: SourceFile) -> Iterator[ObjectRow]:
+    for batch in read_beginning(file):
+        yield from batch.objects
+
+
+def _read(row: ObjectRow, row_format: RowFormat, counts: KeyCounts) -> Conversation | Defect:
+    separator = row_format.input_separator
+    return read_row(row.value, row_format.name, counts, input_separator=separator)
+
+
+class ChatReader:
+    """Reads units of conversations; picklable. See `units.UnitReader`."""
+
+    has_targets = True
+
+    def __init__(
+        self, encoder: ChatEncoder, formats: tuple[RowFormat, ...], num_trained: int
+    ) -> None:
+        """Hold what all units need.
+
+        Args:
+            encoder: Makes the ids.
+            formats: Of each source.
+            num_trained: Sources that are trained on; those behind them are for evaluation.
+        """
+        self._encoder = encoder
+        self._formats = formats
+        self._num_trained = num_trained
+
+    def read(
+        self, unit: Unit, plan: EncodePlan, tally: Tally, quarantine: QuarantineWriter
+    ) -> Iterator[EncodedDocuments]:
+        """Stream the conversations of a unit, and account for every row.
+
+        Raises:
+            SourceError: As `reading.read_unit`, or a row is of another format than its source.
+        """
+        for number, piece, batch in read_pieces(unit, plan.files, tally, quarantine):
+            tally.skipped["blank"] += len(batch.texts)
+            rows = batch.objects
+            for start in range(0, len(rows), _BATCH_CONVERSATIONS):
+                some = rows[start : start + _BATCH_CONVERSATIONS]
+                bad: list[BadRow] = []
+                made = self._encode(some, piece, plan, tally, bad)
+                quarantine_rows(bad, tally, quarantine, plan.files[piece.file], number)
+                if made is not None:
+                    yield made
+
+    def _encode(
+        self,
+        rows: Sequence[ObjectRow],
+        piece: Piece,
+        plan: EncodePlan,
+        tally: Tally,
+        bad: list[BadRow],
+    ) -> EncodedDocuments | None:
+        file = plan.files[piece.file]
+        keys = KeyCounts()
+        usable: list[tuple[ObjectRow, Conversation]] = []
+        for row in rows:
+            read = self._read(row, file, keys)
+            if isinstance(read, Defect):
+                bad.append(BadRow(row.line, row.offset, read.reason, read.detail))
+            else:
+                usable.append((row, read))
+        _count_keys(keys, tally)
+        kept: list[tuple[ObjectRow, Conversation, EncodedConversation]] = []
+        encoded = self._encoder.encode([conversation for _, conversation in usable])
+        for (row, conversation), made in zip(usable, encoded, strict=True):
+            if isinstance(made, EncodedConversation):
+                kept.append((row, conversation, made))
+            elif made.reason in DROPPED:
+                tally.skipped[made.reason] += 1
+            else:
+                bad.append(BadRow(row.line, row.offset, made.reason, made.detail))
+        if not kept:
+            return None
+        tally.events["truncated"] += sum(made.num_cut > 0 for *_, made in kept)
+        tally.events["cut_tokens"] += sum(made.num_cut for *_, made in kept)
+        tally.events["split_boundaries"] += sum(made.num_splits for *_, made in kept)
+        said = [_said(conversation) for _, conversation, _ in kept]
+        return EncodedDocuments(
+            file=piece.file,
+            ids=np.concatenate([made.ids for *_, made in kept]),
+            lengths=np.array([len(made.ids) for *_, made in kept], dtype=np.int64),
+            num_bytes=np.array([_num_bytes(conversation) for _, conversation, _ in kept]),
+            offsets=np.array([row.offset for row, *_ in kept], dtype=np.int64),
+            is_validation=self._is_validation(said, file, plan),
+            targets=np.concatenate([made.targets for *_, made in kept]),
+        )
+
+    def _read(self, row: ObjectRow, file: SourceFile, keys: KeyCounts) -> Conversation | Defect:
+        row_format = self._formats[file.source]
+        read = _read(row, row_format, keys)
+        if isinstance(read, Defect) and read.reason == "missing_field":
+            found = sniff_format(row.value)
+            if found not in (None, row_format.name):
+                raise SourceError(
+                    f"{file.place}: byte {row.offset}: the row is of the format {found}, its "
+                    f"source's is {row_format.name}; give each format a source of its own: "
+                    f"{excerpt(json.dumps(row.value, ensure_ascii=False))}"
+                )
+        return read
+
+    def _is_validation(
+        self, said: list[str], file: SourceFile, plan: EncodePlan
+    ) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+        if file.source >= self._num_trained:
+            return np.ones(len(said), dtype=np.bool_)
+        sides = choose_sides(said, plan.validation_fraction)
+        return sides.get("validation", np.zeros(len(said), dtype=np.bool_))
+
+
+def _said(conversation: Conversation) -> str:
+    """Return what decides on which side a conversation goes: equal ones stay together."""
+    return json.dumps(
+        [conversation.system, *[turn.content for turn in conversation.turns]], ensure_ascii=False
+    )
+
+
+def _num_bytes(conversation: Conversation) -> int:
+    texts = [conversation.system or "", *[turn.content for turn in conversation.turns]]
+    return sum(map(count_bytes, texts))
+
+
+def _count_keys(keys: KeyCounts, tally: Tally) -> None:
+    for kind, counter in (
+        ("alias", keys.aliased),
+        ("ignored field", keys.ignored),
+        ("repeated field", keys.repeated),
+    ):
+        for name, count in counter.items():
+            tally.events[f"{kind}: {name}"] += count

@@ -1,0 +1,192 @@
+"""From finished units to a token store: the manifest, the quarantine file, and the last write."""
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raytune_llama.data.build.file_hashes import SeenFiles
+from raytune_llama.data.build.unit_encoder import UnitRecord, quarantine_place
+from raytune_llama.data.build.units import EncodePlan, Unit
+from raytune_llama.data.readers.rows import SourceError
+from raytune_llama.data.store.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    SPLITS,
+    Manifest,
+    Quarantine,
+    RowCounts,
+    SplitManifest,
+    fingerprint_of,
+    write_manifest,
+)
+from raytune_llama.data.store.report import REPORT_NAME, render_report
+from raytune_llama.storage.files import move_directory
+from raytune_llama.storage.place import Place
+
+logger = logging.getLogger(__name__)
+
+QUARANTINE_NAME = "quarantine.jsonl"
+"""Rows that cannot be used: source, file, line, byte offset, reason and detail."""
+
+_NUM_SHOWN = 10
+
+
+def build_manifest(
+    inputs: dict[str, Any], units: list[Unit], plan: EncodePlan, records: list[UnitRecord]
+) -> Manifest:
+    """Sum up the records of all units, and write the quarantine file beside the shards."""
+    rows = sum((record.rows for record in records), RowCounts())
+    assert rows.is_balanced, f"rows were lost: {rows}"
+    lengths = np.array([record.lengths for record in records], dtype=np.int64).sum(axis=0)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        fingerprint=fingerprint_of(inputs),
+        inputs=inputs,
+        token_dtype=plan.dtype,
+        splits={
+            split: SplitManifest.of(shard for record in records if (shard := record.shards[split]))
+            for split in SPLITS
+        },
+        rows=rows,
+        quarantine=_write_quarantine(units, plan, records),
+        lengths=np.trim_zeros(np.atleast_1d(lengths), "b").tolist(),
+    )
+
+
+def check_counts(
+    manifest: Manifest, plan: EncodePlan, validation_fraction: float, max_bad_fraction: float
+) -> None:
+    """Refuse a store that could not be trained on, or not be evaluated as asked.
+
+    Raises:
+        SourceError: Too many rows are in quarantine (the first reasons are listed), there is no
+            text, or a split that was asked for is empty.
+    """
+    rows = manifest.rows
+    bad = ", ".join(f"{count} {reason}" for reason, count in rows.quarantined.items())
+    if rows.num_quarantined > max_bad_fraction * rows.total:
+        raise SourceError(
+            f"data.max_bad_fraction: {rows.num_quarantined} of {rows.total} rows cannot be used "
+            f"({bad}), more than {max_bad_fraction:.2%}; mend them, leave files out, or allow "
+            f"more. All are listed in {plan.store / QUARANTINE_NAME}; the first ones:\n  "
+            + "\n  ".join(_first_bad_rows(plan))
+        )
+    if rows.num_quarantined:
+        logger.warning(
+            "%d of %d rows are in %s: %s", rows.num_quarantined, rows.total, QUARANTINE_NAME, bad
+        )
+    skipped = ", ".join(f"{count} {reason}" for reason, count in rows.skipped.items() if count)
+    if skipped:
+        logger.info("rows left out: %s", skipped)
+    if rows.events:
+        met = ", ".join(f"{count} {name}" for name, count in rows.events.items())
+        logger.info("met in rows: %s", met)
+    if rows.aliased:
+        logger.info("%d rows have their text under another name of its field", rows.aliased)
+    _check_splits(manifest, validation_fraction, skipped or "none")
+
+
+def _check_splits(manifest: Manifest, validation_fraction: float, skipped: str) -> None:
+    train, validation = manifest.splits["train"], manifest.splits["validation"]
+    if not train.documents and not validation.documents:
+        raise SourceError(f"data.sources: no document has any text (rows left out: {skipped})")
+    # A missing split is an error, not a warning: it would surface only at the first evaluation, on
+    # machines that cost more. It happens to small corpora alone, so that little work is lost.
+    for split, name in ((train, "train"), (validation, "validation")):
+        if not split.documents and (name == "train" or validation_fraction > 0):
+            total = train.documents + validation.documents
+            raise SourceError(
+                f"data.validation_fraction: {validation_fraction} of {total} documents leaves none "
+                f"for {name}; choose another fraction, or split the text into more documents"
+            )
+
+
+def publish(
+    manifest: Manifest,
+    seen: SeenFiles,
+    plan: EncodePlan,
+    store_dir: Place,
+    source_names: list[str],
+) -> None:
+    """Turn the collected shards into the store; its manifest is written last."""
+    listed = {shard.name for split in manifest.splits.values() for shard in split.shards}
+    if manifest.quarantine:
+        listed.add(manifest.quarantine.name)
+    for place in plan.store.files():
+        if place.name not in listed:  # left by a killed worker, or by files no longer configured
+            place.delete()
+    seen.write(plan.store)
+    (plan.store / REPORT_NAME).write_bytes(render_report(manifest, source_names).encode())
+    write_manifest(plan.store / MANIFEST_NAME, manifest)
+    if plan.store.is_local:
+        move_directory(plan.store.path, store_dir.path)
+        shutil.rmtree(plan.work.path)
+    else:
+        plan.work.delete()
+    for name, split in manifest.splits.items():
+        targets = [shard.targets for shard in split.shards if shard.targets is not None]
+        logger.info(
+            "%s: %d documents, %d tokens%s, %.1f MB of text",
+            name,
+            split.documents,
+            split.tokens,
+            f", {sum(targets)} of them learned" if targets else "",
+            split.text_bytes / 1e6,
+        )
+
+
+def _write_quarantine(
+    units: list[Unit], plan: EncodePlan, records: list[UnitRecord]
+) -> Quarantine | None:
+    """Join the units' bad rows, with lines numbered through each file."""
+    target = plan.store / QUARANTINE_NAME
+    rows = _quarantined_rows(units, plan, records)
+    first = next(rows, None)
+    if first is None:
+        target.delete()
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, QUARANTINE_NAME)
+        digest, num_bytes = hashlib.sha256(), 0
+        with file.open("wb") as opened:
+            for row in chain([first], rows):
+                line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+                opened.write(line)
+                digest.update(line)
+                num_bytes += len(line)
+        target.upload(file)
+    return Quarantine(name=target.name, sha256=digest.hexdigest(), file_bytes=num_bytes)
+
+
+def _quarantined_rows(
+    units: list[Unit], plan: EncodePlan, records: list[UnitRecord]
+) -> Iterator[dict[str, Any]]:
+    lines_before: dict[int, int] = {}
+    for unit, record in zip(units, records, strict=True):
+        starts: list[int] = []
+        for piece, found in zip(unit.pieces, record.pieces, strict=True):
+            starts.append(lines_before.get(piece.file, 0))
+            lines_before[piece.file] = starts[-1] + found.lines
+        if record.quarantine is None:
+            continue
+        for line in quarantine_place(unit, plan).read_bytes().decode().split("\n")[:-1]:
+            row = json.loads(line)
+            row["line"] += starts[row.pop("piece")]
+            yield row
+
+
+def _first_bad_rows(plan: EncodePlan) -> list[str]:
+    data = (plan.store / QUARANTINE_NAME).read_bytes()
+    rows = [json.loads(line) for line in data.decode().split("\n")[:_NUM_SHOWN] if line]
+    return [
+        f"{row['file']}: line {row['line']}, byte {row['offset']}: {row['reason']}: {row['detail']}"
+        for row in rows
+    ]

@@ -1,0 +1,125 @@
+"""Documents of plain text, read, cleaned and encoded, unit by unit.
+
+for documents in TextReader(encoder).read(unit, plan, tally, quarantine): ...
+"""
+
+import logging
+from collections.abc import Iterator
+from hashlib import sha256
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_llama.data.build.duplicates_pass import DuplicateFilter
+from raytune_llama.data.build.unit_reader import Documents, QuarantineWriter, Tally, read_unit
+from raytune_llama.data.build.units import EncodePlan, Unit
+from raytune_llama.data.filters.cleaning import Cleaner
+from raytune_llama.data.readers.rows import SourceError
+from raytune_llama.data.store.manifest import SplitName
+from raytune_llama.data.store.shards import EncodedDocuments
+from raytune_llama.tokenizer.encoder import IdsDifferError
+from raytune_llama.tokenizer.reference import TextEncoder
+from raytune_llama.tokenizer.split_points import UncuttableTextError
+
+logger = logging.getLogger(__name__)
+
+_BATCH_DOCUMENTS = 8192
+_BATCH_BYTES = 2 << 20
+
+
+class TextReader:
+    """Reads units of text; picklable. See `units.UnitReader`."""
+
+    has_targets = False
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self._encoder = encoder
+
+    def read(
+        self, unit: Unit, plan: EncodePlan, tally: Tally, quarantine: QuarantineWriter
+    ) -> Iterator[EncodedDocuments]:
+        """Stream the documents of a unit, and account for every row; see `reading.read_unit`."""
+        duplicates = DuplicateFilter(unit, plan)
+        for documents in read_unit(unit, plan.files, tally, quarantine, Cleaner(plan.cleaning)):
+            for batch in _batched(duplicates.keep(documents, tally)):
+                yield _encode_batch(batch, plan, self._encoder, tally)
+
+
+def _encode_batch(
+    documents: Documents, plan: EncodePlan, encoder: TextEncoder, tally: Tally
+) -> EncodedDocuments:
+    """Encode a batch; a text that becomes no token is counted and left out."""
+    encoded = _encode(documents, plan, encoder, tally)
+    lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+    has_tokens = lengths > 0
+    tally.skipped["no_tokens"] += int((~has_tokens).sum())
+    sides = choose_sides(documents.texts, plan.validation_fraction)
+    is_validation = sides.get("validation", np.zeros(len(lengths), dtype=bool))
+    return EncodedDocuments(
+        file=documents.file,
+        ids=encoded[0] if len(encoded) == 1 else np.concatenate(encoded),
+        lengths=lengths[has_tokens],
+        num_bytes=np.array(documents.num_bytes, dtype=np.int64)[has_tokens],
+        offsets=np.array(documents.offsets, dtype=np.int64)[has_tokens],
+        is_validation=is_validation[has_tokens],
+    )
+
+
+def _encode(
+    documents: Documents, plan: EncodePlan, encoder: TextEncoder, tally: Tally
+) -> list[NDArray[np.uint32]]:
+    """Encode a batch; a text that is too long to encode is counted, and has no ids."""
+    place = plan.files[documents.file].place
+    try:
+        return encoder.encode(documents.texts)
+    except IdsDifferError as error:
+        offset = documents.offsets[error.index]
+        raise SourceError(f"{place}: byte {offset}: {error}") from error
+    except UncuttableTextError:
+        pass
+    encoded: list[NDArray[np.uint32]] = []
+    for text, offset in zip(documents.texts, documents.offsets, strict=True):
+        try:
+            encoded += encoder.encode([text])
+        except UncuttableTextError as error:
+            logger.warning("%s: byte %d: left out: %s", place, offset, error)
+            tally.skipped["uncuttable"] += 1
+            tally.skipped["no_tokens"] -= 1  # which the caller counts for all that have none
+            encoded.append(np.empty(0, dtype=np.uint32))
+    return encoded
+
+
+def _batched(documents: Documents) -> Iterator[Documents]:
+    """Cut documents so that a batch is worth a call and yet fits in memory."""
+    ends = np.cumsum(documents.num_bytes)
+    start = num_bytes = 0
+    while start < len(documents.texts):
+        full = int(np.searchsorted(ends, num_bytes + _BATCH_BYTES)) + 1
+        stop = min(full, start + _BATCH_DOCUMENTS, len(documents.texts))
+        yield _part(documents, start, stop)
+        start, num_bytes = stop, int(ends[stop - 1])
+
+
+def _part(documents: Documents, start: int, stop: int) -> Documents:
+    return Documents(
+        documents.file,
+        documents.texts[start:stop],
+        documents.offsets[start:stop],
+        documents.num_bytes[start:stop],
+    )
+
+
+def choose_sides(
+    texts: list[str], validation_fraction: float
+) -> dict[SplitName, NDArray[np.bool_]]:
+    """Say which documents go to each split, by their texts alone: equal texts stay together.
+
+    A text is for validation where the first 64 bits of its SHA-256, as a share of their range,
+    are below the fraction.
+    """
+    if not validation_fraction:
+        return {"train": np.ones(len(texts), dtype=bool)}
+    bound = int(validation_fraction * 2**64).to_bytes(8, "big")
+    below = (sha256(text.encode()).digest()[:8] < bound for text in texts)
+    validation = np.fromiter(below, dtype=bool, count=len(texts))
+    return {"train": ~validation, "validation": validation}

@@ -1,0 +1,241 @@
+"""Conversations of any format become files of another one, with nothing lost unseen.
+
+    convert_data(ConvertDataConfig(sources=(...), target="converted", format="conversations"))
+
+The target directory appears when all is written:
+
+    train.jsonl  dev.jsonl   the rows, in their order (with `json`: one array each)
+    quarantine.jsonl         rows that are no conversations, with file, line and reason
+    manifest.json            counts that balance, and the hash of each file
+"""
+
+import json
+import logging
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from raytune_llama.chat.conversations import Conversation, Defect
+from raytune_llama.chat.formats import FormatName, write_row
+from raytune_llama.config.settings import ConfigError, settings, to_dict
+from raytune_llama.data.build.text_corpus import choose_sides
+from raytune_llama.data.readers.conversations import (
+    ConversationCounts,
+    ConversationRow,
+    ConversationSource,
+    find_conversation_files,
+    read_conversations,
+)
+from raytune_llama.data.readers.rows import BadRow, SourceError
+from raytune_llama.storage.files import publish_directory, sha256_file, write_json_atomic
+from raytune_llama.storage.place import local_path
+
+logger = logging.getLogger(__name__)
+
+MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
+
+Part = Literal["train", "dev"]
+
+
+@settings
+class DevSplit:
+    """Which rows are held out, in `dev`."""
+
+    head: Annotated[int, Field(ge=1)] | None = None
+    """The first so many rows that are written, as CALM's scripts do with 3000."""
+    hash_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Rows whose text has a SHA-256 in the lowest such share of all: equal conversations are on
+    the same side, whatever their order and ids."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DevSplit":
+        if (self.head is None) == (self.hash_fraction is None):
+            raise ConfigError(["head: set either head or hash_fraction, and the other to null"])
+        return self
+
+
+@settings
+class ConvertDataConfig:
+    """Conversations to convert."""
+
+    sources: tuple[ConversationSource, ...]
+    """What is read, each source of one format."""
+    target: Annotated[str, Field(min_length=1)]
+    """Directory to make; it must not exist."""
+    format: FormatName = "conversations"
+    """Format of the rows that are written."""
+    layout: Literal["jsonl", "json"] = "jsonl"
+    """A row a line, or one array."""
+    id_prefix: str | None = None
+    """A row without an id gets `<id_prefix>-<n>`, n being its number among all rows from 1, bad
+    ones counted. Null: it gets none."""
+    split: DevSplit | None = None
+    """Which rows are held out; null: none."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """More rows than this that can't be used, and nothing is written."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ConvertDataConfig":
+        if not self.sources:
+            raise ConfigError(["sources: got an empty list; name at least one file"])
+        return self
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted; its counts balance."""
+
+    num_rows: int
+    """Rows that were read."""
+    written: dict[str, int]
+    """Rows written, by part."""
+    quarantined: dict[str, int]
+    """Rows that can't be used, by reason."""
+
+
+def convert_data(config: ConvertDataConfig) -> Conversion:
+    """Write all conversations in another format; memory stays bounded.
+
+    Raises:
+        ConfigError: The target exists, or a source names no JSON file.
+        SourceError: A source mixes formats or cannot be read, too many rows can't be used, or none
+            is left.
+    """
+    target = local_path(config.target, "target")
+    if target.exists():
+        raise ConfigError([f"target: {target} exists; delete it or choose another place"])
+    find_conversation_files(config.sources)
+    counts = ConversationCounts()
+    with publish_directory(target) as folder:
+        conversion = _write_all(folder, config, counts)
+        _check(conversion, folder, config)
+        files = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
+        manifest = asdict(conversion) | {
+            "blank_lines": counts.blank_lines,
+            "formats": dict(counts.files),
+            "keys": {
+                "aliased": dict(counts.keys.aliased),
+                "ignored": dict(counts.keys.ignored),
+                "repeated": dict(counts.keys.repeated),
+            },
+            "files": files,
+            "config": to_dict(config),
+        }
+        write_json_atomic(folder / MANIFEST, manifest)
+    _log(conversion, counts, target)
+    return conversion
+
+
+def _write_all(folder: Path, config: ConvertDataConfig, counts: ConversationCounts) -> Conversion:
+    written: Counter[str] = Counter()
+    quarantined: Counter[str] = Counter()
+    num_rows = 0
+    with ExitStack() as stack:
+        parts: list[Part] = ["train", "dev"] if config.split else ["train"]
+        writers = {
+            part: stack.enter_context(_RowFile(folder / f"{part}.{config.layout}", config.layout))
+            for part in parts
+        }
+        bad = stack.enter_context(_RowFile(folder / QUARANTINE, "jsonl"))
+        for row in read_conversations(config.sources, counts):
+            num_rows += 1
+            made = _convert(row, config)
+            if isinstance(made, Defect | BadRow):
+                quarantined[made.reason] += 1
+                place = {"source": row.source, "file": row.file, "line": row.line}
+                bad.write(place | {"row": row.number} | _reason(made))
+                continue
+            part = _choose_part(row, config.split, num_written=written.total())
+            writers[part].write(made)
+            written[part] += 1
+    return Conversion(num_rows, dict(written), dict(sorted(quarantined.items())))
+
+
+def _convert(row: ConversationRow, config: ConvertDataConfig) -> dict[str, Any] | Defect | BadRow:
+    conversation = row.conversation
+    if not isinstance(conversation, Conversation):
+        return conversation
+    if conversation.id is None and config.id_prefix is not None:
+        conversation = replace(conversation, id=f"{config.id_prefix}-{row.number}")
+    return write_row(conversation, config.format)
+
+
+def _reason(bad: Defect | BadRow) -> dict[str, str]:
+    return {"reason": bad.reason, "detail": bad.detail}
+
+
+def _choose_part(row: ConversationRow, split: DevSplit | None, *, num_written: int) -> Part:
+    if split is None:
+        return "train"
+    if split.head is not None:
+        return "dev" if num_written < split.head else "train"
+    assert split.hash_fraction is not None
+    assert isinstance(row.conversation, Conversation)
+    said = [row.conversation.system, *map(asdict, row.conversation.turns)]
+    sides = choose_sides([json.dumps(said, ensure_ascii=False)], split.hash_fraction)
+    return "dev" if sides["validation"][0] else "train"
+
+
+class _RowFile:
+    """Writes JSON objects, a line each or as one array."""
+
+    def __init__(self, path: Path, layout: Literal["jsonl", "json"]) -> None:
+        self._path = path
+        self._is_array = layout == "json"
+        self._num_rows = 0
+
+    def __enter__(self) -> Self:
+        self._file = self._path.open("w", encoding="utf-8", newline="\n")
+        if self._is_array:
+            self._file.write("[\n")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_array:
+            self._file.write("\n]\n" if self._num_rows else "]\n")
+        self._file.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        text = json.dumps(row, ensure_ascii=False)
+        if self._is_array:
+            self._file.write((",\n" if self._num_rows else "") + text)
+        else:
+            self._file.write(text + "\n")
+        self._num_rows += 1
+
+
+def _check(conversion: Conversion, folder: Path, config: ConvertDataConfig) -> None:
+    num_bad, num_written = sum(conversion.quarantined.values()), sum(conversion.written.values())
+    assert conversion.num_rows == num_bad + num_written, "every row is counted where it ends up"
+    quarantine = folder / QUARANTINE
+    if num_bad > config.max_bad_fraction * conversion.num_rows:
+        with quarantine.open(encoding="utf-8") as file:
+            first = "\n  ".join(line.rstrip("\n") for line, _ in zip(file, range(10), strict=False))
+        raise SourceError(
+            f"max_bad_fraction: {num_bad} of {conversion.num_rows} rows cannot be used, more than "
+            f"{config.max_bad_fraction:.2%}; mend them, or allow more. The first ones:\n  {first}"
+        )
+    if not num_written:
+        raise SourceError("sources: no row is left to write; name files with conversations")
+    if not num_bad:
+        quarantine.unlink()
+
+
+def _log(conversion: Conversion, counts: ConversationCounts, target: Path) -> None:
+    listed = ", ".join(f"{number} to {part}" for part, number in conversion.written.items())
+    logger.info("%s: %d rows read, %s", target, conversion.num_rows, listed)
+    if conversion.quarantined:
+        bad = ", ".join(f"{number} {reason}" for reason, number in conversion.quarantined.items())
+        logger.warning("%s: rows that cannot be used: %s", target / QUARANTINE, bad)
+    for meaning, names in (
+        ("read under another name", counts.keys.aliased),
+        ("without meaning in their format, not converted", counts.keys.ignored),
+        ("twice in one object, not converted", counts.keys.repeated),
+    ):
+        if names:
+            found = ", ".join(f"{name!r} {number} times" for name, number in names.most_common(20))
+            logger.warning("fields %s: %s", meaning, found)

@@ -1,0 +1,320 @@
+"""The steps of finding duplicates: a task reads files of the steps before and writes one.
+
+A document is a number, `unit << 32 | its place in the unit`, so that numbers are in source order.
+The signature files are cut into chunks of documents, and what has to meet is sent to a partition:
+
+    texts/rows     by chunk       hashes of its texts, for each partition of hashes
+    texts/matched  by partition   documents whose text came before, for each chunk
+    bands/rows     by chunk       hashes of its bands, for each partition of hashes
+    bands/matched  by partition   similar pairs, for each chunk
+    pairs/N/small, pairs/N/large  by chunk   round N of joining pairs to groups
+
+A file has a stretch for each reader (`shuffle.py`). A chunk decides what it can alone, and sends on
+only the first document of each hash: a hash that all documents share arrives once for each chunk.
+
+Pairs (later, earlier) are joined by small-star and large-star steps (Kiveris et al., Connected
+Components in MapReduce and Beyond, SoCC 2014), until each document is the later one of one pair at
+most. A step makes no more pairs than it got.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raytune_llama.data.filters.shuffle import Numbers, Rows, make_rows, read_rows
+from raytune_llama.data.filters.signatures import DuplicatesConfig, signature_file, signature_schema
+from raytune_llama.storage.place import Place
+
+UNIT_BITS = 32
+"""Bits of a document's number that are its place in the unit."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stretch of documents that one task reads: some units, or a part of one."""
+
+    first_unit: int
+    """Where it begins."""
+    stop_unit: int
+    """Behind its last unit."""
+    first_batch: int
+    """The first record batch that it takes of its units."""
+    stop_batch: int
+    """Behind the last one; a unit may have less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What all tasks know."""
+
+    signatures: Place
+    """The signature files."""
+    work: Place
+    """Where the files of the steps go."""
+    config: DuplicatesConfig
+    """What to look for."""
+    batch_documents: int
+    """Rows of every record batch of a signature file but its last."""
+    chunks: tuple[Chunk, ...]
+    """In source order; every document is in one."""
+    num_partitions: int
+    """Of hashes."""
+
+    def file(self, step: str, index: int) -> Place:
+        """Name the file that a step makes of a chunk or partition."""
+        return self.work / f"{step}/{index:06d}.rows"
+
+    def num_files(self, step: str) -> int:
+        """Return how many files a step makes."""
+        return self.num_partitions if step.endswith("matched") else len(self.chunks)
+
+    def read_all(self, step: str, reader: int, num_columns: int) -> tuple[Numbers, ...]:
+        """Read what all files of a step have for a partition or chunk."""
+        files = [self.file(step, index) for index in range(self.num_files(step))]
+        return read_rows(files, reader, self._num_readers(step), num_columns)
+
+    def read_own(self, step: str, index: int, num_columns: int) -> tuple[Numbers, ...]:
+        """Read what a chunk has decided alone: the last reader of its file."""
+        num_readers = self._num_readers(step)
+        return read_rows([self.file(step, index)], num_readers - 1, num_readers, num_columns)
+
+    def _num_readers(self, step: str) -> int:
+        return self.num_partitions + 1 if step.endswith("rows") else len(self.chunks)
+
+    def chunk_of(self, documents: Numbers) -> NDArray[np.int64]:
+        """Return the chunk of each document."""
+        firsts = [
+            (chunk.first_unit << UNIT_BITS) + chunk.first_batch * self.batch_documents
+            for chunk in self.chunks
+        ]
+        return np.searchsorted(np.array(firsts, np.uint64), documents, side="right") - 1
+
+    def partition_of(self, hashes: Numbers) -> NDArray[np.int64]:
+        """Return the partition of each hash, by its high bits."""
+        return (((hashes >> 32) * np.uint64(self.num_partitions)) >> 32).astype(np.int64)
+
+
+def send_texts(plan: Plan, index: int) -> Rows:
+    """Send the texts of a chunk to the partitions of their hashes, each once.
+
+    The last reader is the chunk itself: the documents whose text came before in the chunk.
+    """
+    documents, hashes = _read_chunk(plan, index, "hash")
+    order, is_repeated = _repeated((hashes[:, 0], hashes[:, 1]))
+    documents, hashes = documents[order], hashes[order]
+    reader = np.where(is_repeated, plan.num_partitions, plan.partition_of(hashes[:, 0]))
+    counts = {"documents": len(documents), "exact_duplicates": int(is_repeated.sum())}
+    columns = (documents, hashes[:, 0], hashes[:, 1])
+    return Rows(columns, reader, plan.num_partitions + 1, counts)
+
+
+def match_texts(plan: Plan, index: int) -> Rows:
+    """Find the documents of a partition whose text came before, in a chunk before."""
+    documents, high, low = plan.read_all("texts/rows", index, 3)
+    # The files are in source order: so are the documents of one hash, as sorting is stable.
+    order, is_repeated = _repeated((high, low))
+    later = np.sort(documents[order][is_repeated])
+    counts = {"exact_duplicates": len(later)}
+    return Rows((later,), plan.chunk_of(later), len(plan.chunks), counts)
+
+
+def exact_duplicates(plan: Plan, index: int) -> Numbers:
+    """Return the documents of a chunk whose text came before, ascending."""
+    if not plan.config.exact:
+        return np.empty(0, dtype=np.uint64)
+    own = plan.read_own("texts/rows", index, 3)[0]
+    (sent,) = plan.read_all("texts/matched", index, 1)
+    return np.sort(np.concatenate([own, sent]))
+
+
+def send_bands(plan: Plan, index: int) -> Rows:
+    """Send the bands of a chunk to the partitions of their hashes, each once.
+
+    Exact duplicates are left out: they follow the first document of their text. The last reader is
+    the chunk itself: the pairs that it has found.
+    """
+    documents, bands = _read_chunk(plan, index, "bands")
+    num_documents = len(documents)
+    is_left = ~np.isin(documents, exact_duplicates(plan, index), assume_unique=True)
+    documents, bands = documents[is_left], bands[is_left]
+    sent: list[tuple[Numbers, Numbers]] = []
+    pairs: list[tuple[Numbers, Numbers]] = []
+    for hashes in bands.T:
+        order, is_repeated = _repeated((hashes,))
+        sent.append((documents[order][~is_repeated], hashes[order][~is_repeated]))
+        pairs.append(_pairs(documents[order], is_repeated))
+    later, earlier = joined(*map(np.concatenate, zip(*pairs, strict=True)))
+    documents, hashes = map(np.concatenate, zip(*sent, strict=True))
+    readers = [plan.partition_of(hashes), np.full(len(later), plan.num_partitions)]
+    columns = (np.concatenate([documents, later]), np.concatenate([hashes, earlier]))
+    counts = {"documents": num_documents, "pairs": len(later)}
+    return Rows(columns, np.concatenate(readers), plan.num_partitions + 1, counts)
+
+
+def match_bands(plan: Plan, index: int) -> Rows:
+    """Find the pairs of documents that share a band of a partition."""
+    documents, hashes = plan.read_all("bands/rows", index, 2)
+    order, is_repeated = _repeated((hashes,))
+    later, earlier = joined(*_pairs(documents[order], is_repeated))
+    counts = {"pairs": len(later)}
+    return Rows((later, earlier), plan.chunk_of(later), len(plan.chunks), counts)
+
+
+def join_small(plan: Plan, index: int, *, number: int) -> Rows:
+    """Join the pairs whose later document is in a chunk; each goes on to both its documents.
+
+    `branched` counts the documents with more than one earlier one. Where there is none, each group
+    is a tree, and its root the only one that is not the later of a pair.
+    """
+    if number == 0:
+        own = plan.read_own("bands/rows", index, 2)
+        sent = plan.read_all("bands/matched", index, 2)
+        later, earlier = map(np.concatenate, zip(own, sent, strict=True))
+    else:
+        later, earlier = plan.read_all(f"pairs/{number - 1}/large", index, 2)
+    later, earlier = _distinct(later, earlier)
+    counts = {"branched": len(later) - int(_is_first(later).sum())}
+    later, earlier = joined(later, earlier)
+    nodes = np.concatenate([later, earlier])
+    neighbors = np.concatenate([earlier, later])
+    return Rows((nodes, neighbors), plan.chunk_of(nodes), len(plan.chunks), counts)
+
+
+def join_large(plan: Plan, index: int, *, number: int) -> Rows:
+    """Tie the later neighbours of each document of a chunk to its earliest one."""
+    nodes, neighbors = plan.read_all(f"pairs/{number}/small", index, 2)
+    later, earlier = _large_star(nodes, neighbors)
+    counts = {"pairs": len(later)}
+    return Rows((later, earlier), plan.chunk_of(later), len(plan.chunks), counts)
+
+
+def near_duplicates(plan: Plan, index: int, last_step: str | None) -> Numbers:
+    """Return the documents of a chunk that are similar to an earlier one, ascending.
+
+    Args:
+        plan: The plan.
+        index: The chunk.
+        last_step: The small step that found no branch; None: nothing was looked for.
+    """
+    if last_step is None:
+        return np.empty(0, dtype=np.uint64)
+    nodes, neighbors = plan.read_all(last_step, index, 2)
+    return np.unique(nodes[nodes > neighbors])
+
+
+def joined(later: Numbers, earlier: Numbers) -> tuple[Numbers, Numbers]:
+    """Tie each document of some pairs to the first of its group, and only to that.
+
+    Args:
+        later: [P] A document of each pair.
+        earlier: [P] A document before it.
+
+    Returns:
+        Distinct pairs, ascending.
+    """
+    later, earlier = _distinct(later, earlier)
+    while True:
+        before = later, earlier
+        later, earlier = _small_star(later, earlier)
+        nodes, neighbors = np.concatenate([later, earlier]), np.concatenate([earlier, later])
+        later, earlier = _distinct(*_large_star(nodes, neighbors))
+        if all(map(np.array_equal, before, (later, earlier))):
+            return later, earlier
+
+
+def run_step(
+    plan: Plan, step: str, find: Callable[[Plan, int], Rows], index: int
+) -> dict[str, int]:
+    """Make one file of a step, if it is not there; its bytes depend on nothing but its inputs.
+
+    Returns:
+        The counts of what is in it.
+    """
+    return make_rows(plan.file(step, index), partial(find, plan, index))
+
+
+def _read_chunk(plan: Plan, index: int, column: str) -> tuple[Numbers, Numbers]:
+    """Return the documents of a chunk, [D], and the 64-bit numbers of a column, [D, N]."""
+    chunk = plan.chunks[index]
+    schema = signature_schema(plan.config)
+    place = schema.get_field_index(column)
+    kind = schema.field(column).type
+    width = kind.list_size if pa.types.is_fixed_size_list(kind) else kind.byte_width // 8
+    options = pa.ipc.IpcReadOptions(included_fields=[place])
+    documents = [np.empty(0, dtype=np.uint64)]
+    numbers = [np.empty((0, width), dtype=np.uint64)]
+    for unit in range(chunk.first_unit, chunk.stop_unit):
+        with signature_file(plan.signatures, unit).open() as source:
+            reader = pa.ipc.open_file(source, options=options)
+            stop = min(chunk.stop_batch, reader.num_record_batches)
+            batches = [reader.get_batch(number) for number in range(chunk.first_batch, stop)]
+        first = (unit << UNIT_BITS) + chunk.first_batch * plan.batch_documents
+        num_rows = sum(batch.num_rows for batch in batches)
+        documents.append(np.arange(first, first + num_rows, dtype=np.uint64))
+        numbers += [_as_numbers(batch.column(0), width) for batch in batches]
+    return np.concatenate(documents), np.concatenate(numbers)
+
+
+def _as_numbers(column: pa.Array, width: int) -> Numbers:
+    """View values of fixed size as `width` 64-bit numbers each, [D, N]."""
+    if isinstance(column, pa.FixedSizeListArray):
+        return column.flatten().to_numpy().reshape(-1, width)
+    data = np.frombuffer(column.buffers()[1], dtype=np.uint64)
+    return data.reshape(-1, width)[column.offset :][: len(column)]
+
+
+def _repeated(keys: tuple[Numbers, ...]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Sort rows by their keys, equal ones in their order, and mark all but the first of equals."""
+    order = np.lexsort(keys)
+    is_repeated = np.zeros(len(order), dtype=np.bool_)
+    is_repeated[1:] = True
+    for key in keys:
+        values = key[order]
+        is_repeated[1:] &= values[1:] == values[:-1]
+    return order, is_repeated
+
+
+def _pairs(documents: Numbers, is_repeated: NDArray[np.bool_]) -> tuple[Numbers, Numbers]:
+    """Pair each repeated document with the one before it that is not."""
+    firsts = documents[~is_repeated]
+    places = np.cumsum(~is_repeated) - 1
+    return documents[is_repeated], firsts[places[is_repeated]]
+
+
+def _distinct(later: Numbers, earlier: Numbers) -> tuple[Numbers, Numbers]:
+    order, is_repeated = _repeated((earlier, later))
+    order = order[~is_repeated]
+    return later[order], earlier[order]
+
+
+def _is_first(values: Numbers) -> NDArray[np.bool_]:
+    """Mark the first of each run of equal values."""
+    is_first = np.ones(len(values), dtype=np.bool_)
+    is_first[1:] = values[1:] != values[:-1]
+    return is_first
+
+
+def _small_star(later: Numbers, earlier: Numbers) -> tuple[Numbers, Numbers]:
+    """Tie each document, and its earlier neighbours, to the earliest of them; pairs ascend."""
+    is_first = _is_first(later)
+    least = earlier[is_first][np.cumsum(is_first) - 1]
+    rest = ~is_first
+    return (
+        np.concatenate([later[is_first], earlier[rest]]),
+        np.concatenate([earlier[is_first], least[rest]]),
+    )
+
+
+def _large_star(nodes: Numbers, neighbors: Numbers) -> tuple[Numbers, Numbers]:
+    """Tie the later neighbours of each node to the earliest of it and its neighbours."""
+    order = np.argsort(nodes, kind="stable")
+    nodes, neighbors = nodes[order], neighbors[order]
+    is_first = _is_first(nodes)
+    starts = np.flatnonzero(is_first)
+    least = np.minimum(nodes[starts], np.minimum.reduceat(neighbors, starts))
+    is_later = neighbors > nodes
+    return neighbors[is_later], least[np.cumsum(is_first) - 1][is_later]

@@ -1,0 +1,274 @@
+"""What two documents are compared by: a hash of the text, and MinHash bands of its words.
+
+    num_documents = write_signatures(folder, unit, batches_of_texts, config)
+
+A signature decides alone, whatever machine makes it: two texts are exact duplicates if their hashes
+are equal, and near duplicates if one of their bands is. `duplicates.py` finds them.
+
+A document is the set of its shingles, which are `shingle_words` words in a row (`words.py`: a
+Chinese character is one); case, punctuation and white space don't count. Two documents are similar
+by s = shared shingles / all shingles of both. MinHash draws `bands` x `rows` numbers of each. One
+number agrees with probability s, all rows of a band with s ** rows, and at least one band with
+1 - (1 - s ** rows) ** bands, which rises steeply around (1 / bands) ** (1 / rows). So of the pairs
+of a similarity, and of the documents beside their copy with every 100th, 33rd or 20th word
+replaced, this share is found:
+
+    bands  rows  s = 0.5   0.6   0.7   0.8   0.9    1 in 100   1 in 33   1 in 20
+      14     8      0.05  0.21  0.56  0.92  1.00      1.00       0.78      0.30
+      20     5      0.47  0.80  0.98  1.00  1.00      1.00       1.00      0.88
+       9    13      0.00  0.01  0.08  0.40  0.93      0.95       0.20      0.02
+
+Nothing is verified afterwards: that takes all numbers of both documents at one place, four times
+the bands' bytes, through one more shuffle. Whoever wants fewer wrong pairs raises `rows` instead.
+"""
+
+import functools
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import Field
+
+from raytune_llama.config.settings import settings, to_dict
+from raytune_llama.data.filters.words import UNICODE_VERSION, Piece, cut_pieces, find_words, mixed
+from raytune_llama.data.store.manifest import StoreError
+from raytune_llama.storage.place import Place
+
+VERSION = 1
+"""Version of what signatures mean; part of the fingerprint."""
+
+HASH_BYTES = 16
+"""Of an exact duplicate: two of 10**12 different texts agree with probability 10**-15."""
+
+BATCH_DOCUMENTS = 1 << 14
+"""Rows of a record batch of a signature file."""
+
+_EMPTY = np.iinfo(np.uint32).max
+_ROW_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+
+
+@settings
+class NearConfig:
+    """Near duplicates by MinHash: documents that share most of their words in order."""
+
+    shingle_words: Annotated[int, Field(ge=1, le=100)] = 5
+    """Words in a row that are compared as one; a Chinese character is a word. Fewer: long documents
+    are similar because of common phrases. A document of fewer words is one shingle."""
+    bands: Annotated[int, Field(ge=1, le=256)] = 14
+    """Chances of a pair to be found. A document takes 8 bytes a band for as long as the search
+    lasts, and 16 more in its shuffle."""
+    rows: Annotated[int, Field(ge=1, le=64)] = 8
+    """Numbers that must agree in a band; more make a pair rarer. With 14 bands of 8 rows, 56 % of
+    the pairs are found that share 0.7 of their shingles, 92 % at 0.8, 5 % at 0.5."""
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+    """Of the hash functions."""
+
+    def found_share(self, similarity: float) -> float:
+        """Return the share of pairs of a similarity (shared / all shingles) that are found."""
+        return 1 - (1 - similarity**self.rows) ** self.bands
+
+
+@settings
+class DuplicatesConfig:
+    """Duplicates over all documents of a store: the first in source order is kept."""
+
+    exact: bool = False
+    """Drop documents whose text is that of an earlier one, to the character."""
+    near: NearConfig | None = None
+    """Drop documents that are similar to an earlier one, also over a chain of similar documents in
+    between. Null: off."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What decides the result, as plain JSON data; empty when nothing is on."""
+        rules: dict[str, Any] = {"exact": True} if self.exact else {}
+        if self.near is not None:
+            rules |= {"near": to_dict(self.near), "unicode": UNICODE_VERSION}
+        return {"version": VERSION, **rules} if rules else {}
+
+
+def signatures(texts: Sequence[str], config: DuplicatesConfig) -> pa.RecordBatch:
+    """Return the signatures of documents, one row each.
+
+    Returns:
+        `hash`, 16 bytes, if exact duplicates are looked for; `bands`, a fixed-size list of 64-bit
+        hashes, if near ones are.
+    """
+    columns: list[pa.Array] = []
+    if config.exact:
+        digests = b"".join(_digest(text, HASH_BYTES) for text in texts)
+        buffers = [None, pa.py_buffer(digests)]
+        columns.append(pa.Array.from_buffers(pa.binary(HASH_BYTES), len(texts), buffers))
+    if config.near is not None:
+        flat = pa.array(_band_hashes(texts, config.near).reshape(-1))
+        columns.append(pa.FixedSizeListArray.from_arrays(flat, type=_bands_type(config.near)))
+    return pa.RecordBatch.from_arrays(columns, schema=signature_schema(config))
+
+
+def signature_schema(config: DuplicatesConfig, batch_documents: int = BATCH_DOCUMENTS) -> pa.Schema:
+    """Return the columns of a signature file; the metadata says what it was made with."""
+    fields: list[pa.Field] = []
+    if config.exact:
+        fields.append(pa.field("hash", pa.binary(HASH_BYTES), nullable=False))
+    if config.near is not None:
+        fields.append(pa.field("bands", _bands_type(config.near), nullable=False))
+    inputs = json.dumps(config.inputs, sort_keys=True)
+    metadata = {"inputs": inputs, "batch_documents": str(batch_documents)}
+    return pa.schema(fields, metadata=metadata)
+
+
+def signature_file(folder: Place, unit: int) -> Place:
+    """Name the signature file of a work unit; where it is there, it is whole."""
+    return folder / f"{unit:05d}.arrow"
+
+
+def read_layout(file: Place, config: DuplicatesConfig) -> tuple[int, int]:
+    """Return the record batches of a signature file, and the rows of each but the last.
+
+    Raises:
+        StoreError: It was made with another config or by another version.
+    """
+    with file.open() as source:
+        reader = pa.ipc.open_file(source)
+        metadata = reader.schema.metadata or {}
+        batch_documents = int(metadata.get(b"batch_documents", b"0"))
+        if metadata != signature_schema(config, batch_documents).metadata:
+            raise StoreError(
+                f"{file}: was made with other settings of duplicates, or by another version; "
+                "delete its folder and run again"
+            )
+        return reader.num_record_batches, batch_documents
+
+
+def write_signatures(
+    folder: Place,
+    unit: int,
+    batches: Iterable[Sequence[str]],
+    config: DuplicatesConfig,
+    *,
+    batch_documents: int = BATCH_DOCUMENTS,
+) -> int:
+    """Write the signatures of a work unit: one row a document, in order.
+
+    Args:
+        folder: Where the signature files of all units are.
+        unit: Place of the unit among all units; units are in source order.
+        batches: The texts of its documents in their order, a bounded number at a time. The place of
+            a document among them, from 0, is what `read_dropped` tells later.
+        config: What to look for; something must be on.
+        batch_documents: Rows of every record batch but the last, the same for all units; it has no
+            influence on what is found.
+
+    Returns:
+        The number of documents.
+    """
+    assert config.inputs, "nothing to look for"
+    num_documents = 0
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name, "signatures.arrow")
+        rows = (signatures(texts, config) for texts in batches)
+        with pa.ipc.new_file(str(file), signature_schema(config, batch_documents)) as writer:
+            for batch in _regrouped(rows, batch_documents):
+                writer.write_batch(batch)
+                num_documents += batch.num_rows
+        signature_file(folder, unit).upload(file)
+    return num_documents
+
+
+def _regrouped(batches: Iterable[pa.RecordBatch], num_rows: int) -> Iterator[pa.RecordBatch]:
+    """Join and cut record batches; only the last one may be shorter than `num_rows`."""
+    pending: list[pa.RecordBatch] = []
+    for batch in batches:
+        pending.append(batch)
+        if sum(part.num_rows for part in pending) < num_rows:
+            continue
+        joined = pa.concat_batches(pending)
+        whole = joined.num_rows // num_rows * num_rows
+        for start in range(0, whole, num_rows):
+            yield joined.slice(start, num_rows)
+        pending = [joined.slice(whole)]
+    if any(part.num_rows for part in pending):
+        yield pa.concat_batches(pending)
+
+
+def _bands_type(near: NearConfig) -> pa.DataType:
+    return pa.list_(pa.field("item", pa.uint64(), nullable=False), near.bands)
+
+
+def _digest(text: str, num_bytes: int) -> bytes:
+    # Half a surrogate pair is for others to refuse.
+    data = text.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(data, digest_size=num_bytes).digest()
+
+
+def _band_hashes(texts: Sequence[str], near: NearConfig) -> NDArray[np.uint64]:
+    """Return the hash of each band of each text, [T, bands]."""
+    minima = _minima(texts, near)
+    hashes = np.empty((len(texts), near.bands), dtype=np.uint64)
+    for band in range(near.bands):
+        # The number of the band goes in, so that equal hashes are of the same band.
+        sums = np.full(len(texts), band + 1, dtype=np.uint64)
+        for row in minima[band * near.rows : (band + 1) * near.rows]:
+            sums *= _ROW_FACTOR
+            sums += row
+        hashes[:, band] = mixed(sums)
+    return hashes
+
+
+def _minima(texts: Sequence[str], near: NearConfig) -> NDArray[np.uint32]:
+    """Return the least value of each hash function over the shingles of each text, [K, T]."""
+    factors = _factors(near)
+    minima = np.full((len(factors), len(texts)), _EMPTY, dtype=np.uint32)
+    has_shingles = np.zeros(len(texts), dtype=np.bool_)
+    for piece in cut_pieces(texts):
+        shingles, counts = _shingles(piece, near.shingle_words)
+        filled = counts > 0
+        if not filled.any():
+            continue
+        starts = (np.cumsum(counts) - counts)[filled]
+        texts_T = piece.text[filled]
+        has_shingles[texts_T] = True
+        product = np.empty_like(shingles)
+        least = np.empty((len(factors), len(texts_T)), dtype=np.uint32)
+        for factor, row in zip(factors, least, strict=True):
+            np.multiply(shingles, factor, out=product)
+            np.minimum.reduceat(product, starts, out=row)
+        # A text that was cut comes more than once.
+        minima[:, texts_T] = np.minimum(minima[:, texts_T], least)
+    for index in np.flatnonzero(~has_shingles).tolist():
+        # Without words, two texts are similar only if they are equal.
+        digest = int.from_bytes(_digest(texts[index], 4), "big")
+        minima[:, index] = factors * np.uint32(digest)
+    return minima
+
+
+def _shingles(piece: Piece, num_words: int) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Hash the shingles of a piece, and count those of each of its texts.
+
+    The hashes are as good as random, so that multiplying them by an odd number, which permutes the
+    32-bit numbers, is as good as drawing a new hash function, and far faster.
+    """
+    words = find_words(piece)
+    bounds = np.searchsorted(words.text, np.arange(len(piece.text) + 1))
+    num_in_text = np.diff(bounds)
+    counts = np.where(num_in_text > 0, np.maximum(num_in_text - num_words + 1, 1), 0)
+    places = np.arange(len(words.text)) - np.repeat(bounds[:-1], num_in_text)
+    starts = np.flatnonzero(places < np.repeat(counts, num_in_text))
+    stops = np.minimum(starts + num_words, bounds[1:][words.text[starts]])
+    return (words.hash_runs(starts, stops) >> np.uint64(32)).astype(np.uint32), counts
+
+
+@functools.cache
+def _factors(near: NearConfig) -> NDArray[np.uint32]:
+    """Draw the odd factors that make the hash functions; numpy's generators may change."""
+    digests = (
+        hashlib.blake2b(f"{near.seed}:{number}".encode(), digest_size=4).digest()
+        for number in range(near.bands * near.rows)
+    )
+    return np.frombuffer(b"".join(digests), dtype=">u4").astype(np.uint32) | np.uint32(1)

@@ -1,0 +1,138 @@
+"""What the beginning of a file says about it: encoding, kind of JSON, columns of Parquet."""
+
+import json
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import pyarrow as pa
+
+from raytune_llama.data.readers.encodings import HEAD_BYTES, Encoding, TextEncoding, detect_encoding
+from raytune_llama.data.readers.parquet import open_parquet
+from raytune_llama.data.readers.rows import Compression, Format, excerpt
+from raytune_llama.storage.place import FileStatus, Place
+
+NAMES_OF_SUFFIXES: dict[str, Format] = {
+    "txt": "txt",
+    "json": "json",
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "parquet": "parquet",
+}
+"""Formats by the suffix of a file."""
+
+_COMPRESSIONS: dict[str, Compression] = {"gz": "gzip", "bz2": "bz2", "zst": "zstd"}
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """How a file is read, as far as its name and the config say."""
+
+    format: Format
+    """Its format."""
+    compression: Compression
+    """How it is compressed."""
+
+    @classmethod
+    def of_name(cls, name: str, declared: Literal["auto"] | Format) -> Self | None:
+        """Decide by the suffixes of a name; None where they say nothing."""
+        parts = name.lower().split(".")
+        compression = _COMPRESSIONS.get(parts[-1], "none")
+        suffix = parts[-2] if compression != "none" and len(parts) > 1 else parts[-1]
+        kind = NAMES_OF_SUFFIXES.get(suffix) if declared == "auto" else declared
+        return None if kind is None else cls(kind, compression)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of a file before it is read."""
+
+    kind: FileKind
+    """How to parse it; JSON as its first bytes say."""
+    encoding: TextEncoding
+    """Of its text."""
+    row_group_bytes: tuple[int, ...] = ()
+    """Size of each row group of a Parquet file."""
+    notes: tuple[str, ...] = ()
+    """What a person should know: something was recognised that nobody declared."""
+
+
+def inspect_file(
+    place: Place,
+    status: FileStatus,
+    kind: FileKind,
+    *,
+    declared_encoding: Encoding,
+    is_format_declared: bool,
+    text_fields: tuple[str, ...],
+) -> Inspection:
+    """Look into the beginning of a file (the footer of Parquet).
+
+    Raises:
+        ValueError: The file is not what the config or its name says; names it and the next step.
+        OSError: It cannot be read.
+    """
+    with place.open() as file:
+        if kind.format == "parquet":
+            if kind.compression != "none":
+                raise ValueError(f"{place}: Parquet compresses by itself; decompress the file")
+            return _inspect_parquet(file, place, text_fields)
+        head = _read_head(file, place, status, kind.compression)
+    try:
+        encoding = detect_encoding(head, declared_encoding)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    notes: list[str] = []
+    if encoding.is_guessed:
+        notes.append(f"read as {encoding.codec}, by its bytes; set encoding if that is wrong")
+    if kind.format in ("json", "jsonl"):
+        text = head[encoding.bom_bytes :].decode(encoding.codec, errors="replace")
+        found = _json_kind(text, kind.format)
+        if found != kind.format and is_format_declared:
+            raise ValueError(
+                f"{place}: format is {kind.format}, but it begins with "
+                f"{excerpt(text.lstrip()[:40])!r}; set format to {found} or auto"
+            )
+        if found != kind.format:
+            notes.append(f"read as {found}, by its first bytes")
+            kind = replace(kind, format=found)
+    return Inspection(kind, encoding, notes=tuple(notes))
+
+
+def _inspect_parquet(file: pa.NativeFile, place: Place, text_fields: tuple[str, ...]) -> Inspection:
+    parquet = open_parquet(file, place, text_fields)
+    metadata = parquet.metadata
+    sizes = [
+        sum(
+            metadata.row_group(group).column(column).total_compressed_size
+            for column in range(metadata.num_columns)
+        )
+        for group in range(metadata.num_row_groups)
+    ]
+    kind = FileKind("parquet", "none")
+    return Inspection(kind, TextEncoding("utf-8", 0, is_guessed=False), tuple(sizes))
+
+
+def _read_head(
+    file: pa.NativeFile, place: Place, status: FileStatus, compression: Compression
+) -> bytes:
+    if compression == "none" or not status.num_bytes:
+        return file.read(HEAD_BYTES)
+    try:
+        return pa.CompressedInputStream(file, compression).read(HEAD_BYTES)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{place}: not {compression} as its name says ({error})") from error
+
+
+def _json_kind(text: str, kind: Format) -> Format:
+    """Tell lines of objects from one array, or one object over several lines, by the beginning."""
+    text = text.lstrip("\ufeff \t\r\n")
+    if text.startswith("["):
+        return "json"
+    if kind == "jsonl" or not text.startswith("{"):
+        return kind  # a first line that is broken is a bad row like any other
+    first, _, rest = text.partition("\n")
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return "json"
+    return "jsonl" if rest.strip() else "json"

@@ -1,0 +1,301 @@
+"""Rows of text in JSON: lines of objects, and one array (or objects in a row) read as a stream."""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+
+from raytune_llama.data.readers.lines import TextLines, count_bytes
+from raytune_llama.data.readers.ranges import READ_BYTES, ByteReader
+from raytune_llama.data.readers.rows import (
+    BadRow,
+    ObjectRow,
+    ReadOptions,
+    Reason,
+    RowBatch,
+    SourceError,
+    excerpt,
+)
+from raytune_llama.storage.files import KEY_DECODER, RepeatedKeys
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_BETWEEN = re.compile(r"[ \t\r\n,]*")
+# Where a row can begin behind one that is broken: on a line of its own, or behind another object.
+_NEXT_ROW = re.compile(r"\n[ \t]*(?=\{)|\}[ \t\r\n]*,[ \t\r\n]*(?=\{)")
+_UNDECODED = re.compile("[\udc80-\udcff]")
+_PART_CHARACTERS = 1 << 20
+_BATCH_ROWS = 1024
+_NEAR_END_CHARACTERS = 32  # an escape or a number that is cut fails at most this far from the end
+
+
+def add_json_lines(batch: RowBatch, lines: TextLines, options: ReadOptions) -> None:
+    """Append the rows of some lines, an object each; a blank line is a blank row."""
+    for number, text in enumerate(lines.texts):
+        offset, line = lines.offsets[number], lines.first_line + number
+        batch.num_rows += 1
+        if number in lines.bad:
+            batch.bad.append(lines.bad[number])
+        elif not text.strip(" \t\r"):
+            batch.add("", offset, 0)
+        else:
+            try:
+                row = KEY_DECODER.decode(text)
+            except (ValueError, RecursionError) as error:
+                detail = f"{error}: {excerpt(text)}"
+                batch.bad.append(BadRow(line, offset, "invalid_json", detail))
+            else:
+                add_row(batch, row, line, offset, options)
+
+
+def add_row(batch: RowBatch, row: object, line: int, offset: int, options: ReadOptions) -> None:
+    """Append the text of one parsed row, or say why it has none; does not count the row.
+
+    Where no field is asked for, the row itself is appended.
+    """
+    if isinstance(row, dict) and not options.text_fields:
+        batch.objects.append(ObjectRow(line, offset, row))
+        return
+    text, name = "", ""
+    reason: Reason | None = None
+    detail = ""
+    if not isinstance(row, dict):
+        reason, detail = "not_an_object", f"{_kind(row)}: {excerpt(str(row))}"
+    else:
+        name = next((name for name in options.text_fields if name in row), "")
+        value = row.get(name)
+        if not name:
+            wanted = " or ".join(map(repr, options.text_fields))
+            reason, detail = (
+                "missing_field",
+                f"no field {wanted}; there are: {excerpt(str([*row]))}",
+            )
+        elif isinstance(row, RepeatedKeys) and name in row.repeated:
+            reason, detail = "duplicate_key", f"field {name!r} stands there twice"
+        elif value is None:
+            reason, detail = "null_field", f"field {name!r} is null"
+        elif not isinstance(value, str):
+            reason, detail = "wrong_type", f"field {name!r} is {_kind(value)}"
+        else:
+            text = value
+    if reason is None:
+        reason, detail, num_bytes = check_text(text, options.max_document_bytes)
+        if reason is None:
+            batch.add(text, offset, num_bytes)
+            batch.num_alias_rows += name != options.text_fields[0]
+            return
+    batch.bad.append(BadRow(line, offset, reason, detail))
+
+
+def check_text(text: str, max_bytes: int) -> tuple[Reason | None, str, int]:
+    """Return why a text cannot be used (None where it can), the detail, and its UTF-8 bytes."""
+    try:
+        num_bytes = count_bytes(text)
+    except UnicodeEncodeError as error:
+        place = f"half of a surrogate pair at character {error.start}: {excerpt(text)}"
+        return "lone_surrogate", place, 0
+    if "\0" in text:
+        return "nul", excerpt(text), 0
+    if num_bytes > max_bytes:
+        return "too_long", f"{num_bytes} bytes, max_document_bytes is {max_bytes}", 0
+    return None, "", num_bytes
+
+
+def read_json_stream(
+    reader: ByteReader, options: ReadOptions, name: str, offset: int
+) -> Iterator[RowBatch]:
+    """Stream the rows of one array, or of objects one after the other, in bounded memory.
+
+    Behind a row that is broken the reader goes on where the next object can begin: on a line of
+    its own, or behind the end of an object and a comma. A file that ends within the array adds a
+    bad row.
+
+    Args:
+        reader: UTF-8; bytes that are none make a bad row.
+        options: How to read it.
+        name: Of the file, for the error message.
+        offset: Where the reader stands: behind a mark.
+
+    Raises:
+        SourceError: The file begins with neither an array nor an object.
+    """
+    stream = _Stream(reader, offset, options.max_document_bytes)
+    stream.skip(_SPACE)
+    first = stream.peek()
+    if not first:
+        return
+    if first not in "[{":
+        raise SourceError(
+            f"{name}: it begins with {excerpt(stream.rest()[:40])!r}, wanted a JSON array or "
+            "object; set format, or leave the file out"
+        )
+    is_array = first == "["
+    if is_array:
+        stream.advance(1)
+    batch = RowBatch()
+    while not _is_over(stream, batch, is_array=is_array):
+        _add_value(stream, batch, options)
+        if batch.num_rows >= _BATCH_ROWS:
+            yield batch
+            batch = RowBatch()
+    batch.num_lines = stream.line
+    yield batch
+
+
+def _is_over(stream: "_Stream", batch: RowBatch, *, is_array: bool) -> bool:
+    """Go to the next value; where there is none, check how the file ends."""
+    stream.skip(_BETWEEN if is_array else _SPACE)
+    following = stream.peek()
+    if not is_array:
+        return not following
+    line, offset = stream.line, stream.offset
+    reason: Reason = "truncated"
+    detail = "the file ends within its array"
+    if following == "]":
+        stream.advance(1)
+        stream.skip(_SPACE)
+        if not stream.peek():
+            return True
+        reason, detail = "invalid_json", f"behind the array stands {excerpt(stream.rest())}"
+        line, offset = stream.line, stream.offset
+    elif following:
+        return False
+    # A row that is cut by the end of the file has told it already.
+    if not (batch.bad and batch.bad[-1].reason == "truncated"):
+        batch.num_rows += 1
+        batch.bad.append(BadRow(line, offset, reason, detail))
+    return True
+
+
+def _add_value(stream: "_Stream", batch: RowBatch, options: ReadOptions) -> None:
+    """Parse the value at which a stream stands, and go behind it."""
+    line, offset = stream.line, stream.offset
+    batch.num_rows += 1
+    try:
+        value, bytes_of_none = stream.parse()
+    except _BrokenRowError as error:
+        batch.bad.append(BadRow(line, offset, error.reason, error.detail))
+        stream.resynchronise()
+        return
+    if bytes_of_none:
+        detail = f"bytes that are no text: {excerpt(bytes_of_none)}"
+        batch.bad.append(BadRow(line, offset, "invalid_bytes", detail))
+    else:
+        add_row(batch, value, line, offset, options)
+
+
+class _BrokenRowError(Exception):
+    """A value that cannot be parsed."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason: Reason = reason
+        self.detail = detail
+
+
+class _Stream:
+    """A window of decoded text that slides over a file; bytes that are no text are kept in it."""
+
+    def __init__(self, reader: ByteReader, offset: int, max_value_bytes: int) -> None:
+        self.line = 1
+        self.offset = offset
+        self._reader = reader
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+        self._max_characters = max_value_bytes  # a character has at least one byte
+        self._text = ""
+        self._position = 0
+        self._at_end = False
+
+    def peek(self) -> str:
+        """Return the next character; empty at the end of the file."""
+        while self._position == len(self._text) and self._fill():
+            pass
+        return self._text[self._position : self._position + 1]
+
+    def rest(self) -> str:
+        """Return what is held from here on."""
+        return self._text[self._position :]
+
+    def advance(self, num_characters: int) -> None:
+        """Go on within what is held; what lies far behind is held no more."""
+        end = self._position + num_characters
+        self.line += self._text.count("\n", self._position, end)
+        for start in range(self._position, end, _PART_CHARACTERS):
+            part = self._text[start : min(start + _PART_CHARACTERS, end)]
+            self.offset += len(part.encode(errors="surrogateescape"))
+        self._position = end
+        if end > READ_BYTES:
+            self._text, self._position = self._text[end:], 0
+
+    def skip(self, pattern: re.Pattern[str]) -> None:
+        """Pass all that a pattern matches."""
+        while self.peek():
+            match = pattern.match(self._text, self._position)
+            if match is None or match.end() == self._position:
+                return
+            self.advance(match.end() - self._position)
+
+    def parse(self) -> tuple[object, bytes]:
+        """Pass one value; return it with the beginning of what in it is no text, if anything is.
+
+        Raises:
+            _BrokenRowError: It is no JSON, too long, or cut by the end of the file; nothing is
+                passed.
+        """
+        while True:
+            try:
+                value, end = KEY_DECODER.raw_decode(self._text, self._position)
+            except json.JSONDecodeError as error:
+                near_end = len(self._text) - error.pos <= _NEAR_END_CHARACTERS
+                is_cut = near_end or error.msg.startswith("Unterminated string")
+                if is_cut and not self._at_end:
+                    self._check_length()
+                    self._fill()
+                    continue
+                detail = f"{error.msg}: {excerpt(self.rest())}"
+                raise _BrokenRowError("truncated" if is_cut else "invalid_json", detail) from error
+            except RecursionError as error:
+                detail = f"nested too deep: {excerpt(self.rest())}"
+                raise _BrokenRowError("invalid_json", detail) from error
+            if end == len(self._text) and not self._at_end:
+                self._fill()  # a number could go on
+                continue
+            found = _UNDECODED.search(self._text, self._position, end)
+            start = found.start() if found else 0
+            undecoded = self._text[start : start + 40] if found else ""
+            self.advance(end - self._position)
+            return value, undecoded.encode(errors="surrogateescape")
+
+    def resynchronise(self) -> None:
+        """Pass a broken row: up to where the next one can begin, or to the end of the file."""
+        self.advance(1)
+        while (match := _NEXT_ROW.search(self._text, self._position)) is None:
+            # What stands between an object and the next may be cut by the end of the window.
+            keep = self._text.rfind("}", max(self._position, len(self._text) - READ_BYTES))
+            last = max(self._text.rfind("\n", self._position), keep)
+            self.advance((last if last > 0 else len(self._text)) - self._position)
+            if not self._fill():
+                self.advance(len(self._text) - self._position)
+                return
+        self.advance(match.end() - self._position)
+
+    def _check_length(self) -> None:
+        held = len(self._text) - self._position
+        if held > self._max_characters:
+            detail = f"over {held} characters, max_document_bytes is {self._max_characters}"
+            raise _BrokenRowError("too_long", detail)
+
+    def _fill(self) -> bool:
+        """Read on, twice as much for a value that is long; False at the end of the file."""
+        if self._at_end:
+            return False
+        held = self._text[self._position :]
+        data = self._reader.read(max(READ_BYTES, len(held)))
+        self._at_end = not data
+        self._text = held + self._decoder.decode(data, final=self._at_end)
+        self._position = 0
+        return True
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "an array", str: "a text", bool: "a boolean"}
+    return "null" if value is None else names.get(type(value), "a number")

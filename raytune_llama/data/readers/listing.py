@@ -1,0 +1,116 @@
+"""Files below a path, a folder or a glob, on a local disk or in object storage."""
+
+import glob
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+from raytune_llama.storage.place import FileStatus, Place
+
+Listed = tuple[Place, str, FileStatus]
+"""A file, its name relative to what was asked for, and what is known of it."""
+
+
+def list_files(place: Place, field: str) -> list[Listed]:
+    """List the files that a path, folder or glob names, by their relative names.
+
+    Args:
+        place: What was asked for.
+        field: The config field that holds it, for the error message.
+
+    Raises:
+        ValueError: There is none, or the place cannot be listed.
+    """
+    try:
+        listed = _list_local(place.path) if place.is_local else _list_remote(place)
+    except OSError as error:
+        raise ValueError(
+            f"{field}: {place} cannot be listed ({error}); check the spelling, the bucket and the "
+            "credentials"
+        ) from error
+    if not listed:
+        where = "the mount" if place.is_local else "the bucket"
+        raise ValueError(f"{field}: no file matches {place}; check the spelling and {where}")
+    return sorted(listed, key=lambda one: one[1])
+
+
+def _list_local(path: Path) -> list[Listed]:
+    if path.is_file():
+        return [_listed(path, path.name)]
+    if path.is_dir():
+        root, roots = path, [path]
+    else:
+        root = _glob_root(path)
+        roots = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207
+    found = {file for match in roots for file in (_walk(match) if match.is_dir() else [match])}
+    return [_listed(file, PurePosixPath(file.relative_to(root)).as_posix()) for file in found]
+
+
+def _listed(path: Path, name: str) -> Listed:
+    place = Place.local(path)
+    status = place.status()
+    if status is None:
+        raise FileNotFoundError(f"{path} is a link to nothing, or no file")
+    return place, name, status
+
+
+def _glob_root(pattern: Path) -> Path:
+    """Return the folder above the first part of a pattern that has a wildcard."""
+    parts = pattern.parts
+    plain = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return Path(*parts[:plain])
+
+
+def _walk(folder: Path) -> list[Path]:
+    """List all files below a folder but hidden ones; links to folders are followed once."""
+    files: list[Path] = []
+    visited: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in visited:  # a link to a folder above would never end
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files.extend(Path(root, name) for name in names if not name.startswith("."))
+    return files
+
+
+def _list_remote(place: Place) -> list[Listed]:
+    status = place.status()
+    if status is not None:
+        return [(place, place.name, status)]
+    root, pattern = place, None
+    if glob.has_magic(place.key):
+        root = Place(place.scheme, _glob_root(Path(place.key)).as_posix(), place.options)
+        pattern = _pattern(place.relative_to(root))
+    named = [
+        (file, file.relative_to(root), status)
+        for file, status in root.files(recursive=True).items()
+    ]
+    return [
+        one
+        for one in named
+        if not any(part.startswith(".") for part in one[1].split("/"))
+        and (pattern is None or pattern.fullmatch(one[1]))
+    ]
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    """Translate a glob; a match that is a folder stands for all files below it."""
+    pieces: list[str] = []
+    for token in re.findall(r"\*\*/|\*\*|\*|\[!?[^\]]+\]|.", text):
+        match token:
+            case "**/":
+                pieces.append("(?:[^/]+/)*")
+            case "**":
+                pieces.append(".*")
+            case "*":
+                pieces.append("[^/]*")
+            case "[" | "]":
+                pieces.append(re.escape(token))
+            case _ if len(token) > 1:
+                pieces.append(token.replace("[!", "[^", 1))
+            case _:
+                pieces.append(re.escape(token))
+    return re.compile("".join(pieces) + "(?:/.*)?")

@@ -1,0 +1,260 @@
+"""Meta's `consolidated.*.pth` to a Hugging Face directory, one tensor in memory at a time.
+
+Nothing in a .pth file is run. The target appears when it is whole; its manifest names the hashes of
+what it was made from, and keeps what transformers has no place for.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from raytune_llama.model.meta.layout import (
+    PARAMS,
+    ROPE_FREQUENCIES,
+    MetaParams,
+    MetaTensor,
+    check_target,
+    config_of,
+    expected_shape,
+    meta_tensors,
+    to_halves,
+)
+from raytune_llama.model.meta.originals import original_name
+from raytune_llama.model.tensors import TensorSpec, WeightsWriter, load_pickled
+from raytune_llama.storage.files import (
+    MANIFEST,
+    publish_directory,
+    read_json,
+    sha256_file,
+    write_json_atomic,
+)
+
+logger = logging.getLogger(__name__)
+
+"""Of a model directory."""
+
+TOKENIZER = "tokenizer.model"
+"""SentencePiece's model, in both forms."""
+
+LLAMA_TOKENIZER = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "legacy": True,
+}
+"""A tokenizer_config.json that names the class which knows how LLaMA's SentencePiece model splits
+text."""
+
+_FORMAT = 1
+
+
+def convert_to_huggingface(
+    source: Path,
+    target: Path,
+    *,
+    max_position_embeddings: int,
+    max_shard_bytes: int,
+    require_originals: bool = False,
+) -> None:
+    """Write a directory that plain transformers loads.
+
+    Args:
+        source: Directory with `consolidated.*.pth`, `params.json` and `tokenizer.model`, which may
+            also lie in the directory above, as Meta has it.
+        target: Directory to make; it must not exist or be empty.
+        max_position_embeddings: Tokens of context, which the files don't tell.
+        max_shard_bytes: Largest safetensors file, unless one tensor is larger.
+        require_originals: Refuse weight files whose hash was not published.
+
+    Raises:
+        ValueError: A file is missing, damaged or a Git LFS pointer; shapes contradict params.json
+            or each other; the target is not empty.
+    """
+    check_target(target)
+    paths = _find_shards(source)
+    params = _read_params(source)
+    tokenizer = _find_tokenizer(source)
+    hashes = {path.name: sha256_file(path) for path in paths}
+    _check_originals(hashes, require=require_originals)
+    weights = MetaWeights(paths, params)
+    specs = weights.specs
+    with publish_directory(target) as folder:
+        with WeightsWriter(folder, specs, max_shard_bytes=max_shard_bytes) as writer:
+            written = {name: writer.write(name, weights.read(name)) for name in specs}
+        head = specs["lm_head.weight"]
+        config = config_of(params, head.shape[0], max_position_embeddings)
+        config.dtype = head.dtype
+        config.save_pretrained(folder)
+        GenerationConfig(bos_token_id=1, eos_token_id=2).save_pretrained(folder)
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        _write_tokenizer_config(folder, max_position_embeddings)
+        manifest = {
+            "format": _FORMAT,
+            "kind": "model",
+            "converted_from": {
+                "files": {**hashes, TOKENIZER: sha256_file(tokenizer)},
+                "params": _read_json_object(source / PARAMS),
+                ROPE_FREQUENCIES: weights.rope_frequencies(),
+            },
+            "tensors": written,
+        }
+        write_json_atomic(folder / MANIFEST, manifest)
+    logger.info("%d shards of %s became %s: %d tensors", len(paths), source, target, len(specs))
+
+
+class MetaWeights:
+    """The weights of Meta's files under transformers' names and in its order of rows."""
+
+    def __init__(self, paths: list[Path], params: MetaParams) -> None:
+        """Map the files of a model.
+
+        Args:
+            paths: All shards, in order.
+            params: What params.json says of them.
+
+        Raises:
+            ValueError: A file is damaged, or shapes contradict `params` or each other.
+        """
+        self._paths = paths
+        self._shards = [load_pickled(path) for path in paths]
+        _check_names(paths, self._shards, params)
+        vocabulary = _whole_shape(self._shards, MetaTensor("output.weight", "", 0))[0]
+        self._tensors = {tensor.hf_name: tensor for tensor in meta_tensors(params)}
+        self.specs: dict[str, TensorSpec] = {
+            name: _spec(self._shards, tensor, params, vocabulary)
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """See `Weights.read`."""
+        return _join(self._shards, self._tensors[name], self._paths)
+
+    def rope_frequencies(self) -> dict[str, str] | None:
+        """Keep the frequencies, which transformers has no place for, for the way back."""
+        values = self._shards[0].get(ROPE_FREQUENCIES)
+        if values is None:
+            return None
+        data = values.contiguous().view(torch.uint8).numpy().tobytes().hex()
+        return {"dtype": str(values.dtype).removeprefix("torch."), "hex": data}
+
+
+def open_meta(source: Path) -> MetaWeights:
+    """Open a directory of Meta's.
+
+    Raises:
+        ValueError: A file is missing or damaged, or they contradict each other.
+    """
+    return MetaWeights(_find_shards(source), _read_params(source))
+
+
+def _find_shards(source: Path) -> list[Path]:
+    found = sorted(source.glob("consolidated.*.pth"))
+    if not found:
+        raise ValueError(f"source: {source} has no consolidated.*.pth; name a directory of Meta's")
+    wanted = [f"consolidated.{number:02d}.pth" for number in range(len(found))]
+    missing = sorted(set(wanted) - {path.name for path in found})
+    if missing:
+        raise ValueError(f"source: {source} lacks {missing[0]}, but has {found[-1].name}; fetch it")
+    return found
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"source: {path} is missing; fetch it")
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"source: {path} is no JSON object; fetch it again")  # noqa: TRY004  # a file
+    return content
+
+
+def _read_params(source: Path) -> MetaParams:
+    content = _read_json_object(source / PARAMS)
+    try:
+        return pydantic.TypeAdapter(MetaParams).validate_python(content)
+    except pydantic.ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"source: {source / PARAMS}: {problems}") from None
+
+
+def _find_tokenizer(source: Path) -> Path:
+    for path in (source / TOKENIZER, source.parent / TOKENIZER):
+        if path.is_file():
+            return path
+    raise ValueError(
+        f"source: neither {source} nor the directory above has {TOKENIZER}; put it there"
+    )
+
+
+def _check_originals(hashes: Mapping[str, str], *, require: bool) -> None:
+    unknown = [name for name, digest in hashes.items() if original_name(digest) is None]
+    for name, digest in hashes.items():
+        if name not in unknown:
+            logger.info("%s is the original file: %s", name, original_name(digest))
+    if unknown and require:
+        raise ValueError(
+            f"require_originals: {', '.join(unknown)}: SHA256 {hashes[unknown[0]]} is none that "
+            "was published; fetch the files again, or do without the comparison"
+        )
+
+
+def _check_names(paths: list[Path], shards: list[dict[str, Tensor]], params: MetaParams) -> None:
+    wanted = {tensor.name for tensor in meta_tensors(params)}
+    for path, shard in zip(paths, shards, strict=True):
+        missing, other = wanted - set(shard), set(shard) - wanted - {ROPE_FREQUENCIES}
+        if missing or other:
+            what = f"lacks {min(missing)}" if missing else f"holds {min(other)}, unknown to us"
+            raise ValueError(
+                f"source: {path} {what}; params.json speaks of {params.n_layers} layers of a "
+                "LLaMA 1 or 2: are both of one model?"
+            )
+
+
+def _whole_shape(shards: list[dict[str, Tensor]], tensor: MetaTensor) -> tuple[int, ...]:
+    shape = list(shards[0][tensor.name].shape)
+    if tensor.axis is not None:
+        shape[tensor.axis] = sum(shard[tensor.name].shape[tensor.axis] for shard in shards)
+    return tuple(shape)
+
+
+def _spec(
+    shards: list[dict[str, Tensor]], tensor: MetaTensor, params: MetaParams, vocabulary: int
+) -> TensorSpec:
+    shape, dtype = _whole_shape(shards, tensor), shards[0][tensor.name].dtype
+    wanted = expected_shape(tensor, params, vocabulary)
+    if shape != wanted:
+        raise ValueError(
+            f"source: {tensor.name} is {list(shape)} over {len(shards)} shards, and params.json "
+            f"speaks of {list(wanted)}; it is of another model, or shards are missing"
+        )
+    return TensorSpec(dtype, shape)
+
+
+def _join(shards: list[dict[str, Tensor]], tensor: MetaTensor, paths: list[Path]) -> Tensor:
+    parts = [shard[tensor.name] for shard in shards]
+    if tensor.axis is None:
+        for path, part in zip(paths, parts, strict=True):
+            if not torch.equal(part, parts[0]):
+                raise ValueError(
+                    f"source: {tensor.name} of {path} is not that of {paths[0].name}, and all "
+                    "shards have the same; they are of different models"
+                )
+        return parts[0].clone()
+    whole = torch.cat(parts, dim=tensor.axis)
+    if tensor.num_rotated_heads is None:
+        return whole
+    return to_halves(whole, tensor.num_rotated_heads)
+
+
+def _write_tokenizer_config(folder: Path, max_position_embeddings: int) -> None:
+    settings = LLAMA_TOKENIZER | {"model_max_length": max_position_embeddings}
+    write_json_atomic(folder / "tokenizer_config.json", settings)

@@ -1,0 +1,248 @@
+"""Continuous batching: one pass of the model gives every running sequence its next token.
+
+Shapes: N sequences, Q new tokens of a row, L columns, V vocabulary rows.
+
+Sequences join and leave between two passes. Between them comes one that reads prompts: a piece of a
+long one, so that it does not hold up those that are being answered, or several short ones together.
+"""
+
+import inspect
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from raytune_llama.serve.engine.cache import SlotCache
+from raytune_llama.serve.engine.embed import Embedder
+from raytune_llama.serve.engine.lora import LoraLayers, LowRank
+from raytune_llama.serve.engine.protocol import Finish, Generation, Step
+from raytune_llama.serve.engine.sampling import Chooser, choose_all
+
+
+@dataclass
+class _Sequence:
+    key: Hashable
+    generation: Generation
+    chooser: Chooser
+    num_stored: int = 0
+    """Tokens whose keys and values are in the cache."""
+    generated: list[int] = field(default_factory=list)
+
+
+class Stepper:
+    """The sequences that a model is working on. Not for several threads at a time."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        num_slots: int,
+        max_context: int,
+        num_tokens: int | None = None,
+        prefill_tokens: int = 256,
+    ) -> None:
+        """Begin without any sequence.
+
+        Args:
+            model: a causal LM, in evaluation mode.
+            num_slots: sequences at a time; more wait.
+            max_context: tokens of a sequence, prompt and answer, at most.
+            num_tokens: ids of the tokenizer; rows beyond are never generated. None: all rows are.
+            prefill_tokens: tokens of prompts, padding included, that are read between two tokens
+                of the others.
+        """
+        self._model, self._device = model, model.device
+        self._num_slots, self._max_context = num_slots, max_context
+        self._num_tokens, self._prefill_tokens = num_tokens, prefill_tokens
+        self._cache = SlotCache(model.config, num_slots)
+        self._lora = LoraLayers(model)
+        accepted = inspect.signature(model.forward).parameters
+        self._passes_positions = "position_ids" in accepted
+        # The place in the list is the row in the cache.
+        self._decoding: list[_Sequence] = []
+        self._prefilling: _Sequence | None = None
+        self._waiting: deque[_Sequence] = deque()
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have a slot."""
+        return len(self._decoding) + (self._prefilling is not None)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for one."""
+        return len(self._waiting)
+
+    def attach(self, key: Hashable, updates: Mapping[str, LowRank]) -> None:
+        """Take an adapter in, which sequences name from now on; see `LoraLayers.attach`."""
+        self._lora.attach(key, updates)
+
+    def detach(self, key: Hashable) -> None:
+        """Let an adapter go; no sequence has it any more."""
+        self._lora.detach(key)
+
+    def build_embedder(self) -> Embedder:
+        """Return what makes vectors of texts with the same model, in passes of the same bound."""
+        return Embedder(
+            self._model,
+            max_context=self._max_context,
+            pass_tokens=self._prefill_tokens,
+            # Rows of texts have no adapter, whatever the rows of the pass before had.
+            before_pass=lambda: self._lora.look(()),
+        )
+
+    def check(self, generation: Generation) -> None:
+        """Refuse what can't be answered; may be called by any thread.
+
+        Raises:
+            ValueError: the prompt is empty, or leaves no room for a token.
+        """
+        length = len(generation.prompt)
+        if not 1 <= length < self._max_context:
+            raise ValueError(
+                f"got a prompt of {length} tokens, wanted 1 to {self._max_context - 1}"
+            )
+
+    def add(self, key: Hashable, generation: Generation) -> None:
+        """Take a sequence in.
+
+        Raises:
+            ValueError: the prompt is empty, or leaves no room for a token.
+        """
+        self.check(generation)
+        constraint = generation.constraint.copy() if generation.constraint else None
+        chooser = Chooser(generation.sampling, set(generation.prompt), constraint)
+        self._waiting.append(_Sequence(key, generation, chooser))
+
+    @torch.inference_mode()
+    def remove(self, key: Hashable) -> None:
+        """Let a sequence go, wherever it is; nothing where it has ended."""
+        for sequence in [s for s in self._waiting if s.key == key]:
+            self._waiting.remove(sequence)
+        if self._prefilling is not None and self._prefilling.key == key:
+            self._prefilling = None
+        for row in [row for row, s in enumerate(self._decoding) if s.key == key]:
+            self._free(row)
+
+    @torch.inference_mode()
+    def step(self) -> list[Step]:
+        """Give every sequence that is answered its next token, and read prompts."""
+        # Those that decode come first: a prompt that ends here is told its first token only.
+        steps = self._decode()
+        return steps + self._prefill()
+
+    def _decode(self) -> list[Step]:
+        if not self._decoding:
+            return []
+        pieces = [sequence.generated[-1:] for sequence in self._decoding]
+        logits_NV = self._forward(pieces, self._decoding, first=0)
+        steps = self._choose(logits_NV, self._decoding)
+        self._free_ended(steps, first=0)
+        return steps
+
+    def _prefill(self) -> list[Step]:
+        reading, first = self._next_prompts(), len(self._decoding)
+        if not reading:
+            return []
+        pieces = [
+            sequence.generation.prompt[sequence.num_stored :][: self._prefill_tokens]
+            for sequence in reading
+        ]
+        logits_NV = self._forward(pieces, reading, first=first)
+        # One that goes on is alone.
+        goes_on = reading[0].num_stored < len(reading[0].generation.prompt)
+        self._prefilling = reading[0] if goes_on else None
+        if goes_on:
+            return []
+        steps = self._choose(logits_NV, reading)
+        self._decoding += reading
+        self._free_ended(steps, first=first)
+        return steps
+
+    def _next_prompts(self) -> list[_Sequence]:
+        """Return whose prompts are read next: a long one's, or as many as fit, in their order."""
+        if self._prefilling is not None:
+            return [self._prefilling]
+        found: list[_Sequence] = []
+        longest = 0
+        while self._waiting and len(self._decoding) + len(found) < self._num_slots:
+            # They are padded to the longest.
+            longest = max(longest, len(self._waiting[0].generation.prompt))
+            if found and longest * (len(found) + 1) > self._prefill_tokens:
+                break
+            found.append(self._waiting.popleft())
+        return found
+
+    def _forward(
+        self, pieces: Sequence[Sequence[int]], sequences: Sequence[_Sequence], *, first: int
+    ) -> Tensor:
+        """Store each sequence's new tokens; return the logits behind the last, (N, V) in float32.
+
+        Rows are padded behind their tokens: what is stored there is not seen, and overwritten by
+        the tokens that come. Rows of several tokens begin in the same column, as causal masks do.
+        """
+        counts = [len(piece) for piece in pieces]
+        longest = max(counts)
+        ids_NQ = self._tensor([[*p, *[0] * (longest - len(p))] for p in pieces])
+        start_N1 = self._tensor([[sequence.num_stored] for sequence in sequences])
+        positions_NQ = start_N1 + torch.arange(longest, device=self._device)
+        num_columns = max(sequence.num_stored for sequence in sequences) + longest
+        assert longest == 1 or len({sequence.num_stored for sequence in sequences}) == 1
+        self._cache.look(first, positions_NQ, num_columns)
+        self._lora.look([sequence.generation.adapter for sequence in sequences])
+        options: dict[str, Any] = {}
+        if self._passes_positions:
+            options["position_ids"] = positions_NQ
+        last_U, place_N = self._tensor(counts).sub(1).unique(return_inverse=True)
+        output = self._model(
+            input_ids=ids_NQ,
+            attention_mask=torch.arange(num_columns, device=self._device)
+            < start_N1 + self._tensor(counts).unsqueeze(1),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=last_U,
+            **options,
+        )
+        for sequence, count in zip(sequences, counts, strict=True):
+            sequence.num_stored += count
+        logits_NV = output.logits[torch.arange(len(counts)), place_N].float()
+        if self._num_tokens is not None:
+            logits_NV[:, self._num_tokens :] = -torch.inf
+        return logits_NV
+
+    def _tensor(self, values: Sequence[object]) -> Tensor:
+        return torch.tensor(values, device=self._device)
+
+    def _choose(self, logits_NV: Tensor, sequences: Sequence[_Sequence]) -> list[Step]:
+        choices = choose_all(logits_NV, [sequence.chooser for sequence in sequences])
+        steps: list[Step] = []
+        for sequence, choice in zip(sequences, choices, strict=True):
+            sequence.generated.append(choice.token)
+            steps.append(Step(sequence.key, choice, self._finish(sequence)))
+        return steps
+
+    def _finish(self, sequence: _Sequence) -> Finish | None:
+        generation, count = sequence.generation, len(sequence.generated)
+        if sequence.generated[-1] in generation.stop_ids:
+            return "stop"
+        is_full = len(generation.prompt) + count >= self._max_context
+        return "length" if is_full or count >= generation.max_tokens else None
+
+    def _free_ended(self, steps: Sequence[Step], *, first: int) -> None:
+        for row in reversed([row for row, step in enumerate(steps, first) if step.finish]):
+            self._free(row)
+
+    def _free(self, row: int) -> None:
+        """Give up a row; the last ones move up, so that rows in use stay neighbours."""
+        last = len(self._decoding) - 1
+        if row != last:
+            moved = self._decoding[last]
+            self._cache.move(last, row, moved.num_stored)
+            self._decoding[row] = moved
+        self._decoding.pop()
+        if self._prefilling is not None:
+            self._cache.move(last + 1, last, self._prefilling.num_stored)

@@ -1,0 +1,261 @@
+"""From a request to the text of its answers, part by part; knows tokens, and no HTTP."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Hashable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from raytune_llama.serve.config import SamplingDefaults
+from raytune_llama.serve.engine.grammar import CallForm, Grammar, Grammars
+from raytune_llama.serve.engine.protocol import Choice, Engine, Generation, Sampling
+from raytune_llama.serve.errors import RequestError, UnknownModelError
+from raytune_llama.serve.generation.messages import read_messages
+from raytune_llama.serve.generation.model import ServedModel
+from raytune_llama.serve.generation.output import Part, TokenText
+from raytune_llama.serve.generation.streams import AnswerStream
+from raytune_llama.serve.protocol.chat import (
+    ChatRequest,
+    CompletionRequest,
+    Request,
+)
+from raytune_llama.serve.protocol.tools import NamedTool
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request, ready for the engine."""
+
+    ids: tuple[int, ...]
+    """Token ids."""
+
+    generation: Generation
+    """Of the first answer; others draw from other seeds."""
+
+    num_choices: int
+    """Answers."""
+
+    stops: tuple[str, ...]
+    """Texts that end an answer."""
+
+    must_call: bool | None = None
+    """Whether answers are calls of tools alone; None: there are no tools."""
+
+
+class Answerer:
+    """Makes prompts of requests, and text of what the engine generates."""
+
+    def __init__(
+        self,
+        served: ServedModel,
+        engine: Engine,
+        defaults: SamplingDefaults,
+        adapter: Hashable | None = None,
+    ) -> None:
+        """Answer for a model, with an adapter that the engine has, by its key."""
+        self._served, self._engine, self._defaults = served, engine, defaults
+        self._adapter = adapter
+        self._grammars = Grammars(served.tokenizer, served.stop_ids)
+
+    @property
+    def name(self) -> str:
+        """What requests call the model."""
+        return self._served.name
+
+    def read_chat(self, request: ChatRequest) -> Prompt:
+        """Write a conversation by the model's template.
+
+        Raises:
+            RequestError: the model has no template, the conversation does not fit it, or the
+                prompt leaves no room for an answer.
+        """
+        chat = self._served.chat
+        if chat is None:
+            raise RequestError(
+                f"{self._served.name} has no chat template; use /v1/completions", "messages"
+            )
+        self._served.check_size([message.text for message in request.messages], "messages")
+        try:
+            conversation = read_messages(
+                request.messages, request.shown_tools, allows_system=chat.template.allows_system
+            )
+            ids = chat.encode_prompt(conversation).tolist()
+        except ValueError as error:
+            raise RequestError(str(error), "messages") from error
+        wanted = request.max_tokens or request.max_completion_tokens
+        num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        prompt = self._prompt(request, ids, wanted, num_logprobs, "messages")
+        must_call = request.must_call if request.shown_tools else None
+        constraint = self._constraint(request)
+        generation = replace(prompt.generation, constraint=constraint)
+        return replace(prompt, generation=generation, must_call=must_call)
+
+    def _constraint(self, request: ChatRequest) -> Grammar | None:
+        """Return what an answer's form is kept by; None where it may be any text."""
+        schema = request.response_format.kept if request.response_format else None
+        if not request.shown_tools:
+            if schema is None:
+                return None
+            try:
+                return self._grammars.of_schema(schema)
+            except ValueError as error:
+                raise RequestError(str(error), "response_format") from error
+        choice = request.tool_choice
+        wanted = choice.function.name if isinstance(choice, NamedTool) else None
+        functions = [tool.function for tool in request.shown_tools]
+        form = CallForm(
+            [(one.name, one.schema_) for one in functions if wanted in {None, one.name}],
+            must_call=request.must_call,
+            is_single=request.parallel_tool_calls is False,
+            text_schema=schema,
+        )
+        try:
+            return self._grammars.of_calls(form)
+        except ValueError as error:
+            raise RequestError(f"tools: {error}", "tools") from error
+
+    def read_completion(self, request: CompletionRequest) -> Prompt:
+        """Encode a text as a document's beginning, control tokens in it as text; or take ids.
+
+        Raises:
+            RequestError: an id is none of the tokenizer's, or the prompt leaves no room.
+        """
+        tokenizer = self._served.tokenizer
+        if isinstance(request.prompt, str):
+            self._served.check_size([request.prompt], "prompt")
+            ids = self._served.encode_texts([request.prompt])[0]
+        else:
+            ids = request.prompt
+            beyond = [token for token in ids if token >= len(tokenizer)]
+            if beyond:
+                raise RequestError(f"{beyond[0]} is no token of {self._served.name}", "prompt")
+        return self._prompt(request, ids, request.max_tokens, request.logprobs, "prompt")
+
+    def _prompt(
+        self,
+        request: Request,
+        ids: Sequence[int],
+        wanted: int | None,
+        num_logprobs: int | None,
+        param: str,
+    ) -> Prompt:
+        room = self._served.max_context - len(ids)
+        if not ids:
+            raise RequestError("the prompt has no token", param)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, and {self._served.name} takes "
+                f"{self._served.max_context} with the answer",
+                param,
+            )
+        defaults = self._defaults
+        sampling = Sampling(
+            temperature=_given(request.temperature, defaults.temperature),
+            top_p=_given(request.top_p, defaults.top_p),
+            top_k=request.top_k or defaults.top_k,
+            repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
+            seed=request.seed,
+            num_logprobs=num_logprobs,
+        )
+        limit = min(wanted or defaults.max_tokens or room, room)
+        stop_ids = self._served.stop_ids
+        generation = Generation(tuple(ids), sampling, limit, stop_ids, adapter=self._adapter)
+        return Prompt(tuple(ids), generation, request.n, request.stops)
+
+    async def respond(
+        self, request: ChatRequest | CompletionRequest
+    ) -> AsyncGenerator[int | Part, None]:
+        """Yield a request's number of prompt tokens, then the parts of all its answers.
+
+        Raises:
+            UnknownModelError: the request names an adapter, and not this one.
+            RequestError: the request can't be answered; before the first item.
+            BusyError: as many requests wait as may.
+            EngineError: the engine has failed.
+        """
+        _, *adapter = request.model.partition(":")
+        if adapter != list(self.name.partition(":")[1:]):
+            raise UnknownModelError(f"{self.name} has no adapter {adapter[1]!r}", "model")
+        if isinstance(request, ChatRequest):
+            # A hundred tools take a second: others' parts are told meanwhile.
+            prompt = await asyncio.to_thread(self.read_chat, request)
+        else:
+            prompt = self.read_completion(request)
+        yield len(prompt.ids)
+        async with aclosing(self.answer(prompt)) as parts:
+            async for part in parts:
+                yield part
+
+    async def answer(self, prompt: Prompt) -> AsyncGenerator[Part, None]:
+        """Yield the parts of all answers as they come.
+
+        A caller that ends the iteration frees all that the request holds.
+
+        Raises:
+            BusyError: as many requests wait as may.
+            EngineError: the engine has failed.
+        """
+        if prompt.num_choices == 1:
+            async with aclosing(self._one(prompt, 0)) as parts:
+                async for part in parts:
+                    yield part
+            return
+        told: asyncio.Queue[Part | BaseException | None] = asyncio.Queue()
+
+        async def run(index: int) -> None:
+            try:
+                async with aclosing(self._one(prompt, index)) as parts:
+                    async for part in parts:
+                        told.put_nowait(part)
+                told.put_nowait(None)
+            except (RuntimeError, ValueError) as error:
+                told.put_nowait(error)
+
+        tasks = [asyncio.create_task(run(index)) for index in range(prompt.num_choices)]
+        try:
+            num_open = len(tasks)
+            while num_open:
+                item = await told.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    num_open -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _one(self, prompt: Prompt, index: int) -> AsyncGenerator[Part, None]:
+        """Yield the parts of one answer."""
+        generation = prompt.generation
+        if index and generation.sampling.seed is not None:
+            seed = generation.sampling.seed + index
+            generation = replace(generation, sampling=replace(generation.sampling, seed=seed))
+        stream = AnswerStream(self._served.tokenizer, prompt.stops, must_call=prompt.must_call)
+        async with aclosing(self._engine.generate(generation)) as steps:
+            async for step in steps:
+                is_end = step.finish == "stop"
+                token = None if is_end else step.choice.token
+                text, calls = stream.push(token, is_last=step.finish is not None)
+                finish = stream.finish_reason if is_end or stream.is_stopped else step.finish
+                tokens = self._tokens(step.choice) if not is_end else ()
+                yield Part(index, text, 1, tokens, finish, calls)
+                if stream.is_stopped:
+                    return
+
+    def _tokens(self, choice: Choice) -> tuple[TokenText, ...]:
+        if choice.logprob is None:
+            return ()
+        likeliest = tuple((self.token_text(token), value) for token, value in choice.likeliest)
+        return (TokenText(self.token_text(choice.token), choice.logprob, likeliest),)
+
+    def token_text(self, token: int) -> str:
+        """Return what a token decodes to alone, control tokens by name."""
+        text = self._served.tokenizer.decode([token], skip_special_tokens=False)
+        assert isinstance(text, str)
+        return text
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value

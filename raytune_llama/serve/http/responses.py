@@ -1,0 +1,235 @@
+"""OpenAI's answers, made of the parts that a model's answers come in."""
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel
+
+from raytune_llama.chat.tools import CallPiece
+from raytune_llama.serve.generation.output import Part, text_bytes
+from raytune_llama.serve.protocol.chat import (
+    AnswerMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChatRequest,
+    ChoiceLogprobs,
+    ChunkChoice,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    ContentLogprob,
+    Delta,
+    FinishReason,
+    TokenLogprob,
+    Usage,
+)
+from raytune_llama.serve.protocol.tools import (
+    CalledFunction,
+    FunctionDelta,
+    ToolCall,
+    ToolCallDelta,
+)
+
+
+@dataclass
+class Answer:
+    """One of a request's answers, as far as it has come."""
+
+    text: str = ""
+    parts: list[Part] = field(default_factory=list)
+    finish: FinishReason = "stop"
+    calls: list[ToolCall] = field(default_factory=list)
+
+    def add(self, part: Part) -> None:
+        """Take a part in."""
+        self.text += part.text
+        self.parts.append(part)
+        self.finish = part.finish or self.finish
+        for piece in part.calls:
+            if piece.id is not None and piece.name is not None:
+                function = CalledFunction(name=piece.name, arguments="")
+                self.calls.append(ToolCall(id=piece.id, function=function))
+            self.calls[piece.index].function.arguments += piece.arguments
+
+
+@dataclass
+class Counts:
+    """Tokens of a request."""
+
+    prompt: int = 0
+    completion: int = 0
+
+    @property
+    def usage(self) -> Usage:
+        """As OpenAI tells them."""
+        return Usage(
+            prompt_tokens=self.prompt,
+            completion_tokens=self.completion,
+            total_tokens=self.prompt + self.completion,
+        )
+
+
+class ChatShape:
+    """Answers of `/v1/chat/completions`."""
+
+    def __init__(self, request: ChatRequest) -> None:
+        self._model, self._wants_logprobs = request.model, request.logprobs
+        # An answer that has calls alone has no text, not an empty one.
+        self._begin = Delta(role="assistant", content=None if request.shown_tools else "")
+        self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+
+    def whole(self, answers: Sequence[Answer], counts: Counts) -> BaseModel:
+        """Return the answer to a request that is not streamed."""
+        choices = [
+            ChatChoice(
+                index=index,
+                message=AnswerMessage(
+                    content=None if answer.calls and not answer.text else answer.text,
+                    tool_calls=answer.calls or None,
+                ),
+                logprobs=self._logprobs(answer.parts),
+                finish_reason=answer.finish,
+            )
+            for index, answer in enumerate(answers)
+        ]
+        return ChatCompletion(
+            id=self._id,
+            created=self._created,
+            model=self._model,
+            choices=choices,
+            usage=counts.usage,
+        )
+
+    def begin(self, num_choices: int) -> Iterator[BaseModel]:
+        """Yield the chunks before the first part."""
+        for index in range(num_choices):
+            yield self._chunk(index, self._begin)
+
+    def part(self, part: Part) -> BaseModel:
+        """Return the chunk of a part."""
+        has_text = part.text or (part.tokens and not part.calls)
+        calls = [_call_delta(piece) for piece in part.calls]
+        delta = Delta(content=part.text if has_text else None, tool_calls=calls or None)
+        chunk = self._chunk(part.index, delta)
+        chunk.choices[0].logprobs = self._logprobs([part])
+        chunk.choices[0].finish_reason = part.finish
+        return chunk
+
+    def end(self, counts: Counts) -> BaseModel:
+        """Return the chunk with the counts."""
+        return self._chunk(None, Delta(), counts.usage)
+
+    def _chunk(self, index: int | None, delta: Delta, usage: Usage | None = None) -> ChatChunk:
+        choices = [] if index is None else [ChunkChoice(index=index, delta=delta)]
+        return ChatChunk(
+            id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
+        )
+
+    def _logprobs(self, parts: Sequence[Part]) -> ChoiceLogprobs | None:
+        if not self._wants_logprobs:
+            return None
+        return ChoiceLogprobs(content=[one for part in parts for one in _content_logprobs(part)])
+
+
+class CompletionShape:
+    """Answers of `/v1/completions`."""
+
+    def __init__(self, request: CompletionRequest, prompt_text: str = "") -> None:
+        """Begin an answer.
+
+        Args:
+            request: what is answered.
+            prompt_text: what the answer begins with, where `echo` asks for it.
+        """
+        self._model, self._wants_logprobs = request.model, request.logprobs is not None
+        self._prompt_text = prompt_text
+        self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self._told: dict[int, int] = {}
+
+    def whole(self, answers: Sequence[Answer], counts: Counts) -> BaseModel:
+        """Return the answer to a request that is not streamed."""
+        choices = [
+            CompletionChoice(
+                index=index,
+                text=self._prompt_text + answer.text,
+                logprobs=self._logprobs(answer.parts, len(self._prompt_text)),
+                finish_reason=answer.finish,
+            )
+            for index, answer in enumerate(answers)
+        ]
+        return self._completion(choices, counts.usage)
+
+    def begin(self, num_choices: int) -> Iterator[BaseModel]:
+        """Yield the chunks before the first part."""
+        for index in range(num_choices if self._prompt_text else 0):
+            self._told[index] = len(self._prompt_text)
+            choice = CompletionChoice(index=index, text=self._prompt_text, finish_reason=None)
+            yield self._completion([choice])
+
+    def part(self, part: Part) -> BaseModel:
+        """Return the chunk of a part."""
+        start = self._told.get(part.index, 0)
+        self._told[part.index] = start + len(part.text)
+        choice = CompletionChoice(
+            index=part.index,
+            text=part.text,
+            logprobs=self._logprobs([part], start),
+            finish_reason=part.finish,
+        )
+        return self._completion([choice])
+
+    def end(self, counts: Counts) -> BaseModel:
+        """Return the chunk with the counts."""
+        return self._completion([], counts.usage)
+
+    def _completion(
+        self, choices: list[CompletionChoice], usage: Usage | None = None
+    ) -> Completion:
+        return Completion(
+            id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
+        )
+
+    def _logprobs(self, parts: Sequence[Part], start: int) -> CompletionLogprobs | None:
+        if not self._wants_logprobs:
+            return None
+        tokens = [token for part in parts for token in part.tokens]
+        offsets: list[int] = []
+        for token in tokens:
+            offsets.append(start)
+            start += len(token.text)
+        return CompletionLogprobs(
+            tokens=[token.text for token in tokens],
+            token_logprobs=[token.logprob for token in tokens],
+            top_logprobs=[dict(token.likeliest) for token in tokens],
+            text_offset=offsets,
+        )
+
+
+Shape = ChatShape | CompletionShape
+"""Of either kind of answer."""
+
+
+def _call_delta(piece: CallPiece) -> ToolCallDelta:
+    return ToolCallDelta(
+        index=piece.index,
+        id=piece.id,
+        type=None if piece.id is None else "function",
+        function=FunctionDelta(name=piece.name, arguments=piece.arguments),
+    )
+
+
+def _content_logprobs(part: Part) -> Iterator[ContentLogprob]:
+    for token in part.tokens:
+        yield ContentLogprob(
+            token=token.text,
+            logprob=token.logprob,
+            bytes=text_bytes(token.text),
+            top_logprobs=[
+                TokenLogprob(token=text, logprob=value, bytes=text_bytes(text))
+                for text, value in token.likeliest
+            ],
+        )

@@ -1,0 +1,265 @@
+"""Turn a vocabulary into the tables of the merging kernel."""
+
+import unicodedata
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from raytune_llama.tokenizer.compiled import kernel
+from raytune_llama.tokenizer.reference import (
+    PIECE,
+    Reference,
+    SentencePieceReference,
+    is_plain_merging,
+)
+from raytune_llama.tokenizer.split_points import SPACE, inner_pairs, is_llama, split_kind
+
+_NUM_CODES = 0x110000
+_PATTERNS = {
+    "gpt2": kernel.GPT2,
+    "gpt2-digits": kernel.GPT2_DIGITS,
+    "words-1": kernel.WORDS_1,
+    "words-3": kernel.WORDS_3,
+}
+_WHITE_SPACE = (
+    *range(0x09, 0x0E),
+    0x20,
+    0x85,
+    0xA0,
+    0x1680,
+    *range(0x2000, 0x200B),
+    0x2028,
+    0x2029,
+    0x202F,
+    0x205F,
+    0x3000,
+)
+_LONG_S = 0x17F
+
+
+class Vocabulary(NamedTuple):
+    """What merges; read-only. A symbol is what merging handles: a byte, a character or a piece."""
+
+    pairs: np.ndarray
+    """uint64, a hash table of `left symbol << 32 | right symbol`, 2**64 - 1 where free."""
+    pair_ranks: np.ndarray
+    """int32: when the pair in the same place is merged; the lower, the earlier."""
+    merged: np.ndarray
+    """int32: the symbol that it becomes."""
+    ids: np.ndarray
+    """int32: a symbol's id, or -1 - code point of a character that is written in bytes."""
+    spelling: np.ndarray
+    """int32: the symbol of each code point, or of each byte; -1 where there is none."""
+    byte_ids: np.ndarray
+    """int32: the ids of the 256 bytes; unused if a segment is spelled in bytes anyway."""
+    by_bytes: bool
+    """Whether a segment is spelled in bytes rather than characters."""
+
+
+class Boundaries(NamedTuple):
+    """Where texts are split; read-only."""
+
+    pattern: int
+    """What makes words: `kernel.NO_WORDS`, `kernel.GPT2`, ..."""
+    classes: np.ndarray
+    """uint8: `kernel.LETTER` and so on for each code point; unused without words."""
+    rows: np.ndarray
+    """int32: for each code point, where its row in `joined` begins."""
+    columns: np.ndarray
+    """int32: for each code point, its column in `joined`."""
+    joined: np.ndarray
+    """uint8, a bit a pair, the first one 0: whether some piece holds the two side by side."""
+
+
+Tables = tuple[Vocabulary, Boundaries]
+
+Merge = tuple[int, int, int, int]
+"""Left symbol, right symbol, rank (lowest first), the symbol that they become."""
+
+
+def build_tables(reference: Reference) -> Tables:
+    """Return the tables of a reference.
+
+    Raises:
+        ValueError: It is of a kind that the kernel knows nothing of; says what it is.
+    """
+    tables = _build_tables(reference)
+    for array in (*tables[0], *tables[1]):
+        if isinstance(array, np.ndarray):
+            # As they are in shared memory: numba compiles apart for arrays that can be written.
+            array.setflags(write=False)
+    return tables
+
+
+def _build_tables(reference: Reference) -> Tables:
+    if isinstance(reference, SentencePieceReference):
+        return _piece_tables(reference.proto)
+    engine = reference.engine
+    model = engine["model"]
+    if reference.cuts is None or model["type"] != "BPE":
+        raise ValueError("its tokenizer.json splits or merges text in a way that is not known here")
+    return _llama_tables(engine) if is_llama(engine) else _byte_tables(engine)
+
+
+def _piece_tables(proto: Any) -> Tables:  # noqa: ANN401  # made when protobuf is imported
+    pieces = {
+        piece.piece: (id_, piece.score)
+        for id_, piece in enumerate(proto.pieces)
+        if piece.type == PIECE.NORMAL
+    }
+    if not is_plain_merging(proto) or SPACE not in pieces:
+        raise ValueError("its SentencePiece model does more than merge characters as they are")
+    if any(piece.type == PIECE.USER_DEFINED for piece in proto.pieces):
+        raise ValueError("its SentencePiece model has user-defined pieces")
+    symbols = {piece: symbol for symbol, piece in enumerate(pieces)}
+    ids = [id_ for id_, _ in pieces.values()]
+    # Characters of which only longer pieces are known merge, and are written in bytes if not.
+    for character in sorted({*"".join(pieces)} - symbols.keys()):
+        symbols[character] = len(ids)
+        ids.append(-1 - ord(character))
+    # Pieces of equal score have equal ranks: of these the leftmost in the text is merged first.
+    ranks = {
+        score: rank for rank, score in enumerate(sorted({s for _, s in pieces.values()})[::-1])
+    }
+    merges = [
+        (symbols[piece[:at]], symbols[piece[at:]], ranks[score], symbols[piece])
+        for piece, (_, score) in pieces.items()
+        for at in range(1, len(piece))
+        if piece[:at] in symbols and piece[at:] in symbols
+    ]
+    byte_ids = {piece.piece: id_ for id_, piece in enumerate(proto.pieces)}
+    return _character_tables(merges, ids, symbols, byte_ids)
+
+
+def _llama_tables(engine: dict[str, Any]) -> Tables:
+    vocabulary: dict[str, int] = engine["model"]["vocab"]
+    ids = np.arange(max(vocabulary.values()) + 1).tolist()
+    merges = _merges(engine["model"])
+    byte_ids = {vocabulary[f"<0x{byte:02X}>"] for byte in range(256)}
+    if any(left in byte_ids or right in byte_ids for left, right, _, _ in merges):
+        raise ValueError("its tokenizer.json merges bytes of characters that are not known")
+    return _character_tables(merges, ids, vocabulary, vocabulary)
+
+
+def _byte_tables(engine: dict[str, Any]) -> Tables:
+    vocabulary: dict[str, int] = engine["model"]["vocab"]
+    kind = split_kind(engine)
+    if kind is None:
+        raise ValueError("its tokenizer.json splits text by a pattern that is not known here")
+    alphabet = byte_alphabet()
+    return (
+        Vocabulary(
+            *_pair_table(_merges(engine["model"])),
+            ids=np.arange(max(vocabulary.values()) + 1, dtype=np.int32),
+            spelling=np.array([vocabulary.get(c, -1) for c in alphabet], np.int32),
+            byte_ids=np.zeros(0, np.int32),
+            by_bytes=True,
+        ),
+        Boundaries(
+            _PATTERNS[kind],
+            _classes(any_case=kind.startswith("words")),
+            *_joined_bytes({c: byte for byte, c in enumerate(alphabet)}, vocabulary),
+        ),
+    )
+
+
+def _merges(model: dict[str, Any]) -> list[Merge]:
+    vocabulary: dict[str, int] = model["vocab"]
+    pairs = (
+        tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in model["merges"]
+    )
+    return [
+        (vocabulary[left], vocabulary[right], rank, vocabulary[left + right])
+        for rank, (left, right) in enumerate(pairs)
+    ]
+
+
+def _character_tables(
+    merges: list[Merge], ids: list[int], symbols: Mapping[str, int], byte_ids: Mapping[str, int]
+) -> Tables:
+    rows, columns, joined = _joined_characters(text for text in symbols if len(text) > 1)
+    spelling = np.full(_NUM_CODES, -1, np.int32)
+    for text, symbol in symbols.items():
+        if len(text) == 1:
+            spelling[ord(text)] = symbol
+    for table in (rows, columns, spelling):
+        table[ord(" ")] = table[ord(SPACE)]
+    return (
+        Vocabulary(
+            *_pair_table(merges),
+            ids=np.array(ids, np.int32),
+            spelling=spelling,
+            byte_ids=np.array([byte_ids[f"<0x{byte:02X}>"] for byte in range(256)], np.int32),
+            by_bytes=False,
+        ),
+        Boundaries(kernel.NO_WORDS, np.zeros(0, np.uint8), rows, columns, joined),
+    )
+
+
+def _pair_table(merges: list[Merge]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the hash table of pairs, at most half full, and what lies beside it."""
+    size = 1 << max(8, (2 * len(merges)).bit_length())
+    table = (
+        np.full(size, 2**64 - 1, np.uint64),
+        np.zeros(size, np.int32),
+        np.zeros(size, np.int32),
+    )
+    kernel.fill_pairs(np.array(merges, np.int64).reshape(-1, 4), *table)
+    return table
+
+
+def _joined_characters(pieces: Iterable[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return rows, columns and bits that tell which characters some piece holds side by side."""
+    pairs = inner_pairs(list(pieces))
+    rows, columns = np.zeros(_NUM_CODES, np.int32), np.zeros(_NUM_CODES, np.int32)
+    lefts, rights = sorted({pair[0] for pair in pairs}), sorted({pair[1] for pair in pairs})
+    width = len(rights) + 1
+    # Row and column 0 are those of characters that stand in no pair.
+    rows[[ord(left) for left in lefts]] = width * np.arange(1, len(lefts) + 1)
+    columns[[ord(right) for right in rights]] = np.arange(1, width)
+    bits = np.zeros(width * (len(lefts) + 1), bool)
+    bits[[rows[ord(left)] + columns[ord(right)] for left, right in pairs]] = True
+    return rows, columns, np.packbits(bits, bitorder="little")
+
+
+def _joined_bytes(
+    alphabet: Mapping[str, int], vocabulary: Iterable[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the same for the last byte of a character and the first of the next one."""
+    codes = np.arange(_NUM_CODES, dtype=np.int32)
+    lasts = np.where(codes < 0x80, codes, 0x80 | codes & 0x3F)
+    leads = (0xC0 | codes >> 6, 0xE0 | codes >> 12, 0xF0 | codes >> 18)
+    firsts = np.select(
+        [codes < 0x80, codes < 0x800, codes < 0x10000], [codes, *leads[:2]], leads[2]
+    )
+    bits = np.zeros(1 << 17, bool)
+    for left, right in inner_pairs([token for token in vocabulary if alphabet.keys() >= {*token}]):
+        bits[256 * (alphabet[left] + 1) + alphabet[right]] = True
+    return 256 * (lasts + 1), firsts, np.packbits(bits, bitorder="little")
+
+
+@lru_cache
+def _classes(*, any_case: bool) -> np.ndarray:
+    """Return the class of each code point, by the categories that patterns ask for."""
+    classes = np.zeros(_NUM_CODES, np.uint8)
+    for code in range(_NUM_CODES):
+        category = unicodedata.category(chr(code))
+        if category[0] in "LN":
+            classes[code] = kernel.LETTER if category[0] == "L" else kernel.NUMBER
+        elif category == "Cn":
+            # Another version of Unicode may know it.
+            classes[code] = kernel.UNKNOWN
+    classes[list(_WHITE_SPACE)] = kernel.SPACE
+    classes[[ord("\r"), ord("\n")]] = kernel.NEWLINE
+    if any_case:
+        classes[_LONG_S] = kernel.UNKNOWN  # a small s to a pattern that ignores case
+    return classes
+
+
+def byte_alphabet() -> list[str]:
+    """Return the character by which a byte-level vocabulary spells each byte."""
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in plain else next(others)) for byte in range(256)]

@@ -1,0 +1,91 @@
+"""Choose what encodes a corpus: the reference, or a fast engine whose ids were shown to be equal.
+
+    choice = choose_encoder(load_tokenizer(path), sample, "auto")     # once, on the driver
+    ids = choice.encoder.encode(["some text", "another"])             # there, or in a worker
+
+What a token store is made with is decided by the reference alone (`fingerprint_tokenizer`).
+"""
+
+import logging
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from raytune_llama.tokenizer.encoder import CheckedEncoder, EncoderChoice, Engine, excerpt
+from raytune_llama.tokenizer.hard_texts import hard_texts
+from raytune_llama.tokenizer.loader import build_reference, control_strings, token_texts
+from raytune_llama.tokenizer.reference import Reference
+
+if TYPE_CHECKING:
+    from raytune_llama.tokenizer.compiled.encoder import CompiledEncoder
+
+logger = logging.getLogger(__name__)
+
+_BATCH_TEXTS = 1024
+
+
+def choose_encoder(
+    tokenizer: PreTrainedTokenizerFast, sample: Sequence[str], engine: Engine = "auto"
+) -> EncoderChoice:
+    """Choose what encodes a corpus with a tokenizer, and log it.
+
+    Args:
+        tokenizer: From `load_tokenizer`.
+        sample: Documents of the very corpus, some MB, from all of its sources.
+        engine: What is asked for.
+
+    Raises:
+        ValueError: `compiled` is asked for and can't be used.
+    """
+    reference = build_reference(tokenizer)
+    texts, fast, reason = [], None, "it was asked for"
+    if engine != "reference":
+        texts = [*hard_texts(control_strings(tokenizer), token_texts(tokenizer)), *sample]
+        fast, reason = _find_fast(reference, texts)
+    if fast is not None:
+        choice = EncoderChoice(
+            encoder=CheckedEncoder(fast, reference),
+            num_texts=len(texts),
+            num_bytes=sum(len(text.encode()) for text in texts),
+            reason=None,
+        )
+        logger.info(
+            "ids are made by %s %s: equal to those of %s %s on %d texts (%.1f MB)",
+            *(fast.name, fast.version, reference.name, reference.version),
+            *(choice.num_texts, choice.num_bytes / 1e6),
+        )
+        return choice
+    if engine == "compiled":
+        raise ValueError(
+            f"engine: compiled can't be used with {tokenizer.name_or_path}: {reason}; "
+            "set it to auto"
+        )
+    logger.info("ids are made by %s %s, since %s", reference.name, reference.version, reason)
+    return EncoderChoice(encoder=reference, num_texts=0, num_bytes=0, reason=reason)
+
+
+def _find_fast(reference: Reference, texts: list[str]) -> "tuple[CompiledEncoder | None, str]":
+    """Return the fast engine if it gives the reference's ids, and why not otherwise."""
+    if find_spec("numba") is None:
+        return None, "the fast engine needs numba: pip install 'raytune_llama[fast]'"
+    from raytune_llama.tokenizer.compiled.encoder import CompiledEncoder
+
+    try:
+        fast = CompiledEncoder(reference)
+    except ValueError as error:
+        return None, f"the fast engine can't read the tokenizer: {error}"
+    for start in range(0, len(texts), _BATCH_TEXTS):
+        batch = texts[start : start + _BATCH_TEXTS]
+        pairs = zip(fast.encode(batch), reference.encode(batch), strict=True)
+        differing = [
+            text for text, ids in zip(batch, pairs, strict=True) if not np.array_equal(*ids)
+        ]
+        if differing:
+            return None, (
+                f"the fast engine gives other ids for {len(differing)} of {len(batch)} texts, "
+                f"the first is {excerpt(differing[0])}"
+            )
+    return fast, ""

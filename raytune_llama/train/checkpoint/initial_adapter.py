@@ -1,0 +1,89 @@
+"""What a run's adapter started from, stored with the run where its result is made of it (PiSSA).
+
+A resumed run, on whatever machine, goes on from the same bits as it started with.
+"""
+
+import logging
+from pathlib import Path
+
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raytune_llama.model.pissa import principal_factors
+from raytune_llama.storage.files import MANIFEST, sha256_file, write_json_atomic
+from raytune_llama.storage.place import Place
+from raytune_llama.storage.transfers import is_published, local_copy, publish_place
+from raytune_llama.train.checkpoint.layout import CheckpointError, list_checkpoints
+from raytune_llama.train.checkpoint.restore import node_folder
+from raytune_llama.train.process_group import Workers
+
+logger = logging.getLogger(__name__)
+
+_FILE = "initial.safetensors"
+
+
+def initial_factors(run_dir: Place, attached: PeftModel, workers: Workers) -> dict[str, Tensor]:
+    """Return what the adapter of a run starts from, the same on each worker; collective.
+
+    The first worker of the run's first start computes and stores it, all others read it.
+
+    Args:
+        run_dir: of the run.
+        attached: base and adapter, whole, on the CPU.
+        workers: all of them.
+
+    Raises:
+        CheckpointError: it is damaged, or the run has checkpoints and it is gone.
+    """
+    if workers.is_first:
+        _store_once(run_dir, attached)
+    # Where the first worker fails, the others fail here.
+    workers.barrier()
+    with node_folder(workers) as copies:
+        return read_initial(run_dir, copies)
+
+
+def read_initial(run_dir: Place, copies: Path) -> dict[str, Tensor]:
+    """Read what the adapter of a run started from.
+
+    Args:
+        run_dir: of the run.
+        copies: local folder for a copy, where the run is in object storage.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    place = _place(run_dir)
+    entry = (place / MANIFEST).read_json()["files"][_FILE]
+    path = local_copy(
+        place / _FILE, sha256=entry["sha256"], num_bytes=entry["bytes"], cache_dir=copies
+    )
+    if sha256_file(path) != entry["sha256"]:
+        raise CheckpointError(
+            f"{place / _FILE}: its content does not fit its hash, and the run cannot go on "
+            "without what it started from; restore it from a backup, or use another run_dir"
+        )
+    return load_file(path)
+
+
+def _place(run_dir: Place) -> Place:
+    return run_dir / "initial"
+
+
+def _store_once(run_dir: Place, attached: PeftModel) -> None:
+    place = _place(run_dir)
+    if is_published(place, MANIFEST):
+        return
+    if list_checkpoints(run_dir):
+        raise CheckpointError(
+            f"{place} is gone, and the run's checkpoints cannot be gone on from without what it "
+            "started from; restore it from a backup, or use another run_dir"
+        )
+    tensors = principal_factors(attached)
+    with publish_place(place, last=MANIFEST) as folder:
+        save_file(tensors, folder / _FILE)
+        path = folder / _FILE
+        entry = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        write_json_atomic(folder / MANIFEST, {"format": 1, "files": {_FILE: entry}})
+    logger.info("%d tensors that the adapter starts from: %s", len(tensors), place)

@@ -1,0 +1,189 @@
+"""The files of a checkpoint: slices of parameters as one worker writes them, and reading ranges.
+
+A file is a safetensors file of bounded size, with the tensors `weight/<key>`, `exp_avg/<key>` and
+`exp_avg_sq/<key>` of each of its slices. Files of several workers become one checkpoint by their
+entries in its manifest, which `join_parts` makes of what every worker says that it has written.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from raytune_llama.model.tensors import TensorSpec, safetensors_header
+from raytune_llama.storage.place import Place
+from raytune_llama.train.checkpoint.layout import CheckpointError, file_path
+from raytune_llama.train.engines.protocol import PARTS, Part, StateSlice
+
+FILE_BYTES = 2 * 2**30
+"""Most that a file holds; free space that a worker needs in TMPDIR to save to object storage."""
+
+_BLOCK_BYTES = 8 * 2**20
+_NUMBER_BYTES = len(PARTS) * torch.float32.itemsize
+
+
+def write_slices(slices: Iterable[StateSlice], folder: Place, stem: str) -> dict[str, Any]:
+    """Write slices into files of bounded size, and return what lies where.
+
+    Args:
+        slices: read one file's worth at a time.
+        folder: where the files appear, synced; made where it is not there.
+        stem: how their names begin.
+
+    Returns:
+        `tensors`: of each parameter its slices, each with `file`, `key`, `start` and `stop`;
+        `files`: of each file its `bytes` and `sha256`.
+
+    Raises:
+        OSError: they cannot be written; files that were written before stay.
+    """
+    tensors: dict[str, list[dict[str, Any]]] = {}
+    files: dict[str, dict[str, Any]] = {}
+    if folder.is_local:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    for number, group in enumerate(_groups(slices)):
+        file = f"{stem}-{number:05d}.safetensors"
+        files[file] = _write_file(group, folder / file)
+        for each in group:
+            entry = {"file": file, "key": _key(each), "start": each.start, "stop": each.stop}
+            tensors.setdefault(each.name, []).append(entry)
+    return {"tensors": tensors, "files": files}
+
+
+def _groups(slices: Iterable[StateSlice]) -> Iterator[list[StateSlice]]:
+    """Pack slices into groups of the size of a file, and cut those that are larger."""
+    most = max(FILE_BYTES // _NUMBER_BYTES, 1)
+    group: list[StateSlice] = []
+    room = most
+    for each in slices:
+        start = each.start
+        while start < each.stop:
+            if room == 0:
+                yield group
+                group, room = [], most
+            stop = min(start + room, each.stop)
+            parts = [getattr(each, part)[start - each.start : stop - each.start] for part in PARTS]
+            group.append(StateSlice(each.name, start, *parts))
+            start, room = stop, room - (stop - start)
+    if group:
+        yield group
+
+
+def _key(one: StateSlice) -> str:
+    return f"{one.name}[{one.start}:{one.stop}]"
+
+
+def _write_file(slices: Sequence[StateSlice], place: Place) -> dict[str, Any]:
+    if place.is_local:
+        return _write_local(slices, place.path)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, place.name)
+        entry = _write_local(slices, path)
+        place.upload(path)
+    return entry
+
+
+def _write_local(slices: Sequence[StateSlice], path: Path) -> dict[str, Any]:
+    digest, num_bytes = hashlib.sha256(), 0
+    with path.open("xb") as file:
+        for block in _blocks(slices):
+            # Both let other threads run: training goes on.
+            file.write(block)
+            digest.update(block)
+            num_bytes += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": num_bytes, "sha256": digest.hexdigest()}
+
+
+def _blocks(slices: Sequence[StateSlice]) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a safetensors file."""
+    tensors: dict[str, Tensor] = {
+        f"{part}/{_key(each)}": getattr(each, part) for each in slices for part in PARTS
+    }
+    yield safetensors_header(
+        {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    )
+    for tensor in tensors.values():
+        data = tensor.cpu().contiguous().view(torch.uint8).numpy().data
+        for start in range(0, len(data), _BLOCK_BYTES):
+            yield data[start : start + _BLOCK_BYTES]
+
+
+def join_parts(
+    parts: Iterable[Mapping[str, Any]], shapes: Mapping[str, list[int]]
+) -> dict[str, dict[str, Any]]:
+    """Make the manifest's `tensors` and `files` of what each worker has written.
+
+    Args:
+        parts: as `write_slices` returned them.
+        shapes: of the whole parameters.
+
+    Raises:
+        CheckpointError: the slices of a parameter are not all of it, each number once.
+    """
+    slices: dict[str, list[dict[str, Any]]] = {name: [] for name in shapes}
+    files: dict[str, Any] = {}
+    for part in parts:
+        files |= part["files"]
+        for name, entries in part["tensors"].items():
+            slices[name] += entries
+    tensors: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        entries = sorted(slices[name], key=lambda entry: entry["start"])
+        edges = [0, *(entry["stop"] for entry in entries)]
+        starts = [*(entry["start"] for entry in entries), torch.Size(shape).numel()]
+        if edges != starts:
+            raise CheckpointError(
+                f"{name} of shape {shape}: the workers' slices end at {edges[1:]} and begin at "
+                f"{starts[:-1]}, which is not the whole tensor; remove keys of engine.deepspeed "
+                "that change how parameters are partitioned"
+            )
+        tensors[name] = {"shape": shape, "dtype": "float32", "slices": entries}
+    return {"tensors": tensors, "files": files}
+
+
+class SliceReader(contextlib.AbstractContextManager["SliceReader"]):
+    """Reads ranges of parameters from a checkpoint, from those of its files that have them."""
+
+    def __init__(self, path: Place, manifest: Mapping[str, Any], copies: Path) -> None:
+        """Read nothing yet.
+
+        Args:
+            path: The checkpoint, which was checked.
+            manifest: Of it.
+            copies: Local folder for copies of its files, where it is in object storage.
+        """
+        self._path, self._manifest, self._copies = path, manifest, copies
+        self._open: dict[str, Any] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def read(self, part: Part, name: str, start: int, stop: int) -> Tensor:
+        """Return numbers [start, stop) of a part of a parameter; see `ReadPart`."""
+        numbers = torch.empty(stop - start)
+        for entry in self._manifest["tensors"][name]["slices"]:
+            first, last = max(start, entry["start"]), min(stop, entry["stop"])
+            if first < last:
+                stored = self._file(entry["file"]).get_slice(f"{part}/{entry['key']}")
+                piece = stored[first - entry["start"] : last - entry["start"]]
+                numbers[first - start : last - start] = piece
+        return numbers
+
+    def _file(self, name: str) -> Any:  # noqa: ANN401  # the library's type has no name
+        if name not in self._open:
+            path = file_path(self._path, name, self._manifest["files"][name], self._copies)
+            self._open[name] = self._stack.enter_context(safe_open(path, framework="pt"))
+        return self._open[name]

@@ -1,0 +1,67 @@
+"""Build the engine that a config asks for: load the base, choose what is trained, place it."""
+
+from pathlib import Path
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from raytune_llama.data.batches.step_batches import BatchPlan
+from raytune_llama.model.embeddings import train_embeddings
+from raytune_llama.model.llama import SummedLoss, load_model
+from raytune_llama.model.lora import LoraConfig, attach_adapter, load_adapter
+from raytune_llama.model.pissa import start_from
+from raytune_llama.model.vocab import new_ids
+from raytune_llama.train.checkpoint.initial_adapter import initial_factors
+from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
+from raytune_llama.train.engines.ddp import DataParallelEngine
+from raytune_llama.train.engines.fsdp import FullyShardedEngine
+from raytune_llama.train.engines.protocol import Engine
+from raytune_llama.train.process_group import Workers
+from raytune_llama.train.untrained_rows import modules_to_save
+
+
+def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: Workers) -> Engine:
+    """Load the base, choose what is trained, and only then place or partition the weights."""
+    model = load_model(
+        config.model,
+        config.engine.precision,
+        workers.device,
+        modules_to_save=modules_to_save(config),
+    )
+    if config.engine.gradient_checkpointing:
+        # The reentrant kind needs an input that wants a gradient: frozen embeddings give none.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained: nn.Module = model
+    if config.lora is not None:
+        trained = start_adapter(config, config.lora, model, workers)
+    elif config.adapter is not None:
+        trained = load_adapter(model, Path(config.adapter))
+    elif isinstance(config, PretrainConfig) and config.train == "embeddings":
+        ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
+        train_embeddings(model, config.embeddings, ids)
+    module = SummedLoss(trained, neftune_alpha=config.optim.neftune_alpha)
+    if config.engine.strategy == "ddp":
+        return DataParallelEngine(module, config.engine.precision, config.optim, workers)
+    if config.engine.strategy == "fsdp":
+        return FullyShardedEngine(module, config.engine, config.optim, workers)
+    from raytune_llama.train.engines.deepspeed_zero import DeepSpeedEngine
+
+    return DeepSpeedEngine(
+        module,
+        config.engine,
+        config.optim,
+        workers,
+        micro_batch_sequences=plan.micro_batch_sequences,
+        num_micro_batches=plan.num_micro_batches(workers.world_size),
+    )
+
+
+def start_adapter(
+    config: AnyTrainConfig, lora: LoraConfig, model: PreTrainedModel, workers: Workers
+) -> PeftModel:
+    """Attach a new adapter, with the values that its first start gave it; collective."""
+    attached = attach_adapter(model, lora, seed=config.seed)
+    if lora.init == "pissa":
+        start_from(attached, initial_factors(config.run_place, attached, workers))
+    return attached

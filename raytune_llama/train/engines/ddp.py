@@ -1,0 +1,243 @@
+"""Plain data parallelism (`ddp`) behind the engine protocol: every worker holds the whole model."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raytune_llama.data.batches.step_batches import MicroBatch
+from raytune_llama.model.llama import DTYPES, Precision, SummedLoss
+from raytune_llama.train.engines.optimizer import (
+    OptimConfig,
+    build_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
+from raytune_llama.train.engines.protocol import (
+    PARTS,
+    ReadPart,
+    StateSlice,
+    StepResult,
+    evaluate_batch,
+    even_ranges,
+    module_tensors,
+    not_finite,
+    precise_buffers,
+    to_device,
+    trained_parameters,
+)
+from raytune_llama.train.process_group import Workers
+
+BUCKET_NUMEL = 16 * 2**20
+"""Gradients are exchanged in buckets of this many numbers (64 MiB)."""
+
+
+class DataParallelEngine:
+    """Every worker holds the whole model; gradients are summed in float32 once a step.
+
+    Chosen over DeepSpeed's stage 0, which wraps its optimizer differently for each precision and
+    keeps the float32 masters to itself, and over DistributedDataParallel, which reduces in the
+    weights' own precision.
+    """
+
+    def __init__(
+        self, module: SummedLoss, precision: Precision, optim: OptimConfig, workers: Workers
+    ) -> None:
+        self.module = module
+        self._workers = workers
+        self._place(precision)
+        self.module.train()
+        self._max_grad_norm = optim.max_grad_norm or float("inf")
+        named = trained_parameters(module)
+        self._names = [name for name, _ in named]
+        self._weights = [weight for _, weight in named]
+        self._masters = [self._master_of(weight) for weight in self._weights]
+        masters = list(zip(self._names, self._masters, strict=True))
+        self._optimizer = build_optimizer(parameter_groups(module.model, masters, optim), optim)
+        self._scaler = torch.amp.GradScaler(
+            workers.device.type, enabled=DTYPES[precision] == torch.float16
+        )
+        self._num_applied = 0
+
+    def _place(self, precision: Precision) -> None:
+        """Bring the weights to where they are computed with."""
+        with precise_buffers(self.module, self._workers.device):
+            self.module.to(self._workers.device, DTYPES[precision])
+
+    def _master_of(self, weight: nn.Parameter) -> nn.Parameter:
+        """Return what the optimizer changes: float32, on this worker."""
+        if weight.dtype == torch.float32:
+            return weight
+        return nn.Parameter(weight.detach().float())
+
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        seeds: Sequence[int],
+        num_targets: float,
+        learning_rate: float,
+    ) -> StepResult:
+        """Take one optimizer step; see `Engine`."""
+        losses: list[Tensor] = []
+        for batch, seed in zip(micro_batches, seeds, strict=True):
+            torch.manual_seed(seed)
+            loss = self.module(*to_device(batch, self._workers.device))
+            self._scaler.scale(loss / num_targets).backward()
+            self._collect_gradients()
+            losses.append(loss.detach())
+        self._sum_gradients()
+        scale = self._scaler.get_scale()
+        # One message: all workers decide on the same numbers.
+        mine = sum(losses, torch.zeros((), device=self._workers.device)).item()
+        loss_sum, squared = self._workers.sum([mine, self._squared_norm()])
+        norm = math.sqrt(squared) / scale
+        was_applied = math.isfinite(loss_sum) and math.isfinite(norm)
+        if not was_applied:
+            self._overflow_gradients()
+        self._scaler.unscale_(self._optimizer)
+        if was_applied:
+            nn.utils.clip_grads_with_norm_(self._masters, self._max_grad_norm, torch.tensor(norm))
+            set_learning_rate(self._optimizer.param_groups, learning_rate)
+            self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._num_applied += was_applied
+        self._write_weights()
+        bad = () if was_applied else not_finite(losses)
+        return StepResult(loss_sum, norm, was_applied, scale, bad)
+
+    def _collect_gradients(self) -> None:
+        """Add half-precision gradients to the masters' in float32, micro-batch by micro-batch."""
+        for weight, master in zip(self._weights, self._masters, strict=True):
+            if weight is master or weight.grad is None:
+                continue
+            gradient = weight.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            weight.grad = None
+
+    def _sum_gradients(self) -> None:
+        for master in self._masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        if self._workers.world_size == 1:
+            return
+        bucket: list[Tensor] = []
+        for master in self._masters:
+            assert master.grad is not None
+            bucket.append(master.grad)
+            if sum(gradient.numel() for gradient in bucket) >= BUCKET_NUMEL:
+                _all_reduce(bucket)
+                bucket = []
+        if bucket:
+            _all_reduce(bucket)
+
+    def _squared_norm(self) -> float:
+        """Return what adds up over the workers to the square of the norm of the gradients."""
+        return self._norm_held() ** 2 / self._workers.world_size
+
+    def _norm_held(self) -> float:
+        """Return the norm of the gradients that this worker holds."""
+        gradients = [master.grad for master in self._masters if master.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
+
+    def _overflow_gradients(self) -> None:
+        """Let the scaler find an overflow, if there is one, whatever was not finite and where."""
+        for master in self._masters if self._scaler.is_enabled() else ():
+            assert master.grad is not None
+            master.grad.fill_(math.inf)
+
+    @torch.no_grad()
+    def _write_weights(self) -> None:
+        for weight, master in zip(self._weights, self._masters, strict=True):
+            if weight is not master:
+                weight.copy_(master)
+
+    def loss_sum(self, batch: MicroBatch) -> float:
+        """Return the summed loss of a batch; see `Engine`."""
+        return evaluate_batch(self.module, self.module, batch, self._workers.device)
+
+    def trainable_state(self) -> Iterator[StateSlice]:
+        """Yield what this worker saves; see `Engine`."""
+        kept = self._kept_ranges()
+        for name, weight, master, (start, stop) in zip(
+            self._names, self._weights, self._masters, kept, strict=True
+        ):
+            if start == stop:
+                continue
+            moments = self._optimizer.state.get(master) or {}
+            parts = [
+                moments[part] if moments else torch.zeros_like(master)
+                for part in ("exp_avg", "exp_avg_sq")
+            ]
+            first = self._first_held(weight)
+            mine = [
+                part.reshape(-1)[start - first : stop - first] for part in (master.detach(), *parts)
+            ]
+            yield StateSlice(name, start, *mine)
+
+    def _kept_ranges(self) -> list[tuple[int, int]]:
+        """Return the numbers of each parameter that this worker saves."""
+        sizes = [master.numel() for master in self._masters]
+        return even_ranges(sizes, self._workers.rank, self._workers.world_size)
+
+    def _first_held(self, weight: nn.Parameter) -> int:  # noqa: ARG002  # for others
+        """Return where in the whole parameter begins what this worker holds of it."""
+        return 0
+
+    @torch.no_grad()
+    def load_trainable_state(self, read: ReadPart) -> None:
+        """Set the state of every trained parameter; see `Engine`."""
+        for name, weight, master in zip(self._names, self._weights, self._masters, strict=True):
+            start = self._first_held(weight)
+            stop = start + master.numel()
+            held = {part: read(part, name, start, stop).view_as(master) for part in PARTS}
+            master.copy_(held.pop("weight"))
+            self._optimizer.state[master] = {
+                "step": torch.tensor(0.0, device=master.device),
+                **{part: moment.to(master.device) for part, moment in held.items()},
+            }
+        self._write_weights()
+
+    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all weights; see `Engine`."""
+        return module_tensors(self.module)
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every trained parameter; see `Engine`."""
+        for name, weight, master in zip(self._names, self._weights, self._masters, strict=True):
+            yield name, self._whole(master.detach(), weight)
+
+    def _whole(self, part: Tensor, weight: nn.Parameter) -> Tensor:  # noqa: ARG002  # for others
+        """Return all of a tensor of which this worker holds what it holds of a weight."""
+        return part.cpu()
+
+    def scalar_state(self) -> dict[str, float]:
+        """Return the applied steps and the loss scaler; see `Engine`."""
+        state: dict[str, float] = {"num_applied": self._num_applied}
+        if self._scaler.is_enabled():
+            scaler = self._scaler.state_dict()
+            state |= {"loss_scale": scaler["scale"], "num_good": scaler["_growth_tracker"]}
+        return state
+
+    def load_scalar_state(self, state: dict[str, float]) -> None:
+        """Set what `scalar_state` returned; see `Engine`."""
+        self._num_applied = int(state["num_applied"])
+        for moments in self._optimizer.state.values():
+            moments["step"].fill_(self._num_applied)
+        if self._scaler.is_enabled():
+            mine = {"scale": state["loss_scale"], "_growth_tracker": int(state["num_good"])}
+            self._scaler.load_state_dict(self._scaler.state_dict() | mine)
+
+
+def _all_reduce(gradients: list[Tensor]) -> None:
+    """Sum tensors over the workers in place, as one message."""
+    if len(gradients) == 1:
+        dist.all_reduce(gradients[0])
+        return
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))

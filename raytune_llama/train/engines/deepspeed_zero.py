@@ -1,0 +1,332 @@
+"""DeepSpeed ZeRO 1 to 3 behind the engine protocol; the one module that imports deepspeed."""
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from raytune_llama.data.batches.step_batches import MicroBatch
+from raytune_llama.model.llama import DTYPES, SummedLoss
+from raytune_llama.train.engines.config import EngineConfig
+from raytune_llama.train.engines.optimizer import (
+    OptimConfig,
+    build_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
+from raytune_llama.train.engines.protocol import (
+    PARTS,
+    ReadPart,
+    StateSlice,
+    StepResult,
+    evaluate_batch,
+    module_tensors,
+    not_finite,
+    precise_buffers,
+    to_device,
+    trained_parameters,
+)
+from raytune_llama.train.process_group import Workers, ensure_process_group
+
+logger = logging.getLogger(__name__)
+
+
+def deepspeed_config(
+    engine: EngineConfig, optim: OptimConfig, *, micro_batch_sequences: int, num_micro_batches: int
+) -> dict[str, Any]:
+    """Return DeepSpeed's JSON for our fields, with the user's further keys.
+
+    Raises:
+        ValueError: a further key contradicts one of our fields.
+    """
+    zero: dict[str, Any] = {"stage": engine.zero, "compute_grad_norm": True}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if engine.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_sequences,
+        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_clipping": optim.max_grad_norm or 0.0,
+        # What is not finite has to be looked for, or it moves weights.
+        "bf16": {"enabled": engine.precision == "bf16", "check_grad_overflow": True},
+        "fp16": {"enabled": engine.precision == "fp16"},
+        "zero_optimization": zero,
+        # The optimizer is PyTorch's own, on the CPU and the GPU alike.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # Sums of half-precision gradients lose digits with every worker and micro-batch.
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        # Its progress line; ours says more.
+        "steps_per_print": 2**31,
+    }
+    if engine.zero == 1 and engine.precision == "bf16":
+        # DeepSpeed then picks another optimizer wrapper, which ignores the rest of this JSON.
+        del ours["data_types"]
+    return _merged(ours, engine.deepspeed, "engine.deepspeed")
+
+
+def _merged(ours: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(ours.get(key), dict):
+            merged[key] = _merged(ours[key], value, f"{path}.{key}")
+        elif key in ours and ours[key] != value:
+            raise ValueError(
+                f"{path}.{key}: {value!r} contradicts {ours[key]!r}, which follows from our own "
+                "fields; remove it and set the field"
+            )
+        else:
+            merged[key] = value
+    return merged
+
+
+class DeepSpeedEngine:
+    """ZeRO: optimizer state, gradients and weights partitioned over the workers."""
+
+    def __init__(
+        self,
+        module: SummedLoss,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        workers: Workers,
+        *,
+        micro_batch_sequences: int,
+        num_micro_batches: int,
+    ) -> None:
+        deepspeed = _import_deepspeed(workers.device)
+        self._deepspeed = deepspeed
+        self._config = engine
+        self._workers = workers
+        # Taken before ZeRO 3 leaves each parameter with an empty tensor of one dimension.
+        named = trained_parameters(module)
+        self._named = named
+        self._shapes = {name: parameter.shape for name, parameter in named}
+        self._soundness = torch.ones((), device=workers.device)
+        smallest = min((parameter for _, parameter in named), key=torch.numel)
+        smallest.register_hook(self._pass_on_soundness)
+        json = deepspeed_config(
+            engine,
+            optim,
+            micro_batch_sequences=micro_batch_sequences,
+            num_micro_batches=num_micro_batches,
+        )
+        with precise_buffers(module, workers.device):
+            module.to(DTYPES[engine.precision])
+            self._engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=build_optimizer(parameter_groups(module.model, named, optim), optim),
+                config=json,
+                dist_init_required=False,
+            )
+        self.module = module
+        self._num_applied = 0
+        self._has_moments = False
+
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        seeds: Sequence[int],
+        num_targets: float,
+        learning_rate: float,
+    ) -> StepResult:
+        """Take one optimizer step; see `Engine`."""
+        scale = self._loss_scale
+        losses: list[Tensor] = []
+        total = torch.zeros((), device=self._workers.device)
+        set_learning_rate(self._engine.optimizer.param_groups, learning_rate)
+        for batch, seed in zip(micro_batches, seeds, strict=True):
+            torch.manual_seed(seed)
+            loss = self._engine(*to_device(batch, self._workers.device))
+            losses.append(loss.detach())
+            if len(losses) == len(micro_batches):
+                # Before the gradients are there, after which DeepSpeed decides by itself.
+                total = self._workers.sum_in_place(sum(losses, total).double())
+                self._soundness = torch.where(total.isfinite(), 1.0, math.nan)
+            # DeepSpeed averages gradients over the workers; ours is a sum over the whole step.
+            self._engine.backward(
+                loss * (self._workers.world_size / num_targets), scale_wrt_gas=False
+            )
+            self._engine.step()
+        self._soundness = torch.ones_like(self._soundness)
+        was_applied = self._engine.was_step_applied()
+        self._num_applied += was_applied
+        if was_applied and not self._has_moments:
+            self._link_moments()
+            self._has_moments = True
+        norm = float(self._engine.get_global_grad_norm() or 0.0) if was_applied else float("inf")
+        bad = () if was_applied else not_finite(losses)
+        return StepResult(total.item(), norm, was_applied, scale, bad)
+
+    def _pass_on_soundness(self, gradient: Tensor) -> Tensor:
+        """Spoil one parameter's gradient where the loss is not finite, so that all is skipped.
+
+        A loss that is not finite can have finite gradients. A loss times nan would not do: of new
+        rows that a micro-batch does not look up, the gradient is zero whatever the loss is.
+        """
+        return gradient * self._soundness
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed find the moments of every group by parameter (stages 1 and 2).
+
+        It does so once, after the step of the first group, when those of the others are not there.
+        """
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        if self._config.zero == 3:
+            return
+        zero = self._engine.optimizer
+        groups = zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
+        for parameters, partition in groups:
+            lazy_init_hp_params_optimizer_state(parameters, partition, zero.optimizer.state)
+
+    def loss_sum(self, batch: MicroBatch) -> float:
+        """Return the summed loss of a batch; see `Engine`."""
+        return evaluate_batch(self._engine, self._engine, batch, self._workers.device)
+
+    def trainable_state(self) -> Iterator[StateSlice]:
+        """Yield what this worker holds, as ZeRO cuts it; see `Engine`."""
+        for name, parameter in self._named:
+            start, stop = self._held_range(parameter)
+            if start == stop:
+                continue
+            weight = self._held(parameter, None)[: stop - start]
+            moments = [
+                self._held(parameter, part)[: stop - start]
+                if self._has_moments
+                else torch.zeros_like(weight)
+                for part in ("exp_avg", "exp_avg_sq")
+            ]
+            yield StateSlice(name, start, weight.detach(), *moments)
+
+    def _held_range(self, parameter: Any) -> tuple[int, int]:  # noqa: ANN401  # DeepSpeed's attributes
+        """Return the numbers of a parameter of which this worker holds the float32 master."""
+        if self._config.zero == 3:
+            # Equal pieces, of which the last are padded, or padding alone.
+            piece = parameter.ds_tensor.ds_numel
+            first = piece * self._workers.rank
+            return min(first, parameter.ds_numel), min(first + piece, parameter.ds_numel)
+        # A group of parameters is cut as one row: a worker may hold nothing of one of them.
+        mapping = parameter._hp_mapping  # its getters of whole tensors start from it too
+        if mapping is None:
+            return 0, 0
+        address = mapping.lp_fragment_address
+        return address.start, address.start + address.numel
+
+    def _held(self, parameter: Any, moment: str | None) -> Tensor:  # noqa: ANN401  # as above
+        """Return this worker's master or a moment of it; under ZeRO 3 with padding at its end."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        if self._config.zero < 3:
+            return parameter._hp_mapping.get_hp_fragment(moment)
+        if moment is None:
+            return cast("Tensor", safe_get_local_fp32_param(parameter))
+        return cast("Tensor", safe_get_local_optimizer_state(parameter, moment))
+
+    @torch.no_grad()
+    def load_trainable_state(self, read: ReadPart) -> None:
+        """Set the state of every trained parameter; see `Engine`."""
+        self._make_moments()
+        if self._config.zero == 3:
+            self._load_pieces(read)
+            return
+        for name, parameter in self._named:
+            # What the forward pass reads is whole on every worker, and apart from the masters.
+            parameter.copy_(read("weight", name, 0, parameter.numel()).view_as(parameter))
+            start, stop = self._held_range(parameter)
+            for part in PARTS if start < stop else ():
+                held = self._held(parameter, None if part == "weight" else part)
+                held.copy_(read(part, name, start, stop))
+
+    def _load_pieces(self, read: ReadPart) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        # Small parameters stay whole on every worker, and are gathered anew at the end.
+        self._engine.optimizer.checkpoint_event_prologue()
+        for name, untyped in self._named:
+            parameter: Any = untyped  # with DeepSpeed's attributes
+            start, stop = self._held_range(parameter)
+            padding = (0, parameter.ds_tensor.ds_numel - (stop - start))
+            pieces = {
+                part: nn.functional.pad(read(part, name, start, stop), padding).to(
+                    self._workers.device
+                )
+                for part in PARTS
+            }
+            weight = pieces.pop("weight")
+            parameter.ds_tensor.copy_(weight)
+            safe_set_local_fp32_param(parameter, weight)
+            for part, moment in pieces.items():
+                safe_set_local_optimizer_state(parameter, moment, part)
+        self._engine.optimizer.checkpoint_event_epilogue()
+
+    def _make_moments(self) -> None:
+        """Take a step without targets at rate zero: the optimizer's state exists only after one."""
+        with torch.enable_grad():
+            ids = torch.zeros((1, 2), dtype=torch.long)
+            nothing = MicroBatch(ids, torch.full_like(ids, -100), torch.arange(2).unsqueeze(0))
+            count = self._engine.gradient_accumulation_steps()
+            self.train_step([nothing] * count, [0] * count, 1.0, 0.0)
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every trained parameter; see `Engine`."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self._named:
+            whole = cast("Tensor", safe_get_full_fp32_param(parameter)).detach()
+            yield name, whole.reshape(self._shapes[name]).cpu()
+
+    @property
+    def _loss_scale(self) -> float:
+        return float(self._engine.optimizer.loss_scale) if self._config.precision == "fp16" else 1.0
+
+    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all weights; under ZeRO 3, which cuts them up, none; see `Engine`."""
+        return module_tensors(self.module) if self._config.zero < 3 else iter(())
+
+    def scalar_state(self) -> dict[str, float]:
+        """Return the applied steps and the loss scaler; see `Engine`."""
+        state: dict[str, float] = {"num_applied": self._num_applied}
+        if self._config.precision == "fp16":
+            scaler = self._engine.optimizer.loss_scaler
+            state |= {
+                "loss_scale": scaler.cur_scale,
+                "num_good": scaler.cur_iter - scaler.last_overflow_iter - 1,
+                "hysteresis": scaler.cur_hysteresis,
+            }
+        return state
+
+    def load_scalar_state(self, state: dict[str, float]) -> None:
+        """Set what `scalar_state` returned; see `Engine`."""
+        self._num_applied = int(state["num_applied"])
+        for moments in self._engine.optimizer.optimizer.state.values():
+            moments["step"].fill_(self._num_applied)
+        if self._config.precision == "fp16":
+            scaler = self._engine.optimizer.loss_scaler
+            scaler.cur_scale = state["loss_scale"]
+            scaler.last_overflow_iter = -1
+            scaler.cur_iter = int(state["num_good"])
+            scaler.cur_hysteresis = int(state.get("hysteresis") or scaler.cur_hysteresis)
+
+
+def _import_deepspeed(device: torch.device) -> Any:  # noqa: ANN401  # the module is untyped
+    """Import DeepSpeed for a device, in a process group of its own where there is none."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    # Its ops are compiled by ninja, which pip puts beside the interpreter.
+    tools = str(Path(sys.executable).parent)
+    if tools not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    ensure_process_group(device)
+    deepspeed.init_distributed(dist_init_required=False)
+    return deepspeed

@@ -1,0 +1,75 @@
+"""Steps that a person should look at, with the text that they read: one JSON line each.
+
+`bad_steps.jsonl` has those whose numbers were not finite, `loss_spikes.jsonl` those whose loss was
+far above what was usual. A run without any has no such file.
+"""
+
+import math
+import os
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+from raytune_llama.data.batches.provenance import Origins
+from raytune_llama.storage.place import Place
+from raytune_llama.storage.transfers import Mirror
+from raytune_llama.train.monitoring.metrics import read_records, record_line
+
+BAD_STEPS_FILE = "bad_steps.jsonl"
+SPIKES_FILE = "loss_spikes.jsonl"
+
+IncidentFile = Literal["bad_steps.jsonl", "loss_spikes.jsonl"]
+
+
+class Incidents:
+    """Appends to the files of a run; each line is in the run directory once it is written."""
+
+    def __init__(self, run_dir: Place, origins: Origins, *, resumed_step: int) -> None:
+        """Go on with a run's files.
+
+        Args:
+            run_dir: of the run.
+            origins: tells what text a step read.
+            resumed_step: steps behind it are done again, and stand in a file once.
+        """
+        self._mirror = Mirror(run_dir)
+        self._origins = origins
+        for name in (BAD_STEPS_FILE, SPIKES_FILE):
+            if (run_dir / name).exists():
+                kept = [r for r in read_records(run_dir / name) if r["step"] <= resumed_step]
+                file = Place.local(self._mirror.folder / name)
+                file.write_bytes("".join(map(record_line, kept)).encode())
+
+    def write(
+        self,
+        name: IncidentFile,
+        step: int,
+        facts: Mapping[str, float | str | None],
+        suspects: Collection[int] = (),
+    ) -> None:
+        """Append one step.
+
+        Args:
+            name: of the file.
+            step: its number from 1, as in metrics.
+            facts: what happened; a number that is not finite is written as text.
+            suspects: positions of samples that are more likely the cause than others.
+        """
+        samples = [
+            {**sample, "suspect": True} if sample["position"] in suspects else sample
+            for sample in self._origins.of_step(step - 1)
+        ]
+        legal = {key: _legal(fact) for key, fact in facts.items()}
+        with (self._mirror.folder / name).open("a") as file:
+            file.write(record_line({"step": step, **legal, "samples": samples}))
+            file.flush()
+            os.fsync(file.fileno())
+        # Not only with the next checkpoint: there may be none.
+        self._mirror.push()
+
+    def close(self) -> None:
+        """Bring everything to the run directory, and end."""
+        self._mirror.close()
+
+
+def _legal(fact: float | str | None) -> Any:  # noqa: ANN401  # any JSON value
+    return str(fact) if isinstance(fact, float) and not math.isfinite(fact) else fact

@@ -1,0 +1,52 @@
+"""The picture of a run: loss, evaluation and learning rate over steps."""
+
+import io
+
+from raytune_llama.storage.place import Place
+from raytune_llama.train.monitoring.metrics import EVAL_LOSS, LEARNING_RATE, LOSS, read_metrics
+
+PLOT_FILE = "loss.png"
+SMOOTHING_STEPS = 20
+
+
+def write_plot(run_dir: Place) -> Place:
+    """Draw `loss.png` in a run directory from its metrics, and return its place."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(run_dir)
+    steps, losses = _series(records, LOSS)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    upper.plot(steps, losses, color="0.75", linewidth=0.8, label="training, each step")
+    window = min(SMOOTHING_STEPS, max(1, len(losses) // 5))
+    upper.plot(steps, _smoothed(losses, window), color="C0", label=f"training, mean of {window}")
+    evaluations = _series(records, EVAL_LOSS)
+    if evaluations[0]:
+        upper.plot(*evaluations, color="C3", marker="o", label="validation")
+    upper.set_ylabel("loss (nats a token)")
+    upper.legend()
+    upper.grid(alpha=0.3)
+    lower.plot(*_series(records, LEARNING_RATE), color="C2")
+    lower.set_ylabel("learning rate")
+    lower.set_xlabel("optimizer step")
+    lower.grid(alpha=0.3)
+    # A folder's name may hold dollar signs, which are no formula.
+    figure.suptitle(run_dir.name, parse_math=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    file = run_dir / PLOT_FILE
+    file.write_bytes(buffer.getvalue())
+    return file
+
+
+def _series(records: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
+    pairs = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _smoothed(values: list[float], window: int) -> list[float]:
+    """Return the mean of each value and those before it, at most `window` of them."""
+    starts = [max(0, end - window) for end in range(1, len(values) + 1)]
+    return [sum(values[a:b]) / (b - a) for b, a in enumerate(starts, start=1)]

@@ -1,0 +1,91 @@
+"""What a run proves on its own model before the first step, or stops.
+
+An attention kernel, a library version or a model class can each break these silently: the loss
+still falls, on the wrong thing.
+"""
+
+import math
+
+import torch
+
+from raytune_llama.data.batches.step_batches import MicroBatch
+from raytune_llama.model.llama import Precision, causal_lm
+from raytune_llama.model.loss import IGNORE
+from raytune_llama.train.engines.protocol import Engine, to_device
+from raytune_llama.train.process_group import Workers
+
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
+"""Largest relative difference of two ways to the same loss; rounding reaches a tenth of it."""
+
+DOCUMENT_TOKENS = 12
+
+
+def prove(
+    engine: Engine,
+    precision: Precision,
+    workers: Workers,
+    isolate_documents: bool,  # noqa: FBT001  # a setting passed on
+) -> None:
+    """Check the loss and, where asked for, the isolation of packed documents; collective.
+
+    Raises:
+        RuntimeError: a check failed; the message says which and by how much.
+    """
+    model = causal_lm(engine.module.model)
+    rows = int(model.config.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    ids_3T = torch.randint(rows, (3, DOCUMENT_TOKENS), generator=generator)
+    _prove_loss(engine, ids_3T[0], precision, workers)
+    if isolate_documents:
+        _prove_isolation(engine, ids_3T, precision)
+
+
+def _prove_loss(
+    engine: Engine, ids_T: torch.Tensor, precision: Precision, workers: Workers
+) -> None:
+    """The chunked loss on hidden states equals cross-entropy on the model's own logits."""
+    batch = _packed(ids_T)
+    ids, _, labels = to_device(batch, workers.device)
+    module = engine.module
+    module.eval()
+    with torch.no_grad():
+        wanted = module.loss_from_logits(ids, labels).item()
+    module.train()
+    got = engine.loss_sum(batch)
+    if not math.isclose(got, wanted, rel_tol=TOLERANCE[precision]):
+        raise RuntimeError(
+            f"the loss of {DOCUMENT_TOKENS} tokens is {got:.6f} in chunks and {wanted:.6f} from "
+            "the model's own logits: between its last hidden state and its logits this model does "
+            "more than one projection, and can't be trained here"
+        )
+
+
+def _prove_isolation(engine: Engine, ids_3T: torch.Tensor, precision: Precision) -> None:
+    """A document's loss is the same alone, behind a document, and behind another one."""
+    first, other, second = ids_3T.unbind()
+    alone = engine.loss_sum(_packed(second))
+    behind_first = engine.loss_sum(_packed(first, second))
+    behind_other = engine.loss_sum(_packed(other, second))
+    # Masked attention weights are exactly zero: not one bit may depend on what they would weigh.
+    if behind_first != behind_other:
+        raise RuntimeError(
+            f"packed documents see each other: a document's loss is {behind_first!r} behind one "
+            f"document and {behind_other!r} behind another; this attention kernel does not isolate "
+            "documents. Use model.attention=sdpa, or batch.isolate_documents=false to train so"
+        )
+    if not math.isclose(alone, behind_first, rel_tol=TOLERANCE[precision]):
+        raise RuntimeError(
+            f"a document's loss is {alone:.6f} alone and {behind_first:.6f} behind another one, "
+            "though it does not see that one: positions do not start again. Use "
+            "model.attention=sdpa, or batch.isolate_documents=false to train so"
+        )
+
+
+def _packed(*documents: torch.Tensor) -> MicroBatch:
+    """Pack documents into one sequence in which only the last one has targets."""
+    ids_T = torch.cat(documents)
+    labels_T = torch.full_like(ids_T, IGNORE)
+    last = len(documents[-1])
+    labels_T[-last:-1] = documents[-1][1:]
+    positions_T = torch.cat([torch.arange(len(document)) for document in documents])
+    return MicroBatch(ids_T[None], labels_T[None], positions_T[None])

@@ -1,0 +1,190 @@
+"""The Ray cluster under a run: connect, check that it can hold the workers, check every node."""
+
+import contextlib
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raytune_llama.config.settings import ConfigError
+from raytune_llama.data.store.token_store import open_store
+from raytune_llama.model.llama import check_model_directory
+from raytune_llama.storage.place import Place
+from raytune_llama.train.config import AnyTrainConfig
+from raytune_llama.train.orchestration.config import ScaleConfig
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 5.0
+NODE_CHECK_SECONDS = 120.0
+
+
+def in_submitted_job() -> bool:
+    """Whether this process is the driver of a job that was submitted to a cluster."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def wait_for_resources(scale: ScaleConfig) -> None:
+    """Return once the cluster's nodes can hold the fewest workers; wait at most `wait_seconds`.
+
+    Raises:
+        ConfigError: they cannot, and no node that could has come in time.
+    """
+    needs = scale.worker_resources
+    shortage = find_shortage(ray.nodes(), needs, scale)
+    if shortage is None:
+        return
+    start = time.monotonic()
+    with _requested([needs] * scale.fewest_workers):
+        while shortage is not None:
+            waited = time.monotonic() - start
+            if waited >= scale.wait_seconds:
+                raise ConfigError([shortage])
+            logger.info(
+                "waiting for nodes, %.0f of %.0f s: %s", waited, scale.wait_seconds, shortage
+            )
+            time.sleep(min(POLL_SECONDS, scale.wait_seconds - waited))
+            shortage = find_shortage(ray.nodes(), needs, scale)
+
+
+@contextlib.contextmanager
+def _requested(bundles: list[dict[str, float]]) -> Iterator[None]:
+    """Ask the autoscaler for nodes while the block runs."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=bundles)
+    try:
+        yield
+    finally:
+        # A request outlives its job, and the cluster would never shrink again.
+        request_resources(bundles=[])
+
+
+def find_shortage(
+    nodes: list[dict[str, Any]], needs: dict[str, float], scale: ScaleConfig
+) -> str | None:
+    """Return why the nodes of a cluster cannot hold the workers, or None.
+
+    Args:
+        nodes: as `ray.nodes()` lists them.
+        needs: what one worker reserves.
+        scale: how many workers there are; of an elastic run the fewest count.
+    """
+    alive = [node for node in nodes if node["Alive"]]
+    held = count_held(nodes, needs)
+    if held >= scale.fewest_workers:
+        return None
+    have = "; ".join(
+        f"{node['NodeManagerAddress']}: {node['Resources'].get('CPU', 0):g} CPUs, "
+        f"{node['Resources'].get('GPU', 0):g} GPUs"
+        for node in alive
+    )
+    have = have or "no node is alive"
+    field = "scale.num_workers.min" if scale.elastic else "scale.num_workers"
+    remedy = "lower it, add nodes"
+    if scale.use_gpu and not any(node["Resources"].get("GPU") for node in alive):
+        field, remedy = "scale.use_gpu", "set it to false, add nodes with GPUs"
+    elif held == 0:
+        # No number of workers is small enough: one alone is larger than every node.
+        field, remedy = "scale.cpus_per_worker", "lower it, add larger nodes"
+    wants = " and ".join(f"{amount:g} {name}" for name, amount in needs.items())
+    return (
+        f"{field}: {scale.fewest_workers} workers of {wants} each are asked for, and the cluster "
+        f"can hold {held} ({have}); {remedy}, or set scale.wait_seconds where it scales by itself"
+    )
+
+
+def worker_nodes(needs: dict[str, float]) -> list[dict[str, Any]]:
+    """Return the nodes that can hold at least one worker."""
+    return [node for node in ray.nodes() if node["Alive"] and _num_held(node, needs) > 0]
+
+
+def count_held(nodes: list[dict[str, Any]], needs: dict[str, float]) -> int:
+    """Return how many workers the nodes of a cluster can hold at a time.
+
+    Args:
+        nodes: as `ray.nodes()` lists them.
+        needs: what one worker reserves.
+    """
+    return sum(_num_held(node, needs) for node in nodes if node["Alive"])
+
+
+def _num_held(node: dict[str, Any], needs: dict[str, float]) -> int:
+    return min(int(node["Resources"].get(name, 0.0) // amount) for name, amount in needs.items())
+
+
+def check_nodes(config: AnyTrainConfig) -> None:
+    """On every node that may train: write and read in the run directory, open model and store.
+
+    Raises:
+        ConfigError: names each node that cannot, and why.
+    """
+    run_dir = config.run_place
+    existed = run_dir.exists()
+    probes = run_dir / f".probe-{uuid.uuid4().hex}"
+    try:
+        (probes / "driver").write_bytes(b"driver")
+    except OSError as error:
+        raise ConfigError([f"run_dir: cannot write in {run_dir}: {error}"]) from error
+    try:
+        problems = _probe_all(config, probes)
+    finally:
+        probes.delete()
+        if not existed:
+            # A run that never started leaves nothing behind.
+            run_dir.delete_empty()
+    if problems:
+        raise ConfigError(problems)
+
+
+def _probe_all(config: AnyTrainConfig, probes: Place) -> list[str]:
+    task: Any = ray.remote(probe_node)
+    pending: dict[Any, str] = {}
+    for node in worker_nodes(config.scale.worker_resources):
+        here = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+        call = task.options(num_cpus=0, scheduling_strategy=here, max_retries=0)
+        address = node["NodeManagerAddress"]
+        pending[call.remote(config, probes, node["NodeID"])] = f"{address} {node['NodeID'][:8]}"
+    done, late = ray.wait(list(pending), num_returns=len(pending), timeout=NODE_CHECK_SECONDS)
+    problems = [f"node {pending[ref]}: no answer in {NODE_CHECK_SECONDS:.0f} s" for ref in late]
+    for ref in done:
+        name = pending[ref]
+        try:
+            node_id, found = ray.get(ref)
+        except RayError as error:
+            problems.append(f"node {name}: {error}")
+            continue
+        problems += [f"node {name}: {problem}" for problem in found]
+        if not found and not (probes / node_id).exists():
+            problems.append(
+                f"node {name}: what it writes in {config.run_dir} is not seen by the driver; "
+                "run_dir has to be on storage that every node mounts"
+            )
+    return problems
+
+
+def probe_node(config: AnyTrainConfig, probes: Place, node_id: str) -> tuple[str, list[str]]:
+    """Return the node's id and what it cannot do; runs as a Ray task on the node."""
+    problems = check_model_directory(Path(config.model.path))
+    try:
+        if not (probes / "driver").exists():
+            problems.append(
+                f"run_dir: {config.run_dir} is not the driver's; it has to be on storage that "
+                "every node mounts"
+            )
+        else:
+            (probes / node_id).write_bytes(node_id.encode())
+    except OSError as error:
+        problems.append(f"run_dir: cannot read and write in {config.run_dir}: {error}")
+    try:
+        open_store(config.data)
+    except (ValueError, OSError) as error:
+        problems.append(f"data.store_dir: {error}")
+    return node_id, problems

@@ -1,0 +1,166 @@
+"""Learn new merges for a byte-level BPE tokenizer (LLaMA 3, SmolLM2, Qwen) from text.
+
+    grown = grow_byte_level(tokenizer_json, texts, num_tokens=20_000)
+
+The text is first split and merged as the tokenizer does it. What is learned are merges of its
+tokens, which come behind all of its own: a text that none of them applies to keeps its ids. Tokens
+of ASCII characters alone are not learned, so that this holds for all ASCII text.
+
+The training is that of `tokenizers`, on words in which each token is written as one character.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from raytune_llama.tokenizer.compiled.tables import byte_alphabet
+from raytune_llama.tokenizer.split_points import split_kind
+
+logger = logging.getLogger(__name__)
+
+_FIRST_CODE = 0x10000  # behind it a million code points are free of surrogates
+_MORE = 1.2  # what is learned and not used has to be made up for
+_MIN_FREQUENCY = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrownMerges:
+    """A grown `tokenizers` engine, and what became of the merges that were learned."""
+
+    engine: dict[str, Any]
+    """Content of its tokenizer.json."""
+    num_new: int
+    """Tokens that were added, with ids behind all others."""
+    num_merges: int
+    """Merges that were added: the new tokens', and new ways to tokens that were there."""
+    left_out: dict[str, int]
+    """Merges that were not added, by reason: `ascii`, `ascii_part` (a merge of such a one)."""
+
+
+def check_byte_level(engine: dict[str, Any], name: str) -> None:
+    """Refuse a tokenizer that merges can't be added to.
+
+    Raises:
+        ValueError: Says why.
+    """
+    if engine["model"]["type"] != "BPE" or split_kind(engine) is None:
+        raise ValueError(
+            f"{name}: neither has a tokenizer.model of SentencePiece's nor is a byte-level BPE "
+            "tokenizer of a kind that is known here (GPT-2's, SmolLM2's, Qwen's, LLaMA 3's)"
+        )
+
+
+def grow_byte_level(engine: dict[str, Any], texts: Iterable[str], num_tokens: int) -> GrownMerges:
+    """Learn merges and append them.
+
+    Args:
+        engine: Content of a tokenizer.json that `check_byte_level` takes; left as it is.
+        texts: What is learned from.
+        num_tokens: Tokens to add; fewer where the text has no more that occur twice.
+    """
+    words = _Words(Tokenizer.from_str(json.dumps(engine)))
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    spelled = list(words.spell(texts))
+    trainer = trainers.BpeTrainer(
+        vocab_size=words.num_tokens + int(num_tokens * _MORE),
+        min_frequency=_MIN_FREQUENCY,
+        show_progress=False,
+    )
+    trained.train_from_iterator(spelled, trainer)
+    model = json.loads(trained.to_str())["model"]
+    grown = json.loads(json.dumps(engine))
+    return _append(grown, [words.unspell(pair) for pair in model["merges"]], num_tokens)
+
+
+class _Words:
+    """Writes the words of texts with a character for each token of a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._cache: dict[str, str] = {}
+        self._characters: dict[str, str] = {}
+        self._tokens: dict[str, str] = {}
+
+    def spell(self, texts: Iterable[str]) -> Iterator[str]:
+        """Yield a line of words for each text."""
+        normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        for text in texts:
+            plain = text if normalizer is None else normalizer.normalize_str(text)
+            words = (self._spell(word) for word, _ in splitter.pre_tokenize_str(plain))
+            yield " ".join(word for word in words if word)
+
+    def _spell(self, word: str) -> str:
+        spelled = self._cache.get(word)
+        if spelled is None:
+            # Of a word of ASCII nothing is to be learned.
+            tokens = [] if is_ascii(word) else self._tokenizer.model.tokenize(word)
+            spelled = "".join(self._character(token.value) for token in tokens)
+            self._cache[word] = spelled
+        return spelled
+
+    def _character(self, token: str) -> str:
+        if token not in self._characters:
+            character = chr(_FIRST_CODE + len(self._characters))
+            self._characters[token] = character
+            self._tokens[character] = token
+        return self._characters[token]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were met."""
+        return len(self._characters)
+
+    def unspell(self, pair: list[str]) -> tuple[str, str]:
+        """Return the two tokens of a merge, in the tokenizer's own alphabet."""
+        left, right = ("".join(self._tokens[character] for character in side) for side in pair)
+        return left, right
+
+
+_ASCII = frozenset(byte_alphabet()[:0x80])
+
+
+def is_ascii(token: str) -> bool:
+    """Whether a token, in the byte-level alphabet, stands for ASCII characters alone."""
+    return _ASCII.issuperset(token)
+
+
+def _append(engine: dict[str, Any], pairs: list[tuple[str, str]], num_tokens: int) -> GrownMerges:
+    """Append merges until there are enough new tokens; those that ASCII text could trigger fall."""
+    model = engine["model"]
+    vocabulary: dict[str, int] = model["vocab"]
+    merges: list[Any] = model["merges"]
+    as_text = bool(merges) and isinstance(merges[0], str)
+    known = {tuple(merge.split(" ")) if as_text else tuple(merge) for merge in merges}
+    for token in engine["added_tokens"]:
+        # Else the library would move it behind the vocabulary when it reads the file again.
+        vocabulary.setdefault(token["content"], token["id"])
+    next_id = max(vocabulary.values()) + 1
+    left_out = {"ascii": 0, "ascii_part": 0}
+    num_new, num_merges = 0, 0
+    for left, right in pairs:
+        if num_new == num_tokens:
+            break
+        token = left + right
+        if is_ascii(token):
+            left_out["ascii"] += 1
+        elif left not in vocabulary or right not in vocabulary:
+            left_out["ascii_part"] += 1
+        elif (left, right) not in known:
+            if token not in vocabulary:
+                vocabulary[token] = next_id + num_new
+                num_new += 1
+            merges.append(f"{left} {right}" if as_text else [left, right])
+            num_merges += 1
+    if num_new < num_tokens:
+        logger.warning(
+            "the text gives %d new tokens of the %d asked for: no more pairs occur %d times",
+            num_new,
+            num_tokens,
+            _MIN_FREQUENCY,
+        )
+    return GrownMerges(engine=engine, num_new=num_new, num_merges=num_merges, left_out=left_out)

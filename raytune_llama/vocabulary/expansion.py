@@ -1,0 +1,385 @@
+"""Grow a tokenizer, and the model that it belongs to, by tokens learned from text.
+
+    expand_vocabulary(ExpandVocabConfig(model="llama", target="llama-zh", sources=(...)))
+
+A tokenizer with a SentencePiece tokenizer.model gets pieces, trained here or given; a byte-level
+one gets merges. Ids of old tokens stay, and so does what the model says of them.
+"""
+
+import copy
+import json
+import logging
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
+import raytune_llama
+from raytune_llama.config.settings import ConfigError, settings, to_dict
+from raytune_llama.data.readers.sources import SourceConfig, check_sources
+from raytune_llama.model.meta.layout import check_target
+from raytune_llama.model.vocab import count_ids
+from raytune_llama.storage.files import (
+    MANIFEST,
+    publish_directory,
+    read_json,
+    sha256_file,
+    write_json_atomic,
+)
+from raytune_llama.tokenizer.loader import (
+    TOKENIZER_FILES,
+    load_reference,
+    load_tokenizer,
+    tokenizer_sha256,
+)
+from raytune_llama.tokenizer.reference import Reference, is_sentencepiece
+from raytune_llama.vocabulary.byte_level import check_byte_level, grow_byte_level
+from raytune_llama.vocabulary.fertility import (
+    Fertility,
+    draw_fertility,
+    measure_fertility,
+    render_fertility,
+)
+from raytune_llama.vocabulary.model_growth import GrowthConfig, grow_model
+from raytune_llama.vocabulary.parity import Parity, compare_libraries
+from raytune_llama.vocabulary.samples import Sample, first_bytes, sample_documents
+from raytune_llama.vocabulary.sentencepiece_merge import (
+    PieceTraining,
+    Scores,
+    check_base,
+    merge_pieces,
+    read_pieces,
+    train_pieces,
+)
+
+logger = logging.getLogger(__name__)
+
+PLOT = "fertility.png"
+
+_HELD_OUT = 0.02
+_MEASURED_BYTES = 4 << 20
+_OLD_BYTES = 32 << 20
+_ROUNDS = 5
+_EXAMPLE_CHARACTERS = 200
+_PIECES = "tokenizer.model"
+_CLASSES_OF_JSON = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+@settings
+class ExpandVocabConfig:
+    """A tokenizer to grow, and the text that it is grown for."""
+
+    model: str
+    """Model directory with its tokenizer, or the directory of a tokenizer alone."""
+    target: str
+    """Directory to make, of the same kind; it must not exist, or be empty."""
+    sources: tuple[SourceConfig, ...]
+    """Text in the new language."""
+    old_sources: tuple[SourceConfig, ...] = ()
+    """Text of the kind that the model was trained on, to show that its ids stay. Empty: that is
+    not measured."""
+    pieces: str | None = None
+    """A SentencePiece model whose pieces are merged; null: one is trained on `sources`."""
+    training: PieceTraining = PieceTraining()
+    """What is learned from `sources`; without meaning where `pieces` is given."""
+    sample_mib: Annotated[int, Field(ge=1)] = 256
+    """Text to learn from: of larger corpora, ranges of 1 MiB at even distances. SentencePiece takes
+    some ten times as much memory."""
+    scores: Scores = "descending"
+    """How merged pieces are scored. `descending`: each below the one before it and all of the
+    base's, so that SentencePiece and tokenizers give the same ids; pieces of which they don't are
+    left out. `tied`: all 0, as the Chinese-LLaMA scripts do; with `keep_ascii` and
+    `keep_unreachable` the result is theirs."""
+    keep_ascii: bool = False
+    """Merge pieces of ASCII characters, quotes and dashes alone, too: they change the ids of
+    English text."""
+    keep_unreachable: bool = False
+    """Merge pieces, too, that a tokenizer of LLaMA's kind never makes."""
+    pad_token: str | None = None
+    """Text of a padding token to add behind all others, such as `[PAD]`; null: none is added."""
+    growth: GrowthConfig = GrowthConfig()
+    """The rows that the model gets."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ExpandVocabConfig":
+        problems = [f"sources: {problem}" for problem in ([] if self.sources else ["name some"])]
+        if self.pad_token is not None and not self.pad_token.strip():
+            problems.append("pad_token: is blank; name a text such as [PAD], or null")
+        if problems:
+            raise ConfigError(problems)
+        return self
+
+
+@dataclass(slots=True)
+class Expansion:
+    """What was done, for the manifest."""
+
+    kind: str
+    """`pieces` or `merges`."""
+    num_old_ids: int
+    """Ids of the base's tokenizer."""
+    num_ids: int = 0
+    """Ids of the grown one."""
+    added: dict[str, Any] = field(default_factory=dict)
+    """Tokens added and left out, by reason."""
+    parity: dict[str, Any] | None = None
+    """How SentencePiece and tokenizers compare; none for a byte-level tokenizer."""
+    fertility: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Characters and tokens of held-out text, before and after."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all steps need."""
+
+    config: ExpandVocabConfig
+    base: Path
+    """The base's directory."""
+    grown: Path
+    """Where the grown tokenizer is written."""
+    sample: Sample
+    """Text in the new language."""
+    old_text: Sample
+    """Text that the base knows."""
+
+
+def expand_vocabulary(config: ExpandVocabConfig) -> str:
+    """Do what a config says; return the table of fertility.
+
+    Raises:
+        ConfigError: A source or directory can't be used.
+        SourceError: A file can't be read as configured.
+        ValueError: The tokenizer is of a kind that can't be grown, there is too little text, or
+            the model does not belong to it. Nothing is left behind.
+    """
+    base, target = Path(config.model), Path(config.target)
+    _check_inputs(config, base, target)
+    sample = sample_documents(config.sources, config.sample_mib << 20, held_out=_HELD_OUT)
+    old_text = Sample()
+    if config.old_sources:
+        old_text = sample_documents(config.old_sources, _OLD_BYTES, held_out=_HELD_OUT)
+    expansion = Expansion(_kind(base), count_ids(load_tokenizer(base)))
+    with tempfile.TemporaryDirectory() as name, publish_directory(target) as folder:
+        grown = Path(name)
+        job = _Job(config, base, grown, sample, old_text)
+        if expansion.kind == "pieces":
+            _grow_pieces(job, expansion)
+        else:
+            _grow_merges(job, expansion)
+        expansion.num_ids = count_ids(load_tokenizer(grown))
+        table = _compare(job, expansion)
+        (folder / PLOT).write_bytes(draw_fertility(table))
+        tensors: dict[str, str] = {}
+        if (base / "config.json").is_file():
+            tensors = grow_model(base, grown, folder, config.growth).tensors
+        else:
+            shutil.copytree(grown, folder, dirs_exist_ok=True)
+        manifest = {
+            "format": 1,
+            "kind": "model" if tensors else "tokenizer",
+            "raytune_llama": raytune_llama.__version__,
+            "expanded": asdict(expansion) | {"inputs": _hash_inputs(config, base)},
+            "tokenizer_sha256": tokenizer_sha256(grown),
+            "tensors": tensors,
+            "config": to_dict(config),
+        }
+        write_json_atomic(folder / MANIFEST, manifest)
+    logger.info("%d ids became %d: %s", expansion.num_old_ids, expansion.num_ids, target)
+    return render_fertility(table)
+
+
+def _check_inputs(config: ExpandVocabConfig, base: Path, target: Path) -> None:
+    problems = check_sources(config.sources)
+    if config.old_sources:
+        problems += [f"old_{problem}" for problem in check_sources(config.old_sources)]
+    try:
+        load_tokenizer(base)
+        if _kind(base) == "pieces":
+            check_base((base / _PIECES).read_bytes(), f"model: {base / _PIECES}")
+            _check_no_tokens_behind(base)
+        else:
+            check_byte_level(_engine(base), f"model: {base}")
+    except (ValueError, OSError) as error:
+        problems.append(str(error) if str(error).startswith("model") else f"model: {error}")
+    if config.pieces is not None:
+        try:
+            read_pieces(Path(config.pieces).read_bytes(), f"pieces: {config.pieces}")
+        except (ValueError, OSError) as error:
+            problems.append(str(error) if "pieces:" in str(error) else f"pieces: {error}")
+    try:
+        check_target(target)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _kind(base: Path) -> str:
+    """Say what a tokenizer is grown by: `pieces` or `merges`."""
+    file = base / _PIECES
+    return "pieces" if file.is_file() and is_sentencepiece(file.read_bytes()) else "merges"
+
+
+def _engine(base: Path) -> dict[str, Any]:
+    return json.loads(load_tokenizer(base).backend_tokenizer.to_str())
+
+
+def _check_no_tokens_behind(base: Path) -> None:
+    pieces = read_pieces((base / _PIECES).read_bytes(), str(base)).pieces
+    num_ids = count_ids(load_tokenizer(base))
+    if num_ids > len(pieces):
+        raise ValueError(
+            f"model: {base} has {num_ids - len(pieces)} tokens behind its {len(pieces)} pieces, "
+            "whose ids new pieces would take; start from the tokenizer without them"
+        )
+
+
+def _grow_pieces(job: _Job, expansion: Expansion) -> None:
+    """Write the grown tokenizer; pieces to which two libraries give other ids are left out."""
+    config, base = job.config, (job.base / _PIECES).read_bytes()
+    if config.pieces is not None:
+        added = Path(config.pieces).read_bytes()
+    else:
+        added = train_pieces(job.sample.texts, config.training)
+    texts = _some(job.sample) + _some(job.old_text)
+    without: set[str] = set()
+    num_rounds = 0
+    while True:
+        num_rounds += 1
+        merged = merge_pieces(
+            base,
+            added,
+            scores=config.scores,
+            keep_ascii=config.keep_ascii,
+            keep_unreachable=config.keep_unreachable,
+            without=frozenset(without),
+        )
+        _write_pieces(job, merged.model)
+        parity = compare_libraries(job.grown, texts)
+        pieces = read_pieces(merged.model, _PIECES).pieces
+        new = {pieces[id_].piece for id_ in parity.ids if merged.num_base <= id_ < len(pieces)}
+        if config.scores == "tied" or not new or num_rounds == _ROUNDS:
+            break
+        without |= new
+        logger.info("left out for ids that differ between libraries: %s", sorted(new))
+    expansion.added = {
+        "tokens": merged.num_new,
+        "left_out": merged.left_out,
+        "unreachable": list(merged.unreachable),
+        "differing": sorted(without),
+    }
+    logger.info(
+        "%d pieces are new; not added, by reason: %s; merging never makes %d of those offered",
+        *(merged.num_new, merged.left_out, len(merged.unreachable)),
+    )
+    _note_parity(parity, job.base, expansion)
+
+
+def _some(sample: Sample) -> list[str]:
+    return list(first_bytes(sample.held_out + sample.texts, _MEASURED_BYTES))
+
+
+def _note_parity(parity: Parity, base: Path, expansion: Expansion) -> None:
+    num_differing = len(parity.differing)
+    in_base = len(compare_libraries(base, parity.differing).differing)
+    expansion.parity = {
+        "texts": parity.num_texts,
+        "bytes": parity.num_bytes,
+        "differing": num_differing,
+        "differing_in_base": in_base,
+        "examples": [text[:_EXAMPLE_CHARACTERS] for text in parity.differing[:10]],
+    }
+    log = logger.warning if num_differing > in_base else logger.info
+    log(
+        "SentencePiece and tokenizers give other ids for %d of %d texts (%.1f MB), for %d of them "
+        "without the new pieces too%s",
+        *(num_differing, parity.num_texts, parity.num_bytes / 1e6, in_base),
+        "; SentencePiece's are those of this tokenizer" if num_differing else "",
+    )
+
+
+def _write_pieces(job: _Job, model: bytes) -> None:
+    """Write a tokenizer directory with another tokenizer.model; all else is as in the base."""
+    _copy_settings(job)
+    (job.grown / "tokenizer.json").unlink(missing_ok=True)
+    config = job.grown / "tokenizer_config.json"
+    values = read_json(config) if config.is_file() else {}
+    # A conversion that only tokenizer.json holds is made anew by LLaMA's own class.
+    if values.get("tokenizer_class") in _CLASSES_OF_JSON:
+        values["tokenizer_class"] = "LlamaTokenizer"
+    write_json_atomic(config, values)
+    (job.grown / _PIECES).write_bytes(model)
+    _save(job.grown, job.config.pad_token)
+
+
+def _copy_settings(job: _Job) -> None:
+    """Copy what lies beside a tokenizer's own files: its settings and templates."""
+    for file in job.base.iterdir():
+        if file.is_file() and file.name not in TOKENIZER_FILES and _is_setting(file):
+            shutil.copyfile(file, job.grown / file.name)
+
+
+def _is_setting(file: Path) -> bool:
+    return "token" in file.name or file.name == "chat_template.jinja"
+
+
+def _save(grown: Path, pad_token: str | None) -> None:
+    """Write a tokenizer directory again in all its forms, with a padding token if there is one."""
+    tokenizer = copy.deepcopy(load_tokenizer(grown))
+    if pad_token is not None:
+        tokenizer.add_special_tokens({"pad_token": pad_token})
+    tokenizer.save_pretrained(grown)
+
+
+def _grow_merges(job: _Job, expansion: Expansion) -> None:
+    merges = grow_byte_level(_engine(job.base), job.sample.texts, job.config.training.num_tokens)
+    _copy_settings(job)
+    write_json_atomic(job.grown / "tokenizer.json", merges.engine)
+    _save(job.grown, job.config.pad_token)
+    expansion.added = {
+        "tokens": merges.num_new,
+        "merges": merges.num_merges,
+        "left_out": merges.left_out,
+    }
+    logger.info(
+        "%d tokens and %d merges are new; not added, by reason: %s",
+        *(merges.num_new, merges.num_merges, merges.left_out),
+    )
+
+
+def _compare(job: _Job, expansion: Expansion) -> dict[str, tuple[Fertility, Fertility]]:
+    """Measure both tokenizers on both kinds of text, and count old texts whose ids changed."""
+    before, after = load_reference(job.base), load_reference(job.grown)
+    table: dict[str, tuple[Fertility, Fertility]] = {}
+    for name, sample in {"new text": job.sample, "old text": job.old_text}.items():
+        texts = list(first_bytes(sample.held_out or sample.texts, _MEASURED_BYTES))
+        if not texts:
+            continue
+        pair = measure_fertility(before, texts), measure_fertility(after, texts)
+        table[name] = pair
+        expansion.fertility[name] = {
+            "before": asdict(pair[0]),
+            "after": asdict(pair[1]),
+            "texts": len(texts),
+            "texts_with_other_ids": _count_changed(before, after, texts),
+        }
+    if "old text" in table:
+        old = expansion.fertility["old text"]
+        logger.info("%d of %d old texts get other ids", old["texts_with_other_ids"], old["texts"])
+    return table
+
+
+def _count_changed(before: Reference, after: Reference, texts: list[str]) -> int:
+    pairs = zip(before.encode(texts), after.encode(texts), strict=True)
+    return sum(not np.array_equal(*pair) for pair in pairs)
+
+
+def _hash_inputs(config: ExpandVocabConfig, base: Path) -> dict[str, str]:
+    files = [file for file in sorted(base.iterdir()) if file.is_file() and _is_setting(file)]
+    if config.pieces is not None:
+        files.append(Path(config.pieces))
+    return {file.name: sha256_file(file) for file in files}

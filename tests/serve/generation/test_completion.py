@@ -1,0 +1,156 @@
+"""What a request becomes: the prompt's ids, and the text of its answers."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from raytune_llama.chat.conversations import Conversation, Turn
+from raytune_llama.chat.encoding import EncodedConversation
+from raytune_llama.serve.errors import RequestError, UnknownModelError
+from raytune_llama.serve.generation.completion import Answerer, Prompt
+from raytune_llama.serve.generation.model import ServedModel
+from raytune_llama.serve.generation.output import Part
+from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
+from raytune_llama.tokenizer.loader import encode_text
+from tests.serve.engine.test_scheduler import by_transformers
+
+
+def chat(*turns: str, **fields: Any) -> ChatRequest:  # noqa: ANN401
+    messages = [
+        {"role": "user" if number % 2 == 0 else "assistant", "content": text}
+        for number, text in enumerate(turns)
+    ]
+    return ChatRequest.model_validate(
+        {"model": "tiny", "messages": messages, "temperature": 0, **fields}
+    )
+
+
+def complete(prompt: str | list[int], **fields: Any) -> CompletionRequest:  # noqa: ANN401
+    return CompletionRequest.model_validate(
+        {"model": "tiny", "prompt": prompt, "temperature": 0, **fields}
+    )
+
+
+def parts_of(answerer: Answerer, prompt: Prompt) -> list[Part]:
+    async def main() -> list[Part]:
+        return [part async for part in answerer.answer(prompt)]
+
+    return asyncio.run(main())
+
+
+def texts_of(answerer: Answerer, prompt: Prompt) -> list[str]:
+    texts = [""] * prompt.num_choices
+    for part in parts_of(answerer, prompt):
+        texts[part.index] += part.text
+    return texts
+
+
+def test_chat_prompt_is_what_the_template_trains_on(
+    answerer: Answerer, served: ServedModel
+) -> None:
+    prompt = answerer.read_chat(chat("the fox", "jumps", "</s> over"))
+    assert served.chat is not None
+    turns = [Turn("user", "the fox"), Turn("assistant", "jumps"), Turn("user", "</s> over")]
+    trained = served.chat.encode([Conversation((*turns, Turn("assistant", "the dog")))])[0]
+    assert isinstance(trained, EncodedConversation)
+    assert tuple(trained.ids[: len(prompt.ids)]) == prompt.ids
+    assert trained.targets[len(prompt.ids) :].all()
+    # A control token that a user types is text: only the one behind the first answer is one.
+    assert prompt.ids.count(1) == 1
+    assert "</s> over" in served.tokenizer.decode(list(prompt.ids))
+
+
+def test_completion_prompt_is_the_text_behind_the_beginning(
+    answerer: Answerer, served: ServedModel
+) -> None:
+    text = "the </s> fox"
+    prompt = answerer.read_completion(complete(text))
+    assert list(prompt.ids) == [0, *encode_text(served.tokenizer, [text])[0]]
+    assert answerer.read_completion(complete([5, 6])).ids == (5, 6)
+
+
+def test_answer_is_the_models_own(answerer: Answerer, served: ServedModel) -> None:
+    prompt = answerer.read_completion(complete("the quick", max_tokens=16))
+    tokens = by_transformers(served.model, prompt.ids, 16)
+    if 1 in tokens:
+        tokens = tokens[: tokens.index(1)]
+    parts = parts_of(answerer, prompt)
+    told = "".join(part.text for part in parts)
+    assert told == served.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    assert sum(part.num_tokens for part in parts) == min(len(tokens) + 1, 16)
+    assert [part.finish for part in parts[:-1]] == [None] * (len(parts) - 1)
+    assert parts[-1].finish in {"stop", "length"}
+
+
+def test_answer_ends_before_a_stop_string(answerer: Answerer) -> None:
+    whole = texts_of(answerer, answerer.read_completion(complete("the", max_tokens=20)))[0]
+    stop = whole[7:10]
+    prompt = answerer.read_completion(complete("the", max_tokens=20, stop=[stop, "never there"]))
+    parts = parts_of(answerer, prompt)
+    assert "".join(part.text for part in parts) == whole[: whole.index(stop)]
+    assert parts[-1].finish == "stop"
+
+
+def test_answers_to_one_request_differ_and_repeat_with_the_seed(answerer: Answerer) -> None:
+    prompt = answerer.read_completion(complete("the", n=5, seed=7, temperature=1.5, max_tokens=12))
+    texts = texts_of(answerer, prompt)
+    assert len(set(texts)) == 5
+    assert texts_of(answerer, prompt) == texts
+
+
+def test_logprobs_name_the_chosen_token_among_the_likeliest(answerer: Answerer) -> None:
+    request = chat("the fox", max_tokens=4, logprobs=True, top_logprobs=3)
+    parts = parts_of(answerer, answerer.read_chat(request))
+    tokens = [token for part in parts for token in part.tokens]
+    assert tokens
+    for token in tokens:
+        assert len(token.likeliest) == 3
+        # The likeliest is chosen at temperature 0.
+        assert token.likeliest[0] == (token.text, token.logprob)
+        assert token.logprob <= 0
+
+
+@pytest.mark.parametrize(
+    ("request_", "problem"),
+    [
+        (chat("a", "b"), "messages"),
+        (chat("word " * 200), "takes 128 with the answer"),
+        (complete([399, 405]), "405 is no token"),
+        (complete("word " * 200), "takes 128 with the answer"),
+    ],
+)
+def test_request_that_cannot_be_answered_is_refused(
+    answerer: Answerer, request_: ChatRequest | CompletionRequest, problem: str
+) -> None:
+    readers: dict[type, Callable[[Any], Prompt]] = {
+        ChatRequest: answerer.read_chat,
+        CompletionRequest: answerer.read_completion,
+    }
+    read = readers[type(request_)]
+    with pytest.raises(RequestError, match=problem):
+        read(request_)
+
+
+def test_system_message_is_the_templates_or_refused(answerer: Answerer) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
+    request = ChatRequest.model_validate({"model": "tiny", "messages": messages})
+    with pytest.raises(RequestError, match="role system"):
+        answerer.read_chat(request)
+
+
+def test_older_name_of_content_is_read(answerer: Answerer) -> None:
+    old = ChatRequest.model_validate(
+        {"model": "tiny", "messages": [{"role": "user", "message": "the fox"}]}
+    )
+    assert answerer.read_chat(old).ids == answerer.read_chat(chat("the fox")).ids
+
+
+def test_adapter_is_refused_where_there_are_none(answerer: Answerer) -> None:
+    async def main() -> None:
+        request = complete("the").model_copy(update={"model": "tiny:poet"})
+        await anext(answerer.respond(request))
+
+    with pytest.raises(UnknownModelError, match="no adapter 'poet'"):
+        asyncio.run(main())

@@ -1,0 +1,224 @@
+"""What templates write of messages with tools."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from transformers import AddedToken
+
+from raytune_llama.chat.conversations import Conversation
+from raytune_llama.chat.encoding import ChatConfig, build_chat_encoder
+from raytune_llama.serve.generation.messages import read_messages
+from raytune_llama.serve.protocol.chat import ChatRequest
+from raytune_llama.tokenizer.loader import load_tokenizer
+
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "的天气",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+WRITTEN = (
+    '{"type": "function", "function": {"name": "weather", "description": "的天气", "parameters": '
+    '{"type": "object", "properties": {"city": {"type": "string"}}}}}'
+)
+SYSTEM: Any = {"role": "system", "content": "Be brief."}
+ASK: Any = {"role": "user", "content": "In Rom and Oslo?"}
+RESULTS: Any = [
+    # Not in the calls' order.
+    {"role": "tool", "tool_call_id": "b", "content": "cold"},
+    {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "warm"}]},
+]
+
+
+def called(*calls: tuple[str, str], **fields: Any) -> dict[str, Any]:  # noqa: ANN401
+    listed = [
+        {"id": name, "type": "function", "function": {"name": "weather", "arguments": text}}
+        for name, text in calls
+    ]
+    return {"role": "assistant", "tool_calls": listed, **fields}
+
+
+CALLS = called(("a", '{"city":"Rom"}'), ("b", "{}"), content=None, refusal=None, annotations=[])
+
+
+def request(*messages: Any, **fields: Any) -> ChatRequest:  # noqa: ANN401
+    return ChatRequest.model_validate({"model": "m", "messages": list(messages), **fields})
+
+
+def read(*messages: Any, allows_system: bool = True, **fields: Any) -> Conversation:  # noqa: ANN401
+    asked = request(*messages, **fields)
+    return read_messages(asked.messages, asked.shown_tools, allows_system=allows_system)
+
+
+def test_tools_are_told_behind_what_the_system_says() -> None:
+    told = read(SYSTEM, ASK, tools=[TOOL]).system
+    assert told is not None
+    assert told.startswith("Be brief.\n\n# Tools\n\n")
+    assert f"<tools>\n{WRITTEN}\n</tools>" in told
+    alone = read(ASK, tools=[TOOL], tool_choice="required")
+    assert alone.system is not None
+    assert alone.system == told.removeprefix("Be brief.\n\n")
+    assert [turn.content for turn in alone.turns] == [ASK["content"]]
+
+
+def test_tools_are_told_before_the_first_question_where_nothing_is_the_systems() -> None:
+    told = read(ASK, tools=[TOOL], allows_system=False)
+    assert told.system is None
+    assert told.turns[0].content == f"{read(ASK, tools=[TOOL]).system}\n\n{ASK['content']}"
+
+
+@pytest.mark.parametrize("allows_system", [True, False])
+def test_tools_that_may_not_be_called_are_not_shown(*, allows_system: bool) -> None:
+    shown = read(ASK, tools=[TOOL], tool_choice="none", allows_system=allows_system)
+    assert shown == read(ASK)
+
+
+def test_calls_and_results_are_turns() -> None:
+    told = read(ASK, {**CALLS, "content": "Let me see."}, *RESULTS)
+    assert [turn.role for turn in told.turns] == ["user", "assistant", "user"]
+    assert told.turns[1].content == (
+        'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city":"Rom"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>'
+    )
+    results = "<tool_response>\nwarm\n</tool_response>\n<tool_response>\ncold\n</tool_response>"
+    assert told.turns[2].content == results
+    more = read(ASK, CALLS, *RESULTS, {"role": "user", "content": "So?"})
+    assert [turn.content for turn in more.turns[2:]] == [results + "\nSo?"]
+    longer = read(ASK, CALLS, *RESULTS, {"role": "assistant", "content": "Warm."}, ASK)
+    assert [turn.content for turn in longer.turns[2:]] == [results, "Warm.", ASK["content"]]
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([ASK, RESULTS[0]], "messages.1.tool_call_id: 'b' is no call .* its calls are: none"),
+        ([RESULTS[0]], "messages.0.tool_call_id: 'b' is no call"),
+        ([ASK, CALLS, RESULTS[0]], "messages.1.tool_calls: 'a' has no result"),
+        ([ASK, CALLS], "messages.1.tool_calls: 'a' has no result"),
+        ([ASK, CALLS, RESULTS[0], ASK], "messages.1.tool_calls: 'a' has no result"),
+        ([ASK, CALLS, RESULTS[0], RESULTS[0]], "messages.3.tool_call_id: 'b' has a result already"),
+        (
+            [ASK, CALLS, *RESULTS, {**RESULTS[0], "tool_call_id": "c"}],
+            "messages.4.tool_call_id: 'c' is no call .* 'a', 'b'",
+        ),
+        (
+            [ASK, CALLS, *RESULTS, {"role": "assistant", "content": "x"}, RESULTS[0]],
+            "messages.5.tool_call_id: 'b' is no call",
+        ),
+        ([ASK, called(("a", "{}"), ("a", "{}"))], "messages.1.tool_calls: two calls have one id"),
+        ([ASK, called(("a", "[]"))], "tool_calls.0.function.arguments: is no object"),
+        ([ASK, called(("a", "{}"), ("b", '{"a": '))], "tool_calls.1.function.arguments"),
+        ([ASK, called(("a", "[" * 100_000))], "tool_calls.0.function.arguments"),
+        ([ASK, {"role": "system", "content": "x"}], "message 2 has the role system"),
+    ],
+)
+def test_messages_that_do_not_fit_together_are_refused(messages: list[Any], problem: str) -> None:
+    asked = request(*messages)
+    with pytest.raises(ValueError, match=problem):
+        read_messages(asked.messages, [], allows_system=True)
+
+
+def tool(**function: Any) -> dict[str, Any]:  # noqa: ANN401
+    return {"type": "function", "function": {"name": "f", **function}}
+
+
+DEEP: Any = {}
+for _ in range(40):
+    DEEP = {"type": "object", "properties": {"a": DEEP}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"messages": [{"role": "tool", "content": "x"}]}, "tool_call_id: goes with role=tool"),
+        ({"messages": [{**ASK, "tool_call_id": "a"}]}, "tool_call_id: goes with role=tool"),
+        ({"messages": [{**CALLS, "role": "user"}]}, "tool_calls: only in an assistant's"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "content: got neither"),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "tool_calls"),
+        ({"tools": []}, "tools"),
+        ({"tools": [tool(name="a b")]}, "name"),
+        ({"tools": [tool(name="a\n")]}, "name"),
+        ({"tools": [tool(name="a" * 65)]}, "name"),
+        ({"tools": [tool(name=str(n)) for n in range(129)]}, "tools"),
+        ({"tools": [tool(), tool()]}, "tools: f is there 2 times"),
+        ({"tools": [tool(parameters={"type": "string"})]}, "wanted 'object'"),
+        ({"tools": [tool(parameters=DEEP)]}, "deeper than 32"),
+        ({"tools": [tool(parameters={"x": "y" * 100_000})]}, "more than 100000"),
+        ({"tools": [{"type": "custom", "function": {"name": "f"}}]}, "type"),
+        ({"tool_choice": "auto"}, "tool_choice: only with tools"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls: only with tools"),
+        ({"tools": [tool()], "tool_choice": tool(name="g")}, "g is none of the tools"),
+        ({"tools": [tool()], "tool_choice": "maybe"}, "tool_choice"),
+    ],
+)
+def test_request_whose_tools_are_wrong_is_refused(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        ChatRequest.model_validate({"model": "m", "messages": [ASK], **fields})
+
+
+def test_as_much_as_may_be_is_taken() -> None:
+    request(ASK, tools=[tool(name=f"{n:064d}") for n in range(128)])
+    request(ASK, tools=[tool(parameters={"type": "object", "a": [[["x"]]]})])
+
+
+QWENS = r"""{% if tools %}{{ '<s>system\n' }}
+{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}
+{{ '# Tools\n\nYou may call one or more functions to assist with the user query.\n\n' }}
+{{ 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n' }}
+{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}
+{{ '</tools>\n\nFor each function call, return a json object with function name and ' }}
+{{ 'arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": ' }}
+{{ '<function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n' }}
+{% endif %}
+{% for m in messages %}
+{% if m.role == 'tool' %}
+{% if loop.previtem.role != 'tool' %}{{ '<s>user' }}{% endif %}
+{{ '\n<tool_response>\n' + m.content + '\n</tool_response>' }}
+{% if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}
+{% elif m.role != 'system' or not tools %}
+{{ '<s>' + m.role + '\n' + (m.content or '') }}
+{% for call in m.tool_calls or [] %}
+{% if m.content or not loop.first %}{{ '\n' }}{% endif %}
+{{ '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{ call.function.arguments + '}\n</tool_call>' }}
+{% endfor %}
+{{ '<|im_end|>\n' }}
+{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}""".replace("}}\n", "}}")
+"""Writes tools as the templates of Qwen's models do."""
+
+
+@pytest.mark.parametrize("start", [[], [SYSTEM]])
+@pytest.mark.parametrize("text", ["", "Let me see."])
+def test_tools_are_written_as_qwens_templates_write_them(
+    tokenizer_dir: Path, start: list[Any], text: str
+) -> None:
+    tokenizer = copy.deepcopy(load_tokenizer(tokenizer_dir))
+    tokenizer.eos_token = "<|im_end|>"  # noqa: S105  # no secret
+    for marker in ("<tool_call>", "</tool_call>"):
+        tokenizer.add_tokens(AddedToken(marker, special=False, normalized=False))
+    tokenizer.chat_template = QWENS
+    chat = build_chat_encoder(tokenizer, ChatConfig(template="tokenizer"))
+    results = [{**result, "content": "12"} for result in reversed(RESULTS)]
+    said = {"role": "assistant", "content": "Warm."}
+    for messages in (
+        [*start, ASK],
+        [*start, ASK, {**CALLS, "content": text}, *results],
+        [*start, ASK, {**CALLS, "content": text}, *results, said, ASK],
+    ):
+        wanted = tokenizer.apply_chat_template(
+            messages, tools=[TOOL, TOOL], add_generation_prompt=True, tokenize=False
+        )
+        asked = request(*messages, tools=[TOOL])
+        told = read_messages(
+            asked.messages, [*asked.shown_tools, *asked.shown_tools], allows_system=True
+        )
+        assert isinstance(wanted, str)
+        ids = tokenizer(wanted, add_special_tokens=False)["input_ids"]
+        assert chat.encode_prompt(told).tolist() == ids

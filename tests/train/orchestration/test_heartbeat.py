@@ -1,0 +1,117 @@
+"""Promise: what a worker tells of itself is true, and costs the loop nothing."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from raytune_llama.train.orchestration.heartbeat import locate
+from raytune_llama.train.process_group import Workers
+from raytune_llama.train.progress import Pulse
+from tests.train.conftest import MakeConfig
+
+
+def test_pulse_times_steps_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    pulse = Pulse()
+    for step, seconds in enumerate([50.0, 3.0, 7.0, 2.0], 1):
+        now += seconds
+        pulse.take_step(step)
+    # The first is no step's time: it has the loading in it.
+    assert (pulse.take_slowest(), pulse.take_slowest(), pulse.step) == (7.0, 0.0, 4)
+    with pulse.doing("evaluating"):
+        assert pulse.phase == "evaluating"
+        now += 1000.0
+    assert pulse.phase == "training"
+    now += 5.0
+    pulse.take_step(5)
+    assert pulse.take_slowest() == 5.0
+
+
+def test_pulse_marks_grow_with_everything_that_is_done() -> None:
+    pulse = Pulse()
+    marks = [pulse.marks]
+    pulse.take_step(1)
+    marks.append(pulse.marks)
+    with pulse.doing("saving"):
+        marks.append(pulse.marks)
+    marks.append(pulse.marks)
+    assert marks == sorted(set(marks))
+
+
+def test_run_of_the_loop_tells_its_phases(make_config: MakeConfig) -> None:
+    from raytune_llama.train.loop import train
+
+    workers = Workers.alone()
+    seen: list[str] = []
+
+    class Recorder(Pulse):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "phase" and value != getattr(self, "phase", None):
+                seen.append(str(value))
+            super().__setattr__(name, value)
+
+    object.__setattr__(workers, "pulse", Recorder())
+    train(make_config(max_steps=2), workers, lambda: False)
+    assert seen == [
+        *("starting", "evaluating", "starting", "training", "evaluating", "training"),
+        *("saving", "training", "saving", "training", "finishing"),
+    ]
+    assert workers.pulse.step == 2
+
+
+def wait_for_peer(store: str) -> None:
+    """Join a group of two whose other member never comes to the collective."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=1, world_size=2)
+    time.sleep(600)
+
+
+def observe(store: str) -> None:
+    """Watch a thread that waits in a collective, until the other member is killed."""
+    peer = spawned(wait_for_peer, store)
+    started = threading.Event()
+
+    def wait() -> None:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=2)
+        workers = Workers.of_process_group(torch.device("cpu"))
+        started.set()
+        with pytest.raises(RuntimeError):
+            workers.barrier()
+        dist.destroy_process_group()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert started.wait(120)
+    deadline = time.monotonic() + 60
+    where, waits = "", False
+    while not waits and time.monotonic() < deadline:
+        where, waits = locate(sys._current_frames().get(thread.ident or 0))
+        time.sleep(0.01)
+    assert waits
+    assert where.startswith("train/workers.py:")
+    peer.kill()  # upon which the collective fails
+    thread.join(120)
+    assert not thread.is_alive()
+    assert not locate(sys._current_frames()[threading.get_ident()])[1]
+
+
+def spawned(target: Callable[[str], None], store: str) -> Any:  # noqa: ANN401  # a process
+    import torch.multiprocessing as mp
+
+    process = mp.get_context("spawn").Process(target=target, args=(store,))
+    process.start()
+    return process
+
+
+def test_thread_in_a_collective_is_seen_to_wait(tmp_path: Path) -> None:
+    # In a process of its own: this one may be in a group already.
+    process = spawned(observe, f"{tmp_path}/store")
+    process.join(400)
+    assert process.exitcode == 0

@@ -1,0 +1,71 @@
+"""Whether a run goes on after nodes were taken away under its workers."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_llama.train.orchestration import launch
+from raytune_llama.train.orchestration.config import ScaleConfig
+from raytune_llama.train.orchestration.launch import has_room, worker_runtime_env
+from raytune_llama.train.orchestration.signals import StopSignal
+
+
+def node(name: str, *, alive: bool = True) -> dict[str, Any]:
+    resources = {"CPU": 1.0, "memory": 2.0**34}
+    return {"NodeID": name, "Alive": alive, "NodeManagerAddress": name, "Resources": resources}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "draining", "has_drained", "expected"),
+    [
+        ([node("a"), node("b")], [], False, True),
+        ([node("a"), node("b"), node("c")], ["b"], True, True),
+        ([node("a"), node("b")], ["b"], True, False),
+        # Drained and gone since, as a node is that has nothing to do.
+        ([node("a"), node("b", alive=False)], [], True, False),
+        # Lost without notice: Ray waits for another one.
+        ([node("a"), node("b", alive=False)], [], False, True),
+    ],
+)
+def test_run_stops_where_the_nodes_that_stay_are_too_few(
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    nodes: list[dict[str, Any]],
+    draining: list[str],
+    has_drained: bool,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(launch.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(launch, "draining_nodes", lambda: dict.fromkeys(draining, 0))
+    scale = ScaleConfig(num_workers=2, wait_seconds=0.0)
+    with caplog.at_level(logging.WARNING):
+        assert has_room(scale, StopSignal(), has_drained=has_drained) is expected
+    assert ("the nodes that stay are too few" in caplog.text) is not expected
+
+
+def test_run_that_may_wait_goes_on_once_another_node_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = iter([[node("a")], [node("a"), node("c")]])
+    monkeypatch.setattr(launch.ray, "nodes", lambda: next(seen))
+    monkeypatch.setattr(launch, "draining_nodes", dict)
+    assert has_room(ScaleConfig(num_workers=2, wait_seconds=60.0), StopSignal(), has_drained=True)
+
+
+def test_workers_start_from_a_python_whose_path_has_a_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "new comer" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    monkeypatch.setattr(launch.sys, "executable", str(python))
+    environment = worker_runtime_env(ScaleConfig(num_workers=1))
+    # As Ray does; see RuntimeEnvContext.exec_worker.
+    command = f"exec {environment['py_executable']} -c 'print(6 * 7)'"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "42\n"

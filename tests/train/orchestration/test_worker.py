@@ -1,0 +1,60 @@
+"""Promise: a worker's mistake ends the run on all workers, and is told as it is."""
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from raytune_llama.config.settings import ConfigError
+from raytune_llama.storage.place import Place
+from raytune_llama.train.orchestration.worker import describe_mistake, newest_step, release_others
+from raytune_llama.train.process_group import Workers
+from tests.train.conftest import Runs, copy_run
+
+CPU = torch.device("cpu")
+TIMEOUT = timedelta(minutes=30)
+
+
+def fail_alone(store: str) -> None:
+    """Join a group of two, and leave it as a worker does that has found a mistake."""
+    method = f"file://{store}"
+    dist.init_process_group("gloo", init_method=method, rank=1, world_size=2, timeout=TIMEOUT)
+    Workers.of_process_group(CPU).barrier()
+    release_others(CPU)
+    time.sleep(600)  # its process stays, as Ray's does
+
+
+def test_worker_that_leaves_lets_those_that_wait_for_it_fail_at_once(tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    peer = mp.get_context("spawn").Process(target=fail_alone, args=(store,), daemon=True)
+    peer.start()
+    try:
+        method = f"file://{store}"
+        dist.init_process_group("gloo", init_method=method, rank=0, world_size=2, timeout=TIMEOUT)
+        workers = Workers.of_process_group(CPU)
+        workers.barrier()
+        start = time.monotonic()
+        with pytest.raises(RuntimeError):
+            workers.barrier()
+        assert time.monotonic() - start < 120
+    finally:
+        dist.destroy_process_group()
+        peer.kill()
+        peer.join()
+
+
+def test_mistake_is_told_by_message_and_a_stranger_by_its_kind_too() -> None:
+    assert describe_mistake(ConfigError(["a.b: bad"])) == "a.b: bad"
+    assert describe_mistake(FileNotFoundError(2, "no", "f")).startswith("FileNotFoundError: ")
+
+
+def test_newest_step_is_that_of_the_newest_finished_checkpoint(run_dir: Place, runs: Runs) -> None:
+    assert newest_step(run_dir) == 0
+    copy_run(runs, run_dir)
+    assert newest_step(run_dir) == 5
+    (run_dir / "checkpoints" / ".step-00000009.x.tmp" / "half").write_bytes(b"half")
+    assert newest_step(run_dir) == 5

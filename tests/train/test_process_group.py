@@ -1,0 +1,50 @@
+"""Promise: the small collectives give every worker the same, in double precision."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from raytune_llama.train.process_group import Workers
+
+# Lost in single precision, as the target tokens of a long evaluation would be.
+ODD = 2.0**24 + 1
+
+
+def _work(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    workers = Workers.of_process_group(torch.device("cpu"))
+    seen = {
+        "rank": workers.rank,
+        "world_size": workers.world_size,
+        "is_first": workers.is_first,
+        "sum": workers.sum([ODD if rank == 0 else 0.0, 0.25 + rank]),
+        "broadcast": workers.broadcast({"from": rank}),
+        "none": workers.broadcast("late" if rank else None),
+    }
+    workers.barrier()
+    Path(folder, f"{rank}.json").write_text(json.dumps(seen))
+    dist.destroy_process_group()
+
+
+def test_workers_two_processes_agree(tmp_path: Path) -> None:
+    spawn(_work, args=(str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
+            "rank": rank,
+            "world_size": 2,
+            "is_first": rank == 0,
+            "sum": [ODD, 1.5],
+            "broadcast": {"from": 0},
+            "none": None,
+        }
+
+
+def test_workers_alone_needs_no_process_group() -> None:
+    workers = Workers.alone()
+    assert workers.is_first
+    assert workers.sum([1.5, ODD]) == [1.5, ODD]
+    assert workers.broadcast("here") == "here"
+    workers.barrier()
