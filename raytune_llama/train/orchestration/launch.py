@@ -6,8 +6,6 @@ starts runs and nothing else, as a sweep's trials have, is there in a third of t
 
 import logging
 import pickle
-import shlex
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -207,22 +205,9 @@ def build_trainer(run: Launch, channel: Any) -> TorchTrainer:  # noqa: ANN401  #
                 controller_failure_limit=STARTUP_FAILURES,
             ),
             callbacks=[FailureReport(channel)],
-            worker_runtime_env=worker_runtime_env(scale),
+            worker_runtime_env={"env_vars": worker_environment(scale)},
         ),
     )
-
-
-def worker_runtime_env(scale: ScaleConfig) -> dict[str, Any]:
-    """Return Ray's runtime environment of every training worker.
-
-    Ray 2.60 starts a worker that has one by a shell command, in which it does not quote the path
-    of Python: where that path has a space, such as in a home folder, it is given here, quoted.
-    """
-    environment: dict[str, Any] = {"env_vars": worker_environment(scale)}
-    python = shlex.quote(sys.executable)
-    if python != sys.executable:
-        environment["py_executable"] = python
-    return environment
 
 
 def worker_environment(scale: ScaleConfig) -> dict[str, str]:

@@ -1,16 +1,13 @@
 """Whether a run goes on after nodes were taken away under its workers."""
 
 import logging
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raytune_llama.train.orchestration import launch
 from raytune_llama.train.orchestration.config import ScaleConfig
-from raytune_llama.train.orchestration.launch import has_room, worker_runtime_env
+from raytune_llama.train.orchestration.launch import has_room
 from raytune_llama.train.orchestration.signals import StopSignal
 
 
@@ -55,17 +52,3 @@ def test_run_that_may_wait_goes_on_once_another_node_is_there(
     monkeypatch.setattr(launch.ray, "nodes", lambda: next(seen))
     monkeypatch.setattr(launch, "draining_nodes", dict)
     assert has_room(ScaleConfig(num_workers=2, wait_seconds=60.0), StopSignal(), has_drained=True)
-
-
-def test_workers_start_from_a_python_whose_path_has_a_space(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    python = tmp_path / "new comer" / "python"
-    python.parent.mkdir()
-    python.symlink_to(sys.executable)
-    monkeypatch.setattr(launch.sys, "executable", str(python))
-    environment = worker_runtime_env(ScaleConfig(num_workers=1))
-    # As Ray does; see RuntimeEnvContext.exec_worker.
-    command = f"exec {environment['py_executable']} -c 'print(6 * 7)'"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    assert done.stdout == "42\n"
