@@ -10,7 +10,7 @@ order. `torch.save` is flushed by us, so that durable means the same; DCP has a 
 
 A stall is the time until training goes on, and the waiting at the end if it is not written by then.
 While it is written steps go on and are slower: what they take more, against steps just before, is
-counted too. The share is both, of the time of 200 such steps, the default `checkpoint.every_steps`.
+counted too. The share is both, of the time of 200 such steps, the default `layout.every_steps`.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
-from harness.stall_sides import OURS, SIDES, Sample, Setup, measure
+from harness.stall_sides import OURS, SIDES, SaveMeasurement, StallSetup, measure
 
 from raytune_llama.train.checkpoint.layout import CheckpointConfig
 
@@ -32,7 +32,7 @@ NEEDS = """needs: 12 GB of memory and 10 GB of disk for two workers and all weig
 takes: about 20 minutes on two cores; --quick about 3."""
 
 
-def run(setup: Setup) -> list[Sample]:
+def run(setup: StallSetup) -> list[SaveMeasurement]:
     """Measure all sides in processes of their own.
 
     Raises:
@@ -53,7 +53,7 @@ def run(setup: Setup) -> list[Sample]:
     return results.get()
 
 
-def print_sides(samples: list[Sample]) -> float:
+def print_sides(samples: list[SaveMeasurement]) -> float:
     """Print a line a side, medians over rounds; return our share of the wall time in percent."""
     every_steps = CheckpointConfig().every_steps
     stalls: dict[str, float] = {}
@@ -98,7 +98,7 @@ def main() -> int:
     for trained in options.trained:
         for world_size in options.workers:
             with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-                setup = Setup(
+                setup = StallSetup(
                     trained=trained,
                     world_size=world_size,
                     threads=max(1, (os.cpu_count() or 1) // world_size),

@@ -32,14 +32,14 @@ sentencepiece.SentencePieceTrainer.train(
 """
 
 
-class Cost(NamedTuple):
+class ProcessCost(NamedTuple):
     """What a process took."""
 
     seconds: float
     peak_mib: float
 
 
-def measure(command: list[str]) -> Cost:
+def measure(command: list[str]) -> ProcessCost:
     """Run a command and return its time and its largest resident size."""
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -48,7 +48,7 @@ def measure(command: list[str]) -> Cost:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"exit status {process.returncode}: {' '.join(command)[:200]}")
-    return Cost(seconds, usage.ru_maxrss / 1024)
+    return ProcessCost(seconds, usage.ru_maxrss / 1024)
 
 
 def write_material(folder: Path, *, corpus_bytes: int, sample_mib: int, num_tokens: int) -> str:
@@ -67,14 +67,14 @@ def write_material(folder: Path, *, corpus_bytes: int, sample_mib: int, num_toke
     return corpus.describe()
 
 
-def run_rounds(folder: Path, num_tokens: int, num_rounds: int) -> dict[str, list[Cost]]:
+def run_rounds(folder: Path, num_tokens: int, num_rounds: int) -> dict[str, list[ProcessCost]]:
     """Run both sides in turn, and every other round backwards, so that drift hits both alike."""
     sample, peer, job = (str(folder / name) for name in ("sample.txt", "peer", "job.yaml"))
     commands = {
         "ours, the whole job": [sys.executable, str(ROOT / "jobs" / "expand_vocab.py"), job],
         "SentencePiece alone": [sys.executable, "-c", _PEER, sample, peer, str(num_tokens)],
     }
-    costs: dict[str, list[Cost]] = {side: [] for side in commands}
+    costs: dict[str, list[ProcessCost]] = {side: [] for side in commands}
     for number in range(num_rounds):
         for side in list(commands)[:: 1 if number % 2 == 0 else -1]:
             shutil.rmtree(folder / "grown", ignore_errors=True)

@@ -22,9 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from harness.disturbed import Record, Side, describe, python, run_side
-from harness.material import TINY, Material, Shape, make_material, read_sequences, write_json
-from harness.nodes import Nodes
+from harness.disturbed import MeasuredJob, RunRecord, describe, python, run_job_under_kills
+from harness.material import (
+    TINY,
+    BenchmarkSize,
+    Material,
+    make_material,
+    read_sequences,
+    write_json,
+)
+from harness.nodes import LocalNodes
 
 from raytune_llama.config.settings import override, write_yaml
 from raytune_llama.storage.files import sha256_file
@@ -41,12 +48,12 @@ takes: about an hour on four quiet cores; --quick half of that on two, with a ti
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class GoodputBenchmark:
     """What all sides have in common."""
 
     material: Material
     folder: Path
-    nodes: Nodes
+    nodes: LocalNodes
     num_steps: int
     save_steps: int
     every_seconds: float
@@ -64,17 +71,17 @@ class Benchmark:
             },
         )
 
-    def ours(self, name: str) -> tuple[Side, Path]:
+    def ours(self, name: str) -> tuple[MeasuredJob, Path]:
         """Return our side, and where its final weights will be."""
         config = self.config(name)
         file = self.folder / f"{name}.yaml"
         write_yaml(config, file)
         command = python(BENCHMARKS / "harness" / "train_on_ray.py", file)
         run_dir = Path(config.run_dir)
-        side = Side(OURS, command, run_dir / "metrics.jsonl", self.num_steps)
+        side = MeasuredJob(OURS, command, run_dir / "metrics.jsonl", self.num_steps)
         return side, run_dir / config.result_name / ADAPTER
 
-    def peer(self, name: str) -> tuple[Side, Path]:
+    def peer(self, name: str) -> tuple[MeasuredJob, Path]:
         """Return the peer, and where its final weights will be."""
         folder, sequences = self.folder / name, self.folder / "sequences.npz"
         folder.mkdir()
@@ -102,10 +109,10 @@ class Benchmark:
         }
         file = write_json(self.folder / f"{name}.json", settings)
         command = python(BENCHMARKS / "peers" / "ray_hf_trainer.py", file)
-        side = Side(PEER, command, folder / "steps.jsonl", self.num_steps)
+        side = MeasuredJob(PEER, command, folder / "steps.jsonl", self.num_steps)
         return side, folder / "result" / ADAPTER
 
-    def bare(self, name: str) -> Side:
+    def bare(self, name: str) -> MeasuredJob:
         """Return Ray Train with workers that do nothing, without an end."""
         folder = self.folder / name
         folder.mkdir()
@@ -113,7 +120,7 @@ class Benchmark:
             self.folder / f"{name}.json", {**self._settings(folder), "num_steps": 10**9}
         )
         command = python(BENCHMARKS / "peers" / "ray_bare.py", file)
-        return Side(BARE, command, folder / "steps.jsonl", 10**9)
+        return MeasuredJob(BARE, command, folder / "steps.jsonl", 10**9)
 
     def _settings(self, folder: Path) -> dict[str, object]:
         return {
@@ -122,9 +129,9 @@ class Benchmark:
             "num_workers": self.material.shape.num_workers,
         }
 
-    def run(self, side: Side, limit_seconds: float, *, disturbed: bool) -> Record:
+    def run(self, side: MeasuredJob, limit_seconds: float, *, disturbed: bool) -> RunRecord:
         """Run a side undisturbed, or under the kills."""
-        return run_side(
+        return run_job_under_kills(
             side,
             self.nodes,
             limit_seconds=limit_seconds,
@@ -135,11 +142,11 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
-class Result:
+class GoodputResult:
     """A side, undisturbed and disturbed."""
 
-    whole: Record
-    disturbed: Record
+    whole: RunRecord
+    disturbed: RunRecord
     is_equal: bool | None
     """Whether the final weights of both are; None where one has none."""
 
@@ -150,7 +157,7 @@ class Result:
         return done / self.disturbed.wall_seconds
 
 
-def run_both(benchmark: Benchmark, name: str, limit_seconds: float) -> Result:
+def run_both(benchmark: GoodputBenchmark, name: str, limit_seconds: float) -> GoodputResult:
     """Run one side undisturbed and under the kills; print as they end."""
     make = benchmark.ours if name == OURS else benchmark.peer
     kind = "ours" if name == OURS else "peer"
@@ -171,7 +178,7 @@ def run_both(benchmark: Benchmark, name: str, limit_seconds: float) -> Result:
     is_equal = len({sha256_file(one) for one in files}) == 1 if is_there else None
     words = {True: "equal", False: "NOT EQUAL", None: "none"}
     print(f"  final weights and those of the undisturbed run: {words[is_equal]}", flush=True)
-    return Result(whole, disturbed, is_equal)
+    return GoodputResult(whole, disturbed, is_equal)
 
 
 def main() -> int:
@@ -186,8 +193,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tiny model: starts weigh most")
     options = parser.parse_args()
     options.steps = options.steps or (1200 if options.quick else 1500)
-    shape = TINY if options.quick else Shape(sequence_tokens=256)
-    nodes = Nodes()
+    shape = TINY if options.quick else BenchmarkSize(sequence_tokens=256)
+    nodes = LocalNodes()
     try:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -199,7 +206,7 @@ def main() -> int:
                 flush=True,
             )
             nodes.run("up", str(NUM_NODES))
-            benchmark = Benchmark(
+            benchmark = GoodputBenchmark(
                 material,
                 folder,
                 nodes,
@@ -213,7 +220,7 @@ def main() -> int:
         nodes.close()
 
 
-def compare(benchmark: Benchmark) -> int:
+def compare(benchmark: GoodputBenchmark) -> int:
     """Run all sides, print ratios and targets, return the exit status."""
     results = {name: run_both(benchmark, name, limit_seconds=3600.0) for name in (OURS, PEER)}
     ours, peer = results[OURS], results[PEER]

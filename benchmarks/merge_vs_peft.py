@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from harness.corpus import ROOT
-from harness.merge_material import TINY, MergeShape, write_adapter, write_base
+from harness.merge_material import TINY, MergeModelSize, write_adapter, write_base
 from harness.peers import install_packages, is_installed, run, run_program
 
 from raytune_llama.model.tensors import open_weights
@@ -31,7 +31,7 @@ TARGET_COPY, TARGET_MEMORY = 1.25, 0.25
 
 
 @dataclass(frozen=True)
-class Run:
+class MergeMeasurement:
     """What one merge took."""
 
     seconds: float
@@ -41,14 +41,14 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Merge:
+class MergeBenchmark:
     """The material, and how each side merges it."""
 
     folder: Path
     base: Path
     adapter: Path
 
-    def run(self, side: str, dtype: str, target: Path) -> Run:
+    def run(self, side: str, dtype: str, target: Path) -> MergeMeasurement:
         """Run one side in a process of its own."""
         sides: dict[str, Callable[[str, Path], str]] = {
             OURS: self._ours,
@@ -60,7 +60,7 @@ class Merge:
         started = time.monotonic()
         printed = sides[side](dtype, target)
         seconds = time.monotonic() - started
-        return Run(seconds, json.loads(printed.splitlines()[-1])["peak_mib"])
+        return MergeMeasurement(seconds, json.loads(printed.splitlines()[-1])["peak_mib"])
 
     def _ours(self, dtype: str, target: Path) -> str:
         program = ROOT / "benchmarks" / "harness" / "merge_once.py"
@@ -86,9 +86,11 @@ class Merge:
         return json.dumps({"peak_mib": 0.0})
 
 
-def run_rounds(merge: Merge, sides: list[str], num_rounds: int) -> dict[str, list[Run]]:
+def run_rounds(
+    merge: MergeBenchmark, sides: list[str], num_rounds: int
+) -> dict[str, list[MergeMeasurement]]:
     """Run all sides in turn, and every other round backwards, so that drift hits all alike."""
-    measured: dict[str, list[Run]] = {side: [] for side in sides}
+    measured: dict[str, list[MergeMeasurement]] = {side: [] for side in sides}
     for number in range(num_rounds):
         for side in sides if number % 2 == 0 else reversed(sides):
             target = merge.folder / "target"
@@ -102,7 +104,7 @@ def run_rounds(merge: Merge, sides: list[str], num_rounds: int) -> dict[str, lis
     return measured
 
 
-def print_table(measured: dict[str, list[Run]]) -> None:
+def print_table(measured: dict[str, list[MergeMeasurement]]) -> None:
     """Print seconds and memory of each side, and the ratios to ours of the same round."""
     print(f"\n{'':<20}{'seconds':>9}{'ours takes':>12}{'peak MiB':>10}{'ours takes':>12}")
     for side, runs in measured.items():
@@ -115,7 +117,7 @@ def print_table(measured: dict[str, list[Run]]) -> None:
         print(f"{side:<20}{cells}")
 
 
-def count_differing(merge: Merge) -> int:
+def count_differing(merge: MergeBenchmark) -> int:
     """Merge in float32 on both sides; return in how many weights a byte differs."""
     ours, theirs = (merge.folder / name for name in ("ours", "theirs"))
     for side, target in ((OURS, ours), (PEFT, theirs)):
@@ -139,7 +141,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="try out; the figures mean nothing")
     options = parser.parse_args()
-    shape = TINY if options.tiny else MergeShape()
+    shape = TINY if options.tiny else MergeModelSize()
     install_packages()
     sides = [OURS, PEFT, COPY]
     if is_installed("mergekit"):
@@ -148,7 +150,7 @@ def main() -> int:
         print("mergekit is not installed here, and left out")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        merge = Merge(folder, folder / "base", folder / "adapter")
+        merge = MergeBenchmark(folder, folder / "base", folder / "adapter")
         num_parameters = write_base(merge.base, shape)
         write_adapter(merge.adapter, shape)
         num_files = len(list(merge.base.glob("*.safetensors")))

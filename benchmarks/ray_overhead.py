@@ -18,11 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.launch import SKIPPED_STEPS, Measurement, read_measurement, run_torchrun_loop
-from harness.material import TINY, Material, Shape, make_material
+from harness.material import TINY, BenchmarkSize, Material, make_material
 
-from raytune_llama.connection import connected
+from raytune_llama.connection import connect_to_ray
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.orchestration.launch import Launch, launch
+from raytune_llama.train.orchestration.launch import PreparedRun, launch
 
 TARGET_PERCENT = 2.5
 TORCHRUN, RAY = "torchrun", "Ray Train"
@@ -32,8 +32,8 @@ def run_ray(config: PretrainConfig) -> Measurement:
     """Run the loop under Ray Train on a cluster of this machine; leave nothing behind."""
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True)
-    with connected():
-        launch(Launch.of(config))
+    with connect_to_ray():
+        launch(PreparedRun.from_config(config))
     assert config.max_steps is not None
     measured = read_measurement(run_dir, config.max_steps)
     shutil.rmtree(run_dir)
@@ -72,7 +72,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.steps <= SKIPPED_STEPS or min(options.rounds, options.workers) < 1:
         parser.error(f"wanted at least 1 round, 1 worker and {SKIPPED_STEPS + 1} steps")
-    shape = replace(TINY if options.tiny else Shape(), num_workers=options.workers)
+    shape = replace(TINY if options.tiny else BenchmarkSize(), num_workers=options.workers)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         material = make_material(folder, shape, num_steps=options.steps)

@@ -18,24 +18,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.endpoint import DEMO_MODEL, serve_config, serving
+from harness.endpoint import DEMO_MODEL, serve_config, serve_endpoint
 from harness.serve_driver import (
     HttpClient,
-    Load,
+    LoadResult,
     closed_loop,
     open_loop,
     percentile,
     poisson_arrivals,
 )
 from harness.serve_material import make_prompts
-from harness.serve_sides import bodies_of
+from harness.serve_sides import build_request_bodies
 
 FACTORS = (0.5, 1.0, 2.0)
 NEEDS = """needs: the demo's model (`make demo`); 3 GB of memory.
 takes: about 10 minutes on two quiet cores; --quick about 2 minutes."""
 
 
-def print_load(name: str, load: Load) -> None:
+def print_load(name: str, load: LoadResult) -> None:
     """Print one row of figures."""
     cells = [f"{load.tokens_per_second:>9.1f}{load.requests_per_second:>8.2f}"]
     for values, factor in (
@@ -57,9 +57,9 @@ def print_head() -> None:
     )
 
 
-async def run_closed(client: HttpClient, clients: Sequence[int], each: int) -> list[Load]:
+async def run_closed(client: HttpClient, clients: Sequence[int], each: int) -> list[LoadResult]:
     """Run the closed loops."""
-    loads: list[Load] = []
+    loads: list[LoadResult] = []
     for count in clients:
         load = await closed_loop(client.ask, num_clients=count, num_requests=count * each)
         loads.append(load)
@@ -69,9 +69,9 @@ async def run_closed(client: HttpClient, clients: Sequence[int], each: int) -> l
 
 async def run_open(
     client: HttpClient, capacity: float, seconds: float, seed: int
-) -> dict[float, Load]:
+) -> dict[float, LoadResult]:
     """Run the open loops."""
-    loads: dict[float, Load] = {}
+    loads: dict[float, LoadResult] = {}
     for factor in FACTORS:
         arrivals = poisson_arrivals(factor * capacity, seconds, seed)
         loads[factor] = await open_loop(client.ask, arrivals)
@@ -79,7 +79,7 @@ async def run_open(
     return loads
 
 
-def print_overload(loads: dict[float, Load]) -> None:
+def print_overload(loads: dict[float, LoadResult]) -> None:
     """Print what overload does to those that are answered, and to the others."""
     at, beyond = loads[1.0], loads[2.0]
     for name, part in (("request", "request_seconds"), ("first token", "first_token_seconds")):
@@ -103,7 +103,9 @@ async def run(url: str, options: argparse.Namespace) -> int:
     """Ask; return 1 where a request was neither answered nor refused for load."""
     prompts = make_prompts(options.model, 32, (8, 12, 16, 24))
     clients = (1, 4) if options.quick else (1, 2, 4, 8, 16, 32)
-    async with HttpClient(f"{url}/completions", bodies_of(prompts, options.tokens)) as client:
+    async with HttpClient(
+        f"{url}/completions", build_request_bodies(prompts, options.tokens)
+    ) as client:
         await closed_loop(client.ask, num_clients=options.slots, num_requests=options.slots)
         print_head()
         closed = await run_closed(client, clients, options.requests)
@@ -154,7 +156,7 @@ def main() -> int:
     config = serve_config(
         options.model, cpus=options.cpus, slots=options.slots, waiting=options.waiting
     )
-    with serving(config) as url:
+    with serve_endpoint(config) as url:
         return asyncio.run(run(url, options))
 
 

@@ -18,9 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.endpoint import DEMO_MODEL
-from harness.serve_driver import Load, percentile
+from harness.serve_driver import LoadResult, percentile
 from harness.serve_material import make_prompts
-from harness.serve_sides import Levels, bodies_of, refuse_failures, run_direct, run_served
+from harness.serve_sides import (
+    Levels,
+    build_request_bodies,
+    refuse_failures,
+    run_direct,
+    run_served,
+)
 
 TARGET_PERCENT, TARGET_MS = 5.0, 15.0
 DIRECT, SERVED = "direct", "HTTP and Ray Serve"
@@ -30,13 +36,13 @@ takes: about 3 minutes a round on two cores; --quick about 2 minutes in all."""
 
 
 @dataclass(frozen=True)
-class Side:
+class ServeMeasurement:
     """One side's figures of one round."""
 
-    alone: Load
+    alone: LoadResult
     """One client."""
 
-    crowd: Load
+    crowd: LoadResult
     """All clients."""
 
     @property
@@ -56,7 +62,7 @@ class Side:
         )
 
 
-def print_taken(taken: dict[str, float], load: Load) -> None:
+def print_cpu_seconds(taken: dict[str, float], load: LoadResult) -> None:
     """Print what each part of the endpoint computed for a token."""
     num_tokens = sum(one.num_tokens for one in load.answered)
     parts = sorted(taken.items(), key=lambda item: -item[1])
@@ -78,10 +84,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.requests, options.tokens = 1, 1, 8
-    bodies = bodies_of(make_prompts(options.model, CLIENTS, (8, 12, 16, 24)), options.tokens)
+    bodies = build_request_bodies(
+        make_prompts(options.model, CLIENTS, (8, 12, 16, 24)), options.tokens
+    )
     levels: Levels = [(1, CLIENTS), (CLIENTS, CLIENTS * options.requests)]
     print(f"{options.cpus} torch threads a side, {os.cpu_count()} cores, {options.tokens} tokens")
-    measured: dict[str, list[Side]] = {DIRECT: [], SERVED: []}
+    measured: dict[str, list[ServeMeasurement]] = {DIRECT: [], SERVED: []}
     with tempfile.TemporaryDirectory() as name:
         for number in range(options.rounds):
             for side in [DIRECT, SERVED] if number % 2 == 0 else [SERVED, DIRECT]:
@@ -95,14 +103,14 @@ def main() -> int:
                         options.model, bodies, levels, cpus=options.cpus, slots=CLIENTS
                     )
                 refuse_failures(side, loads)
-                measured[side].append(Side(*loads))
+                measured[side].append(ServeMeasurement(*loads))
                 print(f"round {number + 1}: {measured[side][-1].describe(side)}", flush=True)
                 if taken:
-                    print_taken(taken[1], loads[1])
+                    print_cpu_seconds(taken[1], loads[1])
     return print_result(measured)
 
 
-def print_result(measured: dict[str, list[Side]]) -> int:
+def print_result(measured: dict[str, list[ServeMeasurement]]) -> int:
     """Print the differences, median over rounds; return 1 where answers differ."""
     pairs = list(zip(measured[DIRECT], measured[SERVED], strict=True))
     lost = [

@@ -27,7 +27,7 @@ from typing import Any
 from harness.endpoint import DEMO_MODEL
 from harness.material import SEED, write_json
 from harness.peers import PACKAGES, PROGRAMS
-from harness.serve_driver import Load, percentile
+from harness.serve_driver import LoadResult, percentile
 from harness.serve_material import Prompt, generate, load_reference, make_prompts
 from harness.serve_peers import (
     INSTALL_LLAMA_CPP,
@@ -40,11 +40,11 @@ from harness.serve_peers import (
     transformers_serve,
 )
 from harness.serve_sides import (
-    ask_level,
-    bodies_of,
+    build_request_bodies,
     refuse_failures,
     run_direct,
     run_json,
+    run_load_level,
     run_served,
     thread_environment,
 )
@@ -66,19 +66,19 @@ takes: about 5 minutes a round on two quiet cores; --quick about 5 minutes in al
 
 
 @dataclass(frozen=True)
-class Run:
+class PeerMeasurement:
     """One side in one round."""
 
     tokens_per_second: float
     texts: list[str]
     """Answer to each prompt."""
 
-    load: Load | None = None
+    load: LoadResult | None = None
     """None: no server."""
 
 
 @dataclass(frozen=True)
-class Bench:
+class PeerBenchmark:
     """What all sides share."""
 
     folder: Path
@@ -90,7 +90,7 @@ class Bench:
     cpus: int
     llama_site: Path
 
-    def run_reference(self) -> dict[str, Run]:
+    def run_reference(self) -> dict[str, PeerMeasurement]:
         """Run transformers without a server, both ways in one process."""
         settings = {
             "model": str(self.model),
@@ -103,31 +103,31 @@ class Bench:
         tokenizer = load_tokenizer(self.model)
         num_tokens = len(self.prompts) * self.num_new
         return {
-            name: Run(
+            name: PeerMeasurement(
                 num_tokens / told[way]["seconds"],
                 [str(tokenizer.decode(ids)) for ids in told[way]["ids"]],
             )
             for name, way in ((SERIAL, "serial"), (STATIC, "static"))
         }
 
-    def run_ours(self) -> dict[str, Run]:
+    def run_ours(self) -> dict[str, PeerMeasurement]:
         """Ask our endpoint."""
         loads, _ = run_served(self.model, self._ours, self._levels, cpus=self.cpus, slots=CLIENTS)
         return {OURS: self._run_of(OURS, loads[0])}
 
-    def run_engine(self) -> dict[str, Run]:
+    def run_engine(self) -> dict[str, PeerMeasurement]:
         """Ask our replica in one process."""
         loads = run_direct(
             self.folder, self.model, self._ours, self._levels, cpus=self.cpus, slots=CLIENTS
         )
         return {ENGINE: self._run_of(ENGINE, loads[0])}
 
-    def run_transformers_serve(self) -> dict[str, Run]:
+    def run_transformers_serve(self) -> dict[str, PeerMeasurement]:
         """Ask `transformers serve`."""
         bodies = transformers_bodies(self.model, self.prompts, self.num_new)
         return {CB: self._ask(CB, transformers_serve(self.model, self.cpus), bodies)}
 
-    def run_llama_cpp(self) -> dict[str, Run]:
+    def run_llama_cpp(self) -> dict[str, PeerMeasurement]:
         """Ask llama.cpp's server."""
         server = llama_cpp_serve(self.gguf, self.cpus, self.llama_site)
         bodies = llama_cpp_bodies(self.prompts, self.num_new)
@@ -135,7 +135,7 @@ class Bench:
 
     @property
     def _ours(self) -> list[dict[str, Any]]:
-        return bodies_of(self.prompts, self.num_new)
+        return build_request_bodies(self.prompts, self.num_new)
 
     @property
     def _levels(self) -> list[tuple[int, int]]:
@@ -143,14 +143,14 @@ class Bench:
 
     def _ask(
         self, name: str, server: AbstractContextManager[str], bodies: list[dict[str, Any]]
-    ) -> Run:
+    ) -> PeerMeasurement:
         with server as url:
-            asked = ask_level(
+            asked = run_load_level(
                 f"{url}/completions", bodies, num_clients=CLIENTS, num_requests=self.num_requests
             )
             return self._run_of(name, asyncio.run(asked))
 
-    def _run_of(self, name: str, load: Load) -> Run:
+    def _run_of(self, name: str, load: LoadResult) -> PeerMeasurement:
         refuse_failures(name, [load])
         # Not every server counts; that all is there shows in the reason for the end.
         ended = {one.finish for one in load.outcomes}
@@ -158,7 +158,7 @@ class Bench:
             raise RuntimeError(f"{name}: answers ended by {ended}, wanted length alone")
         num_tokens = len(load.outcomes) * self.num_new
         texts = [one.text for one in load.outcomes[: len(self.prompts)]]
-        return Run(num_tokens / load.seconds, texts, load)
+        return PeerMeasurement(num_tokens / load.seconds, texts, load)
 
 
 def make_models(folder: Path, gguf_type: str) -> tuple[Path, Path]:
@@ -201,7 +201,9 @@ def choose_prompts(model: Path, num_new: int) -> list[Prompt]:
     return kept[:CLIENTS]
 
 
-def sides_of(bench: Bench, left_out: Sequence[str]) -> Iterator[Callable[[], dict[str, Run]]]:
+def sides_of(
+    bench: PeerBenchmark, left_out: Sequence[str]
+) -> Iterator[Callable[[], dict[str, PeerMeasurement]]]:
     """Yield what runs each side; what is not installed is named and left out."""
     yield bench.run_reference
     yield bench.run_engine
@@ -218,7 +220,7 @@ def sides_of(bench: Bench, left_out: Sequence[str]) -> Iterator[Callable[[], dic
             print(f"{name} is not installed here, and left out; to install it: {install}")
 
 
-def print_table(measured: dict[str, list[Run]]) -> None:
+def print_table(measured: dict[str, list[PeerMeasurement]]) -> None:
     """Print each side's throughput, the ratios of ours to it, and which answers agree."""
     wanted = measured[SERIAL][0].texts
     print(f"\n{'':<41}{'tokens/s':>9}{'ours / it':>10}{'direct / it':>12}{'answers as serial':>19}")
@@ -274,14 +276,14 @@ def main() -> int:
         prompts = choose_prompts(model, options.tokens)
         gc.collect()
         num_requests = CLIENTS * options.requests
-        bench = Bench(
+        bench = PeerBenchmark(
             *(folder, model, gguf, prompts, options.tokens, num_requests),
             cpus=options.cpus,
             llama_site=options.llama_site,
         )
         sides = list(sides_of(bench, options.leave_out))
         print(f"{options.cpus} threads a side, {os.cpu_count()} cores, {options.tokens} tokens")
-        measured: dict[str, list[Run]] = {}
+        measured: dict[str, list[PeerMeasurement]] = {}
         for number in range(options.rounds):
             for side in sides if number % 2 == 0 else reversed(sides):
                 for key, run in side().items():

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness.launch import Measurement, run_torchrun, run_torchrun_loop
-from harness.material import REPOSITORY, SEED, TINY, Shape, write_json, write_model
+from harness.material import REPOSITORY, SEED, TINY, BenchmarkSize, write_json, write_model
 from harness.peers import PACKAGES, install_llama_factory, install_packages, is_installed
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -33,8 +33,8 @@ from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.chat.encoding import ChatConfig, EncodedConversation, build_chat_encoder
 from raytune_llama.config.settings import from_dict
 from raytune_llama.data.store.manifest import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
+    STORE_FORMAT_VERSION,
     Manifest,
     RowCounts,
     SplitManifest,
@@ -51,15 +51,15 @@ from raytune_llama.train.config import SftConfig
 TARGETS = {"packed": 1.5, "padded": 1.1}
 OURS, TRL, FACTORY = "ours", "TRL", "LLaMA-Factory"
 
-Side = Callable[["Material", Path, str, int], Measurement]
+RunFunction = Callable[["SftMaterial", Path, str, int], Measurement]
 """Runs once: the material, a folder, packed or padded, the number of steps."""
 
 
 @dataclass(frozen=True)
-class Material:
+class SftMaterial:
     """Directories that both sides read."""
 
-    shape: Shape
+    shape: BenchmarkSize
     model: Path
     adapter: Path
     store: Path
@@ -96,9 +96,9 @@ class Material:
         return from_dict(SftConfig, fields)
 
 
-def make_material(folder: Path, shape: Shape, num_talks: int) -> Material:
+def make_material(folder: Path, shape: BenchmarkSize, num_talks: int) -> SftMaterial:
     """Write a model, an adapter and conversations, as a token store and as rows."""
-    material = Material(shape, *(folder / n for n in ("model", "adapter", "store", "rows.json")))
+    material = SftMaterial(shape, *(folder / n for n in ("model", "adapter", "store", "rows.json")))
     write_model(material.model, shape)
     demo = REPOSITORY / "demo" / "model"
     tokenizer = load_tokenizer(demo) if demo.is_dir() else _tiny_tokenizer()
@@ -181,11 +181,14 @@ def _write_store(path: Path, rows: list[EncodedConversation], vocabulary: int) -
     assert writer.shard is not None
     inputs = {"shard": writer.shard.sha256}
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=STORE_FORMAT_VERSION,
         fingerprint=fingerprint_of(inputs),
         inputs=inputs,
         token_dtype=dtype,
-        splits={"train": SplitManifest.of([writer.shard]), "validation": SplitManifest.of([])},
+        splits={
+            "train": SplitManifest.from_shards([writer.shard]),
+            "validation": SplitManifest.from_shards([]),
+        },
         rows=RowCounts(),
         quarantine=None,
         lengths=[],
@@ -193,14 +196,14 @@ def _write_store(path: Path, rows: list[EncodedConversation], vocabulary: int) -
     write_manifest(Place.local(path / MANIFEST_NAME), manifest)
 
 
-def run_ours(material: Material, folder: Path, packing: str, num_steps: int) -> Measurement:
+def run_ours(material: SftMaterial, folder: Path, packing: str, num_steps: int) -> Measurement:
     """Run our loop once."""
     return run_torchrun_loop(material.config(folder / "run", packing, num_steps))
 
 
 def run_peer(
     program: str,
-    material: Material,
+    material: SftMaterial,
     folder: Path,
     packing: str,
     num_steps: int,
@@ -230,9 +233,9 @@ def run_peer(
     return Measurement(**json.loads((folder / "result.json").read_text()))
 
 
-def find_sides() -> dict[str, Side]:
+def find_sides() -> dict[str, RunFunction]:
     """Return what can run here; what cannot is named."""
-    sides: dict[str, Side] = {OURS: run_ours}
+    sides: dict[str, RunFunction] = {OURS: run_ours}
     install_packages()
     if is_installed("trl"):
         sides[TRL] = partial(run_peer, "trl_sft.py")
@@ -269,7 +272,11 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="try out; the figures mean nothing")
     options = parser.parse_args()
     sides = find_sides()
-    shape = replace(TINY, sequence_tokens=256) if options.tiny else Shape(sequences_per_worker=4)
+    shape = (
+        replace(TINY, sequence_tokens=256)
+        if options.tiny
+        else BenchmarkSize(sequences_per_worker=4)
+    )
     measured: dict[str, dict[str, list[Measurement]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raytune_llama.config.settings import from_dict, write_yaml
-from raytune_llama.connection import connected
+from raytune_llama.connection import connect_to_ray
 from raytune_llama.logs import setup_logging
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.tune.config import SweepConfig
@@ -32,12 +32,12 @@ from raytune_llama.tune.journal import JOURNAL_FILE
 from raytune_llama.tune.sweep import run_sweep
 
 TARGET = 0.25
-CLOSE = 1.01
+CLOSE_RATIO = 1.01
 VOCABULARY = 2000
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchCost:
     """What a sweep's journal says it has cost."""
 
     events: list[dict[str, Any]]
@@ -111,7 +111,7 @@ def make_base(folder: Path, num_steps: int) -> Path:
     return folder / "base.yaml"
 
 
-def search(folder: Path, base: Path, scheduler: str, options: argparse.Namespace) -> Search:
+def search(folder: Path, base: Path, scheduler: str, options: argparse.Namespace) -> SearchCost:
     """Run a sweep; return what it has cost."""
     sweep: dict[str, Any] = {
         "sweep_dir": str(folder / scheduler),
@@ -134,7 +134,7 @@ def search(folder: Path, base: Path, scheduler: str, options: argparse.Namespace
     counts = {state: states.count(state) for state in dict.fromkeys(states)}
     print(f"{scheduler}: {time.perf_counter() - start:.0f} s, {counts}", flush=True)
     text = (summary.sweep_dir / JOURNAL_FILE).read_bytes().decode()
-    return Search([json.loads(line) for line in text.splitlines()])
+    return SearchCost([json.loads(line) for line in text.splitlines()])
 
 
 def main() -> int:
@@ -145,7 +145,7 @@ def main() -> int:
     parser.add_argument("--workers-at-a-time", type=int, default=2)
     options = parser.parse_args()
     setup_logging()
-    with tempfile.TemporaryDirectory() as name, connected():
+    with tempfile.TemporaryDirectory() as name, connect_to_ray():
         folder = Path(name)
         base = make_base(folder, options.steps)
         full = search(folder, base, "none", options)
@@ -153,7 +153,7 @@ def main() -> int:
     all_steps, all_seconds = full.cost()
     print(f"the full search: best loss {full.best:.4f}, {all_steps} steps, {all_seconds:.0f} s")
     for side, found in (("full search", full), ("ASHA", asha)):
-        steps, seconds = found.cost(full.best * CLOSE)
+        steps, seconds = found.cost(full.best * CLOSE_RATIO)
         print(
             f"{side}: within 1 % after {steps} steps ({steps / all_steps:.2f} of the full search, "
             f"target for ASHA {TARGET}), {seconds:.0f} s ({seconds / all_seconds:.2f})"

@@ -28,7 +28,7 @@ GROWTH = (1, 4, 16)
 
 
 @dataclass(frozen=True)
-class Job:
+class JobMeasurement:
     """What one job took."""
 
     seconds: float
@@ -36,7 +36,7 @@ class Job:
     """Of the worker that took most."""
 
 
-def run_job(folder: Path, text: Path, num_workers: int, engine: str) -> Job:
+def run_job(folder: Path, text: Path, num_workers: int, engine: str) -> JobMeasurement:
     """Build a store of a text on a cluster of its own; leave nothing behind."""
     work = folder / "work"
     work.mkdir()
@@ -55,7 +55,7 @@ def run_job(folder: Path, text: Path, num_workers: int, engine: str) -> Job:
         run([sys.executable, str(program), *layout, str(config)]).splitlines()[-1]
     )
     shutil.rmtree(work)
-    return Job(measured["seconds"], max(measured["peaks"]))
+    return JobMeasurement(measured["seconds"], max(measured["peaks"]))
 
 
 def measure_workers(folder: Path, corpus: Corpus, num_rounds: int, engine: str) -> None:
@@ -76,7 +76,7 @@ def measure_workers(folder: Path, corpus: Corpus, num_rounds: int, engine: str) 
 def measure_memory(folder: Path, corpus: Corpus, engine: str) -> None:
     """Print the peak memory of a worker as the text grows."""
     print(f"\n{'text':>6}{'MB':>9}{'seconds':>9}{'peak MiB a worker':>19}{'ratio to 1x':>13}")
-    first: Job | None = None
+    first: JobMeasurement | None = None
     for times in GROWTH:
         text = write_repeated(corpus, folder / "grown.txt", times * corpus.num_bytes)
         job = run_job(folder, text.path, 2, engine)

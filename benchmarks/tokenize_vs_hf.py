@@ -28,7 +28,7 @@ from harness.vocabulary import make_llama_tokenizer
 from transformers import AutoTokenizer
 
 from raytune_llama.data.store.token_store import TokenStore
-from raytune_llama.tokenizer.loader import load_reference
+from raytune_llama.tokenizer.loader import load_reference_encoder
 
 NUM_WORKERS = 2
 BLOCK_TOKENS = 512
@@ -38,7 +38,7 @@ DATATROVE, LITDATA = "datatrove", "litdata"
 
 
 @dataclass(frozen=True)
-class Job:
+class TokenizeJob:
     """What every side works on."""
 
     text: Path
@@ -48,7 +48,7 @@ class Job:
     folder: Path
 
 
-def run_peer(job: Job, program: str) -> None:
+def run_peer(job: TokenizeJob, program: str) -> None:
     """Run a peer's program on a job."""
     settings: dict[str, Any] = {
         "text": str(job.text),
@@ -66,7 +66,7 @@ def run_peer(job: Job, program: str) -> None:
     run_program(program, file)
 
 
-def run_ours(job: Job, engine: str) -> None:
+def run_ours(job: TokenizeJob, engine: str) -> None:
     """Build a token store as a user does."""
     config = {
         "tokenizer": str(job.tokenizer),
@@ -84,7 +84,7 @@ def run_ours(job: Job, engine: str) -> None:
     run([sys.executable, str(ROOT / "jobs" / "prepare_data.py"), str(file)])
 
 
-SIDES: dict[str, Callable[[Job], None]] = {
+SIDES: dict[str, Callable[[TokenizeJob], None]] = {
     PEER: lambda job: run_peer(job, "hf_datasets.py"),
     OURS: lambda job: run_ours(job, "auto"),
     OURS_REFERENCE: lambda job: run_ours(job, "reference"),
@@ -103,7 +103,9 @@ def installed_sides() -> list[str]:
     return [side for side in SIDES if side not in missing]
 
 
-def measure(job: Job, corpus: Corpus, wanted: list[str], num_rounds: int) -> dict[str, list[float]]:
+def measure(
+    job: TokenizeJob, corpus: Corpus, wanted: list[str], num_rounds: int
+) -> dict[str, list[float]]:
     """Run sides in turn, every other round backwards; return seconds by side."""
     sides = [side for side in installed_sides() if side in wanted]
     seconds: dict[str, list[float]] = {side: [] for side in sides}
@@ -121,7 +123,7 @@ def measure(job: Job, corpus: Corpus, wanted: list[str], num_rounds: int) -> dic
     return seconds
 
 
-def check_ids(job: Job) -> None:
+def check_ids(job: TokenizeJob) -> None:
     """Compare every id of our store with SentencePiece's own.
 
     Raises:
@@ -129,7 +131,7 @@ def check_ids(job: Job) -> None:
     """
     store = TokenStore.open(job.folder / "store")
     split = store.split("train")
-    reference = load_reference(job.tokenizer)
+    reference = load_reference_encoder(job.tokenizer)
     bos = np.array([1], dtype=np.uint32)
     start = 0
     with job.text.open(newline="\n") as lines:
@@ -200,7 +202,7 @@ def main() -> int:
             jsonl = folder / f"jsonl-{number}"
             split_into_json_lines(corpus.path, jsonl)
             (folder / "work").mkdir(exist_ok=True)
-            job = Job(corpus.path, tokenizer, folder / "tokenizer", jsonl, folder / "work")
+            job = TokenizeJob(corpus.path, tokenizer, folder / "tokenizer", jsonl, folder / "work")
             print_table(corpus, measure(job, corpus, options.sides, options.rounds))
     return 0
 

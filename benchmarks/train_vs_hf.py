@@ -17,7 +17,14 @@ from pathlib import Path
 
 import numpy as np
 from harness.launch import SKIPPED_STEPS, Measurement, run_torchrun, run_torchrun_loop
-from harness.material import TINY, Material, Shape, make_material, read_sequences, write_json
+from harness.material import (
+    TINY,
+    BenchmarkSize,
+    Material,
+    make_material,
+    read_sequences,
+    write_json,
+)
 
 TARGET_RATIO = 1.3
 MAX_LOSS_DIFFERENCE = 1e-3
@@ -78,7 +85,7 @@ def run_rounds(
     return measured
 
 
-def print_table(measured: dict[str, list[Measurement]], shape: Shape) -> None:
+def print_table(measured: dict[str, list[Measurement]], shape: BenchmarkSize) -> None:
     """Print tokens/s of each round, and the ratios to the peer of the same round."""
     targets = shape.sequences_per_step * shape.sequence_tokens
     num_rounds = len(measured[PEER])
@@ -116,7 +123,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.steps <= SKIPPED_STEPS or options.rounds < 1:
         parser.error(f"wanted at least 1 round of more than {SKIPPED_STEPS} steps")
-    shape = TINY if options.tiny else Shape()
+    shape = TINY if options.tiny else BenchmarkSize()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         material = make_material(folder, shape, num_steps=options.steps)

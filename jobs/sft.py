@@ -14,7 +14,7 @@ from raytune_llama.logs import setup_logging
 from raytune_llama.train.config import SftConfig
 from raytune_llama.train.estimate.plan import build_plan
 from raytune_llama.train.estimate.text import render_plan
-from raytune_llama.train.result import RefusedError
+from raytune_llama.train.result import InvalidRunError
 from raytune_llama.train.trainer import run_training
 
 DEFAULT = Path(__file__).parent / "configs" / "sft_smollm2.yaml"
@@ -40,4 +40,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_job(main, StoreError, SourceError, RefusedError)
+    run_job(main, StoreError, SourceError, InvalidRunError)

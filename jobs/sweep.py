@@ -12,7 +12,7 @@ from raytune_llama.data.store.manifest import StoreError
 from raytune_llama.exits import EXIT_STOPPED
 from raytune_llama.logs import setup_logging
 from raytune_llama.tune.config import SweepConfig
-from raytune_llama.tune.display import trial_line
+from raytune_llama.tune.display import format_trial_line
 from raytune_llama.tune.sweep import run_sweep
 
 DEFAULT = Path(__file__).parent / "configs" / "sweep_smollm2.yaml"
@@ -24,7 +24,7 @@ def main() -> int:
     config = load(SweepConfig, sys.argv[1:], default=DEFAULT)
     sweep = run_sweep(config)
     for trial in sweep.trials:
-        print(trial_line(config, trial))
+        print(format_trial_line(config, trial))
     print(f"{sweep.status}; leaderboard.csv and sweep.html: {sweep.sweep_dir}")
     if sweep.best_config is not None:
         print(f"best: {sweep.best_config}")

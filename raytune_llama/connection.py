@@ -1,6 +1,6 @@
 """The Ray cluster that a job works on.
 
-with connected():
+with connect_to_ray():
     ...  # tasks, actors, trainers
 """
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def connected() -> Iterator[None]:
+def connect_to_ray() -> Iterator[None]:
     """Connect to the cluster that the environment names, or start one here; leave it at the end.
 
     In a process that is connected already, that connection is used and kept.

@@ -21,18 +21,18 @@ from typing import Literal
 
 from raytune_llama.train.monitoring.metrics import LOSS
 
-from .nodes import Nodes
+from .nodes import LocalNodes
 
-Kind = Literal["worker", "node", "driver"]
-KINDS: tuple[Kind, ...] = ("worker", "node", "driver")
+KillKind = Literal["worker", "node", "driver"]
+KILL_KINDS: tuple[KillKind, ...] = ("worker", "node", "driver")
 
-LOOK_SECONDS = 0.02
-NODE_BACK_SECONDS = 10.0
+POLL_INTERVAL_SECONDS = 0.02
+NODE_RESTART_SECONDS = 10.0
 """After which a lost node is started anew."""
 
 
 @dataclass(frozen=True)
-class Side:
+class MeasuredJob:
     """What is run, and where it writes its steps."""
 
     name: str
@@ -45,14 +45,14 @@ class Side:
 class Kill:
     """One that hit; times are seconds of one clock."""
 
-    kind: Kind
+    kind: KillKind
     at: float
     start: int
     """The start of the workers that it ended, from 1."""
 
 
 @dataclass(frozen=True)
-class Step:
+class ObservedStep:
     """A step that was seen to end."""
 
     number: int
@@ -62,7 +62,7 @@ class Step:
 
 
 @dataclass
-class Record:
+class RunRecord:
     """What was seen of one side."""
 
     began: float = field(default_factory=time.monotonic)
@@ -70,7 +70,7 @@ class Record:
     is_finished: bool = False
     num_interventions: int = 0
     """Ends of the command that nobody had asked for, and that did not end the run."""
-    steps: list[Step] = field(default_factory=list)
+    steps: list[ObservedStep] = field(default_factory=list)
     kills: list[Kill] = field(default_factory=list)
 
     @property
@@ -94,7 +94,7 @@ class Record:
         """Of the workers."""
         return self.steps[-1].start if self.steps else 0
 
-    def recoveries(self, kind: Kind | None = None) -> list[float]:
+    def recoveries(self, kind: KillKind | None = None) -> list[float]:
         """Return the seconds from each kill to the first step of later workers."""
         found: list[float] = []
         for kill in self.kills:
@@ -112,7 +112,7 @@ class _Reader:
         self._inode = self._position = self._seen = 0
         self.start = 0
 
-    def read(self) -> list[Step]:
+    def read(self) -> list[ObservedStep]:
         try:
             with self._file.open() as lines:
                 inode = os.fstat(lines.fileno()).st_ino
@@ -130,18 +130,18 @@ class _Reader:
         records = [json.loads(line) for line in whole.splitlines()]
         now = time.monotonic()
         numbers = [record["step"] for record in records if LOSS in record]
-        return [Step(number, now, self.start) for number in ([] if is_new else numbers)]
+        return [ObservedStep(number, now, self.start) for number in ([] if is_new else numbers)]
 
 
-def run_side(
-    side: Side,
-    nodes: Nodes,
+def run_job_under_kills(
+    side: MeasuredJob,
+    nodes: LocalNodes,
     *,
     limit_seconds: float,
     every_seconds: float | None = None,
     seed: int = 0,
     log: Path,
-) -> Record:
+) -> RunRecord:
     """Run a side to its end, or as long as it may; whoever ends it is noted.
 
     Args:
@@ -152,13 +152,13 @@ def run_side(
         seed: decides what is killed.
         log: takes the command's output.
     """
-    reader, record = _Reader(side.steps_file), Record()
+    reader, record = _Reader(side.steps_file), RunRecord()
     killer = _Killer(nodes, random.Random(seed))
     due = record.began + (every_seconds or math.inf)
     command = _Command(side, nodes, log)
     try:
         while True:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_INTERVAL_SECONDS)
             now = time.monotonic()
             record.steps += reader.read()
             status = command.process.poll()
@@ -185,7 +185,7 @@ def run_side(
 class _Command:
     """A side's command, which is given again and again."""
 
-    def __init__(self, side: Side, nodes: Nodes, log: Path) -> None:
+    def __init__(self, side: MeasuredJob, nodes: LocalNodes, log: Path) -> None:
         self._side, self._nodes, self._log = side, nodes, log
         self.process = self._open()
 
@@ -211,13 +211,13 @@ class _Command:
 class _Killer:
     """Kills what a seed chooses, and starts lost nodes anew."""
 
-    def __init__(self, nodes: Nodes, chance: random.Random) -> None:
+    def __init__(self, nodes: LocalNodes, chance: random.Random) -> None:
         self._nodes, self._chance = nodes, chance
         self._returning: list[threading.Thread] = []
 
-    def kill(self, process: subprocess.Popen[bytes]) -> Kind | None:
+    def kill(self, process: subprocess.Popen[bytes]) -> KillKind | None:
         """Kill something; None where what was chosen is not there, between two starts."""
-        kind = self._chance.choice(KINDS)
+        kind = self._chance.choice(KILL_KINDS)
         if kind == "driver":
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -236,7 +236,7 @@ class _Killer:
         return kind
 
     def _bring_back(self) -> None:
-        time.sleep(NODE_BACK_SECONDS)
+        time.sleep(NODE_RESTART_SECONDS)
         self._nodes.run("add")
 
     def close(self) -> None:
@@ -244,7 +244,7 @@ class _Killer:
             thread.join()
 
 
-def describe(record: Record, step_seconds: float, num_steps: int) -> str:
+def describe(record: RunRecord, step_seconds: float, num_steps: int) -> str:
     """Return a disturbed run in a line or two."""
     goodput = record.num_done * step_seconds / record.wall_seconds
     state = "finished" if record.is_finished else f"at step {record.num_done} of {num_steps}"
@@ -257,7 +257,7 @@ def describe(record: Record, step_seconds: float, num_steps: int) -> str:
     if seconds:
         kinds = ", ".join(
             f"{kind} {statistics.median(found):.1f} s"
-            for kind in KINDS
+            for kind in KILL_KINDS
             if (found := record.recoveries(kind))
         )
         lines.append(

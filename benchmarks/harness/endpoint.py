@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from raytune_llama.connection import connected
+from raytune_llama.connection import connect_to_ray
 from raytune_llama.serve.app import build_app
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
 
@@ -25,12 +25,12 @@ def serve_config(model: Path, *, cpus: int, slots: int, waiting: int) -> ServeCo
 
 
 @contextmanager
-def serving(config: ServeConfig) -> Iterator[str]:
+def serve_endpoint(config: ServeConfig) -> Iterator[str]:
     """Serve on loopback; yield the base URL, and stop the endpoint and the cluster at the end."""
     from ray import serve
 
     port = free_port()
-    with connected():
+    with connect_to_ray():
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         try:
             serve.run(build_app(config), name="bench")

@@ -89,7 +89,7 @@ def run_torchrun_loop(config: AnyTrainConfig) -> Measurement:
     run_torchrun(
         "torchrun_loop.py",
         settings,
-        num_workers=config.scale.most_workers,
+        num_workers=config.scale.max_workers,
         extra=worker_environment(config.scale),
     )
     assert config.max_steps is not None

@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from raytune_llama.config.settings import from_dict
 from raytune_llama.data.batches.step_batches import read_steps
 from raytune_llama.data.store.manifest import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
+    STORE_FORMAT_VERSION,
     Manifest,
     RowCounts,
     SplitManifest,
@@ -36,7 +36,7 @@ from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.inputs import build_sources, plan_run
+from raytune_llama.train.inputs import build_batch_plan, build_sources
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SEED = 1
@@ -44,7 +44,7 @@ RANDOM_DOCUMENT_TOKENS = (20, 400)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class BenchmarkSize:
     """Sizes of a benchmark's model and of its steps."""
 
     vocabulary: int = 50_228
@@ -70,7 +70,7 @@ class Shape:
         )
 
 
-TINY = Shape(hidden=32, intermediate=48, layers=1, sequence_tokens=32)
+TINY = BenchmarkSize(hidden=32, intermediate=48, layers=1, sequence_tokens=32)
 """For trying out that a benchmark runs; its figures mean nothing."""
 
 
@@ -78,7 +78,7 @@ TINY = Shape(hidden=32, intermediate=48, layers=1, sequence_tokens=32)
 class Material:
     """Directories that both sides read."""
 
-    shape: Shape
+    shape: BenchmarkSize
     model: Path
     adapter: Path
     store: Path
@@ -122,7 +122,7 @@ class Material:
         return from_dict(PretrainConfig, fields)
 
 
-def make_material(folder: Path, shape: Shape, *, num_steps: int) -> Material:
+def make_material(folder: Path, shape: BenchmarkSize, *, num_steps: int) -> Material:
     """Write a model, an adapter and a store that no run of `num_steps` sees twice."""
     model_dir, adapter_dir, store_dir = folder / "model", folder / "adapter", folder / "store"
     num_tokens = num_steps * shape.sequences_per_step * shape.sequence_tokens + 1
@@ -145,7 +145,7 @@ def make_material(folder: Path, shape: Shape, *, num_steps: int) -> Material:
     return Material(shape, model_dir, adapter_dir, store_dir, text)
 
 
-def write_model(path: Path, shape: Shape) -> None:
+def write_model(path: Path, shape: BenchmarkSize) -> None:
     """Write a LLaMA of random weights."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
@@ -206,12 +206,12 @@ def _write_store(
         raise ValueError(f"the text has {written} tokens, {num_tokens} are needed; use fewer steps")
     assert writer.shard is not None
     splits: dict[SplitName, SplitManifest] = {
-        "train": SplitManifest.of([writer.shard]),
-        "validation": SplitManifest.of([]),
+        "train": SplitManifest.from_shards([writer.shard]),
+        "validation": SplitManifest.from_shards([]),
     }
     inputs = {"shard": writer.shard.sha256}
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=STORE_FORMAT_VERSION,
         fingerprint=fingerprint_of(inputs),
         inputs=inputs,
         token_dtype=dtype,
@@ -233,8 +233,8 @@ def read_sequences(config: PretrainConfig) -> tuple[NDArray[np.int64], NDArray[n
     """
     store = TokenStore.open(Path(config.data.store_dir))
     built = build_sources(config, store)
-    plan = plan_run(config, built)
-    workers = config.scale.most_workers
+    plan = build_batch_plan(config, built)
+    workers = config.scale.max_workers
     sources = [source.sequences for source in built]
     streams = [
         read_steps(sources, store.fingerprint, plan, rank=rank, world_size=workers)

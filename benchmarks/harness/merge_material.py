@@ -17,7 +17,7 @@ SEED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeShape:
+class MergeModelSize:
     """Sizes of the model; as they are, those of a LLaMA of 1.1 billion parameters."""
 
     vocabulary: int = 32_000
@@ -42,10 +42,10 @@ class MergeShape:
         )
 
 
-TINY = MergeShape(vocabulary=500, hidden=64, intermediate=160, layers=2, heads=4, shard_mib=1)
+TINY = MergeModelSize(vocabulary=500, hidden=64, intermediate=160, layers=2, heads=4, shard_mib=1)
 
 
-def write_base(folder: Path, shape: MergeShape) -> int:
+def write_base(folder: Path, shape: MergeModelSize) -> int:
     """Write a model directory of random bfloat16 weights; return its number of parameters."""
     config = shape.config()
     with torch.device("meta"):
@@ -64,7 +64,7 @@ def write_base(folder: Path, shape: MergeShape) -> int:
     return sum(tensor.numel() for tensor in skeleton.state_dict().values())
 
 
-def write_adapter(folder: Path, shape: MergeShape) -> None:
+def write_adapter(folder: Path, shape: MergeModelSize) -> None:
     """Write an adapter of random float32 factors for the seven projections of each layer."""
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(shape.config())

@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SECONDS = 400
+TIMEOUT_SECONDS = 400
 """For one call of the script: a node of a busy machine may need its three attempts."""
 
 
-class Nodes:
+class LocalNodes:
     """A head without CPUs and nodes of one CPU each, apart from every other cluster."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Nodes:
             env=self._environment,
             capture_output=True,
             text=True,
-            timeout=SECONDS,
+            timeout=TIMEOUT_SECONDS,
             check=False,
         )
         output = done.stdout + done.stderr

@@ -36,7 +36,7 @@ class PeakMemory(threading.Thread):
         while not self._ended.wait(POLL_SECONDS):
             for folder in Path("/proc").glob("[0-9]*"):
                 try:
-                    if b"UnitEncoder" in (folder / "cmdline").read_bytes():
+                    if b"EncodingActor" in (folder / "cmdline").read_bytes():
                         self.peaks[int(folder.name)] = _peak_mib(folder)
                 except (FileNotFoundError, ProcessLookupError, StopIteration):
                     continue  # it has ended meanwhile

@@ -17,13 +17,13 @@ from typing import Any
 
 if __package__:
     from .endpoint import serve_config
-    from .serve_driver import Load, Outcome, closed_loop
+    from .serve_driver import LoadResult, RequestResult, closed_loop
 else:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from harness.endpoint import serve_config
-    from harness.serve_driver import Load, Outcome, closed_loop
+    from harness.serve_driver import LoadResult, RequestResult, closed_loop
 
-from raytune_llama.serve.generation.output import Part
+from raytune_llama.serve.generation.output import OutputDelta
 from raytune_llama.serve.protocol.chat import CompletionRequest
 from raytune_llama.serve.replica import ModelReplica
 
@@ -41,12 +41,12 @@ class DirectSettings:
     slots: int
 
 
-async def ask(replica: ModelReplica, body: dict[str, Any]) -> Outcome:
+async def send_request(replica: ModelReplica, body: dict[str, Any]) -> RequestResult:
     """Ask as the gateway does."""
-    outcome, started = Outcome(), time.perf_counter()
+    outcome, started = RequestResult(), time.perf_counter()
     async with aclosing(replica.answer(CompletionRequest.model_validate(body))) as items:
         async for item in items:
-            if not isinstance(item, Part):
+            if not isinstance(item, OutputDelta):
                 continue
             outcome.num_tokens += item.num_tokens
             if item.text:
@@ -54,12 +54,12 @@ async def ask(replica: ModelReplica, body: dict[str, Any]) -> Outcome:
                 if math.isnan(outcome.first_token):
                     outcome.first_token = outcome.last_token
             outcome.text += item.text
-            outcome.finish = item.finish or outcome.finish
+            outcome.finish = item.finish_reason or outcome.finish
     outcome.status, outcome.seconds = 200, time.perf_counter() - started
     return outcome
 
 
-async def run(settings: DirectSettings) -> list[Load]:
+async def run(settings: DirectSettings) -> list[LoadResult]:
     """Load the model, warm up with one request a slot, and run the levels."""
     config = serve_config(
         Path(settings.model), cpus=settings.cpus, slots=settings.slots, waiting=10**6
@@ -67,8 +67,8 @@ async def run(settings: DirectSettings) -> list[Load]:
     replica = ModelReplica(config.models[0], config)
     bodies = settings.bodies
 
-    async def one(number: int) -> Outcome:
-        return await ask(replica, bodies[number % len(bodies)])
+    async def one(number: int) -> RequestResult:
+        return await send_request(replica, bodies[number % len(bodies)])
 
     await closed_loop(one, num_clients=settings.slots, num_requests=settings.slots)
     return [

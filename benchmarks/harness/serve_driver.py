@@ -28,7 +28,7 @@ _DONE = "[DONE]"
 
 
 @dataclass
-class Outcome:
+class RequestResult:
     """What became of one request; all times in seconds from when it was to be sent."""
 
     status: int = NO_STATUS
@@ -62,22 +62,22 @@ class Outcome:
         return (self.last_token - self.first_token) / (self.num_tokens - 1 or math.nan)
 
 
-Ask = Callable[[int], Awaitable[Outcome]]
+SendRequest = Callable[[int], Awaitable[RequestResult]]
 """Sends the request of a number and awaits its answer; what goes wrong there is in the outcome."""
 
 
 @dataclass
-class Load:
+class LoadResult:
     """What came of many requests."""
 
-    outcomes: list[Outcome] = field(default_factory=list)
+    outcomes: list[RequestResult] = field(default_factory=list)
     """In the order in which they were sent."""
 
     seconds: float = 0.0
     """From the first request to the last answer."""
 
     @property
-    def answered(self) -> list[Outcome]:
+    def answered(self) -> list[RequestResult]:
         """Those that came whole."""
         return [one for one in self.outcomes if one.status == 200]
 
@@ -145,9 +145,9 @@ def poisson_arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     return times
 
 
-async def closed_loop(ask: Ask, *, num_clients: int, num_requests: int) -> Load:
+async def closed_loop(ask: SendRequest, *, num_clients: int, num_requests: int) -> LoadResult:
     """Let so many clients send the requests 0, 1, ... between them, each one after the other."""
-    outcomes: dict[int, Outcome] = {}
+    outcomes: dict[int, RequestResult] = {}
     numbers = iter(range(num_requests))
 
     async def client() -> None:
@@ -157,19 +157,19 @@ async def closed_loop(ask: Ask, *, num_clients: int, num_requests: int) -> Load:
     started = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(num_clients)))
     seconds = time.perf_counter() - started
-    return Load([outcomes[number] for number in sorted(outcomes)], seconds)
+    return LoadResult([outcomes[number] for number in sorted(outcomes)], seconds)
 
 
-async def open_loop(ask: Ask, arrivals: Sequence[float]) -> Load:
+async def open_loop(ask: SendRequest, arrivals: Sequence[float]) -> LoadResult:
     """Send a request at each of the times, in seconds from now, and await all answers."""
     started = time.perf_counter()
 
-    async def one(number: int, when: float) -> Outcome:
+    async def one(number: int, when: float) -> RequestResult:
         await asyncio.sleep(started + when - time.perf_counter())
         return await ask(number)
 
     outcomes = await asyncio.gather(*(one(n, when) for n, when in enumerate(arrivals)))
-    return Load(outcomes, time.perf_counter() - started)
+    return LoadResult(outcomes, time.perf_counter() - started)
 
 
 class HttpClient:
@@ -216,10 +216,10 @@ class HttpClient:
         if self._session is not None:
             await self._session.close()
 
-    async def ask(self, number: int) -> Outcome:
+    async def ask(self, number: int) -> RequestResult:
         """Send a request and read its answer; what goes wrong is in the outcome."""
         assert self._session is not None, "used outside of `async with`"
-        outcome, started = Outcome(), time.perf_counter()
+        outcome, started = RequestResult(), time.perf_counter()
         body = self._bodies[number % len(self._bodies)]
         try:
             async with self._session.post(self._url, data=body, headers=self._headers) as answer:
@@ -235,7 +235,9 @@ class HttpClient:
         return outcome
 
 
-async def _read_stream(answer: aiohttp.ClientResponse, outcome: Outcome, started: float) -> None:
+async def _read_stream(
+    answer: aiohttp.ClientResponse, outcome: RequestResult, started: float
+) -> None:
     """Read server-sent events to their end; the status is set where they have one."""
     num_parts, counted = 0, None
     async for line in answer.content:

@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .endpoint import MODEL_NAME, cpu_seconds, serve_config, serving
+from .endpoint import MODEL_NAME, cpu_seconds, serve_config, serve_endpoint
 from .material import write_json
 from .serve_direct import DirectSettings
-from .serve_driver import HttpClient, Load, Outcome, closed_loop
+from .serve_driver import HttpClient, LoadResult, RequestResult, closed_loop
 from .serve_material import Prompt
 
 Levels = Sequence[tuple[int, int]]
@@ -22,7 +22,7 @@ Levels = Sequence[tuple[int, int]]
 _TAIL_CHARACTERS = 4000
 
 
-def bodies_of(prompts: Sequence[Prompt], num_new: int) -> list[dict[str, Any]]:
+def build_request_bodies(prompts: Sequence[Prompt], num_new: int) -> list[dict[str, Any]]:
     """Return our requests: greedy, ids in, counts told."""
     return [
         {
@@ -66,32 +66,35 @@ def run_direct(
     *,
     cpus: int,
     slots: int,
-) -> list[Load]:
+) -> list[LoadResult]:
     """Call the replica directly, in a process of its own that knows no cluster."""
     settings = DirectSettings(str(model), bodies, list(levels), cpus, slots)
     file = write_json(folder / "direct.json", asdict(settings))
     program = Path(__file__).with_name("serve_direct.py")
     told = run_json([sys.executable, str(program), str(file)], thread_environment(cpus))
-    return [Load([Outcome(**one) for one in load["outcomes"]], load["seconds"]) for load in told]
+    return [
+        LoadResult([RequestResult(**one) for one in load["outcomes"]], load["seconds"])
+        for load in told
+    ]
 
 
 def run_served(
     model: Path, bodies: list[dict[str, Any]], levels: Levels, *, cpus: int, slots: int
-) -> tuple[list[Load], list[dict[str, float]]]:
+) -> tuple[list[LoadResult], list[dict[str, float]]]:
     """Ask through HTTP and Ray Serve, on a cluster for these levels alone.
 
     Returns:
         The loads, and beside each the CPU seconds by part of the endpoint.
     """
     config = serve_config(model, cpus=cpus, slots=slots, waiting=10**6)
-    with serving(config) as url:
+    with serve_endpoint(config) as url:
         return asyncio.run(_ask_levels(f"{url}/completions", bodies, levels, slots))
 
 
 async def _ask_levels(
     url: str, bodies: list[dict[str, Any]], levels: Levels, slots: int
-) -> tuple[list[Load], list[dict[str, float]]]:
-    loads: list[Load] = []
+) -> tuple[list[LoadResult], list[dict[str, float]]]:
+    loads: list[LoadResult] = []
     taken: list[dict[str, float]] = []
     async with HttpClient(url, bodies) as client:
         await closed_loop(client.ask, num_clients=slots, num_requests=slots)
@@ -103,16 +106,16 @@ async def _ask_levels(
     return loads, taken
 
 
-async def ask_level(
+async def run_load_level(
     url: str, bodies: list[dict[str, Any]], *, num_clients: int, num_requests: int
-) -> Load:
+) -> LoadResult:
     """Warm a server up with one request a client, then measure one closed loop."""
     async with HttpClient(url, bodies) as client:
         await closed_loop(client.ask, num_clients=num_clients, num_requests=num_clients)
         return await closed_loop(client.ask, num_clients=num_clients, num_requests=num_requests)
 
 
-def refuse_failures(side: str, loads: Sequence[Load]) -> None:
+def refuse_failures(side: str, loads: Sequence[LoadResult]) -> None:
     """Refuse figures of which a part is missing.
 
     Raises:

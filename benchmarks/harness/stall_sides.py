@@ -27,16 +27,16 @@ from raytune_llama.train.engines.config import EngineConfig
 from raytune_llama.train.engines.ddp import DataParallelEngine
 from raytune_llama.train.engines.deepspeed_zero import deepspeed_config
 from raytune_llama.train.engines.optimizer import OptimConfig, build_optimizer, parameter_groups
-from raytune_llama.train.engines.protocol import PARTS, trained_parameters
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.engines.protocol import STATE_KEYS, trained_parameters
+from raytune_llama.train.process_group import ProcessGroup
 
 OURS, TORCH, DEEPSPEED, DCP = "ours", "torch.save", "DeepSpeed save_checkpoint", "DCP async_save"
 SIDES = (OURS, TORCH, DEEPSPEED, DCP)
-QUIET_STEPS = 3
+NUM_BASELINE_STEPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class StallSetup:
     """What is trained and saved."""
 
     trained: str
@@ -55,7 +55,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SaveMeasurement:
     """One save of one side, as the first process saw it."""
 
     side: str
@@ -98,9 +98,9 @@ class _Log:
 
 
 class _Bench:
-    def __init__(self, rank: int, setup: Setup) -> None:
+    def __init__(self, rank: int, setup: StallSetup) -> None:
         self.setup = setup
-        self.workers = Workers(rank, setup.world_size, torch.device("cpu"))
+        self.workers = ProcessGroup(rank, setup.world_size, torch.device("cpu"))
         torch.manual_seed(1)
         module = SummedLoss(_build_model(setup))
         self.engine = DataParallelEngine(module, "fp32", OptimConfig(), self.workers)
@@ -156,7 +156,7 @@ class _Bench:
         return {
             f"{part}/{each.name}/{each.start}": getattr(each, part)
             for each in self.engine.trainable_state()
-            for part in PARTS
+            for part in STATE_KEYS
         }
 
     def start(self, side: str) -> _Save:
@@ -205,14 +205,14 @@ class _Bench:
 
         return _Save(future.done, finish)
 
-    def measure(self, side: str, quiet_seconds: float) -> Sample:
+    def measure(self, side: str, quiet_seconds: float) -> SaveMeasurement:
         """Save once, and train beside it until it is written."""
         self.workers.barrier()
         started = time.perf_counter()
         save = self.start(side)
         stall = time.perf_counter() - started
         beside: list[float] = []
-        while self.workers.sum([float(not save.is_done())])[0]:
+        while self.workers.all_reduce_sum([float(not save.is_done())])[0]:
             beside.append(self.step())
         waiting = time.perf_counter()
         durable = save.finish()
@@ -222,14 +222,14 @@ class _Bench:
         self.workers.barrier()
         size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         self.workers.barrier()
-        if self.workers.is_first:
+        if self.workers.is_rank_zero:
             shutil.rmtree(self.folder)
             self.folder.mkdir()
         self.workers.barrier()
-        return Sample(side, stall, durable, slowed, quiet_seconds, size)
+        return SaveMeasurement(side, stall, durable, slowed, quiet_seconds, size)
 
 
-def measure(rank: int, setup: Setup, results: Any) -> None:  # noqa: ANN401  # a queue
+def measure(rank: int, setup: StallSetup, results: Any) -> None:  # noqa: ANN401  # a queue
     """Run one process; the first puts its samples into the queue, a list for all rounds."""
     torch.set_num_threads(setup.threads)
     os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
@@ -240,13 +240,13 @@ def measure(rank: int, setup: Setup, results: Any) -> None:  # noqa: ANN401  # a
         world_size=setup.world_size,
     )
     bench = _Bench(rank, setup)
-    samples: list[Sample] = []
+    samples: list[SaveMeasurement] = []
     with bench.saver:
         bench.step()
         for number in range(setup.rounds + 1):
             order = SIDES if number % 2 == 0 else SIDES[::-1]
             for side in order:
-                quiet = statistics.median(bench.step() for _ in range(QUIET_STEPS))
+                quiet = statistics.median(bench.step() for _ in range(NUM_BASELINE_STEPS))
                 sample = bench.measure(side, quiet)
                 # In the first round memory is allocated that is kept.
                 samples += [sample] if number > 0 else []
@@ -255,7 +255,7 @@ def measure(rank: int, setup: Setup, results: Any) -> None:  # noqa: ANN401  # a
     dist.destroy_process_group()
 
 
-def _build_model(setup: Setup) -> Any:  # noqa: ANN401  # with or without adapter
+def _build_model(setup: StallSetup) -> Any:  # noqa: ANN401  # with or without adapter
     config = LlamaConfig(
         vocab_size=setup.vocabulary,
         hidden_size=setup.hidden,
@@ -269,7 +269,7 @@ def _build_model(setup: Setup) -> Any:  # noqa: ANN401  # with or without adapte
     return attach_adapter(model, LoraConfig(), seed=1) if setup.trained == "lora" else model
 
 
-def _batch(setup: Setup) -> tuple[Tensor, Tensor, Tensor]:
+def _batch(setup: StallSetup) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(setup.vocabulary, (1, setup.sequence_tokens + 1), generator=generator)
     return ids[:, :-1], torch.arange(setup.sequence_tokens)[None], ids[:, 1:]

@@ -3,17 +3,17 @@
 import sys
 
 from raytune_llama.config.settings import load
-from raytune_llama.connection import connected
+from raytune_llama.connection import connect_to_ray
 from raytune_llama.logs import setup_logging
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.orchestration.launch import Launch, launch
+from raytune_llama.train.orchestration.launch import PreparedRun, launch
 
 
 def main() -> None:
     """Train to the end; the same command goes on."""
     setup_logging()
-    with connected():
-        launch(Launch.of(load(PretrainConfig, sys.argv[1:])))
+    with connect_to_ray():
+        launch(PreparedRun.from_config(load(PretrainConfig, sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from raytune_llama.tokenizer.loader import load_reference, load_tokenizer
-from raytune_llama.tokenizer.selection import choose_encoder
+from raytune_llama.tokenizer.loader import load_reference_encoder, load_tokenizer
+from raytune_llama.tokenizer.selection import select_encoder
 
-Encode = Callable[[list[str]], Sequence[np.ndarray]]
+EncodeFunction = Callable[[list[str]], Sequence[np.ndarray]]
 
 BATCH_TEXTS = 1024
 
@@ -40,17 +40,17 @@ def as_json(tokenizer: Path) -> str:
     return f"{folder}/tokenizer.json"
 
 
-def reference(tokenizer: Path) -> Encode:
+def reference(tokenizer: Path) -> EncodeFunction:
     """What defines the ids."""
-    return load_reference(tokenizer).encode
+    return load_reference_encoder(tokenizer).encode
 
 
-def compiled(tokenizer: Path) -> Encode:
+def compiled(tokenizer: Path) -> EncodeFunction:
     """Ours, as a worker uses it: with the share that is checked."""
-    return choose_encoder(load_tokenizer(tokenizer), [], "compiled").encoder.encode
+    return select_encoder(load_tokenizer(tokenizer), [], "compiled").encoder.encode
 
 
-def tokenizers(tokenizer: Path) -> Encode:
+def tokenizers(tokenizer: Path) -> EncodeFunction:
     """Hugging Face's library, on the converted tokenizer.json."""
     engine = import_module("tokenizers").Tokenizer.from_file(as_json(tokenizer))
     engine.encode_special_tokens = True
@@ -62,7 +62,7 @@ def tokenizers(tokenizer: Path) -> Encode:
     return encode
 
 
-def kitoken(tokenizer: Path) -> Encode:
+def kitoken(tokenizer: Path) -> EncodeFunction:
     """https://github.com/Systemcluster/kitoken."""
     build = import_module("kitoken").Kitoken
     if (tokenizer / "tokenizer.model").is_file():
@@ -72,20 +72,20 @@ def kitoken(tokenizer: Path) -> Encode:
     return lambda texts: as_arrays(engine.encode_all(texts, False))
 
 
-def tokie(tokenizer: Path) -> Encode:
+def tokie(tokenizer: Path) -> EncodeFunction:
     """https://github.com/chonkie-inc/tokie."""
     engine = import_module("tokie").Tokenizer.from_json(as_json(tokenizer))
     return lambda texts: as_arrays([engine.encode(t, add_special_tokens=False).ids for t in texts])
 
 
-def gigatoken(tokenizer: Path) -> Encode:
+def gigatoken(tokenizer: Path) -> EncodeFunction:
     """https://github.com/marcelroed/gigatoken."""
     load = import_module("gigatoken.gigatoken_rs").load_hf_json
     engine = load(Path(as_json(tokenizer)).read_bytes())
     return lambda texts: [engine.encode(text) for text in texts]
 
 
-def fastokens(tokenizer: Path) -> Encode:
+def fastokens(tokenizer: Path) -> EncodeFunction:
     """https://github.com/crusoecloud/fastokens."""
     engine = import_module("fastokens._native").Tokenizer.from_file(as_json(tokenizer))
 

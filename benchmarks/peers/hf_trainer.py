@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-from watched import Watch
+from watched import StepRecorder
 
 DEEPSPEED = {
     "zero_optimization": {
@@ -38,7 +38,7 @@ DEEPSPEED = {
 }
 
 
-class Sequences(Dataset[dict[str, Tensor]]):
+class SequenceDataset(Dataset[dict[str, Tensor]]):
     """Sequences in a fixed order, with labels that are shifted already."""
 
     def __init__(self, file: str) -> None:
@@ -102,12 +102,12 @@ def main() -> None:
         use_cache=False,
     )
     model = PeftModel.from_pretrained(base, settings["adapter"], is_trainable=True)
-    watch = Watch(Path(settings["result"]))
-    watch.see_steps_of(Trainer)
+    watch = StepRecorder(Path(settings["result"]))
+    watch.record_steps_of(Trainer)
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=Sequences(settings["sequences"]),
+        train_dataset=SequenceDataset(settings["sequences"]),
         callbacks=[watch],
     )
     trainer.train()

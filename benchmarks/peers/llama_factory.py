@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from watched import Watch
+from watched import StepRecorder
 
 # It imports the reader of sound files, whose build does not load everywhere, also for texts.
 sys.modules["torchaudio"] = ModuleType("torchaudio")
@@ -26,7 +26,7 @@ from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer  # noqa: E402
 from llamafactory.train.tuner import run_exp  # noqa: E402
 
 
-def give_ids(rows: list[dict[str, Any]]) -> None:
+def patch_processor(rows: list[dict[str, Any]]) -> None:
     """Let its processor take the ids of the conversation whose number it is given."""
 
     def encode(
@@ -94,12 +94,12 @@ def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
     rows = json.loads(Path(settings["rows"]).read_text())
-    give_ids(rows)
+    patch_processor(rows)
     folder = Path(settings["run_dir"], os.environ["RANK"])
     folder.mkdir(parents=True)
     write_dataset(folder, len(rows))
-    watch = Watch(Path(settings["result"]))
-    watch.see_steps_of(CustomSeq2SeqTrainer)
+    watch = StepRecorder(Path(settings["result"]))
+    watch.record_steps_of(CustomSeq2SeqTrainer)
     run_exp(factory_arguments(settings, folder), callbacks=[watch])
 
 

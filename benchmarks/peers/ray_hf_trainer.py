@@ -14,7 +14,7 @@ from typing import Any
 import ray.train
 import ray.train.huggingface.transformers as ray_transformers
 import torch
-from hf_trainer import Sequences
+from hf_trainer import SequenceDataset
 from peft import PeftModel
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import (
@@ -88,7 +88,7 @@ def train(settings: dict[str, Any]) -> None:
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=Sequences(settings["sequences"]),
+        train_dataset=SequenceDataset(settings["sequences"]),
         callbacks=[StepsFile(Path(settings["steps_file"]))] if is_first else [],
     )
     trainer.add_callback(ray_transformers.RayTrainReportCallback())

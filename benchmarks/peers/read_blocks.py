@@ -25,10 +25,10 @@ from raytune_llama.data.store.token_store import TokenStore
 
 SEED = 1
 WARM_UP_SECONDS = 1.0
-BATCHES_A_LOOK = 4
+BATCHES_PER_CLOCK_READ = 4
 
 
-class Side:
+class BlockReader:
     """What a side writes and reads; sizes are those of the settings."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -52,7 +52,7 @@ class Side:
         raise NotImplementedError
 
 
-class Ours(Side):
+class Ours(BlockReader):
     """`read_steps`, as a training worker calls it."""
 
     @override
@@ -75,7 +75,7 @@ class Ours(Side):
             fingerprint=store.fingerprint,
             seed=SEED,
         )
-        plan = BatchPlan.of(
+        plan = BatchPlan.create(
             [source.sequences.num_sequences for source in sources],
             sequence_tokens=self.tokens,
             sequences_per_step=self.sequences,
@@ -88,7 +88,7 @@ class Ours(Side):
             yield step.micro_batches[0].ids_BT
 
 
-class HfDatasets(Side):
+class HfDatasets(BlockReader):
     """Arrow files by `save_to_disk`, read by PyTorch's loader; ids only, no copy of labels."""
 
     @override
@@ -115,7 +115,7 @@ class HfDatasets(Side):
             yield batch["input_ids"].long()
 
 
-class MosaicStreaming(Side):
+class MosaicStreaming(BlockReader):
     """MDS shards with an array a block, as MosaicML's own recipe for tokens has."""
 
     @override
@@ -146,7 +146,7 @@ class MosaicStreaming(Side):
             yield batch["tokens"].long()
 
 
-class Litdata(Side):
+class Litdata(BlockReader):
     """Chunks for litdata's tokens loader."""
 
     @override
@@ -180,7 +180,7 @@ class Litdata(Side):
             yield batch.long()
 
 
-SIDES: dict[str, type[Side]] = {
+SIDES: dict[str, type[BlockReader]] = {
     "ours": Ours,
     "HF datasets": HfDatasets,
     "MosaicML streaming": MosaicStreaming,
@@ -207,13 +207,13 @@ def _stand_in_for_torchvision() -> None:
         sys.modules.setdefault(name, module)
 
 
-def epochs(side: Side) -> Iterator[torch.Tensor]:
+def epochs(side: BlockReader) -> Iterator[torch.Tensor]:
     """Yield batches of one epoch after the other."""
     while True:
         yield from side.batches()
 
 
-def read(side: Side, num_seconds: float) -> dict[str, float]:
+def read(side: BlockReader, num_seconds: float) -> dict[str, float]:
     """Read for some seconds behind a warm-up; return the tokens and the time."""
     batches = epochs(side)
     wanted = (side.sequences, side.tokens)
@@ -224,7 +224,7 @@ def read(side: Side, num_seconds: float) -> dict[str, float]:
         assert tuple(batch.shape) == wanted, batch.shape
     number, start = 0, time.perf_counter()
     while (seconds := time.perf_counter() - start) < num_seconds:
-        for _ in range(BATCHES_A_LOOK):
+        for _ in range(BATCHES_PER_CLOCK_READ):
             number += next(batches).numel()
     return {"tokens": number, "seconds": seconds}
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from raytune_llama.config.settings import from_dict
 from raytune_llama.train.config import PretrainConfig, SftConfig
 from raytune_llama.train.loop import train
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     config = from_dict(kind, fields)
     torch.set_num_threads(config.scale.cpus_per_worker)
     dist.init_process_group("gloo")
-    train(config, Workers.of_process_group(torch.device("cpu")), lambda: False)
+    train(config, ProcessGroup.from_torch(torch.device("cpu")), lambda: False)
     dist.destroy_process_group()
 
 

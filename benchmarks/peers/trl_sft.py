@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
-from watched import Watch
+from watched import StepRecorder
 
 
 def sft_arguments(settings: dict[str, Any]) -> SFTConfig:
@@ -57,8 +57,8 @@ def main() -> None:
         settings["model"], dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
     )
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
-    watch = Watch(Path(settings["result"]))
-    watch.see_steps_of(SFTTrainer)
+    watch = StepRecorder(Path(settings["result"]))
+    watch.record_steps_of(SFTTrainer)
     trainer = SFTTrainer(
         model=PeftModel.from_pretrained(base, settings["adapter"], is_trainable=True),
         args=arguments,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class Watch(TrainerCallback):
+class StepRecorder(TrainerCallback):
     """Notes when each step ends; `see_steps_of` gives it losses and targets.
 
     At the end of training the first of the processes writes what was measured to a file.
@@ -41,7 +41,7 @@ class Watch(TrainerCallback):
     # A step ends for all sides when its weights are written.
     on_step_end = on_train_begin
 
-    def see_steps_of(self, trainer: type[Trainer]) -> None:
+    def record_steps_of(self, trainer: type[Trainer]) -> None:
         """Let a class of trainers note its steps here and take them as before."""
         take_step = trainer.training_step
 

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 Role = Literal["user", "assistant"]
 """Who speaks in a turn; what the system says is no turn."""
 
-Reason = Literal[
+DefectReason = Literal[
     "unknown_format",
     "missing_field",
     "ambiguous_field",
@@ -65,7 +65,7 @@ class Conversation:
 class Defect:
     """Why something cannot be used."""
 
-    reason: Reason
+    reason: DefectReason
     """One of few, to be counted."""
     detail: str
     """What exactly, for a person."""
@@ -123,7 +123,7 @@ def _find_in_turn(turn: Turn, number: int, before: Role | None) -> Defect | None
     if defect is not None:
         return defect
     if turn.role == before:
-        reason: Reason = "user_twice" if turn.role == "user" else "assistant_twice"
+        reason: DefectReason = "user_twice" if turn.role == "user" else "assistant_twice"
         return Defect(reason, f"turns {number - 1} and {number} are both the {turn.role}'s")
     if before is None and turn.role == "assistant":
         return Defect("assistant_first", "turn 0 is the assistant's")
@@ -138,7 +138,7 @@ def find_text_defect(text: object, name: str) -> Defect | None:
         name: What it is, for the detail.
     """
     if not isinstance(text, str):
-        return Defect("wrong_type", f"{name} is {name_type(text)}, wanted a text")
+        return Defect("wrong_type", f"{name} is {describe_type(text)}, wanted a text")
     if "\0" in text:
         return Defect("nul", f"{name}: a NUL at character {text.index(chr(0))}")
     try:
@@ -148,7 +148,7 @@ def find_text_defect(text: object, name: str) -> Defect | None:
     return None
 
 
-def name_type(value: object) -> str:
+def describe_type(value: object) -> str:
     """Return what a JSON value is, in words."""
     names = {dict: "an object", list: "an array", str: "a text", bool: "a boolean"}
     return "null" if value is None else names.get(type(value), "a number")

@@ -26,15 +26,15 @@ from raytune_llama.chat.conversations import (
     find_defect,
     find_prompt_defect,
 )
-from raytune_llama.chat.spans import NoBoundaryError, Stretch, StretchEncoder, cut_stretches
+from raytune_llama.chat.spans import NoBoundaryError, SpanEncoder, TextSpan, join_segments
 from raytune_llama.chat.templates.choice import build_template
 from raytune_llama.chat.templates.names import TemplateName
 from raytune_llama.chat.templates.segments import Segment, Template, UnrenderableError
 from raytune_llama.chat.truncation import Truncation, truncate
 from raytune_llama.config.settings import settings
-from raytune_llama.tokenizer.loader import build_reference
+from raytune_llama.tokenizer.loader import build_reference_encoder
 from raytune_llama.tokenizer.reference import TextEncoder
-from raytune_llama.tokenizer.split_points import UncuttableTextError
+from raytune_llama.tokenizer.split_points import UnsplittableTextError
 
 
 @settings
@@ -63,7 +63,7 @@ class EncodedConversation:
     num_cut: int
     """Tokens of the conversation that are not in `ids`, for it was too long."""
     num_splits: int
-    """Answers that were encoded apart from their prompt; see `StretchIds.is_split`."""
+    """Answers that were encoded apart from their prompt; see `EncodedSpan.is_split`."""
 
 
 @dataclass(slots=True)
@@ -101,18 +101,18 @@ def count_encoded(rows: Iterable[EncodedConversation | Defect]) -> EncodingCount
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    pieces: list[Segment | Stretch]
+    spans: list[Segment | TextSpan]
 
     @property
-    def stretches(self) -> list[Stretch]:
-        return [piece for piece in self.pieces if isinstance(piece, Stretch)]
+    def text_spans(self) -> list[TextSpan]:
+        return [piece for piece in self.spans if isinstance(piece, TextSpan)]
 
 
 class ChatEncoder:
     """Makes ids of conversations; made by `build_chat_encoder`, picklable."""
 
     def __init__(
-        self, template: Template, stretches: StretchEncoder, config: ChatConfig, bos_id: int | None
+        self, template: Template, stretches: SpanEncoder, config: ChatConfig, bos_id: int | None
     ) -> None:
         self.template = template
         """How conversations are written."""
@@ -147,7 +147,7 @@ class ChatEncoder:
 
     def encode_segments(self, segments: Sequence[Segment]) -> EncodedConversation | Defect:
         """Return ids and targets of what the template has written, not cut."""
-        return self._encode_one(_Rendered(cut_stretches(segments, self.template.boundary)))
+        return self._encode_one(_Rendered(join_segments(segments, self.template.boundary)))
 
     def _render(self, conversation: Conversation) -> _Rendered | Defect:
         defect = find_defect(conversation)
@@ -157,12 +157,12 @@ class ChatEncoder:
             segments = self.template.render(conversation)
         except UnrenderableError as error:
             return Defect("unrenderable", str(error))
-        return _Rendered(cut_stretches(segments, self.template.boundary))
+        return _Rendered(join_segments(segments, self.template.boundary))
 
     def _encode_all(self, rendered: list[_Rendered]) -> list[EncodedConversation | Defect]:
         try:
             return self._encode_at_once(rendered)
-        except (NoBoundaryError, UncuttableTextError):
+        except (NoBoundaryError, UnsplittableTextError):
             return [self._encode_one(one) for one in rendered]
 
     def _encode_one(self, rendered: _Rendered) -> EncodedConversation | Defect:
@@ -170,19 +170,19 @@ class ChatEncoder:
             return self._encode_at_once([rendered])[0]
         except NoBoundaryError as error:
             return Defect("no_boundary", str(error))
-        except UncuttableTextError as error:
+        except UnsplittableTextError as error:
             return Defect("uncuttable", str(error))
 
     def _encode_at_once(self, rendered: list[_Rendered]) -> list[EncodedConversation | Defect]:
-        stretches = [stretch for one in rendered for stretch in one.stretches]
+        stretches = [stretch for one in rendered for stretch in one.text_spans]
         encoded = iter(self._stretches.encode(stretches))
         rows: list[EncodedConversation | Defect] = []
         for one in rendered:
             ids: list[NDArray[np.uint32]] = []
             targets: list[NDArray[np.bool_]] = []
             num_splits = 0
-            for piece in one.pieces:
-                if isinstance(piece, Stretch):
+            for piece in one.spans:
+                if isinstance(piece, TextSpan):
                     made = next(encoded)
                     ids.append(made.ids)
                     targets.append(np.arange(len(made.ids)) >= made.num_prompt)
@@ -224,23 +224,23 @@ def build_chat_encoder(
     Args:
         tokenizer: From `load_tokenizer`.
         config: How.
-        encoder: What makes ids of text, such as `choose_encoder` returns; None for the reference.
+        encoder: What makes ids of text, such as `select_encoder` returns; None for the reference.
 
     Raises:
         ValueError: The tokenizer has no EOS, or its own chat template is asked for and can't be
             used.
     """
     template = build_template(config.template, tokenizer)
-    text_encoder = build_reference(tokenizer) if encoder is None else encoder
+    text_encoder = build_reference_encoder(tokenizer) if encoder is None else encoder
     bos = tokenizer.bos_token_id
     bos_id = bos if isinstance(bos, int) else None
     if template.boundary == "apart":
-        stretches = StretchEncoder(text_encoder, is_anchored=False)
+        stretches = SpanEncoder(text_encoder, is_anchored=False)
         return ChatEncoder(template, stretches, config, bos_id)
     for is_anchored in (False, True):
-        stretches = StretchEncoder(text_encoder, is_anchored=is_anchored)
+        stretches = SpanEncoder(text_encoder, is_anchored=is_anchored)
         made = ChatEncoder(template, stretches, config, bos_id)
-        if _are_those_of_transformers(made, tokenizer):
+        if _matches_transformers(made, tokenizer):
             return made
     raise ValueError(
         f"template: the ids of the chat template of {tokenizer.name_or_path} can't be made as "
@@ -257,7 +257,7 @@ _PROBES = (
 )
 
 
-def _are_those_of_transformers(encoder: ChatEncoder, tokenizer: PreTrainedTokenizerFast) -> bool:
+def _matches_transformers(encoder: ChatEncoder, tokenizer: PreTrainedTokenizerFast) -> bool:
     """Compare the ids of some conversations, with and without an answer."""
     template = encoder.template
     for user, answer in _PROBES:

@@ -21,9 +21,9 @@ from raytune_llama.chat.conversations import (
     Defect,
     Role,
     Turn,
+    describe_type,
     find_defect,
     find_text_defect,
-    name_type,
 )
 from raytune_llama.storage.files import RepeatedKeys
 
@@ -75,7 +75,7 @@ class KeyCounts:
     """How many times each such name stood twice in one object."""
 
 
-def sniff_format(row: Mapping[str, Any]) -> FormatName | None:
+def detect_row_format(row: Mapping[str, Any]) -> FormatName | None:
     """Return the format of a row by its names; None where they are of none.
 
     A list of turns wins over single fields, which rows of chats often hold beside it.
@@ -247,7 +247,7 @@ def _read_alpaca(fields: _Fields, input_separator: str) -> Conversation:
 def _read_turns(fields: _Fields, row_format: FormatName, counts: KeyCounts) -> Conversation:
     listed = fields.value(_TURNS[row_format])
     if not isinstance(listed, list):
-        detail = f"field {row_format!r} is {name_type(listed)}, wanted an array"
+        detail = f"field {row_format!r} is {describe_type(listed)}, wanted an array"
         raise _DefectError(Defect("wrong_type", detail))
     system = fields.optional_text(_SYSTEM)
     turns: list[Turn] = []
@@ -270,7 +270,7 @@ def _read_turn(
     said: object, number: int, row_format: FormatName, counts: KeyCounts
 ) -> tuple[Role | Literal["system"], str]:
     if not isinstance(said, dict):
-        detail = f"turn {number} is {name_type(said)}, wanted an object"
+        detail = f"turn {number} is {describe_type(said)}, wanted an object"
         raise _DefectError(Defect("wrong_type", detail))
     fields = _Fields(said, counts, f"turn {number}: ")
     name = fields.text(_ROLE_NAMES[row_format])

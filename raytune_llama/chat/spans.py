@@ -12,7 +12,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_llama.chat.templates.segments import Boundary, Segment, UnrenderableError
+from raytune_llama.chat.templates.segments import PromptBoundary, Segment, UnrenderableError
 from raytune_llama.tokenizer.reference import TextEncoder
 
 _ANCHOR = "\n"
@@ -23,23 +23,23 @@ class NoBoundaryError(UnrenderableError):
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class TextSpan:
     """Text that is encoded as one."""
 
     text: str
     """The template's text and contents, one after the other."""
     num_prompt: int
     """How many of its characters stand before the answer; all where there is none in it."""
-    is_inside: bool
+    has_preceding_text: bool
     """Whether something stands before it."""
 
 
-Piece = Segment | Stretch
+RenderedSpan = Segment | TextSpan
 """A control token, or text."""
 
 
 @dataclass(frozen=True, slots=True)
-class StretchIds:
+class EncodedSpan:
     """The ids of a stretch."""
 
     ids: NDArray[np.uint32]
@@ -51,9 +51,9 @@ class StretchIds:
     the prompt and the beginning of the answer, which serving would never meet."""
 
 
-def cut_stretches(segments: Sequence[Segment], boundary: Boundary) -> list[Piece]:
+def join_segments(segments: Sequence[Segment], boundary: PromptBoundary) -> list[RenderedSpan]:
     """Join the texts of segments that are encoded as one; control tokens stay as they are."""
-    pieces: list[Piece] = []
+    pieces: list[RenderedSpan] = []
     groups = groupby(
         segments,
         # Apart, a change from prompt to answer divides too.
@@ -68,11 +68,11 @@ def cut_stretches(segments: Sequence[Segment], boundary: Boundary) -> list[Piece
         prompt = "".join(part.text for part in parts if not part.is_target)
         assert text.startswith(prompt), "an answer ends with a control token"
         if text:
-            pieces.append(Stretch(text, len(prompt), bool(pieces)))
+            pieces.append(TextSpan(text, len(prompt), bool(pieces)))
     return pieces
 
 
-class StretchEncoder:
+class SpanEncoder:
     """Encodes stretches with a reference."""
 
     def __init__(self, encoder: TextEncoder, *, is_anchored: bool) -> None:
@@ -89,7 +89,7 @@ class StretchEncoder:
         alone, behind = encoder.encode(["a", _ANCHOR + "a"])
         self._marks_start = not np.array_equal(alone, behind[len(self._anchor) :])
 
-    def encode(self, stretches: Sequence[Stretch]) -> list[StretchIds]:
+    def encode(self, stretches: Sequence[TextSpan]) -> list[EncodedSpan]:
         """Encode stretches.
 
         Raises:
@@ -103,23 +103,25 @@ class StretchEncoder:
             if 0 < stretch.num_prompt < len(stretch.text):
                 texts.append(before + stretch.text[: stretch.num_prompt])
         encoded = iter(self._encoder.encode(texts))
-        results: list[StretchIds] = []
+        results: list[EncodedSpan] = []
         for stretch in stretches:
             ids = self._without_anchor(next(encoded), stretch)
             if not 0 < stretch.num_prompt < len(stretch.text):
-                results.append(StretchIds(ids, len(ids) if stretch.num_prompt else 0, False))
+                results.append(EncodedSpan(ids, len(ids) if stretch.num_prompt else 0, False))
                 continue
             prompt = self._without_anchor(next(encoded), stretch)
             is_split = not np.array_equal(ids[: len(prompt)], prompt)
             if is_split:
-                ids = np.concatenate([prompt, self._answer(stretch.text[stretch.num_prompt :])])
-            results.append(StretchIds(ids, len(prompt), is_split))
+                ids = np.concatenate(
+                    [prompt, self._encode_answer(stretch.text[stretch.num_prompt :])]
+                )
+            results.append(EncodedSpan(ids, len(prompt), is_split))
         return results
 
-    def _before(self, stretch: Stretch) -> str:
-        return _ANCHOR if self._is_anchored and stretch.is_inside else ""
+    def _before(self, stretch: TextSpan) -> str:
+        return _ANCHOR if self._is_anchored and stretch.has_preceding_text else ""
 
-    def _without_anchor(self, ids: NDArray[np.uint32], stretch: Stretch) -> NDArray[np.uint32]:
+    def _without_anchor(self, ids: NDArray[np.uint32], stretch: TextSpan) -> NDArray[np.uint32]:
         return self._strip(ids) if self._before(stretch) else ids
 
     def _strip(self, ids: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -127,7 +129,7 @@ class StretchEncoder:
             raise NoBoundaryError("the tokenizer joins a line break with what follows it")
         return ids[len(self._anchor) :]
 
-    def _answer(self, text: str) -> NDArray[np.uint32]:
+    def _encode_answer(self, text: str) -> NDArray[np.uint32]:
         """Encode an answer that can't be encoded together with its prompt."""
         if not self._marks_start:
             return self._encoder.encode([text])[0]

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-OPENING = "<tool_call>"
+TOOL_CALL_OPEN_TAG = "<tool_call>"
 """Begins a call."""
 
-CLOSING = "</tool_call>"
+TOOL_CALL_CLOSE_TAG = "</tool_call>"
 """Ends a call."""
 
 CALL_START, CALL_MIDDLE, CALL_END = '\n{"name": "', '", "arguments": ', "}\n"
@@ -43,7 +43,7 @@ def write_tools(tools: Sequence[str]) -> str:
 def write_calls(text: str, calls: Sequence[tuple[str, str]]) -> str:
     """Return an assistant's turn: its text, then its calls, each a name and arguments in JSON."""
     written = [
-        f"{OPENING}{CALL_START}{name}{CALL_MIDDLE}{arguments}{CALL_END}{CLOSING}"
+        f"{TOOL_CALL_OPEN_TAG}{CALL_START}{name}{CALL_MIDDLE}{arguments}{CALL_END}{TOOL_CALL_CLOSE_TAG}"
         for name, arguments in calls
     ]
     return "\n".join([text, *written] if text else written)
@@ -55,7 +55,7 @@ def write_results(results: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class CallPiece:
+class ToolCallChunk:
     """What is new of a call."""
 
     index: int
@@ -72,11 +72,11 @@ class CallPiece:
 
 
 _HEAD = re.compile(re.escape(CALL_START) + r"([A-Za-z0-9_-]{1,64})" + re.escape(CALL_MIDDLE))
-_NEXT = "\n" + OPENING
+_NEXT = "\n" + TOOL_CALL_OPEN_TAG
 _LONGEST_HEAD = len(CALL_START) + 64 + len(CALL_MIDDLE)
 
 
-class CallParser:
+class ToolCallParser:
     """Tells text from calls, however an answer is cut into pieces.
 
     Calls are in the form that the grammar lets through. A line break before the first one belongs
@@ -96,10 +96,10 @@ class CallParser:
         self.num_calls = 0
         """Calls that were begun."""
 
-    def push(self, text: str) -> tuple[str, list[CallPiece]]:
+    def push(self, text: str) -> tuple[str, list[ToolCallChunk]]:
         """Take what comes next; return the text and the pieces of calls that are now certain."""
         self._held += text
-        told, pieces = "", list[CallPiece]()
+        told, pieces = "", list[ToolCallChunk]()
         held = None
         while held != (self._held, self._state):
             held = (self._held, self._state)
@@ -107,13 +107,13 @@ class CallParser:
                 case "text":
                     told += self._read_text()
                 case "between":
-                    self._skip((OPENING, _NEXT), "head")
+                    self._skip((TOOL_CALL_OPEN_TAG, _NEXT), "head")
                 case "head":
                     pieces += self._read_head()
                 case "arguments":
                     pieces += self._read_arguments()
                 case "tail":
-                    self._skip((CALL_END + CLOSING,), "between")
+                    self._skip((CALL_END + TOOL_CALL_CLOSE_TAG,), "between")
         return told, pieces
 
     def finish(self) -> str:
@@ -122,9 +122,9 @@ class CallParser:
 
     def _read_text(self) -> str:
         """Return the text before a call, or what can't become the beginning of one."""
-        place = self._held.find(OPENING)
+        place = self._held.find(TOOL_CALL_OPEN_TAG)
         if place >= 0:
-            text, self._held = self._held[:place], self._held[place + len(OPENING) :]
+            text, self._held = self._held[:place], self._held[place + len(TOOL_CALL_OPEN_TAG) :]
             self._state = "head"
             return text.removesuffix("\n")
         longest = min(len(_NEXT), len(self._held))
@@ -135,7 +135,7 @@ class CallParser:
 
     @staticmethod
     def _may_begin(end: str) -> bool:
-        return _NEXT.startswith(end) or OPENING.startswith(end)
+        return _NEXT.startswith(end) or TOOL_CALL_OPEN_TAG.startswith(end)
 
     def _skip(self, wanted: tuple[str, ...], state: Literal["head", "between"]) -> None:
         """Go on to a state behind one of the wanted texts, once it has come."""
@@ -145,7 +145,7 @@ class CallParser:
                 return
         assert any(text.startswith(self._held) for text in wanted), f"no call: {self._held[:80]!r}"
 
-    def _read_head(self) -> list[CallPiece]:
+    def _read_head(self) -> list[ToolCallChunk]:
         found = _HEAD.match(self._held)
         if found is None:
             assert len(self._held) < _LONGEST_HEAD, f"no call: {self._held[:80]!r}"
@@ -154,9 +154,9 @@ class CallParser:
         self._depth, self._in_string, self._is_escaped = 0, False, False
         self.num_calls += 1
         call_id = f"call_{uuid.uuid4().hex[:24]}"
-        return [CallPiece(self.num_calls - 1, id=call_id, name=found[1])]
+        return [ToolCallChunk(self.num_calls - 1, id=call_id, name=found[1])]
 
-    def _read_arguments(self) -> list[CallPiece]:
+    def _read_arguments(self) -> list[ToolCallChunk]:
         """Read on to the end of an object in JSON."""
         length = 0
         while length < len(self._held) and self._state == "arguments":
@@ -165,7 +165,7 @@ class CallParser:
             if not self._depth:
                 self._state = "tail"
         told, self._held = self._held[:length], self._held[length:]
-        return [CallPiece(self.num_calls - 1, told)] if told else []
+        return [ToolCallChunk(self.num_calls - 1, told)] if told else []
 
     def _follow(self, character: str) -> None:
         if self._in_string:

@@ -10,13 +10,18 @@ Truncation = Literal["keep_eos", "drop", "cut_left"]
 is cut ends with its EOS, a question that is cut goes. `drop`: nothing stays. `cut_left`: its end
 stays, behind BOS where it began with it."""
 
-Ids = NDArray[np.uint32]
-Mask = NDArray[np.bool_]
+TokenIds = NDArray[np.uint32]
+TargetMask = NDArray[np.bool_]
 
 
 def truncate(
-    ids: Ids, targets: Mask, max_tokens: int, truncation: Truncation, *, bos_id: int | None
-) -> tuple[Ids, Mask]:
+    ids: TokenIds,
+    targets: TargetMask,
+    max_tokens: int,
+    truncation: Truncation,
+    *,
+    bos_id: int | None,
+) -> tuple[TokenIds, TargetMask]:
     """Cut an encoded conversation to at most `max_tokens` tokens.
 
     Args:
@@ -36,7 +41,9 @@ def truncate(
     return _keep_eos(ids, targets, max_tokens)
 
 
-def _cut_left(ids: Ids, targets: Mask, max_tokens: int, bos_id: int | None) -> tuple[Ids, Mask]:
+def _cut_left(
+    ids: TokenIds, targets: TargetMask, max_tokens: int, bos_id: int | None
+) -> tuple[TokenIds, TargetMask]:
     begins = int(bos_id is not None and ids[0] == bos_id)
     start = len(ids) - max_tokens + begins
     kept = np.concatenate([ids[:begins], ids[start:]])
@@ -45,7 +52,7 @@ def _cut_left(ids: Ids, targets: Mask, max_tokens: int, bos_id: int | None) -> t
     return (kept, mask) if mask.sum() > 1 else (ids[:0], targets[:0])
 
 
-def _keep_eos(ids: Ids, targets: Mask, max_tokens: int) -> tuple[Ids, Mask]:
+def _keep_eos(ids: TokenIds, targets: TargetMask, max_tokens: int) -> tuple[TokenIds, TargetMask]:
     edges = np.flatnonzero(np.diff(targets.astype(np.int8), prepend=0, append=0))
     answers = edges.reshape(-1, 2)
     length = 0

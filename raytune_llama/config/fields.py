@@ -60,7 +60,7 @@ def check_default(name: str, field: FieldInfo) -> None:
         )
 
 
-def walk(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def walk_fields(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Yield the dotted path and the definition of every field, those of nested classes after it.
 
     Elements of lists have the path `list.N`, values of mappings `mapping.NAME`.
@@ -69,7 +69,7 @@ def walk(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
         path = f"{prefix}{name}"
         yield path, field
         for below, nested in nested_settings(field.annotation):
-            yield from walk(nested, f"{path}.{below}")
+            yield from walk_fields(nested, f"{path}.{below}")
 
 
 def nested_settings(annotation: object) -> Iterator[tuple[str, type[Any]]]:
@@ -91,7 +91,7 @@ def nested_settings(annotation: object) -> Iterator[tuple[str, type[Any]]]:
             yield f"{step}{below}", nested
 
 
-def nearest(cls: type[Any], parents: Sequence[str], name: str) -> str:
+def suggest_field(cls: type[Any], parents: Sequence[str], name: str) -> str:
     """Say which field was probably meant by a name that a settings class doesn't have.
 
     Args:
@@ -104,7 +104,7 @@ def nearest(cls: type[Any], parents: Sequence[str], name: str) -> str:
     if close := difflib.get_close_matches(name, siblings, n=1):
         return f"did you mean {'.'.join((*parents, *close))}?"
     # A right name at a wrong place is the other common mistake.
-    leaves = {path.rpartition(".")[2]: path for path, _ in walk(cls)}
+    leaves = {path.rpartition(".")[2]: path for path, _ in walk_fields(cls)}
     if close := difflib.get_close_matches(name, leaves, n=1, cutoff=0.8):
         return f"did you mean {leaves[close[0]]}?"
     owners = " or ".join(owner.__name__ for owner in classes)

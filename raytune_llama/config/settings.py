@@ -192,7 +192,7 @@ def identity(config: object) -> dict[str, Any]:
     return _without_placement(config, to_dict(config))
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def find_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Compare two results of `identity` or `to_dict`.
 
     Returns:
@@ -210,7 +210,7 @@ def describe(cls: type[Any]) -> str:
     """Return the help text: each field's dotted path, type, default and meaning."""
     summary = inspect.cleandoc(cls.__doc__ or "").splitlines()[:1]
     lines = [": ".join([cls.__name__, *summary]), ""]
-    for path, field in fields.walk(cls):
+    for path, field in fields.walk_fields(cls):
         required = field.is_required()
         default = "required" if required else f"default {fields.default_text(field)}"
         placement = ", may change on resume" if PLACEMENT in field.metadata else ""
@@ -329,7 +329,7 @@ def _problem_lines(
             for problem in cause.problems:
                 wanted.setdefault(f"{path}.{problem}" if path else problem, [])
         elif detail["type"] == "unexpected_keyword_argument":
-            hint = fields.nearest(cls, keys[:-1], keys[-1])
+            hint = fields.suggest_field(cls, keys[:-1], keys[-1])
             wanted.setdefault(f"{path}: no such field; {hint}", [])
         elif detail["type"] == "missing":
             wanted.setdefault(f"{path}: required, but not given", [])

@@ -36,7 +36,7 @@ class DataConfig(StoreConfig):
         return ()
 
     @property
-    def every_source(self) -> tuple[SourceConfig, ...]:
+    def all_sources(self) -> tuple[SourceConfig, ...]:
         """The sources by which the store numbers its documents."""
         return self.sources
 
@@ -81,7 +81,7 @@ class ChatDataConfig(StoreConfig):
         return self
 
     @property
-    def every_source(self) -> tuple[ChatSourceConfig, ...]:
+    def all_sources(self) -> tuple[ChatSourceConfig, ...]:
         """The sources by which the store numbers its documents."""
         return (*self.sources, *self.validation)
 

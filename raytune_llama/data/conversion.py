@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from raytune_llama.chat.conversations import Conversation, Defect
 from raytune_llama.chat.formats import FormatName, write_row
 from raytune_llama.config.settings import ConfigError, settings, to_dict
-from raytune_llama.data.build.text_corpus import choose_sides
+from raytune_llama.data.build.text_corpus import choose_splits
 from raytune_llama.data.readers.conversations import (
     ConversationCounts,
     ConversationRow,
@@ -36,9 +36,9 @@ from raytune_llama.storage.place import local_path
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
+MANIFEST_FILE, QUARANTINE_FILE = "manifest.json", "quarantine.jsonl"
 
-Part = Literal["train", "dev"]
+OutputSplit = Literal["train", "dev"]
 
 
 @settings
@@ -125,7 +125,7 @@ def convert_data(config: ConvertDataConfig) -> Conversion:
             "files": files,
             "config": to_dict(config),
         }
-        write_json_atomic(folder / MANIFEST, manifest)
+        write_json_atomic(folder / MANIFEST_FILE, manifest)
     _log(conversion, counts, target)
     return conversion
 
@@ -135,12 +135,12 @@ def _write_all(folder: Path, config: ConvertDataConfig, counts: ConversationCoun
     quarantined: Counter[str] = Counter()
     num_rows = 0
     with ExitStack() as stack:
-        parts: list[Part] = ["train", "dev"] if config.split else ["train"]
+        parts: list[OutputSplit] = ["train", "dev"] if config.split else ["train"]
         writers = {
             part: stack.enter_context(_RowFile(folder / f"{part}.{config.layout}", config.layout))
             for part in parts
         }
-        bad = stack.enter_context(_RowFile(folder / QUARANTINE, "jsonl"))
+        bad = stack.enter_context(_RowFile(folder / QUARANTINE_FILE, "jsonl"))
         for row in read_conversations(config.sources, counts):
             num_rows += 1
             made = _convert(row, config)
@@ -149,7 +149,7 @@ def _write_all(folder: Path, config: ConvertDataConfig, counts: ConversationCoun
                 place = {"source": row.source, "file": row.file, "line": row.line}
                 bad.write(place | {"row": row.number} | _reason(made))
                 continue
-            part = _choose_part(row, config.split, num_written=written.total())
+            part = _choose_split(row, config.split, num_written=written.total())
             writers[part].write(made)
             written[part] += 1
     return Conversion(num_rows, dict(written), dict(sorted(quarantined.items())))
@@ -168,7 +168,7 @@ def _reason(bad: Defect | BadRow) -> dict[str, str]:
     return {"reason": bad.reason, "detail": bad.detail}
 
 
-def _choose_part(row: ConversationRow, split: DevSplit | None, *, num_written: int) -> Part:
+def _choose_split(row: ConversationRow, split: DevSplit | None, *, num_written: int) -> OutputSplit:
     if split is None:
         return "train"
     if split.head is not None:
@@ -176,7 +176,7 @@ def _choose_part(row: ConversationRow, split: DevSplit | None, *, num_written: i
     assert split.hash_fraction is not None
     assert isinstance(row.conversation, Conversation)
     said = [row.conversation.system, *map(asdict, row.conversation.turns)]
-    sides = choose_sides([json.dumps(said, ensure_ascii=False)], split.hash_fraction)
+    sides = choose_splits([json.dumps(said, ensure_ascii=False)], split.hash_fraction)
     return "dev" if sides["validation"][0] else "train"
 
 
@@ -211,7 +211,7 @@ class _RowFile:
 def _check(conversion: Conversion, folder: Path, config: ConvertDataConfig) -> None:
     num_bad, num_written = sum(conversion.quarantined.values()), sum(conversion.written.values())
     assert conversion.num_rows == num_bad + num_written, "every row is counted where it ends up"
-    quarantine = folder / QUARANTINE
+    quarantine = folder / QUARANTINE_FILE
     if num_bad > config.max_bad_fraction * conversion.num_rows:
         with quarantine.open(encoding="utf-8") as file:
             first = "\n  ".join(line.rstrip("\n") for line, _ in zip(file, range(10), strict=False))
@@ -230,7 +230,7 @@ def _log(conversion: Conversion, counts: ConversationCounts, target: Path) -> No
     logger.info("%s: %d rows read, %s", target, conversion.num_rows, listed)
     if conversion.quarantined:
         bad = ", ".join(f"{number} {reason}" for reason, number in conversion.quarantined.items())
-        logger.warning("%s: rows that cannot be used: %s", target / QUARANTINE, bad)
+        logger.warning("%s: rows that cannot be used: %s", target / QUARANTINE_FILE, bad)
     for meaning, names in (
         ("read under another name", counts.keys.aliased),
         ("without meaning in their format, not converted", counts.keys.ignored),

@@ -23,8 +23,8 @@ from torch import Tensor
 from raytune_llama.model.tensors import PickledFile, SafetensorsFile, TensorSpec
 from raytune_llama.storage.files import read_json
 
-CONFIG = "adapter_config.json"
-WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 _PREFIX = "base_model.model."
 _PARTS = {
@@ -42,7 +42,7 @@ _CHANGED_BASES = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(kw_only=True)
-class LowRank:
+class LowRankUpdate:
     """The low-rank update of one weight: keys of its tensors in the file, and its scale."""
 
     keys: dict[str, str] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Adapter:
         """Sort the file's tensors by the weights they change; see `open`."""
         self.path = path
         self.settings = settings
-        self.low_rank: dict[str, LowRank] = {}
+        self.low_rank: dict[str, LowRankUpdate] = {}
         self.replaced: dict[str, str] = {}
         self._file = file
         self._prefix = prefix
@@ -87,18 +87,20 @@ class Adapter:
 
         Args:
             path: Its directory.
-            prefix: First part of its names that the base's files lack; see `BaseNames`.
+            prefix: First part of its names that the base's files lack; see `BaseWeightNames`.
 
         Raises:
             ValueError: It is no adapter, or one whose effect is not W + s B A; files are missing
                 or damaged, or contradict each other.
         """
-        if not (path / CONFIG).is_file():
-            raise ValueError(f"adapters: {path} has no {CONFIG}; name a directory written by PEFT")
-        settings = read_json(path / CONFIG)
-        files = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+        if not (path / ADAPTER_CONFIG_FILE).is_file():
+            raise ValueError(
+                f"adapters: {path} has no {ADAPTER_CONFIG_FILE}; name a directory written by PEFT"
+            )
+        settings = read_json(path / ADAPTER_CONFIG_FILE)
+        files = [path / name for name in ADAPTER_WEIGHT_FILES if (path / name).is_file()]
         if not files:
-            raise ValueError(f"adapters: {path} has none of {', '.join(WEIGHT_FILES)}")
+            raise ValueError(f"adapters: {path} has none of {', '.join(ADAPTER_WEIGHT_FILES)}")
         _refuse_unknown(path, settings)
         kind = SafetensorsFile if files[0].suffix == ".safetensors" else PickledFile
         adapter = cls(path, settings, kind(files[0]), prefix)
@@ -111,7 +113,7 @@ class Adapter:
         return adapter
 
     @property
-    def names(self) -> set[str]:
+    def weight_names(self) -> set[str]:
         """The weights that it changes, by their names in the base."""
         return set(self.low_rank) | set(self.replaced)
 
@@ -137,17 +139,17 @@ class Adapter:
         left, right, _ = self._factors(name)
         return (left[rows].to(dtype) @ right.to(dtype)) * self.low_rank[name].scale
 
-    def terms(self, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
+    def absolute_delta(self, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return s |B| |A|: to what the rounding of `delta` is relative."""
         left, right, _ = self._factors(name)
         sizes = left[rows].abs().to(dtype) @ right.abs().to(dtype)
         return sizes.mul_(abs(self.low_rank[name].scale))
 
-    def change(self, name: str, weight: Tensor, rows: slice) -> Tensor:
+    def apply_update(self, name: str, weight: Tensor, rows: slice) -> Tensor:
         """Apply the low-rank update to some rows of a weight, in the type of `weight`."""
-        return self.rescaled(name, weight + self.delta(name, rows, weight.dtype), rows)
+        return self.apply_dora_magnitudes(name, weight + self.delta(name, rows, weight.dtype), rows)
 
-    def rescaled(self, name: str, updated: Tensor, rows: slice) -> Tensor:
+    def apply_dora_magnitudes(self, name: str, updated: Tensor, rows: slice) -> Tensor:
         """Give the rows of W + s B A the lengths that DoRA learned; without it, return them."""
         magnitude = self._factors(name)[2]
         if magnitude is None:
@@ -160,7 +162,7 @@ class Adapter:
         for ending, part in _PARTS.items():
             if name.endswith(f".{ending}"):
                 weight = name.removesuffix(ending) + "weight"
-                self.low_rank.setdefault(weight, LowRank()).keys[part] = key
+                self.low_rank.setdefault(weight, LowRankUpdate()).keys[part] = key
                 return
         if ".lora_" in name:
             raise ValueError(f"adapters: {self._file.path}: {key} is of a kind unknown to us")
@@ -170,21 +172,21 @@ class Adapter:
             name = name.replace(wrapper, "")
         self.replaced[name] = key
 
-    def _check(self, name: str, update: LowRank) -> None:
+    def _check(self, name: str, update: LowRankUpdate) -> None:
         """Check that the tensors of an update belong together, and compute its scale."""
         where = f"adapters: {self._file.path}: {name.removesuffix('.weight')}"
         pair = ("embedding_a", "embedding_b") if update.is_embedding else ("a", "b")
         if not all(part in update.keys for part in pair):
             raise ValueError(f"{where}: A or B is missing; the file is not whole")
         if ("magnitude" in update.keys) != bool(self.settings.get("use_dora")):
-            raise ValueError(f"{where}: use_dora of {CONFIG} contradicts the weights")
+            raise ValueError(f"{where}: use_dora of {ADAPTER_CONFIG_FILE} contradicts the weights")
         first, second = (self._file.specs[update.keys[part]].shape for part in pair)
         whole = self._prefix + name  # what PEFT's patterns are written for
         rank = _by_pattern(self.settings, "rank_pattern", whole, self.settings["r"])
         if not first[0] == second[1] == rank:
             raise ValueError(
-                f"{where}: A is {list(first)}, B is {list(second)}, and {CONFIG} says rank {rank}; "
-                "the files are of different adapters"
+                f"{where}: A is {list(first)}, B is {list(second)}, and {ADAPTER_CONFIG_FILE} says "
+                f"rank {rank}; the files are of different adapters"
             )
         alpha = _by_pattern(self.settings, "alpha_pattern", whole, self.settings["lora_alpha"])
         update.scale = alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
@@ -220,14 +222,19 @@ def _refuse_unknown(path: Path, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"adapters: {path} is of PEFT's type {kind}, and only LORA can be merged")
     for name in ("r", "lora_alpha"):
         if not isinstance(settings.get(name), int | float):
-            problem = f"adapters: {path / CONFIG}: {name} is missing; the file is not whole"
+            problem = (
+                f"adapters: {path / ADAPTER_CONFIG_FILE}: {name} is missing; the file is not whole"
+            )
             raise ValueError(problem)  # noqa: TRY004  # the file is wrong, not an argument's type
     for name in ("lora_bias", "layer_replication", "megatron_config", "arrow_config"):
         if settings.get(name):
-            raise ValueError(f"adapters: {path / CONFIG}: {name} cannot be merged here; use PEFT")
+            raise ValueError(
+                f"adapters: {path / ADAPTER_CONFIG_FILE}: {name} cannot be merged here; use PEFT"
+            )
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGED_BASES):
         raise ValueError(
-            f"adapters: {path / CONFIG}: init_lora_weights {start!r} changed the base before "
+            f"adapters: {path / ADAPTER_CONFIG_FILE}: init_lora_weights {start!r} changed the "
+            "base before "
             "training; let PEFT convert it to a plain LoRA first"
         )

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from raytune_llama.merge.freed import give_back_freed
-from raytune_llama.merge.gguf_file import GgufForm, GgufWeights, write_gguf
+from raytune_llama.merge.freed import release_free_memory
+from raytune_llama.merge.gguf_file import GgufModelSpec, GgufWeights, write_gguf
 from raytune_llama.merge.plan import MergePlan
-from raytune_llama.merge.proof import prove
+from raytune_llama.merge.proof import verify_weights
 from raytune_llama.model.meta.from_meta import open_meta
-from raytune_llama.model.meta.to_meta import MetaForm, copy_pieces, write_meta
+from raytune_llama.model.meta.to_meta import MetaModelSpec, copy_tokenizer_model, write_meta
 from raytune_llama.model.tensors import SafetensorsFile, WeightsWriter, plan_files, write_index
 from raytune_llama.model.vocab import EMBEDDING, HEAD
 from raytune_llama.storage.files import sha256_file, write_json_atomic
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """What was written and proven."""
 
     num_changed: int
@@ -37,7 +37,7 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class ProvenShard:
+class VerifiedShard:
     """One safetensors file."""
 
     num_changed: int
@@ -46,7 +46,7 @@ class ProvenShard:
     """SHA256 by tensor."""
 
 
-def export_shard(plan: MergePlan, folder: Path, max_shard_bytes: int, file: str) -> ProvenShard:
+def export_shard(plan: MergePlan, folder: Path, max_shard_bytes: int, file: str) -> VerifiedShard:
     """Write one safetensors file of a merged model and prove it.
 
     Raises:
@@ -63,17 +63,17 @@ def export_shard(plan: MergePlan, folder: Path, max_shard_bytes: int, file: str)
         hashes: dict[str, str] = {}
         for name in names:
             hashes[name] = writer.write(name, plan.read(name))
-            give_back_freed()
-    return ProvenShard(prove(SafetensorsFile(folder / file), plan, names), hashes)
+            release_free_memory()
+    return VerifiedShard(verify_weights(SafetensorsFile(folder / file), plan, names), hashes)
 
 
 def export_huggingface(
     plan: MergePlan,
     dtype: str,
     max_shard_bytes: int,
-    run: Callable[[Path, list[str]], list[ProvenShard]],
+    run: Callable[[Path, list[str]], list[VerifiedShard]],
     folder: Path,
-) -> Exported:
+) -> ExportResult:
     """Write a model directory that plain transformers loads.
 
     Args:
@@ -100,26 +100,30 @@ def export_huggingface(
     if plan.tokenizer_dir is not None:
         write_tokenizer(plan.tokenizer_dir, folder)
     hashes = {name: digest for shard in shards for name, digest in shard.hashes.items()}
-    return Exported(sum(shard.num_changed for shard in shards), {"tensors": hashes})
+    return ExportResult(sum(shard.num_changed for shard in shards), {"tensors": hashes})
 
 
-def export_meta(plan: MergePlan, form: MetaForm, num_shards: int, folder: Path) -> Exported:
-    """Write `consolidated.*.pth`, `params.json` and `tokenizer.model`.
+def export_meta(
+    plan: MergePlan, form: MetaModelSpec, num_shards: int, folder: Path
+) -> ExportResult:
+    """Write `consolidated.*.pth`, `params.json` and `loader.model`.
 
     Raises:
         AssertionError: What was written is not what it should be.
     """
     write_meta(folder, plan, form, num_shards=num_shards)
     written = open_meta(folder)
-    num_changed = prove(written, plan, [name for name in plan.specs if name in written.specs])
+    num_changed = verify_weights(
+        written, plan, [name for name in plan.specs if name in written.specs]
+    )
     if HEAD not in plan.specs and not torch.equal(written.read(HEAD), written.read(EMBEDDING)):
         raise AssertionError(f"{HEAD} was not written as {EMBEDDING}, which is the same table")
     if plan.tokenizer_dir is not None:
-        copy_pieces(plan.tokenizer_dir, folder)
-    return Exported(num_changed, _hash_files(folder))
+        copy_tokenizer_model(plan.tokenizer_dir, folder)
+    return ExportResult(num_changed, _hash_files(folder))
 
 
-def export_gguf(plan: MergePlan, form: GgufForm, folder: Path) -> Exported:
+def export_gguf(plan: MergePlan, form: GgufModelSpec, folder: Path) -> ExportResult:
     """Write `model-TYPE.gguf`.
 
     Raises:
@@ -129,8 +133,8 @@ def export_gguf(plan: MergePlan, form: GgufForm, folder: Path) -> Exported:
     path = folder / f"model-{form.gguf_type}.gguf"
     write_gguf(path, plan, form)
     written = GgufWeights(path, form)
-    num_changed = prove(written, plan, written.specs, blocks=form.blocks)
-    return Exported(num_changed, _hash_files(folder))
+    num_changed = verify_weights(written, plan, written.specs, blocks=form.blocks)
+    return ExportResult(num_changed, _hash_files(folder))
 
 
 def _hash_files(folder: Path) -> dict[str, dict[str, str]]:

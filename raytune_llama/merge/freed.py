@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 
-def give_back_freed() -> None:
+def release_free_memory() -> None:
     """Let glibc return free pages; elsewhere nothing happens.
 
     After some tensors of many sizes it keeps a third more than is in use, and peak memory would

@@ -27,8 +27,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from raytune_llama.merge.gguf_vocabulary import GgufVocabulary, read_vocabulary
 from raytune_llama.merge.plan import MergePlan
-from raytune_llama.merge.proof import BLOCK
-from raytune_llama.model.meta.layout import to_halves, to_pairs
+from raytune_llama.merge.proof import Q8_0_BLOCK_SIZE
+from raytune_llama.model.meta.layout import to_half_split_rows, to_interleaved_rows
 from raytune_llama.model.tensors import TensorSpec
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ _FILE_TYPES = {
 _DTYPES = {Kind.F16: torch.float16, Kind.F32: torch.float32, Kind.Q8_0: torch.uint8}
 _CONSTANT = ".rotary_emb.inv_freq"
 """What old versions of transformers wrote beside the weights; llama.cpp computes it."""
-_BLOCK_BYTES = BLOCK + 2
+_BLOCK_BYTES = Q8_0_BLOCK_SIZE + 2
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class GgufTensor:
 
 
 @dataclass(frozen=True)
-class GgufForm:
+class GgufModelSpec:
     """How a merged model is said in GGUF."""
 
     config: LlamaConfig
@@ -89,7 +89,7 @@ def gguf_dtype(gguf_type: GgufType, spec: TensorSpec) -> torch.dtype:
     return torch.float16 if is_half else torch.float32
 
 
-def plan_gguf(plan: MergePlan, gguf_type: GgufType) -> GgufForm:
+def plan_gguf(plan: MergePlan, gguf_type: GgufType) -> GgufModelSpec:
     """Find out how a merged model is said in GGUF.
 
     Raises:
@@ -109,7 +109,7 @@ def plan_gguf(plan: MergePlan, gguf_type: GgufType) -> GgufForm:
     _check_config(plan.base_dir, config)
     tensors = dict(_tensors(plan, config, gguf_type))
     vocabulary = read_vocabulary(plan.tokenizer_dir, config.vocab_size)
-    return GgufForm(config, gguf_type, vocabulary, tensors)
+    return GgufModelSpec(config, gguf_type, vocabulary, tensors)
 
 
 def _check_config(base_dir: Path, config: LlamaConfig) -> None:
@@ -146,17 +146,17 @@ def _tensors(
         kind = Kind.F32 if len(spec.shape) == 1 else _KINDS[gguf_type]
         shape = spec.shape
         if kind == Kind.Q8_0:
-            if shape[-1] % BLOCK:
+            if shape[-1] % Q8_0_BLOCK_SIZE:
                 raise ValueError(
-                    f"gguf_type: q8_0 has blocks of {BLOCK}, and the rows of {name} are "
+                    f"gguf_type: q8_0 has blocks of {Q8_0_BLOCK_SIZE}, and the rows of {name} are "
                     f"{shape[-1]} long; take f16"
                 )
-            shape = (*shape[:-1], shape[-1] // BLOCK * _BLOCK_BYTES)
+            shape = (*shape[:-1], shape[-1] // Q8_0_BLOCK_SIZE * _BLOCK_BYTES)
         rotated = heads.get(name.removesuffix(".weight").rpartition(".")[2])
         yield name, GgufTensor(gguf_name, kind, rotated, TensorSpec(_DTYPES[kind], shape))
 
 
-def write_gguf(path: Path, plan: MergePlan, form: GgufForm) -> None:
+def write_gguf(path: Path, plan: MergePlan, form: GgufModelSpec) -> None:
     """Write the file; `plan` has the types that `gguf_dtype` says.
 
     Raises:
@@ -184,7 +184,7 @@ def write_gguf(path: Path, plan: MergePlan, form: GgufForm) -> None:
         for name, tensor in form.tensors.items():
             stored = _blocks(plan, name, tensor) if name in form.blocks else plan.read(name)
             if tensor.num_rotated_heads is not None:
-                stored = to_pairs(stored, tensor.num_rotated_heads)
+                stored = to_interleaved_rows(stored, tensor.num_rotated_heads)
             writer.write_tensor_data(stored.contiguous().numpy())
     finally:
         writer.close()
@@ -193,12 +193,12 @@ def write_gguf(path: Path, plan: MergePlan, form: GgufForm) -> None:
 def _blocks(plan: MergePlan, name: str, tensor: GgufTensor) -> Tensor:
     """Compute a weight as rows of 8-bit blocks."""
     stored = torch.empty(tensor.spec.shape, dtype=torch.uint8)
-    for rows, part in plan.parts(name):
+    for rows, part in plan.iterate_row_slices(name):
         stored[rows] = torch.from_numpy(gguf.quantize(part.numpy(), Kind.Q8_0))
     return stored
 
 
-def _write_settings(writer: gguf.GGUFWriter, form: GgufForm) -> None:
+def _write_settings(writer: gguf.GGUFWriter, form: GgufModelSpec) -> None:
     config, rope = form.config, _rope(form.config)
     assert config.head_dim is not None
     assert config.num_key_value_heads is not None
@@ -241,7 +241,7 @@ def _rope_factors(config: LlamaConfig) -> np.ndarray | None:
 class GgufWeights:
     """The weights of a GGUF file under transformers' names and in its order of rows."""
 
-    def __init__(self, path: Path, form: GgufForm) -> None:
+    def __init__(self, path: Path, form: GgufModelSpec) -> None:
         """Read the header.
 
         Raises:
@@ -274,4 +274,4 @@ class GgufWeights:
         stored = torch.from_numpy(data).view(tensor.spec.dtype).reshape(tensor.spec.shape)
         if tensor.num_rotated_heads is None:
             return stored
-        return to_halves(stored, tensor.num_rotated_heads)
+        return to_half_split_rows(stored, tensor.num_rotated_heads)

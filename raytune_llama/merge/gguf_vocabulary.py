@@ -16,7 +16,11 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerFast
 
-from raytune_llama.tokenizer.loader import build_reference, control_ids, load_tokenizer
+from raytune_llama.tokenizer.loader import (
+    build_reference_encoder,
+    control_token_ids,
+    load_tokenizer,
+)
 from raytune_llama.tokenizer.reference import SentencePieceReference, is_plain_merging
 
 logger = logging.getLogger(__name__)
@@ -106,7 +110,7 @@ def read_vocabulary(path: Path, num_rows: int) -> GgufVocabulary:
         ValueError: llama.cpp would give a text other ids.
     """
     tokenizer = load_tokenizer(path)
-    reference = build_reference(tokenizer)
+    reference = build_reference_encoder(tokenizer)
     if isinstance(reference, SentencePieceReference):
         parts = _pieces(path, reference, tokenizer, num_rows)
     else:
@@ -138,7 +142,7 @@ def _pieces(
     for id_, piece in enumerate(reference.proto.pieces):
         # Both count kinds of pieces alike.
         tokens[id_], types[id_], scores[id_] = piece.piece, int(piece.type), piece.score
-    controls = control_ids(tokenizer)
+    controls = control_token_ids(tokenizer)
     for id_, token in tokenizer.added_tokens_decoder.items():
         if id_ >= len(reference.proto.pieces):
             kind = TokenType.CONTROL if id_ in controls else TokenType.USER_DEFINED
@@ -162,7 +166,7 @@ def _byte_pairs(
     tokens, types = _rows(num_rows)
     for token, id_ in model["vocab"].items():
         tokens[id_], types[id_] = token, int(TokenType.NORMAL)
-    controls = control_ids(tokenizer)
+    controls = control_token_ids(tokenizer)
     for id_, token in tokenizer.added_tokens_decoder.items():
         kind = TokenType.CONTROL if id_ in controls else TokenType.USER_DEFINED
         tokens[id_], types[id_] = token.content, int(kind)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from raytune_llama.merge.plan import MergePlan
-from raytune_llama.model.rope import set_settings
+from raytune_llama.model.rope import apply_rope_settings
 from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ thousand is rounded the other way where PEFT's sum differs in its last bit."""
 
 
 @dataclass(frozen=True)
-class Difference:
+class LogitsDifference:
     """How far two models are from each other on some text."""
 
     largest: float
@@ -50,7 +50,7 @@ class Difference:
     """Under PEFT, and merged."""
 
 
-def read_samples(tokenizer_dir: Path | None, text: str | None) -> list[Tensor]:
+def load_comparison_ids(tokenizer_dir: Path | None, text: str | None) -> list[Tensor]:
     """Return token ids to compare models on, each [1, T].
 
     Args:
@@ -82,7 +82,7 @@ def read_samples(tokenizer_dir: Path | None, text: str | None) -> list[Tensor]:
     return windows
 
 
-def compare_logits(folder: Path, plan: MergePlan, samples: list[Tensor]) -> Difference:
+def compare_logits(folder: Path, plan: MergePlan, samples: list[Tensor]) -> LogitsDifference:
     """Compare a merged model with what PEFT makes of base and adapters.
 
     In float32 PEFT adds the last adapter's part to each layer's output and merges nothing. Weights
@@ -119,7 +119,7 @@ def compare_logits(folder: Path, plan: MergePlan, samples: list[Tensor]) -> Diff
     if not largest <= allowed:
         raise AssertionError(f"{text}: the merged model is not base and adapters")
     logger.info("%s; perplexity %.4f under PEFT, %.4f merged", text, before, after)
-    return Difference(largest, allowed, (before, after))
+    return LogitsDifference(largest, allowed, (before, after))
 
 
 def _read_beginning(path: Path) -> str:
@@ -134,7 +134,7 @@ def _read_beginning(path: Path) -> str:
 
 def _load(path: Path, changed: Mapping[str, Any] | None = None) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path, local_files_only=True)
-    set_settings(config, changed or {})
+    apply_rope_settings(config, changed or {})
     return AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=torch.float32, local_files_only=True
     ).eval()

@@ -20,21 +20,21 @@ from transformers import LlamaConfig
 import raytune_llama
 from raytune_llama.config.settings import ConfigError, settings
 from raytune_llama.merge.export import (
-    Exported,
-    ProvenShard,
+    ExportResult,
+    VerifiedShard,
     export_gguf,
     export_huggingface,
     export_meta,
     export_shard,
 )
 from raytune_llama.merge.gguf_file import GgufType, gguf_dtype, plan_gguf
-from raytune_llama.merge.logits import compare_logits, read_samples
-from raytune_llama.merge.plan import MergePlan, check_base, plan_merge
-from raytune_llama.model.lineage import CHAT, recorded_chat
-from raytune_llama.model.meta.layout import check_target, params_of, published_shards
+from raytune_llama.merge.logits import compare_logits, load_comparison_ids
+from raytune_llama.merge.plan import MergePlan, check_recorded_base, plan_merge
+from raytune_llama.model.lineage import CHAT_KEY, find_chat_template
+from raytune_llama.model.meta.layout import build_meta_params, check_target, count_published_shards
 from raytune_llama.model.meta.to_meta import plan_meta
 from raytune_llama.model.tensors import TensorSpec
-from raytune_llama.storage.files import MANIFEST, publish_directory, write_json_atomic
+from raytune_llama.storage.files import OUTPUT_MANIFEST, publish_directory, write_json_atomic
 from raytune_llama.tokenizer.loader import tokenizer_sha256
 
 logger = logging.getLogger(__name__)
@@ -113,9 +113,9 @@ def merge_adapters(config: MergeConfig) -> None:
     plan = _open_plan(config)
     export = _prepare(config, plan)
     is_sampled = config.verify == "logits"
-    samples = read_samples(plan.tokenizer_dir, config.verify_text) if is_sampled else None
+    samples = load_comparison_ids(plan.tokenizer_dir, config.verify_text) if is_sampled else None
     inputs = plan.hash_inputs()
-    check_base(plan.adapters[0], inputs)
+    check_recorded_base(plan.adapters[0], inputs)
     with publish_directory(target) as folder:
         exported = export(folder)
         changed, tokenizer_dir = exported.num_changed, plan.tokenizer_dir
@@ -123,17 +123,17 @@ def merge_adapters(config: MergeConfig) -> None:
             raise ValueError("adapters: they change no weight at all: all updates are zero")
         if samples is not None:
             compare_logits(folder, plan, samples)
-        chat = recorded_chat([plan.base_dir, *(adapter.path for adapter in plan.adapters)])
+        chat = find_chat_template([plan.base_dir, *(adapter.path for adapter in plan.adapters)])
         manifest = {
             "format": 1,
             "kind": "model" if config.output_format == "huggingface" else config.output_format,
             "raytune_llama": raytune_llama.__version__,
-            "merged": {"inputs": inputs, "changed": changed, "untied": plan.untied},
+            "merged": {"inputs": inputs, "changed": changed, "untied": plan.is_untied},
             "tokenizer_sha256": tokenizer_sha256(tokenizer_dir) if tokenizer_dir else None,
-            CHAT: chat[1] if chat else None,
+            CHAT_KEY: chat[1] if chat else None,
             **exported.hashes,
         }
-        write_json_atomic(folder / MANIFEST, manifest)
+        write_json_atomic(folder / OUTPUT_MANIFEST, manifest)
     logger.info("%d of %d weights changed, each proven: %s", changed, len(plan.recipes), target)
 
 
@@ -148,7 +148,7 @@ def _open_plan(config: MergeConfig) -> MergePlan:
     return plan_merge(Path(config.base), [Path(path) for path in config.adapters], dtype_of)
 
 
-def _prepare(config: MergeConfig, plan: MergePlan) -> Callable[[Path], Exported]:
+def _prepare(config: MergeConfig, plan: MergePlan) -> Callable[[Path], ExportResult]:
     """Return what writes the result, once it is clear that its form can hold it."""
     if config.output_format == "gguf":
         return partial(export_gguf, plan, plan_gguf(plan, config.gguf_type or "f16"))
@@ -159,7 +159,7 @@ def _prepare(config: MergeConfig, plan: MergePlan) -> Callable[[Path], Exported]
                 f"output_format: {config.base} is a {kind}, and pth holds LLaMAs alone"
             )
         settings_ = LlamaConfig.from_dict(dict(plan.settings))
-        num_shards = config.num_shards or published_shards(params_of(settings_))
+        num_shards = config.num_shards or count_published_shards(build_meta_params(settings_))
         form = plan_meta(plan.specs, settings_, num_shards, where=f"base: {config.base}")
         return partial(export_meta, plan, form, num_shards)
     run = partial(_run_shards, config, plan)
@@ -168,7 +168,7 @@ def _prepare(config: MergeConfig, plan: MergePlan) -> Callable[[Path], Exported]
 
 def _run_shards(
     config: MergeConfig, plan: MergePlan, folder: Path, files: list[str]
-) -> list[ProvenShard]:
+) -> list[VerifiedShard]:
     """Make the files of a result here, or on Ray where there are several and workers for them."""
     if config.num_workers == 1 or len(files) == 1:
         if config.num_workers > 1:
@@ -191,6 +191,6 @@ def _run_shards(
     return run_on_ray(make, files, num_workers=config.num_workers)
 
 
-def _make_shard(config: MergeConfig, folder: Path, file: str) -> ProvenShard:
+def _make_shard(config: MergeConfig, folder: Path, file: str) -> VerifiedShard:
     """Make one file, in a process that has no plan."""
     return export_shard(_open_plan(config), folder, config.max_shard_mib << 20, file)

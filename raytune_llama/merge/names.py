@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raytune_llama.model.embeddings import embedding_layers
-from raytune_llama.model.llama import load_skeleton
+from raytune_llama.model.llama import build_empty_model
 from raytune_llama.model.tensors import ShardedWeights
 from raytune_llama.model.vocab import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True)
-class BaseNames:
+class BaseWeightNames:
     """How a base names its weights."""
 
     embedding: str
@@ -25,7 +25,7 @@ class BaseNames:
     """First part of the adapters' names that those in the files lack; mostly empty."""
 
 
-def find_names(base_dir: Path, base: ShardedWeights) -> BaseNames:
+def find_weight_names(base_dir: Path, base: ShardedWeights) -> BaseWeightNames:
     """Find the embedding tables of a base.
 
     Args:
@@ -37,9 +37,9 @@ def find_names(base_dir: Path, base: ShardedWeights) -> BaseNames:
             input embedding.
     """
     if EMBEDDING in base.specs:
-        return BaseNames(EMBEDDING, HEAD, "")
+        return BaseWeightNames(EMBEDDING, HEAD, "")
     try:
-        model = load_skeleton(base_dir)
+        model = build_empty_model(base_dir)
     except (ValueError, OSError) as error:
         raise ValueError(f"base: {base_dir} is no causal LM that can be read: {error}") from error
     names = {id(layer): f"{name}.weight" for name, layer in embedding_layers(model).items()}
@@ -47,9 +47,9 @@ def find_names(base_dir: Path, base: ShardedWeights) -> BaseNames:
     head = names.get(id(model.get_output_embeddings()), HEAD)
     prefix = f"{model.base_model_prefix}."
     if embedding in base.specs:
-        return BaseNames(embedding, head, "")
+        return BaseWeightNames(embedding, head, "")
     if embedding.removeprefix(prefix) in base.specs:
-        return BaseNames(embedding.removeprefix(prefix), head, prefix)
+        return BaseWeightNames(embedding.removeprefix(prefix), head, prefix)
     raise ValueError(
         f"base: the files of {base_dir} hold no {embedding}, the input embedding of a "
         f"{type(model).__name__}; load it in transformers and save it again"

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayTaskError
 
-from raytune_llama.connection import connected
+from raytune_llama.connection import connect_to_ray
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ def run_on_ray(run: Callable[[str], T], names: list[str], *, num_workers: int) -
     def call(name: str) -> T:  # Ray takes plain functions alone
         return run(name)
 
-    with connected():
+    with connect_to_ray():
         task: Any = ray.remote(num_cpus=1)(call)
         waiting, running, results = list(enumerate(names)), {}, {}
         problem: BaseException | None = None

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from raytune_llama.merge.adapter import Adapter
-from raytune_llama.merge.names import BaseNames, find_names
-from raytune_llama.model.lineage import check_chain
+from raytune_llama.merge.names import BaseWeightNames, find_weight_names
+from raytune_llama.model.lineage import check_tokenizer_chain
 from raytune_llama.model.rope import read_model_settings
 from raytune_llama.model.tensors import ShardedWeights, TensorSpec, open_weights
 from raytune_llama.model.vocab import has_tokenizer
@@ -36,7 +36,7 @@ _SLICE_NUMEL = 2**20
 
 
 @dataclass(frozen=True)
-class Recipe:
+class WeightRecipe:
     """What becomes of one weight."""
 
     source: Adapter | None
@@ -57,17 +57,17 @@ class MergePlan:
     """Where the base is."""
     base: ShardedWeights
     """Its weights."""
-    names: BaseNames
+    names: BaseWeightNames
     """Its embedding tables."""
     adapters: tuple[Adapter, ...]
     """In the order of their training."""
-    recipes: Mapping[str, Recipe]
+    recipes: Mapping[str, WeightRecipe]
     """By the names of the merged weights, in the order of the base's files."""
     tokenizer_dir: Path | None
     """The directory with the tokenizer of the result; None: there is none."""
     settings: Mapping[str, Any]
     """The config.json of the result, but for the type of its weights."""
-    untied: bool
+    is_untied: bool
     """Whether one table of the base becomes two."""
     model_settings: Mapping[str, Any]
     """What the adapters were trained with that the base's config.json has otherwise."""
@@ -87,17 +87,17 @@ class MergePlan:
         if not recipe.updates:
             return _cast(name, self.read_source(name), recipe.spec.dtype)
         merged = torch.empty(recipe.spec.shape, dtype=recipe.spec.dtype)
-        for rows, part in self.parts(name):
+        for rows, part in self.iterate_row_slices(name):
             merged[rows] = _cast(name, part, recipe.spec.dtype)
         return merged
 
-    def parts(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+    def iterate_row_slices(self, name: str) -> Iterator[tuple[slice, Tensor]]:
         """Compute a merged weight some rows at a time, float32."""
         source, updates = self.read_source(name), self.recipes[name].updates
         for rows in row_slices(source):
             part = source[rows].float()
             for adapter in updates:
-                part = adapter.change(name, part, rows)
+                part = adapter.apply_update(name, part, rows)
             yield rows, part
 
     def read_source(self, name: str) -> Tensor:
@@ -139,7 +139,7 @@ def plan_merge(
         ValueError: Files are missing or damaged, or an adapter or tokenizer does not fit.
     """
     base = open_weights(base_dir, what="base")
-    names = find_names(base_dir, base)
+    names = find_weight_names(base_dir, base)
     adapters = [Adapter.open(path, names.prefix) for path in adapter_dirs]
     settings = dict(read_json(base_dir / "config.json"))
     tied = _is_tied(settings) and names.head not in base.specs
@@ -147,7 +147,7 @@ def plan_merge(
         name: _recipe(name, base, names, adapters, dtype_of, tied=tied)
         for name in _names(base, names, adapters, tied=tied)
     }
-    problems = check_chain([base_dir, *adapter_dirs])
+    problems = check_tokenizer_chain([base_dir, *adapter_dirs])
     if problems:
         raise ValueError("\n".join(problems))
     tokenizer_dir = _find_tokenizer(base_dir, adapters)
@@ -211,12 +211,12 @@ def _cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _names(
-    base: ShardedWeights, base_names: BaseNames, adapters: list[Adapter], *, tied: bool
+    base: ShardedWeights, base_names: BaseWeightNames, adapters: list[Adapter], *, tied: bool
 ) -> list[str]:
     """Return the weights of the result; an adapter may untie what the base has as one table."""
     names = list(base.specs)
     for adapter in adapters:
-        unknown = sorted(adapter.names - set(names) - ({base_names.head} if tied else set()))
+        unknown = sorted(adapter.weight_names - set(names) - ({base_names.head} if tied else set()))
         if unknown:
             raise ValueError(
                 f"adapters: {adapter.path} changes {len(unknown)} weights that the base has not, "
@@ -234,7 +234,7 @@ def _names(
     return names
 
 
-def _is_untied(adapters: list[Adapter], base_names: BaseNames) -> bool:
+def _is_untied(adapters: list[Adapter], base_names: BaseWeightNames) -> bool:
     """Whether input and output table differ after the adapters, of which the base has one."""
     tables = (base_names.embedding, base_names.head)
     for adapter in adapters:
@@ -252,12 +252,12 @@ def _is_untied(adapters: list[Adapter], base_names: BaseNames) -> bool:
 def _recipe(
     name: str,
     base: ShardedWeights,
-    base_names: BaseNames,
+    base_names: BaseWeightNames,
     adapters: list[Adapter],
     dtype_of: Callable[[TensorSpec], torch.dtype],
     *,
     tied: bool,
-) -> Recipe:
+) -> WeightRecipe:
     is_tied_head = tied and name == base_names.head
     spec = base.specs[base_names.embedding if is_tied_head else name]
     first, source, shape = 0, None, spec.shape
@@ -285,7 +285,7 @@ def _recipe(
                 f"is {list(shape)}; name the base that it was trained on"
             )
     dtype = dtype_of(TensorSpec(spec.dtype, shape))
-    return Recipe(source, source_name, updates, TensorSpec(dtype, shape))
+    return WeightRecipe(source, source_name, updates, TensorSpec(dtype, shape))
 
 
 def _find_tokenizer(base_dir: Path, adapters: list[Adapter]) -> Path | None:
@@ -298,8 +298,8 @@ def _find_tokenizer(base_dir: Path, adapters: list[Adapter]) -> Path | None:
 
 
 def _check_rows(
-    recipes: Mapping[str, Recipe],
-    base_names: BaseNames,
+    recipes: Mapping[str, WeightRecipe],
+    base_names: BaseWeightNames,
     num_before: int,
     tokenizer_dir: Path | None,
     *,
@@ -338,7 +338,7 @@ def _check_rows(
         )
 
 
-def check_base(adapter: Adapter, inputs: Mapping[str, Mapping[str, str]]) -> None:
+def check_recorded_base(adapter: Adapter, inputs: Mapping[str, Mapping[str, str]]) -> None:
     """Compare the base with the one that our own adapters name.
 
     Args:

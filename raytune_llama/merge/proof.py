@@ -13,11 +13,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from raytune_llama.merge.freed import give_back_freed
+from raytune_llama.merge.freed import release_free_memory
 from raytune_llama.merge.plan import MergePlan, row_slices
 from raytune_llama.model.tensors import Weights
 
-BLOCK = 32
+Q8_0_BLOCK_SIZE = 32
 """Neighbours in a row that share the size of a step, in GGUF's Q8_0."""
 
 _SLACK = 1e-5
@@ -28,7 +28,7 @@ _HALF_ROUNDING, _HALF_SMALLEST = 2.0**-11, 2.0**-25
 """By how much float16, in which a step is stored, rounds: relative, and near zero."""
 
 
-def prove(
+def verify_weights(
     written: Weights, plan: MergePlan, names: Iterable[str], *, blocks: frozenset[str] = frozenset()
 ) -> int:
     """Compare what was written with its sources.
@@ -47,10 +47,10 @@ def prove(
     """
     changed = 0
     for name in names:
-        give_back_freed()
+        release_free_memory()
         stored = written.read(name)
         if name in blocks or plan.recipes[name].updates:
-            changed += _prove_values(name, stored, plan, is_blocks=name in blocks)
+            changed += _verify_values(name, stored, plan, is_blocks=name in blocks)
             continue
         source = plan.read_source(name)
         if not torch.equal(stored, source.to(stored.dtype)):
@@ -59,7 +59,7 @@ def prove(
     return changed
 
 
-def _prove_values(name: str, stored: Tensor, plan: MergePlan, *, is_blocks: bool) -> bool:
+def _verify_values(name: str, stored: Tensor, plan: MergePlan, *, is_blocks: bool) -> bool:
     """Compare values with exact ones; return whether they differ from the base."""
     source, updates = plan.read_source(name), plan.recipes[name].updates
     # A half-precision number has 2**-9 or 2**-12 of rounding: beside it, float32's is none.
@@ -70,9 +70,9 @@ def _prove_values(name: str, stored: Tensor, plan: MergePlan, *, is_blocks: bool
         exact = source[rows].to(dtype)
         size = exact.abs()
         for adapter in updates:
-            size += adapter.terms(name, rows, dtype)
+            size += adapter.absolute_delta(name, rows, dtype)
             added = adapter.delta(name, rows, dtype).add_(exact)
-            exact = adapter.rescaled(name, added, rows)
+            exact = adapter.apply_dora_magnitudes(name, added, rows)
             if exact is not added:
                 size *= _lengths(exact) / _lengths(added)  # DoRA scales errors too
         part = stored[rows]
@@ -103,7 +103,7 @@ def _lengths(rows: Tensor) -> Tensor:
 
 def _decode_blocks(rows: Tensor) -> Tensor:
     """Return the values of rows of blocks: a float16 step, then 8-bit numbers, each block."""
-    parts = rows.reshape(len(rows), -1, BLOCK + 2)
+    parts = rows.reshape(len(rows), -1, Q8_0_BLOCK_SIZE + 2)
     step = parts[:, :, :2].contiguous().view(torch.float16).float()
     numbers = parts[:, :, 2:].contiguous().view(torch.int8).float()
     return (step * numbers).reshape(len(rows), -1)
@@ -111,10 +111,10 @@ def _decode_blocks(rows: Tensor) -> Tensor:
 
 def _block_rounding(exact: Tensor) -> Tensor:
     """Return by how much 8 bits may round: half a step, and what rounding the step adds."""
-    largest = exact.abs().reshape(len(exact), -1, BLOCK).amax(dim=2)
+    largest = exact.abs().reshape(len(exact), -1, Q8_0_BLOCK_SIZE).amax(dim=2)
     step = largest / _LARGEST
     allowed = step / 2 + _LARGEST * torch.clamp(step * _HALF_ROUNDING, min=_HALF_SMALLEST)
-    return allowed.repeat_interleave(BLOCK, dim=1)
+    return allowed.repeat_interleave(Q8_0_BLOCK_SIZE, dim=1)
 
 
 def _compare(

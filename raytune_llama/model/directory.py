@@ -20,9 +20,9 @@ from raytune_llama.model.lora import is_tied
 from raytune_llama.model.tensors import TensorSpec, WeightsWriter, open_weights
 from raytune_llama.model.vocab import (
     has_tokenizer,
+    initialize_new_rows,
     new_ids,
     split_new_tokens,
-    start_new_rows,
 )
 from raytune_llama.storage.files import read_json, write_json_atomic
 from raytune_llama.tokenizer.loader import load_tokenizer
@@ -66,7 +66,7 @@ def stored_tables(model: PreTrainedModel, path: Path) -> dict[str, str]:
     return found
 
 
-def write_changed(
+def rewrite_weights(
     base: Path,
     folder: Path,
     num_rows: Mapping[str, int],
@@ -107,7 +107,7 @@ def write_settings(
     values: Mapping[str, object],
     generation: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a model's `config.json` and, where it has one, `generation_config.json`.
+    """Write a model's `settings.json` and, where it has one, `generation_config.json`.
 
     Args:
         base: the model directory.
@@ -124,7 +124,7 @@ def write_settings(
             shutil.copyfile(base / _GENERATION, folder / _GENERATION)
 
 
-def write_with_tables(
+def write_with_trained_tables(
     model: PreTrainedModel,
     base: Path,
     tokenizer: Path,
@@ -136,7 +136,7 @@ def write_with_tables(
     """Write the weights and settings of a base whose embedding tables were trained.
 
     Tables have a row for each id of the tokenizer. Rows that were not trained are the base's, bit
-    for bit, or start as `vocab.start_new_rows` has it.
+    for bit, or start as `vocab.initialize_new_rows` has it.
 
     Args:
         model: the model that was trained; only its structure is read.
@@ -166,7 +166,7 @@ def write_with_tables(
         table_VD = _grow_table(old_VD, pieces)
         return _with_trained(table_VD, tables[name], trained, ids)
 
-    write_changed(base, folder, dict.fromkeys(tables, num_rows), change)
+    rewrite_weights(base, folder, dict.fromkeys(tables, num_rows), change)
     write_settings(base, folder, {"vocab_size": num_rows, **(settings or {})})
     return {name: float(tensor.norm()) for name, tensor in trained.items()}
 
@@ -183,7 +183,7 @@ def _grow_table(old_VD: Tensor, pieces: Mapping[int, list[int]]) -> Tensor:
         return old_VD
     table_VD = old_VD.new_empty((max(len(old_VD), max(pieces) + 1), *old_VD.shape[1:]))
     table_VD[: len(old_VD)] = old_VD
-    start_new_rows(table_VD, pieces)
+    initialize_new_rows(table_VD, pieces)
     return table_VD
 
 

@@ -67,14 +67,14 @@ class NewRowsProjection(nn.Module):
         self.new_rows = rows_RD
         self._ids = ids
 
-    def whole_weight(self) -> Tensor:
+    def full_weight(self) -> Tensor:
         """Return the table with its new rows in their places, (V, D): a copy."""
         ids = self._ids
         return torch.cat([self.weight[: ids.start], self.new_rows, self.weight[ids.stop :]])
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Return the logits, (B, T, V)."""
-        return functional.linear(hidden_BTD, self.whole_weight())
+        return functional.linear(hidden_BTD, self.full_weight())
 
 
 def new_rows_name(table: str) -> str:
@@ -91,7 +91,7 @@ def projection_weight(model: PreTrainedModel) -> Tensor:
     """Return the rows that the logits are made with, (V, D), wherever they are kept."""
     head = cast("nn.Module", model.get_output_embeddings())
     if isinstance(head, NewRowsProjection):
-        return head.whole_weight()
+        return head.full_weight()
     return cast("Tensor", head.weight)
 
 
@@ -156,7 +156,7 @@ def train_embeddings(model: PreTrainedModel, config: EmbeddingsConfig, ids: rang
     layers = trained_layers(model, config)
     model.requires_grad_(False)
     if config.new_rows_only:
-        _part_new_rows(model, ids, with_head=len(layers) > 1)
+        _separate_new_rows(model, ids, with_head=len(layers) > 1)
     else:
         for layer in layers.values():
             cast("nn.Parameter", layer.weight).requires_grad_(True)
@@ -172,7 +172,7 @@ def train_embeddings(model: PreTrainedModel, config: EmbeddingsConfig, ids: rang
     )
 
 
-def _part_new_rows(model: PreTrainedModel, ids: range, *, with_head: bool) -> None:
+def _separate_new_rows(model: PreTrainedModel, ids: range, *, with_head: bool) -> None:
     """Put layers in place that keep new rows apart; tied tables have their new rows tied too."""
     weight = cast("nn.Parameter", model.get_input_embeddings().weight)
     rows = _copy_rows(weight, ids)

@@ -8,28 +8,28 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from raytune_llama.model.vocab import describe_foreign, has_tokenizer
+from raytune_llama.model.vocab import describe_tokenizer_mismatch, has_tokenizer
 from raytune_llama.storage.files import read_manifest
 from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
 
-CHAT = "chat"
+CHAT_KEY = "chat"
 """Key of a manifest: the template that a model or an adapter was tuned with, and its hash."""
 
 
-def recorded_chat(directories: Sequence[Path]) -> tuple[Path, dict[str, Any]] | None:
+def find_chat_template(directories: Sequence[Path]) -> tuple[Path, dict[str, Any]] | None:
     """Return the template that a model was tuned with last, and which directory says so.
 
     Args:
         directories: A base and the adapters on it, in the order of their training.
     """
     for directory in reversed(directories):
-        found = read_manifest(directory).get(CHAT)
+        found = read_manifest(directory).get(CHAT_KEY)
         if found:
             return directory, dict(found)
     return None
 
 
-def check_recorded(directory: Path) -> str | None:
+def check_tokenizer_hash(directory: Path) -> str | None:
     """Return what is wrong with the tokenizer of a directory, by the hash in its manifest.
 
     None where it is the recorded one, or none is recorded.
@@ -76,15 +76,15 @@ def check_adapter_tokenizer(adapter: Path, tokenizer: Path) -> list[str]:
     ]
 
 
-def check_chain(directories: list[Path]) -> list[str]:
+def check_tokenizer_chain(directories: list[Path]) -> list[str]:
     """Return what is wrong with the tokenizers of a base and adapters in the order of training.
 
     Each has to be the recorded one, and the one before it or grown from that.
     """
     having = [directory for directory in directories if has_tokenizer(directory)]
-    problems = [f"adapters: {p}" for p in map(check_recorded, having) if p is not None]
+    problems = [f"adapters: {p}" for p in map(check_tokenizer_hash, having) if p is not None]
     for older, newer in pairwise(having):
-        foreign = describe_foreign(older, newer)
+        foreign = describe_tokenizer_mismatch(older, newer)
         if foreign is not None:
             problems.append(
                 f"adapters: {foreign}; give base and adapters in the order of their training"

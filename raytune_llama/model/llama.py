@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, BloomModel, PreTraine
 from raytune_llama.config.settings import PLACEMENT, settings
 from raytune_llama.model.bloom import run_bloom
 from raytune_llama.model.embeddings import projection_weight
-from raytune_llama.model.loss import IGNORE, summed_cross_entropy
+from raytune_llama.model.loss import IGNORE_INDEX, summed_cross_entropy
 from raytune_llama.model.neftune import add_noise
 from raytune_llama.model.quantization import Quantization
-from raytune_llama.model.rope import RopeScaling, scaled_settings, set_settings
+from raytune_llama.model.rope import RopeScaling, apply_rope_settings, build_rope_settings
 from raytune_llama.model.tensors import SAFETENSORS, SAFETENSORS_INDEX, SafetensorsFile
 from raytune_llama.model.vocab import grow_embeddings, has_tokenizer
 from raytune_llama.tokenizer.loader import load_tokenizer
@@ -35,7 +35,7 @@ DTYPES: dict[Precision, torch.dtype] = {
     "fp16": torch.float16,
 }
 
-WEIGHT_FILES = (SAFETENSORS, SAFETENSORS_INDEX)
+MODEL_WEIGHT_FILES = (SAFETENSORS, SAFETENSORS_INDEX)
 """A model directory has one of them; formats that need unpickling are not read."""
 
 
@@ -60,7 +60,7 @@ class ModelConfig:
     quantization: Quantization | None = None
     """How the base's linear layers are held, frozen, below an adapter: `int8`, a byte a weight with
     a scale a row; `nf4`, half a byte, the scales quantised too (arXiv:2305.14314); null: in
-    `engine.precision`. Computing is in `engine.precision` in any case. Needs the extra
+    `protocol.precision`. Computing is in `protocol.precision` in any case. Needs the extra
     `quantized`, `train: lora` and `engine.strategy: ddp`; the result fits the base as it is."""
 
     allow_untrained_rows: bool = False
@@ -86,7 +86,7 @@ def check_model_settings(path: Path) -> list[str]:
 
 def has_weights(path: Path) -> bool:
     """Whether a model directory holds weights, complete or not."""
-    return any((path / name).is_file() for name in WEIGHT_FILES)
+    return any((path / name).is_file() for name in MODEL_WEIGHT_FILES)
 
 
 def check_model_directory(path: Path) -> list[str]:
@@ -94,12 +94,12 @@ def check_model_directory(path: Path) -> list[str]:
     problems = check_model_settings(path)
     if not path.is_dir():
         return problems
-    single, index = (path / name for name in WEIGHT_FILES)
+    single, index = (path / name for name in MODEL_WEIGHT_FILES)
     if single.is_file():
         return problems + _check_weight_files([single])
     if not index.is_file():
         problems.append(
-            f"model.path: {path} has no weights, neither {' nor '.join(WEIGHT_FILES)}; "
+            f"model.path: {path} has no weights, neither {' nor '.join(MODEL_WEIGHT_FILES)}; "
             "convert or download them as safetensors"
         )
         return problems
@@ -128,7 +128,7 @@ def _check_weight_files(files: list[Path]) -> list[str]:
     return problems
 
 
-def load_skeleton(path: Path, *, num_rows: int | None = None) -> PreTrainedModel:
+def build_empty_model(path: Path, *, num_rows: int | None = None) -> PreTrainedModel:
     """Build the model of a directory without its weights: shapes and names, no memory.
 
     Args:
@@ -161,7 +161,7 @@ def choose_attention(wanted: str, precision: Precision, device: torch.device) ->
 def model_settings(config: ModelConfig) -> dict[str, Any]:
     """Return what a run's model has otherwise than the config.json of its base says."""
     own = AutoConfig.from_pretrained(config.path, local_files_only=True)
-    return scaled_settings(own, config.rope_scaling)
+    return build_rope_settings(own, config.rope_scaling)
 
 
 def load_model(
@@ -180,7 +180,7 @@ def load_model(
     """
     attention = choose_attention(config.attention, precision, device)
     changed = AutoConfig.from_pretrained(config.path, local_files_only=True)
-    set_settings(changed, model_settings(config))
+    apply_rope_settings(changed, model_settings(config))
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         config.path,
         config=changed,
@@ -262,7 +262,7 @@ class SummedLoss(nn.Module):
         return cross_entropy(
             logits_BTV.flatten(0, 1).float(),
             labels_BT.flatten(),
-            ignore_index=IGNORE,
+            ignore_index=IGNORE_INDEX,
             reduction="sum",
         )
 
@@ -287,7 +287,7 @@ def _arguments(lm: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(lm.get_decoder().forward).parameters
 
 
-def check_isolation(model: PreTrainedModel) -> list[str]:
+def check_document_isolation(model: PreTrainedModel) -> list[str]:
     """Return why documents in one sequence cannot be kept apart; empty where they may be.
 
     A run proves it on its own model before the first step; this is what can be known without.
@@ -301,7 +301,7 @@ def check_isolation(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def last_layer(lm: PreTrainedModel) -> nn.Module:
+def last_hidden_state_module(lm: PreTrainedModel) -> nn.Module:
     """Return the module of a causal LM whose output `SummedLoss` has for the last hidden state."""
     decoder = lm.get_decoder()
     return decoder.ln_f if isinstance(decoder, BloomModel) else decoder

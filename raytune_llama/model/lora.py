@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raytune_llama.config.settings import ConfigError, settings
-from raytune_llama.model.pissa import as_plain, plain_settings
+from raytune_llama.model.pissa import plain_lora_settings, to_plain_lora
 
 logger = logging.getLogger(__name__)
 
@@ -324,8 +324,8 @@ def write_adapter(
     adapter_config = copy.copy(cast("peft.LoraConfig", model.peft_config["default"]))
     adapter_config.inference_mode = True
     if initial is not None:
-        keyed = as_plain(keyed, initial)
-        for field, value in plain_settings(adapter_config).items():
+        keyed = to_plain_lora(keyed, initial)
+        for field, value in plain_lora_settings(adapter_config).items():
             setattr(adapter_config, field, value)
     norms: dict[str, float] = {}
     for key, tensor in keyed.items():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE = -100
+IGNORE_INDEX = -100
 """Label of a position that is no target."""
 
 CHUNK_BYTES = 64 * 2**20
@@ -46,7 +46,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         weight_VD: Tensor,
         labels_N: Tensor,
     ) -> Tensor:
-        targets = (labels_N != IGNORE).nonzero().squeeze(1)
+        targets = (labels_N != IGNORE_INDEX).nonzero().squeeze(1)
         rows = max(1, CHUNK_BYTES // (4 * weight_VD.shape[0]))
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         total = hidden_ND.new_zeros((), dtype=torch.float32)

@@ -19,7 +19,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-INITIAL = "initial"
+INITIAL_ADAPTER = "initial"
 """PEFT's name of the frozen adapter."""
 
 _OVERSAMPLING = 16
@@ -66,17 +66,17 @@ def _principal(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def start_from(attached: PeftModel, factors: Mapping[str, Tensor]) -> None:
+def apply_principal_factors(attached: PeftModel, factors: Mapping[str, Tensor]) -> None:
     """Set A and B to what `principal_factors` returned, and subtract it by a frozen adapter."""
-    add_initial(attached)
+    add_initial_adapter(attached)
     for name, layer in _layers(attached).items():
         factor_A, factor_B = factors[f"{name}.A"], factors[f"{name}.B"]
-        for adapter, sign in (("default", 1), (INITIAL, -1)):
+        for adapter, sign in (("default", 1), (INITIAL_ADAPTER, -1)):
             _weight(layer.lora_A, adapter).copy_(factor_A)
             _weight(layer.lora_B, adapter).copy_(sign * factor_B)
 
 
-def add_initial(attached: PeftModel) -> None:
+def add_initial_adapter(attached: PeftModel) -> None:
     """Add the frozen adapter, its values unset."""
     trained = cast("peft.LoraConfig", attached.peft_config["default"])
     settings = peft.LoraConfig(
@@ -86,14 +86,14 @@ def add_initial(attached: PeftModel) -> None:
         target_modules=trained.target_modules,
         use_rslora=trained.use_rslora,
     )
-    attached.add_adapter(INITIAL, settings)
+    attached.add_adapter(INITIAL_ADAPTER, settings)
     for layer in _layers(attached).values():
-        layer.set_adapter(["default", INITIAL])
+        layer.set_adapter(["default", INITIAL_ADAPTER])
         for factor in (layer.lora_A, layer.lora_B):
-            _weight(factor, INITIAL).requires_grad_(False)
+            _weight(factor, INITIAL_ADAPTER).requires_grad_(False)
 
 
-def plain_settings(settings: peft.LoraConfig) -> dict[str, int | float | bool]:
+def plain_lora_settings(settings: peft.LoraConfig) -> dict[str, int | float | bool]:
     """Return what differs in the settings of a plain adapter that is the trained one minus A0, B0.
 
     Its rank is twice the trained one's, its scale the same.
@@ -103,7 +103,7 @@ def plain_settings(settings: peft.LoraConfig) -> dict[str, int | float | bool]:
     return {"r": rank, "lora_alpha": settings.lora_alpha / divisor * rank, "use_rslora": False}
 
 
-def as_plain(keyed: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_plain_lora(keyed: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a plain adapter on the base: B A - B0 A0 as one product.
 
     Args:

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 Quantization = Literal["int8", "nf4"]
 
-BLOCK = 64
+NF4_BLOCK_SIZE = 64
 """Weights of nf4 that have a scale together; the scales are in 8 bits themselves."""
 
-SCALE_BLOCK = 256
+NF4_SCALE_BLOCK_SIZE = 256
 """Scales of nf4 that have a float32 scale together."""
 
 _TABLE_BYTES = 4 * (16 + 256 + 1)
@@ -63,11 +63,11 @@ def quantized_bytes(quantization: Quantization, shape: torch.Size) -> int:
     numel = shape.numel()
     if quantization == "int8":
         return numel + 4 * shape[0]
-    num_blocks = -(-numel // BLOCK)
-    return -(-numel // 2) + num_blocks + 4 * -(-num_blocks // SCALE_BLOCK) + _TABLE_BYTES
+    num_blocks = -(-numel // NF4_BLOCK_SIZE)
+    return -(-numel // 2) + num_blocks + 4 * -(-num_blocks // NF4_SCALE_BLOCK_SIZE) + _TABLE_BYTES
 
 
-def whole_shape(weight: Tensor) -> torch.Size:
+def unquantized_shape(weight: Tensor) -> torch.Size:
     """Return the shape of a weight in the model, however it is kept.
 
     ZeRO 3 and nf4 leave the shape in an attribute; a weight in nf4 is a column of bytes.

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from raytune_llama.config.settings import ConfigError, settings
 from raytune_llama.storage.files import read_manifest
 
-MODEL_SETTINGS = "model_settings"
+MODEL_SETTINGS_KEY = "model_settings"
 """Key of an adapter's manifest: what differs in the config.json of the model it was trained on."""
 
 _OWN_FIELDS = {
@@ -91,17 +91,17 @@ def check_rope_scaling(
             f"is learned beyond {context} tokens would depend on neighbours; use yarn, or "
             f"batch.sequence_tokens up to {context}, got {sequence_tokens}"
         ]
-    values = scaled_settings(config, scaling)
+    values = build_rope_settings(config, scaling)
     scaled = type(config).from_dict(config.to_dict() | {"rope_parameters": None})
     with _warnings() as found:
         try:
-            set_settings(scaled, values)
+            apply_rope_settings(scaled, values)
         except (KeyError, ValueError) as error:
             found.append(str(error))
     return [f"model.rope_scaling: transformers says: {text}" for text in found]
 
 
-def scaled_settings(config: PreTrainedConfig, scaling: RopeScaling | None) -> dict[str, Any]:
+def build_rope_settings(config: PreTrainedConfig, scaling: RopeScaling | None) -> dict[str, Any]:
     """Return what scaling changes in a model's config.json; nothing where it is None."""
     if scaling is None:
         return {}
@@ -125,8 +125,8 @@ def scaled_settings(config: PreTrainedConfig, scaling: RopeScaling | None) -> di
     return {"rope_parameters": rope, "max_position_embeddings": longer}
 
 
-def set_settings(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
-    """Set what `scaled_settings` returned.
+def apply_rope_settings(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
+    """Set what `build_rope_settings` returned.
 
     Raises:
         KeyError: transformers misses a parameter.
@@ -142,7 +142,7 @@ def set_settings(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
 
 def read_model_settings(adapter: Path) -> dict[str, Any]:
     """Return what an adapter was trained with that its base's config.json has otherwise."""
-    return dict(read_manifest(adapter).get(MODEL_SETTINGS) or {})
+    return dict(read_manifest(adapter).get(MODEL_SETTINGS_KEY) or {})
 
 
 @contextmanager

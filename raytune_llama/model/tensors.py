@@ -95,7 +95,7 @@ class SafetensorsFile:
         """
         self.path = path
         with path.open("rb") as file:
-            refuse_pointer(path, file)
+            refuse_lfs_pointer(path, file)
             header, self._start = _read_header(path, file)
         self._ends: dict[str, tuple[int, int]] = {}
         self.specs: dict[str, TensorSpec] = {}
@@ -229,7 +229,7 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
         ValueError: It is no such file, cut short, holds more than tensors, or is a pointer.
     """
     with path.open("rb") as file:
-        refuse_pointer(path, file)
+        refuse_lfs_pointer(path, file)
     try:
         content: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -244,7 +244,7 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def refuse_pointer(path: Path, file: BinaryIO) -> None:
+def refuse_lfs_pointer(path: Path, file: BinaryIO) -> None:
     """Raise `ValueError` where a file is only what Git LFS leaves of a large one; rewinds it."""
     if file.read(len(LFS_POINTER)) == LFS_POINTER:
         raise ValueError(f"{path}: is a Git LFS pointer, not the file; run git lfs pull there")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from raytune_llama.storage.files import read_manifest
 from raytune_llama.tokenizer.loader import (
     TOKENIZER_FILES,
-    build_reference,
+    build_reference_encoder,
     encode_text,
     load_tokenizer,
     tokenizer_sha256,
@@ -54,7 +54,7 @@ class VocabularyFit:
         return range(self.num_base_ids, self.num_base_ids + self.num_new_ids)
 
     @property
-    def num_surplus_rows(self) -> int:
+    def num_unused_rows(self) -> int:
         """Rows that no id of the tokenizer names; legal, and kept."""
         return max(0, self.num_rows - self.num_ids)
 
@@ -84,12 +84,12 @@ def check_vocabulary(num_rows: int, model_path: Path, tokenizer_path: Path) -> V
         return VocabularyFit(num_rows=num_rows, num_base_ids=num_rows, num_ids=num_ids)
     own = load_tokenizer(model_path)
     if tokenizer_sha256(model_path) != tokenizer_sha256(tokenizer_path):
-        foreign = describe_foreign(model_path, tokenizer_path)
+        foreign = describe_tokenizer_mismatch(model_path, tokenizer_path)
         if foreign is not None:
             raise ValueError(
                 f"model.tokenizer: {foreign}; use the model's own tokenizer or one grown from it"
             )
-    references = [build_reference(each).name for each in (own, tokenizer)]
+    references = [build_reference_encoder(each).name for each in (own, tokenizer)]
     if references[0] != references[1]:
         logger.warning(
             "ids of %s are made by %s and those of %s by %s: they can differ where pieces have "
@@ -122,7 +122,7 @@ def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def describe_foreign(older: Path, newer: Path) -> str | None:
+def describe_tokenizer_mismatch(older: Path, newer: Path) -> str | None:
     """Say how a tokenizer contradicts another one; None where it is that one or grown from it."""
     own_ids, other_ids = (load_tokenizer(path).get_vocab() for path in (older, newer))
     changed = sorted((id_, token) for token, id_ in own_ids.items() if other_ids.get(token) != id_)
@@ -153,7 +153,7 @@ def grow_embeddings(
     """Give every id of `new` that `old` lacks a row, and return how many there are.
 
     The input embedding grows and, where it is not tied, the output projection; see
-    `start_new_rows`. Rows of old ids keep their bits.
+    `initialize_new_rows`. Rows of old ids keep their bits.
     """
     pieces = split_new_tokens(old, new)
     if not pieces:
@@ -161,7 +161,7 @@ def grow_embeddings(
     if max(pieces) >= num_embedding_rows(model):
         model.resize_token_embeddings(max(pieces) + 1, mean_resizing=False)
     for table in {id(table): table for table in _embedding_tables(model)}.values():
-        start_new_rows(table, pieces)
+        initialize_new_rows(table, pieces)
     num_unsplit = sum(not ids for ids in pieces.values())
     logger.info(
         "vocabulary grown from %d to %d ids: %d rows start as the mean of the tokens that their "
@@ -175,7 +175,7 @@ def grow_embeddings(
 
 
 @torch.no_grad()
-def start_new_rows(
+def initialize_new_rows(
     table_VD: torch.Tensor,
     pieces: Mapping[int, Sequence[int]],
     method: InitialRows = "mean_subtokens",

@@ -16,8 +16,8 @@ from raytune_llama.config.settings import ConfigError
 from raytune_llama.model.llama import check_model_directory
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig
 from raytune_llama.serve.gateway import (
-    LEDGER,
-    LedgerReplica,
+    RATE_LIMITER_NAME,
+    RateLimiterReplica,
     build_gateway,
     check_exposure,
     deployment_name,
@@ -53,8 +53,8 @@ def build_app(config: ServeConfig) -> serve.Application:
         for model in config.models
     ]
     ledger: Any = serve.deployment(
-        LedgerReplica,
-        name=LEDGER,
+        RateLimiterReplica,
+        name=RATE_LIMITER_NAME,
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0},
     )

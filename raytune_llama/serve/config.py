@@ -126,7 +126,7 @@ class ReplicaConfig:
 
 
 @settings
-class Limits:
+class RequestLimits:
     """Bounds on every request, whoever asks."""
 
     body_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
@@ -176,7 +176,7 @@ class ServeConfig:
     """File of the hashes of API keys, on every node that speaks HTTP; null: no keys but those in
     the variable RAYTUNE_LLAMA_API_KEYS, and without any, on loopback only."""
 
-    limits: Limits = Limits()
+    limits: RequestLimits = RequestLimits()
     """Bounds on every request."""
 
     key_limits: KeyLimits = KeyLimits()
@@ -204,7 +204,7 @@ def read_arguments(arguments: Mapping[str, Any]) -> ServeConfig:
     """Return the config that the arguments of `serve run` or of an application's YAML give.
 
     Args:
-        arguments: fields, also by dotted paths (`replicas.max`), values as text or plain data;
+        arguments: fields, also by dotted paths (`replica_check.max`), values as text or plain data;
             `model_dir` stands for one model's path.
 
     Raises:

@@ -1,7 +1,7 @@
 """Why a request is not answered."""
 
 
-class RequestError(ValueError):
+class InvalidRequestError(ValueError):
     """A request that can't be answered; `param` is the field at fault."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
@@ -13,7 +13,7 @@ class RequestError(ValueError):
         return self.message
 
 
-class UnknownModelError(RequestError):
+class UnknownModelError(InvalidRequestError):
     """A request for a model or an adapter that is not there."""
 
 

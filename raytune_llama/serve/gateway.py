@@ -21,15 +21,15 @@ from ray.serve.handle import DeploymentHandle
 
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.logs import setup_logging
-from raytune_llama.serve.adapters.registry import Registry
+from raytune_llama.serve.adapters.registry import AdapterRegistry
 from raytune_llama.serve.config import KeyLimits, ServeConfig
 from raytune_llama.serve.engine.protocol import Vectors
-from raytune_llama.serve.errors import BusyError, EngineError, RequestError
-from raytune_llama.serve.generation.output import Part
-from raytune_llama.serve.http.keys import Keys, keys_from_environment, load_keys
-from raytune_llama.serve.http.metrics import Meter, add_up
-from raytune_llama.serve.http.rate_limit import Ledger
-from raytune_llama.serve.http.routes import build_http
+from raytune_llama.serve.errors import BusyError, EngineError, InvalidRequestError
+from raytune_llama.serve.generation.output import OutputDelta
+from raytune_llama.serve.http.keys import ApiKeys, keys_from_environment, load_keys
+from raytune_llama.serve.http.metrics import ServeMetrics, sum_families
+from raytune_llama.serve.http.rate_limit import RateLimiter
+from raytune_llama.serve.http.routes import build_http_app
 from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
 from raytune_llama.serve.protocol.embeddings import EmbeddingRequest
 
@@ -37,13 +37,13 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-LEDGER = "ledger"
+RATE_LIMITER_NAME = "ledger"
 """Name of the ledger's deployment."""
 
 PUSH_SECONDS = 3.0
 """How often a gateway tells the ledger what it has counted, and that it lives."""
 
-ASK_SECONDS = 2.0
+RATE_LIMITER_TIMEOUT_SECONDS = 2.0
 """How long the ledger may take to answer; a request is then let in without it."""
 
 
@@ -52,7 +52,7 @@ class ReplicaBackend:
 
     def __init__(self, handle: DeploymentHandle, adapters_dir: str | None) -> None:
         self._handle = handle.options(stream=True)
-        self._registry = None if adapters_dir is None else Registry.of(adapters_dir)
+        self._registry = None if adapters_dir is None else AdapterRegistry.from_path(adapters_dir)
 
     async def adapters(self) -> list[str]:
         """List the registry, here: a list must not wait for a slot, or start a replica."""
@@ -60,19 +60,23 @@ class ReplicaBackend:
             return []
         return sorted(await asyncio.to_thread(self._registry.list))
 
-    def answer(self, request: ChatRequest | CompletionRequest) -> AsyncGenerator[int | Part, None]:
+    def answer(
+        self, request: ChatRequest | CompletionRequest
+    ) -> AsyncGenerator[int | OutputDelta, None]:
         """Yield what a replica yields."""
-        return _followed(self._handle.answer, request)
+        return _stream_from_replica(self._handle.answer, request)
 
     def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
         """Yield what a replica yields."""
-        return _followed(self._handle.embed, request)
+        return _stream_from_replica(self._handle.embed, request)
 
     async def check(self) -> None:
         """Do nothing: Ray Serve replaces replicas that have failed."""
 
 
-async def _followed(method: DeploymentHandle, request: object) -> AsyncGenerator[Any, None]:
+async def _stream_from_replica(
+    method: DeploymentHandle, request: object
+) -> AsyncGenerator[Any, None]:
     """Ask a replica once the first item is; yield what it yields, its errors as they were.
 
     Closing it ends the replica's work.
@@ -86,7 +90,7 @@ async def _followed(method: DeploymentHandle, request: object) -> AsyncGenerator
         raise BusyError("as many requests wait as may") from error
     except (RayError, RayServeException) as error:
         cause = getattr(error, "cause", error)
-        if isinstance(cause, RequestError | BusyError | EngineError):
+        if isinstance(cause, InvalidRequestError | BusyError | EngineError):
             raise cause from None
         raise EngineError(f"the model's replica has failed: {cause!r}") from error
     except (asyncio.CancelledError, GeneratorExit):
@@ -95,15 +99,15 @@ async def _followed(method: DeploymentHandle, request: object) -> AsyncGenerator
         raise
 
 
-class LedgerReplica:
+class RateLimiterReplica:
     """The ledger in an actor of Ray Serve."""
 
     def __init__(self, limits: KeyLimits) -> None:
         setup_logging()
-        self._ledger = Ledger(limits)
+        self._ledger = RateLimiter(limits)
 
     async def admit(self, gateway: str, key: str) -> float | None:
-        """Take a request in; see `Ledger.admit`."""
+        """Take a request in; see `RateLimiter.admit`."""
         return self._ledger.admit(gateway, key)
 
     async def release(self, gateway: str, key: str) -> None:
@@ -119,14 +123,14 @@ class LedgerReplica:
         return self._ledger.families()
 
 
-class SharedBooks:
+class SharedRateLimitClient:
     """The ledger that all gateways share, behind its deployment's handle.
 
     While it is being replaced, requests are let in without it, which is logged: who may ask is
     the keys' matter, how much is a courtesy between them.
     """
 
-    def __init__(self, handle: DeploymentHandle, limits: KeyLimits, meter: Meter) -> None:
+    def __init__(self, handle: DeploymentHandle, limits: KeyLimits, meter: ServeMetrics) -> None:
         self._handle, self._meter = handle, meter
         self._is_limited = limits != KeyLimits()
         self._name = uuid.uuid4().hex
@@ -134,7 +138,7 @@ class SharedBooks:
         self._releasing: set[asyncio.Task[object]] = set()
 
     async def admit(self, key: str) -> float | None:
-        """Take a request in; see `Books`."""
+        """Take a request in; see `RateLimitClient`."""
         self._begin()
         if not self._is_limited:
             return None
@@ -153,7 +157,7 @@ class SharedBooks:
         self._begin()
         own = self._meter.families()
         await self._ask(self._handle.push.remote(self._name, own))
-        return await self._ask(self._handle.families.remote()) or add_up([own])
+        return await self._ask(self._handle.families.remote()) or sum_families([own])
 
     def _begin(self) -> None:
         """Start to push; there is a loop now."""
@@ -167,7 +171,7 @@ class SharedBooks:
 
     async def _ask(self, response: Awaitable[T]) -> T | None:
         try:
-            return await asyncio.wait_for(response, ASK_SECONDS)
+            return await asyncio.wait_for(response, RATE_LIMITER_TIMEOUT_SECONDS)
         except (TimeoutError, RayError, RayServeException) as error:
             logger.warning("the ledger does not answer: %r", error)
             return None
@@ -182,9 +186,9 @@ def build_gateway(config: ServeConfig) -> serve.Deployment:
         keys = load_config_keys(config) + built_with
         check_exposure(proxy_host(), keys)
         app_name = serve.get_replica_context().app_name
-        meter = Meter()
-        ledger = serve.get_deployment_handle(LEDGER, app_name)
-        return build_http(
+        meter = ServeMetrics()
+        ledger = serve.get_deployment_handle(RATE_LIMITER_NAME, app_name)
+        return build_http_app(
             {
                 model.served_name: ReplicaBackend(
                     serve.get_deployment_handle(deployment_name(model.served_name), app_name),
@@ -195,7 +199,7 @@ def build_gateway(config: ServeConfig) -> serve.Deployment:
             keys,
             config.limits,
             meter=meter,
-            books=SharedBooks(ledger, config.key_limits, meter),
+            books=SharedRateLimitClient(ledger, config.key_limits, meter),
         )
 
     class Gateway:
@@ -219,7 +223,7 @@ def build_gateway(config: ServeConfig) -> serve.Deployment:
     return gateway
 
 
-def load_config_keys(config: ServeConfig) -> Keys:
+def load_config_keys(config: ServeConfig) -> ApiKeys:
     """Return the keys of the file that the config names and of this process's environment.
 
     Raises:
@@ -241,7 +245,7 @@ def proxy_host() -> str | None:
     return None if client is None else client.http_config.host
 
 
-def check_exposure(host: str | None, keys: Keys) -> None:
+def check_exposure(host: str | None, keys: ApiKeys) -> None:
     """Refuse to serve beyond loopback without keys.
 
     Raises:

@@ -10,16 +10,16 @@ from raytune_llama.logs import setup_logging
 from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.adapters.loading import AdapterLoader
 from raytune_llama.serve.adapters.pool import AdapterPool
-from raytune_llama.serve.adapters.registry import Registry
+from raytune_llama.serve.adapters.registry import AdapterRegistry
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.protocol import Engine, Vectors
-from raytune_llama.serve.engine.scheduler import Stepper
+from raytune_llama.serve.engine.protocol import InferenceEngine, Vectors
+from raytune_llama.serve.engine.scheduler import BatchScheduler
 from raytune_llama.serve.engine.vllm import VllmEngine, choose_engine, has_vllm
-from raytune_llama.serve.generation.completion import Answerer
-from raytune_llama.serve.generation.embeddings import TextVectors
-from raytune_llama.serve.generation.model import ServedModel, load_served
-from raytune_llama.serve.generation.output import Part
+from raytune_llama.serve.generation.completion import CompletionService
+from raytune_llama.serve.generation.embeddings import EmbeddingService
+from raytune_llama.serve.generation.model import ServedModel, load_served_model
+from raytune_llama.serve.generation.output import OutputDelta
 from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
 from raytune_llama.serve.protocol.embeddings import EmbeddingRequest
 
@@ -61,8 +61,8 @@ class ModelReplica:
         setup_logging()
         replicas = config.replicas
         torch.set_num_threads(max(1, int(replicas.cpus)))
-        self._engine: Engine
-        self._answerer: Answerer | AdapterPool
+        self._engine: InferenceEngine
+        self._answerer: CompletionService | AdapterPool
         chosen = choose_engine(
             replicas.engine,
             has_gpu=replicas.use_gpu and torch.cuda.is_available(),
@@ -71,15 +71,15 @@ class ModelReplica:
         )
         logger.info("%s is answered by %s", model.served_name, chosen)
         if chosen == "vllm":
-            served = load_served(model, torch.device("meta"))
+            served = load_served_model(model, torch.device("meta"))
             self._engine = start_vllm(model, served, replicas)
-            self._answerer = Answerer(served, self._engine, config.defaults)
-            self._vectors = TextVectors(served, self._engine)
+            self._answerer = CompletionService(served, self._engine, config.defaults)
+            self._vectors = EmbeddingService(served, self._engine)
             return
-        served = load_served(model, torch.device("cuda" if replicas.use_gpu else "cpu"))
+        served = load_served_model(model, torch.device("cuda" if replicas.use_gpu else "cpu"))
 
-        def make_stepper(served: ServedModel) -> Stepper:
-            return Stepper(
+        def make_stepper(served: ServedModel) -> BatchScheduler:
+            return BatchScheduler(
                 served.model,
                 num_slots=replicas.slots,
                 max_context=served.max_context,
@@ -90,16 +90,16 @@ class ModelReplica:
         # Ray Serve bounds what waits; here it never has to.
         self._engine = engine = TransformersEngine(make_stepper(served), max_waiting=10**6)
 
-        self._vectors = TextVectors(served, engine)
+        self._vectors = EmbeddingService(served, engine)
 
-        def make_answerer(served: ServedModel, adapter: Hashable | None) -> Answerer:
-            return Answerer(served, engine, config.defaults, adapter)
+        def make_answerer(served: ServedModel, adapter: Hashable | None) -> CompletionService:
+            return CompletionService(served, engine, config.defaults, adapter)
 
         self._answerer = base = make_answerer(served, None)
         if model.adapters_dir is not None:
             self._answerer = AdapterPool(
                 base,
-                Registry.of(model.adapters_dir),
+                AdapterRegistry.from_path(model.adapters_dir),
                 AdapterLoader(model, served),
                 engine,
                 make_answerer=make_answerer,
@@ -109,7 +109,7 @@ class ModelReplica:
 
     async def answer(
         self, request: ChatRequest | CompletionRequest
-    ) -> AsyncGenerator[int | Part, None]:
+    ) -> AsyncGenerator[int | OutputDelta, None]:
         """Yield the prompt's number of tokens, then the parts of all answers."""
         async with aclosing(self._answerer.respond(request)) as items:
             async for item in items:
@@ -123,4 +123,4 @@ class ModelReplica:
 
     async def check_health(self) -> None:
         """Let Ray Serve replace a replica whose engine has failed."""
-        self._engine.check()
+        self._engine.check_health()

@@ -21,13 +21,13 @@ REMOTE_OPTIONS = {
 NUM_ATTEMPTS = 8
 """Of a request to S3, with growing pauses: it fails after about a minute."""
 
-RETRY_SECONDS = 60
+RETRY_LIMIT_SECONDS = 60
 """How long a request to Google's storage is made again; the library's own limit is 15 minutes."""
 
 NUM_CONNECTIONS = 8
 """Files of a folder that are on their way at once."""
 
-PIECE_BYTES = 64 * 2**20
+UPLOAD_PART_BYTES = 64 * 2**20
 """Of a file that are on their way at once, in parts of 10 MiB."""
 
 _CONNECT_SECONDS = 10
@@ -49,7 +49,7 @@ def connect(scheme: str, bucket: str, options: str) -> pafs.FileSystem:
         return pafs.LocalFileSystem()
     given = dict(parse_qsl(options))
     if scheme == "gs":
-        return pafs.GcsFileSystem(**given, retry_time_limit=timedelta(seconds=RETRY_SECONDS))
+        return pafs.GcsFileSystem(**given, retry_time_limit=timedelta(seconds=RETRY_LIMIT_SECONDS))
     query = f"?{options}" if options else ""
     # This asks the vendor for the bucket's region where neither it nor an endpoint is given.
     filesystem, _ = pafs.FileSystem.from_uri(f"{scheme}://{bucket}{query}")
@@ -72,8 +72,8 @@ def write_object(filesystem: pafs.FileSystem, key: str, data: pa.Buffer) -> None
 
     def write() -> None:
         with filesystem.open_output_stream(key) as file:
-            for start in range(0, data.size, PIECE_BYTES):
-                file.write(data[start : start + PIECE_BYTES])
+            for start in range(0, data.size, UPLOAD_PART_BYTES):
+                file.write(data[start : start + UPLOAD_PART_BYTES])
                 # Bounds what is on its way; a failed part shows here, and nothing appears.
                 file.flush()
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "manifest.json"
+OUTPUT_MANIFEST = "manifest.json"
 """What a stage has made and from what, in the directory that it has written."""
 
 
@@ -65,7 +65,7 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Return the manifest of a directory that we have written; empty for another program's."""
-    file = directory / MANIFEST
+    file = directory / OUTPUT_MANIFEST
     content = read_json(file) if file.is_file() else {}
     return content if isinstance(content, dict) else {}
 

@@ -22,11 +22,11 @@ from typing import Any, Self
 
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.storage.place import Place
-from raytune_llama.storage.process import ProcessId
+from raytune_llama.storage.process import ProcessIdentity
 
 logger = logging.getLogger(__name__)
 
-FOLDER = ".lease"
+LEASE_FOLDER = ".lease"
 _ATTEMPTS = 8
 
 
@@ -38,13 +38,13 @@ class LeaseError(ValueError):
 class LeaseTimes:
     """Durations of the protocol, in seconds; the same for all drivers of a run directory."""
 
-    settle: float = 2.0
+    settle_seconds: float = 2.0
     """A claim may take so long to write, and others wait for it so long."""
 
-    beat: float = 5.0
+    heartbeat_seconds: float = 5.0
     """Between two signs of life."""
 
-    stale: float = 60.0
+    stale_seconds: float = 60.0
     """Without a sign of life, after which a holder counts as dead."""
 
 
@@ -115,13 +115,14 @@ class Lease:
             except FileNotFoundError:
                 continue  # another driver has just left, and taken the folder along
             self._claimed = time.monotonic()
-            if self._claimed - start < self._times.settle:
+            if self._claimed - start < self._times.settle_seconds:
                 self._thread.start()
                 return self
             self._place.delete()
         self._clear()
         raise OSError(
-            f"run_dir: a small file in {self._run_dir} takes more than {self._times.settle:g} s to "
+            f"run_dir: a small file in {self._run_dir} takes more than "
+            f"{self._times.settle_seconds:g} s to "
             "write, time after time; check the storage"
         )
 
@@ -139,7 +140,7 @@ class Lease:
     def _clear(self) -> None:
         """Leave nothing behind where no run has begun, whose workers could know a number."""
         folders = [folder.name for folder in self._run_dir.folders()]
-        if self._run_dir.files() or folders not in ([], [FOLDER]):
+        if self._run_dir.files() or folders not in ([], [LEASE_FOLDER]):
             return
         self._place.delete()
         # What another driver has written there meanwhile stays, and so does the folder.
@@ -153,14 +154,14 @@ class Lease:
         Raises:
             ConfigError: one of them has it; says who.
         """
-        time.sleep(max(0.0, self._claimed + self._times.settle - time.monotonic()))
+        time.sleep(max(0.0, self._claimed + self._times.settle_seconds - time.monotonic()))
         claims = _claims(self._run_dir)
         rivals = [claim for claim in claims if claim.name != self._place.name]
         later = [claim for claim in rivals if _number(claim) > self._number]
         same = [claim for claim in rivals if _number(claim) == self._number]
         first = [claim for claim in same if claim.name < self._place.name]
         if later or first:
-            raise _held_by(self._run_dir, _read([*later, *first][0]))
+            raise _lease_held_error(self._run_dir, _read([*later, *first][0]))
         self._is_confirmed = True
         for claim in claims:
             if _number(claim) < self._number:
@@ -168,7 +169,7 @@ class Lease:
         return Fence(self._run_dir, self._number)
 
     @property
-    def lost(self) -> str | None:
+    def lost_reason(self) -> str | None:
         """Why the directory is this driver's no more; None while it is."""
         return self._lost
 
@@ -178,7 +179,7 @@ class Lease:
 
     def _write(self, *, released: bool = False) -> None:
         self._beats += 1
-        process = ProcessId.here().to_json()
+        process = ProcessIdentity.current().to_json()
         self._place.write_json({"process": process, "beats": self._beats, "released": released})
 
     def _wait_for_holder(self) -> dict[Place, dict[str, Any] | None]:
@@ -193,18 +194,18 @@ class Lease:
         if held:
             names = " and ".join(_name(says) for says in held.values())
             logger.info("run_dir: %s is held by %s; is there a sign of life?", self._run_dir, names)
-        while held and time.monotonic() - start <= self._times.stale:
-            time.sleep(min(1.0, self._times.beat / 4))
+        while held and time.monotonic() - start <= self._times.stale_seconds:
+            time.sleep(min(1.0, self._times.heartbeat_seconds / 4))
             for claim, says in list(held.items()):
                 now = _read(claim)
                 if not _is_held(now):
                     del held[claim]
                 elif now != says:
-                    raise _held_by(self._run_dir, now)
+                    raise _lease_held_error(self._run_dir, now)
         return then
 
     def _keep_alive(self) -> None:
-        while not self._closed.wait(self._times.beat):
+        while not self._closed.wait(self._times.heartbeat_seconds):
             try:
                 check_lease(self._run_dir, self._number)
                 self._write()
@@ -216,7 +217,7 @@ class Lease:
 
 
 def _folder(run_dir: Place) -> Place:
-    return run_dir / FOLDER
+    return run_dir / LEASE_FOLDER
 
 
 def _claims(run_dir: Place) -> list[Place]:
@@ -248,14 +249,18 @@ def _is_held(claim: dict[str, Any] | None) -> bool:
     """Whether a claim's owner may be alive."""
     if claim is None or claim["released"]:
         return False
-    return ProcessId.from_json(claim["process"]).is_gone is not True
+    return ProcessIdentity.from_json(claim["process"]).has_exited is not True
 
 
 def _name(claim: dict[str, Any] | None) -> str:
-    return str(ProcessId.from_json(claim["process"])) if claim else "a driver that has just ended"
+    return (
+        str(ProcessIdentity.from_json(claim["process"]))
+        if claim
+        else "a driver that has just ended"
+    )
 
 
-def _held_by(run_dir: Place, claim: dict[str, Any] | None) -> ConfigError:
+def _lease_held_error(run_dir: Place, claim: dict[str, Any] | None) -> ConfigError:
     return ConfigError(
         [
             f"run_dir: {run_dir} is held by another driver, {_name(claim)}; wait until it has "

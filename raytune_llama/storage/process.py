@@ -9,7 +9,7 @@ from typing import Any, Self
 
 
 @dataclass(frozen=True)
-class ProcessId:
+class ProcessIdentity:
     """A process of some machine, told apart from those that get its number later."""
 
     host: str
@@ -26,7 +26,7 @@ class ProcessId:
     """When it started, in clock ticks since the machine did."""
 
     @classmethod
-    def here(cls) -> Self:
+    def current(cls) -> Self:
         """Return this process."""
         pid = os.getpid()
         started = _start_of(pid)
@@ -46,7 +46,7 @@ class ProcessId:
         return f"process {self.pid} on {self.host}"
 
     @property
-    def is_gone(self) -> bool | None:
+    def has_exited(self) -> bool | None:
         """Whether it has ended; None where this process cannot see it."""
         if self.boot != _boot():
             return None
@@ -54,7 +54,7 @@ class ProcessId:
 
     def kill(self) -> bool:
         """End it with SIGKILL, which a stopped process obeys too; False if it is not here."""
-        if self.is_gone is not False:
+        if self.has_exited is not False:
             return False
         try:
             os.kill(self.pid, signal.SIGKILL)
@@ -63,8 +63,8 @@ class ProcessId:
         return True
 
 
-def kill_process(process: ProcessId) -> bool:
-    """End a process, as a task on its node does; see `ProcessId.kill`."""
+def kill_process(process: ProcessIdentity) -> bool:
+    """End a process, as a task on its node does; see `ProcessIdentity.kill`."""
     return process.kill()
 
 

@@ -102,7 +102,7 @@ def default_cache_dir() -> Path:
     return Path(home) / "raytune_llama"
 
 
-def copy_path(place: Place, sha256: str, cache_dir: Path) -> Path:
+def local_copy_path(place: Place, sha256: str, cache_dir: Path) -> Path:
     """Return where a file's bytes lie on this node, or would: of a file on the disk, its own."""
     return place.path if place.is_local else cache_dir / f"{sha256}{Path(place.name).suffix}"
 
@@ -118,7 +118,7 @@ def local_copy(place: Place, *, sha256: str, num_bytes: int, cache_dir: Path) ->
         OSError: The file cannot be read, or not be written on the local disk.
         ValueError: The file has other bytes than `sha256` and `num_bytes` say.
     """
-    target = copy_path(place, sha256, cache_dir)
+    target = local_copy_path(place, sha256, cache_dir)
     if place.is_local or _num_bytes(target) == num_bytes:
         return target
     cache_dir.mkdir(parents=True, exist_ok=True)

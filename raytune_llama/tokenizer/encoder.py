@@ -1,6 +1,6 @@
 """What encodes a corpus in the workers: a reference, or a fast engine that it goes on checking.
 
-An encoder is made once, by `choose_encoder` on the driver, and sent to the workers as a pickle:
+An encoder is made once, by `select_encoder` on the driver, and sent to the workers as a pickle:
 they need neither the tokenizer's directory nor transformers, and the tables of the fast engine are
 shared by the workers of a node.
 """
@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from raytune_llama.tokenizer.reference import Reference, TextEncoder
-from raytune_llama.tokenizer.split_points import encode_in_stretches
+from raytune_llama.tokenizer.reference import ReferenceEncoder, TextEncoder
+from raytune_llama.tokenizer.split_points import encode_in_chunks
 
 if TYPE_CHECKING:
     from raytune_llama.tokenizer.compiled.encoder import CompiledEncoder
 
-Engine = Literal["auto", "reference", "compiled"]
+EncoderKind = Literal["auto", "reference", "compiled"]
 """What may be asked for: `auto` is the fast engine where its ids were shown to be the reference's,
 and `compiled` the same or an error."""
 
-CHECKED_SHARE = 1000
+CHECK_INTERVAL_TEXTS = 1000
 """Of so many texts a worker checks one against the reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderChoice:
+class SelectedEncoder:
     """What encodes a corpus, and why."""
 
     encoder: TextEncoder
@@ -40,7 +40,7 @@ class EncoderChoice:
     """Why the reference is used; None for a fast engine."""
 
 
-class IdsDifferError(Exception):
+class TokenIdMismatchError(Exception):
     """A fast engine gave other ids than the reference, in spite of all that was compared before."""
 
     def __init__(self, index: int, message: str) -> None:
@@ -60,7 +60,7 @@ class CheckedEncoder:
     that it is the same ones in each run; a stretch of a long document is a text of its own.
     """
 
-    def __init__(self, fast: "CompiledEncoder", reference: Reference) -> None:
+    def __init__(self, fast: "CompiledEncoder", reference: ReferenceEncoder) -> None:
         self.name, self.version = fast.name, fast.version
         self._fast = fast
         self._reference = reference
@@ -71,16 +71,18 @@ class CheckedEncoder:
         Raises:
             IdsDifferError: A text that was checked has other ids.
         """
-        return encode_in_stretches(texts, self._fast.cuts, self._encode)
+        return encode_in_chunks(texts, self._fast.cuts, self._encode)
 
     def _encode(self, texts: Sequence[str], first: int) -> list[np.ndarray]:
-        encoded = self._fast.encode_whole(texts)
-        offset = zlib.crc32("".join(texts).encode()) % CHECKED_SHARE
-        checked = range(offset, len(texts), CHECKED_SHARE)
-        wanted = self._reference.encode_whole([texts[place] for place in checked])
+        encoded = self._fast.encode_unsplit(texts)
+        offset = zlib.crc32("".join(texts).encode()) % CHECK_INTERVAL_TEXTS
+        checked = range(offset, len(texts), CHECK_INTERVAL_TEXTS)
+        wanted = self._reference.encode_unsplit([texts[place] for place in checked])
         for place, ids in zip(checked, wanted, strict=True):
             if not np.array_equal(encoded[place], ids):
-                raise IdsDifferError(first + place, self._report(texts[place], encoded[place], ids))
+                raise TokenIdMismatchError(
+                    first + place, self._report(texts[place], encoded[place], ids)
+                )
         return encoded
 
     def _report(self, text: str, ids: np.ndarray, wanted: np.ndarray) -> str:

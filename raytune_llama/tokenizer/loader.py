@@ -2,11 +2,11 @@
 
 Which ids a text gets is defined by one library for each directory, its *reference*:
 
-- SentencePiece where there is a `tokenizer.model`: LLaMA's ids, as training always made them. A
-  `tokenizer.json` beside it is a conversion, which gives other ids where pieces have equal scores
+- SentencePiece where there is a `loader.model`: LLaMA's ids, as training always made them. A
+  `loader.json` beside it is a conversion, which gives other ids where pieces have equal scores
   (all that were merged into a vocabulary with score 0) and before a leading space.
-- `tokenizers` where there is only a `tokenizer.json`, or where plain text was added as tokens
-  beside `tokenizer.model`, of which SentencePiece knows nothing.
+- `tokenizers` where there is only a `loader.json`, or where plain text was added as tokens
+  beside `loader.model`, of which SentencePiece knows nothing.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from raytune_llama.tokenizer.reference import (
-    Reference,
+    ReferenceEncoder,
     SentencePieceReference,
     TokenizersReference,
     is_sentencepiece,
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 """A directory with one of these holds a tokenizer; settings lie beside it."""
 
-ENGINE_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+TOKENIZER_JSON_SECTIONS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 """The parts of a `tokenizers` engine that decide which ids a text gets."""
 
 _MODEL_FILE = "tokenizer.model"
@@ -100,7 +100,7 @@ def _check_agreement(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
     """Refuse a directory whose tokenizer.model means other tokens by its ids."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
     names = {id_: token for token, id_ in tokenizer.get_vocab().items()}
-    controls = control_ids(tokenizer)
+    controls = control_token_ids(tokenizer)
     # The name of a control token is no text: a template may call a reserved piece as it likes.
     other = [
         id_
@@ -117,7 +117,7 @@ def _check_agreement(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
         )
 
 
-def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the ids that stand for no text: they may never come out of encoding a text."""
     # Not `all_special_ids`: that lists SentencePiece's user-defined pieces too, which are text.
     added = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -125,28 +125,28 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(added | {id_ for id_ in named if isinstance(id_, int)})
 
 
-def control_strings(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+def control_token_strings(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     """Return how the control tokens are spelled where a template writes them."""
-    return frozenset(tokenizer.convert_ids_to_tokens(sorted(control_ids(tokenizer))))
+    return frozenset(tokenizer.convert_ids_to_tokens(sorted(control_token_ids(tokenizer))))
 
 
 def token_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Return the text of each token that stands for text."""
-    controls = control_ids(tokenizer)
+    controls = control_token_ids(tokenizer)
     ids = sorted(set(tokenizer.get_vocab().values()) - controls)
     return tokenizer.backend_tokenizer.decode_batch([[id_] for id_ in ids])
 
 
-def load_reference(path: Path) -> Reference:
+def load_reference_encoder(path: Path) -> ReferenceEncoder:
     """Load what defines the ids of a tokenizer's directory.
 
     Raises:
         ValueError: as `load_tokenizer`.
     """
-    return build_reference(load_tokenizer(path))
+    return build_reference_encoder(load_tokenizer(path))
 
 
-def build_reference(tokenizer: PreTrainedTokenizerFast) -> Reference:
+def build_reference_encoder(tokenizer: PreTrainedTokenizerFast) -> ReferenceEncoder:
     """Return what defines the ids of a tokenizer from `load_tokenizer`."""
     pieces = _pieces_of(tokenizer)
     if pieces is not None:
@@ -160,7 +160,7 @@ def _pieces_of(tokenizer: PreTrainedTokenizerBase) -> SentencePieceReference | N
     if file is None or Path(file).name != _MODEL_FILE:
         return None
     stat = Path(file).stat()
-    controls = control_ids(tokenizer)
+    controls = control_token_ids(tokenizer)
     pieces = _load_pieces(Path(file), (stat.st_mtime_ns, stat.st_size), controls)
     unknown = sorted(
         token.content
@@ -206,7 +206,7 @@ def _sha256(tokenizer: PreTrainedTokenizerFast) -> str:
         content["sentencepiece"] = hashlib.sha256(model).hexdigest()
         content["added_tokens"] = engine["added_tokens"]
     else:
-        content |= {name: engine[name] for name in ENGINE_PARTS}
+        content |= {name: engine[name] for name in TOKENIZER_JSON_SECTIONS}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -21,14 +21,14 @@ from sentencepiece.sentencepiece_model_pb2 import (
 from tokenizers import Tokenizer
 
 from raytune_llama.tokenizer.split_points import (
-    Cuts,
-    build_engine_cuts,
-    build_pair_cuts,
-    encode_in_stretches,
+    SplitPoints,
+    build_engine_split_points,
+    build_pair_split_points,
+    encode_in_chunks,
 )
 
-PIECE = ModelProto.SentencePiece
-"""Kinds of pieces: `PIECE.NORMAL`, `PIECE.CONTROL` and so on."""
+PieceProto = ModelProto.SentencePiece
+"""Kinds of pieces: `PieceProto.NORMAL`, `PieceProto.CONTROL` and so on."""
 
 _BPE = 2
 
@@ -79,11 +79,11 @@ class SentencePieceReference:
         self._content = (model, controls)
         self.proto = ModelProto.FromString(model)
         for id_, piece in enumerate(self.proto.pieces):
-            if id_ in controls and piece.type in (PIECE.NORMAL, PIECE.USER_DEFINED):
-                piece.type = PIECE.CONTROL
-        self.cuts: Cuts | None = None
+            if id_ in controls and piece.type in (PieceProto.NORMAL, PieceProto.USER_DEFINED):
+                piece.type = PieceProto.CONTROL
+        self.cuts: SplitPoints | None = None
         if is_plain_merging(self.proto):
-            self.cuts = build_pair_cuts(
+            self.cuts = build_pair_split_points(
                 [piece.piece for piece in self.proto.pieces if piece.type in _TEXT_TYPES]
             )
         self._processor = sentencepiece.SentencePieceProcessor(
@@ -96,13 +96,13 @@ class SentencePieceReference:
     def is_user_defined(self, id_: int) -> bool:
         """Whether an id stands for text that is always one token, wherever it is."""
         pieces = self.proto.pieces
-        return id_ < len(pieces) and pieces[id_].type == PIECE.USER_DEFINED
+        return id_ < len(pieces) and pieces[id_].type == PieceProto.USER_DEFINED
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `TextEncoder.encode`."""
-        return encode_in_stretches(texts, self.cuts, self.encode_whole)
+        return encode_in_chunks(texts, self.cuts, self.encode_unsplit)
 
-    def encode_whole(self, texts: Sequence[str], _: int = 0) -> list[np.ndarray]:
+    def encode_unsplit(self, texts: Sequence[str], _: int = 0) -> list[np.ndarray]:
         """Encode texts whole: time and memory grow with the longest."""
         utf8 = [text.encode() for text in texts]
         encoded = self._processor.encode(utf8, return_type="numpy", num_threads=1)
@@ -123,7 +123,7 @@ class TokenizersReference:
         self.version = version("tokenizers")
         self._content = (engine,)
         self.engine: dict[str, Any] = json.loads(engine)
-        self.cuts = build_engine_cuts(self.engine)
+        self.cuts = build_engine_split_points(self.engine)
         self._tokenizer = Tokenizer.from_str(engine)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -134,9 +134,9 @@ class TokenizersReference:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `TextEncoder.encode`."""
-        return encode_in_stretches(texts, self.cuts, self.encode_whole)
+        return encode_in_chunks(texts, self.cuts, self.encode_unsplit)
 
-    def encode_whole(self, texts: Sequence[str], _: int = 0) -> list[np.ndarray]:
+    def encode_unsplit(self, texts: Sequence[str], _: int = 0) -> list[np.ndarray]:
         """Encode texts whole: time and memory grow with the longest."""
         for text in texts:
             text.encode()  # the library says of half of a surrogate pair that it is no str
@@ -144,10 +144,12 @@ class TokenizersReference:
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
 
 
-Reference = SentencePieceReference | TokenizersReference
+ReferenceEncoder = SentencePieceReference | TokenizersReference
 
 
-def _rebuild(kind: Callable[..., Reference], content: tuple[Any, ...], wanted: str) -> Reference:
+def _rebuild(
+    kind: Callable[..., ReferenceEncoder], content: tuple[Any, ...], wanted: str
+) -> ReferenceEncoder:
     """Unpickle a reference."""
     reference = kind(*content)
     check_version(reference, wanted)
@@ -167,7 +169,7 @@ def check_version(encoder: TextEncoder, wanted: str) -> None:
         )
 
 
-_TEXT_TYPES = (PIECE.NORMAL, PIECE.USER_DEFINED)
+_TEXT_TYPES = (PieceProto.NORMAL, PieceProto.USER_DEFINED)
 
 
 def is_plain_merging(proto: Any) -> bool:  # noqa: ANN401  # made when protobuf is imported
@@ -185,7 +187,7 @@ def is_plain_merging(proto: Any) -> bool:  # noqa: ANN401  # made when protobuf 
         and not normalizer.precompiled_charsmap
         and not normalizer.remove_extra_whitespaces
         and normalizer.escape_whitespaces
-        and not any(piece.type == PIECE.UNUSED for piece in proto.pieces)
+        and not any(piece.type == PieceProto.UNUSED for piece in proto.pieces)
     )
 
 

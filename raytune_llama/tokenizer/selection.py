@@ -14,10 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from raytune_llama.tokenizer.encoder import CheckedEncoder, EncoderChoice, Engine, excerpt
+from raytune_llama.tokenizer.encoder import CheckedEncoder, EncoderKind, SelectedEncoder, excerpt
 from raytune_llama.tokenizer.hard_texts import hard_texts
-from raytune_llama.tokenizer.loader import build_reference, control_strings, token_texts
-from raytune_llama.tokenizer.reference import Reference
+from raytune_llama.tokenizer.loader import (
+    build_reference_encoder,
+    control_token_strings,
+    token_texts,
+)
+from raytune_llama.tokenizer.reference import ReferenceEncoder
 
 if TYPE_CHECKING:
     from raytune_llama.tokenizer.compiled.encoder import CompiledEncoder
@@ -27,9 +31,9 @@ logger = logging.getLogger(__name__)
 _BATCH_TEXTS = 1024
 
 
-def choose_encoder(
-    tokenizer: PreTrainedTokenizerFast, sample: Sequence[str], engine: Engine = "auto"
-) -> EncoderChoice:
+def select_encoder(
+    tokenizer: PreTrainedTokenizerFast, sample: Sequence[str], engine: EncoderKind = "auto"
+) -> SelectedEncoder:
     """Choose what encodes a corpus with a tokenizer, and log it.
 
     Args:
@@ -40,13 +44,13 @@ def choose_encoder(
     Raises:
         ValueError: `compiled` is asked for and can't be used.
     """
-    reference = build_reference(tokenizer)
+    reference = build_reference_encoder(tokenizer)
     texts, fast, reason = [], None, "it was asked for"
     if engine != "reference":
-        texts = [*hard_texts(control_strings(tokenizer), token_texts(tokenizer)), *sample]
+        texts = [*hard_texts(control_token_strings(tokenizer), token_texts(tokenizer)), *sample]
         fast, reason = _find_fast(reference, texts)
     if fast is not None:
-        choice = EncoderChoice(
+        choice = SelectedEncoder(
             encoder=CheckedEncoder(fast, reference),
             num_texts=len(texts),
             num_bytes=sum(len(text.encode()) for text in texts),
@@ -64,10 +68,12 @@ def choose_encoder(
             "set it to auto"
         )
     logger.info("ids are made by %s %s, since %s", reference.name, reference.version, reason)
-    return EncoderChoice(encoder=reference, num_texts=0, num_bytes=0, reason=reason)
+    return SelectedEncoder(encoder=reference, num_texts=0, num_bytes=0, reason=reason)
 
 
-def _find_fast(reference: Reference, texts: list[str]) -> "tuple[CompiledEncoder | None, str]":
+def _find_fast(
+    reference: ReferenceEncoder, texts: list[str]
+) -> "tuple[CompiledEncoder | None, str]":
     """Return the fast engine if it gives the reference's ids, and why not otherwise."""
     if find_spec("numba") is None:
         return None, "the fast engine needs numba: pip install 'raytune_llama[fast]'"

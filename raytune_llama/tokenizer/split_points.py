@@ -3,9 +3,9 @@
 Byte-pair merging works on a whole text at once, so that a document of 200 MB costs gigabytes. But
 a merge makes a piece of the vocabulary: between two characters that stand side by side in no
 piece, none ever happens, and since merges on one side don't look at the other, both sides get the
-ids that they have in the whole (`PairCuts`). Byte-level tokenizers split a text by a pattern before
-they merge; behind a letter that no letter follows, all patterns known here end a word, whatever
-comes before and behind (`LetterCuts`).
+ids that they have in the whole (`PairSplitPoints`). Byte-level tokenizers split a text by a pattern
+before they merge; after a letter that no letter follows, all patterns known here end a word,
+whatever comes before and after (`LetterSplitPoints`).
 
 A part behind a cut is encoded behind an anchor, whose ids are then dropped: a tokenizer that puts
 a space before a text puts it before the anchor.
@@ -22,10 +22,10 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-STRETCH_CHARACTERS = 1 << 18
+CHUNK_CHARACTERS = 1 << 18
 """Longer texts are cut into stretches of at most this size, if there is a place."""
 
-MAX_STRETCH_CHARACTERS = 1 << 22
+MAX_CHUNK_CHARACTERS = 1 << 22
 """A stretch that can be cut nowhere may be this long: it takes 0.2 to 0.7 GB of memory."""
 
 SPACE = "\u2581"
@@ -41,11 +41,11 @@ _WORDS = (
 )
 
 
-class UncuttableTextError(ValueError):
+class UnsplittableTextError(ValueError):
     """A text is too long to be encoded whole, and no place to cut it is certain."""
 
 
-class Cuts(Protocol):
+class SplitPoints(Protocol):
     """Tells where a text may be cut."""
 
     @property
@@ -53,13 +53,13 @@ class Cuts(Protocol):
         """What is put before a part that is not the first."""
         ...
 
-    def is_certain(self, text: str, at: int) -> bool:
+    def is_safe_split(self, text: str, at: int) -> bool:
         """Whether the ids of `text` are those of `text[:at]` and then those of `text[at:]`."""
         ...
 
 
 @dataclass(frozen=True)
-class PairCuts:
+class PairSplitPoints:
     """Cuts between characters that no piece holds side by side."""
 
     joined: frozenset[str]
@@ -67,13 +67,13 @@ class PairCuts:
     anchor: str
     """A character that no longer piece holds."""
 
-    def is_certain(self, text: str, at: int) -> bool:
-        """See `Cuts.is_certain`."""
+    def is_safe_split(self, text: str, at: int) -> bool:
+        """See `SplitPoints.is_safe_split`."""
         return text[at - 1 : at + 1].replace(SPACE, " ") not in self.joined
 
 
 @dataclass(frozen=True)
-class LetterCuts:
+class LetterSplitPoints:
     """Cuts behind a letter that is followed by a space or a sign."""
 
     joined: frozenset[str]
@@ -81,8 +81,8 @@ class LetterCuts:
     anchor: str = ""
     """Nothing: no space is put before a text."""
 
-    def is_certain(self, text: str, at: int) -> bool:
-        """See `Cuts.is_certain`."""
+    def is_safe_split(self, text: str, at: int) -> bool:
+        """See `SplitPoints.is_safe_split`."""
         before, behind = text[at - 1], text[at]
         return (
             unicodedata.category(before)[0] == "L"
@@ -92,21 +92,21 @@ class LetterCuts:
         )
 
 
-def inner_pairs(pieces: Sequence[str]) -> frozenset[str]:
+def adjacent_character_pairs(pieces: Sequence[str]) -> frozenset[str]:
     """Return the pairs of characters that stand side by side in some piece."""
     return frozenset(a + b for piece in pieces for a, b in pairwise(piece))
 
 
-def build_pair_cuts(pieces: Sequence[str]) -> PairCuts | None:
+def build_pair_split_points(pieces: Sequence[str]) -> PairSplitPoints | None:
     """Return the cuts of a vocabulary that merges characters; None if it offers no anchor."""
-    joined = inner_pairs([piece.replace(SPACE, " ") for piece in pieces])
+    joined = adjacent_character_pairs([piece.replace(SPACE, " ") for piece in pieces])
     inside = {character for pair in joined for character in pair}
     anchors = (character for character in "\n\t\r\x01\x02\x03" if character not in inside)
     anchor = next(anchors, None)
-    return None if anchor is None else PairCuts(joined, anchor)
+    return None if anchor is None else PairSplitPoints(joined, anchor)
 
 
-def build_engine_cuts(engine: dict[str, Any]) -> Cuts | None:
+def build_engine_split_points(engine: dict[str, Any]) -> SplitPoints | None:
     """Return the cuts of a `tokenizers` engine, given its JSON; None if it is of no known kind."""
     model = engine["model"]
     if model["type"] != "BPE" or any(
@@ -116,15 +116,15 @@ def build_engine_cuts(engine: dict[str, Any]) -> Cuts | None:
     texts = [token for token in engine["added_tokens"] if not token["special"]]
     if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in texts):
         return None
-    if split_kind(engine) is not None:
-        return LetterCuts(inner_pairs([token["content"] for token in texts]))
+    if find_split_pattern(engine) is not None:
+        return LetterSplitPoints(adjacent_character_pairs([token["content"] for token in texts]))
     # Behind a token that is found in the text a space is put before what follows.
-    if is_llama(engine) and not texts:
-        return build_pair_cuts(list(model["vocab"]))
+    if is_whole_text_bpe(engine) and not texts:
+        return build_pair_split_points(list(model["vocab"]))
     return None
 
 
-def is_llama(engine: dict[str, Any]) -> bool:
+def is_whole_text_bpe(engine: dict[str, Any]) -> bool:
     """Whether an engine merges the characters of a whole text, as LLaMA's first tokenizers do."""
     model, normalizer, splitter = engine["model"], engine["normalizer"], engine["pre_tokenizer"]
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
@@ -147,7 +147,7 @@ def is_llama(engine: dict[str, Any]) -> bool:
     )
 
 
-def split_kind(engine: dict[str, Any]) -> str | None:
+def find_split_pattern(engine: dict[str, Any]) -> str | None:
     """Name the pattern by which a byte-level engine splits a text; None for one not known here.
 
     Returns:
@@ -169,22 +169,22 @@ def split_kind(engine: dict[str, Any]) -> str | None:
     return next((name for name, wanted in kinds.items() if steps == wanted), None)
 
 
-def cut(text: str, cuts: Cuts | None) -> Iterator[str]:
-    """Cut a text into stretches of `STRETCH_CHARACTERS`, or longer where no place is certain.
+def split_text(text: str, cuts: SplitPoints | None) -> Iterator[str]:
+    """Cut a text into stretches of `CHUNK_CHARACTERS`, or longer where no place is certain.
 
     Raises:
-        UncuttableTextError: A stretch would be longer than `MAX_STRETCH_CHARACTERS`.
+        UncuttableTextError: A stretch would be longer than `MAX_CHUNK_CHARACTERS`.
     """
     start = 0
-    while len(text) - start > STRETCH_CHARACTERS:
-        end = _next_cut(text, start, cuts)
-        if end - start > MAX_STRETCH_CHARACTERS:
-            raise UncuttableTextError(
+    while len(text) - start > CHUNK_CHARACTERS:
+        end = _next_split_point(text, start, cuts)
+        if end - start > MAX_CHUNK_CHARACTERS:
+            raise UnsplittableTextError(
                 f"there is no place in {end - start} characters where the text could be cut "
                 f"without a change of ids, and whole they need too much memory; at most "
-                f"{MAX_STRETCH_CHARACTERS} can be encoded: {text[start : start + 40]!r} ..."
+                f"{MAX_CHUNK_CHARACTERS} can be encoded: {text[start : start + 40]!r} ..."
             )
-        if end - start > 2 * STRETCH_CHARACTERS:
+        if end - start > 2 * CHUNK_CHARACTERS:
             logger.warning(
                 "a text could not be cut within %d characters, which are encoded whole: %r ...",
                 end - start,
@@ -196,29 +196,29 @@ def cut(text: str, cuts: Cuts | None) -> Iterator[str]:
         yield text[start:]
 
 
-def _next_cut(text: str, start: int, cuts: Cuts | None) -> int:
+def _next_split_point(text: str, start: int, cuts: SplitPoints | None) -> int:
     """Return the last certain place within a stretch, or the first behind it, or the end."""
     if cuts is None:
         return len(text)
-    wanted = start + STRETCH_CHARACTERS
-    farthest = min(len(text), start + MAX_STRETCH_CHARACTERS + 1)
+    wanted = start + CHUNK_CHARACTERS
+    farthest = min(len(text), start + MAX_CHUNK_CHARACTERS + 1)
     places = chain(range(wanted, start, -1), range(wanted + 1, farthest))
-    return next((at for at in places if cuts.is_certain(text, at)), len(text))
+    return next((at for at in places if cuts.is_safe_split(text, at)), len(text))
 
 
-Encode = Callable[[Sequence[str], int], list[np.ndarray]]
+EncodeFunction = Callable[[Sequence[str], int], list[np.ndarray]]
 """Encodes texts whole; the number is the first one's place among all texts."""
 
 
-def encode_in_stretches(
-    texts: Sequence[str], cuts: Cuts | None, encode: Encode
+def encode_in_chunks(
+    texts: Sequence[str], cuts: SplitPoints | None, encode: EncodeFunction
 ) -> list[np.ndarray]:
     """Encode texts of any length with `encode`, of which memory depends on what it gets at once."""
-    if sum(map(len, texts)) <= STRETCH_CHARACTERS:
+    if sum(map(len, texts)) <= CHUNK_CHARACTERS:
         return encode(texts, 0)
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
     ends = np.cumsum(lengths)
-    long = [*np.flatnonzero(lengths > STRETCH_CHARACTERS).tolist(), len(texts)]
+    long = [*np.flatnonzero(lengths > CHUNK_CHARACTERS).tolist(), len(texts)]
     results: list[np.ndarray] = []
     start = 0
     while start < len(texts):
@@ -234,11 +234,13 @@ def encode_in_stretches(
     return results
 
 
-def _encode_long(text: str, index: int, cuts: Cuts | None, encode: Encode) -> np.ndarray:
+def _encode_long(
+    text: str, index: int, cuts: SplitPoints | None, encode: EncodeFunction
+) -> np.ndarray:
     anchor = "" if cuts is None else cuts.anchor
     [anchor_ids] = encode([anchor], index)
     parts: list[np.ndarray] = []
-    for stretch in cut(text, cuts):
+    for stretch in split_text(text, cuts):
         [ids] = encode([anchor + stretch if parts else stretch], index)
         parts.append(ids[len(anchor_ids) :] if parts else ids)
     return np.concatenate(parts)

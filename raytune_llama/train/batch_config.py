@@ -82,7 +82,7 @@ class TextBatchConfig(BatchConfig):
         return self.evaluation_form if self.packing == "packed" else self.packing
 
     @property
-    def isolates(self) -> bool:
+    def isolates_documents(self) -> bool:
         """Whether documents of one sequence must not see each other."""
         return self.evaluation_form == "isolated"
 
@@ -107,6 +107,6 @@ class ChatBatchConfig(BatchConfig):
         return "fitted" if self.packing == "packed" else "padded"
 
     @property
-    def isolates(self) -> bool:
+    def isolates_documents(self) -> bool:
         """Whether documents of one sequence must not see each other."""
         return True

@@ -159,9 +159,9 @@ class TrainConfig:
                 f"num_epochs: got {self.num_epochs}, but sources with weights have epochs of their "
                 "own; set max_steps, or drop the weights"
             )
-        num_workers, micro_batch = self.scale.most_workers, batch.micro_batch_sequences
+        num_workers, micro_batch = self.scale.max_workers, batch.micro_batch_sequences
         if num_workers * micro_batch > batch.sequences_per_step:
-            field = "scale.num_workers.max" if self.scale.elastic else "scale.num_workers"
+            field = "scale.num_workers.max" if self.scale.elastic_range else "scale.num_workers"
             problems.append(
                 f"{field}: {num_workers} workers with micro-batches of {micro_batch} "
                 f"exceed batch.sequences_per_step, {batch.sequences_per_step}; use fewer "

@@ -14,21 +14,21 @@ from torch import Tensor
 import raytune_llama
 from raytune_llama.config.settings import to_dict
 from raytune_llama.data.store.token_store import TokenStore
-from raytune_llama.model.directory import write_with_tables
-from raytune_llama.model.lineage import CHAT
+from raytune_llama.model.directory import write_with_trained_tables
+from raytune_llama.model.lineage import CHAT_KEY
 from raytune_llama.model.llama import DTYPES, causal_lm, model_settings
 from raytune_llama.model.lora import write_adapter
-from raytune_llama.model.rope import MODEL_SETTINGS
+from raytune_llama.model.rope import MODEL_SETTINGS_KEY
 from raytune_llama.model.vocab import new_ids
-from raytune_llama.storage.files import MANIFEST, sha256_file, write_json_atomic
+from raytune_llama.storage.files import OUTPUT_MANIFEST, sha256_file, write_json_atomic
 from raytune_llama.storage.place import Place
 from raytune_llama.storage.transfers import publish_place
 from raytune_llama.tokenizer.loader import tokenizer_sha256, write_tokenizer
-from raytune_llama.train.checkpoint.initial_adapter import read_initial
+from raytune_llama.train.checkpoint.initial_adapter import read_initial_factors
 from raytune_llama.train.checkpoint.layout import RunState
 from raytune_llama.train.config import AnyTrainConfig
-from raytune_llama.train.engines.protocol import Engine
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.engines.protocol import TrainEngine
+from raytune_llama.train.process_group import ProcessGroup
 from raytune_llama.train.untrained_rows import UNTRAINED_ROWS, count_untrained_rows
 
 logger = logging.getLogger(__name__)
@@ -41,16 +41,16 @@ def result_path(config: AnyTrainConfig) -> Place:
 
 def read_result(config: AnyTrainConfig) -> dict[str, Any] | None:
     """Return the manifest of a finished run's result, or None."""
-    manifest = result_path(config) / MANIFEST
+    manifest = result_path(config) / OUTPUT_MANIFEST
     return manifest.read_json() if manifest.status() is not None else None
 
 
 def write_result(
     config: AnyTrainConfig,
     store: TokenStore,
-    engine: Engine,
+    engine: TrainEngine,
     state: RunState,
-    workers: Workers,
+    workers: ProcessGroup,
     *,
     mixture: Mapping[str, Any],
 ) -> None:
@@ -59,12 +59,12 @@ def write_result(
     Every trained tensor is written whole: in float32 for an adapter, in the run's precision for a
     model of which every weight was trained, and in the base's where only its tables were.
     """
-    trained = {name: tensor for name, tensor in engine.whole_weights() if workers.is_first}
-    if not workers.is_first:
+    trained = {name: tensor for name, tensor in engine.full_weights() if workers.is_rank_zero}
+    if not workers.is_rank_zero:
         return
     base, tokenizer = Path(config.model.path), Path(config.model.tokenizer_path)
     lm = causal_lm(engine.module.model)
-    with publish_place(result_path(config), last=MANIFEST) as folder:
+    with publish_place(result_path(config), last=OUTPUT_MANIFEST) as folder:
         norms = _write_weights(config, engine, trained, folder)
         write_tokenizer(tokenizer, folder)
         manifest = {
@@ -76,11 +76,11 @@ def write_result(
             "base": fingerprint_model(base),
             # What it was trained above; it is merged into the base as it is.
             "base_quantization": config.model.quantization,
-            MODEL_SETTINGS: model_settings(config.model) if config.train == "lora" else {},
+            MODEL_SETTINGS_KEY: model_settings(config.model) if config.train == "lora" else {},
             "adapter": fingerprint_adapter(config),
             "tokenizer_sha256": tokenizer_sha256(tokenizer),
             "store": store.fingerprint,
-            CHAT: store.manifest.inputs.get(CHAT),
+            CHAT_KEY: store.manifest.inputs.get(CHAT_KEY),
             "mixture": mixture,
             "num_trained": sum(tensor.numel() for tensor in trained.values()),
             "tensor_norms": norms,
@@ -88,32 +88,32 @@ def write_result(
             "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},
             "config": to_dict(config),
         }
-        write_json_atomic(folder / MANIFEST, manifest)
+        write_json_atomic(folder / OUTPUT_MANIFEST, manifest)
     logger.info("%s written to %s", manifest["kind"], result_path(config))
-    if manifest[MODEL_SETTINGS]:
+    if manifest[MODEL_SETTINGS_KEY]:
         logger.warning(
             "the adapter was trained with other settings than its base's config.json has (%s), "
             "which PEFT's files cannot say: our merge writes them, and PEFT needs a base that was "
             "loaded with them",
-            ", ".join(manifest[MODEL_SETTINGS]),
+            ", ".join(manifest[MODEL_SETTINGS_KEY]),
         )
 
 
 def _write_weights(
-    config: AnyTrainConfig, engine: Engine, trained: Mapping[str, Tensor], folder: Path
+    config: AnyTrainConfig, engine: TrainEngine, trained: Mapping[str, Tensor], folder: Path
 ) -> dict[str, float]:
     model = engine.module.model
     if isinstance(model, PeftModel):
         if config.lora is None or config.lora.init == "default":
             return write_adapter(model, trained, folder)
         with TemporaryDirectory() as copies:
-            initial = read_initial(config.run_place, Path(copies))
+            initial = read_initial_factors(config.run_place, Path(copies))
         return write_adapter(model, trained, folder, initial=initial)
     lm = causal_lm(model)
     if config.train == "embeddings":
         base, tokenizer = Path(config.model.path), Path(config.model.tokenizer_path)
         changed = model_settings(config.model)
-        return write_with_tables(lm, base, tokenizer, trained, folder, settings=changed)
+        return write_with_trained_tables(lm, base, tokenizer, trained, folder, settings=changed)
     dtype = DTYPES[config.engine.precision]
     lm.save_pretrained(
         folder, state_dict={name: tensor.to(dtype) for name, tensor in trained.items()}

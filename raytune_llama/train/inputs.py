@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 
-from raytune_llama.data.batches.evaluation import EvaluatedSource, choose_evaluated
-from raytune_llama.data.batches.mixture import Source, cut_sources
+from raytune_llama.data.batches.evaluation import EvaluationSource, select_evaluation_sources
+from raytune_llama.data.batches.mixture import TrainingSource, cut_sources
 from raytune_llama.data.batches.step_batches import BatchPlan
 from raytune_llama.data.store.token_store import TokenStore
 from raytune_llama.train.config import AnyTrainConfig
 
 
-def plan_run(config: AnyTrainConfig, sources: Sequence[Source]) -> BatchPlan:
+def build_batch_plan(config: AnyTrainConfig, sources: Sequence[TrainingSource]) -> BatchPlan:
     """Return the order of the whole run over its sources, which depends on no worker."""
     weights = [source.weight for source in sources if source.weight is not None]
-    return BatchPlan.of(
+    return BatchPlan.create(
         [source.sequences.num_sequences for source in sources],
         sequence_tokens=config.batch.sequence_tokens,
         sequences_per_step=config.batch.sequences_per_step,
@@ -25,7 +25,7 @@ def plan_run(config: AnyTrainConfig, sources: Sequence[Source]) -> BatchPlan:
     )
 
 
-def build_sources(config: AnyTrainConfig, store: TokenStore) -> tuple[Source, ...]:
+def build_sources(config: AnyTrainConfig, store: TokenStore) -> tuple[TrainingSource, ...]:
     """Return the sources that the run trains on, cut into sequences.
 
     Raises:
@@ -41,14 +41,16 @@ def build_sources(config: AnyTrainConfig, store: TokenStore) -> tuple[Source, ..
     )
 
 
-def build_evaluation(config: AnyTrainConfig, store: TokenStore) -> tuple[EvaluatedSource, ...]:
+def build_evaluation_sources(
+    config: AnyTrainConfig, store: TokenStore
+) -> tuple[EvaluationSource, ...]:
     """Return what is evaluated of each source with validation text.
 
     Raises:
         ConfigError: `eval.max_sequences` is less than one for each of them.
     """
-    return choose_evaluated(
-        config.data.every_source,
+    return select_evaluation_sources(
+        config.data.all_sources,
         store.split("validation"),
         config.batch.evaluation_form,
         config.batch.sequence_tokens,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from raytune_llama.chat.templates.choice import build_template
 from raytune_llama.config.settings import (
     ConfigError,
-    differences,
+    find_differences,
     from_dict,
     identity,
     override,
@@ -22,15 +22,15 @@ from raytune_llama.config.yaml12 import parse_mapping
 from raytune_llama.data.build.preparation import DataInputs, open_data
 from raytune_llama.model.directory import stored_tables
 from raytune_llama.model.embeddings import check_embeddings
-from raytune_llama.model.lineage import check_adapter_tokenizer, recorded_chat
+from raytune_llama.model.lineage import check_adapter_tokenizer, find_chat_template
 from raytune_llama.model.llama import (
-    check_isolation,
+    build_empty_model,
+    check_document_isolation,
     check_model_directory,
     check_model_settings,
     check_output_projection,
     decoder_layers,
     has_weights,
-    load_skeleton,
 )
 from raytune_llama.model.lora import (
     check_adapter_directory,
@@ -38,7 +38,7 @@ from raytune_llama.model.lora import (
     check_adapter_targets,
 )
 from raytune_llama.model.quantization import check_quantization
-from raytune_llama.model.rope import check_rope_scaling, read_model_settings, scaled_settings
+from raytune_llama.model.rope import build_rope_settings, check_rope_scaling, read_model_settings
 from raytune_llama.model.vocab import VocabularyFit, check_vocabulary, num_embedding_rows
 from raytune_llama.storage.files import read_json
 from raytune_llama.storage.place import Place, check_place, local_path
@@ -61,8 +61,8 @@ logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=AnyTrainConfig)
 
-IDENTITY = "identity.json"
-RESOLVED_CONFIG = "run.yaml"
+IDENTITY_FILE = "identity.json"
+RUN_CONFIG_FILE = "run.yaml"
 
 _ON_ANY_STORAGE = {"run_dir", "data.store_dir"}
 _SOURCES = ("data.sources.", "data.validation.")
@@ -163,7 +163,7 @@ def _open_model(config: AnyTrainConfig) -> tuple[PreTrainedModel | None, list[st
         problems = (check_model_settings if no_weights_needed else check_model_directory)(path)
         if problems:
             return None, problems
-        model = load_skeleton(path)
+        model = build_empty_model(path)
     except (ValueError, OSError) as error:
         return None, [f"model.path: {path} is no causal LM that can be read: {error}"]
     return model, _check_model(config, model)
@@ -173,7 +173,7 @@ def _check_model(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
     problems = check_output_projection(model)
     problems += _check_positions(config, model)
     if config.batch.evaluation_form == "isolated":
-        problems += check_isolation(model)
+        problems += check_document_isolation(model)
     if config.lora is not None:
         problems += check_adapter_targets(model, config.lora)
     if config.engine.traits.shards_by_layer and not decoder_layers(model):
@@ -192,7 +192,7 @@ def _check_template(config: AnyTrainConfig) -> list[str]:
     """Refuse to tune with another template than the model was tuned with, unless told."""
     if not isinstance(config, SftConfig) or config.allow_other_template:
         return []
-    found = recorded_chat([Path(path) for path in (config.model.path, config.adapter) if path])
+    found = find_chat_template([Path(path) for path in (config.model.path, config.adapter) if path])
     if found is None:
         return []
     directory, chat = found
@@ -230,7 +230,7 @@ def _check_positions(config: AnyTrainConfig, model: PreTrainedModel) -> list[str
     if config.adapter is None or _check_adapter(config):
         return []
     had = read_model_settings(Path(config.adapter))
-    has = scaled_settings(model.config, scaling)
+    has = build_rope_settings(model.config, scaling)
     if had == has:
         return []
     return [
@@ -247,12 +247,12 @@ def _check_vocabulary(config: AnyTrainConfig, model: PreTrainedModel) -> list[st
         )
     except (ValueError, OSError) as error:
         return [str(error)]
-    if fit.num_surplus_rows:
+    if fit.num_unused_rows:
         logger.info(
             "the model has %d rows for the tokenizer's %d ids: %d surplus rows are kept",
             fit.num_rows,
             fit.num_ids,
-            fit.num_surplus_rows,
+            fit.num_unused_rows,
         )
     problems = _check_untrained_rows(config, model, fit)
     problems += check_embedding_rate(config, model)
@@ -310,7 +310,7 @@ def _check_run_dir(config: AnyTrainConfig) -> list[str]:
     problem = check_place(run_dir, "run_dir")
     if problem is not None:
         return [problem]
-    if not run_dir.exists() or (run_dir / IDENTITY).exists():
+    if not run_dir.exists() or (run_dir / IDENTITY_FILE).exists():
         return []
     if not run_dir.is_dir():
         return [f"run_dir: {run_dir} is a file; name a folder"]
@@ -318,7 +318,7 @@ def _check_run_dir(config: AnyTrainConfig) -> list[str]:
     if all(_is_ours(place, store_dir) for place in [*run_dir.files(), *run_dir.folders()]):
         return []
     return [
-        f"run_dir: {run_dir} exists and is not the directory of a run (it has no {IDENTITY}); "
+        f"run_dir: {run_dir} exists and is not the directory of a run (it has no {IDENTITY_FILE}); "
         "name another one, or an empty folder"
     ]
 
@@ -355,11 +355,11 @@ def check_identity(place: Place, now: Mapping[str, Any], *, field: str = "run_di
     Raises:
         ConfigError: with every field that differs.
     """
-    file = place / IDENTITY
+    file = place / IDENTITY_FILE
     if not file.exists():
         return
     then = file.read_json()
-    changed = differences({key: then.get(key) for key in now}, now)
+    changed = find_differences({key: then.get(key) for key in now}, now)
     if changed:
         raise ConfigError(
             [
@@ -372,12 +372,12 @@ def check_identity(place: Place, now: Mapping[str, Any], *, field: str = "run_di
 
 def write_identity(config: AnyTrainConfig, now: Mapping[str, Any]) -> None:
     """Write `run.yaml` and `identity.json` before the first step; log what may change and did."""
-    before = config.run_place / RESOLVED_CONFIG
+    before = config.run_place / RUN_CONFIG_FILE
     if before.exists():
         for change in placement_changes(config, before):
             logger.info("changed since the run's last start: %s", change)
     # First what makes the folder that of a run: a start that is killed in between can be repeated.
-    (config.run_place / IDENTITY).write_json(now)
+    (config.run_place / IDENTITY_FILE).write_json(now)
     before.write_bytes(to_yaml(config).encode())
 
 
@@ -386,7 +386,7 @@ def placement_changes(config: AnyTrainConfig, before: Place) -> list[str]:
     data, problems = parse_mapping(before.read_bytes().decode(errors="replace"), str(before))
     if data is not None and not problems:
         try:
-            return differences(to_dict(from_dict(type(config), data)), to_dict(config))
+            return find_differences(to_dict(from_dict(type(config), data)), to_dict(config))
         except ConfigError as error:
             problems = error.problems
     return [f"{before} can't be read ({'; '.join(problems)}); it is written anew"]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raytune_llama.storage.lease import Fence
-from raytune_llama.train.progress import Pulse
+from raytune_llama.train.progress import Progress
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ def ensure_process_group(device: torch.device) -> None:
 
 
 @dataclass(frozen=True)
-class Workers:
+class ProcessGroup:
     """This worker's place in the group, and the small collectives that the loop needs."""
 
     rank: int
@@ -42,25 +42,25 @@ class Workers:
     fence: Fence | None = None
     """What allows to publish in the run directory; None where nobody else could."""
 
-    pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
+    progress: Progress = field(default_factory=Progress, compare=False, repr=False)
     """What this worker is doing."""
 
     @classmethod
-    def alone(cls, device: torch.device | None = None) -> Self:
+    def single_process(cls, device: torch.device | None = None) -> Self:
         """Return a group of one, without a process group."""
         return cls(rank=0, world_size=1, device=device or torch.device("cpu"))
 
     @classmethod
-    def of_process_group(cls, device: torch.device) -> Self:
+    def from_torch(cls, device: torch.device) -> Self:
         """Return this process's place in the initialised torch process group."""
         return cls(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this worker writes what is written once."""
         return self.rank == 0
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Add numbers up over the workers, in double precision; every worker gets the sums."""
         if self.world_size == 1:
             return list(values)
@@ -69,13 +69,13 @@ class Workers:
         dist.all_reduce(total)
         return total.tolist()
 
-    def sum_in_place(self, total: Tensor) -> Tensor:
+    def all_reduce_in_place(self, total: Tensor) -> Tensor:
         """Add a tensor up over the workers where it lies, without waiting for it; return it."""
         if self.world_size > 1:
             dist.all_reduce(total)
         return total
 
-    def gather_rows(self, row_N: Tensor) -> list[list[int]]:
+    def all_gather_rows(self, row_N: Tensor) -> list[list[int]]:
         """Return a tensor of integers of all workers, by rank."""
         if self.world_size == 1:
             return [row_N.tolist()]
@@ -91,7 +91,7 @@ class Workers:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Return every worker's value, by rank, on every worker; small objects only."""
         if self.world_size == 1:
             return [value]
@@ -104,4 +104,4 @@ class Workers:
 
     def barrier(self) -> None:
         """Wait until every worker is here."""
-        self.sum([0.0])
+        self.all_reduce_sum([0.0])

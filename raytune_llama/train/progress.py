@@ -9,41 +9,41 @@ Phase = Literal["starting", "training", "evaluating", "saving", "finishing", "ov
 """What a worker is doing."""
 
 
-class Pulse:
+class Progress:
     """Set by the loop, read by the thread that sends it."""
 
     def __init__(self) -> None:
-        self.marks = 0
+        self.ticks = 0
         self.step = 0
         self.phase: Phase = "starting"
         self._slowest = 0.0
         self._since = time.monotonic()
 
-    def take_step(self, step: int) -> None:
+    def record_step(self, step: int) -> None:
         """Note that a step has ended: it is the first, or another's end is when it began."""
         now = time.monotonic()
         if self.phase == "training":
             self._slowest = max(self._slowest, now - self._since)
         self.step, self.phase, self._since = step, "training", now
-        self.marks += 1
+        self.ticks += 1
 
-    def enter(self, phase: Phase) -> None:
+    def enter_phase(self, phase: Phase) -> None:
         """Note that something begins that is no step."""
         self.phase = phase
         self._since = time.monotonic()
-        self.marks += 1
+        self.ticks += 1
 
     @contextlib.contextmanager
-    def doing(self, phase: Phase) -> Iterator[None]:
+    def during(self, phase: Phase) -> Iterator[None]:
         """Note what is done in the block."""
         before = self.phase
-        self.enter(phase)
+        self.enter_phase(phase)
         try:
             yield
         finally:
-            self.enter(before)
+            self.enter_phase(before)
 
-    def take_slowest(self) -> float:
+    def pop_slowest_seconds(self) -> float:
         """Return how long the slowest step took since this was asked last."""
         slowest, self._slowest = self._slowest, 0.0
         return slowest

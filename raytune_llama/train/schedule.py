@@ -20,7 +20,7 @@ class ScheduleConfig:
     """Share of the run's steps over which the rate rises linearly, rounded up to whole steps."""
 
 
-def rate_factor(step: int, num_steps: int, config: ScheduleConfig) -> float:
+def learning_rate_factor(step: int, num_steps: int, config: ScheduleConfig) -> float:
     """Return the factor on the peak learning rate for one step.
 
     Args:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raytune_llama.config.settings import ConfigError
-from raytune_llama.connection import connected
+from raytune_llama.connection import connect_to_ray
 from raytune_llama.data.batches.mixture import log_mixture
 from raytune_llama.data.build.preparation import prepare_data
 from raytune_llama.data.store.token_store import TokenStore
@@ -13,13 +13,13 @@ from raytune_llama.storage.lease import Fence, Lease
 from raytune_llama.storage.place import Place
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.export import read_result, result_path
-from raytune_llama.train.inputs import build_evaluation, build_sources, plan_run
+from raytune_llama.train.inputs import build_batch_plan, build_evaluation_sources, build_sources
 from raytune_llama.train.monitoring.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS, read_metrics
 from raytune_llama.train.monitoring.plot import write_plot
-from raytune_llama.train.orchestration.launch import Launch, launch
+from raytune_llama.train.orchestration.launch import PreparedRun, launch
 from raytune_llama.train.orchestration.nodes import (
     check_nodes,
-    in_submitted_job,
+    is_submitted_job,
     wait_for_resources,
 )
 from raytune_llama.train.preflight import (
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Summary:
+class RunSummary:
     """A run as it stands when its driver ends."""
 
     status: Literal["finished", "already finished", "stopped"]
@@ -62,34 +62,34 @@ class Summary:
     """At the last evaluation."""
 
 
-def run_training(config: AnyTrainConfig) -> Summary:
+def run_training(config: AnyTrainConfig) -> RunSummary:
     """Run or go on with a training run, to its end or until SIGTERM.
 
     Raises:
         ConfigError: the config, its files or the cluster do not allow the run; found before any
             training worker starts.
         FloatingPointError: the loss or another number of the run is no longer finite.
-        GaveUpError: the workers failed `scale.max_failures` times without a new checkpoint.
+        GaveUpError: the workers failed `config.max_failures` times without a new checkpoint.
         RefusedError: data or files, as the workers found them, do not allow it.
     """
-    config = resolve_places(config, in_job=in_submitted_job())
+    config = resolve_places(config, in_job=is_submitted_job())
     inputs = open_inputs(config)
     check_identity(config.run_place, identify(config))
     result = read_result(config)
     if result is not None:
         return _summary(config, "already finished", result["step"])
 
-    with Lease(config.run_place) as lease, connected():
+    with Lease(config.run_place) as lease, connect_to_ray():
         wait_for_resources(config.scale)
         store = prepare_data(config.encoded_data, inputs.data)
         check_nodes(config)
         outcome = launch(prepare_run(config, store, lease.confirm()))
-        assert outcome.status != "ended", "it raises"
+        assert outcome.status != "aborted", "it raises"
         write_plot(config.run_place)
     return _summary(config, outcome.status, outcome.step)
 
 
-def prepare_run(config: AnyTrainConfig, store: TokenStore, fence: Fence) -> Launch:
+def prepare_run(config: AnyTrainConfig, store: TokenStore, fence: Fence) -> PreparedRun:
     """Check a run on its token store, and write down in its directory whose it is.
 
     Args:
@@ -104,14 +104,14 @@ def prepare_run(config: AnyTrainConfig, store: TokenStore, fence: Fence) -> Laun
     known = {**identify(config), "store": store.fingerprint}
     check_identity(config.run_place, known)
     write_identity(config, known)
-    return Launch.of(config, fence)
+    return PreparedRun.from_config(config, fence)
 
 
 def _check_plan(config: AnyTrainConfig, store: TokenStore) -> None:
     """Refuse a store that the run can't be trained or evaluated on; log what it will see of it."""
     sources = build_sources(config, store)
-    plan = plan_run(config, sources)
-    if not build_evaluation(config, store):
+    plan = build_batch_plan(config, sources)
+    if not build_evaluation_sources(config, store):
         needing = {
             "eval.patience": config.eval.patience is not None,
             "checkpoint.result": config.checkpoint.result == "best",
@@ -129,14 +129,14 @@ def _check_plan(config: AnyTrainConfig, store: TokenStore) -> None:
 
 def _summary(
     config: AnyTrainConfig, status: Literal["finished", "already finished", "stopped"], step: int
-) -> Summary:
+) -> RunSummary:
     run_dir = config.run_place
     records = read_metrics(run_dir)
     bits, losses = (
         [record[name] for record in records if record.get(name) is not None]
         for name in (EVAL_BITS_PER_BYTE, EVAL_LOSS)
     )
-    return Summary(
+    return RunSummary(
         status=status,
         run_dir=run_dir,
         result=None if status == "stopped" else result_path(config),

@@ -10,18 +10,18 @@ from raytune_llama.config.settings import PLACEMENT, ConfigError, from_dict, ove
 from raytune_llama.config.yaml12 import read_mapping
 from raytune_llama.storage.place import Place
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig, SftConfig
-from raytune_llama.tune.space import Distribution, Sample, check_space
+from raytune_llama.tune.space import Distribution, TrialSample, check_space
 
-JOBS: dict[str, type[PretrainConfig] | type[SftConfig]] = {
+JOB_CONFIGS: dict[str, type[PretrainConfig] | type[SftConfig]] = {
     "pretrain": PretrainConfig,
     "sft": SftConfig,
 }
 """Kinds of runs by the job that reads them."""
 
-OWNED = ("run_dir", "max_steps", "num_epochs", "stop_step", "plan")
+SWEEP_OWNED_FIELDS = ("run_dir", "max_steps", "num_epochs", "stop_step", "plan")
 """Fields of a trial that the sweep sets."""
 
-_PLACING = ("scale", "checkpoint", "eval", "logging")
+_UNSEARCHABLE_SECTIONS = ("scale", "checkpoint", "eval", "logging")
 
 _NO_CLONES = (
     "which pauses and clones trials through Tune's checkpoints, and runs under Ray Train have none "
@@ -117,21 +117,21 @@ class SweepConfig:
     @model_validator(mode="after")
     def _check(self) -> "SweepConfig":
         problems = check_space(self.space)
-        for group, fields in (("space", self.space), ("fixed", flat(self.fixed))):
+        for group, fields in (("space", self.space), ("fixed", flatten(self.fixed))):
             problems += [
                 f"{group}.{field}: the sweep sets it; see {_replacement(field)}"
                 for field in fields
-                if field in OWNED
+                if field in SWEEP_OWNED_FIELDS
             ]
         problems += [
             f"space.{field}: says where or how a trial runs, not what it learns; put it into "
             "fixed, with one value"
             for field in self.space
-            if field.partition(".")[0] in _PLACING
+            if field.partition(".")[0] in _UNSEARCHABLE_SECTIONS
         ]
         problems += [
             f"fixed.{field}: stands in the space too; leave one out"
-            for field in flat(self.fixed)
+            for field in flatten(self.fixed)
             if field in self.space
         ]
         if self.search.kind != "grid" and self.num_trials is None:
@@ -157,12 +157,12 @@ def _replacement(field: str) -> str:
     return names.get(field, "the field of a single run")
 
 
-def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested mappings as one, by dotted paths: `fixed.scale.num_workers=1` makes such."""
     leaves: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            leaves |= {f"{name}.{rest}": leaf for rest, leaf in flat(value).items()}
+            leaves |= {f"{name}.{rest}": leaf for rest, leaf in flatten(value).items()}
         else:
             leaves[name] = value
     return leaves
@@ -178,17 +178,17 @@ def load_base(sweep: SweepConfig) -> AnyTrainConfig:
     if data is None or problems:
         raise ConfigError([f"base: {line}" for line in problems])
     try:
-        base = from_dict(JOBS[sweep.job], data)
+        base = from_dict(JOB_CONFIGS[sweep.job], data)
     except ConfigError as error:
         raise ConfigError([f"base: {sweep.base}: {line}" for line in error.problems]) from None
     horizon = {"max_steps": sweep.max_steps, "num_epochs": None, "plan": False, "stop_step": None}
     try:
-        return override(base, {**flat(sweep.fixed), **horizon})
+        return override(base, {**flatten(sweep.fixed), **horizon})
     except ConfigError as error:
         raise ConfigError([f"fixed: {line}" for line in error.problems]) from None
 
 
-def trial_config(base: AnyTrainConfig, sample: Sample, run_dir: Place) -> AnyTrainConfig:
+def build_trial_config(base: AnyTrainConfig, sample: TrialSample, run_dir: Place) -> AnyTrainConfig:
     """Return the whole config of a trial.
 
     Raises:

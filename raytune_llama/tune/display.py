@@ -13,7 +13,7 @@ from rich.table import Table
 
 from raytune_llama.tune.config import SweepConfig
 from raytune_llama.tune.journal import Journal, TrialRecord
-from raytune_llama.tune.space import shown
+from raytune_llama.tune.space import format_sample
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ REFRESH_SECONDS = 1.0
 MAX_ROWS = 30
 
 
-class Display:
+class ProgressDisplay:
     """Shows the trials of one sweep."""
 
     def __init__(self, sweep: SweepConfig, journal: Journal) -> None:
@@ -31,11 +31,11 @@ class Display:
         self._told = dict(journal.trials)
 
     @contextlib.contextmanager
-    def showing(self) -> Iterator[None]:
+    def show(self) -> Iterator[None]:
         """Show the sweep while the block runs."""
         if not sys.stderr.isatty():
             yield
-            self._tell_changes()
+            self._log_changes()
             return
         console = Console(stderr=True)
         with Live(console=console, auto_refresh=False, transient=True) as live:
@@ -50,26 +50,26 @@ class Display:
             return
         self._drawn = now
         if self._live is not None:
-            self._live.update(trial_table(self._sweep, self._journal), refresh=True)
+            self._live.update(build_trial_table(self._sweep, self._journal), refresh=True)
         else:
-            self._tell_changes()
+            self._log_changes()
 
-    def _tell_changes(self) -> None:
+    def _log_changes(self) -> None:
         for number, trial in self._journal.trials.items():
             if trial != self._told.get(number):
-                logger.info("%s", trial_line(self._sweep, trial))
+                logger.info("%s", format_trial_line(self._sweep, trial))
                 self._told[number] = trial
 
 
-def trial_line(sweep: SweepConfig, trial: TrialRecord) -> str:
+def format_trial_line(sweep: SweepConfig, trial: TrialRecord) -> str:
     """Return a trial in one line."""
     value = "" if trial.value is None else f", {sweep.metric} {trial.value:.4f}"
     cause = f": {trial.cause}" if trial.cause else ""
     head = f"trial {trial.number} {trial.state}, step {trial.step}/{sweep.max_steps}{value}"
-    return f"{head}{_to_go(sweep, trial)}{cause} ({shown(trial.sample)})"
+    return f"{head}{_remaining_steps(sweep, trial)}{cause} ({format_sample(trial.sample)})"
 
 
-def trial_table(sweep: SweepConfig, journal: Journal) -> Table:
+def build_trial_table(sweep: SweepConfig, journal: Journal) -> Table:
     """Return the trials as a table: those that run first, then the newest."""
     trials = sorted(journal.trials.values(), key=lambda t: (t.has_ended, -t.number))
     ended = sum(trial.has_ended for trial in trials)
@@ -80,14 +80,16 @@ def trial_table(sweep: SweepConfig, journal: Journal) -> Table:
     for trial in trials[:MAX_ROWS]:
         value = "" if trial.value is None else f"{trial.value:.4f}"
         step = f"{trial.step}/{sweep.max_steps}"
-        to_go = _to_go(sweep, trial).removeprefix(", ").removesuffix(" to go")
-        table.add_row(str(trial.number), trial.state, step, value, to_go, shown(trial.sample))
+        to_go = _remaining_steps(sweep, trial).removeprefix(", ").removesuffix(" to go")
+        table.add_row(
+            str(trial.number), trial.state, step, value, to_go, format_sample(trial.sample)
+        )
     if len(trials) > MAX_ROWS:
         table.caption = f"and {len(trials) - MAX_ROWS} more"
     return table
 
 
-def _to_go(sweep: SweepConfig, trial: TrialRecord) -> str:
+def _remaining_steps(sweep: SweepConfig, trial: TrialRecord) -> str:
     if trial.has_ended or not trial.step:
         return ""
     seconds = trial.seconds / trial.step * (sweep.max_steps - trial.step)

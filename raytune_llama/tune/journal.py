@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 JOURNAL_FILE = "journal.jsonl"
 
-State = Literal["running", "finished", "stopped", "diverged", "failed"]
+TrialState = Literal["running", "finished", "stopped", "diverged", "failed"]
 """Of a trial. Stopped: by the scheduler. Diverged: an evaluation was not finite."""
 
 
@@ -32,7 +32,7 @@ class TrialRecord:
     sample: dict[str, Any]
     """Dotted field -> value."""
 
-    state: State = "running"
+    state: TrialState = "running"
     """Running: it has no end yet; a driver that goes on starts it again."""
 
     values: dict[int, float] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class Journal:
             {"event": "report", "trial": number, "step": step, "value": value, "seconds": seconds}
         )
 
-    def end(self, number: int, state: State, cause: str | None = None) -> None:
+    def end(self, number: int, state: TrialState, cause: str | None = None) -> None:
         """Note that a trial has ended, and how."""
         self._append({"event": "end", "trial": number, "state": state, "cause": cause})
 

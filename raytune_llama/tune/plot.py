@@ -12,12 +12,12 @@ from raytune_llama.storage.place import Place
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.tune.config import SweepConfig
 from raytune_llama.tune.journal import TrialRecord
-from raytune_llama.tune.results import score
+from raytune_llama.tune.results import score_trial
 from raytune_llama.tune.search import build_study, optuna_distributions
 from raytune_llama.tune.space import Distribution, drawn_parameters
 
-PLOT_FILE = "sweep.png"
-PAGE_FILE = "sweep.html"
+SWEEP_PLOT_FILE = "sweep.png"
+SWEEP_PAGE_FILE = "sweep.html"
 
 MIN_IMPORTANCE_TRIALS = 4
 """Trials with a score below which nothing is said about importance."""
@@ -49,13 +49,13 @@ def write_page(
     if not any(trial.values for trial in trials):
         return None
     picture = draw_sweep(sweep, base, trials)
-    (sweep.place / PLOT_FILE).write_bytes(picture)
-    page = sweep.place / PAGE_FILE
+    (sweep.place / SWEEP_PLOT_FILE).write_bytes(picture)
+    page = sweep.place / SWEEP_PAGE_FILE
     page.write_bytes(render_page(sweep, base, trials, picture).encode())
     return page
 
 
-def importances(
+def field_importances(
     sweep: SweepConfig, base: AnyTrainConfig, trials: Sequence[TrialRecord]
 ) -> dict[str, float]:
     """Return how much of the score each field of the space decides, as parts of 1.
@@ -67,7 +67,9 @@ def importances(
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
     from optuna.trial import create_trial
 
-    scored = [(trial, found[1]) for trial in trials if (found := score(trial, base, sweep.mode))]
+    scored = [
+        (trial, found[1]) for trial in trials if (found := score_trial(trial, base, sweep.mode))
+    ]
     if len(scored) < MIN_IMPORTANCE_TRIALS or len({value for _, value in scored}) == 1:
         return {}
     # Stopped trials count as the others here, by the score that they had.
@@ -96,7 +98,7 @@ def draw_sweep(sweep: SweepConfig, base: AnyTrainConfig, trials: Sequence[TrialR
     upper, lower = halves
     curves, bars = upper.subplots(1, 2, width_ratios=[2, 1])
     _draw_curves(curves, sweep, trials)
-    _draw_importances(bars, importances(sweep, base, trials))
+    _draw_importances(bars, field_importances(sweep, base, trials))
     _draw_coordinates(lower.subplots(), sweep, base, trials)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
@@ -143,7 +145,9 @@ def _draw_coordinates(
     from matplotlib.colors import Normalize
 
     fields = [name for name, kind in sweep.space.items() if kind.multiple_of is None]
-    scored = [(trial, found[1]) for trial in trials if (found := score(trial, base, sweep.mode))]
+    scored = [
+        (trial, found[1]) for trial in trials if (found := score_trial(trial, base, sweep.mode))
+    ]
     if not scored:
         axes.set_axis_off()
         return
@@ -168,7 +172,7 @@ def _draw_coordinates(
 def _height(kind: Distribution, value: Any) -> float:  # noqa: ANN401
     """Return where a value lies on its axis, from 0 to 1."""
     if kind.choice is not None:
-        return kind.position(value) / max(len(kind.choice) - 1, 1)
+        return kind.choice_index(value) / max(len(kind.choice) - 1, 1)
     if kind.loguniform is not None:
         low, high = map(math.log, kind.loguniform)
         return (math.log(value) - low) / (high - low)
@@ -196,7 +200,7 @@ def render_page(
     names = "".join(f"<th>{escape(name)}</th>" for name in head)
     rows: list[str] = []
     for position, trial in enumerate(trials):
-        found = score(trial, base, sweep.mode)
+        found = score_trial(trial, base, sweep.mode)
         step, value = (str(found[0]), f"{found[1]:.5f}") if found else (str(trial.step), "")
         cells = [str(trial.number), trial.state, value, step, f"{trial.seconds:.0f}"]
         cells += [_cell(trial.sample[field]) for field in fields]

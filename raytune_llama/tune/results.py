@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from raytune_llama.config.settings import override, to_yaml
 from raytune_llama.storage.place import Place
 from raytune_llama.train.config import AnyTrainConfig
-from raytune_llama.tune.config import SweepConfig, trial_config
+from raytune_llama.tune.config import SweepConfig, build_trial_config
 from raytune_llama.tune.journal import TrialRecord, trial_dir
 
 LEADERBOARD_FILE = "leaderboard.csv"
@@ -16,7 +16,7 @@ BEST_RUN = "best"
 """Folder of the sweep in which a run of the winner's config lies."""
 
 
-def score(trial: TrialRecord, base: AnyTrainConfig, mode: str) -> tuple[int, float] | None:
+def score_trial(trial: TrialRecord, base: AnyTrainConfig, mode: str) -> tuple[int, float] | None:
     """Return the step and the metric that a trial is ranked by, or None where it has none.
 
     The newest evaluation, as the result is that of the last step; the best one where runs keep
@@ -31,12 +31,14 @@ def score(trial: TrialRecord, base: AnyTrainConfig, mode: str) -> tuple[int, flo
     return trial.step, trial.values[trial.step]
 
 
-def rank(trials: Sequence[TrialRecord], base: AnyTrainConfig, mode: str) -> list[TrialRecord]:
+def rank_trials(
+    trials: Sequence[TrialRecord], base: AnyTrainConfig, mode: str
+) -> list[TrialRecord]:
     """Return the trials from the best to the worst; those without a score come last."""
     sign = 1.0 if mode == "min" else -1.0
 
     def key(trial: TrialRecord) -> tuple[bool, float, int]:
-        found = score(trial, base, mode)
+        found = score_trial(trial, base, mode)
         return found is None, sign * found[1] if found else 0.0, trial.number
 
     return sorted(trials, key=key)
@@ -50,8 +52,8 @@ def write_leaderboard(
     writer = csv.writer(buffer, lineterminator="\n")
     head = ["rank", "trial", "state", sweep.metric, "at_step", "last_step", "seconds"]
     writer.writerow([*head, *sweep.space, "run_dir", "cause"])
-    for position, trial in enumerate(rank(trials, base, sweep.mode), start=1):
-        found = score(trial, base, sweep.mode)
+    for position, trial in enumerate(rank_trials(trials, base, sweep.mode), start=1):
+        found = score_trial(trial, base, sweep.mode)
         step, value = found or ("", "")
         row = [position if found else "", trial.number, trial.state, value, step, trial.step]
         place = trial_dir(sweep.place, trial.number)
@@ -62,15 +64,17 @@ def write_leaderboard(
     return file
 
 
-def best_config(sweep: SweepConfig, base: AnyTrainConfig, best: TrialRecord) -> AnyTrainConfig:
+def build_best_config(
+    sweep: SweepConfig, base: AnyTrainConfig, best: TrialRecord
+) -> AnyTrainConfig:
     """Return the config of a run that repeats the winner, up to the step where it ended."""
-    config = trial_config(base, best.sample, sweep.place / BEST_RUN)
+    config = build_trial_config(base, best.sample, sweep.place / BEST_RUN)
     return override(config, {"stop_step": best.step if best.step < sweep.max_steps else None})
 
 
 def write_best(sweep: SweepConfig, base: AnyTrainConfig, best: TrialRecord) -> Place:
     """Write `best.yaml`, a complete config for the sweep's job; return its place."""
-    found = score(best, base, sweep.mode)
+    found = score_trial(best, base, sweep.mode)
     assert found is not None
     step, value = found
     horizon = f"{sweep.max_steps} steps were planned, which the learning rate follows"
@@ -79,7 +83,7 @@ def write_best(sweep: SweepConfig, base: AnyTrainConfig, best: TrialRecord) -> P
         f"{sweep.metric} {value!r} at step {step}.",
         f"Run it: python jobs/{sweep.job}.py {sweep.place / BEST_FILE}",
     ]
-    text = "".join(f"# {line}\n" for line in head) + to_yaml(best_config(sweep, base, best))
+    text = "".join(f"# {line}\n" for line in head) + to_yaml(build_best_config(sweep, base, best))
     file = sweep.place / BEST_FILE
     file.write_bytes(text.encode())
     return file

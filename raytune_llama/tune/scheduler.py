@@ -13,14 +13,14 @@ from ray.tune.schedulers import (
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.tune.config import SweepConfig
 from raytune_llama.tune.journal import Journal
-from raytune_llama.tune.trial import OBJECTIVE, STEP, WORST
+from raytune_llama.tune.trial import OBJECTIVE_KEY, STEP_KEY, WORST_OBJECTIVE
 
 
 def build_scheduler(sweep: SweepConfig, base: AnyTrainConfig) -> TrialScheduler:
     """Return Tune's scheduler, which sees steps and an objective to be made small."""
     config = sweep.scheduler
     grace = config.grace_steps or base.eval.every_steps or sweep.max_steps
-    common: dict[str, Any] = {"time_attr": STEP, "metric": OBJECTIVE, "mode": "min"}
+    common: dict[str, Any] = {"time_attr": STEP_KEY, "metric": OBJECTIVE_KEY, "mode": "min"}
     match config.kind:
         case "asha":
             return ASHAScheduler(
@@ -38,7 +38,7 @@ def build_scheduler(sweep: SweepConfig, base: AnyTrainConfig) -> TrialScheduler:
             return FIFOScheduler()
 
 
-def replay(scheduler: TrialScheduler, journal: Journal, mode: str) -> None:
+def replay_journal(scheduler: TrialScheduler, journal: Journal, mode: str) -> None:
     """Show a scheduler the trials that have ended; those that go on report all anew."""
     sign = 1.0 if mode == "min" else -1.0
     nobody: Any = None
@@ -52,6 +52,6 @@ def replay(scheduler: TrialScheduler, journal: Journal, mode: str) -> None:
         scheduler.on_trial_add(nobody, ended)
         values = {step: sign * value for step, value in trial.values.items()}
         if trial.state == "diverged":
-            values[trial.step + 1] = WORST
+            values[trial.step + 1] = WORST_OBJECTIVE
         for step, value in values.items():
-            tell(nobody, ended, {STEP: step, OBJECTIVE: value})
+            tell(nobody, ended, {STEP_KEY: step, OBJECTIVE_KEY: value})

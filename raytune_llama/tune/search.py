@@ -9,29 +9,29 @@ from ray.tune.search import Searcher
 
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.train.config import AnyTrainConfig
-from raytune_llama.train.orchestration.launch import Launch
-from raytune_llama.tune.config import SearchConfig, SweepConfig, trial_config
+from raytune_llama.train.orchestration.launch import PreparedRun
+from raytune_llama.tune.config import SearchConfig, SweepConfig, build_trial_config
 from raytune_llama.tune.journal import Journal, TrialRecord, trial_dir
 from raytune_llama.tune.space import (
-    Dice,
-    Sample,
-    Space,
-    draw,
+    RandomSuggester,
+    SearchSpace,
+    TrialSample,
+    build_grid,
+    draw_sample,
     drawn_parameters,
-    grid,
-    shown,
+    format_sample,
 )
 
 logger = logging.getLogger(__name__)
 
-CHECKED_SAMPLES = 200
+MAX_CHECKED_SAMPLES = 200
 """Samples that are tried out before the first trial where they can't all be known."""
 
 
-class Sampler(Protocol):
+class TrialSampler(Protocol):
     """Chooses the sample of a trial."""
 
-    def sample(self, number: int, history: Sequence[TrialRecord]) -> Sample:
+    def sample(self, number: int, history: Sequence[TrialRecord]) -> TrialSample:
         """Return the sample of the trial with this number, given all trials that have begun."""
         ...
 
@@ -39,26 +39,26 @@ class Sampler(Protocol):
 class RandomSampler:
     """Independent draws; a sample depends on the seed and its number alone."""
 
-    def __init__(self, space: Space, seed: int) -> None:
+    def __init__(self, space: SearchSpace, seed: int) -> None:
         self._space, self._seed = space, seed
 
-    def sample(self, number: int, history: Sequence[TrialRecord] = ()) -> Sample:  # noqa: ARG002
+    def sample(self, number: int, history: Sequence[TrialRecord] = ()) -> TrialSample:  # noqa: ARG002
         """Return the sample of a trial."""
-        return draw(self._space, Dice(f"{self._seed}:{number}"))
+        return draw_sample(self._space, RandomSuggester(f"{self._seed}:{number}"))
 
 
 class GridSampler:
     """Every combination, in order."""
 
-    def __init__(self, space: Space) -> None:
-        self._points = grid(space)
+    def __init__(self, space: SearchSpace) -> None:
+        self._points = build_grid(space)
 
-    def sample(self, number: int, history: Sequence[TrialRecord] = ()) -> Sample:  # noqa: ARG002
+    def sample(self, number: int, history: Sequence[TrialRecord] = ()) -> TrialSample:  # noqa: ARG002
         """Return the sample of a trial."""
         return self._points[number]
 
 
-class ParzenSampler:
+class TpeSampler:
     """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011).
 
     It is made anew for each sample from the journal's trials and a seed of the trial's own: what
@@ -67,10 +67,10 @@ class ParzenSampler:
     that trials at a time differ.
     """
 
-    def __init__(self, space: Space, config: SearchConfig, mode: str) -> None:
+    def __init__(self, space: SearchSpace, config: SearchConfig, mode: str) -> None:
         self._space, self._config, self._mode = space, config, mode
 
-    def sample(self, number: int, history: Sequence[TrialRecord]) -> Sample:
+    def sample(self, number: int, history: Sequence[TrialRecord]) -> TrialSample:
         """Return the sample of a trial."""
         import optuna
 
@@ -85,10 +85,10 @@ class ParzenSampler:
                 constant_liar=True,
             )
         study = build_study(self._space, self._mode, history, sampler)
-        return draw(self._space, study.ask())
+        return draw_sample(self._space, study.ask())
 
 
-def build_sampler(sweep: SweepConfig) -> Sampler:
+def build_sampler(sweep: SweepConfig) -> TrialSampler:
     """Return what chooses a sweep's samples.
 
     Raises:
@@ -100,11 +100,11 @@ def build_sampler(sweep: SweepConfig) -> Sampler:
         case "grid":
             return GridSampler(sweep.space)
         case "tpe":
-            return ParzenSampler(sweep.space, sweep.search, sweep.mode)
+            return TpeSampler(sweep.space, sweep.search, sweep.mode)
 
 
 def build_study(
-    space: Space,
+    space: SearchSpace,
     mode: str,
     history: Sequence[TrialRecord],
     sampler: Any = None,  # noqa: ANN401
@@ -136,7 +136,7 @@ def build_study(
     return study
 
 
-def optuna_distributions(space: Space) -> dict[str, Any]:
+def optuna_distributions(space: SearchSpace) -> dict[str, Any]:
     """Return Optuna's distribution of each field that is drawn."""
     from optuna import distributions
 
@@ -163,7 +163,7 @@ def count_trials(sweep: SweepConfig) -> int:
     if sweep.search.kind != "grid":
         assert sweep.num_trials is not None
         return sweep.num_trials
-    points = len(grid(sweep.space))
+    points = len(build_grid(sweep.space))
     if sweep.num_trials is not None and sweep.num_trials > points:
         raise ConfigError(
             [f"num_trials: got {sweep.num_trials}, but the grid has {points} points; set null"]
@@ -179,26 +179,31 @@ def check_samples(sweep: SweepConfig, base: AnyTrainConfig) -> list[AnyTrainConf
     """
     total = count_trials(sweep)
     if sweep.search.kind == "tpe":
-        sampler, total = RandomSampler(sweep.space, sweep.search.seed), max(total, CHECKED_SAMPLES)
+        sampler, total = (
+            RandomSampler(sweep.space, sweep.search.seed),
+            max(total, MAX_CHECKED_SAMPLES),
+        )
     else:
         sampler = build_sampler(sweep)
     configs: list[AnyTrainConfig] = []
-    examples: dict[str, Sample] = {}
+    examples: dict[str, TrialSample] = {}
     for number in range(total):
         sample = sampler.sample(number, ())
         try:
-            configs.append(trial_config(base, sample, trial_dir(sweep.place, number)))
+            configs.append(build_trial_config(base, sample, trial_dir(sweep.place, number)))
         except ConfigError as error:
             for problem in error.problems:
                 examples.setdefault(problem, sample)
     if examples:
         bad = total - len(configs)
         head = f"space: {bad} of {total} samples make no legal config; narrow it so that all do"
-        raise ConfigError([head, *(f"{text} (by {shown(s)})" for text, s in examples.items())])
+        raise ConfigError(
+            [head, *(f"{text} (by {format_sample(s)})" for text, s in examples.items())]
+        )
     return configs
 
 
-class TrialSearch(Searcher):
+class TrialSearcher(Searcher):
     """What Tune asks for trials: first those without an end, then new ones.
 
     Tune's copy of a searcher's state is left empty, since the journal holds it.
@@ -208,7 +213,7 @@ class TrialSearch(Searcher):
         self,
         sweep: SweepConfig,
         journal: Journal,
-        prepare: Callable[[int, Sample], Launch | None],
+        prepare: Callable[[int, TrialSample], PreparedRun | None],
     ) -> None:
         """Begin to hand out trials.
 
@@ -257,7 +262,7 @@ class TrialSearch(Searcher):
         """Do nothing: the journal is the state."""
 
 
-def count_left(sweep: SweepConfig, journal: Journal) -> int:
+def count_remaining(sweep: SweepConfig, journal: Journal) -> int:
     """Return how many trials have no end yet, those not begun included."""
     ended = sum(trial.has_ended for trial in journal.trials.values())
     return max(count_trials(sweep), len(journal.trials)) - ended

@@ -18,7 +18,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from raytune_llama.config.settings import ConfigError, settings
 
-Sample = dict[str, Any]
+TrialSample = dict[str, Any]
 """Dotted field -> plain value, in the order of the space."""
 
 
@@ -68,7 +68,7 @@ class Distribution:
             raise ConfigError(problems)
         return self
 
-    def position(self, value: Any) -> int:  # noqa: ANN401  # of any field
+    def choice_index(self, value: Any) -> int:  # noqa: ANN401  # of any field
         """Return the place of a value among the choices."""
         # By repr, since True is equal to 1.
         return [repr(choice) for choice in self.choice or ()].index(repr(value))
@@ -89,11 +89,11 @@ class Distribution:
 
 _KINDS = ("choice", "uniform", "loguniform", "randint", "multiple_of")
 
-Space = Mapping[str, Distribution]
+SearchSpace = Mapping[str, Distribution]
 """Dotted field -> distribution."""
 
 
-class Chooser(Protocol):
+class ValueSuggester(Protocol):
     """What picks a value from each distribution: Optuna's trial, or the dice."""
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:  # noqa: ANN401
@@ -109,7 +109,7 @@ class Chooser(Protocol):
         ...
 
 
-class Dice:
+class RandomSuggester:
     """Draws at random; equal seeds draw equal values."""
 
     def __init__(self, seed: str) -> None:
@@ -133,7 +133,7 @@ class Dice:
         return self._random.randint(low, high)
 
 
-def check_space(space: Space) -> list[str]:
+def check_space(space: SearchSpace) -> list[str]:
     """Return what is wrong between the fields of a space."""
     problems: list[str] = []
     if not space:
@@ -155,7 +155,7 @@ def check_space(space: Space) -> list[str]:
     return problems
 
 
-def draw(space: Space, chooser: Chooser) -> Sample:
+def draw_sample(space: SearchSpace, chooser: ValueSuggester) -> TrialSample:
     """Pick a value for every field; multiples come from what was drawn."""
     drawn = {
         field: _pick(field, distribution, chooser)
@@ -165,7 +165,7 @@ def draw(space: Space, chooser: Chooser) -> Sample:
     return _complete(space, drawn)
 
 
-def grid(space: Space) -> list[Sample]:
+def build_grid(space: SearchSpace) -> list[TrialSample]:
     """Return every combination of a space of choices; the last field changes fastest.
 
     Raises:
@@ -186,7 +186,7 @@ def grid(space: Space) -> list[Sample]:
     ]
 
 
-def _pick(field: str, distribution: Distribution, chooser: Chooser) -> Any:  # noqa: ANN401
+def _pick(field: str, distribution: Distribution, chooser: ValueSuggester) -> Any:  # noqa: ANN401
     if distribution.choice is not None:
         # By position: Optuna wants choices that can be compared, and a list is none.
         positions = list(range(len(distribution.choice)))
@@ -199,10 +199,10 @@ def _pick(field: str, distribution: Distribution, chooser: Chooser) -> Any:  # n
     return chooser.suggest_float(field, *distribution.loguniform, log=True)
 
 
-def drawn_parameters(space: Space, sample: Sample) -> dict[str, Any]:
+def drawn_parameters(space: SearchSpace, sample: TrialSample) -> dict[str, Any]:
     """Return a sample as a chooser gave it: choices by position, without multiples."""
     return {
-        field: distribution.position(sample[field])
+        field: distribution.choice_index(sample[field])
         if distribution.choice is not None
         else sample[field]
         for field, distribution in space.items()
@@ -210,7 +210,7 @@ def drawn_parameters(space: Space, sample: Sample) -> dict[str, Any]:
     }
 
 
-def shown(sample: Sample) -> str:
+def format_sample(sample: TrialSample) -> str:
     """Return a sample as messages show it."""
     return ", ".join(
         f"{field}={value:.4g}" if isinstance(value, float) else f"{field}={value}"
@@ -218,7 +218,7 @@ def shown(sample: Sample) -> str:
     )
 
 
-def _complete(space: Space, drawn: Sample) -> Sample:
+def _complete(space: SearchSpace, drawn: TrialSample) -> TrialSample:
     return {
         field: drawn[field]
         if distribution.multiple_of is None

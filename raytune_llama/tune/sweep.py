@@ -13,52 +13,52 @@ from ray.tune.experiment import Trial
 
 from raytune_llama.config.settings import (
     ConfigError,
-    differences,
+    find_differences,
     identity,
     override,
     to_dict,
     to_yaml,
 )
-from raytune_llama.connection import connected
+from raytune_llama.connection import connect_to_ray
 from raytune_llama.data.build.preparation import DataInputs, prepare_data
 from raytune_llama.data.store.token_store import TokenStore
 from raytune_llama.storage.lease import Fence, Lease
 from raytune_llama.storage.place import Place
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.export import read_result
-from raytune_llama.train.inputs import build_evaluation
+from raytune_llama.train.inputs import build_evaluation_sources
 from raytune_llama.train.monitoring.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS
-from raytune_llama.train.orchestration.launch import Launch
+from raytune_llama.train.orchestration.launch import PreparedRun
 from raytune_llama.train.orchestration.nodes import (
     check_nodes,
-    count_held,
-    in_submitted_job,
+    count_worker_slots,
+    is_submitted_job,
     wait_for_resources,
 )
 from raytune_llama.train.preflight import (
-    IDENTITY,
+    IDENTITY_FILE,
     check_identity,
     identify,
     open_inputs,
     resolve_places,
 )
 from raytune_llama.train.trainer import prepare_run
-from raytune_llama.tune.config import SweepConfig, load_base, trial_config
-from raytune_llama.tune.display import Display
+from raytune_llama.tune.config import SweepConfig, build_trial_config, load_base
+from raytune_llama.tune.display import ProgressDisplay
 from raytune_llama.tune.journal import Journal, TrialRecord, trial_dir
 from raytune_llama.tune.plot import write_page
-from raytune_llama.tune.results import rank, score, write_best, write_leaderboard
-from raytune_llama.tune.scheduler import build_scheduler, replay
-from raytune_llama.tune.search import TrialSearch, check_samples, count_left
-from raytune_llama.tune.space import Sample
-from raytune_llama.tune.trial import STEP, build_trainable
-from raytune_llama.tune.trial_cleanup import Freeing
+from raytune_llama.tune.results import rank_trials, score_trial, write_best, write_leaderboard
+from raytune_llama.tune.scheduler import build_scheduler, replay_journal
+from raytune_llama.tune.search import TrialSearcher, check_samples, count_remaining
+from raytune_llama.tune.space import TrialSample
+from raytune_llama.tune.trial import STEP_KEY, build_trainable
+from raytune_llama.tune.trial_cleanup import TrialCleanup
 
 logger = logging.getLogger(__name__)
 
-RESOLVED_CONFIG = "sweep.yaml"
+RESOLVED_SWEEP_FILE = "sweep.yaml"
 
-TRIAL_BYTES = 2**30
+TRIAL_MEMORY_BYTES = 2**30
 """Memory that a trial's driver and Ray's controller of its workers reserve."""
 
 
@@ -90,7 +90,7 @@ def run_sweep(sweep: SweepConfig) -> SweepSummary:
             starts.
     """
     base = _resolve(sweep)
-    check_plan(sweep, base)
+    check_sweep(sweep, base)
     configs = check_samples(sweep, base)
     _check_stores(base, configs)
     data = open_inputs(configs[0]).data
@@ -98,13 +98,13 @@ def run_sweep(sweep: SweepConfig) -> SweepSummary:
     known = {"sweep": identity(sweep), "base": identify(base), "eval": to_dict(base.eval)}
     check_identity(sweep.place, known, field="sweep_dir")
     journal = Journal(sweep.place)
-    if count_left(sweep, journal):
+    if count_remaining(sweep, journal):
         # Of the sweep's directory, in which its trials have theirs.
-        with Lease(sweep.place) as lease, connected():
+        with Lease(sweep.place) as lease, connect_to_ray():
             store = _prepare(sweep, base, data)
             fence = lease.confirm()
-            (sweep.place / IDENTITY).write_json(known)
-            (sweep.place / RESOLVED_CONFIG).write_bytes(to_yaml(sweep).encode())
+            (sweep.place / IDENTITY_FILE).write_json(known)
+            (sweep.place / RESOLVED_SWEEP_FILE).write_bytes(to_yaml(sweep).encode())
             _run_trials(sweep, base, journal, data=data, store=store, fence=fence)
     return _sum_up(sweep, base, journal)
 
@@ -113,7 +113,7 @@ def _resolve(sweep: SweepConfig) -> AnyTrainConfig:
     """Return the base with all paths absolute; its run directory is the sweep's."""
     base = override(load_base(sweep), {"run_dir": sweep.sweep_dir})
     try:
-        return resolve_places(base, in_job=in_submitted_job())
+        return resolve_places(base, in_job=is_submitted_job())
     except ConfigError as error:
         named = [
             f"sweep_dir:{p.removeprefix('run_dir:')}" if p.startswith("run_dir:") else p
@@ -122,7 +122,7 @@ def _resolve(sweep: SweepConfig) -> AnyTrainConfig:
         raise ConfigError([text.replace("run_dir=", "sweep_dir=") for text in named]) from None
 
 
-def check_plan(sweep: SweepConfig, base: AnyTrainConfig) -> None:
+def check_sweep(sweep: SweepConfig, base: AnyTrainConfig) -> None:
     """Refuse a metric that is never reported and trials that are never evaluated.
 
     Raises:
@@ -164,7 +164,7 @@ def _check_stores(base: AnyTrainConfig, configs: list[AnyTrainConfig]) -> None:
         return {"data": data, "tokenizer": config.model.tokenizer_path}
 
     first = made_from(base)
-    changed = {line for config in configs for line in differences(first, made_from(config))}
+    changed = {line for config in configs for line in find_differences(first, made_from(config))}
     if changed:
         raise ConfigError(
             [
@@ -180,7 +180,7 @@ def _prepare(sweep: SweepConfig, base: AnyTrainConfig, data: DataInputs) -> Toke
     """Wait for the cluster and build the token store, once for all trials."""
     wait_for_resources(base.scale)
     store = prepare_data(base.encoded_data, data)
-    evaluated = build_evaluation(base, store)
+    evaluated = build_evaluation_sources(base, store)
     if not evaluated:
         raise ConfigError(
             [
@@ -208,22 +208,24 @@ def _run_trials(
 ) -> None:
     """Let Tune run what is left, until all trials have ended or it is interrupted."""
 
-    def prepare(number: int, sample: Sample) -> Launch | None:
-        config = trial_config(base, sample, trial_dir(sweep.place, number))
+    def prepare(number: int, sample: TrialSample) -> PreparedRun | None:
+        config = build_trial_config(base, sample, trial_dir(sweep.place, number))
         # A sample may name paths too.
-        config = resolve_places(config, in_job=in_submitted_job())
+        config = resolve_places(config, in_job=is_submitted_job())
         open_inputs(config, data)
         return None if read_result(config) is not None else prepare_run(config, store, fence)
 
-    num_left = count_left(sweep, journal)
+    num_left = count_remaining(sweep, journal)
     # An elastic trial takes what there is, up to its most; one that fits with fewer runs alone.
-    fit = max(1, count_held(ray.nodes(), base.scale.worker_resources) // base.scale.most_workers)
+    fit = max(
+        1, count_worker_slots(ray.nodes(), base.scale.worker_resources) // base.scale.max_workers
+    )
     at_a_time = min(fit, sweep.max_concurrent or fit, num_left)
     logger.info("%d trials are left, %d at a time", num_left, at_a_time)
-    display = Display(sweep, journal)
-    freeing = Freeing(sweep.place)
+    display = ProgressDisplay(sweep, journal)
+    freeing = TrialCleanup(sweep.place)
     scheduler = build_scheduler(sweep, base)
-    replay(scheduler, journal, sweep.mode)
+    replay_journal(scheduler, journal, sweep.mode)
     # What Tune tells of its own files, which nobody reads.
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
     logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)
@@ -234,10 +236,10 @@ def _run_trials(
     tuner = tune.Tuner(
         tune.with_resources(
             build_trainable(sweep.place, sweep.metric, sweep.mode, sweep.max_steps),
-            _beside_driver(),
+            _driver_resources(),
         ),
         tune_config=tune.TuneConfig(
-            search_alg=TrialSearch(sweep, journal, prepare),
+            search_alg=TrialSearcher(sweep, journal, prepare),
             scheduler=scheduler,
             num_samples=num_left,
             max_concurrent_trials=at_a_time,
@@ -248,16 +250,16 @@ def _run_trials(
             storage_path=(sweep.place / "tune").key,
             storage_filesystem=sweep.place.filesystem,
             failure_config=tune.FailureConfig(max_failures=sweep.max_restarts),
-            callbacks=[Recorder(journal, display.refresh, freeing.start)],
+            callbacks=[JournalCallback(journal, display.refresh, freeing.start)],
             verbose=0,
         ),
     )
-    with display.showing():
+    with display.show():
         tuner.fit()
     freeing.wait()
 
 
-def _beside_driver() -> tune.PlacementGroupFactory:
+def _driver_resources() -> tune.PlacementGroupFactory:
     """Return what a trial reserves for its own process, apart from its workers.
 
     No CPU, which its workers reserve: trials that held one each could starve their own. On the
@@ -265,10 +267,10 @@ def _beside_driver() -> tune.PlacementGroupFactory:
     would leave its workers' reservations behind, where no dashboard runs to clear them away.
     """
     address = ray.util.get_node_ip_address()
-    return tune.PlacementGroupFactory([{"memory": TRIAL_BYTES, f"node:{address}": 0.001}])
+    return tune.PlacementGroupFactory([{"memory": TRIAL_MEMORY_BYTES, f"node:{address}": 0.001}])
 
 
-class Recorder(tune.Callback):
+class JournalCallback(tune.Callback):
     """Writes what Tune's trials report and how they end into the journal; frees their workers.
 
     Tune stops a trial by ending its process, which cannot free anything then.
@@ -293,8 +295,8 @@ class Recorder(tune.Callback):
     ) -> None:
         """Note an evaluation that the journal does not have yet."""
         number, value = trial.config["number"], result.get("value")
-        if value is not None and result[STEP] > self._journal.trials[number].step:
-            self._journal.report(number, result[STEP], value, result["seconds"])
+        if value is not None and result[STEP_KEY] > self._journal.trials[number].step:
+            self._journal.report(number, result[STEP_KEY], value, result["seconds"])
 
     def on_trial_complete(
         self,
@@ -310,7 +312,7 @@ class Recorder(tune.Callback):
         state = "stopped" if state == "running" else state
         cause = result.get("cause") if state in {"failed", "diverged"} else None
         if state == "diverged" and cause is None:
-            cause = f"the evaluation at step {result[STEP]} is not finite"
+            cause = f"the evaluation at step {result[STEP_KEY]} is not finite"
         self._journal.end(trial.config["number"], state, cause)
         self._free(trial.config["number"])
 
@@ -338,11 +340,11 @@ class Recorder(tune.Callback):
 
 
 def _sum_up(sweep: SweepConfig, base: AnyTrainConfig, journal: Journal) -> SweepSummary:
-    trials = rank(list(journal.trials.values()), base, sweep.mode)
+    trials = rank_trials(list(journal.trials.values()), base, sweep.mode)
     write_leaderboard(sweep, base, trials)
-    best = trials[0] if trials and score(trials[0], base, sweep.mode) else None
+    best = trials[0] if trials and score_trial(trials[0], base, sweep.mode) else None
     page = write_page(sweep, base, trials)
-    is_over = not count_left(sweep, journal)
+    is_over = not count_remaining(sweep, journal)
     status = "stopped" if not is_over else "finished" if best else "failed"
     file = write_best(sweep, base, best) if best else None
     return SweepSummary(status, sweep.place, tuple(trials), file, page)

@@ -17,20 +17,20 @@ from raytune_llama.train.monitoring.metrics import (
     STEP_SECONDS,
     read_metrics,
 )
-from raytune_llama.train.orchestration.launch import Launch, launch
-from raytune_llama.train.result import GaveUpError
-from raytune_llama.tune.journal import State, trial_dir
+from raytune_llama.train.orchestration.launch import PreparedRun, launch
+from raytune_llama.train.result import RetriesExhaustedError
+from raytune_llama.tune.journal import TrialState, trial_dir
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 
-WORST = 1e30
+WORST_OBJECTIVE = 1e30
 """Objective of an evaluation that is not finite: schedulers take quantiles, which infinities
 break."""
 
-OBJECTIVE = "objective"
-STEP = "step"
+OBJECTIVE_KEY = "objective"
+STEP_KEY = "step"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Follower:
+class EvaluationReader:
     """Reads a run's evaluations from its directory."""
 
     run_dir: Place
@@ -57,7 +57,7 @@ class Follower:
     metric: str
     """Name of what is read."""
 
-    def evaluations(self) -> list[Evaluation]:
+    def read_evaluations(self) -> list[Evaluation]:
         """Return all evaluations so far, except the one before the first step.
 
         Raises:
@@ -85,7 +85,7 @@ class RunThread(threading.Thread):
     it go the workers.
     """
 
-    def __init__(self, run: Launch | None) -> None:
+    def __init__(self, run: PreparedRun | None) -> None:
         """Make ready to run; None: a run that has its result already."""
         super().__init__(name="trial", daemon=True)
         self._launch = run
@@ -120,24 +120,24 @@ def build_trainable(
     def run_trial(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
         setup_logging()
         run = RunThread(config["run"])
-        follower = Follower(trial_dir(sweep_dir, config["number"]), metric)
+        follower = EvaluationReader(trial_dir(sweep_dir, config["number"]), metric)
         sign = 1.0 if mode == "min" else -1.0
         # Schedulers keep every report, the last one too, and look for both of these in it.
-        last = {STEP: 1, OBJECTIVE: WORST}
+        last = {STEP_KEY: 1, OBJECTIVE_KEY: WORST_OBJECTIVE}
         try:
-            for evaluation, state in follow(run, follower, max_steps):
+            for evaluation, state in follow_run(run, follower, max_steps):
                 value = evaluation.value
-                last[STEP] = evaluation.step + 1
+                last[STEP_KEY] = evaluation.step + 1
                 yield {
-                    STEP: evaluation.step,
-                    OBJECTIVE: WORST if value is None else sign * value,
+                    STEP_KEY: evaluation.step,
+                    OBJECTIVE_KEY: WORST_OBJECTIVE if value is None else sign * value,
                     "value": value,
                     "seconds": evaluation.seconds,
                     "state": state,
                 }
         except FloatingPointError as error:
             yield {**last, "state": "diverged", "cause": str(error)}
-        except (ValueError, GaveUpError) as error:
+        except (ValueError, RetriesExhaustedError) as error:
             # Another attempt would end alike; or there were as many as are allowed.
             logger.exception("failed")
             yield {**last, "state": "failed", "cause": str(error)}
@@ -145,9 +145,9 @@ def build_trainable(
     return run_trial
 
 
-def follow(
-    run: RunThread, follower: Follower, last_step: int
-) -> Iterator[tuple[Evaluation, State]]:
+def follow_run(
+    run: RunThread, follower: EvaluationReader, last_step: int
+) -> Iterator[tuple[Evaluation, TrialState]]:
     """Start a run and yield its evaluations as they come, each with the trial's state.
 
     The last one is held back until the run has written its result: a scheduler that stopped the
@@ -160,7 +160,7 @@ def follow(
     seen = 0
     while True:
         is_over = not run.is_alive()
-        found = follower.evaluations()
+        found = follower.read_evaluations()
         for evaluation in found:
             if evaluation.value is None:
                 yield evaluation, "diverged"

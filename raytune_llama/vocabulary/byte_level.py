@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from raytune_llama.tokenizer.compiled.tables import byte_alphabet
-from raytune_llama.tokenizer.split_points import split_kind
+from raytune_llama.tokenizer.split_points import find_split_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def check_byte_level(engine: dict[str, Any], name: str) -> None:
     Raises:
         ValueError: Says why.
     """
-    if engine["model"]["type"] != "BPE" or split_kind(engine) is None:
+    if engine["model"]["type"] != "BPE" or find_split_pattern(engine) is None:
         raise ValueError(
             f"{name}: neither has a tokenizer.model of SentencePiece's nor is a byte-level BPE "
             "tokenizer of a kind that is known here (GPT-2's, SmolLM2's, Qwen's, LLaMA 3's)"
@@ -62,7 +62,7 @@ def grow_byte_level(engine: dict[str, Any], texts: Iterable[str], num_tokens: in
         texts: What is learned from.
         num_tokens: Tokens to add; fewer where the text has no more that occur twice.
     """
-    words = _Words(Tokenizer.from_str(json.dumps(engine)))
+    words = _WordSpeller(Tokenizer.from_str(json.dumps(engine)))
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     spelled = list(words.spell(texts))
@@ -77,7 +77,7 @@ def grow_byte_level(engine: dict[str, Any], texts: Iterable[str], num_tokens: in
     return _append(grown, [words.unspell(pair) for pair in model["merges"]], num_tokens)
 
 
-class _Words:
+class _WordSpeller:
     """Writes the words of texts with a character for each token of a tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

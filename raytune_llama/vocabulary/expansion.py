@@ -24,7 +24,7 @@ from raytune_llama.data.readers.sources import SourceConfig, check_sources
 from raytune_llama.model.meta.layout import check_target
 from raytune_llama.model.vocab import count_ids
 from raytune_llama.storage.files import (
-    MANIFEST,
+    OUTPUT_MANIFEST,
     publish_directory,
     read_json,
     sha256_file,
@@ -32,11 +32,11 @@ from raytune_llama.storage.files import (
 )
 from raytune_llama.tokenizer.loader import (
     TOKENIZER_FILES,
-    load_reference,
+    load_reference_encoder,
     load_tokenizer,
     tokenizer_sha256,
 )
-from raytune_llama.tokenizer.reference import Reference, is_sentencepiece
+from raytune_llama.tokenizer.reference import ReferenceEncoder, is_sentencepiece
 from raytune_llama.vocabulary.byte_level import check_byte_level, grow_byte_level
 from raytune_llama.vocabulary.fertility import (
     Fertility,
@@ -45,11 +45,11 @@ from raytune_llama.vocabulary.fertility import (
     render_fertility,
 )
 from raytune_llama.vocabulary.model_growth import GrowthConfig, grow_model
-from raytune_llama.vocabulary.parity import Parity, compare_libraries
-from raytune_llama.vocabulary.samples import Sample, first_bytes, sample_documents
+from raytune_llama.vocabulary.parity import ParityReport, compare_libraries
+from raytune_llama.vocabulary.samples import TextSample, first_texts, sample_documents
 from raytune_llama.vocabulary.sentencepiece_merge import (
+    PieceScores,
     PieceTraining,
-    Scores,
     check_base,
     merge_pieces,
     read_pieces,
@@ -58,7 +58,7 @@ from raytune_llama.vocabulary.sentencepiece_merge import (
 
 logger = logging.getLogger(__name__)
 
-PLOT = "fertility.png"
+FERTILITY_PLOT = "fertility.png"
 
 _HELD_OUT = 0.02
 _MEASURED_BYTES = 4 << 20
@@ -89,7 +89,7 @@ class ExpandVocabConfig:
     sample_mib: Annotated[int, Field(ge=1)] = 256
     """Text to learn from: of larger corpora, ranges of 1 MiB at even distances. SentencePiece takes
     some ten times as much memory."""
-    scores: Scores = "descending"
+    scores: PieceScores = "descending"
     """How merged pieces are scored. `descending`: each below the one before it and all of the
     base's, so that SentencePiece and tokenizers give the same ids; pieces of which they don't are
     left out. `tied`: all 0, as the Chinese-LLaMA scripts do; with `keep_ascii` and
@@ -133,7 +133,7 @@ class Expansion:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _ExpansionJob:
     """What all steps need."""
 
     config: ExpandVocabConfig
@@ -141,9 +141,9 @@ class _Job:
     """The base's directory."""
     grown: Path
     """Where the grown tokenizer is written."""
-    sample: Sample
+    sample: TextSample
     """Text in the new language."""
-    old_text: Sample
+    old_text: TextSample
     """Text that the base knows."""
 
 
@@ -159,20 +159,20 @@ def expand_vocabulary(config: ExpandVocabConfig) -> str:
     base, target = Path(config.model), Path(config.target)
     _check_inputs(config, base, target)
     sample = sample_documents(config.sources, config.sample_mib << 20, held_out=_HELD_OUT)
-    old_text = Sample()
+    old_text = TextSample()
     if config.old_sources:
         old_text = sample_documents(config.old_sources, _OLD_BYTES, held_out=_HELD_OUT)
     expansion = Expansion(_kind(base), count_ids(load_tokenizer(base)))
     with tempfile.TemporaryDirectory() as name, publish_directory(target) as folder:
         grown = Path(name)
-        job = _Job(config, base, grown, sample, old_text)
+        job = _ExpansionJob(config, base, grown, sample, old_text)
         if expansion.kind == "pieces":
             _grow_pieces(job, expansion)
         else:
             _grow_merges(job, expansion)
         expansion.num_ids = count_ids(load_tokenizer(grown))
         table = _compare(job, expansion)
-        (folder / PLOT).write_bytes(draw_fertility(table))
+        (folder / FERTILITY_PLOT).write_bytes(draw_fertility(table))
         tensors: dict[str, str] = {}
         if (base / "config.json").is_file():
             tensors = grow_model(base, grown, folder, config.growth).tensors
@@ -187,7 +187,7 @@ def expand_vocabulary(config: ExpandVocabConfig) -> str:
             "tensors": tensors,
             "config": to_dict(config),
         }
-        write_json_atomic(folder / MANIFEST, manifest)
+        write_json_atomic(folder / OUTPUT_MANIFEST, manifest)
     logger.info("%d ids became %d: %s", expansion.num_old_ids, expansion.num_ids, target)
     return render_fertility(table)
 
@@ -238,7 +238,7 @@ def _check_no_tokens_behind(base: Path) -> None:
         )
 
 
-def _grow_pieces(job: _Job, expansion: Expansion) -> None:
+def _grow_pieces(job: _ExpansionJob, expansion: Expansion) -> None:
     """Write the grown tokenizer; pieces to which two libraries give other ids are left out."""
     config, base = job.config, (job.base / _PIECES).read_bytes()
     if config.pieces is not None:
@@ -279,11 +279,11 @@ def _grow_pieces(job: _Job, expansion: Expansion) -> None:
     _note_parity(parity, job.base, expansion)
 
 
-def _some(sample: Sample) -> list[str]:
-    return list(first_bytes(sample.held_out + sample.texts, _MEASURED_BYTES))
+def _some(sample: TextSample) -> list[str]:
+    return list(first_texts(sample.held_out + sample.texts, _MEASURED_BYTES))
 
 
-def _note_parity(parity: Parity, base: Path, expansion: Expansion) -> None:
+def _note_parity(parity: ParityReport, base: Path, expansion: Expansion) -> None:
     num_differing = len(parity.differing)
     in_base = len(compare_libraries(base, parity.differing).differing)
     expansion.parity = {
@@ -302,7 +302,7 @@ def _note_parity(parity: Parity, base: Path, expansion: Expansion) -> None:
     )
 
 
-def _write_pieces(job: _Job, model: bytes) -> None:
+def _write_pieces(job: _ExpansionJob, model: bytes) -> None:
     """Write a tokenizer directory with another tokenizer.model; all else is as in the base."""
     _copy_settings(job)
     (job.grown / "tokenizer.json").unlink(missing_ok=True)
@@ -316,7 +316,7 @@ def _write_pieces(job: _Job, model: bytes) -> None:
     _save(job.grown, job.config.pad_token)
 
 
-def _copy_settings(job: _Job) -> None:
+def _copy_settings(job: _ExpansionJob) -> None:
     """Copy what lies beside a tokenizer's own files: its settings and templates."""
     for file in job.base.iterdir():
         if file.is_file() and file.name not in TOKENIZER_FILES and _is_setting(file):
@@ -335,7 +335,7 @@ def _save(grown: Path, pad_token: str | None) -> None:
     tokenizer.save_pretrained(grown)
 
 
-def _grow_merges(job: _Job, expansion: Expansion) -> None:
+def _grow_merges(job: _ExpansionJob, expansion: Expansion) -> None:
     merges = grow_byte_level(_engine(job.base), job.sample.texts, job.config.training.num_tokens)
     _copy_settings(job)
     write_json_atomic(job.grown / "tokenizer.json", merges.engine)
@@ -351,12 +351,12 @@ def _grow_merges(job: _Job, expansion: Expansion) -> None:
     )
 
 
-def _compare(job: _Job, expansion: Expansion) -> dict[str, tuple[Fertility, Fertility]]:
+def _compare(job: _ExpansionJob, expansion: Expansion) -> dict[str, tuple[Fertility, Fertility]]:
     """Measure both tokenizers on both kinds of text, and count old texts whose ids changed."""
-    before, after = load_reference(job.base), load_reference(job.grown)
+    before, after = load_reference_encoder(job.base), load_reference_encoder(job.grown)
     table: dict[str, tuple[Fertility, Fertility]] = {}
     for name, sample in {"new text": job.sample, "old text": job.old_text}.items():
-        texts = list(first_bytes(sample.held_out or sample.texts, _MEASURED_BYTES))
+        texts = list(first_texts(sample.held_out or sample.texts, _MEASURED_BYTES))
         if not texts:
             continue
         pair = measure_fertility(before, texts), measure_fertility(after, texts)
@@ -373,7 +373,7 @@ def _compare(job: _Job, expansion: Expansion) -> dict[str, tuple[Fertility, Fert
     return table
 
 
-def _count_changed(before: Reference, after: Reference, texts: list[str]) -> int:
+def _count_changed(before: ReferenceEncoder, after: ReferenceEncoder, texts: list[str]) -> int:
     pairs = zip(before.encode(texts), after.encode(texts), strict=True)
     return sum(not np.array_equal(*pair) for pair in pairs)
 

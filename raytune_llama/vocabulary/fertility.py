@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from raytune_llama.tokenizer.reference import Reference
+from raytune_llama.tokenizer.reference import ReferenceEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Fertility:
         return self.num_characters / self.num_tokens if self.num_tokens else 0.0
 
 
-def measure_fertility(reference: Reference, texts: Sequence[str]) -> Fertility:
+def measure_fertility(reference: ReferenceEncoder, texts: Sequence[str]) -> Fertility:
     """Encode texts and count."""
     return Fertility(
         num_characters=sum(map(len, texts)),

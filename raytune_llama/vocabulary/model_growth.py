@@ -16,15 +16,15 @@ from pydantic import Field
 from torch import Tensor
 
 from raytune_llama.config.settings import settings
-from raytune_llama.model.directory import write_changed, write_settings
+from raytune_llama.model.directory import rewrite_weights, write_settings
 from raytune_llama.model.tensors import open_weights
 from raytune_llama.model.vocab import (
     EMBEDDING,
     HEAD,
     InitialRows,
     count_ids,
+    initialize_new_rows,
     split_new_tokens,
-    start_new_rows,
 )
 from raytune_llama.storage.files import read_json
 from raytune_llama.tokenizer.loader import load_tokenizer, write_tokenizer
@@ -50,7 +50,7 @@ class GrowthConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrownModel:
+class GrownModelSummary:
     """What was written."""
 
     num_old_ids: int
@@ -63,7 +63,9 @@ class GrownModel:
     """SHA256 of the bytes of each tensor."""
 
 
-def grow_model(model: Path, tokenizer: Path, folder: Path, config: GrowthConfig) -> GrownModel:
+def grow_model(
+    model: Path, tokenizer: Path, folder: Path, config: GrowthConfig
+) -> GrownModelSummary:
     """Write a model directory for a tokenizer that was grown from the model's own.
 
     Args:
@@ -91,7 +93,7 @@ def grow_model(model: Path, tokenizer: Path, folder: Path, config: GrowthConfig)
     pieces: dict[int, list[int]] = split_new_tokens(old, new)
     values: dict[str, Any] = read_json(model / "config.json")
     start = partial(
-        start_new_rows,
+        initialize_new_rows,
         pieces=pieces,
         method=config.initial_rows,
         std=float(values.get("initializer_range", 0.02)),
@@ -103,7 +105,7 @@ def grow_model(model: Path, tokenizer: Path, folder: Path, config: GrowthConfig)
         start(table_VD)
         return table_VD
 
-    hashes = write_changed(
+    hashes = rewrite_weights(
         model,
         folder,
         dict.fromkeys({EMBEDDING, HEAD} & set(weights.specs), num_rows),
@@ -118,7 +120,9 @@ def grow_model(model: Path, tokenizer: Path, folder: Path, config: GrowthConfig)
     logger.info(
         "%s: %d ids become %d, %d rows become %d", model, num_old, num_ids, num_before, num_rows
     )
-    return GrownModel(num_old_ids=num_old, num_ids=num_ids, num_rows=num_rows, tensors=hashes)
+    return GrownModelSummary(
+        num_old_ids=num_old, num_ids=num_ids, num_rows=num_rows, tensors=hashes
+    )
 
 
 def _grown(table_VD: Tensor, num_old: int, num_rows: int) -> Tensor:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from raytune_llama.tokenizer.loader import build_reference, load_tokenizer
+from raytune_llama.tokenizer.loader import build_reference_encoder, load_tokenizer
 from raytune_llama.tokenizer.reference import TokenizersReference
 
 _BATCH_TEXTS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parity:
+class ParityReport:
     """How the ids of two libraries compare."""
 
     num_texts: int
@@ -30,10 +30,10 @@ class Parity:
     """Ids at the first place where a text's differ, of both."""
 
 
-def compare_libraries(directory: Path, texts: Sequence[str]) -> Parity:
+def compare_libraries(directory: Path, texts: Sequence[str]) -> ParityReport:
     """Compare SentencePiece's ids with those of `tokenizers` for a tokenizer's directory."""
     tokenizer = load_tokenizer(directory)
-    reference = build_reference(tokenizer)
+    reference = build_reference_encoder(tokenizer)
     converted = TokenizersReference(tokenizer.backend_tokenizer.to_str())
     differing: list[str] = []
     involved: set[int] = set()
@@ -47,7 +47,7 @@ def compare_libraries(directory: Path, texts: Sequence[str]) -> Parity:
             length = min(len(wanted), len(found))
             place = int(np.argmin(wanted[:length] == found[:length]))
             involved |= {int(wanted[place]), int(found[place])}
-    return Parity(
+    return ParityReport(
         num_texts=len(texts),
         num_bytes=sum(len(text.encode()) for text in texts),
         differing=tuple(differing),

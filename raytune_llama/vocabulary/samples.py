@@ -4,8 +4,8 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from raytune_llama.data.build.text_corpus import choose_sides
-from raytune_llama.data.build.unit_reader import Tally, read_unit
+from raytune_llama.data.build.text_corpus import choose_splits
+from raytune_llama.data.build.unit_reader import Tally, read_unit_documents
 from raytune_llama.data.build.units import plan_units
 from raytune_llama.data.filters.cleaning import Cleaner, CleaningConfig
 from raytune_llama.data.readers.sources import SourceConfig, discover_files
@@ -16,7 +16,7 @@ _RANGE_BYTES = 1 << 20
 
 
 @dataclass(slots=True)
-class Sample:
+class TextSample:
     """Documents of a corpus, some of them held out."""
 
     texts: list[str] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Sample:
 
 def sample_documents(
     sources: tuple[SourceConfig, ...], max_bytes: int, *, held_out: float = 0.0
-) -> Sample:
+) -> TextSample:
     """Read documents from all over some corpora.
 
     Args:
@@ -47,7 +47,7 @@ def sample_documents(
     """
     files = discover_files(sources)
     units = plan_units(files, _RANGE_BYTES)
-    sample = Sample(corpus_bytes=sum(unit.num_bytes for unit in units))
+    sample = TextSample(corpus_bytes=sum(unit.num_bytes for unit in units))
     share = min(1.0, max_bytes / max(1, sample.corpus_bytes))
     cleaner, read = Cleaner(CleaningConfig()), 0.0
     for unit in units:
@@ -56,7 +56,7 @@ def sample_documents(
         tally, due = Tally(), int(read) - sample.num_bytes
         if due <= 0:
             continue
-        for documents in read_unit(unit, files, tally, None, cleaner):
+        for documents in read_unit_documents(unit, files, tally, None, cleaner):
             _add(sample, documents.texts, held_out)
             sample.num_bytes += sum(documents.num_bytes)
             if share < 1 and sample.num_bytes >= read:
@@ -70,14 +70,14 @@ def sample_documents(
     return sample
 
 
-def _add(sample: Sample, texts: list[str], held_out: float) -> None:
-    sides = choose_sides(texts, held_out)
+def _add(sample: TextSample, texts: list[str], held_out: float) -> None:
+    sides = choose_splits(texts, held_out)
     for split, chosen in (("train", sample.texts), ("validation", sample.held_out)):
         if split in sides:
             chosen += [text for text, is_in in zip(texts, sides[split], strict=True) if is_in]
 
 
-def first_bytes(texts: list[str], max_bytes: int) -> Iterator[str]:
+def first_texts(texts: list[str], max_bytes: int) -> Iterator[str]:
     """Yield the first texts, up to a number of bytes of UTF-8."""
     for text in texts:
         if max_bytes <= 0:

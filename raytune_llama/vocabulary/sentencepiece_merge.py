@@ -26,10 +26,10 @@ from sentencepiece.sentencepiece_model_pb2 import (
 )
 
 from raytune_llama.config.settings import settings
-from raytune_llama.tokenizer.reference import PIECE, is_sentencepiece
+from raytune_llama.tokenizer.reference import PieceProto, is_sentencepiece
 from raytune_llama.tokenizer.split_points import SPACE
 
-Scores = Literal["descending", "tied"]
+PieceScores = Literal["descending", "tied"]
 """How merged pieces are scored: each below the one before it, or all 0."""
 
 _BPE = 2
@@ -138,7 +138,7 @@ def merge_pieces(
     base_model: bytes,
     added_model: bytes,
     *,
-    scores: Scores = "descending",
+    scores: PieceScores = "descending",
     keep_ascii: bool = False,
     keep_unreachable: bool = False,
     without: frozenset[str] = frozenset(),
@@ -161,7 +161,7 @@ def merge_pieces(
     for piece in added.pieces:
         if piece.piece in known or piece.piece in pieces:
             left_out["known"] += 1
-        elif piece.type not in (PIECE.NORMAL, PIECE.USER_DEFINED):
+        elif piece.type not in (PieceProto.NORMAL, PieceProto.USER_DEFINED):
             left_out["control"] += 1
         elif piece.piece in without:
             left_out["chosen"] += 1
@@ -189,7 +189,7 @@ def _is_western(piece: str) -> bool:
     return text.isascii() or (len(text) > 1 and _WESTERN.fullmatch(text) is not None)
 
 
-def _appended(base_model: bytes, pieces: Iterable[str], scores: Scores) -> bytes:
+def _appended(base_model: bytes, pieces: Iterable[str], scores: PieceScores) -> bytes:
     proto = ModelProto.FromString(base_model)
     # Single characters are merged from nothing, and LLaMA's have scores of -1e9, where a float32
     # tells no neighbours apart.

@@ -4,8 +4,14 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.harness.disturbed import Kill, Record, Side, Step, run_side
-from benchmarks.harness.nodes import Nodes
+from benchmarks.harness.disturbed import (
+    Kill,
+    MeasuredJob,
+    ObservedStep,
+    RunRecord,
+    run_job_under_kills,
+)
+from benchmarks.harness.nodes import LocalNodes
 
 # Ends badly at its first call, in the middle of a line, and goes on at the second.
 PROGRAM = """
@@ -26,7 +32,7 @@ for step in range(len(done) + 1, 5):
 """
 
 
-class NoNodes(Nodes):
+class NoNodes(LocalNodes):
     """The environment alone: what is run here needs no cluster."""
 
     def __init__(self) -> None:
@@ -36,8 +42,8 @@ class NoNodes(Nodes):
 def test_run_side_sees_steps_through_restarts(tmp_path: Path) -> None:
     steps_file = tmp_path / "steps.jsonl"
     command = [sys.executable, "-c", PROGRAM, str(steps_file)]
-    side = Side("side", command, steps_file, 4)
-    record = run_side(side, NoNodes(), limit_seconds=60, log=tmp_path / "log")
+    side = MeasuredJob("side", command, steps_file, 4)
+    record = run_job_under_kills(side, NoNodes(), limit_seconds=60, log=tmp_path / "log")
     assert record.is_finished
     assert (record.num_interventions, record.num_starts) == (1, 2)
     assert [(step.number, step.start) for step in record.steps] == [
@@ -47,8 +53,13 @@ def test_run_side_sees_steps_through_restarts(tmp_path: Path) -> None:
 
 
 def test_record_counts_from_each_kill_to_the_first_step_of_later_workers() -> None:
-    record = Record(
-        steps=[Step(1, 10.0, 1), Step(2, 11.5, 1), Step(2, 20.0, 2), Step(3, 40.0, 3)],
+    record = RunRecord(
+        steps=[
+            ObservedStep(1, 10.0, 1),
+            ObservedStep(2, 11.5, 1),
+            ObservedStep(2, 20.0, 2),
+            ObservedStep(3, 40.0, 3),
+        ],
         # Two kills before the workers were back, and one behind which they never were.
         kills=[
             Kill("worker", 11.0, 1),

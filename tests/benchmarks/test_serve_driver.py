@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from benchmarks.harness.serve_driver import (
     HttpClient,
-    Load,
-    Outcome,
+    LoadResult,
+    RequestResult,
     closed_loop,
     open_loop,
     percentile,
@@ -53,13 +53,13 @@ def test_arrivals_come_at_the_rate_and_independently() -> None:
 def test_closed_loop_keeps_so_many_clients_busy_and_asks_each_once() -> None:
     now = most = 0
 
-    async def ask(number: int) -> Outcome:
+    async def ask(number: int) -> RequestResult:
         nonlocal now, most
         now += 1
         most = max(most, now)
         await asyncio.sleep(0)
         now -= 1
-        return Outcome(status=200, num_tokens=number)
+        return RequestResult(status=200, num_tokens=number)
 
     load = asyncio.run(closed_loop(ask, num_clients=3, num_requests=10))
     assert most == 3
@@ -67,16 +67,16 @@ def test_closed_loop_keeps_so_many_clients_busy_and_asks_each_once() -> None:
 
 
 def test_open_loop_sends_whether_or_not_others_were_answered() -> None:
-    async def run() -> Load:
+    async def run() -> LoadResult:
         all_sent = asyncio.Event()
         sent: list[int] = []
 
-        async def ask(number: int) -> Outcome:
+        async def ask(number: int) -> RequestResult:
             sent.append(number)
             if len(sent) == 4:
                 all_sent.set()
             await all_sent.wait()
-            return Outcome(status=200)
+            return RequestResult(status=200)
 
         async with asyncio.timeout(30):
             return await open_loop(ask, [0.0, 0.01, 0.02, 0.03])
@@ -87,10 +87,10 @@ def test_open_loop_sends_whether_or_not_others_were_answered() -> None:
 
 
 def test_load_counts_whole_answers_only() -> None:
-    whole = Outcome(status=200, first_token=0.5, last_token=2.5, seconds=3.0, num_tokens=5)
-    single = Outcome(status=200, first_token=0.5, last_token=0.5, seconds=0.5, num_tokens=1)
-    others = [Outcome(status=status, num_tokens=9) for status in (429, 503, 0)]
-    load = Load([whole, single, *others], seconds=2.0)
+    whole = RequestResult(status=200, first_token=0.5, last_token=2.5, seconds=3.0, num_tokens=5)
+    single = RequestResult(status=200, first_token=0.5, last_token=0.5, seconds=0.5, num_tokens=1)
+    others = [RequestResult(status=status, num_tokens=9) for status in (429, 503, 0)]
+    load = LoadResult([whole, single, *others], seconds=2.0)
     assert load.tokens_per_second == 3.0
     assert load.requests_per_second == 1.0
     assert load.per_token_seconds == [0.5]
@@ -147,8 +147,8 @@ async def endpoint() -> AsyncIterator[str]:
     await runner.cleanup()
 
 
-def ask(kind: str) -> Outcome:
-    async def run() -> Outcome:
+def ask(kind: str) -> RequestResult:
+    async def run() -> RequestResult:
         async with endpoint() as url, HttpClient(f"{url}/{kind}", [{"prompt": "x"}]) as client:
             return await client.ask(0)
 
@@ -181,7 +181,7 @@ def test_client_takes_no_part_of_an_answer_for_the_whole(kind: str) -> None:
 
 
 def test_client_tells_that_nobody_listens() -> None:
-    async def run() -> Outcome:
+    async def run() -> RequestResult:
         async with endpoint() as url:
             pass
         async with HttpClient(f"{url}/whole", [{}]) as client:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness.nodes import Nodes
+from benchmarks.harness.nodes import LocalNodes
 from raytune_llama.config.settings import override, write_yaml
 from raytune_llama.storage.files import sha256_file
 from raytune_llama.train.config import PretrainConfig
@@ -47,8 +47,8 @@ STEPS = {
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    cluster = Nodes()
+def nodes() -> Iterator[LocalNodes]:
+    cluster = LocalNodes()
     try:
         cluster.run("up", "2")
         yield cluster
@@ -73,7 +73,7 @@ def make(make_job: MakeJob, store: Path) -> MakeJob:
 
 
 @pytest.fixture
-def start(nodes: Nodes, tmp_path: Path) -> Iterator[Start]:
+def start(nodes: LocalNodes, tmp_path: Path) -> Iterator[Start]:
     """Start `python jobs/pretrain.py` on the cluster; the log is in the test's folder."""
     started: list[subprocess.Popen[bytes]] = []
 
@@ -150,7 +150,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def test_local_cluster_is_there_once_and_says_how_it_is(nodes: Nodes) -> None:
+def test_local_cluster_is_there_once_and_says_how_it_is(nodes: LocalNodes) -> None:
     assert "is there" in nodes.run("up", "2", status=1)
     told = nodes.run("status")
     assert all(name in told and str(pid) in told for name, pid in nodes.pids().items())
@@ -159,7 +159,7 @@ def test_local_cluster_is_there_once_and_says_how_it_is(nodes: Nodes) -> None:
 
 
 def test_run_whose_node_is_lost_has_the_weights_of_the_undisturbed_run(
-    nodes: Nodes, start: Start, make: MakeJob, tmp_path: Path
+    nodes: LocalNodes, start: Start, make: MakeJob, tmp_path: Path
 ) -> None:
     # One of two nodes trains: the other takes its place.
     nodes.resize(2)
@@ -174,7 +174,7 @@ def test_run_whose_node_is_lost_has_the_weights_of_the_undisturbed_run(
 
 
 def test_elastic_run_goes_on_with_more_nodes_and_with_fewer_again(
-    nodes: Nodes, start: Start, make: MakeJob, tmp_path: Path
+    nodes: LocalNodes, start: Start, make: MakeJob, tmp_path: Path
 ) -> None:
     nodes.resize(1)
     workers = {"min": 1, "max": 2, "grow_seconds": 1.0}
@@ -203,7 +203,7 @@ def test_elastic_run_goes_on_with_more_nodes_and_with_fewer_again(
 
 
 def test_run_whose_head_is_lost_goes_on_on_a_new_cluster(
-    nodes: Nodes, start: Start, make: MakeJob, tmp_path: Path
+    nodes: LocalNodes, start: Start, make: MakeJob, tmp_path: Path
 ) -> None:
     config = make("headless", max_steps=160, scale__num_workers=1)
     log = tmp_path / "job.log"

@@ -16,7 +16,7 @@ from raytune_llama.storage.place import Place
 from raytune_llama.train.checkpoint import shards as slices
 from raytune_llama.train.checkpoint.layout import CheckpointError, RunState, check_checkpoint
 from raytune_llama.train.checkpoint.restore import restore
-from raytune_llama.train.loop import Session, read_batches, take_step
+from raytune_llama.train.loop import Session, read_batches, train_step
 from tests.chaos.faults import Calls, die, no_space
 from tests.train.conftest import MakeConfig
 from tests.train.saved import ALONE, WholeState, build, save, state_of
@@ -62,7 +62,7 @@ def saved(make_config: MakeConfig, disk: Path, monkeypatch: pytest.MonkeyPatch) 
     at_start = disk / "at_start"
     save(session, Place.local(at_start), RunState(step=1))
     batch = list(zip(range(2), read_batches(session, 0), strict=False))[1][1]
-    take_step(session, batch, sum(batch.source_targets))
+    train_step(session, batch, sum(batch.source_targets))
     states[2] = states[3] = state_of(session.engine)
     return Saved(session, at_start, states)
 

@@ -11,7 +11,7 @@ import pytest
 
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.monitoring.metrics import RESTARTS, read_metrics
-from raytune_llama.train.result import GaveUpError, RefusedError
+from raytune_llama.train.result import InvalidRunError, RetriesExhaustedError
 from raytune_llama.train.trainer import run_training
 from tests.chaos.conftest import (
     ADAPTER,
@@ -80,7 +80,7 @@ def test_bug_that_comes_back_at_one_step_ends_the_run_after_three_failures(
     config = make_run(data__store_dir=str(tmp_path / "store"))
     with (
         at_step(config, 30, lambda: spoil_store(config)),
-        pytest.raises(GaveUpError) as caught,
+        pytest.raises(RetriesExhaustedError) as caught,
     ):
         run_training(config)
     message = str(caught.value)
@@ -102,7 +102,7 @@ def test_file_that_is_missing_ends_the_run_at_once_and_is_named(
         (tmp_path / "store" / "manifest.json").unlink()
         os.kill(worker_pids()[0], signal.SIGKILL)
 
-    with at_step(config, 30, strike), pytest.raises(RefusedError, match="store"):
+    with at_step(config, 30, strike), pytest.raises(InvalidRunError, match="store"):
         run_training(config)
     # The start that found it was the last one.
     assert restarts(config) == []

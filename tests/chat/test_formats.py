@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_llama.chat.conversations import Conversation, Defect
-from raytune_llama.chat.formats import FormatName, KeyCounts, read_row, sniff_format, write_row
+from raytune_llama.chat.formats import FormatName, KeyCounts, detect_row_format, read_row, write_row
 from raytune_llama.storage.files import KEY_DECODER
 from tests.chat.conftest import ANSWERS, CONTENTS, CONVERSATIONS, talk
 
@@ -17,7 +17,7 @@ MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
 
 
 def read(row: dict[str, Any], row_format: FormatName | None = None) -> Conversation | Defect:
-    found = row_format or sniff_format(row)
+    found = row_format or detect_row_format(row)
     assert found is not None
     return read_row(row, found, KeyCounts())
 
@@ -87,7 +87,7 @@ def test_bad_row_is_told_by_reason(row: dict[str, Any], reason: str) -> None:
     "row", [{}, {"text": "a"}, {"prompt": "q"}, {"chosen": "a", "output": "b"}]
 )
 def test_row_of_no_format_is_not_sniffed(row: dict[str, Any]) -> None:
-    assert sniff_format(row) is None
+    assert detect_row_format(row) is None
 
 
 def test_input_separator_is_between_instruction_and_input_only() -> None:
@@ -135,7 +135,7 @@ def test_conversation_survives_formats_with_turns(
     written = Conversation(conversation.turns, system, "n-1")
     row = write_row(written, row_format)
     assert isinstance(row, dict)
-    assert sniff_format(row) == row_format
+    assert detect_row_format(row) == row_format
     assert read(json.loads(json.dumps(row))) == written
 
 

@@ -7,7 +7,13 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from raytune_llama.chat.tools import CallParser, CallPiece, write_calls, write_results, write_tools
+from raytune_llama.chat.tools import (
+    ToolCallChunk,
+    ToolCallParser,
+    write_calls,
+    write_results,
+    write_tools,
+)
 
 NAMES = st.text("abZ09_-", min_size=1, max_size=64)
 VALUES = st.recursive(
@@ -31,9 +37,9 @@ def cut(text: str, places: list[int]) -> list[str]:
 
 def read(
     pieces: list[str], *, must_call: bool
-) -> tuple[str, list[tuple[str, str]], list[CallPiece]]:
-    parser = CallParser(must_call=must_call)
-    text, told = "", list[CallPiece]()
+) -> tuple[str, list[tuple[str, str]], list[ToolCallChunk]]:
+    parser = ToolCallParser(must_call=must_call)
+    text, told = "", list[ToolCallChunk]()
     for piece in pieces:
         said, new = parser.push(piece)
         assert not (said and told), "text behind a call"
@@ -70,7 +76,7 @@ def test_calls_are_read_as_written_whatever_the_pieces(
 
 def test_arguments_are_told_as_they_come() -> None:
     written = write_calls("", [("weather", '{"city": "Rom"}')])
-    parser, told = CallParser(must_call=False), list[CallPiece]()
+    parser, told = ToolCallParser(must_call=False), list[ToolCallChunk]()
     for character in written:
         told += parser.push(character)[1]
     assert told[0].name == "weather"

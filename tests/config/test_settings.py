@@ -13,7 +13,7 @@ from raytune_llama.config.settings import (
     PLACEMENT,
     ConfigError,
     describe,
-    differences,
+    find_differences,
     from_dict,
     identity,
     load,
@@ -292,7 +292,7 @@ def test_identity_leaves_out_placement_at_any_depth() -> None:
 def test_differences_name_path_and_both_values() -> None:
     run = Run(model="m", sources=(Source(path=Path("a")), Source(path=Path("b"))))
     changes = {"lr": 1.0, "sources.1.kind": "json", "engine_options": {"x": 1}}
-    assert differences(to_dict(run), to_dict(override(run, changes))) == [
+    assert find_differences(to_dict(run), to_dict(override(run, changes))) == [
         "lr: 0.0001 -> 1.0",
         "sources.1.kind: 'txt' -> 'json'",
         "engine_options: {} -> (not given)",

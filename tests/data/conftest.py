@@ -41,6 +41,6 @@ def make_split(tmp_path_factory: pytest.TempPathFactory) -> MakeSplit:
                     if writer.shard:
                         shards.append(writer.shard)
                 file_number += 1
-        return TokenSplit(Place.local(folder), SplitManifest.of(shards))
+        return TokenSplit(Place.local(folder), SplitManifest.from_shards(shards))
 
     return make

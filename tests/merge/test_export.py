@@ -13,7 +13,7 @@ from raytune_llama.config.settings import ConfigError, from_dict
 from raytune_llama.merge.merger import MergeConfig
 from raytune_llama.model.meta import to_meta
 from raytune_llama.model.meta.conversion import ConvertConfig, convert_weights
-from raytune_llama.model.meta.layout import MetaParams, published_shards
+from raytune_llama.model.meta.layout import MetaParams, count_published_shards
 from raytune_llama.model.tensors import open_weights
 from tests.merge.conftest import WHOLE, MakeAdapter, MakeBase, left_over, merge, rewrite_base
 
@@ -63,7 +63,7 @@ def test_pth_of_a_grown_vocabulary_has_all_rows(
 
 @pytest.mark.parametrize(("width", "shards"), [(4096, 1), (5120, 2), (6656, 4), (8192, 8), (64, 1)])
 def test_pth_without_a_number_has_as_many_shards_as_were_published(width: int, shards: int) -> None:
-    assert published_shards(MetaParams(dim=width, n_layers=1, n_heads=8)) == shards
+    assert count_published_shards(MetaParams(dim=width, n_layers=1, n_heads=8)) == shards
 
 
 def test_pth_that_was_written_wrong_is_found_and_leaves_nothing(
@@ -71,7 +71,7 @@ def test_pth_that_was_written_wrong_is_found_and_leaves_nothing(
 ) -> None:
     base = make_base()
     adapter = make_adapter(base, target_modules=["v_proj"])
-    monkeypatch.setattr(to_meta, "to_pairs", lambda weight, _: weight)
+    monkeypatch.setattr(to_meta, "to_interleaved_rows", lambda weight, _: weight)
     with pytest.raises(AssertionError, match=r"[qk]_proj\.weight was not written as it is in"):
         merge(base, adapter, output_format="pth")
     assert left_over(base) == []

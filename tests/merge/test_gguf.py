@@ -174,7 +174,7 @@ def test_gguf_of_a_grown_vocabulary_has_the_adapter_s_rows(
 
 
 def spoil_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_file, "to_pairs", lambda weight, _: weight)
+    monkeypatch.setattr(gguf_file, "to_interleaved_rows", lambda weight, _: weight)
 
 
 def spoil_rounding(monkeypatch: pytest.MonkeyPatch) -> None:

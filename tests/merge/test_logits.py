@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raytune_llama.merge.adapter import Adapter
-from raytune_llama.merge.logits import compare_logits, read_samples
+from raytune_llama.merge.logits import compare_logits, load_comparison_ids
 from raytune_llama.merge.plan import MergePlan, plan_merge
 from tests.conftest import train_tokenizer
 from tests.merge.conftest import WHOLE, MakeAdapter, MakeBase, left_over, merge
@@ -53,7 +53,7 @@ def test_right_merge_passes(
     adapter = make_adapter(base, **adapter_fields)
     target = merge(base, adapter, verify="logits", dtype=dtype)
     plan = plan_as(base, [adapter], getattr(torch, dtype))
-    found = compare_logits(target, plan, read_samples(base, None))
+    found = compare_logits(target, plan, load_comparison_ids(base, None))
     assert found.largest <= found.allowed
     # Random models of 410 rows: nearly all rows are as likely.
     assert found.perplexities[0] == pytest.approx(found.perplexities[1], rel=1e-3)
@@ -95,7 +95,7 @@ def test_text_is_read_from_its_beginning(
     base = make_spoken()
     text = tmp_path / "long.txt"
     text.write_text("The quick brown fox. 新年的钟声敲响了。\n" * 5000)
-    samples = read_samples(base, str(text))
+    samples = load_comparison_ids(base, str(text))
     assert sum(ids_BT.shape[1] for ids_BT in samples) == 1024
     assert merge(base, make_adapter(base), verify="logits", verify_text=str(text)).is_dir()
 

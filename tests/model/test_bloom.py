@@ -9,7 +9,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from raytune_llama.model.llama import SummedLoss
 from raytune_llama.model.lora import LoraConfig, attach_adapter, is_tied
-from raytune_llama.model.loss import IGNORE
+from raytune_llama.model.loss import IGNORE_INDEX
 
 ROWS = 64
 
@@ -34,7 +34,7 @@ def document(num_tokens: int, *, seed: int) -> Tensor:
 
 def packed_of(*documents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return ids, positions and labels of one sequence."""
-    labels = [torch.cat([ids[1:], torch.tensor([IGNORE])]) for ids in documents]
+    labels = [torch.cat([ids[1:], torch.tensor([IGNORE_INDEX])]) for ids in documents]
     positions = [torch.arange(len(ids)) for ids in documents]
     return torch.cat(documents)[None], torch.cat(positions)[None], torch.cat(labels)[None]
 
@@ -61,7 +61,7 @@ def test_bloom_packed_documents_have_the_losses_of_its_own_code(
     for document_T in documents:
         # Its labels alone. In half precision ALiBi is rounded more the later a key stands.
         start, stop = stop, stop + len(document_T)
-        own = torch.full_like(labels, IGNORE)
+        own = torch.full_like(labels, IGNORE_INDEX)
         own[:, start:stop] = labels[:, start:stop]
         with torch.no_grad():
             packed = SummedLoss(model)(ids, positions, own).item()
@@ -77,7 +77,7 @@ def test_bloom_document_behind_another_does_not_depend_on_one_bit_of_it(dtype: t
     losses: list[float] = []
     for first in (document(30, seed=1), document(30, seed=2)):
         ids, positions, labels = packed_of(first, second)
-        labels[:, :30] = IGNORE
+        labels[:, :30] = IGNORE_INDEX
         with torch.no_grad():
             losses.append(SummedLoss(model)(ids, positions, labels).item())
     assert losses[0] == losses[1]

@@ -18,14 +18,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from raytune_llama.model.directory import stored_tables, write_with_tables
+from raytune_llama.model.directory import stored_tables, write_with_trained_tables
 from raytune_llama.model.embeddings import (
     EmbeddingsConfig,
     check_embeddings,
     projection_weight,
     train_embeddings,
 )
-from raytune_llama.model.llama import ModelConfig, SummedLoss, load_model, load_skeleton
+from raytune_llama.model.llama import ModelConfig, SummedLoss, build_empty_model, load_model
 from raytune_llama.model.lora import is_tied
 from raytune_llama.model.vocab import new_ids
 from raytune_llama.tokenizer.loader import load_tokenizer
@@ -165,7 +165,7 @@ def write(base: Path, tokenizer: Path, config: EmbeddingsConfig, folder: Path) -
                 parameter.mul_(2)
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     folder.mkdir()
-    norms = write_with_tables(model, base, tokenizer, trained, folder)
+    norms = write_with_trained_tables(model, base, tokenizer, trained, folder)
     assert norms == {name: pytest.approx(tensor.norm().item()) for name, tensor in trained.items()}
     return model
 
@@ -255,7 +255,7 @@ def test_write_with_tables_of_a_model_saved_without_its_head_finds_its_names(
     weights = load_file(base / "model.safetensors")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
     save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
-    assert stored_tables(load_skeleton(base), base) == {
+    assert stored_tables(build_empty_model(base), base) == {
         "word_embeddings.weight": "transformer.word_embeddings.weight"
     }
     trained = write(base, base, EmbeddingsConfig(), tmp_path / "out").eval()
@@ -271,4 +271,4 @@ def test_write_with_tables_what_the_precision_of_the_base_cannot_hold_is_refused
     trained = {"model.embed_tokens.weight": torch.full((410, 16), 1e6)}
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match=r"^model\.embed_tokens\.weight: is not finite"):
-        write_with_tables(load_skeleton(base), base, base, trained, tmp_path / "out")
+        write_with_trained_tables(build_empty_model(base), base, base, trained, tmp_path / "out")

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import AddedToken
 
-from raytune_llama.model.lineage import check_adapter_tokenizer, check_chain, check_recorded
+from raytune_llama.model.lineage import (
+    check_adapter_tokenizer,
+    check_tokenizer_chain,
+    check_tokenizer_hash,
+)
 from raytune_llama.model.vocab import check_vocabulary
 from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
 from tests.conftest import train_tokenizer
@@ -87,12 +91,12 @@ def test_a_chain_goes_from_smaller_to_grown_tokenizers(tokenizers: Path) -> None
     base, llama, alpaca, foreign = (
         tokenizers / name for name in ("base", "llama", "alpaca", "foreign")
     )
-    assert check_chain([base, llama, alpaca]) == []
-    assert check_chain([base, tokenizers / "none", base]) == []
-    (problem,) = check_chain([base, alpaca, llama])
+    assert check_tokenizer_chain([base, llama, alpaca]) == []
+    assert check_tokenizer_chain([base, tokenizers / "none", base]) == []
+    (problem,) = check_tokenizer_chain([base, alpaca, llama])
     assert f"{llama} (402 tokens) is neither the tokenizer of {alpaca}" in problem
     assert "in the order of their training" in problem
-    (problem,) = check_chain([foreign, llama])
+    (problem,) = check_tokenizer_chain([foreign, llama])
     assert "2 tokens have another id" in problem
 
 
@@ -101,8 +105,8 @@ def test_a_tokenizer_that_was_exchanged_is_told_by_its_hash(
 ) -> None:
     own = tokenizers / "base"
     manifest = {"tokenizer_sha256": tokenizer_sha256(own)}
-    assert check_recorded(make_adapter(tmp_path / "a", own, manifest)) is None
+    assert check_tokenizer_hash(make_adapter(tmp_path / "a", own, manifest)) is None
     exchanged = make_adapter(tmp_path / "b", tokenizers / "foreign", manifest)
-    assert "is not the one that it was made with" in str(check_recorded(exchanged))
-    (problem,) = check_chain([exchanged])
+    assert "is not the one that it was made with" in str(check_tokenizer_hash(exchanged))
+    (problem,) = check_tokenizer_chain([exchanged])
     assert problem.startswith(f"adapters: the tokenizer in {exchanged}")

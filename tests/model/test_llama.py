@@ -23,14 +23,14 @@ from raytune_llama.model.llama import (
     ModelConfig,
     Precision,
     SummedLoss,
+    build_empty_model,
     check_model_directory,
     check_output_projection,
     choose_attention,
     load_model,
-    load_skeleton,
 )
 from raytune_llama.model.lora import LoraConfig, attach_adapter
-from raytune_llama.model.loss import IGNORE
+from raytune_llama.model.loss import IGNORE_INDEX
 from raytune_llama.storage.files import sha256_file
 from tests.model.conftest import MakeModel
 
@@ -44,7 +44,7 @@ def document(num: int, *, rows: int = 410, seed: int = 0) -> Tensor:
 
 def labels_of(ids_T: Tensor) -> Tensor:
     """Return the next token of each; the last one has none."""
-    return torch.cat([ids_T[1:], ids_T.new_tensor([IGNORE])])
+    return torch.cat([ids_T[1:], ids_T.new_tensor([IGNORE_INDEX])])
 
 
 def loss_of(model: nn.Module, *documents: Tensor, restart: bool = True) -> Tensor:
@@ -58,7 +58,7 @@ def loss_of(model: nn.Module, *documents: Tensor, restart: bool = True) -> Tenso
 def own_loss_of(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
     """Return the loss from the model's own logits."""
     return nn.functional.cross_entropy(
-        model(ids_T[None]).logits[0], labels_of(ids_T), reduction="sum", ignore_index=IGNORE
+        model(ids_T[None]).logits[0], labels_of(ids_T), reduction="sum", ignore_index=IGNORE_INDEX
     )
 
 
@@ -128,7 +128,7 @@ def test_loss_of_a_packed_document_does_not_depend_on_one_bit_of_another(
     model = make_llama()
     second = document(8)
     positions_1T = torch.arange(8).repeat(2)[None]
-    labels_1T = torch.cat([torch.full((8,), IGNORE), labels_of(second)])[None]
+    labels_1T = torch.cat([torch.full((8,), IGNORE_INDEX), labels_of(second)])[None]
     with torch.no_grad():
         losses = [
             SummedLoss(model)(torch.cat([first, second])[None], positions_1T, labels_1T).item()
@@ -217,7 +217,7 @@ def test_load_skeleton_has_the_models_shapes_and_no_memory(
 ) -> None:
     model = make_llama()
     model.save_pretrained(tmp_path)
-    skeleton = dict(load_skeleton(tmp_path).named_parameters())
+    skeleton = dict(build_empty_model(tmp_path).named_parameters())
     assert {name: p.shape for name, p in skeleton.items()} == {
         name: p.shape for name, p in model.named_parameters()
     }

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raytune_llama.model import loss
-from raytune_llama.model.loss import IGNORE, summed_cross_entropy
+from raytune_llama.model.loss import IGNORE_INDEX, summed_cross_entropy
 
 
 def reference(
@@ -20,7 +20,7 @@ def reference(
     hidden = hidden_ND.detach().double().requires_grad_()
     weight = weight_VD.detach().double().requires_grad_()
     total = torch.nn.functional.cross_entropy(
-        hidden @ weight.T, labels_N, ignore_index=IGNORE, reduction="sum"
+        hidden @ weight.T, labels_N, ignore_index=IGNORE_INDEX, reduction="sum"
     )
     return [total.detach(), *torch.autograd.grad(total * factor, [hidden, weight])]
 
@@ -43,7 +43,7 @@ def draw(
     hidden_ND = torch.randn(num, width, generator=generator).to(dtype)
     weight_VD = torch.randn(rows, width, generator=generator).to(dtype)
     labels_N = torch.randint(rows, (num,), generator=generator)
-    labels_N[torch.rand(num, generator=generator) < 0.3] = IGNORE
+    labels_N[torch.rand(num, generator=generator) < 0.3] = IGNORE_INDEX
     return hidden_ND, weight_VD, labels_N
 
 
@@ -108,14 +108,14 @@ def test_loss_half_precision_sums_many_chunks_without_losing_the_late_ones(
 @pytest.mark.parametrize("num", [0, 5])
 def test_loss_without_targets_is_zero_and_so_are_its_gradients(num: int) -> None:
     hidden_ND, weight_VD, _ = draw(num, 4, 9)
-    found = ours(hidden_ND, weight_VD, torch.full((num,), IGNORE))
+    found = ours(hidden_ND, weight_VD, torch.full((num,), IGNORE_INDEX))
     assert [tensor.shape for tensor in found] == [(), (num, 4), (9, 4)]
     assert all(torch.equal(tensor, torch.zeros_like(tensor)) for tensor in found)
 
 
 def test_loss_of_one_target_gives_no_gradient_to_other_positions() -> None:
     hidden_ND, weight_VD, labels_N = draw(6, 4, 9)
-    labels_N[:] = IGNORE
+    labels_N[:] = IGNORE_INDEX
     labels_N[3] = 2
     total, grad_hidden, _ = ours(hidden_ND, weight_VD, labels_N)
     wanted = -torch.log_softmax(weight_VD @ hidden_ND[3], dim=0)[2]

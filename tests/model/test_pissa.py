@@ -16,7 +16,7 @@ from raytune_llama.model.lora import (
     check_adapter_targets,
     write_adapter,
 )
-from raytune_llama.model.pissa import principal_factors, start_from
+from raytune_llama.model.pissa import apply_principal_factors, principal_factors
 from tests.model.conftest import MakeModel
 
 IDS = torch.arange(5, 25)[None]
@@ -34,7 +34,7 @@ def started(
 ) -> tuple[PeftModel, dict[str, Tensor]]:
     attached = attach_adapter(make_llama(**fields), config, seed=0)
     factors = principal_factors(attached)
-    start_from(attached, factors)
+    apply_principal_factors(attached, factors)
     return attached, factors
 
 

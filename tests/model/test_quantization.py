@@ -13,7 +13,7 @@ from raytune_llama.model.quantization import (
     check_quantization,
     quantized_bytes,
     quantized_linears,
-    whole_shape,
+    unquantized_shape,
 )
 from raytune_llama.model.quantized_layers import quantize_base
 
@@ -123,7 +123,7 @@ def test_quantized_bytes_and_shape_are_those_of_the_layer(kind: Quantization) ->
     quantize_base(model, kind, (), CPU)
     for name, shape in shapes.items():
         weight: Any = model.get_parameter(f"{name}.weight")
-        assert whole_shape(weight) == shape
+        assert unquantized_shape(weight) == shape
         held = [weight]
         if kind == "int8":
             held.append(weight.SCB)

@@ -54,7 +54,7 @@ def test_check_vocabulary_of_the_models_own_tokenizer_counts_surplus_rows(
 ) -> None:
     fit = check_vocabulary(410, tokenizer_dir, tokenizer_dir)
     assert fit == VocabularyFit(num_rows=410, num_base_ids=400, num_ids=400)
-    assert (fit.num_new_ids, fit.num_surplus_rows) == (0, 10)
+    assert (fit.num_new_ids, fit.num_unused_rows) == (0, 10)
 
 
 @pytest.mark.parametrize(("rows", "surplus"), [(410, 7), (400, 0)])
@@ -62,7 +62,7 @@ def test_check_vocabulary_of_a_grown_tokenizer_counts_new_ids(
     tokenizer_dir: Path, grown_dir: Path, rows: int, surplus: int
 ) -> None:
     fit = check_vocabulary(rows, tokenizer_dir, grown_dir)
-    assert (fit.num_new_ids, fit.num_surplus_rows) == (3, surplus)
+    assert (fit.num_new_ids, fit.num_unused_rows) == (3, surplus)
 
 
 def test_check_vocabulary_of_a_foreign_tokenizer_is_refused(
@@ -89,7 +89,7 @@ def test_check_vocabulary_of_a_model_without_tokenizer_compares_sizes(
     tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     fit = check_vocabulary(410, tmp_path, tokenizer_dir)
-    assert (fit.num_new_ids, fit.num_surplus_rows) == (0, 10)
+    assert (fit.num_new_ids, fit.num_unused_rows) == (0, 10)
     with pytest.raises(ValueError, match=r"model\.tokenizer.*up to 399.*399 rows"):
         check_vocabulary(399, tmp_path, tokenizer_dir)
 
@@ -214,7 +214,7 @@ def test_check_vocabulary_of_a_copied_tokenizer_equals_the_original(
 ) -> None:
     shutil.copytree(tokenizer_dir, tmp_path / "copy")
     fit = check_vocabulary(400, tokenizer_dir, tmp_path / "copy")
-    assert (fit.num_new_ids, fit.num_surplus_rows) == (0, 0)
+    assert (fit.num_new_ids, fit.num_unused_rows) == (0, 0)
 
 
 def test_check_vocabulary_of_a_tokenizer_saved_without_its_model_warns(

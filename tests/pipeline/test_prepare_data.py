@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from raytune_llama.config.settings import from_dict, write_yaml
-from raytune_llama.data.build.file_hashes import SEEN_NAME
+from raytune_llama.data.build.file_hashes import HASHES_NAME
 from raytune_llama.data.config import PrepareDataConfig
 from raytune_llama.data.store.token_store import TokenStore
 from tests.pipeline.conftest import ROOT, own_cluster
@@ -63,7 +63,7 @@ def start(config: Path) -> subprocess.Popen[str]:
 
 
 def content(store: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in store.iterdir() if path.name != SEEN_NAME}
+    return {path.name: path.read_bytes() for path in store.iterdir() if path.name != HASHES_NAME}
 
 
 def records(folder: Path) -> set[str]:

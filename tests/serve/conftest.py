@@ -8,9 +8,9 @@ import torch
 
 from raytune_llama.serve.config import SamplingDefaults, ServedModelConfig
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.scheduler import Stepper
-from raytune_llama.serve.generation.completion import Answerer
-from raytune_llama.serve.generation.model import ServedModel, load_served
+from raytune_llama.serve.engine.scheduler import BatchScheduler
+from raytune_llama.serve.generation.completion import CompletionService
+from raytune_llama.serve.generation.model import ServedModel, load_served_model
 from raytune_llama.tokenizer.loader import load_tokenizer
 from tests.train.conftest import write_model
 
@@ -26,17 +26,17 @@ def served_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) ->
 @pytest.fixture(scope="session")
 def served(served_dir: Path) -> ServedModel:
     config = ServedModelConfig(path=str(served_dir), template="belle")
-    return load_served(config, torch.device("cpu"))
+    return load_served_model(config, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
-def answerer(served: ServedModel) -> Iterator[Answerer]:
-    stepper = Stepper(
+def answerer(served: ServedModel) -> Iterator[CompletionService]:
+    stepper = BatchScheduler(
         served.model,
         num_slots=4,
         max_context=served.max_context,
         num_tokens=len(served.tokenizer),
     )
     engine = TransformersEngine(stepper, max_waiting=32)
-    yield Answerer(served, engine, SamplingDefaults())
+    yield CompletionService(served, engine, SamplingDefaults())
     engine.close()

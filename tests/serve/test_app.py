@@ -12,20 +12,20 @@ from raytune_llama.serve.app import build_app
 from raytune_llama.serve.config import ServeConfig, ServedModelConfig
 from raytune_llama.serve.gateway import check_exposure
 from raytune_llama.serve.generation.model import ServedModel
-from raytune_llama.serve.http.keys import Keys, make_key
+from raytune_llama.serve.http.keys import ApiKeys, make_key
 from tests.serve.engine.test_scheduler import by_transformers
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
 def test_loopback_needs_no_keys(host: str) -> None:
-    check_exposure(host, Keys())
+    check_exposure(host, ApiKeys())
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "example.org", "", None])  # noqa: S104
 def test_other_addresses_need_keys(host: str | None) -> None:
     with pytest.raises(ConfigError, match="keys_file"):
-        check_exposure(host, Keys())
-    check_exposure(host, Keys((bytes.fromhex(make_key()[1]),)))
+        check_exposure(host, ApiKeys())
+    check_exposure(host, ApiKeys((bytes.fromhex(make_key()[1]),)))
 
 
 @pytest.mark.ray

@@ -27,7 +27,7 @@ def ctrl_c() -> Iterator[None]:
 def test_upload_that_is_interrupted_is_whole(
     faulty_s3: FaultyServer, s3_path: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(buckets, "PIECE_BYTES", 10 * MIB)
+    monkeypatch.setattr(buckets, "UPLOAD_PART_BYTES", 10 * MIB)
     data = os.urandom(25 * MIB)
     (tmp_path / "source").write_bytes(data)
 

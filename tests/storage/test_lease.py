@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from raytune_llama.config.settings import ConfigError
-from raytune_llama.storage.lease import FOLDER, Lease, LeaseError, LeaseTimes, check_lease
+from raytune_llama.storage.lease import LEASE_FOLDER, Lease, LeaseError, LeaseTimes, check_lease
 from raytune_llama.storage.place import Place
 
-QUICK = LeaseTimes(settle=0.3, beat=0.1, stale=1.5)
-SLOW_DISK = LeaseTimes(settle=0.0, beat=0.1, stale=1.5)
+QUICK = LeaseTimes(settle_seconds=0.3, heartbeat_seconds=0.1, stale_seconds=1.5)
+SLOW_DISK = LeaseTimes(settle_seconds=0.0, heartbeat_seconds=0.1, stale_seconds=1.5)
 
 HOLDER = """
 import sys, time
@@ -31,7 +31,7 @@ with Lease(Place.parse(sys.argv[1], "run_dir"), times) as lease:
 
 
 def claims(run_dir: Place) -> list[Place]:
-    return list((run_dir / FOLDER).files())
+    return list((run_dir / LEASE_FOLDER).files())
 
 
 def rewrite(claim: Place, change: Callable[[dict[str, Any]], None]) -> None:
@@ -78,7 +78,9 @@ def test_driver_that_was_killed_is_succeeded_at_once(tmp_path: Path) -> None:
         holder.kill()
     start = time.monotonic()
     # Its claim would otherwise be waited for as long as this.
-    with Lease(run_dir, LeaseTimes(settle=0.3, beat=0.1, stale=90)) as lease:
+    with Lease(
+        run_dir, LeaseTimes(settle_seconds=0.3, heartbeat_seconds=0.1, stale_seconds=90)
+    ) as lease:
         assert lease.confirm().number > number
     assert time.monotonic() - start < 80
 
@@ -91,7 +93,7 @@ def test_driver_of_another_machine_is_succeeded_when_it_shows_no_life(run_dir: P
     rewrite(claim, on_another_machine)
     start = time.monotonic()
     with Lease(run_dir, QUICK) as lease:
-        assert time.monotonic() - start > QUICK.stale
+        assert time.monotonic() - start > QUICK.stale_seconds
         assert lease.confirm().number > number
 
 
@@ -118,7 +120,9 @@ def test_driver_of_another_machine_that_lives_is_not_succeeded(run_dir: Place) -
 
 
 def test_driver_that_slept_while_it_was_succeeded_publishes_nothing(run_dir: Place) -> None:
-    with Lease(run_dir, LeaseTimes(settle=0.3, beat=600, stale=600)) as asleep:
+    with Lease(
+        run_dir, LeaseTimes(settle_seconds=0.3, heartbeat_seconds=600, stale_seconds=600)
+    ) as asleep:
         fence = asleep.confirm()
         (claim,) = claims(run_dir)
         rewrite(claim, on_another_machine)
@@ -141,7 +145,9 @@ def test_drivers_that_start_together_are_one_in_the_end(run_dir: Place) -> None:
     def drive() -> None:
         start.wait()
         try:
-            with Lease(run_dir, LeaseTimes(settle=2.0, beat=0.1, stale=600)) as lease:
+            with Lease(
+                run_dir, LeaseTimes(settle_seconds=2.0, heartbeat_seconds=0.1, stale_seconds=600)
+            ) as lease:
                 holding.append(lease.confirm().number)
                 tried.wait(30)
         except ConfigError as error:
@@ -160,7 +166,9 @@ def test_drivers_that_start_together_are_one_in_the_end(run_dir: Place) -> None:
 def test_claim_of_a_rival_that_comes_while_others_settle_is_seen(
     run_dir: Place, owner: str
 ) -> None:
-    with Lease(run_dir, LeaseTimes(settle=2.0, beat=600, stale=600)) as lease:
+    with Lease(
+        run_dir, LeaseTimes(settle_seconds=2.0, heartbeat_seconds=600, stale_seconds=600)
+    ) as lease:
         (claim,) = claims(run_dir)
 
         def write_late() -> None:
@@ -197,7 +205,7 @@ def test_lease_is_checked_while_its_holder_writes(tmp_path: Path) -> None:
 
     def write() -> None:
         # Each sign of life is a file of another name for a moment, and listed as such.
-        temporary = tmp_path / "run" / FOLDER / ".claim.tmp"
+        temporary = tmp_path / "run" / LEASE_FOLDER / ".claim.tmp"
         while not done.is_set():
             temporary.write_bytes(b"")
             temporary.unlink()

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
-from raytune_llama.storage.process import ProcessId
+from raytune_llama.storage.process import ProcessIdentity
 
 SLEEPER = """
 import sys, time
@@ -20,15 +20,15 @@ def test_process_is_known_killed_and_gone() -> None:
     command = [sys.executable, "-c", SLEEPER]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
-        process = ProcessId.from_json(json.loads(child.stdout.readline()))
-        assert process.is_gone is False
+        process = ProcessIdentity.from_json(json.loads(child.stdout.readline()))
+        assert process.has_exited is False
         # Another process that has its number by now, and one of another machine.
         later, elsewhere = replace(process, started=process.started - 1), replace(process, boot="x")
-        assert (later.is_gone, elsewhere.is_gone) == (True, None)
+        assert (later.has_exited, elsewhere.has_exited) == (True, None)
         assert not later.kill()
         assert not elsewhere.kill()
         assert child.poll() is None
         assert process.kill()
         assert child.wait(60) == -9
-        assert process.is_gone
+        assert process.has_exited
         assert not process.kill()

@@ -13,7 +13,11 @@ from sentencepiece.sentencepiece_model_pb2 import (
 )
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from raytune_llama.tokenizer.reference import PIECE, SentencePieceReference, TokenizersReference
+from raytune_llama.tokenizer.reference import (
+    PieceProto,
+    SentencePieceReference,
+    TokenizersReference,
+)
 
 CORPUS = (
     "The quick brown fox jumps over the lazy dog; it's 2026, isn't it? We'll see 12345 of them.",
@@ -76,13 +80,13 @@ def pieces_proto(scores: dict[str, float], **spec: object) -> ModelProto:
     proto.normalizer_spec.remove_extra_whitespaces = False
     for name, value in spec.items():
         setattr(proto.normalizer_spec, name, value)
-    proto.pieces.add(piece="<unk>", type=PIECE.UNKNOWN)
+    proto.pieces.add(piece="<unk>", type=PieceProto.UNKNOWN)
     for name in ("<s>", "</s>"):
-        proto.pieces.add(piece=name, type=PIECE.CONTROL)
+        proto.pieces.add(piece=name, type=PieceProto.CONTROL)
     for byte in range(256):
-        proto.pieces.add(piece=f"<0x{byte:02X}>", type=PIECE.BYTE)
+        proto.pieces.add(piece=f"<0x{byte:02X}>", type=PieceProto.BYTE)
     for piece, score in scores.items():
-        proto.pieces.add(piece=piece, score=score, type=PIECE.NORMAL)
+        proto.pieces.add(piece=piece, score=score, type=PieceProto.NORMAL)
     return proto
 
 

@@ -13,14 +13,14 @@ import sentencepiece
 from raytune_llama.tokenizer import reference
 from raytune_llama.tokenizer.compiled import encoder as compiled
 from raytune_llama.tokenizer.encoder import (
-    CHECKED_SHARE,
+    CHECK_INTERVAL_TEXTS,
     CheckedEncoder,
-    EncoderChoice,
-    Engine,
-    IdsDifferError,
+    EncoderKind,
+    SelectedEncoder,
+    TokenIdMismatchError,
 )
-from raytune_llama.tokenizer.loader import encode_text, load_reference, load_tokenizer
-from raytune_llama.tokenizer.selection import choose_encoder
+from raytune_llama.tokenizer.loader import encode_text, load_reference_encoder, load_tokenizer
+from raytune_llama.tokenizer.selection import select_encoder
 from tests.model.conftest import SENTENCES
 from tests.tokenizer import references
 from tests.tokenizer.test_loader import change_json
@@ -30,8 +30,8 @@ pytest.importorskip("numba", reason="the fast engine is an extra")
 from raytune_llama.tokenizer.compiled.encoder import CompiledEncoder
 
 
-def choose(path: Path, sample: Sequence[str], engine: Engine = "auto") -> EncoderChoice:
-    return choose_encoder(load_tokenizer(path), sample, engine)
+def choose(path: Path, sample: Sequence[str], engine: EncoderKind = "auto") -> SelectedEncoder:
+    return select_encoder(load_tokenizer(path), sample, engine)
 
 
 @pytest.fixture(params=["tokenizer_dir", "llama_tokenizer_dir", "merged_tokenizer_dir"])
@@ -51,7 +51,7 @@ def unigram_dir(llama_tokenizer_dir: Path) -> Path:
 
 @pytest.mark.parametrize("engine", ["auto", "reference", "compiled"])
 def test_encoder_gives_the_ids_of_the_reference_and_of_encode_text_also_as_a_pickle(
-    any_dir: Path, engine: Engine
+    any_dir: Path, engine: EncoderKind
 ) -> None:
     encoder = choose(any_dir, SENTENCES, engine).encoder
     assert isinstance(encoder, CheckedEncoder) == (engine != "reference")
@@ -60,7 +60,7 @@ def test_encoder_gives_the_ids_of_the_reference_and_of_encode_text_also_as_a_pic
     texts = [*SENTENCES, "", " a </s> b <s>", "人民日报的新年的钟声敲"]
     encoded = [ids.tolist() for ids in encoder.encode(texts)]
     assert encoded == [ids.tolist() for ids in copy.encode(texts)]
-    assert encoded == [ids.tolist() for ids in load_reference(any_dir).encode(texts)]
+    assert encoded == [ids.tolist() for ids in load_reference_encoder(any_dir).encode(texts)]
     assert encoded == encode_text(load_tokenizer(any_dir), texts)
 
 
@@ -113,14 +113,14 @@ def test_choice_when_ids_differ_is_the_reference(tokenizer_dir: Path, tmp_path: 
 def test_checked_encoder_with_other_ids_names_the_text(
     llama_tokenizer_dir: Path, merged_tokenizer_dir: Path, piece_model: Path
 ) -> None:
-    merged = load_reference(merged_tokenizer_dir)
+    merged = load_reference_encoder(merged_tokenizer_dir)
     shutil.copy(piece_model, llama_tokenizer_dir)
-    encoder = CheckedEncoder(CompiledEncoder(merged), load_reference(llama_tokenizer_dir))
+    encoder = CheckedEncoder(CompiledEncoder(merged), load_reference_encoder(llama_tokenizer_dir))
     chosen = random.Random(0)
-    texts = [f"人民日报{chosen.randrange(10**9)}" for _ in range(5 * CHECKED_SHARE)]
+    texts = [f"人民日报{chosen.randrange(10**9)}" for _ in range(5 * CHECK_INTERVAL_TEXTS)]
     indexes = set()
     for start in (0, 1, 2):
-        with pytest.raises(IdsDifferError) as caught:
+        with pytest.raises(TokenIdMismatchError) as caught:
             encoder.encode(texts[start:])
         place = start + caught.value.index
         assert repr(texts[place]) in str(caught.value)
@@ -132,7 +132,7 @@ def test_checked_encoder_with_other_ids_names_the_text(
 @pytest.mark.parametrize("engine", ["auto", "reference"])
 @pytest.mark.parametrize("path", ["tokenizer_dir", "merged_tokenizer_dir"])
 def test_encoder_from_where_another_version_is_installed_is_refused(
-    request: pytest.FixtureRequest, path: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, path: str, engine: EncoderKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = pickle.dumps(choose(request.getfixturevalue(path), [], engine).encoder)
     module = compiled if engine == "auto" else reference

@@ -16,7 +16,7 @@ from sentencepiece.sentencepiece_model_pb2 import (
 
 from raytune_llama.tokenizer.loader import (
     encode_text,
-    load_reference,
+    load_reference_encoder,
     load_tokenizer,
     tokenizer_sha256,
     write_tokenizer,
@@ -47,7 +47,7 @@ def test_encode_text_of_a_tokenizer_json_equals_the_tokenizers_own_ids(tokenizer
     tokenizer = load_tokenizer(tokenizer_dir)
     own = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     assert encode_text(tokenizer, list(TEXTS)) == own
-    assert [ids.tolist() for ids in load_reference(tokenizer_dir).encode(TEXTS)] == own
+    assert [ids.tolist() for ids in load_reference_encoder(tokenizer_dir).encode(TEXTS)] == own
 
 
 @pytest.mark.parametrize("name", ["llama_tokenizer_dir", "merged_tokenizer_dir"])
@@ -63,7 +63,7 @@ def test_encode_text_of_a_tokenizer_model_equals_sentencepiece(
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
     wanted = processor.encode([*TEXTS, *CHINESE])
     assert encode_text(load_tokenizer(path), [*TEXTS, *CHINESE]) == wanted
-    encoded = load_reference(path).encode([*TEXTS, *CHINESE])
+    encoded = load_reference_encoder(path).encode([*TEXTS, *CHINESE])
     assert [ids.tolist() for ids in encoded] == wanted
     assert {ids.dtype for ids in encoded} == {np.dtype(np.uint32)}
 
@@ -114,12 +114,12 @@ def test_encode_text_with_a_special_piece_of_the_model_written_keeps_it_text(
 def test_reference_of_a_tokenizer_with_a_new_special_token_stays_sentencepiece(
     merged_tokenizer_dir: Path,
 ) -> None:
-    before = load_reference(merged_tokenizer_dir)
+    before = load_reference_encoder(merged_tokenizer_dir)
     names = NAMES_LLAMA | {"pad_token": "[PAD]"}
     (merged_tokenizer_dir / "tokenizer_config.json").write_text(json.dumps(names))
     tokenizer = load_tokenizer(merged_tokenizer_dir)
     assert tokenizer.pad_token_id == max(tokenizer.get_vocab().values())
-    after = load_reference(merged_tokenizer_dir)
+    after = load_reference_encoder(merged_tokenizer_dir)
     assert after.name == "sentencepiece"
     texts = [*TEXTS, *CHINESE, "a [PAD] b"]
     for ids, wanted in zip(after.encode(texts), before.encode(texts), strict=True):
@@ -134,7 +134,7 @@ def test_reference_of_a_tokenizer_with_text_added_as_tokens_is_tokenizers(
     tokenizer.add_tokens(["fox"])
     tokenizer.save_pretrained(tmp_path / "grown")
     shutil.copy(llama_tokenizer_dir / "tokenizer.model", tmp_path / "grown")
-    reference = load_reference(tmp_path / "grown")
+    reference = load_reference_encoder(tmp_path / "grown")
     assert reference.name == "tokenizers"
     [ids] = reference.encode(["a fox"])
     assert ids.tolist() == encode_text(tokenizer, ["a fox"])[0]
@@ -157,12 +157,12 @@ def test_reference_beside_a_tokenizer_model_of_another_format_is_tokenizers(
     both = tmp_path / "both"
     shutil.copytree(tokenizer_dir, both)
     (both / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # tiktoken's
-    assert load_reference(both).name == "tokenizers"
+    assert load_reference_encoder(both).name == "tokenizers"
 
 
 def test_reference_of_half_a_surrogate_pair_raises_a_value_error(any_tokenizer_dir: Path) -> None:
     with pytest.raises(ValueError, match="surrogates"):
-        load_reference(any_tokenizer_dir).encode(["text", "half \ud83d of it"])
+        load_reference_encoder(any_tokenizer_dir).encode(["text", "half \ud83d of it"])
 
 
 @pytest.mark.parametrize("names", [None, {}, {"tokenizer_class": "PreTrainedTokenizerFast"}])

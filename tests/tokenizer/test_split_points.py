@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_llama.tokenizer.reference import (
-    PIECE,
-    Reference,
+    PieceProto,
+    ReferenceEncoder,
     SentencePieceReference,
     is_plain_merging,
 )
 from raytune_llama.tokenizer.split_points import (
-    MAX_STRETCH_CHARACTERS,
-    STRETCH_CHARACTERS,
-    UncuttableTextError,
-    cut,
+    CHUNK_CHARACTERS,
+    MAX_CHUNK_CHARACTERS,
+    UnsplittableTextError,
+    split_text,
 )
 from tests.tokenizer import references
 from tests.tokenizer.references import CORPUS
@@ -29,7 +29,7 @@ ALPHABET = sorted({*"".join(CORPUS)} | {*"\u2581龘\U00020000\U0001f98a\u0301\x0
 
 
 @cache
-def reference_of(kind: str) -> Reference:
+def reference_of(kind: str) -> ReferenceEncoder:
     if kind in references.SPLITTERS:
         return references.byte_level_reference(kind)
     made = {
@@ -49,7 +49,7 @@ def reference_of(kind: str) -> Reference:
 def user_defined() -> SentencePieceReference:
     proto = references.pieces_proto(references.corpus_pieces(tied=True))
     for piece in ("人的", "\u2581\u2581\u2581", "x*", "of\u2581the"):
-        proto.pieces.add(piece=piece, type=PIECE.USER_DEFINED)
+        proto.pieces.add(piece=piece, type=PieceProto.USER_DEFINED)
     return SentencePieceReference(proto.SerializeToString(), frozenset())
 
 
@@ -71,9 +71,9 @@ def test_cut_of_a_text_anywhere_certain_keeps_its_ids(kind: str, text: str) -> N
     reference = reference_of(kind)
     cuts = reference.cuts
     assert cuts is not None
-    places = [at for at in range(1, len(text)) if cuts.is_certain(text, at)]
+    places = [at for at in range(1, len(text)) if cuts.is_safe_split(text, at)]
     parts = [part for at in places for part in (text[:at], cuts.anchor + text[at:])]
-    whole, anchor, *encoded = reference.encode_whole([text, cuts.anchor, *parts])
+    whole, anchor, *encoded = reference.encode_unsplit([text, cuts.anchor, *parts])
     for left, right in zip(encoded[::2], encoded[1::2], strict=True):
         assert [*left, *right[len(anchor) :]] == whole.tolist()
 
@@ -84,7 +84,7 @@ def test_cut_of_ordinary_text_finds_places(kind: str) -> None:
     cuts = reference_of(kind).cuts
     assert cuts is not None
     for text in CORPUS:
-        certain = [at for at in range(1, len(text)) if cuts.is_certain(text, at)]
+        certain = [at for at in range(1, len(text)) if cuts.is_safe_split(text, at)]
         assert np.diff([0, *certain, len(text)]).max() < 40
 
 
@@ -96,29 +96,29 @@ def long_text(num_characters: int) -> str:
 @pytest.mark.parametrize("kind", ["tied", "gpt2-digits"])
 def test_encode_of_a_long_text_among_short_ones_equals_the_whole(kind: str) -> None:
     reference = reference_of(kind)
-    given_ = ["short", long_text(2 * STRETCH_CHARACTERS + 5), "", *(["x y"] * 3)]
-    assert len(list(cut(given_[1], reference.cuts))) == 3
-    for ids, wanted in zip(reference.encode(given_), reference.encode_whole(given_), strict=True):
+    given_ = ["short", long_text(2 * CHUNK_CHARACTERS + 5), "", *(["x y"] * 3)]
+    assert len(list(split_text(given_[1], reference.cuts))) == 3
+    for ids, wanted in zip(reference.encode(given_), reference.encode_unsplit(given_), strict=True):
         np.testing.assert_array_equal(ids, wanted)
 
 
 def test_cut_returns_the_text_in_bounded_stretches() -> None:
-    text = long_text(3 * STRETCH_CHARACTERS)
-    stretches = list(cut(text, reference_of("tied").cuts))
+    text = long_text(3 * CHUNK_CHARACTERS)
+    stretches = list(split_text(text, reference_of("tied").cuts))
     assert "".join(stretches) == text
-    assert max(map(len, stretches)) <= STRETCH_CHARACTERS
+    assert max(map(len, stretches)) <= CHUNK_CHARACTERS
 
 
 def test_cut_without_a_certain_place_goes_on_to_the_next_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Letters in a row can be cut nowhere; what follows can."""
-    run = 2 * STRETCH_CHARACTERS + 100
-    text = "a" * run + " b" * STRETCH_CHARACTERS
-    stretches = list(cut(text, reference_of("gpt2").cuts))
+    run = 2 * CHUNK_CHARACTERS + 100
+    text = "a" * run + " b" * CHUNK_CHARACTERS
+    stretches = list(split_text(text, reference_of("gpt2").cuts))
     assert "".join(stretches) == text
     assert len(stretches[0]) == run
-    assert max(map(len, stretches[1:])) <= STRETCH_CHARACTERS
+    assert max(map(len, stretches[1:])) <= CHUNK_CHARACTERS
     assert str(run) in caplog.text
 
 
@@ -126,8 +126,8 @@ def test_encode_of_a_text_too_long_to_be_encoded_whole_is_refused() -> None:
     proto = references.unigram_proto(CORPUS)
     reference = SentencePieceReference(proto, frozenset())
     assert reference.cuts is None
-    with pytest.raises(UncuttableTextError, match=str(MAX_STRETCH_CHARACTERS + 1)):
-        reference.encode(["a " * (MAX_STRETCH_CHARACTERS // 2) + "b"])
+    with pytest.raises(UnsplittableTextError, match=str(MAX_CHUNK_CHARACTERS + 1)):
+        reference.encode(["a " * (MAX_CHUNK_CHARACTERS // 2) + "b"])
 
 
 @pytest.mark.parametrize(

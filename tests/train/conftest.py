@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from raytune_llama.config.settings import ConfigError, from_dict, override
 from raytune_llama.data.store.manifest import (
-    FORMAT_VERSION,
+    STORE_FORMAT_VERSION,
     Manifest,
     RowCounts,
     Shard,
@@ -31,8 +31,8 @@ from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.loop import train
 from raytune_llama.train.monitoring.metrics import LOSS, read_metrics
 from raytune_llama.train.preflight import open_inputs
-from raytune_llama.train.process_group import Workers
-from raytune_llama.train.result import Outcome
+from raytune_llama.train.process_group import ProcessGroup
+from raytune_llama.train.result import RunResult
 from tests.train.group import Group
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -120,10 +120,10 @@ def write_store(path: Path, tokenizer_dir: Path, **splits: list[list[str]]) -> N
                     writer.write([0, *ids, 1], len(text.encode()), source, row)
             assert writer.shard is not None
             shards.append(writer.shard)
-        listed[name] = SplitManifest.of(shards)
+        listed[name] = SplitManifest.from_shards(shards)
     inputs = {"texts": splits}
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=STORE_FORMAT_VERSION,
         fingerprint=fingerprint_of(inputs),
         inputs=inputs,
         token_dtype="uint16",  # noqa: S106 - a type's name
@@ -250,7 +250,7 @@ def build_config(values: dict[str, Any], fields: dict[str, Any]) -> PretrainConf
     return from_dict(PretrainConfig, values)
 
 
-def run_here(config: AnyTrainConfig, *, stop_after: int | None = None) -> Outcome:
+def run_here(config: AnyTrainConfig, *, stop_after: int | None = None) -> RunResult:
     """Run the loop in this process, on one worker; ask it to stop after some steps."""
     asked = 0
 
@@ -259,7 +259,7 @@ def run_here(config: AnyTrainConfig, *, stop_after: int | None = None) -> Outcom
         asked += 1
         return stop_after is not None and asked > stop_after
 
-    return train(config, Workers.alone(), stop_requested)
+    return train(config, ProcessGroup.single_process(), stop_requested)
 
 
 @dataclass(frozen=True)

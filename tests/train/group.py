@@ -17,12 +17,12 @@ import torch.multiprocessing as mp
 from raytune_llama.config.settings import from_dict, to_dict
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.loop import train
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 
 TIMEOUT_SECONDS = 300
 
 
-Job = Callable[[Workers], None]
+Job = Callable[[ProcessGroup], None]
 
 
 def _serve(
@@ -31,7 +31,7 @@ def _serve(
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    workers = Workers.of_process_group(torch.device("cpu"))
+    workers = ProcessGroup.from_torch(torch.device("cpu"))
     while (job := jobs.get()) is not None:
         try:
             job(workers)
@@ -46,7 +46,7 @@ def _train(
     settings: dict[str, Any],
     stop_after: int | None,
     around: Callable[[int], AbstractContextManager[None]],
-    workers: Workers,
+    workers: ProcessGroup,
 ) -> None:
     steps = iter(range(10**9))
     with around(workers.rank):

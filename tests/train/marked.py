@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from raytune_llama.data.store.token_store import open_store
 from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.inputs import build_sources, plan_run
+from raytune_llama.train.inputs import build_batch_plan, build_sources
 from tests.train.conftest import WORDS, write_model, write_store
 
 MARKS = "ABCDEFGHIJKMNOQRSTVWXYZ#$%&*<>@_~"
@@ -44,5 +44,5 @@ def write_broken_model(path: Path, tokenizer_dir: Path, marks: str) -> Path:
 def mark_at(config: PretrainConfig, position: int) -> str:
     """Return the mark of the document at a position of a run."""
     store = open_store(config.data)
-    plan = plan_run(config, build_sources(config, store))
+    plan = build_batch_plan(config, build_sources(config, store))
     return MARKS[plan.sample(position, store.fingerprint).index]

@@ -14,15 +14,20 @@ from torch import Tensor
 from raytune_llama.config.settings import from_dict
 from raytune_llama.storage.lease import Fence
 from raytune_llama.storage.place import Place
-from raytune_llama.train.checkpoint.layout import MANIFEST, CheckpointConfig, RunState, SaveResult
+from raytune_llama.train.checkpoint.layout import (
+    CHECKPOINT_MANIFEST,
+    CheckpointConfig,
+    RunState,
+    SaveResult,
+)
 from raytune_llama.train.checkpoint.saver import Saver
 from raytune_llama.train.checkpoint.shards import SliceReader
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.engines.protocol import PARTS, Engine, StateSlice
-from raytune_llama.train.loop import Session, open_session, read_batches, take_step
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.engines.protocol import STATE_KEYS, StateSlice, TrainEngine
+from raytune_llama.train.loop import Session, open_session, read_batches, train_step
+from raytune_llama.train.process_group import ProcessGroup
 
-ALONE = Workers.alone()
+ALONE = ProcessGroup.single_process()
 FULL = {"train": "full", "lora": None}
 
 
@@ -75,7 +80,7 @@ def build(config: PretrainConfig, num_steps: int = 0) -> Session:
     batches = read_batches(session, 0)
     for _ in range(num_steps):
         batch = next(batches)
-        take_step(session, batch, sum(batch.source_targets))
+        train_step(session, batch, sum(batch.source_targets))
     return session
 
 
@@ -100,22 +105,23 @@ def save(
         saver.save(state)
 
 
-def state_of(engine: Engine) -> dict[str, WholeState]:
+def state_of(engine: TrainEngine) -> dict[str, WholeState]:
     """Return copies of what an engine alone would save."""
     slices: list[StateSlice] = list(engine.trainable_state())
     assert all(each.start == 0 for each in slices)
     return {
-        each.name: WholeState(*(getattr(each, part).clone() for part in PARTS)) for each in slices
+        each.name: WholeState(*(getattr(each, part).clone() for part in STATE_KEYS))
+        for each in slices
     }
 
 
-def assert_same(ours: Engine, wanted: Engine) -> None:
+def assert_same(ours: TrainEngine, wanted: TrainEngine) -> None:
     """Compare all that two engines would save, bit for bit."""
     assert ours.scalar_state() == wanted.scalar_state()
     left, right = state_of(ours), state_of(wanted)
     assert list(left) == list(right)
     for name, state in right.items():
-        for part in PARTS:
+        for part in STATE_KEYS:
             tensor = getattr(state, part)
             assert tensor.dtype == torch.float32
             assert torch.equal(getattr(left[name], part), tensor), f"{part} of {name}"
@@ -123,19 +129,19 @@ def assert_same(ours: Engine, wanted: Engine) -> None:
 
 def state_files(checkpoint: Place) -> list[Place]:
     """Return the files of a checkpoint but its manifest."""
-    return [file for file in checkpoint.files() if file.name != MANIFEST]
+    return [file for file in checkpoint.files() if file.name != CHECKPOINT_MANIFEST]
 
 
 def hashes_of(checkpoint: Place) -> list[str]:
     """Return what the manifest says of the content of each file, in their order."""
-    files = (checkpoint / MANIFEST).read_json()["files"]
+    files = (checkpoint / CHECKPOINT_MANIFEST).read_json()["files"]
     assert files
     return [entry["sha256"] for _, entry in sorted(files.items())]
 
 
 def weights_in(checkpoint: Place) -> dict[str, Tensor]:
     """Read the whole weights of a checkpoint on the disk."""
-    manifest = (checkpoint / MANIFEST).read_json()
+    manifest = (checkpoint / CHECKPOINT_MANIFEST).read_json()
     shapes = {name: entry["shape"] for name, entry in manifest["tensors"].items()}
     with SliceReader(checkpoint, manifest, Path("unused")) as reader:
         return {
@@ -146,7 +152,7 @@ def weights_in(checkpoint: Place) -> dict[str, Tensor]:
 
 def assert_same_content(ours: Place, wanted: Place) -> None:
     """Compare every number of two checkpoints on the disk, whoever has written them."""
-    manifests = [(place / MANIFEST).read_json() for place in (ours, wanted)]
+    manifests = [(place / CHECKPOINT_MANIFEST).read_json() for place in (ours, wanted)]
     for key in ("state", "scalars"):
         assert manifests[0][key] == manifests[1][key]
     shapes = [
@@ -159,6 +165,6 @@ def assert_same_content(ours: Place, wanted: Place) -> None:
         SliceReader(wanted, manifests[1], Path("unused")) as right,
     ):
         for name, shape in shapes[0].items():
-            for part in PARTS:
+            for part in STATE_KEYS:
                 numbers = (part, name, 0, prod(shape))
                 assert torch.equal(left.read(*numbers), right.read(*numbers)), f"{part} of {name}"

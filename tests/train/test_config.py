@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from raytune_llama.config.fields import walk
+from raytune_llama.config.fields import walk_fields
 from raytune_llama.config.settings import ConfigError, describe, from_dict, identity, load, to_dict
 from raytune_llama.train.config import PretrainConfig
 
@@ -202,9 +202,9 @@ def test_pretrain_config_survives_plain_data() -> None:
 
 def test_describe_pretrain_config_explains_every_field() -> None:
     lines = describe(PretrainConfig).splitlines()
-    paths = [path for path, _ in walk(PretrainConfig)]
+    paths = [path for path, _ in walk_fields(PretrainConfig)]
     assert len(paths) > 50
-    for path, field in walk(PretrainConfig):
+    for path, field in walk_fields(PretrainConfig):
         (at,) = [i for i, line in enumerate(lines) if line.startswith(f"{path}: ")]
         assert field.description
         assert lines[at + 1].strip() == field.description.splitlines()[0].strip()

@@ -19,9 +19,9 @@ from raytune_llama.train.checkpoint.layout import list_checkpoints
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engines.protocol import trained_parameters
 from raytune_llama.train.export import read_result
-from raytune_llama.train.loop import open_session, read_batches, take_step
+from raytune_llama.train.loop import open_session, read_batches, train_step
 from raytune_llama.train.monitoring.metrics import EVAL_LOSS, GRAD_NORM
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 from tests.train.conftest import MakeConfig, curve, problems_of, run_here, stage_fields
 from tests.train.group import Group
 from tests.train.saved import hashes_of
@@ -78,11 +78,11 @@ def test_new_rows_steps_with_decay_and_moments_keep_every_other_bit(
     make_stage_1: MakeConfig, stage: int, precision: str
 ) -> None:
     config = make_stage_1(embeddings=NEW_ROWS, engine__precision=precision, **stage_fields(stage))
-    session = open_session(config, Workers.alone())
+    session = open_session(config, ProcessGroup.single_process())
     lm = causal_lm(session.engine.module.model)
     before = {name: whole_tensor(p, stage) for name, p in lm.named_parameters()}
     for batch in read_batches(session, 0):
-        assert take_step(session, batch, 1)[0].was_applied
+        assert train_step(session, batch, 1)[0].was_applied
     names = [name for name, _ in trained_parameters(session.engine.module)]
     assert names == ["model.embed_tokens.new_rows"]
     after = {name: whole_tensor(p, stage) for name, p in lm.named_parameters()}
@@ -119,7 +119,7 @@ def test_new_rows_gradient_norm_is_that_of_the_trained_rows_alone(
 ) -> None:
     path = {} if tied else {"model__path": str(untied_model_dir)}
     config = make_stage_1(embeddings=NEW_ROWS, **path)
-    batch = next(iter(read_batches(open_session(config, Workers.alone()), 0)))
+    batch = next(iter(read_batches(open_session(config, ProcessGroup.single_process()), 0)))
     model = load_model(config.model, "fp32", torch.device("cpu"))
     for part in batch.micro_batches:
         SummedLoss(model)(part.ids_BT, part.positions_BT, part.labels_BT).backward()

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 from raytune_llama.data.store.token_store import TokenStore
 from raytune_llama.model.llama import causal_lm
 from raytune_llama.model.lora import is_tied
-from raytune_llama.model.loss import IGNORE
+from raytune_llama.model.loss import IGNORE_INDEX
 from raytune_llama.storage.files import sha256_file
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import load_tokenizer
 from raytune_llama.train.checkpoint.layout import list_checkpoints
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.export import read_result
-from raytune_llama.train.inputs import build_sources, plan_run
+from raytune_llama.train.inputs import build_batch_plan, build_sources
 from raytune_llama.train.loop import open_session, read_batches
 from raytune_llama.train.monitoring.metrics import (
     EVAL_BITS_PER_BYTE,
@@ -32,8 +32,8 @@ from raytune_llama.train.monitoring.metrics import (
     TARGET_TOKENS,
     read_metrics,
 )
-from raytune_llama.train.process_group import Workers
-from raytune_llama.train.result import Outcome
+from raytune_llama.train.process_group import ProcessGroup
+from raytune_llama.train.result import RunResult
 from tests.train.conftest import MakeConfig, curve, run_here
 from tests.train.saved import weights_in
 
@@ -140,7 +140,9 @@ def test_train_with_a_grown_tokenizer_saves_the_new_rows(
 def test_train_of_epochs_ends_with_a_smaller_step(make_config: MakeConfig) -> None:
     config = make_config(max_steps=None, num_epochs=1.0, eval__every_steps=None)
     outcome = run_here(config)
-    plan = plan_run(config, build_sources(config, TokenStore.open(Path(config.data.store_dir))))
+    plan = build_batch_plan(
+        config, build_sources(config, TokenStore.open(Path(config.data.store_dir)))
+    )
     records = [r for r in read_metrics(config.run_place) if LOSS in r]
     assert outcome.step == plan.num_steps == len(records)
     split = TokenStore.open(Path(config.data.store_dir)).split("train")
@@ -181,9 +183,9 @@ def test_train_in_any_form_resumes_exactly_and_counts_each_source(
     seen = mixture_of(whole)
     targets = [r[TARGET_TOKENS] for r in read_metrics(whole.run_place) if TARGET_TOKENS in r]
     assert sum(source["target_tokens"] for source in seen.values()) == sum(targets)
-    batches = read_batches(open_session(whole, Workers.alone()), 0)
+    batches = read_batches(open_session(whole, ProcessGroup.single_process()), 0)
     labels = [part.labels_BT for batch in batches for part in batch.micro_batches]
-    assert sum(targets) == sum(int((label != IGNORE).sum()) for label in labels)
+    assert sum(targets) == sum(int((label != IGNORE_INDEX).sum()) for label in labels)
     assert sum(source["sequences"] for source in seen.values()) == 16
     if sources is WEIGHTED:
         assert [seen[name]["sequences"] for name in ("large", "small")] == [4, 12]
@@ -231,7 +233,7 @@ def test_run_with_a_stop_step_ends_there_on_the_rates_of_the_whole_run(
 ) -> None:
     whole, cut = make_config("whole", max_steps=8), make_config("cut", max_steps=8, stop_step=5)
     run_here(whole)
-    assert run_here(cut) == Outcome("finished", 5)
+    assert run_here(cut) == RunResult("finished", 5)
     for name in (LOSS, LEARNING_RATE):
         assert curve(cut, name) == curve(whole, name)[:5]
     # It is evaluated where it ends, as every run is, and has its result.

@@ -17,7 +17,7 @@ from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.estimate.plan import build_plan
 from raytune_llama.train.loop import open_session
 from raytune_llama.train.monitoring.metrics import EVAL_LOSS
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 from tests.train.conftest import MakeConfig, curve, problems_of, run_here, stage_fields
 from tests.train.group import Group
 
@@ -63,8 +63,8 @@ def test_pissa_run_writes_an_adapter_that_is_the_trained_model_on_the_original_b
 
 def resumed(config: PretrainConfig) -> Any:  # noqa: ANN401  # a model that is called
     """Return the model of a run's newest checkpoint."""
-    session = open_session(config, Workers.alone())
-    state = restore(config.run_place, session.engine, Workers.alone())
+    session = open_session(config, ProcessGroup.single_process())
+    state = restore(config.run_place, session.engine, ProcessGroup.single_process())
     assert state.step == 6
     return session.engine.module.model
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from raytune_llama.model.llama import load_model
 from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.model.vocab import new_ids
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 from tests.conftest import train_tokenizer
 from tests.train.conftest import MakeConfig, fields_of, problems_of
 
@@ -59,7 +59,7 @@ def test_check_run_new_ids_with_an_adapter_need_its_trained_tables(  # noqa: PLR
 ) -> None:
     grown = {"model__path": str(untied_model_dir), "model__tokenizer": str(grown_tokenizer)}
     config = make(**grown)
-    model = load_model(config.model, "fp32", Workers.alone().device)
+    model = load_model(config.model, "fp32", ProcessGroup.single_process().device)
     lora = LoraConfig(modules_to_save=tuple(saved))
     attached = attach_adapter(model, lora, seed=0)
     attached.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)

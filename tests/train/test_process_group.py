@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 
 # Lost in single precision, as the target tokens of a long evaluation would be.
 ODD = 2.0**24 + 1
@@ -15,12 +15,12 @@ ODD = 2.0**24 + 1
 
 def _work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    workers = Workers.of_process_group(torch.device("cpu"))
+    workers = ProcessGroup.from_torch(torch.device("cpu"))
     seen = {
         "rank": workers.rank,
         "world_size": workers.world_size,
-        "is_first": workers.is_first,
-        "sum": workers.sum([ODD if rank == 0 else 0.0, 0.25 + rank]),
+        "is_first": workers.is_rank_zero,
+        "sum": workers.all_reduce_sum([ODD if rank == 0 else 0.0, 0.25 + rank]),
         "broadcast": workers.broadcast({"from": rank}),
         "none": workers.broadcast("late" if rank else None),
     }
@@ -43,8 +43,8 @@ def test_workers_two_processes_agree(tmp_path: Path) -> None:
 
 
 def test_workers_alone_needs_no_process_group() -> None:
-    workers = Workers.alone()
-    assert workers.is_first
-    assert workers.sum([1.5, ODD]) == [1.5, ODD]
+    workers = ProcessGroup.single_process()
+    assert workers.is_rank_zero
+    assert workers.all_reduce_sum([1.5, ODD]) == [1.5, ODD]
     assert workers.broadcast("here") == "here"
     workers.barrier()

@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from raytune_llama.config.settings import ConfigError
-from raytune_llama.model.llama import causal_lm, load_skeleton
+from raytune_llama.model.llama import build_empty_model, causal_lm
 from raytune_llama.model.lora import LLAMA_PROJECTIONS
 from raytune_llama.train.engines.ddp import DataParallelEngine
 from raytune_llama.train.engines.protocol import trained_parameters
 from raytune_llama.train.estimate.plan import build_model, plan_memory
-from raytune_llama.train.loop import Session, open_session, read_batches, take_step
+from raytune_llama.train.loop import Session, open_session, read_batches, train_step
 from raytune_llama.train.monitoring.metrics import EVAL_LOSS
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 from tests.train.conftest import MakeConfig, curve, fields_of, problems_of, run_here
 from tests.train.group import Group
 
@@ -30,7 +30,7 @@ KINDS = ("int8", "nf4")
 
 
 def open_here(config: Any) -> Session:  # noqa: ANN401  # a config
-    return open_session(config, Workers.alone())
+    return open_session(config, ProcessGroup.single_process())
 
 
 def packed_weights(session: Session) -> dict[str, str]:
@@ -61,7 +61,7 @@ def test_train_on_a_quantised_base_learns_and_leaves_its_bits(
     micro_batch = batch.micro_batches[0]
     losses = [session.engine.loss_sum(micro_batch)]
     for _ in range(2):
-        take_step(session, batch, sum(batch.source_targets))
+        train_step(session, batch, sum(batch.source_targets))
         losses.append(session.engine.loss_sum(micro_batch))
     assert losses[2] < losses[1] < losses[0]
     assert packed_weights(session) == before
@@ -169,7 +169,7 @@ def test_plan_memory_of_a_quantised_base_is_that_of_ddp_with_fewer_bytes(
     found: dict[str | None, int] = {}
     for kind in (None, "int8", "nf4"):
         config = make_config(model__quantization=kind, lora__modules_to_save=[])
-        model = build_model(config, load_skeleton(Path(config.model.path)))
+        model = build_model(config, build_empty_model(Path(config.model.path)))
         memory = plan_memory(config, model, 1)
         assert memory[0].layout == "ddp"
         assert (len(memory) == 1) == (kind is not None)

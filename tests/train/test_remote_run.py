@@ -20,7 +20,7 @@ from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.export import read_result
 from raytune_llama.train.loop import train
 from raytune_llama.train.monitoring.metrics import EVAL_LOSS, LOSS, read_metrics
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 from tests.faulty_s3 import FaultyServer
 from tests.train.conftest import MakeConfig, Runs, copy_run, run_here
 from tests.train.saved import ALONE, build, save, state_files
@@ -113,7 +113,7 @@ def test_train_shows_metrics_at_each_evaluation_and_checkpoint(
         newest.append(max(record["step"] for record in read_metrics(s3_path)))
         return False
 
-    train(config, Workers.alone(), look)
+    train(config, ProcessGroup.single_process(), look)
     # Before each step; evaluated before step 1 and after 3, saved after 4.
     assert newest == [0, 0, 0, 3, 4, 4]
     assert max(record["step"] for record in read_metrics(s3_path)) == 6

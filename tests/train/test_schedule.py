@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_llama.train.schedule import ScheduleConfig, rate_factor
+from raytune_llama.train.schedule import ScheduleConfig, learning_rate_factor
 
 KINDS = st.sampled_from(["cosine", "linear", "constant"])
 STEPS = st.integers(1, 300)
@@ -15,7 +15,7 @@ RATIOS = st.floats(0, 0.99)
 
 
 def curve(config: ScheduleConfig, num_steps: int) -> list[float]:
-    return [rate_factor(step, num_steps, config) for step in range(num_steps)]
+    return [learning_rate_factor(step, num_steps, config) for step in range(num_steps)]
 
 
 @given(kind=KINDS, num_steps=STEPS, ratio=RATIOS)

@@ -16,7 +16,7 @@ from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.chat.encoding import ChatConfig, EncodedConversation, build_chat_encoder
 from raytune_llama.config.settings import ConfigError, from_dict
 from raytune_llama.data.store.manifest import (
-    FORMAT_VERSION,
+    STORE_FORMAT_VERSION,
     Manifest,
     RowCounts,
     SplitManifest,
@@ -26,7 +26,7 @@ from raytune_llama.data.store.manifest import (
 )
 from raytune_llama.data.store.shards import EncodedDocuments, ShardWriter
 from raytune_llama.merge.merger import MergeConfig, merge_adapters
-from raytune_llama.storage.files import MANIFEST, read_json, sha256_file, write_json_atomic
+from raytune_llama.storage.files import OUTPUT_MANIFEST, read_json, sha256_file, write_json_atomic
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import load_tokenizer
 from raytune_llama.train.checkpoint.layout import list_checkpoints
@@ -91,11 +91,11 @@ def write_chat_store(folder: Path, tokenizer_dir: Path) -> Written:
                 )
             )
         assert writer.shard is not None
-        written[split], splits[split] = rows, SplitManifest.of([writer.shard])
+        written[split], splits[split] = rows, SplitManifest.from_shards([writer.shard])
     template = {"template": "belle", "template_sha256": encoder.template.sha256}
     inputs: dict[str, Any] = {"chat": template}
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=STORE_FORMAT_VERSION,
         fingerprint=fingerprint_of(inputs),
         inputs=inputs,
         token_dtype="uint16",  # noqa: S106 - a type's name
@@ -223,11 +223,11 @@ def test_result_loads_with_peft_and_names_the_template(
     run_here(config)
     result = adapter_of(config).parent
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), str(result))
-    chat = read_json(result / MANIFEST)["chat"]
+    chat = read_json(result / OUTPUT_MANIFEST)["chat"]
     assert chat["template"] == "belle"
     merged = tmp_path / "merged"
     merge_adapters(MergeConfig(base=str(model_dir), adapters=(str(result),), target=str(merged)))
-    assert read_json(merged / MANIFEST)["chat"] == chat
+    assert read_json(merged / OUTPUT_MANIFEST)["chat"] == chat
 
 
 def test_another_template_than_the_adapters_is_refused_unless_told(make_sft: MakeSft) -> None:
@@ -329,8 +329,8 @@ def test_changed_template_of_a_manifest_is_seen(make_sft: MakeSft) -> None:
     first = make_sft("first")
     run_here(first)
     result = adapter_of(first).parent
-    manifest = read_json(result / MANIFEST)
+    manifest = read_json(result / OUTPUT_MANIFEST)
     manifest["chat"]["template_sha256"] = "0" * 64
-    write_json_atomic(result / MANIFEST, manifest)
+    write_json_atomic(result / OUTPUT_MANIFEST, manifest)
     (problem,) = problems_of(make_sft("second", lora=None, adapter=str(result)))
     assert problem.startswith("data.chat.template")

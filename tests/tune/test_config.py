@@ -5,7 +5,7 @@ import pytest
 
 from raytune_llama.config.settings import ConfigError, load, write_yaml
 from raytune_llama.tune.config import SweepConfig, load_base
-from raytune_llama.tune.sweep import check_plan
+from raytune_llama.tune.sweep import check_sweep
 from tests.tune.conftest import SPACE, MakeSweep
 
 
@@ -65,14 +65,14 @@ def test_plan_without_a_number_to_compare_is_refused(
 ) -> None:
     sweep = make_sweep(**fields)
     with pytest.raises(ConfigError, match=problem):
-        check_plan(sweep, load_base(sweep))
+        check_sweep(sweep, load_base(sweep))
 
 
 def test_plan_of_trials_that_run_to_their_end_needs_no_evaluation_between(
     make_sweep: MakeSweep,
 ) -> None:
     sweep = make_sweep(fixed={"eval.every_steps": None}, scheduler={"kind": "none"})
-    check_plan(sweep, load_base(sweep))
+    check_sweep(sweep, load_base(sweep))
 
 
 def test_override_on_the_command_line_reaches_a_dotted_name(

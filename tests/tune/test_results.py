@@ -7,8 +7,8 @@ from raytune_llama.config.settings import load, override
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.tune.config import SweepConfig, load_base
 from raytune_llama.tune.journal import TrialRecord
-from raytune_llama.tune.plot import importances, write_page
-from raytune_llama.tune.results import rank, write_best, write_leaderboard
+from raytune_llama.tune.plot import field_importances, write_page
+from raytune_llama.tune.results import rank_trials, write_best, write_leaderboard
 from tests.tune.conftest import MakeSweep
 
 
@@ -30,15 +30,29 @@ def test_rank_is_by_the_newest_evaluation(
     make_sweep: MakeSweep, mode: str, numbers: list[int]
 ) -> None:
     base = load_base(make_sweep())
-    assert [trial.number for trial in rank(TRIALS, base, mode)] == numbers
+    assert [trial.number for trial in rank_trials(TRIALS, base, mode)] == numbers
 
 
 def test_rank_is_by_the_best_evaluation_where_runs_keep_the_best(make_sweep: MakeSweep) -> None:
     base = override(load_base(make_sweep()), {"checkpoint.result": "best"})
     better = TrialRecord(5, sample(1e-3), "finished", {4: 3.0, 8: 2.3, 12: 2.8})
     plain = load_base(make_sweep())
-    assert [trial.number for trial in rank([*TRIALS, better], base, "min")] == [5, 2, 0, 3, 1, 4]
-    assert [trial.number for trial in rank([*TRIALS, better], plain, "min")] == [2, 0, 5, 3, 1, 4]
+    assert [trial.number for trial in rank_trials([*TRIALS, better], base, "min")] == [
+        5,
+        2,
+        0,
+        3,
+        1,
+        4,
+    ]
+    assert [trial.number for trial in rank_trials([*TRIALS, better], plain, "min")] == [
+        2,
+        0,
+        5,
+        3,
+        1,
+        4,
+    ]
 
 
 def test_leaderboard_has_a_line_a_trial(make_sweep: MakeSweep) -> None:
@@ -83,7 +97,7 @@ def many(sweep: SweepConfig, count: int) -> list[TrialRecord]:
 
 def test_importance_finds_the_field_that_decides(make_sweep: MakeSweep) -> None:
     sweep = make_sweep()
-    parts = importances(sweep, load_base(sweep), many(sweep, 24))
+    parts = field_importances(sweep, load_base(sweep), many(sweep, 24))
     assert set(parts) == {"optim.learning_rate", "lora.rank"}
     assert parts["optim.learning_rate"] > 0.7
     assert sum(parts.values()) == pytest.approx(1)
@@ -92,14 +106,14 @@ def test_importance_finds_the_field_that_decides(make_sweep: MakeSweep) -> None:
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_importance_of_few_trials_is_not_told(make_sweep: MakeSweep, count: int) -> None:
     sweep = make_sweep()
-    assert importances(sweep, load_base(sweep), many(sweep, count)) == {}
+    assert field_importances(sweep, load_base(sweep), many(sweep, count)) == {}
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_page_shows_any_number_of_trials(make_sweep: MakeSweep, count: int) -> None:
     sweep = make_sweep()
     base = load_base(sweep)
-    trials = rank([*many(sweep, count), *TRIALS[3:]], base, "min")
+    trials = rank_trials([*many(sweep, count), *TRIALS[3:]], base, "min")
     page = write_page(sweep, base, trials)
     assert page is not None
     html = page.read_bytes().decode()

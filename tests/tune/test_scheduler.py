@@ -8,8 +8,8 @@ from ray.tune.schedulers import TrialScheduler
 
 from raytune_llama.tune.config import load_base
 from raytune_llama.tune.journal import Journal
-from raytune_llama.tune.scheduler import build_scheduler, replay
-from raytune_llama.tune.trial import OBJECTIVE, STEP, WORST
+from raytune_llama.tune.scheduler import build_scheduler, replay_journal
+from raytune_llama.tune.trial import OBJECTIVE_KEY, STEP_KEY, WORST_OBJECTIVE
 from tests.tune.conftest import MakeSweep
 
 NOBODY: Any = None
@@ -22,7 +22,7 @@ def begin(scheduler: TrialScheduler, name: str) -> Trial:
 
 
 def tell(scheduler: TrialScheduler, trial: Trial, step: int, objective: float) -> str:
-    return scheduler.on_trial_result(NOBODY, trial, {STEP: step, OBJECTIVE: objective})
+    return scheduler.on_trial_result(NOBODY, trial, {STEP_KEY: step, OBJECTIVE_KEY: objective})
 
 
 def scheduler_of(make_sweep: MakeSweep, **fields: object) -> TrialScheduler:
@@ -74,7 +74,7 @@ def test_scheduler_after_a_crash_decides_by_the_journals_trials(
     journal.report(4, 3, sign * 1.5, 1.0)  # runs still, and will tell it again
 
     scheduler = build_scheduler(sweep, load_base(sweep))
-    replay(scheduler, journal, mode)
+    replay_journal(scheduler, journal, mode)
     assert tell(scheduler, begin(scheduler, "bad"), 3, 1.5) == "STOP"
     assert tell(scheduler, begin(scheduler, "good"), 3, 0.9) == "CONTINUE"
 
@@ -87,7 +87,7 @@ def test_scheduler_counts_diverged_trials_as_bad(make_sweep: MakeSweep, kind: st
     scheduler = scheduler_of(make_sweep, kind=kind, reduction_factor=2.0)
     for number in range(3):
         diverged = begin(scheduler, f"diverged-{number}")
-        tell(scheduler, diverged, 3, WORST)
-        scheduler.on_trial_complete(NOBODY, diverged, {STEP: 3, OBJECTIVE: WORST})
+        tell(scheduler, diverged, 3, WORST_OBJECTIVE)
+        scheduler.on_trial_complete(NOBODY, diverged, {STEP_KEY: 3, OBJECTIVE_KEY: WORST_OBJECTIVE})
     trials = [begin(scheduler, f"good-{number}") for number in range(4)]
     assert [tell(scheduler, trial, 3, 1.0) for trial in trials] == ["CONTINUE"] * 4

@@ -9,29 +9,29 @@ from raytune_llama.config.settings import ConfigError, from_dict
 from raytune_llama.tune.config import SearchConfig, SweepConfig, load_base
 from raytune_llama.tune.journal import Journal, TrialRecord, trial_dir
 from raytune_llama.tune.search import (
-    ParzenSampler,
     RandomSampler,
-    TrialSearch,
+    TpeSampler,
+    TrialSearcher,
     check_samples,
-    count_left,
+    count_remaining,
 )
-from raytune_llama.tune.space import Distribution, Sample
+from raytune_llama.tune.space import Distribution, TrialSample
 from tests.tune.conftest import MakeSweep
 
 
-def search_of(sweep: SweepConfig, *, bad: tuple[int, ...] = ()) -> tuple[TrialSearch, Journal]:
+def search_of(sweep: SweepConfig, *, bad: tuple[int, ...] = ()) -> tuple[TrialSearcher, Journal]:
     """Begin or go on with a sweep in which some trials can't run."""
 
-    def prepare(number: int, sample: Sample) -> None:
+    def prepare(number: int, sample: TrialSample) -> None:
         assert sample
         if number in bad:
             raise ConfigError([f"model.path: trial {number} has none"])
 
     journal = Journal(sweep.place)
-    return TrialSearch(sweep, journal, prepare), journal
+    return TrialSearcher(sweep, journal, prepare), journal
 
 
-def numbers_of(search: TrialSearch) -> list[int]:
+def numbers_of(search: TrialSearcher) -> list[int]:
     """Ask for trials until there is none."""
     found: list[int] = []
     while (answer := search.suggest("id")) != Searcher.FINISHED:
@@ -84,7 +84,7 @@ def test_grid_with_more_trials_than_points_is_refused(make_sweep: MakeSweep) -> 
 def test_search_of_the_same_seed_hands_out_the_same_trials(
     make_sweep: MakeSweep, tmp_path: Path, kind: str
 ) -> None:
-    begun: list[list[Sample]] = []
+    begun: list[list[TrialSample]] = []
     for name in ("first", "again"):
         sweep = make_sweep(sweep_dir=str(tmp_path / name), search={"kind": kind})
         search, journal = search_of(sweep)
@@ -104,7 +104,7 @@ def test_search_after_a_crash_begins_with_what_has_no_end(make_sweep: MakeSweep)
     before = dict(journal.trials)
 
     again, journal = search_of(sweep)
-    assert count_left(sweep, journal) == 5
+    assert count_remaining(sweep, journal) == 5
     assert numbers_of(again) == [0, 2, 3, 4, 5]
     assert {number: journal.trials[number] for number in range(3)} == before
 
@@ -120,8 +120,8 @@ def test_search_of_a_finished_sweep_with_more_trials_goes_on(make_sweep: MakeSwe
     search, journal = search_of(make_sweep(num_trials=2))
     for number in numbers_of(search):
         journal.end(number, "finished")
-    assert count_left(make_sweep(num_trials=2), journal) == 0
-    assert count_left(make_sweep(num_trials=3), journal) == 1
+    assert count_remaining(make_sweep(num_trials=2), journal) == 0
+    assert count_remaining(make_sweep(num_trials=3), journal) == 1
     assert numbers_of(search_of(make_sweep(num_trials=3))[0]) == [2]
 
 
@@ -138,7 +138,7 @@ def make_history(sampler: Any, count: int) -> list[TrialRecord]:  # noqa: ANN401
 def test_parzen_sampler_learns_from_trials_and_from_nothing_else() -> None:
     space = {"rate": from_dict(Distribution, {"loguniform": [1e-7, 1e-1]})}
     config = SearchConfig(kind="tpe", startup_trials=8)
-    learned = make_history(ParzenSampler(space, config, "min"), 24)
+    learned = make_history(TpeSampler(space, config, "min"), 24)
     drawn = make_history(RandomSampler(space, config.seed), 24)
 
     def mean(history: list[TrialRecord]) -> float:
@@ -146,15 +146,15 @@ def test_parzen_sampler_learns_from_trials_and_from_nothing_else() -> None:
 
     assert mean(learned) < 0.6 * mean(drawn)
     # One that is made anew, as after a crash, goes on alike.
-    assert ParzenSampler(space, config, "min").sample(20, learned[:20]) == learned[20].sample
+    assert TpeSampler(space, config, "min").sample(20, learned[:20]) == learned[20].sample
     # The other way round it looks elsewhere.
-    assert mean(make_history(ParzenSampler(space, config, "max"), 24)) > mean(drawn)
+    assert mean(make_history(TpeSampler(space, config, "max"), 24)) > mean(drawn)
 
 
 def test_parzen_sampler_tells_trials_that_run_at_a_time_apart() -> None:
     space = {"rate": from_dict(Distribution, {"loguniform": [1e-7, 1e-1]})}
     config = SearchConfig(kind="tpe", startup_trials=4)
-    sampler = ParzenSampler(space, config, "min")
+    sampler = TpeSampler(space, config, "min")
     history = make_history(sampler, 8)
     running = TrialRecord(8, sampler.sample(8, history))
     pruned = TrialRecord(9, sampler.sample(9, history), "stopped", {3: 1.0})

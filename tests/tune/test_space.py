@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 
 from raytune_llama.config.settings import ConfigError, from_dict
-from raytune_llama.tune.space import Dice, Distribution, check_space, draw, drawn_parameters, grid
+from raytune_llama.tune.space import (
+    Distribution,
+    RandomSuggester,
+    build_grid,
+    check_space,
+    draw_sample,
+    drawn_parameters,
+)
 
 
 def make(**kind: object) -> Distribution:
@@ -40,18 +47,18 @@ def test_draw_stays_in_the_bounds_and_depends_on_its_seed_alone(number: int) -> 
         "c": make(randint=[3, 4]),
         "d": make(choice=[[1, 2], "x", None]),
     }
-    sample = draw(space, Dice(f"1:{number}"))
+    sample = draw_sample(space, RandomSuggester(f"1:{number}"))
     assert -1 <= sample["a"] <= 2
     assert 1e-5 <= sample["b"] <= 1e-3
     assert sample["c"] in (3, 4)
     assert sample["d"] in ([1, 2], "x", None)
-    assert draw(space, Dice(f"1:{number}")) == sample
-    assert draw(space, Dice(f"2:{number}"))["a"] != sample["a"]
+    assert draw_sample(space, RandomSuggester(f"1:{number}")) == sample
+    assert draw_sample(space, RandomSuggester(f"2:{number}"))["a"] != sample["a"]
 
 
 def test_loguniform_draws_each_decade_alike() -> None:
     space = {"rate": make(loguniform=[1e-5, 1e-2])}
-    draws = [draw(space, Dice(str(n)))["rate"] for n in range(3000)]
+    draws = [draw_sample(space, RandomSuggester(str(n)))["rate"] for n in range(3000)]
     decades = [sum(math.floor(math.log10(d)) == p for d in draws) for p in (-5, -4, -3)]
     assert sum(decades) == 3000
     # Four standard deviations of a count of 3000 with probability 1/3.
@@ -61,7 +68,7 @@ def test_loguniform_draws_each_decade_alike() -> None:
 def test_multiple_follows_the_field_it_names() -> None:
     space = {"alpha": make(multiple_of="rank", factor=2.0), "rank": make(choice=[8, 16])}
     for number in range(10):
-        sample = draw(space, Dice(str(number)))
+        sample = draw_sample(space, RandomSuggester(str(number)))
         assert sample["alpha"] == 2 * sample["rank"]
         assert isinstance(sample["alpha"], int)
         assert list(sample) == ["alpha", "rank"]
@@ -70,7 +77,7 @@ def test_multiple_follows_the_field_it_names() -> None:
 def test_multiple_of_a_text_is_refused() -> None:
     space = {"a": make(choice=["x"]), "b": make(multiple_of="a", factor=2.0)}
     with pytest.raises(ConfigError, match="no multiples"):
-        grid(space)
+        build_grid(space)
 
 
 @pytest.mark.parametrize(
@@ -91,13 +98,13 @@ def test_grid_has_every_combination_once() -> None:
         "alpha": make(multiple_of="rank", factor=4.0),
         "rate": make(choice=[1e-3, 1e-4, 1e-5]),
     }
-    points = [(p["rank"], p["alpha"], p["rate"]) for p in grid(space)]
+    points = [(p["rank"], p["alpha"], p["rate"]) for p in build_grid(space)]
     assert points == [(r, 4 * r, rate) for r in (8, 16) for rate in (1e-3, 1e-4, 1e-5)]
 
 
 def test_grid_of_a_range_names_the_field() -> None:
     with pytest.raises(ConfigError, match=r"space\.optim\.rate"):
-        grid({"optim.rate": make(uniform=[0.0, 1.0])})
+        build_grid({"optim.rate": make(uniform=[0.0, 1.0])})
 
 
 def test_drawn_parameters_tell_true_from_one() -> None:

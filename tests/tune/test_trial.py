@@ -9,7 +9,7 @@ import pytest
 
 from raytune_llama.storage.place import Place
 from raytune_llama.train.monitoring.metrics import METRICS_FILE
-from raytune_llama.tune.trial import Evaluation, Follower, RunThread, follow
+from raytune_llama.tune.trial import Evaluation, EvaluationReader, RunThread, follow_run
 
 
 def write(run_dir: Path, *records: dict[str, float | None]) -> None:
@@ -42,17 +42,17 @@ class Running(RunThread):
 
 
 def test_follower_reads_every_evaluation_but_the_first_with_the_time_spent(tmp_path: Path) -> None:
-    follower = Follower(Place.local(tmp_path / "run"), "eval/loss")
-    assert follower.evaluations() == []
+    follower = EvaluationReader(Place.local(tmp_path / "run"), "eval/loss")
+    assert follower.read_evaluations() == []
     write(tmp_path / "run", evaluation(0, 5.0), step(1), step(2), evaluation(2, 4.0), step(3))
-    assert follower.evaluations() == [Evaluation(2, 4.0, 5.0)]
+    assert follower.read_evaluations() == [Evaluation(2, 4.0, 5.0)]
 
 
 def test_follower_of_a_metric_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
     write(tmp_path / "run", evaluation(0, 5.0))
-    follower = Follower(Place.local(tmp_path / "run"), "eval/bits_per_byte")
+    follower = EvaluationReader(Place.local(tmp_path / "run"), "eval/bits_per_byte")
     with pytest.raises(ValueError, match="there is eval/loss, eval/loss/a"):
-        follower.evaluations()
+        follower.read_evaluations()
 
 
 def test_follow_tells_each_evaluation_once_and_the_last_when_the_result_is_there(
@@ -66,7 +66,7 @@ def test_follow_tells_each_evaluation_once_and_the_last_when_the_result_is_there
         goes_on.wait()
         write(run_dir, step(2), evaluation(2, 3.0), step(3), evaluation(3, 2.0))
 
-    told = follow(Running(work), Follower(Place.local(run_dir), "eval/loss"), 3)
+    told = follow_run(Running(work), EvaluationReader(Place.local(run_dir), "eval/loss"), 3)
     assert next(told) == (Evaluation(1, 4.0, 3.0), "running")
     goes_on.set()
     assert list(told) == [
@@ -82,8 +82,8 @@ def test_follow_ends_at_an_evaluation_that_is_not_finite(tmp_path: Path) -> None
         forever.wait()
 
     write(tmp_path / "run", evaluation(1, 4.0), evaluation(2, None), evaluation(3, 4.0))
-    follower = Follower(Place.local(tmp_path / "run"), "eval/loss")
-    told = follow(Running(wait), follower, 9)
+    follower = EvaluationReader(Place.local(tmp_path / "run"), "eval/loss")
+    told = follow_run(Running(wait), follower, 9)
     assert [(e.step, e.value, state) for e, state in told] == [
         (1, 4.0, "running"),
         (2, None, "diverged"),
@@ -96,12 +96,16 @@ def test_follow_of_a_run_that_fails_raises_its_error(tmp_path: Path) -> None:
     def work() -> None:
         raise ValueError("no such file")
 
-    told = follow(Running(work), Follower(Place.local(tmp_path / "run"), "eval/loss"), 9)
+    told = follow_run(
+        Running(work), EvaluationReader(Place.local(tmp_path / "run"), "eval/loss"), 9
+    )
     with pytest.raises(ValueError, match="no such file"):
         list(told)
 
 
 def test_follow_of_a_run_without_an_evaluation_says_so(tmp_path: Path) -> None:
-    told = follow(Running(lambda: None), Follower(Place.local(tmp_path / "run"), "eval/loss"), 9)
+    told = follow_run(
+        Running(lambda: None), EvaluationReader(Place.local(tmp_path / "run"), "eval/loss"), 9
+    )
     with pytest.raises(ValueError, match="without an evaluation"):
         list(told)

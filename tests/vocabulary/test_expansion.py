@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from raytune_llama.config.settings import ConfigError, from_dict
 from raytune_llama.data.readers.sources import SourceConfig
 from raytune_llama.model.vocab import check_vocabulary, new_ids
-from raytune_llama.tokenizer.loader import load_reference, load_tokenizer
+from raytune_llama.tokenizer.loader import load_reference_encoder, load_tokenizer
 from raytune_llama.tokenizer.reference import SentencePieceReference
 from raytune_llama.vocabulary import expansion as vocabulary
 from raytune_llama.vocabulary.expansion import ExpandVocabConfig, expand_vocabulary
-from raytune_llama.vocabulary.parity import Parity
+from raytune_llama.vocabulary.parity import ParityReport
 from raytune_llama.vocabulary.samples import sample_documents
 from tests.tokenizer.references import corpus_pieces, pieces_proto
 
@@ -100,7 +100,7 @@ def test_grown_model_loads_in_plain_transformers_and_says_what_was_done(
     assert old["after"] == old["before"]
     assert old["texts_with_other_ids"] == 0
     assert (target / "fertility.png").stat().st_size > 1000
-    reference = load_reference(target)
+    reference = load_reference_encoder(target)
     text = chinese(1, seed=5)[0]
     assert tokenizer.decode(reference.encode([text])[0]).strip() == text
 
@@ -112,7 +112,9 @@ def test_old_ids_mean_what_they_meant_and_english_keeps_its_ids(
     before, after = load_tokenizer(base).get_vocab(), load_tokenizer(target).get_vocab()
     assert {token: after[token] for token in before} == before
     pairs = zip(
-        load_reference(base).encode(ENGLISH), load_reference(target).encode(ENGLISH), strict=True
+        load_reference_encoder(base).encode(ENGLISH),
+        load_reference_encoder(target).encode(ENGLISH),
+        strict=True,
     )
     assert all(old.tolist() == new.tolist() for old, new in pairs)
 
@@ -134,7 +136,7 @@ def test_sentencepiece_and_tokenizers_agree_on_a_grown_vocabulary(
     parity = manifest(target)["expanded"]["parity"]
     assert parity["texts"] > 800
     assert parity["differing"] == 0
-    assert isinstance(load_reference(target), SentencePieceReference)
+    assert isinstance(load_reference_encoder(target), SentencePieceReference)
 
 
 def test_pieces_on_which_libraries_differ_are_left_out(
@@ -146,13 +148,13 @@ def test_pieces_on_which_libraries_differ_are_left_out(
     base = make_base(tmp_path / "base", "pieces", tokenizer_dir)
     compared: list[int] = []
 
-    def compare(directory: Path, texts: list[str]) -> Parity:
+    def compare(directory: Path, texts: list[str]) -> ParityReport:
         if directory == base:
-            return Parity(num_texts=0, num_bytes=0, differing=(), ids=frozenset())
+            return ParityReport(num_texts=0, num_bytes=0, differing=(), ids=frozenset())
         size = len(load_tokenizer(directory))
         compared.append(size)
         differs = len(compared) == 1
-        return Parity(
+        return ParityReport(
             num_texts=len(texts),
             num_bytes=1,
             differing=("text",) * differs,

@@ -13,10 +13,10 @@ from sentencepiece.sentencepiece_model_pb2 import (
     ModelProto,  # pyright: ignore[reportAttributeAccessIssue]  # made at import
 )
 
-from raytune_llama.tokenizer.reference import PIECE
+from raytune_llama.tokenizer.reference import PieceProto
 from raytune_llama.vocabulary.sentencepiece_merge import (
+    PieceScores,
     PieceTraining,
-    Scores,
     check_base,
     merge_pieces,
     read_pieces,
@@ -125,7 +125,7 @@ def test_a_piece_that_no_pair_makes_is_left_out_and_named() -> None:
     seed=st.integers(0, 1000),
 )
 def test_pieces_called_unreachable_are_in_the_ids_of_no_text(
-    pieces: list[str], scores: Scores, seed: int
+    pieces: list[str], scores: PieceScores, seed: int
 ) -> None:
     merged = merge_pieces(
         BASE, pieces_of(*CHARACTERS, *pieces), scores=scores, keep_unreachable=True
@@ -173,7 +173,7 @@ def test_training_learns_from_lines_that_sentencepiece_would_skip() -> None:
     line = "".join(chinese(3000)) + "龘靐" * 2000
     assert len(line.encode()) > 50_000
     pieces = read_pieces(train_pieces([line], PieceTraining(num_tokens=300)), "new").pieces
-    assert sum(len(piece.piece) > 1 and piece.type == PIECE.NORMAL for piece in pieces) > 100
+    assert sum(len(piece.piece) > 1 and piece.type == PieceProto.NORMAL for piece in pieces) > 100
     assert any("龘靐" in piece.piece for piece in pieces)
 
 

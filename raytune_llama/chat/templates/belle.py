@@ -4,11 +4,11 @@ The line break behind the colon is no detail: a space there would merge into the
 answer, and the mask would be off by one.
 """
 
-from raytune_llama.chat.templates.plain import PlainForm, Question
+from raytune_llama.chat.templates.plain import PlainTemplateSpec, PromptContent
 from raytune_llama.chat.templates.segments import Segment
 
 
-def _write_prompt(question: Question) -> list[Segment]:
+def _write_prompt(question: PromptContent) -> list[Segment]:
     return [
         Segment("template", "Human: \n"),
         Segment("user", question.user),
@@ -16,5 +16,5 @@ def _write_prompt(question: Question) -> list[Segment]:
     ]
 
 
-BELLE = PlainForm("belle", 1, bos="none", allows_system=False, write_prompt=_write_prompt)
+BELLE = PlainTemplateSpec("belle", 1, bos="none", allows_system=False, write_prompt=_write_prompt)
 """BELLE's and CALM's form."""

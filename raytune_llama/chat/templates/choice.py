@@ -10,13 +10,13 @@ from raytune_llama.chat.templates.belle import BELLE
 from raytune_llama.chat.templates.llama2 import LLAMA2
 from raytune_llama.chat.templates.names import TemplateName
 from raytune_llama.chat.templates.plain import PlainTemplate
-from raytune_llama.chat.templates.segments import Template, find_controls
+from raytune_llama.chat.templates.segments import Template, find_control_tokens
 from raytune_llama.chat.templates.tokenizer import TokenizerTemplate
 
 logger = logging.getLogger(__name__)
 
 
-_FORMS = {form.name: form for form in (ALPACA, ALPACA_INFERENCE, BELLE, LLAMA2)}
+_SPECS = {form.name: form for form in (ALPACA, ALPACA_INFERENCE, BELLE, LLAMA2)}
 
 
 def build_template(name: TemplateName, tokenizer: PreTrainedTokenizerFast) -> Template:
@@ -27,7 +27,7 @@ def build_template(name: TemplateName, tokenizer: PreTrainedTokenizerFast) -> Te
     """
     if name == "tokenizer":
         return TokenizerTemplate(tokenizer)
-    form, controls = _FORMS[name], find_controls(tokenizer)
+    form, controls = _SPECS[name], find_control_tokens(tokenizer)
     if controls.bos is None and form.bos != "none":
         logger.warning("template %s: the tokenizer has no BOS, so none is written", name)
     return PlainTemplate(form, controls)

@@ -8,41 +8,41 @@ from typing import Literal
 
 from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.chat.templates.segments import (
-    Boundary,
-    Controls,
+    ControlTokens,
+    PromptBoundary,
     Segment,
     UnrenderableError,
 )
 
-Bos = Literal["none", "first", "each"]
+BosPolicy = Literal["none", "first", "each"]
 """Where BOS stands: nowhere, before the first exchange, or before each."""
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class PromptContent:
     """What a prompt is written from."""
 
     user: str
     """The user's content."""
     system: str | None
     """What the system says; None behind the first exchange."""
-    is_first: bool
+    is_first_exchange: bool
     """Whether it is the first exchange."""
 
 
 @dataclass(frozen=True)
-class PlainForm:
+class PlainTemplateSpec:
     """What such a template is."""
 
     name: str
     """Its name in configs."""
     version: int
     """Changes with its behaviour."""
-    bos: Bos
+    bos: BosPolicy
     """Where BOS stands."""
     allows_system: bool
     """Whether it has a place for what the system says."""
-    write_prompt: Callable[[Question], list[Segment]]
+    write_prompt: Callable[[PromptContent], list[Segment]]
     """Writes all between BOS and the answer, as text."""
 
 
@@ -50,23 +50,23 @@ class PlainForm:
 class PlainTemplate:
     """See `Template`; prompt and answer are encoded apart."""
 
-    form: PlainForm
+    spec: PlainTemplateSpec
     """What is written."""
-    controls: Controls
+    controls: ControlTokens
     """The tokenizer's BOS and EOS."""
 
-    boundary: Boundary = "apart"
+    boundary: PromptBoundary = "apart"
     needs_system: bool = False
 
     @property
     def name(self) -> str:
         """See `Template.name`."""
-        return self.form.name
+        return self.spec.name
 
     @property
     def allows_system(self) -> bool:
         """See `Template.allows_system`."""
-        return self.form.allows_system
+        return self.spec.allows_system
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -80,7 +80,7 @@ class PlainTemplate:
 
         The second part tells of a change of which the version does not.
         """
-        symbols = Controls(Segment("control", "BOS", 0), Segment("control", "EOS", 1))
+        symbols = ControlTokens(Segment("control", "BOS", 0), Segment("control", "EOS", 1))
         plain = replace(self, controls=symbols)
         turns = (Turn("user", "A"), Turn("assistant", "B"), Turn("user", "C"))
         systems = (None, "S") if self.allows_system else (None,)
@@ -88,7 +88,7 @@ class PlainTemplate:
             [(part.kind, part.text, part.is_target) for part in plain.render(conversation)]
             for conversation in (Conversation(turns, system) for system in systems)
         ]
-        content = [self.name, self.form.version, self.boundary, written]
+        content = [self.name, self.spec.version, self.boundary, written]
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
     def render(self, conversation: Conversation) -> list[Segment]:
@@ -102,12 +102,12 @@ class PlainTemplate:
                 written.append(replace(self.controls.eos, is_target=True))
                 continue
             is_first = number == 0
-            if self.controls.bos and self._begins(is_first=is_first):
+            if self.controls.bos and self._needs_bos(is_first=is_first):
                 written.append(self.controls.bos)
             system = conversation.system if is_first else None
-            written += self.form.write_prompt(Question(turn.content, system, is_first))
+            written += self.spec.write_prompt(PromptContent(turn.content, system, is_first))
         return written
 
-    def _begins(self, *, is_first: bool) -> bool:
+    def _needs_bos(self, *, is_first: bool) -> bool:
         """Whether BOS stands before an exchange."""
-        return self.form.bos == "each" or (is_first and self.form.bos == "first")
+        return self.spec.bos == "each" or (is_first and self.spec.bos == "first")

@@ -7,10 +7,10 @@ from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.chat.conversations import Conversation
 
-Kind = Literal["template", "system", "user", "assistant", "control"]
+SegmentKind = Literal["template", "system", "user", "assistant", "control"]
 """What a segment is: the template's own text, somebody's content, or a control token."""
 
-Boundary = Literal["apart", "joint"]
+PromptBoundary = Literal["apart", "joint"]
 """How prompt and answer become ids: each encoded as a text of its own, as LLaMA's fine-tuning
 scripts do; or the whole stretch between two control tokens as one, as `transformers` does."""
 
@@ -23,7 +23,7 @@ class UnrenderableError(ValueError):
 class Segment:
     """A part of a rendered conversation."""
 
-    kind: Kind
+    kind: SegmentKind
     """What it is."""
     text: str
     """Its text; of a control token, how the token is spelled."""
@@ -34,7 +34,7 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Controls:
+class ControlTokens:
     """The control tokens that templates of plain text use, as segments that are no targets."""
 
     bos: Segment | None
@@ -57,7 +57,7 @@ class Template(Protocol):
         ...
 
     @property
-    def boundary(self) -> Boundary:
+    def boundary(self) -> PromptBoundary:
         """How prompt and answer become ids."""
         ...
 
@@ -88,7 +88,7 @@ class Template(Protocol):
         ...
 
 
-def find_controls(tokenizer: PreTrainedTokenizerFast) -> Controls:
+def find_control_tokens(tokenizer: PreTrainedTokenizerFast) -> ControlTokens:
     """Return the tokens that begin and end texts.
 
     Raises:
@@ -103,4 +103,4 @@ def find_controls(tokenizer: PreTrainedTokenizerFast) -> Controls:
     begin = None
     if isinstance(bos, int):
         begin = Segment("control", str(tokenizer.convert_ids_to_tokens(bos)), bos)
-    return Controls(begin, Segment("control", str(tokenizer.convert_ids_to_tokens(eos)), eos))
+    return ControlTokens(begin, Segment("control", str(tokenizer.convert_ids_to_tokens(eos)), eos))

@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.chat.conversations import Conversation
 from raytune_llama.chat.templates.segments import (
-    Boundary,
+    PromptBoundary,
     Segment,
     UnrenderableError,
-    find_controls,
+    find_control_tokens,
 )
-from raytune_llama.tokenizer.loader import control_strings
+from raytune_llama.tokenizer.loader import control_token_strings
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ Speaker = str
 
 
 @dataclass(frozen=True, slots=True)
-class _Skeleton:
+class _RenderedShape:
     """What a template writes for a sequence of speakers."""
 
     texts: tuple[str, ...]
@@ -52,7 +52,7 @@ class TokenizerTemplate:
     """See `Template`; the stretch between two control tokens is encoded as one text."""
 
     name = "tokenizer"
-    boundary: Boundary = "joint"
+    boundary: PromptBoundary = "joint"
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Try a tokenizer's template on conversations of every shape.
@@ -65,9 +65,9 @@ class TokenizerTemplate:
                 can be proven, or one that writes today's date and takes no other.
         """
         self._tokenizer = tokenizer
-        self._controls = find_controls(tokenizer)
-        self._spelled = _pattern(control_strings(tokenizer))
-        self._skeletons: dict[tuple[Speaker, ...], _Skeleton] = {}
+        self._controls = find_control_tokens(tokenizer)
+        self._spelled = _pattern(control_token_strings(tokenizer))
+        self._skeletons: dict[tuple[Speaker, ...], _RenderedShape] = {}
         if tokenizer.chat_template is None:
             raise ValueError(
                 f"template: {tokenizer.name_or_path} has no chat template; name another template, "
@@ -85,7 +85,7 @@ class TokenizerTemplate:
         contents = [turn.content for turn in conversation.turns]
         if conversation.system is not None:
             speakers, contents = ["system", *speakers], [conversation.system, *contents]
-        skeleton = self._skeleton(tuple(speakers))
+        skeleton = self._get_rendered_shape(tuple(speakers))
         text = self._write(speakers, contents)
         spans = _match(text, skeleton.texts, contents)
         if spans is None:
@@ -115,12 +115,12 @@ class TokenizerTemplate:
         assert isinstance(written, str)
         return written
 
-    def _skeleton(self, speakers: tuple[Speaker, ...]) -> _Skeleton:
+    def _get_rendered_shape(self, speakers: tuple[Speaker, ...]) -> _RenderedShape:
         if speakers not in self._skeletons:
-            self._skeletons[speakers] = self._build_skeleton(list(speakers))
+            self._skeletons[speakers] = self._build_rendered_shape(list(speakers))
         return self._skeletons[speakers]
 
-    def _build_skeleton(self, speakers: list[Speaker]) -> _Skeleton:
+    def _build_rendered_shape(self, speakers: list[Speaker]) -> _RenderedShape:
         names = [_PLACEHOLDER.format(number) for number in range(len(speakers))]
         text = self._write(speakers, names)
         places = [0]
@@ -149,7 +149,7 @@ class TokenizerTemplate:
             self._cut(part, num_said, follows_answer=before == "assistant")
             for part, num_said, before in parts
         )
-        return _Skeleton(tuple(texts), segments)
+        return _RenderedShape(tuple(texts), segments)
 
     def _cut(self, text: str, num_said: int, *, follows_answer: bool) -> tuple[Segment, ...]:
         """Cut a template's text at control tokens.
@@ -196,8 +196,8 @@ class TokenizerTemplate:
         works: list[bool] = []
         for start in ((), ("system",)):
             try:
-                self._skeleton((*start, *one, *one))
-                self._skeleton((*start, "user"))
+                self._get_rendered_shape((*start, *one, *one))
+                self._get_rendered_shape((*start, "user"))
                 works.append(True)
             except UnrenderableError as error:
                 works.append(False)

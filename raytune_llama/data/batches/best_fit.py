@@ -16,17 +16,17 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_llama.data.batches.order import Sample
+from raytune_llama.data.batches.order import SampleIndex
 from raytune_llama.data.batches.packing import (
     Crops,
     EvaluationForm,
+    GroupTextsBlocks,
     IsolatedSequences,
     JoinedSequences,
-    SeedBlocks,
-    Sequence,
+    PackedSequence,
     SequenceForm,
     SourceSequences,
-    Stretch,
+    SourceSpan,
     check_index,
 )
 
@@ -35,7 +35,7 @@ from raytune_llama.data.batches.packing import (
 class WholeDocuments:
     """Sequences of whole documents, none of which sees another."""
 
-    stretch: Stretch
+    source_span: SourceSpan
     """The documents."""
     sequence_tokens: int
     """T; no document is longer."""
@@ -45,7 +45,7 @@ class WholeDocuments:
     """Where each sequence begins among them, and the end of the last."""
 
     @classmethod
-    def fitted(cls, stretch: Stretch, sequence_tokens: int) -> Self:
+    def fitted(cls, stretch: SourceSpan, sequence_tokens: int) -> Self:
         """Put as many documents as fit into each sequence."""
         sequence_of = best_fit(_lengths(stretch, sequence_tokens), sequence_tokens)
         # Documents of one sequence in their own order.
@@ -54,7 +54,7 @@ class WholeDocuments:
         return cls(stretch, sequence_tokens, order + stretch.documents.start, bounds)
 
     @classmethod
-    def padded(cls, stretch: Stretch, sequence_tokens: int) -> Self:
+    def padded(cls, stretch: SourceSpan, sequence_tokens: int) -> Self:
         """Give each document a sequence, the shortest first."""
         order = np.argsort(_lengths(stretch, sequence_tokens), kind="stable")
         bounds = np.arange(len(order) + 1)
@@ -68,18 +68,18 @@ class WholeDocuments:
     @property
     def num_tokens(self) -> int:
         """Tokens of all documents."""
-        return len(self.stretch.tokens)
+        return len(self.source_span.tokens)
 
     @property
     def num_read_tokens(self) -> int:
         """All tokens."""
         return self.num_tokens
 
-    def read(self, sample: Sample) -> Sequence:
+    def read(self, sample: SampleIndex) -> PackedSequence:
         """Put the documents of a sequence together."""
-        return _together(self.stretch, self._members(sample.index))
+        return _concatenate_documents(self.source_span, self._members(sample.index))
 
-    def documents(self, sample: Sample) -> list[int]:
+    def documents(self, sample: SampleIndex) -> list[int]:
         """Return the documents of a sequence, in its order."""
         return self._members(sample.index).tolist()
 
@@ -121,14 +121,14 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
     return bin_of
 
 
-def _lengths(stretch: Stretch, sequence_tokens: int) -> NDArray[np.int64]:
+def _lengths(stretch: SourceSpan, sequence_tokens: int) -> NDArray[np.int64]:
     documents = np.arange(stretch.documents.start, stretch.documents.stop + 1)
     lengths = np.diff(stretch.split.token_starts(documents))
     assert lengths.max(initial=0) <= sequence_tokens, "conversations are cut when they are encoded"
     return lengths
 
 
-def _together(stretch: Stretch, documents: NDArray[np.int64]) -> Sequence:
+def _concatenate_documents(stretch: SourceSpan, documents: NDArray[np.int64]) -> PackedSequence:
     """Return documents as one sequence, none of which sees another."""
     split = stretch.split
     spans = split.token_starts(np.stack([documents, documents + 1], axis=1).ravel()).reshape(-1, 2)
@@ -136,14 +136,16 @@ def _together(stretch: Stretch, documents: NDArray[np.int64]) -> Sequence:
     starts = np.cumsum([len(some) for some in ids])[:-1]
     flat = ids[0] if len(ids) == 1 else np.concatenate(ids)
     if not split.has_targets:
-        return Sequence(flat, flat[1:], starts)
+        return PackedSequence(flat, flat[1:], starts)
     masks = [split.targets(start, stop) for start, stop in spans.tolist()]
     targets = np.concatenate(masks)[1:]
     targets[starts - 1] = False  # a document's first token follows from nothing
-    return Sequence(flat, flat[1:], starts, targets)
+    return PackedSequence(flat, flat[1:], starts, targets)
 
 
-def cut_evaluated(stretch: Stretch, form: EvaluationForm, sequence_tokens: int) -> SourceSequences:
+def cut_evaluation_sequences(
+    stretch: SourceSpan, form: EvaluationForm, sequence_tokens: int
+) -> SourceSequences:
     """Cut a stretch into the sequences that it is evaluated by."""
     match form:
         case "isolated":
@@ -154,8 +156,8 @@ def cut_evaluated(stretch: Stretch, form: EvaluationForm, sequence_tokens: int) 
             return WholeDocuments.fitted(stretch, sequence_tokens)
 
 
-def cut_stretch(
-    stretch: Stretch, form: SequenceForm, sequence_tokens: int, *, fingerprint: str, seed: int
+def cut_sequences(
+    stretch: SourceSpan, form: SequenceForm, sequence_tokens: int, *, fingerprint: str, seed: int
 ) -> SourceSequences:
     """Cut a stretch into sequences.
 
@@ -170,8 +172,8 @@ def cut_stretch(
         case "crops":
             return Crops(stretch, sequence_tokens, fingerprint, seed)
         case "seed_blocks":
-            return SeedBlocks.of(stretch, sequence_tokens)
+            return GroupTextsBlocks.from_span(stretch, sequence_tokens)
         case "padded":
             return WholeDocuments.padded(stretch, sequence_tokens)
         case packed:
-            return cut_evaluated(stretch, packed, sequence_tokens)
+            return cut_evaluation_sequences(stretch, packed, sequence_tokens)

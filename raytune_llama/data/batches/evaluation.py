@@ -7,21 +7,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from raytune_llama.config.settings import ConfigError
-from raytune_llama.data.batches.best_fit import cut_evaluated
+from raytune_llama.data.batches.best_fit import cut_evaluation_sequences
 from raytune_llama.data.batches.mixture import MixedSource, source_names
-from raytune_llama.data.batches.order import Sample, apportion
+from raytune_llama.data.batches.order import SampleIndex, apportion
 from raytune_llama.data.batches.packing import (
     EvaluationForm,
     JoinedSequences,
     SourceSequences,
-    find_stretches,
+    find_source_spans,
 )
 from raytune_llama.data.batches.step_batches import MicroBatch, num_micro_batches, stack_sequences
 from raytune_llama.data.store.token_store import TokenSplit
 
 
 @dataclass(frozen=True)
-class EvaluatedSource:
+class EvaluationSource:
     """The part of a source's validation text that is evaluated: sequences at even distances."""
 
     name: str
@@ -31,7 +31,7 @@ class EvaluatedSource:
     num_evaluated: int
     """How many of them are evaluated; from 1 to all."""
 
-    def index(self, number: int) -> int:
+    def sequence_index(self, number: int) -> int:
         """Return which of the source's sequences is evaluated as number `number`."""
         return number * self.sequences.num_sequences // self.num_evaluated
 
@@ -44,10 +44,10 @@ class EvaluatedSource:
         """
         if not isinstance(self.sequences, JoinedSequences):
             return None
-        split = self.sequences.stretch.split
+        split = self.sequences.source_span.split
         total, known = 0.0, range(0)
         for number in range(self.num_evaluated):
-            span = self.sequences.covered(self.index(number))
+            span = self.sequences.covered_range(self.sequence_index(number))
             if span.start == known.stop:
                 known = range(known.start, span.stop)
                 continue
@@ -56,13 +56,13 @@ class EvaluatedSource:
         return total + split.bytes_between(known.start, known.stop)
 
 
-def choose_evaluated(
+def select_evaluation_sources(
     configs: Sequence[MixedSource],
     split: TokenSplit,
     form: EvaluationForm,
     sequence_tokens: int,
     max_sequences: int | None,
-) -> tuple[EvaluatedSource, ...]:
+) -> tuple[EvaluationSource, ...]:
     """Choose what is evaluated: of each source its share of the sequences, at least one.
 
     Args:
@@ -80,8 +80,8 @@ def choose_evaluated(
     """
     names = source_names(configs)
     cut = {
-        source: cut_evaluated(stretch, form, sequence_tokens)
-        for source, stretch in find_stretches(split).items()
+        source: cut_evaluation_sequences(stretch, form, sequence_tokens)
+        for source, stretch in find_source_spans(split).items()
     }
     found = {source: sequences for source, sequences in cut.items() if sequences.num_sequences}
     if not found:
@@ -101,13 +101,13 @@ def choose_evaluated(
         rest = apportion([count - 1 for count in counts], max_sequences - len(counts))
         evaluated = [1 + extra for extra in rest]
     return tuple(
-        EvaluatedSource(names[source], sequences, count)
+        EvaluationSource(names[source], sequences, count)
         for (source, sequences), count in zip(found.items(), evaluated, strict=True)
     )
 
 
-def read_evaluation(
-    source: EvaluatedSource, *, micro_batch_sequences: int, rank: int, world_size: int
+def read_evaluation_batches(
+    source: EvaluationSource, *, micro_batch_sequences: int, rank: int, world_size: int
 ) -> Iterator[MicroBatch]:
     """Stream one worker's share of what is evaluated of a source.
 
@@ -118,7 +118,9 @@ def read_evaluation(
     count = num_micro_batches(source.num_evaluated, micro_batch_sequences, world_size)
     for first in range(0, count * micro_batch_sequences, micro_batch_sequences):
         rows = [
-            source.sequences.read(Sample(source=0, index=source.index(number), epoch=0))
+            source.sequences.read(
+                SampleIndex(source=0, index=source.sequence_index(number), epoch=0)
+            )
             for number in mine[first : first + micro_batch_sequences]
         ]
         yield stack_sequences(rows, micro_batch_sequences, source.sequences.sequence_tokens)

@@ -15,15 +15,15 @@ from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from raytune_llama.config.settings import ConfigError
-from raytune_llama.data.batches.best_fit import cut_stretch
+from raytune_llama.data.batches.best_fit import cut_sequences
 from raytune_llama.data.batches.order import block_quotas, block_sequences
-from raytune_llama.data.batches.packing import SequenceForm, SourceSequences, find_stretches
+from raytune_llama.data.batches.packing import SequenceForm, SourceSequences, find_source_spans
 from raytune_llama.data.store.token_store import TokenSplit
 from raytune_llama.storage.place import Place
 
 logger = logging.getLogger(__name__)
 
-MANY_READINGS = 4.0
+WARN_EPOCHS = 4.0
 """Text that is read more often than this is worth much less than new text: Muennighoff et al.
 2023, "Scaling Data-Constrained Language Models", arXiv:2305.16264."""
 
@@ -50,7 +50,7 @@ class MixedSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainingSource:
     """A source that has sequences."""
 
     name: str
@@ -104,23 +104,23 @@ def cut_sources(
     *,
     fingerprint: str,
     seed: int,
-) -> tuple[Source, ...]:
+) -> tuple[TrainingSource, ...]:
     """Cut each source of a split into sequences; a source without any is left out.
 
     Raises:
         ConfigError: No source has a sequence, or one with a weight has none.
     """
-    names, stretches = source_names(configs), find_stretches(split)
+    names, stretches = source_names(configs), find_source_spans(split)
     assert len(configs) > max(stretches, default=-1), "the store has sources that the config lacks"
-    found: list[Source] = []
+    found: list[TrainingSource] = []
     problems: list[str] = []
     for number, (name, config) in enumerate(zip(names, configs, strict=True)):
         stretch = stretches.get(number)
-        sequences = stretch and cut_stretch(
+        sequences = stretch and cut_sequences(
             stretch, form, sequence_tokens, fingerprint=fingerprint, seed=seed
         )
         if sequences and sequences.num_sequences:
-            found.append(Source(name, config.weight, sequences))
+            found.append(TrainingSource(name, config.weight, sequences))
         elif config.weight is not None:
             tokens = len(stretch.tokens) if stretch else 0
             problems.append(
@@ -137,7 +137,9 @@ def cut_sources(
     return tuple(found)
 
 
-def log_mixture(sources: Sequence[Source], shares: Sequence[float], total_positions: int) -> None:
+def log_mixture(
+    sources: Sequence[TrainingSource], shares: Sequence[float], total_positions: int
+) -> None:
     """Log what a run will see of each source; warn of text that is read too often.
 
     Args:
@@ -164,19 +166,19 @@ def log_mixture(sources: Sequence[Source], shares: Sequence[float], total_positi
         )
         # Windows of long documents differ from epoch to epoch: not each epoch reads all again.
         readings = epochs * num_read / sequences.num_tokens
-        if readings > MANY_READINGS:
+        if readings > WARN_EPOCHS:
             logger.warning(
                 "source %s: the run reads each of its tokens %.1f times on average; beyond %g "
                 "times, repeated text is worth much less than new text (Muennighoff et al. 2023, "
                 "arXiv:2305.16264): lower its weight, train for less, or add text",
                 source.name,
                 readings,
-                MANY_READINGS,
+                WARN_EPOCHS,
             )
 
 
 def mixture_record(
-    sources: Sequence[Source], num_sequences: Sequence[int], num_targets: Sequence[int]
+    sources: Sequence[TrainingSource], num_sequences: Sequence[int], num_targets: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
     """Return what a run has seen of each source, by name, as JSON data.
 

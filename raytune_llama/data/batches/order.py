@@ -28,7 +28,7 @@ _NUM_ROUNDS = 8  # even, so that the halves of an odd number of bits end at thei
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleIndex:
     """The sequence at a position."""
 
     source: int
@@ -52,7 +52,7 @@ class Order(Protocol):
         """Share of the run's sequences that each source has."""
         ...
 
-    def sample(self, position: int, fingerprint: str, seed: int) -> Sample:
+    def sample(self, position: int, fingerprint: str, seed: int) -> SampleIndex:
         """Return the sequence at a position.
 
         Args:
@@ -76,13 +76,13 @@ class EpochOrder:
         total = sum(self.source_sequences)
         return tuple(count / total for count in self.source_sequences)
 
-    def sample(self, position: int, fingerprint: str, seed: int) -> Sample:
+    def sample(self, position: int, fingerprint: str, seed: int) -> SampleIndex:
         """Return the sequence at a position."""
         total = sum(self.source_sequences)
         epoch, place = divmod(position, total)
-        item = permuted_index(place, total, derived_key(fingerprint, seed, epoch))
+        item = permuted_index(place, total, derive_key(fingerprint, seed, epoch))
         source, index = _locate(item, self.source_sequences)
-        return Sample(source, index, epoch)
+        return SampleIndex(source, index, epoch)
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,15 @@ class GroupedOrder:
         """Share of the sequences that each source has, in an epoch."""
         return EpochOrder(self.source_sequences).shares
 
-    def sample(self, position: int, fingerprint: str, seed: int) -> Sample:
+    def sample(self, position: int, fingerprint: str, seed: int) -> SampleIndex:
         """Return the sequence at a position."""
         total, size = sum(self.source_sequences), self.group_sequences
         epoch, place = divmod(position, total)
         group, inside = divmod(place, size)
         if group < total // size:
-            group = permuted_index(group, total // size, derived_key(fingerprint, seed, epoch))
+            group = permuted_index(group, total // size, derive_key(fingerprint, seed, epoch))
         source, index = _locate(group * size + inside, self.source_sequences)
-        return Sample(source, index, epoch)
+        return SampleIndex(source, index, epoch)
 
 
 @dataclass(frozen=True)
@@ -129,19 +129,19 @@ class MixedOrder:
         total = sum(self.quotas)
         return tuple(quota / total for quota in self.quotas)
 
-    def sample(self, position: int, fingerprint: str, seed: int) -> Sample:
+    def sample(self, position: int, fingerprint: str, seed: int) -> SampleIndex:
         """Return the sequence at a position.
 
         The places of a block are dealt to the sources by a permutation of its own. The n-th place
         of a source, over all blocks, has the n-th sequence of the source's own shuffled epochs.
         """
         block, place = divmod(position, sum(self.quotas))
-        dealt = _deal(self.quotas, derived_key(fingerprint, seed, "block", block))
+        dealt = _deal(self.quotas, derive_key(fingerprint, seed, "block", block))
         source, turn = int(dealt.sources[place]), int(dealt.turns[place])
         count = self.source_sequences[source]
         epoch, place = divmod(block * self.quotas[source] + turn, count)
-        key = derived_key(fingerprint, seed, "source", source, epoch)
-        return Sample(source, permuted_index(place, count, key), epoch)
+        key = derive_key(fingerprint, seed, "source", source, epoch)
+        return SampleIndex(source, permuted_index(place, count, key), epoch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,7 +233,7 @@ def _permuted(positions: NDArray[np.uint64], num_items: int, key: int) -> NDArra
 
 # An epoch's key is asked for at every position of it.
 @lru_cache(maxsize=64)
-def derived_key(*parts: str | int) -> int:
+def derive_key(*parts: str | int) -> int:
     """Hash what names a choice, such as (fingerprint, seed, epoch), to 64 bits."""
     text = "/".join(str(part) for part in parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")

@@ -30,7 +30,7 @@ from typing import Literal, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_llama.data.batches.order import Sample, derived_key
+from raytune_llama.data.batches.order import SampleIndex, derive_key
 from raytune_llama.data.store.token_store import TokenSplit
 
 IGNORED_LABEL = -100
@@ -54,7 +54,7 @@ _CHUNK_DOCUMENTS = 1 << 16  # bounds the memory of a pass over the documents' le
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sequence:
+class PackedSequence:
     """One training sequence, as views of the token stream; nothing is copied before `write`."""
 
     ids: NDArray[np.unsignedinteger]
@@ -99,12 +99,12 @@ class Sequence:
         np.subtract(_counting(length), origins, out=positions_T)
 
 
-FILLER = Sequence(_NO_IDS, _NO_IDS)
+FILLER = PackedSequence(_NO_IDS, _NO_IDS)
 """A sequence without targets, to fill a shape."""
 
 
 @dataclass(frozen=True)
-class Stretch:
+class SourceSpan:
     """What one source has in a split."""
 
     split: TokenSplit
@@ -138,7 +138,7 @@ class SourceSequences(Protocol):
         """Tokens of the source that an epoch reads; the rest is in none of its sequences."""
         ...
 
-    def read(self, sample: Sample) -> Sequence:
+    def read(self, sample: SampleIndex) -> PackedSequence:
         """Cut one sequence out.
 
         Raises:
@@ -146,7 +146,7 @@ class SourceSequences(Protocol):
         """
         ...
 
-    def documents(self, sample: Sample) -> Iterable[int]:
+    def documents(self, sample: SampleIndex) -> Iterable[int]:
         """Return the numbers, in the split, of the documents that a sequence has tokens of."""
         ...
 
@@ -155,7 +155,7 @@ class SourceSequences(Protocol):
 class JoinedSequences:
     """A stretch cut every T tokens, as one text."""
 
-    stretch: Stretch
+    source_span: SourceSpan
     """What is cut."""
     sequence_tokens: int
     """T."""
@@ -163,30 +163,30 @@ class JoinedSequences:
     @property
     def num_sequences(self) -> int:
         """Sequences of the stretch; the last one may be short."""
-        return num_sequences(len(self.stretch.tokens), self.sequence_tokens)
+        return num_sequences(len(self.source_span.tokens), self.sequence_tokens)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the stretch."""
-        return len(self.stretch.tokens)
+        return len(self.source_span.tokens)
 
     @property
     def num_read_tokens(self) -> int:
         """All tokens of the stretch."""
         return self.num_tokens
 
-    def read(self, sample: Sample) -> Sequence:
+    def read(self, sample: SampleIndex) -> PackedSequence:
         """Cut one sequence out; the padding of a short one is a segment of its own."""
         span = self._span(sample.index)
-        tokens = self.stretch.split.tokens(span.start, span.stop)
-        return Sequence(tokens[:-1], tokens[1:])
+        tokens = self.source_span.split.tokens(span.start, span.stop)
+        return PackedSequence(tokens[:-1], tokens[1:])
 
-    def documents(self, sample: Sample) -> range:
+    def documents(self, sample: SampleIndex) -> range:
         """Return the documents of a sequence, that of its last target too."""
         span = self._span(sample.index)
-        return self.stretch.split.documents_between(span.start, span.stop)
+        return self.source_span.split.documents_between(span.start, span.stop)
 
-    def covered(self, index: int) -> range:
+    def covered_range(self, index: int) -> range:
         """Return the part of the flat stream that one sequence accounts for: its targets.
 
         The first sequence accounts for the stretch's first token too, so that all together
@@ -198,21 +198,21 @@ class JoinedSequences:
     def _span(self, index: int) -> range:
         """Return the flat positions of a sequence's ids and of the target behind them."""
         check_index(index, self.num_sequences)
-        start = self.stretch.tokens.start + index * self.sequence_tokens
-        return range(start, min(start + self.sequence_tokens + 1, self.stretch.tokens.stop))
+        start = self.source_span.tokens.start + index * self.sequence_tokens
+        return range(start, min(start + self.sequence_tokens + 1, self.source_span.tokens.stop))
 
 
 @dataclass(frozen=True)
 class IsolatedSequences(JoinedSequences):
     """The same cut; positions restart at each document, and none predicts the next one's start."""
 
-    def read(self, sample: Sample) -> Sequence:
+    def read(self, sample: SampleIndex) -> PackedSequence:
         """Cut one sequence out; the padding of a short one is a segment of its own."""
         span = self._span(sample.index)
-        split = self.stretch.split
+        split = self.source_span.split
         tokens = split.tokens(span.start, span.stop)
         starts = split.document_starts(span.start + 1, span.stop) - span.start
-        return Sequence(tokens[:-1], tokens[1:], starts)
+        return PackedSequence(tokens[:-1], tokens[1:], starts)
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class Crops:
     all starts that leave it whole.
     """
 
-    stretch: Stretch
+    source_span: SourceSpan
     """The documents."""
     sequence_tokens: int
     """T."""
@@ -235,45 +235,45 @@ class Crops:
     @property
     def num_sequences(self) -> int:
         """One for each document."""
-        return len(self.stretch.documents)
+        return len(self.source_span.documents)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all documents."""
-        return len(self.stretch.tokens)
+        return len(self.source_span.tokens)
 
     @property
     def num_read_tokens(self) -> int:
         """Tokens of an epoch's windows; reads the length of every document once."""
-        documents, total = self.stretch.documents, 0
+        documents, total = self.source_span.documents, 0
         for first in range(documents.start, documents.stop, _CHUNK_DOCUMENTS):
             stop = min(first + _CHUNK_DOCUMENTS, documents.stop)
-            starts = self.stretch.split.token_starts(np.arange(first, stop + 1))
+            starts = self.source_span.split.token_starts(np.arange(first, stop + 1))
             total += int(np.minimum(np.diff(starts), self.sequence_tokens).sum())
         return total
 
-    def read(self, sample: Sample) -> Sequence:
+    def read(self, sample: SampleIndex) -> PackedSequence:
         """Cut an epoch's window out of a document."""
         check_index(sample.index, self.num_sequences)
-        document = self.stretch.documents[sample.index]
-        starts = self.stretch.split.token_starts(np.array([document, document + 1]))
+        document = self.source_span.documents[sample.index]
+        starts = self.source_span.split.token_starts(np.array([document, document + 1]))
         start, stop = (int(bound) for bound in starts)
         num_starts = stop - start - self.sequence_tokens + 1
         if num_starts > 1:
-            key = derived_key(self.fingerprint, self.seed, "crop", sample.epoch, document)
+            key = derive_key(self.fingerprint, self.seed, "crop", sample.epoch, document)
             # The high half of a 128-bit product: uniform but for one part in 2**64 / num_starts.
             start += key * num_starts >> 64
-        ids = self.stretch.split.tokens(start, min(start + self.sequence_tokens, stop))
-        return Sequence(ids, ids[1:])
+        ids = self.source_span.split.tokens(start, min(start + self.sequence_tokens, stop))
+        return PackedSequence(ids, ids[1:])
 
-    def documents(self, sample: Sample) -> range:
+    def documents(self, sample: SampleIndex) -> range:
         """Return the one document that a window is of."""
         check_index(sample.index, self.num_sequences)
-        return self.stretch.documents[sample.index : sample.index + 1]
+        return self.source_span.documents[sample.index : sample.index + 1]
 
 
 @dataclass(frozen=True, eq=False)
-class SeedBlocks:
+class GroupTextsBlocks:
     """The blocks of Chinese-LLaMA-Alpaca's `group_texts`, with what it loses.
 
     The documents of a source file are taken `GROUP_DOCUMENTS` at a time and joined. A group of at
@@ -283,7 +283,7 @@ class SeedBlocks:
     takes validation blocks out afterwards, while a store takes documents out before.
     """
 
-    stretch: Stretch
+    source_span: SourceSpan
     """The documents."""
     sequence_tokens: int
     """T."""
@@ -293,7 +293,7 @@ class SeedBlocks:
     """Blocks up to the end of each group."""
 
     @classmethod
-    def of(cls, stretch: Stretch, sequence_tokens: int) -> Self:
+    def from_span(cls, stretch: SourceSpan, sequence_tokens: int) -> Self:
         """Group a stretch's documents."""
         documents, split = stretch.documents, stretch.split
         files = [*split.file_starts(documents).tolist(), documents.stop]
@@ -313,7 +313,7 @@ class SeedBlocks:
     @property
     def num_tokens(self) -> int:
         """Tokens of all documents, the dropped ones too."""
-        return len(self.stretch.tokens)
+        return len(self.source_span.tokens)
 
     @property
     def num_read_tokens(self) -> int:
@@ -322,16 +322,16 @@ class SeedBlocks:
         num_blocks = np.diff(self.block_ends, prepend=0)
         return int(np.minimum(sizes, num_blocks * self.sequence_tokens).sum())
 
-    def read(self, sample: Sample) -> Sequence:
+    def read(self, sample: SampleIndex) -> PackedSequence:
         """Cut one block out."""
         span = self._span(sample.index)
-        ids = self.stretch.split.tokens(span.start, span.stop)
-        return Sequence(ids, ids[1:])
+        ids = self.source_span.split.tokens(span.start, span.stop)
+        return PackedSequence(ids, ids[1:])
 
-    def documents(self, sample: Sample) -> range:
+    def documents(self, sample: SampleIndex) -> range:
         """Return the documents of a block."""
         span = self._span(sample.index)
-        return self.stretch.split.documents_between(span.start, span.stop)
+        return self.source_span.split.documents_between(span.start, span.stop)
 
     def _span(self, index: int) -> range:
         """Return the flat positions of a block."""
@@ -353,11 +353,11 @@ def num_sequences(num_tokens: int, sequence_tokens: int) -> int:
     return max(0, -(-(num_tokens - 1) // sequence_tokens))
 
 
-def find_stretches(split: TokenSplit) -> dict[int, Stretch]:
+def find_source_spans(split: TokenSplit) -> dict[int, SourceSpan]:
     """Return what each configured source has in a split; one without documents is left out."""
     documents = split.source_documents()
     return {
-        source: Stretch(split, tokens, documents[source])
+        source: SourceSpan(split, tokens, documents[source])
         for source, tokens in split.source_ranges().items()
     }
 

@@ -4,20 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raytune_llama.data.batches.mixture import Source
+from raytune_llama.data.batches.mixture import TrainingSource
 from raytune_llama.data.batches.step_batches import BatchPlan
 from raytune_llama.data.store.token_store import TokenSplit, TokenStore
 
 
 @dataclass(frozen=True)
-class Origins:
+class Provenance:
     """Answers for a run which text stood where; reads what it is asked for, and nothing before."""
 
     store: TokenStore
     """What the run trains on."""
     split: TokenSplit
     """The side of it that the sources are cut from."""
-    sources: Sequence[Source]
+    sources: Sequence[TrainingSource]
     """All with sequences, as the plan counts them."""
     plan: BatchPlan
     """The order of the run."""

@@ -20,7 +20,7 @@ from raytune_llama.data.batches.order import (
     GroupedOrder,
     MixedOrder,
     Order,
-    Sample,
+    SampleIndex,
     block_quotas,
 )
 from raytune_llama.data.batches.packing import SourceSequences
@@ -49,7 +49,7 @@ class BatchPlan:
     """Whether a micro-batch is only as long as its longest sequence."""
 
     @classmethod
-    def of(
+    def create(
         cls,
         source_sequences: Sequence[int],
         *,
@@ -119,7 +119,7 @@ class BatchPlan:
         stop = min(start + self.sequences_per_step, self.total_positions)
         return range(start + rank, stop, world_size)
 
-    def sample(self, position: int, fingerprint: str) -> Sample:
+    def sample(self, position: int, fingerprint: str) -> SampleIndex:
         """The sequence at a position, in a store with this fingerprint."""
         return self.order.sample(position, fingerprint, self.seed)
 
@@ -201,7 +201,7 @@ def read_steps(
     for step in range(start_step, plan.num_steps):
         positions = tuple(plan.positions(step, rank, world_size))
         num_sequences, num_targets = [0] * len(sources), [0] * len(sources)
-        rows: list[packing.Sequence] = []
+        rows: list[packing.PackedSequence] = []
         for position in positions:
             sample = plan.sample(position, fingerprint)
             rows.append(sources[sample.source].read(sample))
@@ -227,7 +227,7 @@ def num_micro_batches(num_sequences: int, micro_batch_sequences: int, world_size
     return -(-largest_share // micro_batch_sequences)
 
 
-def _stack(rows: list[packing.Sequence], plan: BatchPlan) -> MicroBatch:
+def _stack(rows: list[packing.PackedSequence], plan: BatchPlan) -> MicroBatch:
     length = plan.sequence_tokens
     if plan.is_padded:
         longest = max((len(row.ids) for row in rows), default=1)
@@ -236,7 +236,7 @@ def _stack(rows: list[packing.Sequence], plan: BatchPlan) -> MicroBatch:
 
 
 def stack_sequences(
-    sequences: Sequence[packing.Sequence], micro_batch_sequences: int, sequence_tokens: int
+    sequences: Sequence[packing.PackedSequence], micro_batch_sequences: int, sequence_tokens: int
 ) -> MicroBatch:
     """Make a micro-batch of at most its number of sequences, with filler where some are missing."""
     rows = [*sequences, *[packing.FILLER] * (micro_batch_sequences - len(sequences))]

@@ -18,10 +18,10 @@ from raytune_llama.data.build.unit_encoder import (
     encode_unit,
     finished_record,
 )
-from raytune_llama.data.build.units import EncodePlan, Unit, UnitStoppedError
+from raytune_llama.data.build.units import BuildPlan, UnitStoppedError, WorkUnit
 from raytune_llama.data.filters.tasks import quiet_ray_data
 from raytune_llama.data.readers.documents import OpenRange, read_rows
-from raytune_llama.data.readers.ranges import HashedRange
+from raytune_llama.data.readers.ranges import HashingReader
 from raytune_llama.data.readers.rows import RowBatch, SourceError
 from raytune_llama.data.readers.sources import SourceFile
 
@@ -32,7 +32,7 @@ _SAMPLE_FILES = 32
 _SAMPLE_BYTES = 4 << 20
 
 
-class UnitEncoder:
+class EncodingActor:
     """Ray Data actor: encodes one unit a call; a problem of the user's files is returned as data.
 
     An exception would reach the driver wrapped in Ray's own, without the chance to tell it from a
@@ -40,7 +40,7 @@ class UnitEncoder:
     """
 
     def __init__(
-        self, reader: "ray.ObjectRef[UnitReader]", plan: EncodePlan, units: list[Unit]
+        self, reader: "ray.ObjectRef[UnitReader]", plan: BuildPlan, units: list[WorkUnit]
     ) -> None:
         # In Ray's shared memory the tables of a fast engine are there once for all of a node.
         self._reader = ray.get(reader)
@@ -69,9 +69,9 @@ class UnitEncoder:
 
     def _stop(self) -> None:
         try:
-            self._plan.stop.write_bytes(b"")
+            self._plan.stop_file.write_bytes(b"")
         except OSError as error:  # a full disk, of which the problem speaks: others meet it too
-            logger.warning("%s cannot be written: %s", self._plan.stop, error)
+            logger.warning("%s cannot be written: %s", self._plan.stop_file, error)
 
 
 _RESULT_SCHEMA = pa.schema(
@@ -80,8 +80,8 @@ _RESULT_SCHEMA = pa.schema(
 
 
 def run_units(
-    units: list[Unit],
-    plan: EncodePlan,
+    units: list[WorkUnit],
+    plan: BuildPlan,
     reader: UnitReader,
     *,
     num_workers: int,
@@ -104,7 +104,7 @@ def run_units(
         len(plan.files),
         len(units),
         num_workers,
-        plan.work,
+        plan.work_dir,
     )
     records: dict[int, UnitRecord] = {}
     problems: dict[int, str] = {}
@@ -132,7 +132,7 @@ def _run_actors(
         dataset = ray.data.from_items(
             [{"unit": number} for number in range(num_units)], override_num_blocks=num_units
         ).map_batches(
-            UnitEncoder,
+            EncodingActor,
             fn_constructor_kwargs=kwargs,
             # More workers than CPUs are asked for only where a cluster can grow to them.
             compute=ray.data.ActorPoolStrategy(
@@ -145,14 +145,14 @@ def _run_actors(
         yield from dataset.iter_rows()
 
 
-def read_sample(files: list[SourceFile]) -> list[str]:
+def read_sample_texts(files: list[SourceFile]) -> list[str]:
     """Read the beginning of some files, evenly over the corpus: up to 4 MiB of documents."""
     step = max(1, len(files) // _SAMPLE_FILES)
     chosen = files[::step]
     texts: list[str] = []
     for file in chosen:
         left = _SAMPLE_BYTES // len(chosen)
-        for batch in read_beginning(file):
+        for batch in read_head_rows(file):
             for text, num_bytes in zip(batch.texts, batch.num_bytes, strict=True):
                 if left > 0:
                     texts.append(text)
@@ -162,24 +162,24 @@ def read_sample(files: list[SourceFile]) -> list[str]:
     return texts
 
 
-def read_beginning(file: SourceFile) -> Iterator[RowBatch]:
+def read_head_rows(file: SourceFile) -> Iterator[RowBatch]:
     """Stream the rows of a file (of a Parquet file, its first row group) from its beginning."""
     with file.place.open() as opened:
         stop = len(file.row_group_bytes[:1]) or file.status.num_bytes
-        part = OpenRange(file.place, opened, 0, stop, HashedRange(opened, 0, 0))
+        part = OpenRange(file.place, opened, 0, stop, HashingReader(opened, 0, 0))
         yield from read_rows(part, file.options)
 
 
 class _Progress:
     """Logs how far the work is, at most every few seconds."""
 
-    def __init__(self, units: list[Unit]) -> None:
+    def __init__(self, units: list[WorkUnit]) -> None:
         self._num_units = len(units)
         self._left_bytes = self._total_bytes = sum(unit.num_bytes for unit in units)
         self._done = self._reused = self._tokens = self._bad = self._new_bytes = 0
         self._started = self._logged = time.monotonic()
 
-    def add(self, unit: Unit, record: UnitRecord, *, reused: bool) -> None:
+    def add(self, unit: WorkUnit, record: UnitRecord, *, reused: bool) -> None:
         """Count a finished unit."""
         self._done += 1
         self._reused += reused

@@ -19,18 +19,18 @@ from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.chat.conversations import Conversation, Defect
 from raytune_llama.chat.encoding import ChatEncoder, EncodedConversation, build_chat_encoder
-from raytune_llama.chat.formats import FormatName, KeyCounts, read_row, sniff_format
+from raytune_llama.chat.formats import FormatName, KeyCounts, detect_row_format, read_row
 from raytune_llama.chat.templates.choice import build_template
 from raytune_llama.config.settings import ConfigError
-from raytune_llama.data.build.actors import read_beginning
-from raytune_llama.data.build.text_corpus import choose_sides
+from raytune_llama.data.build.actors import read_head_rows
+from raytune_llama.data.build.text_corpus import choose_splits
 from raytune_llama.data.build.unit_reader import (
     QuarantineWriter,
     Tally,
     quarantine_rows,
-    read_pieces,
+    read_byte_ranges,
 )
-from raytune_llama.data.build.units import EncodePlan, Piece, Unit
+from raytune_llama.data.build.units import BuildPlan, ByteRange, WorkUnit
 from raytune_llama.data.config import ChatDataConfig, ChatSourceConfig
 from raytune_llama.data.readers.conversations import find_conversation_files
 from raytune_llama.data.readers.lines import count_bytes
@@ -45,7 +45,7 @@ _BATCH_CONVERSATIONS = 512
 _SNIFFED_ROWS = 1000
 _SAMPLE_BYTES = 4 << 20
 
-DROPPED = ("too_long", "no_target")
+DROP_REASONS = ("too_long", "no_target")
 """Reasons that are no mistakes of a file: such rows are left out, and in no quarantine."""
 
 
@@ -61,7 +61,7 @@ class RowFormat:
 
 @dataclass(frozen=True)
 class ChatCorpus:
-    """Conversations that are going to be encoded; see `encode.Corpus`."""
+    """Conversations that are going to be encoded; see `preparation.Corpus`."""
 
     config: ChatDataConfig
     """What was asked for."""
@@ -73,7 +73,7 @@ class ChatCorpus:
     """Of each source, those for evaluation last."""
 
     @property
-    def inputs(self) -> dict[str, Any]:
+    def fingerprint_inputs(self) -> dict[str, Any]:
         """All but files and tokenizer that decides the documents."""
         chat = self.config.chat
         return {
@@ -88,7 +88,7 @@ class ChatCorpus:
             },
         }
 
-    def sample(self) -> list[str]:
+    def sample_texts(self) -> list[str]:
         """Read what is said at the beginning of some files, for the choice of an encoder."""
         step = max(1, len(self.files) // 32)
         texts: list[str] = []
@@ -103,14 +103,14 @@ class ChatCorpus:
                     return texts
         return texts
 
-    def reader(self, encoder: TextEncoder) -> "ChatReader":
+    def build_reader(self, encoder: TextEncoder) -> "ChatUnitReader":
         """Return what reads units on the workers."""
         num_trained = len(self.config.sources)
         chat = build_chat_encoder(self.tokenizer, self.config.chat, encoder)
-        return ChatReader(chat, self.formats, num_trained)
+        return ChatUnitReader(chat, self.formats, num_trained)
 
 
-def open_chats(config: ChatDataConfig, tokenizer: PreTrainedTokenizerFast) -> ChatCorpus:
+def open_chat_corpus(config: ChatDataConfig, tokenizer: PreTrainedTokenizerFast) -> ChatCorpus:
     """Find the files of all sources, and the format of each.
 
     Raises:
@@ -210,7 +210,7 @@ def _find_format(
 
 def _sniff(file: SourceFile) -> FormatName | None:
     for number, row in enumerate(_first_rows(file)):
-        found = sniff_format(row.value)
+        found = detect_row_format(row.value)
         if found is not None:
             return found
         if number == _SNIFFED_ROWS:
@@ -219,7 +219,7 @@ def _sniff(file: SourceFile) -> FormatName | None:
 
 
 def _first_rows(file: SourceFile) -> Iterator[ObjectRow]:
-    for batch in read_beginning(file):
+    for batch in read_head_rows(file):
         yield from batch.objects
 
 
@@ -228,8 +228,8 @@ def _read(row: ObjectRow, row_format: RowFormat, counts: KeyCounts) -> Conversat
     return read_row(row.value, row_format.name, counts, input_separator=separator)
 
 
-class ChatReader:
-    """Reads units of conversations; picklable. See `units.UnitReader`."""
+class ChatUnitReader:
+    """Reads units of conversations; picklable. See `unit_encoder.UnitReader`."""
 
     has_targets = True
 
@@ -248,14 +248,14 @@ class ChatReader:
         self._num_trained = num_trained
 
     def read(
-        self, unit: Unit, plan: EncodePlan, tally: Tally, quarantine: QuarantineWriter
+        self, unit: WorkUnit, plan: BuildPlan, tally: Tally, quarantine: QuarantineWriter
     ) -> Iterator[EncodedDocuments]:
         """Stream the conversations of a unit, and account for every row.
 
         Raises:
-            SourceError: As `reading.read_unit`, or a row is of another format than its source.
+            SourceError: As `read_unit_documents`, or a row is of another format than its source.
         """
-        for number, piece, batch in read_pieces(unit, plan.files, tally, quarantine):
+        for number, piece, batch in read_byte_ranges(unit, plan.files, tally, quarantine):
             tally.skipped["blank"] += len(batch.texts)
             rows = batch.objects
             for start in range(0, len(rows), _BATCH_CONVERSATIONS):
@@ -269,8 +269,8 @@ class ChatReader:
     def _encode(
         self,
         rows: Sequence[ObjectRow],
-        piece: Piece,
-        plan: EncodePlan,
+        piece: ByteRange,
+        plan: BuildPlan,
         tally: Tally,
         bad: list[BadRow],
     ) -> EncodedDocuments | None:
@@ -289,7 +289,7 @@ class ChatReader:
         for (row, conversation), made in zip(usable, encoded, strict=True):
             if isinstance(made, EncodedConversation):
                 kept.append((row, conversation, made))
-            elif made.reason in DROPPED:
+            elif made.reason in DROP_REASONS:
                 tally.skipped[made.reason] += 1
             else:
                 bad.append(BadRow(row.line, row.offset, made.reason, made.detail))
@@ -313,7 +313,7 @@ class ChatReader:
         row_format = self._formats[file.source]
         read = _read(row, row_format, keys)
         if isinstance(read, Defect) and read.reason == "missing_field":
-            found = sniff_format(row.value)
+            found = detect_row_format(row.value)
             if found not in (None, row_format.name):
                 raise SourceError(
                     f"{file.place}: byte {row.offset}: the row is of the format {found}, its "
@@ -323,11 +323,11 @@ class ChatReader:
         return read
 
     def _is_validation(
-        self, said: list[str], file: SourceFile, plan: EncodePlan
+        self, said: list[str], file: SourceFile, plan: BuildPlan
     ) -> "np.ndarray[Any, np.dtype[np.bool_]]":
         if file.source >= self._num_trained:
             return np.ones(len(said), dtype=np.bool_)
-        sides = choose_sides(said, plan.validation_fraction)
+        sides = choose_splits(said, plan.validation_fraction)
         return sides.get("validation", np.zeros(len(said), dtype=np.bool_))
 
 

@@ -5,7 +5,7 @@
 
 The first pass reads and cleans each unit as the second one will, and keeps no text, but signatures
 of 16 to some 130 bytes a document. Reading twice costs less than an encoding that is thrown away,
-and than a copy of the corpus. What lies in `EncodePlan.duplicates`:
+and than a copy of the corpus. What lies in `BuildPlan.duplicates_dir`:
 
     signatures/00000.arrow   the signatures of a unit
     signed/00000.json        which unit, and which state of its files, they are of
@@ -19,8 +19,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-from raytune_llama.data.build.unit_reader import Documents, Tally, read_unit
-from raytune_llama.data.build.units import EncodePlan, Unit, UnitStoppedError
+from raytune_llama.data.build.unit_reader import DocumentBatch, Tally, read_unit_documents
+from raytune_llama.data.build.units import BuildPlan, UnitStoppedError, WorkUnit
 from raytune_llama.data.filters.cleaning import Cleaner
 from raytune_llama.data.filters.duplicates import (
     DuplicateCounts,
@@ -36,7 +36,7 @@ from raytune_llama.storage.place import Place
 
 
 def mark_duplicates(
-    units: list[Unit], plan: EncodePlan, num_workers: int | None
+    units: list[WorkUnit], plan: BuildPlan, num_workers: int | None
 ) -> DuplicateCounts | None:
     """Find the documents that are left out, for `DuplicateFilter`; Ray must be initialised.
 
@@ -52,9 +52,9 @@ def mark_duplicates(
         SourceError: A file cannot be read as configured, a disk is full, or a task ended its
             process too often; the problems of all tasks.
     """
-    if not plan.finds_duplicates:
+    if not plan.has_deduplication:
         return None
-    folder = plan.duplicates
+    folder = plan.duplicates_dir
     attempts = folder / "attempts"
     attempts.delete()  # a new run is a new chance
     try:
@@ -74,45 +74,45 @@ def mark_duplicates(
 class DuplicateFilter:
     """Takes the documents of a unit, in their order, without those that are duplicates."""
 
-    def __init__(self, unit: Unit, plan: EncodePlan) -> None:
-        is_on = plan.finds_duplicates
+    def __init__(self, unit: WorkUnit, plan: BuildPlan) -> None:
+        is_on = plan.has_deduplication
         self._dropped = read_dropped(_dropped(plan), unit.index) if is_on else None
         self._num_seen = 0
 
-    def keep(self, documents: Documents, tally: Tally) -> Documents:
+    def keep(self, documents: DocumentBatch, tally: Tally) -> DocumentBatch:
         """Return the documents that are kept; the others are counted by reason."""
         if self._dropped is None:
             return documents
         first, self._num_seen = self._num_seen, self._num_seen + len(documents.texts)
         reasons = [self._dropped.reason(ordinal) for ordinal in range(first, self._num_seen)]
         tally.skipped.update(reason for reason in reasons if reason is not None)
-        return documents.chosen([reason is None for reason in reasons])
+        return documents.filter([reason is None for reason in reasons])
 
 
-def work_key(unit: Unit, plan: EncodePlan) -> str:
+def work_key(unit: WorkUnit, plan: BuildPlan) -> str:
     """Identify what a unit becomes: its files' state, and which of its documents are left out.
 
     An earlier file that has changed may bring back, or take away, documents of this one.
     """
-    if not plan.finds_duplicates:
+    if not plan.has_deduplication:
         return unit.key
     data = dropped_file(_dropped(plan), unit.index).read_bytes()
     return fingerprint_of({"unit": unit.key, "dropped": hashlib.sha256(data).hexdigest()})
 
 
-def _signatures(plan: EncodePlan) -> Place:
-    return plan.duplicates / "signatures"
+def _signatures(plan: BuildPlan) -> Place:
+    return plan.duplicates_dir / "signatures"
 
 
-def _dropped(plan: EncodePlan) -> Place:
-    return plan.duplicates / "dropped"
+def _dropped(plan: BuildPlan) -> Place:
+    return plan.duplicates_dir / "dropped"
 
 
-def _sign_unit(units: list[Unit], plan: EncodePlan, index: int) -> Mapping[str, int]:
+def _sign_unit(units: list[WorkUnit], plan: BuildPlan, index: int) -> Mapping[str, int]:
     """Write the signatures of a unit, unless they are there."""
     unit = units[index]
     file = signature_file(_signatures(plan), unit.index)
-    record = plan.duplicates / "signed" / f"{unit.index:05d}.json"
+    record = plan.duplicates_dir / "signed" / f"{unit.index:05d}.json"
     status = file.status()
     if status is not None and record.exists():
         found = record.read_json()
@@ -124,7 +124,7 @@ def _sign_unit(units: list[Unit], plan: EncodePlan, index: int) -> Mapping[str, 
     except UnitStoppedError:
         return {}
     except SourceError:
-        plan.stop.write_bytes(b"")
+        plan.stop_file.write_bytes(b"")
         raise
     status = file.status()
     assert status is not None, "an upload has no file"
@@ -132,9 +132,9 @@ def _sign_unit(units: list[Unit], plan: EncodePlan, index: int) -> Mapping[str, 
     return Counter(documents=num_documents, bytes=unit.num_bytes)
 
 
-def _texts(unit: Unit, plan: EncodePlan) -> Iterator[list[str]]:
+def _texts(unit: WorkUnit, plan: BuildPlan) -> Iterator[list[str]]:
     # Bad rows are for the pass that encodes to write down, and to refuse.
-    for documents in read_unit(unit, plan.files, Tally(), None, Cleaner(plan.cleaning)):
-        if plan.stop.exists():
+    for documents in read_unit_documents(unit, plan.files, Tally(), None, Cleaner(plan.cleaning)):
+        if plan.stop_file.exists():
             raise UnitStoppedError
         yield documents.texts

@@ -22,22 +22,22 @@ from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.data.batches.mixture import source_names
-from raytune_llama.data.build.actors import read_sample, run_units
-from raytune_llama.data.build.chat_corpus import open_chats
+from raytune_llama.data.build.actors import read_sample_texts, run_units
+from raytune_llama.data.build.chat_corpus import open_chat_corpus
 from raytune_llama.data.build.duplicates_pass import mark_duplicates
-from raytune_llama.data.build.file_hashes import SeenFiles, hash_files
+from raytune_llama.data.build.file_hashes import SourceHashes, hash_files
 from raytune_llama.data.build.publication import build_manifest, check_counts, publish
-from raytune_llama.data.build.text_corpus import TextReader
+from raytune_llama.data.build.text_corpus import TextUnitReader
 from raytune_llama.data.build.unit_encoder import UnitReader, UnitRecord
-from raytune_llama.data.build.units import EncodePlan, Unit, plan_units
+from raytune_llama.data.build.units import BuildPlan, WorkUnit, plan_units
 from raytune_llama.data.config import AnyDataConfig, DataConfig
 from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.data.readers.sources import SourceFile, discover_files
 from raytune_llama.data.store.config import StoreConfig
 from raytune_llama.data.store.manifest import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
-    compare_fingerprint,
+    STORE_FORMAT_VERSION,
+    check_fingerprint,
     fingerprint_of,
     token_dtype,
 )
@@ -45,7 +45,7 @@ from raytune_llama.data.store.token_store import TokenStore, open_store
 from raytune_llama.storage.place import Place, check_place
 from raytune_llama.tokenizer.loader import fingerprint_loaded, load_tokenizer
 from raytune_llama.tokenizer.reference import TextEncoder
-from raytune_llama.tokenizer.selection import choose_encoder
+from raytune_llama.tokenizer.selection import select_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +61,15 @@ class Corpus(Protocol):
         ...
 
     @property
-    def inputs(self) -> dict[str, Any]:
+    def fingerprint_inputs(self) -> dict[str, Any]:
         """All but files and tokenizer that decides the documents."""
         ...
 
-    def sample(self) -> list[str]:
+    def sample_texts(self) -> list[str]:
         """Return some of its text, for the choice of an encoder."""
         ...
 
-    def reader(self, encoder: TextEncoder) -> UnitReader:
+    def build_reader(self, encoder: TextEncoder) -> UnitReader:
         """Return what reads units on the workers."""
         ...
 
@@ -84,18 +84,21 @@ class TextCorpus:
     """All source files."""
 
     @property
-    def inputs(self) -> dict[str, Any]:
+    def fingerprint_inputs(self) -> dict[str, Any]:
         """All but files and tokenizer that decides the documents."""
         config = self.config
-        return {"cleaning": config.cleaning.inputs, "duplicates": config.duplicates.inputs}
+        return {
+            "cleaning": config.cleaning.fingerprint_inputs,
+            "duplicates": config.duplicates.fingerprint_inputs,
+        }
 
-    def sample(self) -> list[str]:
+    def sample_texts(self) -> list[str]:
         """Read the beginning of some files."""
-        return read_sample(self.files)
+        return read_sample_texts(self.files)
 
-    def reader(self, encoder: TextEncoder) -> TextReader:
+    def build_reader(self, encoder: TextEncoder) -> TextUnitReader:
         """Return what reads units on the workers."""
-        return TextReader(encoder)
+        return TextUnitReader(encoder)
 
 
 @dataclass(frozen=True)
@@ -149,39 +152,39 @@ def prepare_data(
     """
     tokenizer, corpus = inputs.tokenizer, inputs.corpus
     store_dir = Place.parse(config.store_dir, "data.store_dir")
-    encoding = _encoding_inputs(config, tokenizer) | corpus.inputs
+    encoding = _encoding_inputs(config, tokenizer) | corpus.fingerprint_inputs
     if (store_dir / MANIFEST_NAME).exists():
         return _reuse(config, encoding, corpus.files)
     plan = _plan(config, encoding, corpus.files, store_dir)
     units = plan_units(corpus.files, config.range_mib * _MIB)
     with _exclusive(plan):
         with ThreadPoolExecutor(max_workers=1) as pool:
-            choice = pool.submit(choose_encoder, tokenizer, corpus.sample(), config.engine)
+            choice = pool.submit(select_encoder, tokenizer, corpus.sample_texts(), config.engine)
             if start_ray is not None:
                 start_ray()  # not on the thread: Ray's processes end with the one that starts them
         mark_duplicates(units, plan, config.num_workers)
-        reader = corpus.reader(choice.result().encoder)
+        reader = corpus.build_reader(choice.result().encoder)
         records = _run(units, plan, reader, config.num_workers)
-        seen = SeenFiles.of_records(corpus.files, units, records)
-        sources = {"sources": seen.inputs(corpus.files)}
+        seen = SourceHashes.from_records(corpus.files, units, records)
+        sources = {"sources": seen.fingerprint_inputs(corpus.files)}
         with _space_for(plan):
             manifest = build_manifest(encoding | sources, units, plan, records)
             check_counts(manifest, plan, config.validation_fraction, config.max_bad_fraction)
-            publish(manifest, seen, plan, store_dir, list(source_names(config.every_source)))
+            publish(manifest, seen, plan, store_dir, list(source_names(config.all_sources)))
     return open_store(config)
 
 
 def _plan(
     config: AnyDataConfig, encoding: dict[str, Any], files: list[SourceFile], store_dir: Place
-) -> EncodePlan:
+) -> BuildPlan:
     """Return what all units share; refuse a store directory where other things are."""
     # The work directory is named by what all units share: mending one file keeps the others' work.
     layout = {**encoding, "range_mib": config.range_mib}
     work = store_dir.with_name(f"{store_dir.name}.partial-{fingerprint_of(layout)[:12]}")
     _check_free(store_dir, work)
-    plan = EncodePlan(
-        work=work,
-        store=work / "store" if work.is_local else store_dir,
+    plan = BuildPlan(
+        work_dir=work,
+        store_dir=work / "store" if work.is_local else store_dir,
         files=files,
         bos_id=encoding["tokenizer"]["bos_id"],
         eos_id=encoding["tokenizer"]["eos_id"],
@@ -230,9 +233,9 @@ def _look(
         problems.append(str(error))
     try:
         if isinstance(config, DataConfig):
-            corpus = _open_texts(config)
+            corpus = _open_text_corpus(config)
         elif tokenizer is not None:
-            corpus = open_chats(config, tokenizer)
+            corpus = open_chat_corpus(config, tokenizer)
     except ConfigError as error:
         problems = [*error.problems, *problems]
     if isinstance(config, DataConfig) and tokenizer is not None:
@@ -245,7 +248,7 @@ def _look(
     return tokenizer, corpus, problems
 
 
-def _open_texts(config: DataConfig) -> TextCorpus:
+def _open_text_corpus(config: DataConfig) -> TextCorpus:
     try:
         max_bytes = config.max_document_mib * _MIB
         return TextCorpus(config, discover_files(config.sources, max_document_bytes=max_bytes))
@@ -258,7 +261,7 @@ def _encoding_inputs(config: AnyDataConfig, tokenizer: PreTrainedTokenizerFast) 
     # A template writes the ends of conversations by itself.
     bos, eos = (config.bos, config.eos) if isinstance(config, DataConfig) else (False, False)
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": STORE_FORMAT_VERSION,
         "tokenizer": {
             **fingerprint_loaded(tokenizer),
             "bos_id": tokenizer.bos_token_id if bos else None,
@@ -273,17 +276,17 @@ def _encoding_inputs(config: AnyDataConfig, tokenizer: PreTrainedTokenizerFast) 
 def _reuse(config: StoreConfig, encoding: dict[str, Any], files: list[SourceFile]) -> TokenStore:
     """Open a store that is there, if it is the one that would be built."""
     store = open_store(config)
-    seen = hash_files(files, SeenFiles.read(store.place))
-    inputs = encoding | {"sources": seen.inputs(files)}
-    compare_fingerprint(store.place, store.manifest.inputs, inputs)
+    seen = hash_files(files, SourceHashes.read(store.place))
+    inputs = encoding | {"sources": seen.fingerprint_inputs(files)}
+    check_fingerprint(store.place, store.manifest.inputs, inputs)
     seen.write(store.place)
     logger.info("token store %s is complete: nothing to do", store.place)
     return store
 
 
 def _run(
-    units: list[Unit],
-    plan: EncodePlan,
+    units: list[WorkUnit],
+    plan: BuildPlan,
     reader: UnitReader,
     num_workers: int | None,
 ) -> list[UnitRecord]:
@@ -293,35 +296,35 @@ def _run(
 
 
 @contextlib.contextmanager
-def _exclusive(plan: EncodePlan) -> Iterator[None]:
+def _exclusive(plan: BuildPlan) -> Iterator[None]:
     """Make the work directory ready for this job alone; it stays when the block raises.
 
     Object storage knows no locks: two jobs there do the same work twice, with the same bytes.
     """
     with contextlib.ExitStack() as stack:
-        if plan.work.is_local:
-            for folder in (plan.store, plan.units):
+        if plan.work_dir.is_local:
+            for folder in (plan.store_dir, plan.units_dir):
                 folder.path.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((plan.work.path / "lock").open("w"))
+            lock = stack.enter_context((plan.work_dir.path / "lock").open("w"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ConfigError(
-                    [f"data.store_dir: another job is building it in {plan.work}; wait for it"]
+                    [f"data.store_dir: another job is building it in {plan.work_dir}; wait for it"]
                 ) from error
         else:
             # Before the first shard: from now on, what lies in `store_dir` is this job's.
-            (plan.work / "begun").write_bytes(b"")
+            (plan.work_dir / "begun").write_bytes(b"")
         # A new run is a new chance: attempts and failures are those of one run.
-        plan.stop.delete()
-        for place in plan.units.files():
+        plan.stop_file.delete()
+        for place in plan.units_dir.files():
             if place.name.endswith(".attempts"):
                 place.delete()
         yield
 
 
 @contextlib.contextmanager
-def _space_for(plan: EncodePlan) -> Iterator[None]:
+def _space_for(plan: BuildPlan) -> Iterator[None]:
     """Turn a full disk into an error that says what to do."""
     try:
         yield
@@ -329,6 +332,6 @@ def _space_for(plan: EncodePlan) -> Iterator[None]:
         if error.errno != errno.ENOSPC:
             raise
         raise SourceError(
-            f"no space left for {error.filename or plan.work} while the store was put together; "
-            "make room and run the same command again: what is done is kept"
+            f"no space left for {error.filename or plan.work_dir} while the store was put together"
+            "; make room and run the same command again: what is done is kept"
         ) from error

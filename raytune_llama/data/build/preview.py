@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from raytune_llama.data.build.actors import read_beginning
+from raytune_llama.data.build.actors import read_head_rows
 from raytune_llama.data.build.preparation import open_data
 from raytune_llama.data.config import DataConfig
 from raytune_llama.data.readers.sources import SourceFile
@@ -64,7 +64,7 @@ def render_preview(
 
 def _documents(files: list[SourceFile]) -> Iterator[tuple[SourceFile, int, str]]:
     for file in files:
-        for batch in read_beginning(file):
+        for batch in read_head_rows(file):
             for text, offset in zip(batch.texts, batch.offsets, strict=True):
                 if text.strip():
                     yield file, offset, text

@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from raytune_llama.data.build.file_hashes import SeenFiles
+from raytune_llama.data.build.file_hashes import SourceHashes
 from raytune_llama.data.build.unit_encoder import UnitRecord, quarantine_place
-from raytune_llama.data.build.units import EncodePlan, Unit
+from raytune_llama.data.build.units import BuildPlan, WorkUnit
 from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.data.store.manifest import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
     SPLITS,
+    STORE_FORMAT_VERSION,
     Manifest,
-    Quarantine,
+    QuarantineFile,
     RowCounts,
     SplitManifest,
     fingerprint_of,
@@ -40,19 +40,21 @@ _NUM_SHOWN = 10
 
 
 def build_manifest(
-    inputs: dict[str, Any], units: list[Unit], plan: EncodePlan, records: list[UnitRecord]
+    inputs: dict[str, Any], units: list[WorkUnit], plan: BuildPlan, records: list[UnitRecord]
 ) -> Manifest:
     """Sum up the records of all units, and write the quarantine file beside the shards."""
     rows = sum((record.rows for record in records), RowCounts())
     assert rows.is_balanced, f"rows were lost: {rows}"
     lengths = np.array([record.lengths for record in records], dtype=np.int64).sum(axis=0)
     return Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=STORE_FORMAT_VERSION,
         fingerprint=fingerprint_of(inputs),
         inputs=inputs,
         token_dtype=plan.dtype,
         splits={
-            split: SplitManifest.of(shard for record in records if (shard := record.shards[split]))
+            split: SplitManifest.from_shards(
+                shard for record in records if (shard := record.shards[split])
+            )
             for split in SPLITS
         },
         rows=rows,
@@ -62,7 +64,7 @@ def build_manifest(
 
 
 def check_counts(
-    manifest: Manifest, plan: EncodePlan, validation_fraction: float, max_bad_fraction: float
+    manifest: Manifest, plan: BuildPlan, validation_fraction: float, max_bad_fraction: float
 ) -> None:
     """Refuse a store that could not be trained on, or not be evaluated as asked.
 
@@ -76,7 +78,7 @@ def check_counts(
         raise SourceError(
             f"data.max_bad_fraction: {rows.num_quarantined} of {rows.total} rows cannot be used "
             f"({bad}), more than {max_bad_fraction:.2%}; mend them, leave files out, or allow "
-            f"more. All are listed in {plan.store / QUARANTINE_NAME}; the first ones:\n  "
+            f"more. All are listed in {plan.store_dir / QUARANTINE_NAME}; the first ones:\n  "
             + "\n  ".join(_first_bad_rows(plan))
         )
     if rows.num_quarantined:
@@ -111,8 +113,8 @@ def _check_splits(manifest: Manifest, validation_fraction: float, skipped: str) 
 
 def publish(
     manifest: Manifest,
-    seen: SeenFiles,
-    plan: EncodePlan,
+    seen: SourceHashes,
+    plan: BuildPlan,
     store_dir: Place,
     source_names: list[str],
 ) -> None:
@@ -120,17 +122,17 @@ def publish(
     listed = {shard.name for split in manifest.splits.values() for shard in split.shards}
     if manifest.quarantine:
         listed.add(manifest.quarantine.name)
-    for place in plan.store.files():
+    for place in plan.store_dir.files():
         if place.name not in listed:  # left by a killed worker, or by files no longer configured
             place.delete()
-    seen.write(plan.store)
-    (plan.store / REPORT_NAME).write_bytes(render_report(manifest, source_names).encode())
-    write_manifest(plan.store / MANIFEST_NAME, manifest)
-    if plan.store.is_local:
-        move_directory(plan.store.path, store_dir.path)
-        shutil.rmtree(plan.work.path)
+    seen.write(plan.store_dir)
+    (plan.store_dir / REPORT_NAME).write_bytes(render_report(manifest, source_names).encode())
+    write_manifest(plan.store_dir / MANIFEST_NAME, manifest)
+    if plan.store_dir.is_local:
+        move_directory(plan.store_dir.path, store_dir.path)
+        shutil.rmtree(plan.work_dir.path)
     else:
-        plan.work.delete()
+        plan.work_dir.delete()
     for name, split in manifest.splits.items():
         targets = [shard.targets for shard in split.shards if shard.targets is not None]
         logger.info(
@@ -144,10 +146,10 @@ def publish(
 
 
 def _write_quarantine(
-    units: list[Unit], plan: EncodePlan, records: list[UnitRecord]
-) -> Quarantine | None:
+    units: list[WorkUnit], plan: BuildPlan, records: list[UnitRecord]
+) -> QuarantineFile | None:
     """Join the units' bad rows, with lines numbered through each file."""
-    target = plan.store / QUARANTINE_NAME
+    target = plan.store_dir / QUARANTINE_NAME
     rows = _quarantined_rows(units, plan, records)
     first = next(rows, None)
     if first is None:
@@ -163,16 +165,16 @@ def _write_quarantine(
                 digest.update(line)
                 num_bytes += len(line)
         target.upload(file)
-    return Quarantine(name=target.name, sha256=digest.hexdigest(), file_bytes=num_bytes)
+    return QuarantineFile(name=target.name, sha256=digest.hexdigest(), file_bytes=num_bytes)
 
 
 def _quarantined_rows(
-    units: list[Unit], plan: EncodePlan, records: list[UnitRecord]
+    units: list[WorkUnit], plan: BuildPlan, records: list[UnitRecord]
 ) -> Iterator[dict[str, Any]]:
     lines_before: dict[int, int] = {}
     for unit, record in zip(units, records, strict=True):
         starts: list[int] = []
-        for piece, found in zip(unit.pieces, record.pieces, strict=True):
+        for piece, found in zip(unit.byte_ranges, record.pieces, strict=True):
             starts.append(lines_before.get(piece.file, 0))
             lines_before[piece.file] = starts[-1] + found.lines
         if record.quarantine is None:
@@ -183,8 +185,8 @@ def _quarantined_rows(
             yield row
 
 
-def _first_bad_rows(plan: EncodePlan) -> list[str]:
-    data = (plan.store / QUARANTINE_NAME).read_bytes()
+def _first_bad_rows(plan: BuildPlan) -> list[str]:
+    data = (plan.store_dir / QUARANTINE_NAME).read_bytes()
     rows = [json.loads(line) for line in data.decode().split("\n")[:_NUM_SHOWN] if line]
     return [
         f"{row['file']}: line {row['line']}, byte {row['offset']}: {row['reason']}: {row['detail']}"

@@ -11,15 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_llama.data.build.duplicates_pass import DuplicateFilter
-from raytune_llama.data.build.unit_reader import Documents, QuarantineWriter, Tally, read_unit
-from raytune_llama.data.build.units import EncodePlan, Unit
+from raytune_llama.data.build.unit_reader import (
+    DocumentBatch,
+    QuarantineWriter,
+    Tally,
+    read_unit_documents,
+)
+from raytune_llama.data.build.units import BuildPlan, WorkUnit
 from raytune_llama.data.filters.cleaning import Cleaner
 from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.data.store.manifest import SplitName
 from raytune_llama.data.store.shards import EncodedDocuments
-from raytune_llama.tokenizer.encoder import IdsDifferError
+from raytune_llama.tokenizer.encoder import TokenIdMismatchError
 from raytune_llama.tokenizer.reference import TextEncoder
-from raytune_llama.tokenizer.split_points import UncuttableTextError
+from raytune_llama.tokenizer.split_points import UnsplittableTextError
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +32,8 @@ _BATCH_DOCUMENTS = 8192
 _BATCH_BYTES = 2 << 20
 
 
-class TextReader:
-    """Reads units of text; picklable. See `units.UnitReader`."""
+class TextUnitReader:
+    """Reads units of text; picklable. See `unit_encoder.UnitReader`."""
 
     has_targets = False
 
@@ -36,24 +41,26 @@ class TextReader:
         self._encoder = encoder
 
     def read(
-        self, unit: Unit, plan: EncodePlan, tally: Tally, quarantine: QuarantineWriter
+        self, unit: WorkUnit, plan: BuildPlan, tally: Tally, quarantine: QuarantineWriter
     ) -> Iterator[EncodedDocuments]:
-        """Stream the documents of a unit, and account for every row; see `reading.read_unit`."""
+        """Stream the documents of a unit, and account for every row."""
         duplicates = DuplicateFilter(unit, plan)
-        for documents in read_unit(unit, plan.files, tally, quarantine, Cleaner(plan.cleaning)):
+        for documents in read_unit_documents(
+            unit, plan.files, tally, quarantine, Cleaner(plan.cleaning)
+        ):
             for batch in _batched(duplicates.keep(documents, tally)):
                 yield _encode_batch(batch, plan, self._encoder, tally)
 
 
 def _encode_batch(
-    documents: Documents, plan: EncodePlan, encoder: TextEncoder, tally: Tally
+    documents: DocumentBatch, plan: BuildPlan, encoder: TextEncoder, tally: Tally
 ) -> EncodedDocuments:
     """Encode a batch; a text that becomes no token is counted and left out."""
     encoded = _encode(documents, plan, encoder, tally)
     lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
     has_tokens = lengths > 0
     tally.skipped["no_tokens"] += int((~has_tokens).sum())
-    sides = choose_sides(documents.texts, plan.validation_fraction)
+    sides = choose_splits(documents.texts, plan.validation_fraction)
     is_validation = sides.get("validation", np.zeros(len(lengths), dtype=bool))
     return EncodedDocuments(
         file=documents.file,
@@ -66,22 +73,22 @@ def _encode_batch(
 
 
 def _encode(
-    documents: Documents, plan: EncodePlan, encoder: TextEncoder, tally: Tally
+    documents: DocumentBatch, plan: BuildPlan, encoder: TextEncoder, tally: Tally
 ) -> list[NDArray[np.uint32]]:
     """Encode a batch; a text that is too long to encode is counted, and has no ids."""
     place = plan.files[documents.file].place
     try:
         return encoder.encode(documents.texts)
-    except IdsDifferError as error:
+    except TokenIdMismatchError as error:
         offset = documents.offsets[error.index]
         raise SourceError(f"{place}: byte {offset}: {error}") from error
-    except UncuttableTextError:
+    except UnsplittableTextError:
         pass
     encoded: list[NDArray[np.uint32]] = []
     for text, offset in zip(documents.texts, documents.offsets, strict=True):
         try:
             encoded += encoder.encode([text])
-        except UncuttableTextError as error:
+        except UnsplittableTextError as error:
             logger.warning("%s: byte %d: left out: %s", place, offset, error)
             tally.skipped["uncuttable"] += 1
             tally.skipped["no_tokens"] -= 1  # which the caller counts for all that have none
@@ -89,19 +96,19 @@ def _encode(
     return encoded
 
 
-def _batched(documents: Documents) -> Iterator[Documents]:
+def _batched(documents: DocumentBatch) -> Iterator[DocumentBatch]:
     """Cut documents so that a batch is worth a call and yet fits in memory."""
     ends = np.cumsum(documents.num_bytes)
     start = num_bytes = 0
     while start < len(documents.texts):
         full = int(np.searchsorted(ends, num_bytes + _BATCH_BYTES)) + 1
         stop = min(full, start + _BATCH_DOCUMENTS, len(documents.texts))
-        yield _part(documents, start, stop)
+        yield _slice(documents, start, stop)
         start, num_bytes = stop, int(ends[stop - 1])
 
 
-def _part(documents: Documents, start: int, stop: int) -> Documents:
-    return Documents(
+def _slice(documents: DocumentBatch, start: int, stop: int) -> DocumentBatch:
+    return DocumentBatch(
         documents.file,
         documents.texts[start:stop],
         documents.offsets[start:stop],
@@ -109,7 +116,7 @@ def _part(documents: Documents, start: int, stop: int) -> Documents:
     )
 
 
-def choose_sides(
+def choose_splits(
     texts: list[str], validation_fraction: float
 ) -> dict[SplitName, NDArray[np.bool_]]:
     """Say which documents go to each split, by their texts alone: equal texts stay together.

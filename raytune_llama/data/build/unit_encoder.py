@@ -25,11 +25,11 @@ import pydantic
 
 from raytune_llama.data.build.duplicates_pass import work_key
 from raytune_llama.data.build.unit_reader import (
-    PieceRecord,
+    ByteRangeRecord,
     QuarantineWriter,
     Tally,
 )
-from raytune_llama.data.build.units import EncodePlan, Unit, UnitStoppedError
+from raytune_llama.data.build.units import BuildPlan, UnitStoppedError, WorkUnit
 from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.data.store.manifest import SPLITS, RowCounts, Shard, SplitName
 from raytune_llama.data.store.shards import EncodedDocuments, ShardWriter
@@ -38,19 +38,19 @@ from raytune_llama.storage.place import Place
 
 logger = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3
+MAX_UNIT_ATTEMPTS = 3
 """A unit that ended its process this often is refused: Ray would restart it for ever."""
 
 NUM_LENGTH_BINS = 40
 """Powers of two that the histogram of lengths knows."""
 
 
-class NoSpaceError(SourceError):
+class DiskFullError(SourceError):
     """A disk is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuarantinePart:
+class UnitQuarantine:
     """The bad rows of a unit."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
@@ -73,9 +73,9 @@ class UnitRecord:
     """Its shard in each split; None when no document went there."""
     rows: RowCounts
     """What became of its rows."""
-    pieces: list[PieceRecord]
+    pieces: list[ByteRangeRecord]
     """One for each piece."""
-    quarantine: QuarantinePart | None
+    quarantine: UnitQuarantine | None
     """Its file of bad rows; None when there are none."""
     lengths: list[int]
     """Documents by the power of two of their tokens."""
@@ -90,7 +90,7 @@ class UnitReader(Protocol):
         ...
 
     def read(
-        self, unit: Unit, plan: EncodePlan, tally: Tally, quarantine: QuarantineWriter
+        self, unit: WorkUnit, plan: BuildPlan, tally: Tally, quarantine: QuarantineWriter
     ) -> Iterator[EncodedDocuments]:
         """Stream the documents of a unit that are kept, and account for every other row.
 
@@ -101,12 +101,12 @@ class UnitReader(Protocol):
         ...
 
 
-def quarantine_place(unit: Unit, plan: EncodePlan) -> Place:
+def quarantine_place(unit: WorkUnit, plan: BuildPlan) -> Place:
     """Where the bad rows of a unit are."""
-    return plan.units / f"{unit.index:05d}.quarantine.jsonl"
+    return plan.units_dir / f"{unit.index:05d}.quarantine.jsonl"
 
 
-def finished_record(unit: Unit, plan: EncodePlan) -> UnitRecord | None:
+def finished_record(unit: WorkUnit, plan: BuildPlan) -> UnitRecord | None:
     """Return the record of a unit if it and the files it lists are whole."""
     place = _record_place(unit, plan)
     if not place.exists():
@@ -115,8 +115,8 @@ def finished_record(unit: Unit, plan: EncodePlan) -> UnitRecord | None:
         record = pydantic.TypeAdapter(UnitRecord).validate_json(place.read_bytes())
     except pydantic.ValidationError:
         return None
-    files: list[tuple[Place, Shard | QuarantinePart]] = [
-        (plan.store / shard.name, shard) for shard in record.shards.values() if shard
+    files: list[tuple[Place, Shard | UnitQuarantine]] = [
+        (plan.store_dir / shard.name, shard) for shard in record.shards.values() if shard
     ]
     if record.quarantine:
         files.append((quarantine_place(unit, plan), record.quarantine))
@@ -125,7 +125,7 @@ def finished_record(unit: Unit, plan: EncodePlan) -> UnitRecord | None:
     return record
 
 
-def _is_whole(place: Place, wanted: Shard | QuarantinePart) -> bool:
+def _is_whole(place: Place, wanted: Shard | UnitQuarantine) -> bool:
     status = place.status()
     if status is None or status.num_bytes != wanted.file_bytes:
         return False
@@ -134,7 +134,7 @@ def _is_whole(place: Place, wanted: Shard | QuarantinePart) -> bool:
     return not place.is_local or sha256_file(place.path) == wanted.sha256
 
 
-def encode_unit(unit: Unit, plan: EncodePlan, reader: UnitReader) -> UnitRecord:
+def encode_unit(unit: WorkUnit, plan: BuildPlan, reader: UnitReader) -> UnitRecord:
     """Encode a unit and write its shards and its record.
 
     Raises:
@@ -143,7 +143,7 @@ def encode_unit(unit: Unit, plan: EncodePlan, reader: UnitReader) -> UnitRecord:
         NoSpaceError: A disk is full; what other units have done stays.
         UnitStoppedError: Another unit has failed.
     """
-    attempts = plan.units / f"{unit.index:05d}.attempts"
+    attempts = plan.units_dir / f"{unit.index:05d}.attempts"
     try:
         _count_attempt(attempts, unit, plan)
         with _scratch(plan) as folder:
@@ -153,19 +153,19 @@ def encode_unit(unit: Unit, plan: EncodePlan, reader: UnitReader) -> UnitRecord:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise NoSpaceError(_no_space(unit, plan, error)) from error
+        raise DiskFullError(_no_space(unit, plan, error)) from error
     attempts.delete()
     return record
 
 
-def _record_place(unit: Unit, plan: EncodePlan) -> Place:
-    return plan.units / f"{unit.index:05d}.json"
+def _record_place(unit: WorkUnit, plan: BuildPlan) -> Place:
+    return plan.units_dir / f"{unit.index:05d}.json"
 
 
-def _count_attempt(attempts: Place, unit: Unit, plan: EncodePlan) -> None:
+def _count_attempt(attempts: Place, unit: WorkUnit, plan: BuildPlan) -> None:
     """Note in storage that a unit is begun; refuse it when it has been too often."""
     done = attempts.read_bytes() if attempts.exists() else b""
-    if len(done) >= MAX_ATTEMPTS:
+    if len(done) >= MAX_UNIT_ATTEMPTS:
         raise SourceError(
             f"{_name(unit, plan)}: encoding it ended the process {len(done)} times (out of "
             "memory, a crash of the tokenizer, or lost machines); look into the workers' logs, or "
@@ -174,8 +174,8 @@ def _count_attempt(attempts: Place, unit: Unit, plan: EncodePlan) -> None:
     attempts.write_bytes(done + b".")
 
 
-def _name(unit: Unit, plan: EncodePlan) -> str:
-    first, more = unit.pieces[0], len(unit.pieces) - 1
+def _name(unit: WorkUnit, plan: BuildPlan) -> str:
+    first, more = unit.byte_ranges[0], len(unit.byte_ranges) - 1
     name = f"{plan.files[first.file].place}"
     if more:
         return f"{name} and {more} files behind it"
@@ -183,8 +183,8 @@ def _name(unit: Unit, plan: EncodePlan) -> str:
     return f"{name}, {kind} {first.start} to {first.stop}"
 
 
-def _no_space(unit: Unit, plan: EncodePlan, error: OSError) -> str:
-    where = error.filename or plan.store
+def _no_space(unit: WorkUnit, plan: BuildPlan, error: OSError) -> str:
+    where = error.filename or plan.store_dir
     return (
         f"no space left for {where} while {_name(unit, plan)} ({unit.num_bytes:,} bytes of text) "
         "was encoded; make room and run the same command again: what is done is kept"
@@ -192,16 +192,16 @@ def _no_space(unit: Unit, plan: EncodePlan, error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def _scratch(plan: EncodePlan) -> Iterator[Path]:
+def _scratch(plan: BuildPlan) -> Iterator[Path]:
     """Yield where shards are written: the store itself, or a local folder to upload from."""
-    if plan.store.is_local:
-        yield plan.store.path
+    if plan.store_dir.is_local:
+        yield plan.store_dir.path
         return
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
 
 
-def _encode_into(folder: Path, unit: Unit, plan: EncodePlan, reader: UnitReader) -> UnitRecord:
+def _encode_into(folder: Path, unit: WorkUnit, plan: BuildPlan, reader: UnitReader) -> UnitRecord:
     tally = Tally()
     lengths = np.zeros(NUM_LENGTH_BINS, dtype=np.int64)
     bad_rows = _bad_rows_file(folder, unit, plan)
@@ -221,12 +221,12 @@ def _encode_into(folder: Path, unit: Unit, plan: EncodePlan, reader: UnitReader)
             for split in SPLITS
         }
         for documents in reader.read(unit, plan, tally, quarantine):
-            if plan.stop.exists():
+            if plan.stop_file.exists():
                 raise UnitStoppedError
             sides = (~documents.is_validation, documents.is_validation)
             for split, side in zip(SPLITS, sides, strict=True):
                 if side.any():
-                    writers[split].write_documents(documents.chosen(side))
+                    writers[split].write_documents(documents.filter(side))
             # The power of two below: an exact one for all lengths, unlike a logarithm's.
             powers = np.frexp(documents.lengths)[1] - 1
             lengths += np.bincount(powers, minlength=NUM_LENGTH_BINS)
@@ -235,29 +235,29 @@ def _encode_into(folder: Path, unit: Unit, plan: EncodePlan, reader: UnitReader)
         key=work_key(unit, plan),
         shards={split: writers[split].shard for split in SPLITS},
         rows=tally.counts(),
-        pieces=tally.pieces,
-        quarantine=_quarantine_part(bad_rows),
+        pieces=tally.range_records,
+        quarantine=_unit_quarantine(bad_rows),
         lengths=lengths.tolist(),
     )
 
 
-def _bad_rows_file(folder: Path, unit: Unit, plan: EncodePlan) -> Path:
+def _bad_rows_file(folder: Path, unit: WorkUnit, plan: BuildPlan) -> Path:
     place = quarantine_place(unit, plan)
     return place.path if place.is_local else folder / place.name
 
 
-def _quarantine_part(file: Path) -> QuarantinePart | None:
+def _unit_quarantine(file: Path) -> UnitQuarantine | None:
     if not file.exists():
         return None
-    return QuarantinePart(sha256=sha256_file(file), file_bytes=file.stat().st_size)
+    return UnitQuarantine(sha256=sha256_file(file), file_bytes=file.stat().st_size)
 
 
-def _upload(folder: Path, unit: Unit, plan: EncodePlan, record: UnitRecord) -> None:
+def _upload(folder: Path, unit: WorkUnit, plan: BuildPlan, record: UnitRecord) -> None:
     """Bring the files of a unit to object storage."""
-    if plan.store.is_local:
+    if plan.store_dir.is_local:
         return
     for shard in record.shards.values():
         if shard:
-            (plan.store / shard.name).upload(folder / shard.name)
+            (plan.store_dir / shard.name).upload(folder / shard.name)
     if record.quarantine:
         quarantine_place(unit, plan).upload(_bad_rows_file(folder, unit, plan))

@@ -15,21 +15,21 @@ from typing import Self
 
 import pydantic
 
-from raytune_llama.data.build.units import Piece, Unit
+from raytune_llama.data.build.units import ByteRange, WorkUnit
 from raytune_llama.data.filters.cleaning import Cleaner
 from raytune_llama.data.readers.documents import OpenRange, read_rows
 from raytune_llama.data.readers.lines import count_bytes
-from raytune_llama.data.readers.ranges import HashedRange
+from raytune_llama.data.readers.ranges import HashingReader
 from raytune_llama.data.readers.rows import BadRow, RowBatch, SourceError
 from raytune_llama.data.readers.sources import SourceFile
 from raytune_llama.data.store.manifest import RowCounts
 
-_HOPELESS_ROWS = 1000  # so many bad rows, and more bad ones than good: the file is something else
+_ABORT_BAD_ROWS = 1000  # so many bad rows, and more bad ones than good: the file is something else
 _FIRST_REASONS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class PieceRecord:
+class ByteRangeRecord:
     """What was met in a piece of a file."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
@@ -41,7 +41,7 @@ class PieceRecord:
 
 
 @dataclass(slots=True)
-class Documents:
+class DocumentBatch:
     """Documents one after the other; the lists go together."""
 
     file: int
@@ -53,11 +53,11 @@ class Documents:
     num_bytes: list[int]
     """UTF-8 bytes of each text."""
 
-    def chosen(self, which: Sequence[bool]) -> "Documents":
+    def filter(self, which: Sequence[bool]) -> "DocumentBatch":
         """Return those for which `which`, as long as the lists, is true."""
         if all(which):
             return self
-        return Documents(
+        return DocumentBatch(
             self.file,
             list(compress(self.texts, which)),
             list(compress(self.offsets, which)),
@@ -75,7 +75,7 @@ class Tally:
     events: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     quarantined: Counter[str] = field(default_factory=Counter)
-    pieces: list[PieceRecord] = field(default_factory=list)
+    range_records: list[ByteRangeRecord] = field(default_factory=list)
 
     def counts(self) -> RowCounts:
         """Return the counts for a manifest."""
@@ -121,13 +121,13 @@ class QuarantineWriter:
             self._file.close()
 
 
-def read_unit(
-    unit: Unit,
+def read_unit_documents(
+    unit: WorkUnit,
     files: list[SourceFile],
     tally: Tally,
     quarantine: QuarantineWriter | None,
     cleaner: Cleaner,
-) -> Iterator[Documents]:
+) -> Iterator[DocumentBatch]:
     """Stream the documents of a unit, and account for every row.
 
     Args:
@@ -141,13 +141,13 @@ def read_unit(
         SourceError: A file cannot be read as configured, was changed since it was listed, or is
             something else than the config says: most of its rows are bad.
     """
-    for _, piece, batch in read_pieces(unit, files, tally, quarantine):
+    for _, piece, batch in read_byte_ranges(unit, files, tally, quarantine):
         yield _clean(_without_blank(batch, piece.file, tally), cleaner, tally)
 
 
-def read_pieces(
-    unit: Unit, files: list[SourceFile], tally: Tally, quarantine: QuarantineWriter | None
-) -> Iterator[tuple[int, Piece, RowBatch]]:
+def read_byte_ranges(
+    unit: WorkUnit, files: list[SourceFile], tally: Tally, quarantine: QuarantineWriter | None
+) -> Iterator[tuple[int, ByteRange, RowBatch]]:
     """Stream the rows of a unit, with the piece that they are of and its number.
 
     Args:
@@ -157,12 +157,12 @@ def read_pieces(
         quarantine: Takes the bad rows; None where they were taken in an earlier pass.
 
     Raises:
-        SourceError: As `read_unit`.
+        SourceError: As `read_unit_documents`.
     """
-    for number, piece in enumerate(unit.pieces):
+    for number, piece in enumerate(unit.byte_ranges):
         file = files[piece.file]
         try:
-            for batch in _read_piece(piece, number, file, tally, quarantine):
+            for batch in _read_byte_range(piece, number, file, tally, quarantine):
                 yield number, piece, batch
             status = file.place.status()
         except OSError as error:
@@ -174,8 +174,8 @@ def read_pieces(
             raise SourceError(f"{file.place} was changed while it was read; run again")
 
 
-def _read_piece(
-    piece: Piece,
+def _read_byte_range(
+    piece: ByteRange,
     number: int,
     file: SourceFile,
     tally: Tally,
@@ -183,7 +183,7 @@ def _read_piece(
 ) -> Iterator[RowBatch]:
     lines = 0
     with file.place.open() as opened:
-        reader = HashedRange(opened, piece.hash_start, piece.hash_stop)
+        reader = HashingReader(opened, piece.hash_start, piece.hash_stop)
         part = OpenRange(file.place, opened, piece.start, piece.stop, reader)
         for batch in read_rows(part, file.options):
             lines += batch.num_lines
@@ -191,7 +191,7 @@ def _read_piece(
             tally.aliased += batch.num_alias_rows
             quarantine_rows(batch.bad, tally, quarantine, file, number)
             yield batch
-        tally.pieces.append(PieceRecord(digests=reader.digests(), lines=lines))
+        tally.range_records.append(ByteRangeRecord(digests=reader.digests(), lines=lines))
 
 
 def quarantine_rows(
@@ -210,13 +210,13 @@ def quarantine_rows(
         tally.quarantined[row.reason] += 1
         if quarantine is not None:
             quarantine.write(row, file, piece)
-    _check_hope(tally, file, quarantine)
+    _check_bad_rows(tally, file, quarantine)
 
 
-def _clean(documents: Documents, cleaner: Cleaner, tally: Tally) -> Documents:
-    if not cleaner.is_on:
+def _clean(documents: DocumentBatch, cleaner: Cleaner, tally: Tally) -> DocumentBatch:
+    if not cleaner.is_enabled:
         return documents
-    kept = Documents(documents.file, [], [], [])
+    kept = DocumentBatch(documents.file, [], [], [])
     cleaned = cleaner.clean_all(documents.texts)
     for (text, reason), offset in zip(cleaned, documents.offsets, strict=True):
         if reason is not None:
@@ -228,9 +228,9 @@ def _clean(documents: Documents, cleaner: Cleaner, tally: Tally) -> Documents:
     return kept
 
 
-def _check_hope(tally: Tally, file: SourceFile, quarantine: QuarantineWriter | None) -> None:
+def _check_bad_rows(tally: Tally, file: SourceFile, quarantine: QuarantineWriter | None) -> None:
     bad = tally.quarantined.total()
-    if quarantine is not None and bad > _HOPELESS_ROWS and 2 * bad > tally.total:
+    if quarantine is not None and bad > _ABORT_BAD_ROWS and 2 * bad > tally.total:
         listed = "\n  ".join(quarantine.first)
         raise SourceError(
             f"{file.place}: {bad} of its first {tally.total} rows cannot be used; check format, "
@@ -238,8 +238,8 @@ def _check_hope(tally: Tally, file: SourceFile, quarantine: QuarantineWriter | N
         )
 
 
-def _without_blank(batch: RowBatch, file: int, tally: Tally) -> Documents:
-    documents = Documents(file, batch.texts, batch.offsets, batch.num_bytes)
+def _without_blank(batch: RowBatch, file: int, tally: Tally) -> DocumentBatch:
+    documents = DocumentBatch(file, batch.texts, batch.offsets, batch.num_bytes)
     are_space = list(map(str.isspace, batch.texts))
     if "" not in batch.texts and True not in are_space:  # told without a loop of Python's
         return documents
@@ -247,4 +247,4 @@ def _without_blank(batch: RowBatch, file: int, tally: Tally) -> Documents:
         bool(text) and not is_space for text, is_space in zip(batch.texts, are_space, strict=True)
     ]
     tally.skipped["blank"] += has_text.count(False)
-    return documents.chosen(has_text)
+    return documents.filter(has_text)

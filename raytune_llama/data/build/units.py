@@ -21,12 +21,12 @@ class UnitStoppedError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodePlan:
+class BuildPlan:
     """What all units have in common."""
 
-    work: Place
+    work_dir: Place
     """The work directory, on storage that all nodes share."""
-    store: Place
+    store_dir: Place
     """Where the shards are collected."""
     files: list[SourceFile]
     """All source files."""
@@ -44,28 +44,28 @@ class EncodePlan:
     """Which documents are left out for others."""
 
     @property
-    def finds_duplicates(self) -> bool:
+    def has_deduplication(self) -> bool:
         """Whether any are looked for."""
-        return bool(self.duplicates_config.inputs)
+        return bool(self.duplicates_config.fingerprint_inputs)
 
     @property
-    def duplicates(self) -> Place:
+    def duplicates_dir(self) -> Place:
         """Where it is found out which documents are left out for others."""
-        return self.work / "duplicates"
+        return self.work_dir / "duplicates"
 
     @property
-    def units(self) -> Place:
+    def units_dir(self) -> Place:
         """Where the records of units are."""
-        return self.work / "units"
+        return self.work_dir / "units"
 
     @property
-    def stop(self) -> Place:
+    def stop_file(self) -> Place:
         """Exists when some unit has failed."""
-        return self.work / "stop"
+        return self.work_dir / "stop"
 
 
 @dataclass(frozen=True)
-class Piece:
+class ByteRange:
     """A part of a file that one unit reads."""
 
     file: int
@@ -81,14 +81,14 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     """Pieces of one source that are read one after the other."""
 
     index: int
     """Its place in the order of the store."""
     source: int
     """Index of the configured source."""
-    pieces: tuple[Piece, ...]
+    byte_ranges: tuple[ByteRange, ...]
     """In source order."""
     num_bytes: int
     """Bytes to read, for progress."""
@@ -96,32 +96,32 @@ class Unit:
     """Identifies the unit and the state of its files, to recognise its finished work."""
 
 
-def plan_units(files: list[SourceFile], range_bytes: int) -> list[Unit]:
+def plan_units(files: list[SourceFile], range_bytes: int) -> list[WorkUnit]:
     """Cut files into units of about `range_bytes`, a multiple of `HASH_BLOCK_BYTES`."""
     assert range_bytes % HASH_BLOCK_BYTES == 0
-    units: list[Unit] = []
-    held: list[Piece] = []
+    units: list[WorkUnit] = []
+    held: list[ByteRange] = []
     for index, file in enumerate(files):
-        pieces = list(_pieces(index, file, range_bytes))
+        pieces = list(_byte_ranges(index, file, range_bytes))
         is_large = len(pieces) > 1 or file.status.num_bytes >= range_bytes
         others = held and files[held[0].file].source != file.source
         if held and (is_large or others or _num_bytes(held) >= range_bytes):
-            units.append(_unit(len(units), held, files))
+            units.append(_work_unit(len(units), held, files))
             held = []
         if is_large:
-            units += [_unit(len(units) + n, [piece], files) for n, piece in enumerate(pieces)]
+            units += [_work_unit(len(units) + n, [piece], files) for n, piece in enumerate(pieces)]
         else:
             held += pieces
     if held:
-        units.append(_unit(len(units), held, files))
+        units.append(_work_unit(len(units), held, files))
     return units
 
 
-def _num_bytes(pieces: list[Piece]) -> int:
+def _num_bytes(pieces: list[ByteRange]) -> int:
     return sum(piece.hash_stop - piece.hash_start for piece in pieces)
 
 
-def _unit(index: int, pieces: list[Piece], files: list[SourceFile]) -> Unit:
+def _work_unit(index: int, pieces: list[ByteRange], files: list[SourceFile]) -> WorkUnit:
     parts: list[dict[str, Any]] = [
         {
             "piece": asdict(piece),
@@ -133,22 +133,22 @@ def _unit(index: int, pieces: list[Piece], files: list[SourceFile]) -> Unit:
     ]
     source = files[pieces[0].file].source
     key = fingerprint_of({"index": index, "source": source, "parts": parts})
-    return Unit(index, source, tuple(pieces), _num_bytes(pieces), key)
+    return WorkUnit(index, source, tuple(pieces), _num_bytes(pieces), key)
 
 
-def _pieces(index: int, file: SourceFile, range_bytes: int) -> Iterator[Piece]:
+def _byte_ranges(index: int, file: SourceFile, range_bytes: int) -> Iterator[ByteRange]:
     num_bytes = file.status.num_bytes
     if file.options.format == "parquet":
-        yield from _parquet_pieces(index, file, range_bytes)
+        yield from _parquet_ranges(index, file, range_bytes)
     elif file.options.is_splittable:
         for start in range(0, max(1, num_bytes), range_bytes):
             stop = min(start + range_bytes, num_bytes)
-            yield Piece(index, start, stop, start, stop)
+            yield ByteRange(index, start, stop, start, stop)
     else:
-        yield Piece(index, 0, num_bytes, 0, num_bytes)
+        yield ByteRange(index, 0, num_bytes, 0, num_bytes)
 
 
-def _parquet_pieces(index: int, file: SourceFile, range_bytes: int) -> Iterator[Piece]:
+def _parquet_ranges(index: int, file: SourceFile, range_bytes: int) -> Iterator[ByteRange]:
     """Group row groups; share the bytes of the file among the groups to be hashed."""
     groups: list[range] = []
     start = held = 0
@@ -167,4 +167,4 @@ def _parquet_pieces(index: int, file: SourceFile, range_bytes: int) -> Iterator[
     ]
     bounds[-1] = num_bytes
     for number, group in enumerate(groups):
-        yield Piece(index, group.start, group.stop, bounds[number], bounds[number + 1])
+        yield ByteRange(index, group.start, group.stop, bounds[number], bounds[number + 1])

@@ -22,25 +22,25 @@ from pydantic import Field, model_validator
 
 from raytune_llama.config.settings import ConfigError, settings, to_dict
 from raytune_llama.data.filters.words import (
-    CJK,
-    LETTER,
-    PIECE_CHARACTERS,
-    SPACE,
-    SYMBOL,
+    BATCH_CHARACTERS,
+    CJK_FLAG,
+    LETTER_FLAG,
+    SPACE_FLAG,
+    SYMBOL_FLAG,
     UNICODE_VERSION,
-    Words,
-    cut_pieces,
+    WordArrays,
+    batch_texts,
     find_words,
 )
 
-VERSION = 1
+CLEANING_VERSION = 1
 """Version of what the rules mean; part of the fingerprint."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 _LINE_END = re.compile(r"\n")
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
-_POSITION_MASK = np.uint64(PIECE_CHARACTERS - 1)
+_POSITION_MASK = np.uint64(BATCH_CHARACTERS - 1)
 
 
 @settings
@@ -111,13 +111,13 @@ class CleaningConfig:
         return self
 
     @property
-    def inputs(self) -> dict[str, Any]:
+    def fingerprint_inputs(self) -> dict[str, Any]:
         """What decides the result, as plain JSON data; empty when nothing is on."""
         rules = {name: value for name, value in to_dict(self).items() if value not in (None, [])}
-        return {"version": VERSION, "unicode": UNICODE_VERSION, **rules} if rules else {}
+        return {"version": CLEANING_VERSION, "unicode": UNICODE_VERSION, **rules} if rules else {}
 
 
-class Cleaned(NamedTuple):
+class CleanedText(NamedTuple):
     """What became of a document."""
 
     text: str
@@ -137,20 +137,20 @@ class Cleaner:
         """The reasons of the rules that are on, in the order in which they are tried."""
 
     @property
-    def is_on(self) -> bool:
+    def is_enabled(self) -> bool:
         """Whether it can change a text, or leave one out."""
         return bool(self.reasons) or self._config.normalization is not None
 
-    def clean(self, text: str) -> Cleaned:
+    def clean(self, text: str) -> CleanedText:
         """Clean one document; `clean_all` is faster for many."""
         return self.clean_all([text])[0]
 
-    def clean_all(self, texts: Sequence[str]) -> list[Cleaned]:
+    def clean_all(self, texts: Sequence[str]) -> list[CleanedText]:
         """Clean documents; none of them has an influence on another.
 
         Args:
             texts: Their texts. Beside them, about 100 bytes of memory are used for each character
-                of the longest text, up to `PIECE_CHARACTERS` of them.
+                of the longest text, up to `BATCH_CHARACTERS` of them.
 
         Returns:
             A result for each, in their order.
@@ -164,7 +164,7 @@ class Cleaner:
                 for place in np.flatnonzero(is_broken).tolist():
                     reasons[left[place]] = reasons[left[place]] or reason
             left = [index for index in left if reasons[index] is None]
-        return list(map(Cleaned, texts, reasons))
+        return list(map(CleanedText, texts, reasons))
 
 
 def _normalized(texts: Sequence[str], form: Literal["NFC", "NFKC"]) -> list[str]:
@@ -187,7 +187,7 @@ def _mapped(texts: Sequence[str]) -> list[str]:
     table = _compatible_codes()
     mapped = [""] * len(texts)
     changeable = ["" if text.isascii() else text.replace("\u2026", "...") for text in texts]
-    for piece in cut_pieces(changeable):
+    for piece in batch_texts(changeable):
         data = table.take(piece.codes).astype("<u4", copy=False).tobytes()
         whole = data.decode("utf-32-le", "surrogatepass")
         starts = piece.starts.tolist()
@@ -220,21 +220,24 @@ def _check_lengths(texts: Sequence[str], config: CleaningConfig) -> _Broken:
 
 def _check_characters(texts: Sequence[str], config: CleaningConfig) -> _Broken:
     cjk_bounds = (config.min_cjk_share, config.max_cjk_share)
-    flags = () if config.max_symbol_share is None else (SPACE, SYMBOL)
-    flags += () if cjk_bounds == (None, None) else (LETTER, CJK)
+    flags = () if config.max_symbol_share is None else (SPACE_FLAG, SYMBOL_FLAG)
+    flags += () if cjk_bounds == (None, None) else (LETTER_FLAG, CJK_FLAG)
     if not flags:
         return
     counts = {flag: np.zeros(len(texts), dtype=np.int64) for flag in flags}
-    for piece in cut_pieces(texts):
+    for piece in batch_texts(texts):
         for flag, count in counts.items():
             count[piece.text] += piece.count(flag)
     if config.max_symbol_share is not None:
-        visible = np.array([len(text) for text in texts], dtype=np.int64) - counts[SPACE]
-        yield "symbols", _shares(counts[SYMBOL], visible) > config.max_symbol_share
+        visible = np.array([len(text) for text in texts], dtype=np.int64) - counts[SPACE_FLAG]
+        yield "symbols", _shares(counts[SYMBOL_FLAG], visible) > config.max_symbol_share
     if config.min_cjk_share is not None:
-        yield "too_little_cjk", _shares(counts[CJK], counts[LETTER]) < config.min_cjk_share
+        yield (
+            "too_little_cjk",
+            _shares(counts[CJK_FLAG], counts[LETTER_FLAG]) < config.min_cjk_share,
+        )
     if config.max_cjk_share is not None:
-        yield "too_much_cjk", _shares(counts[CJK], counts[LETTER]) > config.max_cjk_share
+        yield "too_much_cjk", _shares(counts[CJK_FLAG], counts[LETTER_FLAG]) > config.max_cjk_share
 
 
 def _check_lines(texts: Sequence[str], config: CleaningConfig) -> _Broken:
@@ -279,7 +282,7 @@ def _check_ngrams(texts: Sequence[str], config: CleaningConfig) -> _Broken:
     totals = np.zeros(len(texts))
     tops = {n: np.zeros(len(texts)) for n in top}
     repeats = {n: np.zeros(len(texts)) for n in repeated}
-    for piece in cut_pieces(texts):
+    for piece in batch_texts(texts):
         words = find_words(piece)
         num_texts = len(piece.text)
         piece_totals = _sums_by_text(words, np.arange(len(words.text)), num_texts)
@@ -301,7 +304,7 @@ def _check_ngrams(texts: Sequence[str], config: CleaningConfig) -> _Broken:
 
 
 def _recurring(
-    words: Words, n: int, candidates: NDArray[np.int64]
+    words: WordArrays, n: int, candidates: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Find the n words in a row that occur more than once in their text.
 
@@ -317,7 +320,7 @@ def _recurring(
     starts = starts[words.text[starts] == words.text[starts + n - 1]]
     # Sorting values is ten times as fast as sorting indices, so that both share 64 bits: two
     # different rows of a text agree in the 44 bits of the hash about once in 2**44 pairs.
-    keys = words.hash_runs(starts, starts + n)
+    keys = words.hash_ngrams(starts, starts + n)
     keys &= ~_POSITION_MASK
     keys |= starts.astype(np.uint64)
     keys.sort()
@@ -331,7 +334,7 @@ def _recurring(
 
 
 def _top_characters(
-    words: Words,
+    words: WordArrays,
     n: int,
     starts: NDArray[np.int64],
     is_first: NDArray[np.bool_],
@@ -347,14 +350,16 @@ def _top_characters(
     return most
 
 
-def _covered(words: Words, n: int, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+def _covered(words: WordArrays, n: int, starts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the words that belong to some of the n words in a row that begin at `starts`."""
     size = len(words.text) + 1
     depth = np.cumsum(np.bincount(starts, minlength=size) - np.bincount(starts + n, minlength=size))
     return np.flatnonzero(depth[:-1])
 
 
-def _sums_by_text(words: Words, places: NDArray[np.int64], num_texts: int) -> NDArray[np.float64]:
+def _sums_by_text(
+    words: WordArrays, places: NDArray[np.int64], num_texts: int
+) -> NDArray[np.float64]:
     """Add up the characters of some words for each text."""
     sums = np.bincount(
         words.text[places], weights=words.num_characters[places], minlength=num_texts

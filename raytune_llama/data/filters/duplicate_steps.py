@@ -25,7 +25,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raytune_llama.data.filters.shuffle import Numbers, Rows, make_rows, read_rows
+from raytune_llama.data.filters.shuffle import (
+    ShuffleRows,
+    Uint64Array,
+    read_shuffle_rows,
+    write_shuffle_rows,
+)
 from raytune_llama.data.filters.signatures import DuplicatesConfig, signature_file, signature_schema
 from raytune_llama.storage.place import Place
 
@@ -48,7 +53,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class DeduplicationPlan:
     """What all tasks know."""
 
     signatures: Place
@@ -72,20 +77,22 @@ class Plan:
         """Return how many files a step makes."""
         return self.num_partitions if step.endswith("matched") else len(self.chunks)
 
-    def read_all(self, step: str, reader: int, num_columns: int) -> tuple[Numbers, ...]:
+    def read_all(self, step: str, reader: int, num_columns: int) -> tuple[Uint64Array, ...]:
         """Read what all files of a step have for a partition or chunk."""
         files = [self.file(step, index) for index in range(self.num_files(step))]
-        return read_rows(files, reader, self._num_readers(step), num_columns)
+        return read_shuffle_rows(files, reader, self._num_readers(step), num_columns)
 
-    def read_own(self, step: str, index: int, num_columns: int) -> tuple[Numbers, ...]:
+    def read_own(self, step: str, index: int, num_columns: int) -> tuple[Uint64Array, ...]:
         """Read what a chunk has decided alone: the last reader of its file."""
         num_readers = self._num_readers(step)
-        return read_rows([self.file(step, index)], num_readers - 1, num_readers, num_columns)
+        return read_shuffle_rows(
+            [self.file(step, index)], num_readers - 1, num_readers, num_columns
+        )
 
     def _num_readers(self, step: str) -> int:
         return self.num_partitions + 1 if step.endswith("rows") else len(self.chunks)
 
-    def chunk_of(self, documents: Numbers) -> NDArray[np.int64]:
+    def chunk_of(self, documents: Uint64Array) -> NDArray[np.int64]:
         """Return the chunk of each document."""
         firsts = [
             (chunk.first_unit << UNIT_BITS) + chunk.first_batch * self.batch_documents
@@ -93,12 +100,12 @@ class Plan:
         ]
         return np.searchsorted(np.array(firsts, np.uint64), documents, side="right") - 1
 
-    def partition_of(self, hashes: Numbers) -> NDArray[np.int64]:
+    def partition_of(self, hashes: Uint64Array) -> NDArray[np.int64]:
         """Return the partition of each hash, by its high bits."""
         return (((hashes >> 32) * np.uint64(self.num_partitions)) >> 32).astype(np.int64)
 
 
-def send_texts(plan: Plan, index: int) -> Rows:
+def send_texts(plan: DeduplicationPlan, index: int) -> ShuffleRows:
     """Send the texts of a chunk to the partitions of their hashes, each once.
 
     The last reader is the chunk itself: the documents whose text came before in the chunk.
@@ -109,20 +116,20 @@ def send_texts(plan: Plan, index: int) -> Rows:
     reader = np.where(is_repeated, plan.num_partitions, plan.partition_of(hashes[:, 0]))
     counts = {"documents": len(documents), "exact_duplicates": int(is_repeated.sum())}
     columns = (documents, hashes[:, 0], hashes[:, 1])
-    return Rows(columns, reader, plan.num_partitions + 1, counts)
+    return ShuffleRows(columns, reader, plan.num_partitions + 1, counts)
 
 
-def match_texts(plan: Plan, index: int) -> Rows:
+def match_texts(plan: DeduplicationPlan, index: int) -> ShuffleRows:
     """Find the documents of a partition whose text came before, in a chunk before."""
     documents, high, low = plan.read_all("texts/rows", index, 3)
     # The files are in source order: so are the documents of one hash, as sorting is stable.
     order, is_repeated = _repeated((high, low))
     later = np.sort(documents[order][is_repeated])
     counts = {"exact_duplicates": len(later)}
-    return Rows((later,), plan.chunk_of(later), len(plan.chunks), counts)
+    return ShuffleRows((later,), plan.chunk_of(later), len(plan.chunks), counts)
 
 
-def exact_duplicates(plan: Plan, index: int) -> Numbers:
+def exact_duplicates(plan: DeduplicationPlan, index: int) -> Uint64Array:
     """Return the documents of a chunk whose text came before, ascending."""
     if not plan.config.exact:
         return np.empty(0, dtype=np.uint64)
@@ -131,7 +138,7 @@ def exact_duplicates(plan: Plan, index: int) -> Numbers:
     return np.sort(np.concatenate([own, sent]))
 
 
-def send_bands(plan: Plan, index: int) -> Rows:
+def send_bands(plan: DeduplicationPlan, index: int) -> ShuffleRows:
     """Send the bands of a chunk to the partitions of their hashes, each once.
 
     Exact duplicates are left out: they follow the first document of their text. The last reader is
@@ -141,30 +148,30 @@ def send_bands(plan: Plan, index: int) -> Rows:
     num_documents = len(documents)
     is_left = ~np.isin(documents, exact_duplicates(plan, index), assume_unique=True)
     documents, bands = documents[is_left], bands[is_left]
-    sent: list[tuple[Numbers, Numbers]] = []
-    pairs: list[tuple[Numbers, Numbers]] = []
+    sent: list[tuple[Uint64Array, Uint64Array]] = []
+    pairs: list[tuple[Uint64Array, Uint64Array]] = []
     for hashes in bands.T:
         order, is_repeated = _repeated((hashes,))
         sent.append((documents[order][~is_repeated], hashes[order][~is_repeated]))
         pairs.append(_pairs(documents[order], is_repeated))
-    later, earlier = joined(*map(np.concatenate, zip(*pairs, strict=True)))
+    later, earlier = join_pairs(*map(np.concatenate, zip(*pairs, strict=True)))
     documents, hashes = map(np.concatenate, zip(*sent, strict=True))
     readers = [plan.partition_of(hashes), np.full(len(later), plan.num_partitions)]
     columns = (np.concatenate([documents, later]), np.concatenate([hashes, earlier]))
     counts = {"documents": num_documents, "pairs": len(later)}
-    return Rows(columns, np.concatenate(readers), plan.num_partitions + 1, counts)
+    return ShuffleRows(columns, np.concatenate(readers), plan.num_partitions + 1, counts)
 
 
-def match_bands(plan: Plan, index: int) -> Rows:
+def match_bands(plan: DeduplicationPlan, index: int) -> ShuffleRows:
     """Find the pairs of documents that share a band of a partition."""
     documents, hashes = plan.read_all("bands/rows", index, 2)
     order, is_repeated = _repeated((hashes,))
-    later, earlier = joined(*_pairs(documents[order], is_repeated))
+    later, earlier = join_pairs(*_pairs(documents[order], is_repeated))
     counts = {"pairs": len(later)}
-    return Rows((later, earlier), plan.chunk_of(later), len(plan.chunks), counts)
+    return ShuffleRows((later, earlier), plan.chunk_of(later), len(plan.chunks), counts)
 
 
-def join_small(plan: Plan, index: int, *, number: int) -> Rows:
+def join_small(plan: DeduplicationPlan, index: int, *, number: int) -> ShuffleRows:
     """Join the pairs whose later document is in a chunk; each goes on to both its documents.
 
     `branched` counts the documents with more than one earlier one. Where there is none, each group
@@ -178,21 +185,21 @@ def join_small(plan: Plan, index: int, *, number: int) -> Rows:
         later, earlier = plan.read_all(f"pairs/{number - 1}/large", index, 2)
     later, earlier = _distinct(later, earlier)
     counts = {"branched": len(later) - int(_is_first(later).sum())}
-    later, earlier = joined(later, earlier)
+    later, earlier = join_pairs(later, earlier)
     nodes = np.concatenate([later, earlier])
     neighbors = np.concatenate([earlier, later])
-    return Rows((nodes, neighbors), plan.chunk_of(nodes), len(plan.chunks), counts)
+    return ShuffleRows((nodes, neighbors), plan.chunk_of(nodes), len(plan.chunks), counts)
 
 
-def join_large(plan: Plan, index: int, *, number: int) -> Rows:
+def join_large(plan: DeduplicationPlan, index: int, *, number: int) -> ShuffleRows:
     """Tie the later neighbours of each document of a chunk to its earliest one."""
     nodes, neighbors = plan.read_all(f"pairs/{number}/small", index, 2)
     later, earlier = _large_star(nodes, neighbors)
     counts = {"pairs": len(later)}
-    return Rows((later, earlier), plan.chunk_of(later), len(plan.chunks), counts)
+    return ShuffleRows((later, earlier), plan.chunk_of(later), len(plan.chunks), counts)
 
 
-def near_duplicates(plan: Plan, index: int, last_step: str | None) -> Numbers:
+def near_duplicates(plan: DeduplicationPlan, index: int, last_step: str | None) -> Uint64Array:
     """Return the documents of a chunk that are similar to an earlier one, ascending.
 
     Args:
@@ -206,7 +213,7 @@ def near_duplicates(plan: Plan, index: int, last_step: str | None) -> Numbers:
     return np.unique(nodes[nodes > neighbors])
 
 
-def joined(later: Numbers, earlier: Numbers) -> tuple[Numbers, Numbers]:
+def join_pairs(later: Uint64Array, earlier: Uint64Array) -> tuple[Uint64Array, Uint64Array]:
     """Tie each document of some pairs to the first of its group, and only to that.
 
     Args:
@@ -227,17 +234,22 @@ def joined(later: Numbers, earlier: Numbers) -> tuple[Numbers, Numbers]:
 
 
 def run_step(
-    plan: Plan, step: str, find: Callable[[Plan, int], Rows], index: int
+    plan: DeduplicationPlan,
+    step: str,
+    find: Callable[[DeduplicationPlan, int], ShuffleRows],
+    index: int,
 ) -> dict[str, int]:
     """Make one file of a step, if it is not there; its bytes depend on nothing but its inputs.
 
     Returns:
         The counts of what is in it.
     """
-    return make_rows(plan.file(step, index), partial(find, plan, index))
+    return write_shuffle_rows(plan.file(step, index), partial(find, plan, index))
 
 
-def _read_chunk(plan: Plan, index: int, column: str) -> tuple[Numbers, Numbers]:
+def _read_chunk(
+    plan: DeduplicationPlan, index: int, column: str
+) -> tuple[Uint64Array, Uint64Array]:
     """Return the documents of a chunk, [D], and the 64-bit numbers of a column, [D, N]."""
     chunk = plan.chunks[index]
     schema = signature_schema(plan.config)
@@ -259,7 +271,7 @@ def _read_chunk(plan: Plan, index: int, column: str) -> tuple[Numbers, Numbers]:
     return np.concatenate(documents), np.concatenate(numbers)
 
 
-def _as_numbers(column: pa.Array, width: int) -> Numbers:
+def _as_numbers(column: pa.Array, width: int) -> Uint64Array:
     """View values of fixed size as `width` 64-bit numbers each, [D, N]."""
     if isinstance(column, pa.FixedSizeListArray):
         return column.flatten().to_numpy().reshape(-1, width)
@@ -267,7 +279,7 @@ def _as_numbers(column: pa.Array, width: int) -> Numbers:
     return data.reshape(-1, width)[column.offset :][: len(column)]
 
 
-def _repeated(keys: tuple[Numbers, ...]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _repeated(keys: tuple[Uint64Array, ...]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Sort rows by their keys, equal ones in their order, and mark all but the first of equals."""
     order = np.lexsort(keys)
     is_repeated = np.zeros(len(order), dtype=np.bool_)
@@ -278,27 +290,29 @@ def _repeated(keys: tuple[Numbers, ...]) -> tuple[NDArray[np.int64], NDArray[np.
     return order, is_repeated
 
 
-def _pairs(documents: Numbers, is_repeated: NDArray[np.bool_]) -> tuple[Numbers, Numbers]:
+def _pairs(
+    documents: Uint64Array, is_repeated: NDArray[np.bool_]
+) -> tuple[Uint64Array, Uint64Array]:
     """Pair each repeated document with the one before it that is not."""
     firsts = documents[~is_repeated]
     places = np.cumsum(~is_repeated) - 1
     return documents[is_repeated], firsts[places[is_repeated]]
 
 
-def _distinct(later: Numbers, earlier: Numbers) -> tuple[Numbers, Numbers]:
+def _distinct(later: Uint64Array, earlier: Uint64Array) -> tuple[Uint64Array, Uint64Array]:
     order, is_repeated = _repeated((earlier, later))
     order = order[~is_repeated]
     return later[order], earlier[order]
 
 
-def _is_first(values: Numbers) -> NDArray[np.bool_]:
+def _is_first(values: Uint64Array) -> NDArray[np.bool_]:
     """Mark the first of each run of equal values."""
     is_first = np.ones(len(values), dtype=np.bool_)
     is_first[1:] = values[1:] != values[:-1]
     return is_first
 
 
-def _small_star(later: Numbers, earlier: Numbers) -> tuple[Numbers, Numbers]:
+def _small_star(later: Uint64Array, earlier: Uint64Array) -> tuple[Uint64Array, Uint64Array]:
     """Tie each document, and its earlier neighbours, to the earliest of them; pairs ascend."""
     is_first = _is_first(later)
     least = earlier[is_first][np.cumsum(is_first) - 1]
@@ -309,7 +323,7 @@ def _small_star(later: Numbers, earlier: Numbers) -> tuple[Numbers, Numbers]:
     )
 
 
-def _large_star(nodes: Numbers, neighbors: Numbers) -> tuple[Numbers, Numbers]:
+def _large_star(nodes: Uint64Array, neighbors: Uint64Array) -> tuple[Uint64Array, Uint64Array]:
     """Tie the later neighbours of each node to the earliest of it and its neighbours."""
     order = np.argsort(nodes, kind="stable")
     nodes, neighbors = nodes[order], neighbors[order]

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from raytune_llama.data.filters.duplicate_steps import (
     UNIT_BITS,
     Chunk,
-    Plan,
+    DeduplicationPlan,
     exact_duplicates,
     join_large,
     join_small,
@@ -43,11 +43,11 @@ from raytune_llama.data.filters.duplicate_steps import (
     send_bands,
     send_texts,
 )
-from raytune_llama.data.filters.shuffle import Numbers, Rows, written
+from raytune_llama.data.filters.shuffle import ShuffleRows, Uint64Array, upload_on_success
 from raytune_llama.data.filters.signatures import (
     HASH_BYTES,
     DuplicatesConfig,
-    read_layout,
+    read_batch_layout,
     signature_file,
 )
 from raytune_llama.data.filters.tasks import run_tasks
@@ -56,7 +56,7 @@ from raytune_llama.storage.place import Place
 
 logger = logging.getLogger(__name__)
 
-REASONS: Final = ("exact_duplicate", "near_duplicate")
+DUPLICATE_REASONS: Final = ("exact_duplicate", "near_duplicate")
 """Why a document is dropped: its text came before; it is similar to one that came before."""
 
 _NUM_THREADS = 32  # that open files: in object storage, each takes some round trips
@@ -76,7 +76,7 @@ class ShuffleSizes:
 
 _DEFAULT_SIZES = ShuffleSizes()
 
-RunTasks = Callable[[str, Callable[[int], Mapping[str, int]], int, Place], Counter[str]]
+TaskRunner = Callable[[str, Callable[[int], Mapping[str, int]], int, Place], Counter[str]]
 """`run_tasks`, or what does the same: name, task, number of tasks, folder for attempts."""
 
 
@@ -91,10 +91,10 @@ class DuplicateCounts:
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DroppedDocuments:
     """The documents of a unit that are dropped."""
 
-    marks: bytes
+    reason_codes: bytes
     """For each document up to the last that is dropped: 0, or 1 + the index of its reason."""
 
     def reason(self, ordinal: int) -> str | None:
@@ -103,8 +103,8 @@ class Dropped:
         Args:
             ordinal: Its place among the documents of which signatures were written, from 0.
         """
-        mark = self.marks[ordinal] if ordinal < len(self.marks) else 0
-        return REASONS[mark - 1] if mark else None
+        mark = self.reason_codes[ordinal] if ordinal < len(self.reason_codes) else 0
+        return DUPLICATE_REASONS[mark - 1] if mark else None
 
 
 def find_duplicates(
@@ -134,11 +134,11 @@ def find_duplicates(
             a task ended its process too often.
     """
     run = partial(run_tasks, num_workers=num_workers)
-    return find_duplicates_by(run, signatures, num_units, config, dropped, sizes=sizes)
+    return find_duplicates_with(run, signatures, num_units, config, dropped, sizes=sizes)
 
 
-def find_duplicates_by(
-    run: RunTasks,
+def find_duplicates_with(
+    run: TaskRunner,
     signatures: Place,
     num_units: int,
     config: DuplicatesConfig,
@@ -149,7 +149,7 @@ def find_duplicates_by(
     """Do the same without Ray, by whatever runs tasks as `run_tasks` does."""
     assert num_units > 0, "no documents to compare"
     statuses = _statuses(signatures, num_units)
-    inputs = {"version": _VERSION, "duplicates": config.inputs, "sizes": asdict(sizes)}
+    inputs = {"version": _VERSION, "duplicates": config.fingerprint_inputs, "sizes": asdict(sizes)}
     fingerprint = fingerprint_of({**inputs, "signatures": statuses})
     work = dropped / f"work-{fingerprint[:12]}"
     manifest = dropped / MANIFEST_NAME
@@ -157,7 +157,7 @@ def find_duplicates_by(
         work.delete()
         return pydantic.TypeAdapter(DuplicateCounts).validate_python(found["counts"])
     plan = _plan(signatures, work, config, [status[0] for status in statuses.values()], sizes)
-    _begin(dropped, work)
+    _prepare_folder(dropped, work)
     logger.info(
         "duplicates: %d units in %d chunks, %d partitions",
         num_units,
@@ -176,14 +176,14 @@ def dropped_file(dropped: Place, unit: int) -> Place:
     return dropped / f"{unit:05d}.arrow"
 
 
-def read_dropped(dropped: Place, unit: int) -> Dropped:
+def read_dropped(dropped: Place, unit: int) -> DroppedDocuments:
     """Read which documents of a unit are dropped."""
     with dropped_file(dropped, unit).open() as source:
         table = pa.ipc.open_file(source).read_all()
     ordinals = table.column("ordinal").to_numpy()
     marks = np.zeros(int(ordinals[-1]) + 1 if len(ordinals) else 0, dtype=np.uint8)
     marks[ordinals] = table.column("reason").to_numpy() + 1
-    return Dropped(marks.tobytes())
+    return DroppedDocuments(marks.tobytes())
 
 
 def _statuses(signatures: Place, num_units: int) -> dict[str, list[Any]]:
@@ -199,7 +199,7 @@ def _statuses(signatures: Place, num_units: int) -> dict[str, list[Any]]:
     return {name: [there[name].num_bytes, there[name].version] for name in names}
 
 
-def _begin(dropped: Place, work: Place) -> None:
+def _prepare_folder(dropped: Place, work: Place) -> None:
     """Make the folder ready: what is left of other signatures is deleted, of these it is used."""
     marker = work / "begun"
     if not marker.exists():
@@ -217,12 +217,12 @@ def _plan(
     config: DuplicatesConfig,
     file_bytes: Sequence[int],
     sizes: ShuffleSizes,
-) -> Plan:
+) -> DeduplicationPlan:
     """Cut the documents into chunks and the hashes into partitions, by what the files say."""
     files = [signature_file(signatures, unit) for unit in range(len(file_bytes))]
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
         num_batches, batch_documents = zip(
-            *threads.map(partial(read_layout, config=config), files), strict=True
+            *threads.map(partial(read_batch_layout, config=config), files), strict=True
         )
     if len(set(batch_documents)) > 1:
         raise StoreError(f"{signatures}: the files differ in their batches; delete them, run again")
@@ -232,7 +232,7 @@ def _plan(
         for batches, num_bytes in zip(num_batches, file_bytes, strict=True)
     ]
     num_hashes = sum(num_documents) * (config.near.bands if config.near else 1)
-    return Plan(
+    return DeduplicationPlan(
         signatures=signatures,
         work=work,
         config=config,
@@ -269,12 +269,12 @@ def _chunks(
     return tuple(chunks)
 
 
-def _find(run: RunTasks, plan: Plan, dropped: Place) -> DuplicateCounts:
+def _find(run: TaskRunner, plan: DeduplicationPlan, dropped: Place) -> DuplicateCounts:
     """Run all steps; each begins when the one before is done."""
     counts: dict[str, Counter[str]] = {}
     attempts = plan.work / "attempts"
 
-    def make(step: str, find: Callable[[Plan, int], Rows]) -> Counter[str]:
+    def make(step: str, find: Callable[[DeduplicationPlan, int], ShuffleRows]) -> Counter[str]:
         make_file = partial(run_step, plan, step, find)
         counts[step] = run(step, make_file, plan.num_files(step), attempts)
         return counts[step]
@@ -291,23 +291,27 @@ def _find(run: RunTasks, plan: Plan, dropped: Place) -> DuplicateCounts:
             if not make(last_step, partial(join_small, number=number))["branched"]:
                 break
             make(f"pairs/{number}/large", partial(join_large, number=number))
-    stretches = _stretches(plan.chunks)
+    stretches = _group_by_unit(plan.chunks)
     write = partial(_write_dropped, plan, dropped, last_step, stretches)
     found = run("dropped", write, len(stretches), attempts)
     return DuplicateCounts(
         documents=next(iter(counts.values()))["documents"],
-        dropped={reason: found[reason] for reason in REASONS},
+        dropped={reason: found[reason] for reason in DUPLICATE_REASONS},
     )
 
 
-def _stretches(chunks: Sequence[Chunk]) -> list[list[int]]:
+def _group_by_unit(chunks: Sequence[Chunk]) -> list[list[int]]:
     """Group the chunks that are parts of one unit, so that one task writes the unit's file."""
     places = groupby(range(len(chunks)), key=lambda index: chunks[index].first_unit)
     return [list(group) for _, group in places]
 
 
 def _write_dropped(
-    plan: Plan, dropped: Place, last_step: str | None, stretches: list[list[int]], index: int
+    plan: DeduplicationPlan,
+    dropped: Place,
+    last_step: str | None,
+    stretches: list[list[int]],
+    index: int,
 ) -> dict[str, int]:
     """Write the files of the units in some chunks."""
     chunks = [plan.chunks[chunk] for chunk in stretches[index]]
@@ -316,7 +320,7 @@ def _write_dropped(
     marked = functools.lru_cache(maxsize=1)(partial(_marked, plan, last_step))
     for unit in range(chunks[0].first_unit, chunks[0].stop_unit):
         file = dropped_file(dropped, unit)
-        with written(file) as path, pa.ipc.new_file(str(path), _DROPPED_SCHEMA) as writer:
+        with upload_on_success(file) as path, pa.ipc.new_file(str(path), _DROPPED_SCHEMA) as writer:
             for chunk in stretches[index]:
                 documents, marks = marked(chunk)
                 start, stop = np.searchsorted(
@@ -325,12 +329,14 @@ def _write_dropped(
                 ordinals = documents[start:stop] & ((1 << UNIT_BITS) - 1)
                 columns = [pa.array(ordinals.astype(np.int64)), pa.array(marks[start:stop])]
                 writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_DROPPED_SCHEMA))
-                numbers = np.bincount(marks[start:stop], minlength=len(REASONS))
-                counts.update(dict(zip(REASONS, numbers.tolist(), strict=True)))
+                numbers = np.bincount(marks[start:stop], minlength=len(DUPLICATE_REASONS))
+                counts.update(dict(zip(DUPLICATE_REASONS, numbers.tolist(), strict=True)))
     return dict(counts)
 
 
-def _marked(plan: Plan, last_step: str | None, chunk: int) -> tuple[Numbers, NDArray[np.uint8]]:
+def _marked(
+    plan: DeduplicationPlan, last_step: str | None, chunk: int
+) -> tuple[Uint64Array, NDArray[np.uint8]]:
     """Return the dropped documents of a chunk, ascending, and the index of each one's reason."""
     exact = exact_duplicates(plan, chunk)
     near = near_duplicates(plan, chunk, last_step)
@@ -344,7 +350,7 @@ _DROPPED_SCHEMA = pa.schema(
         pa.field("ordinal", pa.int64(), nullable=False),
         pa.field("reason", pa.uint8(), nullable=False),
     ],
-    metadata={"reasons": json.dumps(REASONS)},
+    metadata={"reasons": json.dumps(DUPLICATE_REASONS)},
 )
 
 _OURS = re.compile(r"work-[0-9a-f]{12}|\d{5,}\.arrow|" + re.escape(MANIFEST_NAME))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from raytune_llama.storage.place import Place
 
-Numbers = NDArray[np.uint64]
+Uint64Array = NDArray[np.uint64]
 """Whatever is shuffled."""
 
 _STORED = np.dtype("<u8")
@@ -29,10 +29,10 @@ _NUM_THREADS = 16  # that read files: in object storage, each takes two round tr
 
 
 @dataclass(frozen=True)
-class Rows:
+class ShuffleRows:
     """What a task found."""
 
-    columns: tuple[Numbers, ...]
+    columns: tuple[Uint64Array, ...]
     """Of equal length."""
     reader: NDArray[np.int64]
     """The reader of each row; rows of the same keep their order."""
@@ -42,19 +42,19 @@ class Rows:
     """What there is to tell about it."""
 
 
-def make_rows(file: Place, find: Callable[[], Rows]) -> dict[str, int]:
+def write_shuffle_rows(file: Place, find: Callable[[], ShuffleRows]) -> dict[str, int]:
     """Write what a task finds, if it is not there yet; return its counts."""
     if file.exists():
         return _read_counts(file)
     rows = find()
-    with written(file) as path:
+    with upload_on_success(file) as path:
         _write_rows(path, rows)
     return rows.counts
 
 
-def read_rows(
+def read_shuffle_rows(
     files: Sequence[Place], reader: int, num_readers: int, num_columns: int
-) -> tuple[Numbers, ...]:
+) -> tuple[Uint64Array, ...]:
     """Read what some files have for a reader, one file after the other.
 
     Args:
@@ -65,7 +65,7 @@ def read_rows(
     """
     header_bytes = (num_readers + 1) * _STORED.itemsize
 
-    def read(file: Place) -> Numbers:
+    def read(file: Place) -> Uint64Array:
         with file.open() as source:
             start, stop = _numbers(source, reader * _STORED.itemsize, 2).tolist()
             begin = header_bytes + start * num_columns * _STORED.itemsize
@@ -81,7 +81,7 @@ def read_rows(
 
 
 @contextlib.contextmanager
-def written(file: Place) -> Iterator[Path]:
+def upload_on_success(file: Place) -> Iterator[Path]:
     """Yield a path to write to; the file appears at its place when the block has succeeded."""
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, file.name)
@@ -89,7 +89,7 @@ def written(file: Place) -> Iterator[Path]:
         file.upload(path)
 
 
-def _write_rows(path: Path, rows: Rows) -> None:
+def _write_rows(path: Path, rows: ShuffleRows) -> None:
     # Small integers are sorted by their digits, in linear time.
     small = np.uint16 if rows.num_readers <= 1 << 16 else np.uint32
     order = np.argsort(rows.reader.astype(small), kind="stable")
@@ -111,7 +111,7 @@ def _read_counts(file: Place) -> dict[str, int]:
         return json.loads(source.read(num_bytes))
 
 
-def _numbers(source: pa.NativeFile, begin: int, count: int) -> Numbers:
+def _numbers(source: pa.NativeFile, begin: int, count: int) -> Uint64Array:
     if not count:
         return np.empty(0, dtype=np.uint64)
     source.seek(begin)

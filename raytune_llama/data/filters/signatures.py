@@ -36,11 +36,17 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from raytune_llama.config.settings import settings, to_dict
-from raytune_llama.data.filters.words import UNICODE_VERSION, Piece, cut_pieces, find_words, mixed
+from raytune_llama.data.filters.words import (
+    UNICODE_VERSION,
+    TextBatch,
+    batch_texts,
+    find_words,
+    mix_bits,
+)
 from raytune_llama.data.store.manifest import StoreError
 from raytune_llama.storage.place import Place
 
-VERSION = 1
+SIGNATURES_VERSION = 1
 """Version of what signatures mean; part of the fingerprint."""
 
 HASH_BYTES = 16
@@ -54,7 +60,7 @@ _ROW_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 @settings
-class NearConfig:
+class NearDuplicatesConfig:
     """Near duplicates by MinHash: documents that share most of their words in order."""
 
     shingle_words: Annotated[int, Field(ge=1, le=100)] = 5
@@ -69,7 +75,7 @@ class NearConfig:
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     """Of the hash functions."""
 
-    def found_share(self, similarity: float) -> float:
+    def detection_probability(self, similarity: float) -> float:
         """Return the share of pairs of a similarity (shared / all shingles) that are found."""
         return 1 - (1 - similarity**self.rows) ** self.bands
 
@@ -80,20 +86,20 @@ class DuplicatesConfig:
 
     exact: bool = False
     """Drop documents whose text is that of an earlier one, to the character."""
-    near: NearConfig | None = None
+    near: NearDuplicatesConfig | None = None
     """Drop documents that are similar to an earlier one, also over a chain of similar documents in
     between. Null: off."""
 
     @property
-    def inputs(self) -> dict[str, Any]:
+    def fingerprint_inputs(self) -> dict[str, Any]:
         """What decides the result, as plain JSON data; empty when nothing is on."""
         rules: dict[str, Any] = {"exact": True} if self.exact else {}
         if self.near is not None:
             rules |= {"near": to_dict(self.near), "unicode": UNICODE_VERSION}
-        return {"version": VERSION, **rules} if rules else {}
+        return {"version": SIGNATURES_VERSION, **rules} if rules else {}
 
 
-def signatures(texts: Sequence[str], config: DuplicatesConfig) -> pa.RecordBatch:
+def compute_signatures(texts: Sequence[str], config: DuplicatesConfig) -> pa.RecordBatch:
     """Return the signatures of documents, one row each.
 
     Returns:
@@ -118,7 +124,7 @@ def signature_schema(config: DuplicatesConfig, batch_documents: int = BATCH_DOCU
         fields.append(pa.field("hash", pa.binary(HASH_BYTES), nullable=False))
     if config.near is not None:
         fields.append(pa.field("bands", _bands_type(config.near), nullable=False))
-    inputs = json.dumps(config.inputs, sort_keys=True)
+    inputs = json.dumps(config.fingerprint_inputs, sort_keys=True)
     metadata = {"inputs": inputs, "batch_documents": str(batch_documents)}
     return pa.schema(fields, metadata=metadata)
 
@@ -128,7 +134,7 @@ def signature_file(folder: Place, unit: int) -> Place:
     return folder / f"{unit:05d}.arrow"
 
 
-def read_layout(file: Place, config: DuplicatesConfig) -> tuple[int, int]:
+def read_batch_layout(file: Place, config: DuplicatesConfig) -> tuple[int, int]:
     """Return the record batches of a signature file, and the rows of each but the last.
 
     Raises:
@@ -168,11 +174,11 @@ def write_signatures(
     Returns:
         The number of documents.
     """
-    assert config.inputs, "nothing to look for"
+    assert config.fingerprint_inputs, "nothing to look for"
     num_documents = 0
     with tempfile.TemporaryDirectory() as name:
         file = Path(name, "signatures.arrow")
-        rows = (signatures(texts, config) for texts in batches)
+        rows = (compute_signatures(texts, config) for texts in batches)
         with pa.ipc.new_file(str(file), signature_schema(config, batch_documents)) as writer:
             for batch in _regrouped(rows, batch_documents):
                 writer.write_batch(batch)
@@ -197,7 +203,7 @@ def _regrouped(batches: Iterable[pa.RecordBatch], num_rows: int) -> Iterator[pa.
         yield pa.concat_batches(pending)
 
 
-def _bands_type(near: NearConfig) -> pa.DataType:
+def _bands_type(near: NearDuplicatesConfig) -> pa.DataType:
     return pa.list_(pa.field("item", pa.uint64(), nullable=False), near.bands)
 
 
@@ -207,7 +213,7 @@ def _digest(text: str, num_bytes: int) -> bytes:
     return hashlib.blake2b(data, digest_size=num_bytes).digest()
 
 
-def _band_hashes(texts: Sequence[str], near: NearConfig) -> NDArray[np.uint64]:
+def _band_hashes(texts: Sequence[str], near: NearDuplicatesConfig) -> NDArray[np.uint64]:
     """Return the hash of each band of each text, [T, bands]."""
     minima = _minima(texts, near)
     hashes = np.empty((len(texts), near.bands), dtype=np.uint64)
@@ -217,16 +223,16 @@ def _band_hashes(texts: Sequence[str], near: NearConfig) -> NDArray[np.uint64]:
         for row in minima[band * near.rows : (band + 1) * near.rows]:
             sums *= _ROW_FACTOR
             sums += row
-        hashes[:, band] = mixed(sums)
+        hashes[:, band] = mix_bits(sums)
     return hashes
 
 
-def _minima(texts: Sequence[str], near: NearConfig) -> NDArray[np.uint32]:
+def _minima(texts: Sequence[str], near: NearDuplicatesConfig) -> NDArray[np.uint32]:
     """Return the least value of each hash function over the shingles of each text, [K, T]."""
     factors = _factors(near)
     minima = np.full((len(factors), len(texts)), _EMPTY, dtype=np.uint32)
     has_shingles = np.zeros(len(texts), dtype=np.bool_)
-    for piece in cut_pieces(texts):
+    for piece in batch_texts(texts):
         shingles, counts = _shingles(piece, near.shingle_words)
         filled = counts > 0
         if not filled.any():
@@ -248,7 +254,7 @@ def _minima(texts: Sequence[str], near: NearConfig) -> NDArray[np.uint32]:
     return minima
 
 
-def _shingles(piece: Piece, num_words: int) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+def _shingles(piece: TextBatch, num_words: int) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
     """Hash the shingles of a piece, and count those of each of its texts.
 
     The hashes are as good as random, so that multiplying them by an odd number, which permutes the
@@ -261,11 +267,11 @@ def _shingles(piece: Piece, num_words: int) -> tuple[NDArray[np.uint32], NDArray
     places = np.arange(len(words.text)) - np.repeat(bounds[:-1], num_in_text)
     starts = np.flatnonzero(places < np.repeat(counts, num_in_text))
     stops = np.minimum(starts + num_words, bounds[1:][words.text[starts]])
-    return (words.hash_runs(starts, stops) >> np.uint64(32)).astype(np.uint32), counts
+    return (words.hash_ngrams(starts, stops) >> np.uint64(32)).astype(np.uint32), counts
 
 
 @functools.cache
-def _factors(near: NearConfig) -> NDArray[np.uint32]:
+def _factors(near: NearDuplicatesConfig) -> NDArray[np.uint32]:
     """Draw the odd factors that make the hash functions; numpy's generators may change."""
     digests = (
         hashlib.blake2b(f"{near.seed}:{number}".encode(), digest_size=4).digest()

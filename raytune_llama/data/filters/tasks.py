@@ -17,7 +17,7 @@ from raytune_llama.storage.place import Place
 
 logger = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3
+MAX_TASK_ATTEMPTS = 3
 """A task that ended its process this often is refused: Ray would start it again for ever."""
 
 _RESULT_SCHEMA = pa.schema({"counts": pa.string(), "problem": pa.string()})
@@ -108,7 +108,7 @@ class _Task:
         attempt = self._attempts / str(number)
         status = attempt.status()
         num_attempts = status.num_bytes if status else 0
-        if num_attempts >= MAX_ATTEMPTS:
+        if num_attempts >= MAX_TASK_ATTEMPTS:
             raise StoreError(
                 f"{attempt}: the task ended its process {num_attempts} times (out of memory, or "
                 "lost machines); look into the workers' logs, then run again"

@@ -25,12 +25,14 @@ from numpy.typing import NDArray
 UNICODE_VERSION: Final = unicodedata.unidata_version
 """Decides what is a letter, a symbol, a space; part of every fingerprint that depends on it."""
 
-PIECE_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 20
 """Bounds the memory: a longer text is cut, and nothing is seen across the cut."""
 
 _GROUP_CHARACTERS = 1 << 16  # of short texts, so that the arrays stay in the processor's cache
 
-SPACE, SYMBOL, LETTER, CJK, WORD, SINGLE = (1 << bit for bit in range(6))
+SPACE_FLAG, SYMBOL_FLAG, LETTER_FLAG, CJK_FLAG, WORD_FLAG, SINGLE_WORD_FLAG = (
+    1 << bit for bit in range(6)
+)
 """Flags of a character: white space; neither space, letter, mark nor number; letter; Chinese,
 Japanese or Korean; part of a word; a word by itself."""
 
@@ -52,8 +54,8 @@ _SHIFT = np.uint64(32)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some texts, or a part of one that is longer than `PIECE_CHARACTERS`."""
+class TextBatch:
+    """Some texts, or a part of one that is longer than `BATCH_CHARACTERS`."""
 
     text: NDArray[np.int64]
     """[T] Index of each text among all, ascending."""
@@ -75,7 +77,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Words:
+class WordArrays:
     """The words of a piece."""
 
     text: NDArray[np.int64]
@@ -85,7 +87,9 @@ class Words:
     prefixes: NDArray[np.uint64]
     """[W + 1] Hash of all words before each."""
 
-    def hash_runs(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.uint64]:
+    def hash_ngrams(
+        self, starts: NDArray[np.int64], stops: NDArray[np.int64]
+    ) -> NDArray[np.uint64]:
         """Hash runs of words, [R]: equal runs have equal hashes, wherever they stand.
 
         Args:
@@ -94,11 +98,11 @@ class Words:
         """
         inverses = _powers()[1]
         sums = self.prefixes.take(stops) - self.prefixes.take(starts)
-        return mixed(sums * inverses.take(starts))
+        return mix_bits(sums * inverses.take(starts))
 
 
-def cut_pieces(texts: Sequence[str]) -> Iterator[Piece]:
-    """Group texts into pieces of at most `PIECE_CHARACTERS`.
+def batch_texts(texts: Sequence[str]) -> Iterator[TextBatch]:
+    """Group texts into pieces of at most `BATCH_CHARACTERS`.
 
     A longer text is cut at the multiples of that, so that where it is cut depends on nothing else.
     """
@@ -107,22 +111,22 @@ def cut_pieces(texts: Sequence[str]) -> Iterator[Piece]:
     first = 0
     while first < len(texts):
         text = texts[first]
-        for start in range(0, len(text), PIECE_CHARACTERS) if len(text) > PIECE_CHARACTERS else ():
-            part = text[start : start + PIECE_CHARACTERS]
-            yield _piece(first, np.array([0, len(part)]), part)
+        for start in range(0, len(text), BATCH_CHARACTERS) if len(text) > BATCH_CHARACTERS else ():
+            part = text[start : start + BATCH_CHARACTERS]
+            yield _text_batch(first, np.array([0, len(part)]), part)
         stop = int(np.searchsorted(bounds, bounds[first] + _GROUP_CHARACTERS, side="right")) - 1
         stop = max(stop, first + 1)
-        if len(text) <= PIECE_CHARACTERS:
-            yield _piece(
+        if len(text) <= BATCH_CHARACTERS:
+            yield _text_batch(
                 first, bounds[first : stop + 1] - bounds[first], "".join(texts[first:stop])
             )
         first = stop
 
 
-def find_words(piece: Piece) -> Words:
+def find_words(piece: TextBatch) -> WordArrays:
     """Find the words of a piece."""
-    is_word = (piece.flags & (WORD | SINGLE)) != 0
-    breaks = ~is_word | ((piece.flags & SINGLE) != 0)
+    is_word = (piece.flags & (WORD_FLAG | SINGLE_WORD_FLAG)) != 0
+    breaks = ~is_word | ((piece.flags & SINGLE_WORD_FLAG) != 0)
     begins = is_word.copy()
     begins[1:] &= breaks[1:] | breaks[:-1]
     firsts = piece.starts[:-1][piece.starts[:-1] < len(begins)]
@@ -137,21 +141,21 @@ def find_words(piece: Piece) -> Words:
     np.cumsum(terms, out=sums[1:])
     # Behind a word come only characters that add nothing, until the next one begins.
     bounds = np.append(starts, len(terms))
-    hashes = mixed(np.diff(sums.take(bounds)) * inverses.take(starts))
+    hashes = mix_bits(np.diff(sums.take(bounds)) * inverses.take(starts))
     hashes *= powers[: len(hashes)]
     prefixes = np.zeros(len(hashes) + 1, dtype=np.uint64)
     np.cumsum(hashes, out=prefixes[1:])
     lengths = np.zeros(len(terms) + 1, dtype=np.int64)
     np.cumsum(is_word, out=lengths[1:])
     counts = np.diff(np.searchsorted(starts, piece.starts))
-    return Words(
+    return WordArrays(
         text=np.repeat(np.arange(len(counts)), counts),
         num_characters=np.diff(lengths.take(bounds)),
         prefixes=prefixes,
     )
 
 
-def mixed(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix_bits(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Spread every bit over all others: a bijection of 64-bit numbers."""
     hashes = (hashes ^ (hashes >> _SHIFT)) * _MIX
     hashes = (hashes ^ (hashes >> _SHIFT)) * _MIX
@@ -162,17 +166,17 @@ def mixed(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def character_flags() -> NDArray[np.uint8]:
     """Return the flags of every code point."""
     flags = np.zeros(_NUM_CODES, dtype=np.uint8)
-    by_category = {"L": LETTER | WORD, "M": WORD, "N": WORD}
+    by_category = {"L": LETTER_FLAG | WORD_FLAG, "M": WORD_FLAG, "N": WORD_FLAG}
     for code in range(_NUM_CODES):
         character = chr(code)
         general = unicodedata.category(character)[0]
-        flags[code] = SPACE if character.isspace() else by_category.get(general, SYMBOL)
+        flags[code] = SPACE_FLAG if character.isspace() else by_category.get(general, SYMBOL_FLAG)
     for first, last in [*_HAN, *_KANA, *_BOPOMOFO, *_HANGUL]:
         block = flags[first : last + 1]
-        block |= np.where(block & WORD, CJK | LETTER, 0).astype(np.uint8)
+        block |= np.where(block & WORD_FLAG, CJK_FLAG | LETTER_FLAG, 0).astype(np.uint8)
     for first, last in [*_HAN, *_KANA, *_BOPOMOFO, *_NO_SPACES]:
         block = flags[first : last + 1]
-        block |= np.where(block & WORD, SINGLE, 0).astype(np.uint8)
+        block |= np.where(block & WORD_FLAG, SINGLE_WORD_FLAG, 0).astype(np.uint8)
     return flags
 
 
@@ -192,16 +196,16 @@ def _powers() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """Return the powers of the hash's base and of its inverse, modulo 2**64."""
     tables = []
     for base in (_BASE, pow(_BASE, -1, 1 << 64)):
-        factors = np.full(PIECE_CHARACTERS + 1, base, dtype=np.uint64)
+        factors = np.full(BATCH_CHARACTERS + 1, base, dtype=np.uint64)
         factors[0] = 1
         tables.append(np.cumprod(factors, dtype=np.uint64))
     return tables[0], tables[1]
 
 
-def _piece(first: int, starts: NDArray[np.int64], text: str) -> Piece:
+def _text_batch(first: int, starts: NDArray[np.int64], text: str) -> TextBatch:
     # Half a surrogate pair is for others to refuse: here it is a symbol.
     data = text.encode("utf-32-le", "surrogatepass")
     codes = np.frombuffer(data, dtype="<u4").astype(np.uint32, copy=False)
-    return Piece(
+    return TextBatch(
         np.arange(first, first + len(starts) - 1), starts, codes, character_flags().take(codes)
     )

@@ -14,11 +14,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raytune_llama.chat.conversations import Conversation, Defect
-from raytune_llama.chat.formats import FormatName, KeyCounts, read_row, sniff_format
+from raytune_llama.chat.formats import FormatName, KeyCounts, detect_row_format, read_row
 from raytune_llama.config.settings import PLACEMENT, ConfigError, settings
 from raytune_llama.data.readers.documents import OpenRange, read_rows
 from raytune_llama.data.readers.encodings import Encoding
-from raytune_llama.data.readers.ranges import HashedRange
+from raytune_llama.data.readers.ranges import HashingReader
 from raytune_llama.data.readers.rows import BadRow, ObjectRow, SourceError, excerpt
 from raytune_llama.data.readers.sources import SourceConfig, SourceFile, discover_files
 
@@ -135,7 +135,7 @@ class _Sniffer:
         Raises:
             SourceError: It is of another one.
         """
-        found = sniff_format(row.value)
+        found = detect_row_format(row.value)
         if self.format is None:
             if found is None:
                 return Defect("unknown_format", f"there are: {excerpt(str([*row.value]))}")
@@ -154,7 +154,7 @@ class _Sniffer:
 def _read_file(file: SourceFile, counts: ConversationCounts) -> Iterator[ObjectRow | BadRow]:
     try:
         with file.place.open() as opened:
-            reader = HashedRange(opened, 0, file.status.num_bytes)
+            reader = HashingReader(opened, 0, file.status.num_bytes)
             part = OpenRange(file.place, opened, 0, file.status.num_bytes, reader)
             for batch in read_rows(part, file.options):
                 counts.blank_lines += len(batch.texts)

@@ -8,10 +8,10 @@ import pyarrow as pa
 
 from raytune_llama.data.readers.encodings import HEAD_BYTES, Encoding, TextEncoding, detect_encoding
 from raytune_llama.data.readers.parquet import open_parquet
-from raytune_llama.data.readers.rows import Compression, Format, excerpt
+from raytune_llama.data.readers.rows import Compression, FileFormat, excerpt
 from raytune_llama.storage.place import FileStatus, Place
 
-NAMES_OF_SUFFIXES: dict[str, Format] = {
+FORMATS_BY_SUFFIX: dict[str, FileFormat] = {
     "txt": "txt",
     "json": "json",
     "jsonl": "jsonl",
@@ -27,23 +27,23 @@ _COMPRESSIONS: dict[str, Compression] = {"gz": "gzip", "bz2": "bz2", "zst": "zst
 class FileKind:
     """How a file is read, as far as its name and the config say."""
 
-    format: Format
+    format: FileFormat
     """Its format."""
     compression: Compression
     """How it is compressed."""
 
     @classmethod
-    def of_name(cls, name: str, declared: Literal["auto"] | Format) -> Self | None:
+    def from_name(cls, name: str, declared: Literal["auto"] | FileFormat) -> Self | None:
         """Decide by the suffixes of a name; None where they say nothing."""
         parts = name.lower().split(".")
         compression = _COMPRESSIONS.get(parts[-1], "none")
         suffix = parts[-2] if compression != "none" and len(parts) > 1 else parts[-1]
-        kind = NAMES_OF_SUFFIXES.get(suffix) if declared == "auto" else declared
+        kind = FORMATS_BY_SUFFIX.get(suffix) if declared == "auto" else declared
         return None if kind is None else cls(kind, compression)
 
 
 @dataclass(frozen=True)
-class Inspection:
+class DetectedFormat:
     """What is known of a file before it is read."""
 
     kind: FileKind
@@ -56,7 +56,7 @@ class Inspection:
     """What a person should know: something was recognised that nobody declared."""
 
 
-def inspect_file(
+def detect_format(
     place: Place,
     status: FileStatus,
     kind: FileKind,
@@ -64,7 +64,7 @@ def inspect_file(
     declared_encoding: Encoding,
     is_format_declared: bool,
     text_fields: tuple[str, ...],
-) -> Inspection:
+) -> DetectedFormat:
     """Look into the beginning of a file (the footer of Parquet).
 
     Raises:
@@ -95,10 +95,12 @@ def inspect_file(
         if found != kind.format:
             notes.append(f"read as {found}, by its first bytes")
             kind = replace(kind, format=found)
-    return Inspection(kind, encoding, notes=tuple(notes))
+    return DetectedFormat(kind, encoding, notes=tuple(notes))
 
 
-def _inspect_parquet(file: pa.NativeFile, place: Place, text_fields: tuple[str, ...]) -> Inspection:
+def _inspect_parquet(
+    file: pa.NativeFile, place: Place, text_fields: tuple[str, ...]
+) -> DetectedFormat:
     parquet = open_parquet(file, place, text_fields)
     metadata = parquet.metadata
     sizes = [
@@ -109,7 +111,7 @@ def _inspect_parquet(file: pa.NativeFile, place: Place, text_fields: tuple[str, 
         for group in range(metadata.num_row_groups)
     ]
     kind = FileKind("parquet", "none")
-    return Inspection(kind, TextEncoding("utf-8", 0, is_guessed=False), tuple(sizes))
+    return DetectedFormat(kind, TextEncoding("utf-8", 0, is_guessed=False), tuple(sizes))
 
 
 def _read_head(
@@ -123,7 +125,7 @@ def _read_head(
         raise ValueError(f"{place}: not {compression} as its name says ({error})") from error
 
 
-def _json_kind(text: str, kind: Format) -> Format:
+def _json_kind(text: str, kind: FileFormat) -> FileFormat:
     """Tell lines of objects from one array, or one object over several lines, by the beginning."""
     text = text.lstrip("\ufeff \t\r\n")
     if text.startswith("["):

@@ -21,12 +21,12 @@ from raytune_llama.data.readers.parquet import open_parquet, read_parquet_rows
 from raytune_llama.data.readers.ranges import (
     READ_BYTES,
     ByteReader,
-    HashedRange,
+    HashingReader,
     LineBlock,
+    is_line_start,
     read_line_blocks,
-    starts_line,
 )
-from raytune_llama.data.readers.rows import BadRow, ReadOptions, Reason, RowBatch, SourceError
+from raytune_llama.data.readers.rows import BadRow, BadRowReason, ReadOptions, RowBatch, SourceError
 from raytune_llama.storage.place import Place
 
 _SHORT_BYTES = 256 << 10
@@ -44,7 +44,7 @@ class OpenRange:
     """First byte or row group."""
     stop: int
     """End, not in it."""
-    reader: HashedRange
+    reader: HashingReader
     """Reads and hashes the part's bytes; stands at `start` but for Parquet."""
 
     def error(self, problem: str) -> SourceError:
@@ -73,7 +73,7 @@ def read_rows(part: OpenRange, options: ReadOptions) -> Iterator[RowBatch]:
     elif options.document == "blank_line":
         yield from _read_paragraphs(part, options)
     else:
-        yield _read_whole(part, options)
+        yield _read_single_document(part, options)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class _Decompressed:
 
 def _read_lines(part: OpenRange, options: ReadOptions) -> Iterator[TextLines]:
     """Stream the decoded lines that start in a part."""
-    at_line_start = starts_line(part.file, part.start)
+    at_line_start = is_line_start(part.file, part.start)
     text = _open_text(part, options)
     blocks = read_line_blocks(
         text.reader,
@@ -187,7 +187,7 @@ def _read_paragraphs(part: OpenRange, options: ReadOptions) -> Iterator[RowBatch
         yield batch
     batch = RowBatch()
     if open_paragraph is not None and options.is_splittable:
-        for lines in _read_behind(part, end, options):
+        for lines in _read_after(part, end, options):
             first_blank = next((n for n, is_blank in enumerate(_blanks(lines)) if is_blank), None)
             for number in range(len(lines.texts) if first_blank is None else first_blank):
                 open_paragraph.append(lines, number)
@@ -202,7 +202,7 @@ def _blanks(lines: TextLines) -> list[bool]:
     return [number not in lines.bad and not text.strip() for number, text in enumerate(lines.texts)]
 
 
-def _read_behind(part: OpenRange, start: int, options: ReadOptions) -> Iterator[TextLines]:
+def _read_after(part: OpenRange, start: int, options: ReadOptions) -> Iterator[TextLines]:
     """Stream the lines behind a part, a little at a time."""
     part.file.seek(start)
     blocks = read_line_blocks(
@@ -237,7 +237,7 @@ class _Paragraph:
     def append(self, lines: TextLines, number: int) -> None:
         """Add a line; one that cannot be used spoils the document, which is then not kept."""
         self.num_bytes += lines.num_bytes[number] + 1
-        reason: Reason | conversations.Reason | None = None
+        reason: BadRowReason | conversations.DefectReason | None = None
         detail = ""
         if number in lines.bad:
             reason, detail = lines.bad[number].reason, lines.bad[number].detail
@@ -281,7 +281,7 @@ def _follows_text(file: pa.NativeFile, start: int, options: ReadOptions) -> bool
     return False
 
 
-def _read_whole(part: OpenRange, options: ReadOptions) -> RowBatch:
+def _read_single_document(part: OpenRange, options: ReadOptions) -> RowBatch:
     """Read a file that is one document."""
     text = _open_text(part, options)
     pieces: list[bytes] = []
@@ -291,7 +291,7 @@ def _read_whole(part: OpenRange, options: ReadOptions) -> RowBatch:
         if num_bytes <= options.max_document_bytes:
             pieces.append(data)
     batch = RowBatch(num_rows=1)
-    reason: Reason | None = None
+    reason: BadRowReason | None = None
     detail = f"{num_bytes} bytes, max_document_bytes is {options.max_document_bytes}"
     if num_bytes > options.max_document_bytes:
         batch.bad.append(BadRow(1, text.start, "too_long", detail))

@@ -9,9 +9,9 @@ from raytune_llama.data.readers.lines import TextLines, count_bytes
 from raytune_llama.data.readers.ranges import READ_BYTES, ByteReader
 from raytune_llama.data.readers.rows import (
     BadRow,
+    BadRowReason,
     ObjectRow,
     ReadOptions,
-    Reason,
     RowBatch,
     SourceError,
     excerpt,
@@ -56,7 +56,7 @@ def add_row(batch: RowBatch, row: object, line: int, offset: int, options: ReadO
         batch.objects.append(ObjectRow(line, offset, row))
         return
     text, name = "", ""
-    reason: Reason | None = None
+    reason: BadRowReason | None = None
     detail = ""
     if not isinstance(row, dict):
         reason, detail = "not_an_object", f"{_kind(row)}: {excerpt(str(row))}"
@@ -86,7 +86,7 @@ def add_row(batch: RowBatch, row: object, line: int, offset: int, options: ReadO
     batch.bad.append(BadRow(line, offset, reason, detail))
 
 
-def check_text(text: str, max_bytes: int) -> tuple[Reason | None, str, int]:
+def check_text(text: str, max_bytes: int) -> tuple[BadRowReason | None, str, int]:
     """Return why a text cannot be used (None where it can), the detail, and its UTF-8 bytes."""
     try:
         num_bytes = count_bytes(text)
@@ -148,7 +148,7 @@ def _is_over(stream: "_Stream", batch: RowBatch, *, is_array: bool) -> bool:
     if not is_array:
         return not following
     line, offset = stream.line, stream.offset
-    reason: Reason = "truncated"
+    reason: BadRowReason = "truncated"
     detail = "the file ends within its array"
     if following == "]":
         stream.advance(1)
@@ -186,9 +186,9 @@ def _add_value(stream: "_Stream", batch: RowBatch, options: ReadOptions) -> None
 class _BrokenRowError(Exception):
     """A value that cannot be parsed."""
 
-    def __init__(self, reason: Reason, detail: str) -> None:
+    def __init__(self, reason: BadRowReason, detail: str) -> None:
         super().__init__(detail)
-        self.reason: Reason = reason
+        self.reason: BadRowReason = reason
         self.detail = detail
 
 

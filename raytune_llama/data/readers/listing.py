@@ -7,11 +7,11 @@ from pathlib import Path, PurePosixPath
 
 from raytune_llama.storage.place import FileStatus, Place
 
-Listed = tuple[Place, str, FileStatus]
+ListedFile = tuple[Place, str, FileStatus]
 """A file, its name relative to what was asked for, and what is known of it."""
 
 
-def list_files(place: Place, field: str) -> list[Listed]:
+def list_files(place: Place, field: str) -> list[ListedFile]:
     """List the files that a path, folder or glob names, by their relative names.
 
     Args:
@@ -34,7 +34,7 @@ def list_files(place: Place, field: str) -> list[Listed]:
     return sorted(listed, key=lambda one: one[1])
 
 
-def _list_local(path: Path) -> list[Listed]:
+def _list_local(path: Path) -> list[ListedFile]:
     if path.is_file():
         return [_listed(path, path.name)]
     if path.is_dir():
@@ -46,7 +46,7 @@ def _list_local(path: Path) -> list[Listed]:
     return [_listed(file, PurePosixPath(file.relative_to(root)).as_posix()) for file in found]
 
 
-def _listed(path: Path, name: str) -> Listed:
+def _listed(path: Path, name: str) -> ListedFile:
     place = Place.local(path)
     status = place.status()
     if status is None:
@@ -76,7 +76,7 @@ def _walk(folder: Path) -> list[Path]:
     return files
 
 
-def _list_remote(place: Place) -> list[Listed]:
+def _list_remote(place: Place) -> list[ListedFile]:
     status = place.status()
     if status is not None:
         return [(place, place.name, status)]

@@ -37,7 +37,7 @@ def content_sha256(block_digests: Iterable[str]) -> str:
     return hashlib.sha256("".join(block_digests).encode()).hexdigest()
 
 
-class HashedRange:
+class HashingReader:
     """Reads a file from `start` on, also behind `stop`, and hashes what lies in [start, stop)."""
 
     closed = False  # what pyarrow asks of a file of Python's before it reads it
@@ -102,7 +102,7 @@ class LineBlock:
         return self.offset + (len(self.data) or self.overlong_bytes)
 
 
-def starts_line(file: pa.NativeFile, start: int) -> bool:
+def is_line_start(file: pa.NativeFile, start: int) -> bool:
     r"""Whether a line starts at an offset: the byte before it is "\n", or there is none."""
     if start == 0:
         return True

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from raytune_llama.chat import conversations
 
-Format = Literal["txt", "json", "jsonl", "parquet"]
+FileFormat = Literal["txt", "json", "jsonl", "parquet"]
 """How a file is parsed; `json` is one array, or objects one after the other."""
 
 Compression = Literal["none", "gzip", "bz2", "zstd"]
@@ -14,7 +14,7 @@ Compression = Literal["none", "gzip", "bz2", "zstd"]
 DocumentMode = Literal["line", "file", "blank_line"]
 """What a document of a txt file is."""
 
-Reason = Literal[
+BadRowReason = Literal[
     "invalid_bytes",
     "nul",
     "lone_surrogate",
@@ -41,7 +41,7 @@ class SourceError(ValueError):
 class ReadOptions:
     """How to read a file; part of a store's fingerprint."""
 
-    format: Format
+    format: FileFormat
     """Its format."""
     compression: Compression = "none"
     """How it is compressed."""
@@ -75,7 +75,7 @@ class BadRow:
     offset: int
     """Byte at which it starts in the file, after decompression (and, for UTF-16, in UTF-8); for
     Parquet, its row from 0."""
-    reason: Reason | conversations.Reason
+    reason: BadRowReason | conversations.DefectReason
     """Why."""
     detail: str
     """What exactly, for a person: some bytes of it, the fields that it has."""

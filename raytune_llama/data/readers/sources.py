@@ -15,10 +15,10 @@ from pydantic import Field
 
 from raytune_llama.config.settings import PLACEMENT, ConfigError, settings
 from raytune_llama.data.readers.detection import (
-    NAMES_OF_SUFFIXES,
+    FORMATS_BY_SUFFIX,
+    DetectedFormat,
     FileKind,
-    Inspection,
-    inspect_file,
+    detect_format,
 )
 from raytune_llama.data.readers.encodings import Encoding
 from raytune_llama.data.readers.listing import list_files
@@ -151,12 +151,12 @@ def _source_number(problem: str) -> int:
 def _kind_of(source: SourceConfig, place: Place, number: int) -> tuple[FileKind | None, str | None]:
     """Decide by its name how a file is read, or say why that is not possible."""
     field = f"sources.{number}"
-    kind = FileKind.of_name(place.name, source.format)
+    kind = FileKind.from_name(place.name, source.format)
     problem = None
     if kind is None:
         problem = (
             f"{field}.format: cannot tell the format of {place} by its suffix; wanted one of "
-            f"{', '.join('.' + suffix for suffix in NAMES_OF_SUFFIXES)}: set format, or narrow "
+            f"{', '.join('.' + suffix for suffix in FORMATS_BY_SUFFIX)}: set format, or narrow "
             "path with a glob"
         )
     elif kind.format == "txt" and (source.text_field != "text" or source.text_aliases):
@@ -175,12 +175,12 @@ def _inspect(
     sources: tuple[SourceConfig, ...],
     file: tuple[int, Place, str, FileStatus],
     kind: FileKind,
-) -> Inspection | str:
+) -> DetectedFormat | str:
     """Look into a file; return a line about what is wrong with it instead of raising."""
     number, place, _, status = file
     source = sources[number]
     try:
-        return inspect_file(
+        return detect_format(
             place,
             status,
             kind,
@@ -197,7 +197,7 @@ def _inspect(
 def _source_file(
     sources: tuple[SourceConfig, ...],
     file: tuple[int, Place, str, FileStatus],
-    inspection: Inspection,
+    inspection: DetectedFormat,
     max_document_bytes: int,
 ) -> SourceFile:
     number, place, name, status = file

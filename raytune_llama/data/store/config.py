@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from raytune_llama.config.settings import PLACEMENT, settings
-from raytune_llama.tokenizer.encoder import Engine
+from raytune_llama.tokenizer.encoder import EncoderKind
 
 
 @settings
@@ -25,7 +25,7 @@ class StoreConfig:
     range_mib: Annotated[int, Field(ge=1), PLACEMENT] = 64
     """Size of the ranges in which large files are read by many workers at once. Decides how the
     store is cut into files, not what it holds."""
-    engine: Annotated[Engine, PLACEMENT] = "auto"
+    engine: Annotated[EncoderKind, PLACEMENT] = "auto"
     """What makes the ids. `auto`: a fast engine, where its ids were compared with the reference's
     on a sample of this corpus; `reference`: SentencePiece or tokenizers themselves."""
     cache_dir: Annotated[str | None, PLACEMENT] = None

@@ -8,10 +8,10 @@ from typing import Any, Literal, Self
 
 import pydantic
 
-from raytune_llama.config.settings import differences
+from raytune_llama.config.settings import find_differences
 from raytune_llama.storage.place import Place
 
-FORMAT_VERSION = 3
+STORE_FORMAT_VERSION = 3
 """Version of the directory's layout; part of the fingerprint."""
 
 MANIFEST_NAME = "manifest.json"
@@ -23,7 +23,7 @@ SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
 """All splits, in the order of the manifest."""
 
-REBUILD = "delete the store and run prepare_data again"
+REBUILD_HINT = "delete the store and run prepare_data again"
 """The next step in every message about a damaged store."""
 
 _MAX_DIFFERENCES = 12
@@ -73,7 +73,7 @@ class SplitManifest:
     """In the order of the stream."""
 
     @classmethod
-    def of(cls, shards: Iterable[Shard]) -> Self:
+    def from_shards(cls, shards: Iterable[Shard]) -> Self:
         """Sum up the shards of a split."""
         listed = list(shards)
         return cls(
@@ -126,7 +126,7 @@ class RowCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quarantine:
+class QuarantineFile:
     """The file with the rows that cannot be used, a JSON object a line."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
@@ -157,7 +157,7 @@ class Manifest:
     """All splits, also empty ones."""
     rows: RowCounts
     """What became of every row of the sources."""
-    quarantine: Quarantine | None
+    quarantine: QuarantineFile | None
     """The file that lists the rows in quarantine; None when there are none."""
     lengths: list[int]
     """Documents by length: the n-th number counts those of 2**n to 2**(n + 1) - 1 tokens."""
@@ -178,7 +178,7 @@ def token_dtype(vocabulary_size: int) -> Literal["uint16", "uint32"]:
     return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
 
 
-def compare_fingerprint(path: Place, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_fingerprint(path: Place, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse a store that was made from other inputs than the config describes now.
 
     Args:
@@ -191,7 +191,7 @@ def compare_fingerprint(path: Place, stored: Mapping[str, Any], wanted: Mapping[
     """
     if fingerprint_of(stored) == fingerprint_of(wanted):
         return
-    lines = differences(_indexed(stored), _indexed(wanted))
+    lines = find_differences(_indexed(stored), _indexed(wanted))
     if len(lines) > _MAX_DIFFERENCES:
         more = len(lines) - _MAX_DIFFERENCES
         lines = [*lines[:_MAX_DIFFERENCES], f"... and {more} more"]
@@ -212,17 +212,18 @@ def read_manifest(file: Place) -> Manifest:
     try:
         version = json.loads(data).get("format_version")
     except (ValueError, AttributeError) as error:
-        raise StoreError(f"{file}: not a manifest ({error}); {REBUILD}") from error
-    if version != FORMAT_VERSION:
+        raise StoreError(f"{file}: not a manifest ({error}); {REBUILD_HINT}") from error
+    if version != STORE_FORMAT_VERSION:
         raise StoreError(
-            f"{file}: format_version is {version!r}, this version reads {FORMAT_VERSION}; {REBUILD}"
+            f"{file}: format_version is {version!r}, this version reads "
+            f"{STORE_FORMAT_VERSION}; {REBUILD_HINT}"
         )
     try:
         manifest = pydantic.TypeAdapter(Manifest).validate_json(data)
     except pydantic.ValidationError as error:
-        raise StoreError(f"{file}: not a manifest ({error}); {REBUILD}") from error
+        raise StoreError(f"{file}: not a manifest ({error}); {REBUILD_HINT}") from error
     if manifest.fingerprint != fingerprint_of(manifest.inputs):
-        raise StoreError(f"{file}: the fingerprint is not that of its inputs; {REBUILD}")
+        raise StoreError(f"{file}: the fingerprint is not that of its inputs; {REBUILD_HINT}")
     return manifest
 
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from raytune_llama.data.store.manifest import REBUILD, Shard, StoreError
+from raytune_llama.data.store.manifest import REBUILD_HINT, Shard, StoreError
 from raytune_llama.storage.buckets import NUM_CONNECTIONS
 from raytune_llama.storage.place import Place
-from raytune_llama.storage.transfers import copy_path, default_cache_dir, local_copy
+from raytune_llama.storage.transfers import default_cache_dir, local_copy, local_copy_path
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def local_shards(place: Place, shards: Sequence[Shard], cache_dir: Path | None) 
     if place.is_local:
         return [place.path / shard.name for shard in shards]
     folder = cache_dir or default_cache_dir()
-    paths = [copy_path(place / shard.name, shard.sha256, folder) for shard in shards]
+    paths = [local_copy_path(place / shard.name, shard.sha256, folder) for shard in shards]
     missing = [shard for shard, path in zip(shards, paths, strict=True) if not path.exists()]
     if missing:
         gib = sum(shard.file_bytes for shard in missing) / 2**30
@@ -43,7 +43,7 @@ def local_shards(place: Place, shards: Sequence[Shard], cache_dir: Path | None) 
         except OSError as error:
             raise StoreError(f"{file}: cannot be copied to {folder} ({error})") from error
         except ValueError as error:
-            raise StoreError(f"{error}; {REBUILD}") from error
+            raise StoreError(f"{error}; {REBUILD_HINT}") from error
 
     with ThreadPoolExecutor(NUM_CONNECTIONS) as threads:
         return list(threads.map(fetch, shards))

@@ -35,7 +35,7 @@ class EncodedDocuments:
     targets: NDArray[np.bool_] | None = None
     """Which of `ids` are learned; None: all."""
 
-    def chosen(self, which: NDArray[np.bool_]) -> "EncodedDocuments":
+    def filter(self, which: NDArray[np.bool_]) -> "EncodedDocuments":
         """Return those for which `which`, one value a document, is true."""
         if which.all():
             return self

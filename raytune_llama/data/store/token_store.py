@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from raytune_llama.data.store.config import StoreConfig
 from raytune_llama.data.store.manifest import (
     MANIFEST_NAME,
-    REBUILD,
+    REBUILD_HINT,
     Manifest,
     Shard,
     SplitManifest,
@@ -69,8 +69,8 @@ class TokenStore:
         manifest = read_manifest(file)
         files = place.files()
         for split, content in manifest.splits.items():
-            if content != SplitManifest.of(content.shards):
-                raise StoreError(f"{file}: counts of {split} don't fit its shards; {REBUILD}")
+            if content != SplitManifest.from_shards(content.shards):
+                raise StoreError(f"{file}: counts of {split} don't fit its shards; {REBUILD_HINT}")
             for shard in content.shards:
                 _check_size(place / shard.name, files, shard.file_bytes)
         return cls(place, manifest, cache_dir)
@@ -108,7 +108,7 @@ class TokenStore:
                 if got != shard.sha256:
                     raise StoreError(
                         f"{self.place / shard.name}: SHA-256 is {got}, the manifest says "
-                        f"{shard.sha256}; {REBUILD}"
+                        f"{shard.sha256}; {REBUILD_HINT}"
                     )
 
 
@@ -335,7 +335,9 @@ def _map_batches(place: Place, shards: list[Shard], cache_dir: Path | None) -> I
                 reader = pa.ipc.open_file(file)
                 batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         except (OSError, pa.ArrowInvalid) as error:
-            remedy = REBUILD if place.is_local else f"delete it, a copy of {place / shard.name}"
+            remedy = (
+                REBUILD_HINT if place.is_local else f"delete it, a copy of {place / shard.name}"
+            )
             raise StoreError(f"{path}: cannot be mapped ({error}); {remedy}") from error
         for batch in batches:
             tokens = batch.column("tokens")
@@ -353,7 +355,7 @@ def _map_batches(place: Place, shards: list[Shard], cache_dir: Path | None) -> I
         if (documents, token_start - first) != (shard.documents, shard.tokens):
             raise StoreError(
                 f"{path}: {documents} documents with {token_start - first} tokens, the manifest "
-                f"says {shard.documents} with {shard.tokens}; {REBUILD}"
+                f"says {shard.documents} with {shard.tokens}; {REBUILD_HINT}"
             )
 
 
@@ -361,7 +363,7 @@ def _check_size(file: Place, files: dict[Place, FileStatus], file_bytes: int) ->
     got = files[file].num_bytes if file in files else None
     if got != file_bytes:
         state = "is missing" if got is None else f"has {got} bytes"
-        raise StoreError(f"{file} {state}, the manifest says {file_bytes} bytes; {REBUILD}")
+        raise StoreError(f"{file} {state}, the manifest says {file_bytes} bytes; {REBUILD_HINT}")
 
 
 def open_store(config: StoreConfig) -> TokenStore:

@@ -20,16 +20,16 @@ from raytune_llama.model.meta.layout import (
     ROPE_FREQUENCIES,
     MetaParams,
     MetaTensor,
+    build_llama_config,
     check_target,
-    config_of,
     expected_shape,
     meta_tensors,
-    to_halves,
+    to_half_split_rows,
 )
-from raytune_llama.model.meta.originals import original_name
+from raytune_llama.model.meta.originals import find_published_name
 from raytune_llama.model.tensors import TensorSpec, WeightsWriter, load_pickled
 from raytune_llama.storage.files import (
-    MANIFEST,
+    OUTPUT_MANIFEST,
     publish_directory,
     read_json,
     sha256_file,
@@ -69,7 +69,7 @@ def convert_to_huggingface(
     """Write a directory that plain transformers loads.
 
     Args:
-        source: Directory with `consolidated.*.pth`, `params.json` and `tokenizer.model`, which may
+        source: Directory with `consolidated.*.pth`, `params.json` and `loader.model`, which may
             also lie in the directory above, as Meta has it.
         target: Directory to make; it must not exist or be empty.
         max_position_embeddings: Tokens of context, which the files don't tell.
@@ -92,7 +92,7 @@ def convert_to_huggingface(
         with WeightsWriter(folder, specs, max_shard_bytes=max_shard_bytes) as writer:
             written = {name: writer.write(name, weights.read(name)) for name in specs}
         head = specs["lm_head.weight"]
-        config = config_of(params, head.shape[0], max_position_embeddings)
+        config = build_llama_config(params, head.shape[0], max_position_embeddings)
         config.dtype = head.dtype
         config.save_pretrained(folder)
         GenerationConfig(bos_token_id=1, eos_token_id=2).save_pretrained(folder)
@@ -108,7 +108,7 @@ def convert_to_huggingface(
             },
             "tensors": written,
         }
-        write_json_atomic(folder / MANIFEST, manifest)
+        write_json_atomic(folder / OUTPUT_MANIFEST, manifest)
     logger.info("%d shards of %s became %s: %d tensors", len(paths), source, target, len(specs))
 
 
@@ -196,10 +196,10 @@ def _find_tokenizer(source: Path) -> Path:
 
 
 def _check_originals(hashes: Mapping[str, str], *, require: bool) -> None:
-    unknown = [name for name, digest in hashes.items() if original_name(digest) is None]
+    unknown = [name for name, digest in hashes.items() if find_published_name(digest) is None]
     for name, digest in hashes.items():
         if name not in unknown:
-            logger.info("%s is the original file: %s", name, original_name(digest))
+            logger.info("%s is the original file: %s", name, find_published_name(digest))
     if unknown and require:
         raise ValueError(
             f"require_originals: {', '.join(unknown)}: SHA256 {hashes[unknown[0]]} is none that "
@@ -252,7 +252,7 @@ def _join(shards: list[dict[str, Tensor]], tensor: MetaTensor, paths: list[Path]
     whole = torch.cat(parts, dim=tensor.axis)
     if tensor.num_rotated_heads is None:
         return whole
-    return to_halves(whole, tensor.num_rotated_heads)
+    return to_half_split_rows(whole, tensor.num_rotated_heads)
 
 
 def _write_tokenizer_config(folder: Path, max_position_embeddings: int) -> None:

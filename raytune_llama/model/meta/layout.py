@@ -132,33 +132,35 @@ def expected_shape(tensor: MetaTensor, params: MetaParams, vocabulary: int) -> t
     return shapes.get(kind, (dim,))
 
 
-def to_halves(weight: Tensor, num_heads: int) -> Tensor:
+def to_half_split_rows(weight: Tensor, num_heads: int) -> Tensor:
     """Bring the rows of wq or wk from Meta's order into transformers'."""
     rows, columns = weight.shape
     pairs = weight.view(num_heads, rows // num_heads // 2, 2, columns)
     return pairs.transpose(1, 2).reshape(rows, columns)
 
 
-def to_pairs(weight: Tensor, num_heads: int) -> Tensor:
-    """Do the reverse of `to_halves`."""
+def to_interleaved_rows(weight: Tensor, num_heads: int) -> Tensor:
+    """Do the reverse of `to_half_split_rows`."""
     rows, columns = weight.shape
     halves = weight.view(num_heads, 2, rows // num_heads // 2, columns)
     return halves.transpose(1, 2).reshape(rows, columns)
 
 
-def cut(length: int, num_shards: int) -> list[tuple[int, int]]:
+def shard_ranges(length: int, num_shards: int) -> list[tuple[int, int]]:
     """Return where each shard's part of an axis starts and stops; the last one takes the rest."""
     each = length // num_shards
     starts = [number * each for number in range(num_shards)]
     return list(zip(starts, [*starts[1:], length], strict=True))
 
 
-def published_shards(params: MetaParams) -> int:
+def count_published_shards(params: MetaParams) -> int:
     """Return into how many files Meta cut a model of this width; 1 for widths it never had."""
     return _PUBLISHED_SHARDS.get(params.dim, 1)
 
 
-def config_of(params: MetaParams, vocabulary: int, max_position_embeddings: int) -> LlamaConfig:
+def build_llama_config(
+    params: MetaParams, vocabulary: int, max_position_embeddings: int
+) -> LlamaConfig:
     """Return transformers' config of a model."""
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
@@ -178,7 +180,7 @@ def config_of(params: MetaParams, vocabulary: int, max_position_embeddings: int)
     )
 
 
-def params_of(config: LlamaConfig) -> MetaParams:
+def build_meta_params(config: LlamaConfig) -> MetaParams:
     """Return what Meta's params.json says of a model of transformers'.
 
     Raises:
@@ -225,7 +227,7 @@ def _width_fields(dim: int, intermediate: int) -> dict[str, Any]:
     return {"multiple_of": 1, "ffn_dim_multiplier": multiplier}
 
 
-def check_cuts(params: MetaParams, num_shards: int) -> list[str]:
+def check_num_shards(params: MetaParams, num_shards: int) -> list[str]:
     """Return why a model cannot be cut into so many shards; empty where it can."""
     numbers = {
         "heads": params.n_heads,

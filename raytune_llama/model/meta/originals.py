@@ -16,6 +16,6 @@ _ORIGINALS = {
 }
 
 
-def original_name(sha256: str) -> str | None:
+def find_published_name(sha256: str) -> str | None:
     """Return which published file has a hash, or None."""
     return _ORIGINALS.get(sha256)

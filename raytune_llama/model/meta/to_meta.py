@@ -25,13 +25,13 @@ from raytune_llama.model.meta.layout import (
     ROPE_FREQUENCIES,
     MetaParams,
     MetaTensor,
-    check_cuts,
+    build_meta_params,
+    check_num_shards,
     check_target,
-    cut,
     expected_shape,
     meta_tensors,
-    params_of,
-    to_pairs,
+    shard_ranges,
+    to_interleaved_rows,
 )
 from raytune_llama.model.tensors import TensorSpec, Weights, open_weights
 from raytune_llama.storage.files import publish_directory, read_manifest
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class MetaForm:
+class MetaModelSpec:
     """How a model is said in Meta's form."""
 
     config: LlamaConfig
@@ -54,7 +54,7 @@ class MetaForm:
 
 
 def convert_to_meta(source: Path, target: Path, *, num_shards: int) -> None:
-    """Write `consolidated.*.pth`, `params.json` and `tokenizer.model`.
+    """Write `consolidated.*.pth`, `params.json` and `loader.model`.
 
     Args:
         source: Directory of a LLaMA of transformers'.
@@ -76,7 +76,7 @@ def convert_to_meta(source: Path, target: Path, *, num_shards: int) -> None:
     )
     with publish_directory(target) as folder:
         write_meta(folder, weights, form, num_shards=num_shards)
-        copy_pieces(source, folder)
+        copy_tokenizer_model(source, folder)
     logger.info("%s became %d shards in %s", source, num_shards, target)
 
 
@@ -87,7 +87,7 @@ def plan_meta(
     *,
     where: str,
     kept: Mapping[str, Any] | None = None,
-) -> MetaForm:
+) -> MetaModelSpec:
     """Find out how a model is said in Meta's form.
 
     Args:
@@ -100,21 +100,21 @@ def plan_meta(
     Raises:
         ValueError: Meta's form cannot hold the model, or not in so many shards.
     """
-    params = MetaParams(**kept["params"]) if kept else params_of(config)
-    problems = check_cuts(params, num_shards)
+    params = MetaParams(**kept["params"]) if kept else build_meta_params(config)
+    problems = check_num_shards(params, num_shards)
     if problems:
         raise ValueError("\n".join(problems))
     tensors = list(meta_tensors(params))
     _check_weights(where, specs, config, params, tensors)
-    return MetaForm(config, params, tensors, kept or {})
+    return MetaModelSpec(config, params, tensors, kept or {})
 
 
-def write_meta(folder: Path, weights: Weights, form: MetaForm, *, num_shards: int) -> None:
+def write_meta(folder: Path, weights: Weights, form: MetaModelSpec, *, num_shards: int) -> None:
     """Write `consolidated.*.pth` and `params.json` into an existing folder."""
     params = form.params
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         files = [Path(scratch, f"{number}.raw") for number in range(num_shards)]
-        layouts = _write_cuts(weights, form.config, form.tensors, files)
+        layouts = _write_shard_files(weights, form.config, form.tensors, files)
         for number, (file, layout) in enumerate(zip(files, layouts, strict=True)):
             content = {name: _mapped(file, *place) for name, place in layout.items()}
             if ROPE_FREQUENCIES in form.kept:
@@ -128,8 +128,8 @@ def write_meta(folder: Path, weights: Weights, form: MetaForm, *, num_shards: in
     (folder / PARAMS).write_text(json.dumps(values))
 
 
-def copy_pieces(source: Path, folder: Path) -> None:
-    """Copy `tokenizer.model`; say so where there is none."""
+def copy_tokenizer_model(source: Path, folder: Path) -> None:
+    """Copy `loader.model`; say so where there is none."""
     if (source / TOKENIZER).is_file():
         shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
     else:
@@ -191,7 +191,7 @@ _Place = tuple[int, torch.dtype, tuple[int, ...]]
 """Where a tensor lies in a raw file: offset, type, shape."""
 
 
-def _write_cuts(
+def _write_shard_files(
     weights: Weights, config: LlamaConfig, tensors: list[MetaTensor], files: list[Path]
 ) -> list[dict[str, _Place]]:
     """Write every shard's part of every tensor into its raw file; return where they lie."""
@@ -209,12 +209,12 @@ def _write_cuts(
 
 def _parts(whole: Tensor, tensor: MetaTensor, num_shards: int) -> Iterator[Tensor]:
     if tensor.num_rotated_heads is not None:
-        whole = to_pairs(whole, tensor.num_rotated_heads)
+        whole = to_interleaved_rows(whole, tensor.num_rotated_heads)
     for number in range(num_shards):
         if tensor.axis is None:
             yield whole
         else:
-            start, stop = cut(whole.shape[tensor.axis], num_shards)[number]
+            start, stop = shard_ranges(whole.shape[tensor.axis], num_shards)[number]
             yield whole.narrow(tensor.axis, start, stop - start)
 
 

@@ -25,17 +25,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from raytune_llama.model.lineage import CHAT
+from raytune_llama.model.lineage import CHAT_KEY
 from raytune_llama.model.lora import ADAPTER_WEIGHTS, check_adapter_directory, is_tied
-from raytune_llama.model.rope import read_model_settings, set_settings
-from raytune_llama.model.vocab import describe_foreign, has_tokenizer, num_embedding_rows
+from raytune_llama.model.rope import apply_rope_settings, read_model_settings
+from raytune_llama.model.vocab import describe_tokenizer_mismatch, has_tokenizer, num_embedding_rows
 from raytune_llama.serve.config import ServedModelConfig
-from raytune_llama.serve.engine.lora import LowRank
+from raytune_llama.serve.engine.lora import LoraLayerWeights
 from raytune_llama.serve.generation.model import (
     ServedModel,
     check_files,
     context_tokens,
-    load_template,
+    load_chat_encoder,
 )
 from raytune_llama.storage.files import read_manifest, sha256_file
 from raytune_llama.tokenizer.loader import load_tokenizer
@@ -56,7 +56,7 @@ class LoadedAdapter:
     served: ServedModel
     """Its name, tokenizer, template and model: the base, or a copy of its own."""
 
-    updates: Mapping[str, LowRank] | None
+    updates: Mapping[str, LoraLayerWeights] | None
     """Of the base's linear layers, by name; None: it is merged into a copy."""
 
 
@@ -102,10 +102,10 @@ class AdapterLoader:
         is_own_tokenizer = has_tokenizer(folder)
         if is_own_tokenizer:
             tokenizer = load_tokenizer(folder)
-        recorded = read_manifest(folder).get(CHAT)
+        recorded = read_manifest(folder).get(CHAT_KEY)
         chat = self._base.chat
         if recorded or (is_own_tokenizer and chat is not None):
-            chat = load_template(
+            chat = load_chat_encoder(
                 tokenizer,
                 folder,
                 recorded,
@@ -155,13 +155,13 @@ class AdapterLoader:
                 "that base"
             )
         if has_tokenizer(folder) and has_tokenizer(self._path):
-            foreign = describe_foreign(self._path, folder)
+            foreign = describe_tokenizer_mismatch(self._path, folder)
             if foreign:
                 raise ValueError(foreign)
 
     def _read_updates(
         self, settings_: peft.LoraConfig, state: Mapping[str, Tensor], folder: Path
-    ) -> dict[str, LowRank] | None:
+    ) -> dict[str, LoraLayerWeights] | None:
         """Return an adapter's updates, or None where it does more than that."""
         settings_ = copy.deepcopy(settings_)
         with torch.device("meta"):
@@ -176,14 +176,14 @@ class AdapterLoader:
         if others:
             return None
         self._compare(folder, attached, state)
-        updates: dict[str, LowRank] = {}
+        updates: dict[str, LoraLayerWeights] = {}
         for name, module in attached.get_base_model().named_modules():
             if isinstance(module, PeftLinear):
                 # PEFT computes in single precision, whatever the base's is.
                 a_RI = state[f"base_model.model.{name}.lora_A.weight"].float()
                 b_RO = state[f"base_model.model.{name}.lora_B.weight"].float().T
                 scaled_RO = (b_RO * module.scaling["default"]).contiguous()
-                updates[name] = LowRank(a_RI.to(self._device), scaled_RO.to(self._device))
+                updates[name] = LoraLayerWeights(a_RI.to(self._device), scaled_RO.to(self._device))
         if not updates:
             raise ValueError(f"{folder} adapts no layer of {self._base.name}")
         return updates
@@ -212,7 +212,7 @@ class AdapterLoader:
     ) -> PreTrainedModel:
         """Return a copy of the base with the adapter merged in; computed in single precision."""
         config = AutoConfig.from_pretrained(self._path, local_files_only=True)
-        set_settings(config, read_model_settings(folder))
+        apply_rope_settings(config, read_model_settings(folder))
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             self._path,
             config=config,

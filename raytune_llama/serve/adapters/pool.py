@@ -13,13 +13,18 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from raytune_llama.serve.adapters.loading import AdapterLoader, LoadedAdapter
-from raytune_llama.serve.adapters.registry import Listed, Registry, RegistryError
+from raytune_llama.serve.adapters.registry import AdapterRegistry, RegisteredAdapter, RegistryError
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.scheduler import Stepper
-from raytune_llama.serve.errors import BusyError, EngineError, RequestError, UnknownModelError
-from raytune_llama.serve.generation.completion import Answerer
+from raytune_llama.serve.engine.scheduler import BatchScheduler
+from raytune_llama.serve.errors import (
+    BusyError,
+    EngineError,
+    InvalidRequestError,
+    UnknownModelError,
+)
+from raytune_llama.serve.generation.completion import CompletionService
 from raytune_llama.serve.generation.model import ServedModel
-from raytune_llama.serve.generation.output import Part
+from raytune_llama.serve.generation.output import OutputDelta
 from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
 
 logger = logging.getLogger(__name__)
@@ -33,11 +38,11 @@ _NUM_ATTEMPTS = 3
 class _Version:
     """A version of an adapter, loaded or being loaded."""
 
-    listed: Listed
+    listed: RegisteredAdapter
     key: int
     """The engine's."""
 
-    loading: "asyncio.Task[Answerer]" = field(init=False)
+    loading: "asyncio.Task[CompletionService]" = field(init=False)
     num_users: int = 0
     last_use: int = 0
     is_retired: bool = False
@@ -67,13 +72,13 @@ class AdapterPool:
 
     def __init__(
         self,
-        base: Answerer,
-        registry: Registry,
+        base: CompletionService,
+        registry: AdapterRegistry,
         loader: AdapterLoader,
         engine: TransformersEngine,
         *,
-        make_answerer: Callable[[ServedModel, Hashable | None], Answerer],
-        make_stepper: Callable[[ServedModel], Stepper],
+        make_answerer: Callable[[ServedModel, Hashable | None], CompletionService],
+        make_stepper: Callable[[ServedModel], BatchScheduler],
         max_adapters: int,
     ) -> None:
         """Begin with no adapter in memory.
@@ -102,8 +107,8 @@ class AdapterPool:
 
     async def respond(
         self, request: ChatRequest | CompletionRequest
-    ) -> AsyncGenerator[int | Part, None]:
-        """Yield what `Answerer.respond` yields, by the adapter that a request names.
+    ) -> AsyncGenerator[int | OutputDelta, None]:
+        """Yield what `CompletionService.respond` yields, by the adapter that a request names.
 
         Raises:
             UnknownModelError: there is no such adapter.
@@ -122,7 +127,7 @@ class AdapterPool:
                 yield item
 
     @asynccontextmanager
-    async def _use(self, name: str) -> AsyncIterator[Answerer]:
+    async def _use(self, name: str) -> AsyncIterator[CompletionService]:
         """Hold a version of an adapter in memory."""
         names = await asyncio.to_thread(self._registry.list)
         listed = names.get(name)
@@ -141,14 +146,14 @@ class AdapterPool:
             version.num_users -= 1
             self._drop_unused(version)
 
-    def _choose(self, listed: Listed) -> _Version:
+    def _choose(self, listed: RegisteredAdapter) -> _Version:
         """Return the version that a request gets, which may be still to come."""
         slot = self._slots.get(listed.name)
         version, problem = self._failed.get(listed.name, (None, ""))
         is_failed = version == listed.version
         if slot is None:
             if is_failed:
-                raise RequestError(problem, "model")
+                raise InvalidRequestError(problem, "model")
             self._make_room()
             slot = self._slots[listed.name] = _Slot(self._start(listed))
         elif (
@@ -160,7 +165,7 @@ class AdapterPool:
             slot.newer = self._start(listed)
         return slot.current
 
-    def _start(self, listed: Listed) -> _Version:
+    def _start(self, listed: RegisteredAdapter) -> _Version:
         version = _Version(listed, next(self._keys))
         version.loading = asyncio.create_task(self._load(version))
         version.loading.add_done_callback(lambda _: self._settle(version))
@@ -182,7 +187,7 @@ class AdapterPool:
         # It may have been retired before it was there.
         self._drop_unused(version)
 
-    async def _load(self, version: _Version) -> Answerer:
+    async def _load(self, version: _Version) -> CompletionService:
         """Read an adapter and give it to the engine."""
         name = version.listed.name
         try:
@@ -191,7 +196,7 @@ class AdapterPool:
         except _UnfitError as error:
             self._failed[name] = error.version, f"adapter {name}: {error}"
             logger.error("adapter %s, version %s: %s", name, error.version, error)  # noqa: TRY400
-            raise RequestError(f"adapter {name}: {error}", "model") from error
+            raise InvalidRequestError(f"adapter {name}: {error}", "model") from error
         self._failed.pop(name, None)
         if loaded.updates is None:
             await self._engine.attach(version.key, self._make_stepper(loaded.served))
@@ -200,12 +205,12 @@ class AdapterPool:
         logger.info("adapter %s, version %s: loaded", name, version.listed.version)
         return self._make_answerer(loaded.served, version.key)
 
-    def _read(self, listed: Listed) -> tuple[Listed, LoadedAdapter]:
+    def _read(self, listed: RegisteredAdapter) -> tuple[RegisteredAdapter, LoadedAdapter]:
         """Read an adapter; where it is written in the meantime, again."""
         for _ in range(_NUM_ATTEMPTS):
             loaded, problem = None, ""
             try:
-                with self._registry.open(listed) as folder:
+                with self._registry.fetch(listed) as folder:
                     try:
                         loaded = self._loader.load(folder, f"{self._base.name}:{listed.name}")
                     except ValueError as error:

@@ -27,9 +27,9 @@ from raytune_llama.storage.place import FileStatus, Place, check_place
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "adapter_config.json"
+PEFT_CONFIG_FILE = "adapter_config.json"
 MAX_NAME_CHARACTERS = 256
-LISTED_SECONDS = 1.0
+LISTING_TTL_SECONDS = 1.0
 """How long a list is taken for what is there."""
 
 SETTLED_SECONDS = 2.0
@@ -45,7 +45,7 @@ class RegistryError(EngineError):
 
 
 @dataclass(frozen=True)
-class Listed:
+class RegisteredAdapter:
     """An adapter of the registry."""
 
     name: str
@@ -67,20 +67,20 @@ class Listed:
         return hashlib.sha256(repr((self.files, self.is_settled)).encode()).hexdigest()[:16]
 
 
-class Registry:
+class AdapterRegistry:
     """A folder with a folder for each adapter. May be used by several threads."""
 
     def __init__(self, root: Place) -> None:
         """Name the folder, which is not read yet."""
         self._root = root
         self._lock = threading.Lock()
-        self._listed: dict[str, Listed] = {}
+        self._listed: dict[str, RegisteredAdapter] = {}
         self._read_at: float | None = None
         self._told: set[str] = set()
         self._changed: dict[str, tuple[object, float]] = {}
 
     @classmethod
-    def of(cls, adapters_dir: str) -> "Registry":
+    def from_path(cls, adapters_dir: str) -> "AdapterRegistry":
         """Open what a config names.
 
         Raises:
@@ -98,7 +98,7 @@ class Registry:
             raise ConfigError([problem])
         return cls(root)
 
-    def list(self, *, anew: bool = False) -> Mapping[str, Listed]:
+    def list(self, *, anew: bool = False) -> Mapping[str, RegisteredAdapter]:
         """Return the adapters by name, as they were at most a second ago; may take a while.
 
         Args:
@@ -109,7 +109,7 @@ class Registry:
         """
         with self._lock:
             now = time.monotonic()
-            is_fresh = self._read_at is not None and now - self._read_at < LISTED_SECONDS
+            is_fresh = self._read_at is not None and now - self._read_at < LISTING_TTL_SECONDS
             if is_fresh and not anew:
                 return self._listed
             try:
@@ -122,7 +122,7 @@ class Registry:
             return self._listed
 
     @contextmanager
-    def open(self, listed: Listed) -> Iterator[Path]:
+    def fetch(self, listed: RegisteredAdapter) -> Iterator[Path]:
         """Yield a local folder with an adapter's files; a copy of it goes with the block.
 
         Raises:
@@ -145,10 +145,10 @@ class Registry:
                 raise RegistryError(f"the adapter {listed.name} can't be fetched now") from error
             yield Path(folder)
 
-    def _read(self) -> dict[str, Listed]:
-        listed: dict[str, Listed] = {}
+    def _read(self) -> dict[str, RegisteredAdapter]:
+        listed: dict[str, RegisteredAdapter] = {}
         for folder, files in self._folders().items():
-            if CONFIG not in files or folder.name.startswith("."):
+            if PEFT_CONFIG_FILE not in files or folder.name.startswith("."):
                 continue
             if not _is_name(folder.name):
                 if folder.name not in self._told:
@@ -156,7 +156,7 @@ class Registry:
                 self._told.add(folder.name)
                 continue
             found = tuple(sorted(files.items()))
-            listed[folder.name] = Listed(
+            listed[folder.name] = RegisteredAdapter(
                 folder.name, folder, found, is_settled=self._is_settled(folder, found)
             )
         return listed

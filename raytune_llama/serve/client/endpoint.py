@@ -21,15 +21,15 @@ class EndpointError(Exception):
     """The endpoint can't be reached, has failed, or has broken off an answer; try again later."""
 
 
-class RefusedError(ValueError):
+class RequestRejectedError(ValueError):
     """The endpoint refuses what it is asked, as with a wrong key or an unknown model."""
 
 
 @dataclass(frozen=True)
-class AnswerEnd:
+class StreamEnd:
     """What is told behind an answer's text."""
 
-    finish: str | None
+    finish_reason: str | None
     """Why it has ended: `stop`, `length`; None: the endpoint does not say."""
 
     prompt_tokens: int | None
@@ -54,7 +54,7 @@ class ChatClient:
             RefusedError: the key can't be sent in a header.
         """
         if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
-            raise RefusedError(
+            raise RequestRejectedError(
                 "OPENAI_API_KEY has a space or a sign that no key has; copy it again"
             )
         self._url = url.rstrip("/")
@@ -67,7 +67,7 @@ class ChatClient:
         """Close all connections."""
         self._http.close()
 
-    def models(self) -> list[str]:
+    def list_models(self) -> list[str]:
         """Return the names of the models, `model:adapter` among them.
 
         Raises:
@@ -82,7 +82,7 @@ class ChatClient:
             except (ValueError, KeyError, TypeError) as error:
                 raise EndpointError(f"{self._url}/models is no list of OpenAI's form") from error
 
-    def stream(self, request: Mapping[str, Any]) -> Generator[str | AnswerEnd]:
+    def stream(self, request: Mapping[str, Any]) -> Generator[str | StreamEnd]:
         """Yield the pieces of a chat's answer as they come, and its end.
 
         A caller that closes the iterator ends the request.
@@ -104,13 +104,13 @@ class ChatClient:
             self._check(response)
             yield from self._read(response)
 
-    def _read(self, response: httpx2.Response) -> Iterator[str | AnswerEnd]:
+    def _read(self, response: httpx2.Response) -> Iterator[str | StreamEnd]:
         finish: str | None = None
         usage: Mapping[str, int] = {}
         for event in httpx2.EventSource(response):
             if event.data == "[DONE]":
                 counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
-                yield AnswerEnd(finish, *counts)
+                yield StreamEnd(finish, *counts)
                 return
             try:
                 chunk = json.loads(event.data)
@@ -156,5 +156,5 @@ class ChatClient:
         if wait:
             text += f"\ntry again {f'in {wait} s' if wait.isdecimal() else f'after {wait}'}"
         if 400 <= status < 500 and status != 429:
-            raise RefusedError(text)
+            raise RequestRejectedError(text)
         raise EndpointError(text)

@@ -10,10 +10,15 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 
 from raytune_llama.config.settings import ConfigError, settings
-from raytune_llama.serve.client.endpoint import AnswerEnd, ChatClient, EndpointError, RefusedError
+from raytune_llama.serve.client.endpoint import (
+    ChatClient,
+    EndpointError,
+    RequestRejectedError,
+    StreamEnd,
+)
 from raytune_llama.storage.files import json_bytes
 
-STOPPED = 130
+EXIT_INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
 HELP = """\
@@ -110,7 +115,7 @@ class Chat:
         try:
             with closing(self._client.stream({**request, **self._sampling})) as items:
                 for item in items:
-                    if isinstance(item, AnswerEnd):
+                    if isinstance(item, StreamEnd):
                         ends = True
                         self.counts = _counts(item, start, first, time.monotonic())
                         continue
@@ -124,7 +129,7 @@ class Chat:
                 self.turns += [asked, {"role": "assistant", "content": came}]
 
 
-def _counts(end: AnswerEnd, start: float, first: float, now: float) -> str:
+def _counts(end: StreamEnd, start: float, first: float, now: float) -> str:
     if end.prompt_tokens is None or end.completion_tokens is None:
         facts = ["the endpoint does not count tokens"]
     else:
@@ -132,7 +137,7 @@ def _counts(end: AnswerEnd, start: float, first: float, now: float) -> str:
         if end.completion_tokens > 1 and first and now > first:
             facts.append(f"{(end.completion_tokens - 1) / (now - first):.3g} tokens/s")
     facts += [f"first after {first - start:.2f} s"] if first else []
-    facts += ["cut off at the limit of tokens"] if end.finish == "length" else []
+    facts += ["cut off at the limit of tokens"] if end.finish_reason == "length" else []
     return ", ".join(facts)
 
 
@@ -149,7 +154,7 @@ def run_chat(
         notes: everything else that is said.
 
     Returns:
-        Exit status: 0; 1 where the endpoint has failed; 2 where it refused; `STOPPED`.
+        Exit status: 0; 1 where the endpoint has failed; 2 where it refused; `EXIT_INTERRUPTED`.
     """
     parts = urlsplit(config.url)
     is_near = (parts.hostname or "") in {"localhost", "127.0.0.1", "::1"}
@@ -160,7 +165,7 @@ def run_chat(
             if not (source.isatty() and out.isatty()):
                 return _answer_once(client, config, source, out, notes)
             return _Terminal(client, config, out, notes).run()
-    except RefusedError as error:
+    except RequestRejectedError as error:
         notes.write(f"{_visible(str(error))}\n")
         return 2
     except EndpointError as error:
@@ -182,7 +187,7 @@ def _answer_once(
                 out.flush()
     except KeyboardInterrupt:
         notes.write("\nstopped\n")
-        return STOPPED
+        return EXIT_INTERRUPTED
     out.write("\n")
     out.flush()
     if config.usage:
@@ -195,16 +200,18 @@ def _read_question(source: TextIO) -> str:
         question = source.read().strip()
         question.encode()  # Python reads wrong bytes as lone surrogates in some locales
     except UnicodeError as error:
-        raise RefusedError(f"stdin is no UTF-8 text: {error}") from error
+        raise RequestRejectedError(f"stdin is no UTF-8 text: {error}") from error
     if not question:
-        raise RefusedError("stdin holds no question")
+        raise RequestRejectedError("stdin holds no question")
     return question
 
 
 def _only_model(client: ChatClient) -> str:
-    names = client.models()
+    names = client.list_models()
     if len(names) != 1:
-        raise RefusedError(f"model: set it to one of: {', '.join(names) or '(there is none)'}")
+        raise RequestRejectedError(
+            f"model: set it to one of: {', '.join(names) or '(there is none)'}"
+        )
     return names[0]
 
 
@@ -239,9 +246,9 @@ class _Terminal:
         self._out.flush()
 
     def _choose(self) -> str:
-        names = self._client.models()
+        names = self._client.list_models()
         if not names:
-            raise RefusedError("the endpoint has no model")
+            raise RequestRejectedError("the endpoint has no model")
         if len(names) == 1:
             return names[0]
         for number, name in enumerate(names, start=1):
@@ -262,7 +269,7 @@ class _Terminal:
             self._say("")
         except KeyboardInterrupt:
             self._say("\n(stopped)")
-        except (EndpointError, RefusedError) as error:
+        except (EndpointError, RequestRejectedError) as error:
             self._say(f"\n{error}")
             return
         if self._config.usage:
@@ -290,8 +297,8 @@ class _Terminal:
 
     def _switch(self, chat: Chat, value: str) -> None:
         try:
-            names = self._client.models()
-        except (EndpointError, RefusedError) as error:
+            names = self._client.list_models()
+        except (EndpointError, RequestRejectedError) as error:
             self._say(str(error))
             return
         if value in names:

@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 
 @dataclass
-class Window:
+class CacheView:
     """What a pass sees of the cache."""
 
     first: int = 0
@@ -34,7 +34,7 @@ class Window:
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, (S, H, columns, D)."""
 
-    def __init__(self, window: Window, num_slots: int) -> None:
+    def __init__(self, window: CacheView, num_slots: int) -> None:
         super().__init__()
         self._window, self._num_slots = window, num_slots
 
@@ -110,12 +110,12 @@ class SlotCache(Cache):
             config: of the model.
             num_slots: S, sequences at a time.
         """
-        self.window = Window()
+        self.window = CacheView()
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
         layers: list[Any] = [SlotLayer(self.window, num_slots) for _ in range(num_layers)]
         super().__init__(layers=layers)
 
-    def look(self, first: int, positions_NQ: Tensor, num_columns: int) -> None:
+    def set_view(self, first: int, positions_NQ: Tensor, num_columns: int) -> None:
         """Set what the next pass sees: rows from `first` on, and columns up to the longest."""
         window = self.window
         window.first, window.positions_NQ, window.num_columns = first, positions_NQ, num_columns

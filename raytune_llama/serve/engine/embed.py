@@ -20,7 +20,7 @@ from raytune_llama.serve.engine.protocol import Vectors
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddingOutput:
     """What a pass has made."""
 
     key: Hashable
@@ -43,7 +43,7 @@ class _Reading:
 
 
 @dataclass
-class _Job:
+class _EmbeddingJob:
     key: Hashable
     texts: deque[tuple[int, ...]]
     reading: _Reading | None = None
@@ -74,7 +74,7 @@ class Embedder:
         self._model, self._device = base, model.device
         self._max_context, self._pass_tokens = max_context, pass_tokens
         self._passes_positions = "position_ids" in inspect.signature(base.forward).parameters
-        self._jobs: deque[_Job] = deque()
+        self._jobs: deque[_EmbeddingJob] = deque()
 
     @property
     def num_jobs(self) -> int:
@@ -102,14 +102,14 @@ class Embedder:
             ValueError: as `check`.
         """
         self.check(texts)
-        self._jobs.append(_Job(key, deque(texts)))
+        self._jobs.append(_EmbeddingJob(key, deque(texts)))
 
     def remove(self, key: Hashable) -> None:
         """Let a job go; nothing where it is done."""
         self._jobs = deque(job for job in self._jobs if job.key != key)
 
     @torch.inference_mode()
-    def step(self) -> list[Embedded]:
+    def step(self) -> list[EmbeddingOutput]:
         """Make one pass for one job; the jobs take turns between two texts or batches of them."""
         if not self._jobs:
             return []
@@ -124,9 +124,9 @@ class Embedder:
         if vectors_ND is None:
             return []
         normed_ND = torch.nn.functional.normalize(vectors_ND, dim=1)
-        return [Embedded(job.key, normed_ND.cpu().numpy(), not job.texts)]
+        return [EmbeddingOutput(job.key, normed_ND.cpu().numpy(), not job.texts)]
 
-    def _pass(self, job: _Job) -> Tensor | None:
+    def _pass(self, job: _EmbeddingJob) -> Tensor | None:
         """Return the means of a job's next texts, (N, D), or None where a long one goes on."""
         if len(job.texts[0]) > self._pass_tokens:
             return self._read_on(job)
@@ -153,7 +153,7 @@ class Embedder:
         total_ND = states_NTD.masked_fill(~mask_NT.unsqueeze(2), 0.0).sum(1)
         return total_ND / lengths_N.unsqueeze(1)
 
-    def _read_on(self, job: _Job) -> Tensor | None:
+    def _read_on(self, job: _EmbeddingJob) -> Tensor | None:
         """Read a piece of a long text; return its mean, (1, D), where that was the last one."""
         ids = job.texts[0]
         if job.reading is None:

@@ -21,8 +21,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from raytune_llama.chat.tools import CALL_END, CALL_MIDDLE, CALL_START, CLOSING, OPENING
-from raytune_llama.tokenizer.loader import control_ids
+from raytune_llama.chat.tools import (
+    CALL_END,
+    CALL_MIDDLE,
+    CALL_START,
+    TOOL_CALL_CLOSE_TAG,
+    TOOL_CALL_OPEN_TAG,
+)
+from raytune_llama.tokenizer.loader import control_token_ids
 
 MAX_SCHEMA_CHARACTERS = 100_000
 MAX_KEPT_GRAMMARS = 32
@@ -36,7 +42,7 @@ _LAYOUT: Any = {
 
 
 @dataclass(frozen=True)
-class CallForm:
+class ToolCallFormat:
     """What an answer with tools may be: text and then calls, either of which may be missing."""
 
     schemas: Sequence[tuple[str, dict[str, Any]]]
@@ -61,13 +67,13 @@ class Grammar:
         self.lark = lark
         """The grammar as llguidance reads it, for engines that keep it themselves."""
 
-    def allowed(self) -> Tensor:
+    def allowed_tokens(self) -> Tensor:
         """Return which tokens may come next; an end of the text where the form is whole."""
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         bits = np.unpackbits(packed, bitorder="little")[: self._num_tokens]
         return torch.from_numpy(bits.astype(np.bool_))
 
-    def take(self, token: int) -> None:
+    def advance(self, token: int) -> None:
         """Go on by a token.
 
         Raises:
@@ -81,7 +87,7 @@ class Grammar:
         return Grammar(self._matcher.deep_copy(), self._num_tokens, self.lark)
 
 
-class Grammars:
+class GrammarCompiler:
     """Makes grammars for one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop_ids: frozenset[int]) -> None:
@@ -98,13 +104,14 @@ class Grammars:
         self._added = {
             token.content: id_
             for id_, token in tokenizer.added_tokens_decoder.items()
-            if token.content in (OPENING, CLOSING) or id_ not in control_ids(tokenizer)
+            if token.content in (TOOL_CALL_OPEN_TAG, TOOL_CALL_CLOSE_TAG)
+            or id_ not in control_token_ids(tokenizer)
         }
         self._tokenizer = llguidance.hf.from_tokenizer(
             tokenizer, n_vocab=self._num_tokens, eos_token=sorted(stop_ids)
         )
 
-    def of_schema(self, schema: dict[str, Any]) -> Grammar:
+    def compile_schema(self, schema: dict[str, Any]) -> Grammar:
         """Return the grammar of a JSON schema.
 
         Raises:
@@ -117,7 +124,7 @@ class Grammars:
             )
         return self._build(f"start: {_json_rule(schema)}", "the schema")
 
-    def of_calls(self, form: CallForm) -> Grammar:
+    def compile_tool_calls(self, form: ToolCallFormat) -> Grammar:
         """Return the grammar of answers with tools.
 
         Raises:
@@ -130,7 +137,7 @@ class Grammars:
             # Which one it is shows where each is tried alone.
             for name, schema in form.schemas:
                 try:
-                    self.of_schema(schema)
+                    self.compile_schema(schema)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
             raise
@@ -148,9 +155,9 @@ class Grammars:
             raise ValueError(matcher.get_error())
         return matcher
 
-    def _lark(self, form: CallForm) -> str:
+    def _lark(self, form: ToolCallFormat) -> str:
         """Write the grammar of answers with tools; see llguidance's docs/syntax.md."""
-        opening, closing = self._marker(OPENING), self._marker(CLOSING)
+        opening, closing = self._marker(TOOL_CALL_OPEN_TAG), self._marker(TOOL_CALL_CLOSE_TAG)
         rules = [f"opening: {opening}", f"closing: {closing}"]
         calls = [f"call_{number}" for number in range(len(form.schemas))]
         for call, (name, schema) in zip(calls, form.schemas, strict=True):
@@ -171,12 +178,16 @@ class Grammars:
         rules = [
             "start: prose | head behind",
             # Ends at the first marker, and TEXT with it: what is lazy goes before what is greedy.
-            f"text_head[lazy]: /(.|\\n)*{OPENING}/",
+            f"text_head[lazy]: /(.|\\n)*{TOOL_CALL_OPEN_TAG}/",
             r"TEXT: /(.|\n)+/",
         ]
-        token = self._added.get(OPENING)
+        token = self._added.get(TOOL_CALL_OPEN_TAG)
         head = "text_head" if token is None else f"text_head | TEXT? <[{token}]>"
-        others = [id_ for text, id_ in self._added.items() if text not in (OPENING, CLOSING)]
+        others = [
+            id_
+            for text, id_ in self._added.items()
+            if text not in (TOOL_CALL_OPEN_TAG, TOOL_CALL_CLOSE_TAG)
+        ]
         if not others:
             return [*rules, "prose: TEXT?", f"head: {head}"]
         listed = ",".join(map(str, sorted(others)))

@@ -9,22 +9,22 @@ from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import replace
 
-from raytune_llama.serve.engine.embed import Embedded, Embedder
-from raytune_llama.serve.engine.lora import LowRank
-from raytune_llama.serve.engine.protocol import Generation, Step, Vectors
-from raytune_llama.serve.engine.scheduler import Stepper
+from raytune_llama.serve.engine.embed import Embedder, EmbeddingOutput
+from raytune_llama.serve.engine.lora import LoraLayerWeights
+from raytune_llama.serve.engine.protocol import EngineRequest, TokenOutput, Vectors
+from raytune_llama.serve.engine.scheduler import BatchScheduler
 from raytune_llama.serve.errors import BusyError, EngineError
 
 logger = logging.getLogger(__name__)
 
-_Told = Step | Embedded
+_EngineOutput = TokenOutput | EmbeddingOutput
 """What the thread tells of a request."""
 
 
 class TransformersEngine:
     """Our own step loop around a transformers model, in a thread of its own."""
 
-    def __init__(self, stepper: Stepper, *, max_waiting: int) -> None:
+    def __init__(self, stepper: BatchScheduler, *, max_waiting: int) -> None:
         """Start the thread.
 
         Args:
@@ -33,21 +33,21 @@ class TransformersEngine:
         """
         self._stepper, self._max_waiting = stepper, max_waiting
         # Adapters that are merged into a copy of the model.
-        self._own: dict[Hashable, Stepper] = {}
+        self._own: dict[Hashable, BatchScheduler] = {}
         self._attaching: set[Future[None]] = set()
         self._embedder = stepper.build_embedder()
         self._keys = itertools.count()
         self._wake = threading.Condition()
         self._todo: list[Callable[[], None]] = []
-        self._listeners: dict[Hashable, Callable[[_Told | EngineError], object]] = {}
+        self._listeners: dict[Hashable, Callable[[_EngineOutput | EngineError], object]] = {}
         self._failure: EngineError | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[Step, None]:
+    async def generate(self, generation: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
         """Yield a request's tokens; see `Engine`."""
-        self.check()
+        self.check_health()
         stepper = self._own.get(generation.adapter, self._stepper)
         if stepper is not self._stepper:
             generation = replace(generation, adapter=None)
@@ -63,12 +63,12 @@ class TransformersEngine:
             )
         ) as items:
             async for item in items:
-                assert isinstance(item, Step)
+                assert isinstance(item, TokenOutput)
                 yield item
 
     async def embed(self, texts: Sequence[tuple[int, ...]]) -> AsyncGenerator[Vectors, None]:
         """Yield texts' vectors; see `Engine`."""
-        self.check()
+        self.check_health()
         self._embedder.check(texts)
         if self._embedder.num_jobs + len(self._todo) >= self._max_waiting:
             raise BusyError(f"{self._max_waiting} requests are waiting already")
@@ -81,18 +81,18 @@ class TransformersEngine:
             )
         ) as items:
             async for item in items:
-                assert isinstance(item, Embedded)
+                assert isinstance(item, EmbeddingOutput)
                 yield item.vectors
 
     async def _follow(
         self, key: Hashable, *, start: Callable[[], None], stop: Callable[[], None]
-    ) -> AsyncGenerator[_Told, None]:
+    ) -> AsyncGenerator[_EngineOutput, None]:
         """Yield what the thread tells of a request, from its start to its last item.
 
         `stop` is called in the thread where the caller goes away before.
         """
         loop = asyncio.get_running_loop()
-        told: asyncio.Queue[_Told | EngineError] = asyncio.Queue()
+        told: asyncio.Queue[_EngineOutput | EngineError] = asyncio.Queue()
         self._listeners[key] = lambda item: loop.call_soon_threadsafe(told.put_nowait, item)
         self._do(start)
         is_over = False
@@ -110,7 +110,9 @@ class TransformersEngine:
                 # The caller has gone: what it held is free before the next pass.
                 self._do(stop)
 
-    async def attach(self, key: Hashable, adapter: Mapping[str, LowRank] | Stepper) -> None:
+    async def attach(
+        self, key: Hashable, adapter: Mapping[str, LoraLayerWeights] | BatchScheduler
+    ) -> None:
         """Take an adapter in between two steps; requests may name it afterwards.
 
         Args:
@@ -122,13 +124,13 @@ class TransformersEngine:
             EngineError: there is no memory for it, which harms nothing else; or the engine has
                 failed.
         """
-        self.check()
+        self.check_health()
         done: Future[None] = Future()
         self._attaching.add(done)
 
         def attach() -> None:
             try:
-                if isinstance(adapter, Stepper):
+                if isinstance(adapter, BatchScheduler):
                     self._own[key] = adapter
                 else:
                     self._stepper.attach(key, adapter)
@@ -155,7 +157,7 @@ class TransformersEngine:
 
         self._do(detach)
 
-    def check(self) -> None:
+    def check_health(self) -> None:
         """Raise EngineError where nothing can be generated any more."""
         if self._failure is not None:
             raise self._failure
@@ -207,8 +209,10 @@ class TransformersEngine:
                     listener(item)
         return True
 
-    def _busy(self) -> list[Stepper | Embedder]:
+    def _busy(self) -> list[BatchScheduler | Embedder]:
         """Return those that have something to do."""
         steppers = (self._stepper, *self._own.values())
-        busy: list[Stepper | Embedder] = [s for s in steppers if s.num_running or s.num_waiting]
+        busy: list[BatchScheduler | Embedder] = [
+            s for s in steppers if s.num_running or s.num_waiting
+        ]
         return [*busy, self._embedder] if self._embedder.num_jobs else busy

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-Layout = tuple[Hashable, ...]
+RankOwners = tuple[Hashable, ...]
 """Whose each of a layer's R ranks is."""
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LoraLayerWeights:
     """An adapter's update of one linear layer: x becomes W x + B A x."""
 
     a_RI: Tensor
@@ -32,20 +32,22 @@ class LowRank:
     """B transposed, times the adapter's scale."""
 
 
-class _Rows:
+class _RowAdapters:
     """What a pass has in its rows; all layers see the same one."""
 
     def __init__(self) -> None:
         self.adapters: tuple[Hashable | None, ...] = ()
-        self._found: dict[Layout, tuple[slice, Tensor | None] | None] = {}
+        self._found: dict[RankOwners, tuple[slice, Tensor | None] | None] = {}
 
-    def look(self, adapters: tuple[Hashable | None, ...]) -> None:
+    def set_adapters(self, adapters: tuple[Hashable | None, ...]) -> None:
         """Set the adapter of each row."""
         if adapters != self.adapters:
             self.adapters = adapters
             self._found.clear()
 
-    def select(self, layout: Layout, device: torch.device) -> tuple[slice, Tensor | None] | None:
+    def select(
+        self, layout: RankOwners, device: torch.device
+    ) -> tuple[slice, Tensor | None] | None:
         """Return which ranks of a layer the rows need, and which of these each does not.
 
         None where no row has an adapter there; no mask where all ranks are every row's.
@@ -54,7 +56,9 @@ class _Rows:
             self._found[layout] = self._select(layout, device)
         return self._found[layout]
 
-    def _select(self, layout: Layout, device: torch.device) -> tuple[slice, Tensor | None] | None:
+    def _select(
+        self, layout: RankOwners, device: torch.device
+    ) -> tuple[slice, Tensor | None] | None:
         wanted = set(self.adapters) - {None}
         places = [place for place, adapter in enumerate(layout) if adapter in wanted]
         if not places:
@@ -69,15 +73,15 @@ class _Rows:
 class _LoraLinear(nn.Module):
     """A linear layer with the adapters of all rows."""
 
-    def __init__(self, base: nn.Linear, rows: _Rows) -> None:
+    def __init__(self, base: nn.Linear, rows: _RowAdapters) -> None:
         super().__init__()
         self.base = base
         self._rows = rows
-        self.adapters: dict[Hashable, LowRank] = {}
-        self._layout: Layout = ()
+        self.adapters: dict[Hashable, LoraLayerWeights] = {}
+        self._layout: RankOwners = ()
         self._a_RI = self._b_RO = base.weight.new_empty(0)
 
-    def stack(self, adapters: dict[Hashable, LowRank]) -> "_Stacked":
+    def stack(self, adapters: dict[Hashable, LoraLayerWeights]) -> "_Stacked":
         """Return all factors as two matrices, on the layer's device."""
         device = self.base.weight.device
         return _Stacked(
@@ -87,14 +91,16 @@ class _LoraLinear(nn.Module):
             torch.cat([update.b_RO.to(device) for update in adapters.values()]),
         )
 
-    def take(self, stacked: "_Stacked") -> None:
+    def set_factors(self, stacked: "_Stacked") -> None:
         """Use other factors from the next pass on."""
         self._layout, self._a_RI, self._b_RO = stacked.layout, stacked.a_RI, stacked.b_RO
         # Views: nothing is in memory twice.
         ends = {key: len(list(ranks)) for key, ranks in groupby(stacked.layout)}
         sizes = [ends[key] for key in stacked.adapters]
         pairs = zip(stacked.a_RI.split(sizes), stacked.b_RO.split(sizes), strict=True)
-        self.adapters = dict(zip(stacked.adapters, (LowRank(a, b) for a, b in pairs), strict=True))
+        self.adapters = dict(
+            zip(stacked.adapters, (LoraLayerWeights(a, b) for a, b in pairs), strict=True)
+        )
 
     def forward(self, inputs_NQI: Tensor) -> Tensor:
         """Return W x, and B A x more in the rows with an adapter, (N, Q, O)."""
@@ -112,8 +118,8 @@ class _LoraLinear(nn.Module):
 
 @dataclass(frozen=True)
 class _Stacked:
-    adapters: dict[Hashable, LowRank]
-    layout: Layout
+    adapters: dict[Hashable, LoraLayerWeights]
+    layout: RankOwners
     a_RI: Tensor
     b_RO: Tensor
 
@@ -128,7 +134,7 @@ class LoraLayers:
             model: whose linear layers are replaced in place as adapters come and go.
         """
         self._model = model
-        self._rows = _Rows()
+        self._rows = _RowAdapters()
         self._layers: dict[str, _LoraLinear] = {}
         self._keys: set[Hashable] = set()
 
@@ -137,7 +143,7 @@ class LoraLayers:
         """The adapters that are attached."""
         return frozenset(self._keys)
 
-    def attach(self, key: Hashable, updates: Mapping[str, LowRank]) -> None:
+    def attach(self, key: Hashable, updates: Mapping[str, LoraLayerWeights]) -> None:
         """Add an adapter; where that fails, nothing has changed.
 
         Args:
@@ -154,7 +160,7 @@ class LoraLayers:
                 layer = _LoraLinear(base, self._rows)
             stacked[name] = layer, layer.stack({**layer.adapters, key: update})
         for name, (layer, factors) in stacked.items():
-            layer.take(factors)
+            layer.set_factors(factors)
             if name not in self._layers:
                 self._layers[name] = layer
                 self._model.set_submodule(name, layer)
@@ -168,12 +174,12 @@ class LoraLayers:
                 continue
             left = {other: update for other, update in layer.adapters.items() if other != key}
             if left:
-                layer.take(layer.stack(left))
+                layer.set_factors(layer.stack(left))
             else:
                 self._model.set_submodule(name, layer.base)
                 del self._layers[name]
 
-    def look(self, adapters: Sequence[Hashable | None]) -> None:
+    def set_row_adapters(self, adapters: Sequence[Hashable | None]) -> None:
         """Set the adapter of each row of the next pass; None: the base alone."""
         assert self._keys.issuperset(set(adapters) - {None})
-        self._rows.look(tuple(adapters))
+        self._rows.set_adapters(tuple(adapters))

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 Vectors = NDArray[np.float32]
 """Vectors of texts, (N, D): N texts, D hidden size."""
 
-Finish = Literal["stop", "length"]
+EngineFinishReason = Literal["stop", "length"]
 """Why a sequence has ended: at a token that ends it, or at its limit."""
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingOptions:
     """How a sequence's tokens are chosen."""
 
     temperature: float = 1.0
@@ -46,11 +46,11 @@ class Sampling:
 class Constraint(Protocol):
     """What restricts a sequence's tokens, one after the other."""
 
-    def allowed(self) -> "Tensor":
+    def allowed_tokens(self) -> "Tensor":
         """Return which tokens may come next, (V,) of booleans; at least one may."""
         ...
 
-    def take(self, token: int) -> None:
+    def advance(self, token: int) -> None:
         """Go on by a token that may come."""
         ...
 
@@ -60,7 +60,7 @@ class Constraint(Protocol):
 
 
 @dataclass(frozen=True)
-class Choice:
+class SampledToken:
     """A token that was chosen."""
 
     token: int
@@ -69,18 +69,18 @@ class Choice:
     logprob: float | None = None
     """Natural logarithm of its probability, before temperature and cuts; None: not asked for."""
 
-    likeliest: tuple[tuple[int, float], ...] = ()
+    top_logprobs: tuple[tuple[int, float], ...] = ()
     """Ids and log-probabilities of the likeliest tokens, the likeliest first."""
 
 
 @dataclass(frozen=True)
-class Generation:
+class EngineRequest:
     """What is asked of the model: ids in, ids out."""
 
     prompt: tuple[int, ...]
     """Token ids; at least one."""
 
-    sampling: Sampling
+    sampling: SamplingOptions
     """How tokens are chosen."""
 
     max_tokens: int
@@ -97,28 +97,28 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Step:
+class TokenOutput:
     """A sequence's next token."""
 
     key: Hashable
     """Of the sequence, as `add` was told."""
 
-    choice: Choice
+    sampled: SampledToken
     """The token."""
 
-    finish: Finish | None
+    finish_reason: EngineFinishReason | None
     """Set with the last token."""
 
     @property
     def is_last(self) -> bool:
         """Whether the sequence has ended."""
-        return self.finish is not None
+        return self.finish_reason is not None
 
 
-class Engine(Protocol):
+class InferenceEngine(Protocol):
     """Generates for many requests at a time."""
 
-    def generate(self, generation: Generation) -> AsyncGenerator[Step, None]:
+    def generate(self, generation: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
         """Yield a request's tokens as they come, the last one with its finish.
 
         A caller that ends the iteration before frees what the request holds.
@@ -142,7 +142,7 @@ class Engine(Protocol):
         """
         ...
 
-    def check(self) -> None:
+    def check_health(self) -> None:
         """Raise EngineError where nothing can be generated any more."""
         ...
 

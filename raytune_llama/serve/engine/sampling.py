@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from raytune_llama.serve.engine.protocol import Choice, Constraint, Sampling
+from raytune_llama.serve.engine.protocol import Constraint, SampledToken, SamplingOptions
 
 
 @dataclass
-class Chooser:
+class Sampler:
     """Chooses the tokens of one sequence."""
 
-    sampling: Sampling
+    sampling: SamplingOptions
     seen: set[int]
     """Ids that the sequence has, its prompt included."""
 
@@ -32,7 +32,7 @@ class Chooser:
         else:
             self.generator.manual_seed(self.sampling.seed)
 
-    def choose(self, logits_V: Tensor) -> Choice:
+    def sample(self, logits_V: Tensor) -> SampledToken:
         """Choose the next token.
 
         Args:
@@ -43,17 +43,17 @@ class Chooser:
         if sampling.repetition_penalty != 1.0 and self.seen:
             logits_V = self._penalised(logits_V)
         if self.constraint is not None:
-            logits_V = _restricted(logits_V, self.constraint.allowed())
+            logits_V = _restricted(logits_V, self.constraint.allowed_tokens())
         token = int(logits_V.argmax()) if sampling.temperature == 0 else self._draw(logits_V)
         self.seen.add(token)
         if self.constraint is not None:
-            self.constraint.take(token)
+            self.constraint.advance(token)
         if sampling.num_logprobs is None:
-            return Choice(token)
+            return SampledToken(token)
         logprobs_V = raw_V.log_softmax(0)
         top = logprobs_V.topk(sampling.num_logprobs)
         likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        return Choice(token, float(logprobs_V[token]), likeliest)
+        return SampledToken(token, float(logprobs_V[token]), likeliest)
 
     def _penalised(self, logits_V: Tensor) -> Tensor:
         ids = torch.tensor(sorted(self.seen), device=logits_V.device)
@@ -85,16 +85,16 @@ def _restricted(logits_V: Tensor, allowed: Tensor) -> Tensor:
     return restricted_V
 
 
-def choose_all(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[Choice]:
+def sample_batch(logits_NV: Tensor, choosers: Sequence[Sampler]) -> list[SampledToken]:
     """Choose the next token of every sequence; those that only want the likeliest, together."""
-    plain = [chooser.sampling == Sampling(temperature=0) for chooser in choosers]
+    plain = [chooser.sampling == SamplingOptions(temperature=0) for chooser in choosers]
     simple = [p and c.constraint is None for p, c in zip(plain, choosers, strict=True)]
     likeliest = logits_NV.argmax(1).tolist() if any(simple) else []
-    choices: list[Choice] = []
+    choices: list[SampledToken] = []
     for row, chooser in enumerate(choosers):
         if simple[row]:
             chooser.seen.add(likeliest[row])
-            choices.append(Choice(likeliest[row]))
+            choices.append(SampledToken(likeliest[row]))
         else:
-            choices.append(chooser.choose(logits_NV[row]))
+            choices.append(chooser.sample(logits_NV[row]))
     return choices

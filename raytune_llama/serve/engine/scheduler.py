@@ -18,22 +18,22 @@ from transformers import PreTrainedModel
 
 from raytune_llama.serve.engine.cache import SlotCache
 from raytune_llama.serve.engine.embed import Embedder
-from raytune_llama.serve.engine.lora import LoraLayers, LowRank
-from raytune_llama.serve.engine.protocol import Finish, Generation, Step
-from raytune_llama.serve.engine.sampling import Chooser, choose_all
+from raytune_llama.serve.engine.lora import LoraLayers, LoraLayerWeights
+from raytune_llama.serve.engine.protocol import EngineFinishReason, EngineRequest, TokenOutput
+from raytune_llama.serve.engine.sampling import Sampler, sample_batch
 
 
 @dataclass
-class _Sequence:
+class _SequenceState:
     key: Hashable
-    generation: Generation
-    chooser: Chooser
+    generation: EngineRequest
+    sampler: Sampler
     num_stored: int = 0
     """Tokens whose keys and values are in the cache."""
     generated: list[int] = field(default_factory=list)
 
 
-class Stepper:
+class BatchScheduler:
     """The sequences that a model is working on. Not for several threads at a time."""
 
     def __init__(
@@ -63,9 +63,9 @@ class Stepper:
         accepted = inspect.signature(model.forward).parameters
         self._passes_positions = "position_ids" in accepted
         # The place in the list is the row in the cache.
-        self._decoding: list[_Sequence] = []
-        self._prefilling: _Sequence | None = None
-        self._waiting: deque[_Sequence] = deque()
+        self._decoding: list[_SequenceState] = []
+        self._prefilling: _SequenceState | None = None
+        self._waiting: deque[_SequenceState] = deque()
 
     @property
     def num_running(self) -> int:
@@ -77,7 +77,7 @@ class Stepper:
         """Sequences that wait for one."""
         return len(self._waiting)
 
-    def attach(self, key: Hashable, updates: Mapping[str, LowRank]) -> None:
+    def attach(self, key: Hashable, updates: Mapping[str, LoraLayerWeights]) -> None:
         """Take an adapter in, which sequences name from now on; see `LoraLayers.attach`."""
         self._lora.attach(key, updates)
 
@@ -92,10 +92,10 @@ class Stepper:
             max_context=self._max_context,
             pass_tokens=self._prefill_tokens,
             # Rows of texts have no adapter, whatever the rows of the pass before had.
-            before_pass=lambda: self._lora.look(()),
+            before_pass=lambda: self._lora.set_row_adapters(()),
         )
 
-    def check(self, generation: Generation) -> None:
+    def check(self, generation: EngineRequest) -> None:
         """Refuse what can't be answered; may be called by any thread.
 
         Raises:
@@ -107,7 +107,7 @@ class Stepper:
                 f"got a prompt of {length} tokens, wanted 1 to {self._max_context - 1}"
             )
 
-    def add(self, key: Hashable, generation: Generation) -> None:
+    def add(self, key: Hashable, generation: EngineRequest) -> None:
         """Take a sequence in.
 
         Raises:
@@ -115,8 +115,8 @@ class Stepper:
         """
         self.check(generation)
         constraint = generation.constraint.copy() if generation.constraint else None
-        chooser = Chooser(generation.sampling, set(generation.prompt), constraint)
-        self._waiting.append(_Sequence(key, generation, chooser))
+        chooser = Sampler(generation.sampling, set(generation.prompt), constraint)
+        self._waiting.append(_SequenceState(key, generation, chooser))
 
     @torch.inference_mode()
     def remove(self, key: Hashable) -> None:
@@ -129,13 +129,13 @@ class Stepper:
             self._free(row)
 
     @torch.inference_mode()
-    def step(self) -> list[Step]:
+    def step(self) -> list[TokenOutput]:
         """Give every sequence that is answered its next token, and read prompts."""
         # Those that decode come first: a prompt that ends here is told its first token only.
         steps = self._decode()
         return steps + self._prefill()
 
-    def _decode(self) -> list[Step]:
+    def _decode(self) -> list[TokenOutput]:
         if not self._decoding:
             return []
         pieces = [sequence.generated[-1:] for sequence in self._decoding]
@@ -144,7 +144,7 @@ class Stepper:
         self._free_ended(steps, first=0)
         return steps
 
-    def _prefill(self) -> list[Step]:
+    def _prefill(self) -> list[TokenOutput]:
         reading, first = self._next_prompts(), len(self._decoding)
         if not reading:
             return []
@@ -163,11 +163,11 @@ class Stepper:
         self._free_ended(steps, first=first)
         return steps
 
-    def _next_prompts(self) -> list[_Sequence]:
+    def _next_prompts(self) -> list[_SequenceState]:
         """Return whose prompts are read next: a long one's, or as many as fit, in their order."""
         if self._prefilling is not None:
             return [self._prefilling]
-        found: list[_Sequence] = []
+        found: list[_SequenceState] = []
         longest = 0
         while self._waiting and len(self._decoding) + len(found) < self._num_slots:
             # They are padded to the longest.
@@ -178,7 +178,7 @@ class Stepper:
         return found
 
     def _forward(
-        self, pieces: Sequence[Sequence[int]], sequences: Sequence[_Sequence], *, first: int
+        self, pieces: Sequence[Sequence[int]], sequences: Sequence[_SequenceState], *, first: int
     ) -> Tensor:
         """Store each sequence's new tokens; return the logits behind the last, (N, V) in float32.
 
@@ -192,8 +192,8 @@ class Stepper:
         positions_NQ = start_N1 + torch.arange(longest, device=self._device)
         num_columns = max(sequence.num_stored for sequence in sequences) + longest
         assert longest == 1 or len({sequence.num_stored for sequence in sequences}) == 1
-        self._cache.look(first, positions_NQ, num_columns)
-        self._lora.look([sequence.generation.adapter for sequence in sequences])
+        self._cache.set_view(first, positions_NQ, num_columns)
+        self._lora.set_row_adapters([sequence.generation.adapter for sequence in sequences])
         options: dict[str, Any] = {}
         if self._passes_positions:
             options["position_ids"] = positions_NQ
@@ -217,23 +217,23 @@ class Stepper:
     def _tensor(self, values: Sequence[object]) -> Tensor:
         return torch.tensor(values, device=self._device)
 
-    def _choose(self, logits_NV: Tensor, sequences: Sequence[_Sequence]) -> list[Step]:
-        choices = choose_all(logits_NV, [sequence.chooser for sequence in sequences])
-        steps: list[Step] = []
+    def _choose(self, logits_NV: Tensor, sequences: Sequence[_SequenceState]) -> list[TokenOutput]:
+        choices = sample_batch(logits_NV, [sequence.sampler for sequence in sequences])
+        steps: list[TokenOutput] = []
         for sequence, choice in zip(sequences, choices, strict=True):
             sequence.generated.append(choice.token)
-            steps.append(Step(sequence.key, choice, self._finish(sequence)))
+            steps.append(TokenOutput(sequence.key, choice, self._finish(sequence)))
         return steps
 
-    def _finish(self, sequence: _Sequence) -> Finish | None:
+    def _finish(self, sequence: _SequenceState) -> EngineFinishReason | None:
         generation, count = sequence.generation, len(sequence.generated)
         if sequence.generated[-1] in generation.stop_ids:
             return "stop"
         is_full = len(generation.prompt) + count >= self._max_context
         return "length" if is_full or count >= generation.max_tokens else None
 
-    def _free_ended(self, steps: Sequence[Step], *, first: int) -> None:
-        for row in reversed([row for row, step in enumerate(steps, first) if step.finish]):
+    def _free_ended(self, steps: Sequence[TokenOutput], *, first: int) -> None:
+        for row in reversed([row for row, step in enumerate(steps, first) if step.finish_reason]):
             self._free(row)
 
     def _free(self, row: int) -> None:

@@ -19,8 +19,15 @@ import torch
 
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.serve.engine.grammar import Grammar
-from raytune_llama.serve.engine.protocol import Choice, Finish, Generation, Sampling, Step, Vectors
-from raytune_llama.serve.errors import BusyError, EngineError, RequestError
+from raytune_llama.serve.engine.protocol import (
+    EngineFinishReason,
+    EngineRequest,
+    SampledToken,
+    SamplingOptions,
+    TokenOutput,
+    Vectors,
+)
+from raytune_llama.serve.errors import BusyError, EngineError, InvalidRequestError
 
 EngineName = Literal["transformers", "vllm"]
 
@@ -119,13 +126,13 @@ class VllmEngine:
         )
         self._engine: Any = AsyncLLM.from_engine_args(arguments)
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[Step, None]:
+    async def generate(self, generation: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
         """Yield a request's tokens; see `Engine`."""
         from vllm.exceptions import VLLMClientError  # pyright: ignore[reportMissingImports]
         from vllm.inputs import tokens_input  # pyright: ignore[reportMissingImports]
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError  # pyright: ignore[reportMissingImports]
 
-        self.check()
+        self.check_health()
         length = len(generation.prompt)
         if not 1 <= length < self._max_context:
             raise ValueError(
@@ -164,10 +171,12 @@ class VllmEngine:
             RequestError: always.
         """
         for _ in texts:
-            raise RequestError("vectors are not made on vLLM; set replicas.engine=transformers")
+            raise InvalidRequestError(
+                "vectors are not made on vLLM; set replicas.engine=transformers"
+            )
             yield
 
-    def check(self) -> None:
+    def check_health(self) -> None:
         """Raise EngineError where nothing can be generated any more."""
         if self._is_closed:
             raise EngineError("the engine was closed")
@@ -179,7 +188,7 @@ class VllmEngine:
         self._is_closed = True
         self._engine.shutdown()
 
-    def _parameters(self, generation: Generation) -> Any:  # noqa: ANN401  # vLLM's
+    def _parameters(self, generation: EngineRequest) -> Any:  # noqa: ANN401  # vLLM's
         """Return vLLM's settings of a request."""
         from vllm.sampling_params import (  # pyright: ignore[reportMissingImports]
             RequestOutputKind,
@@ -215,14 +224,14 @@ def _seed(seed: int | None) -> int | None:
     return 2**63 - 1 if seed == -1 else seed
 
 
-def _steps(key: str, output: Any, sampling: Sampling) -> Iterator[Step]:  # noqa: ANN401  # vLLM's
+def _steps(key: str, output: Any, sampling: SamplingOptions) -> Iterator[TokenOutput]:  # noqa: ANN401  # vLLM's
     """Yield the tokens of one of vLLM's answers, which may hold several."""
     finish = _finish(output.finish_reason)
     tokens = list(output.token_ids)
     if finish is not None and not tokens:
         raise EngineError("vLLM has ended a sequence without its last token")
     for place, token in enumerate(tokens):
-        choice = Choice(token)
+        choice = SampledToken(token)
         if sampling.num_logprobs is not None:
             found = output.logprobs[place]
             ranked = sorted((one.rank, other, one.logprob) for other, one in found.items())
@@ -230,11 +239,11 @@ def _steps(key: str, output: Any, sampling: Sampling) -> Iterator[Step]:  # noqa
             likeliest = tuple(
                 (other, value) for rank, other, value in ranked if rank <= sampling.num_logprobs
             )
-            choice = Choice(token, found[token].logprob, likeliest[: sampling.num_logprobs])
-        yield Step(key, choice, finish if place == len(tokens) - 1 else None)
+            choice = SampledToken(token, found[token].logprob, likeliest[: sampling.num_logprobs])
+        yield TokenOutput(key, choice, finish if place == len(tokens) - 1 else None)
 
 
-def _finish(reason: str | None) -> Finish | None:
+def _finish(reason: str | None) -> EngineFinishReason | None:
     """Return vLLM's reason as ours.
 
     Raises:

@@ -6,29 +6,34 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from raytune_llama.serve.config import SamplingDefaults
-from raytune_llama.serve.engine.grammar import CallForm, Grammar, Grammars
-from raytune_llama.serve.engine.protocol import Choice, Engine, Generation, Sampling
-from raytune_llama.serve.errors import RequestError, UnknownModelError
-from raytune_llama.serve.generation.messages import read_messages
+from raytune_llama.serve.engine.grammar import Grammar, GrammarCompiler, ToolCallFormat
+from raytune_llama.serve.engine.protocol import (
+    EngineRequest,
+    InferenceEngine,
+    SampledToken,
+    SamplingOptions,
+)
+from raytune_llama.serve.errors import InvalidRequestError, UnknownModelError
+from raytune_llama.serve.generation.messages import build_conversation
 from raytune_llama.serve.generation.model import ServedModel
-from raytune_llama.serve.generation.output import Part, TokenText
-from raytune_llama.serve.generation.streams import AnswerStream
+from raytune_llama.serve.generation.output import OutputDelta, OutputToken
+from raytune_llama.serve.generation.streams import CompletionDecoder
 from raytune_llama.serve.protocol.chat import (
     ChatRequest,
     CompletionRequest,
-    Request,
+    GenerationRequest,
 )
 from raytune_llama.serve.protocol.tools import NamedTool
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PreparedRequest:
     """A request, ready for the engine."""
 
     ids: tuple[int, ...]
     """Token ids."""
 
-    generation: Generation
+    generation: EngineRequest
     """Of the first answer; others draw from other seeds."""
 
     num_choices: int
@@ -41,27 +46,27 @@ class Prompt:
     """Whether answers are calls of tools alone; None: there are no tools."""
 
 
-class Answerer:
+class CompletionService:
     """Makes prompts of requests, and text of what the engine generates."""
 
     def __init__(
         self,
         served: ServedModel,
-        engine: Engine,
+        engine: InferenceEngine,
         defaults: SamplingDefaults,
         adapter: Hashable | None = None,
     ) -> None:
         """Answer for a model, with an adapter that the engine has, by its key."""
         self._served, self._engine, self._defaults = served, engine, defaults
         self._adapter = adapter
-        self._grammars = Grammars(served.tokenizer, served.stop_ids)
+        self._grammars = GrammarCompiler(served.tokenizer, served.stop_ids)
 
     @property
     def name(self) -> str:
         """What requests call the model."""
         return self._served.name
 
-    def read_chat(self, request: ChatRequest) -> Prompt:
+    def prepare_chat(self, request: ChatRequest) -> PreparedRequest:
         """Write a conversation by the model's template.
 
         Raises:
@@ -70,17 +75,17 @@ class Answerer:
         """
         chat = self._served.chat
         if chat is None:
-            raise RequestError(
+            raise InvalidRequestError(
                 f"{self._served.name} has no chat template; use /v1/completions", "messages"
             )
         self._served.check_size([message.text for message in request.messages], "messages")
         try:
-            conversation = read_messages(
+            conversation = build_conversation(
                 request.messages, request.shown_tools, allows_system=chat.template.allows_system
             )
             ids = chat.encode_prompt(conversation).tolist()
         except ValueError as error:
-            raise RequestError(str(error), "messages") from error
+            raise InvalidRequestError(str(error), "messages") from error
         wanted = request.max_tokens or request.max_completion_tokens
         num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
         prompt = self._prompt(request, ids, wanted, num_logprobs, "messages")
@@ -96,24 +101,24 @@ class Answerer:
             if schema is None:
                 return None
             try:
-                return self._grammars.of_schema(schema)
+                return self._grammars.compile_schema(schema)
             except ValueError as error:
-                raise RequestError(str(error), "response_format") from error
+                raise InvalidRequestError(str(error), "response_format") from error
         choice = request.tool_choice
         wanted = choice.function.name if isinstance(choice, NamedTool) else None
         functions = [tool.function for tool in request.shown_tools]
-        form = CallForm(
+        form = ToolCallFormat(
             [(one.name, one.schema_) for one in functions if wanted in {None, one.name}],
             must_call=request.must_call,
             is_single=request.parallel_tool_calls is False,
             text_schema=schema,
         )
         try:
-            return self._grammars.of_calls(form)
+            return self._grammars.compile_tool_calls(form)
         except ValueError as error:
-            raise RequestError(f"tools: {error}", "tools") from error
+            raise InvalidRequestError(f"tools: {error}", "tools") from error
 
-    def read_completion(self, request: CompletionRequest) -> Prompt:
+    def prepare_completion(self, request: CompletionRequest) -> PreparedRequest:
         """Encode a text as a document's beginning, control tokens in it as text; or take ids.
 
         Raises:
@@ -127,28 +132,30 @@ class Answerer:
             ids = request.prompt
             beyond = [token for token in ids if token >= len(tokenizer)]
             if beyond:
-                raise RequestError(f"{beyond[0]} is no token of {self._served.name}", "prompt")
+                raise InvalidRequestError(
+                    f"{beyond[0]} is no token of {self._served.name}", "prompt"
+                )
         return self._prompt(request, ids, request.max_tokens, request.logprobs, "prompt")
 
     def _prompt(
         self,
-        request: Request,
+        request: GenerationRequest,
         ids: Sequence[int],
         wanted: int | None,
         num_logprobs: int | None,
         param: str,
-    ) -> Prompt:
+    ) -> PreparedRequest:
         room = self._served.max_context - len(ids)
         if not ids:
-            raise RequestError("the prompt has no token", param)
+            raise InvalidRequestError("the prompt has no token", param)
         if room < 1:
-            raise RequestError(
+            raise InvalidRequestError(
                 f"the prompt has {len(ids)} tokens, and {self._served.name} takes "
                 f"{self._served.max_context} with the answer",
                 param,
             )
         defaults = self._defaults
-        sampling = Sampling(
+        sampling = SamplingOptions(
             temperature=_given(request.temperature, defaults.temperature),
             top_p=_given(request.top_p, defaults.top_p),
             top_k=request.top_k or defaults.top_k,
@@ -158,12 +165,12 @@ class Answerer:
         )
         limit = min(wanted or defaults.max_tokens or room, room)
         stop_ids = self._served.stop_ids
-        generation = Generation(tuple(ids), sampling, limit, stop_ids, adapter=self._adapter)
-        return Prompt(tuple(ids), generation, request.n, request.stops)
+        generation = EngineRequest(tuple(ids), sampling, limit, stop_ids, adapter=self._adapter)
+        return PreparedRequest(tuple(ids), generation, request.n, request.stops)
 
     async def respond(
         self, request: ChatRequest | CompletionRequest
-    ) -> AsyncGenerator[int | Part, None]:
+    ) -> AsyncGenerator[int | OutputDelta, None]:
         """Yield a request's number of prompt tokens, then the parts of all its answers.
 
         Raises:
@@ -177,15 +184,15 @@ class Answerer:
             raise UnknownModelError(f"{self.name} has no adapter {adapter[1]!r}", "model")
         if isinstance(request, ChatRequest):
             # A hundred tools take a second: others' parts are told meanwhile.
-            prompt = await asyncio.to_thread(self.read_chat, request)
+            prompt = await asyncio.to_thread(self.prepare_chat, request)
         else:
-            prompt = self.read_completion(request)
+            prompt = self.prepare_completion(request)
         yield len(prompt.ids)
-        async with aclosing(self.answer(prompt)) as parts:
+        async with aclosing(self.generate(prompt)) as parts:
             async for part in parts:
                 yield part
 
-    async def answer(self, prompt: Prompt) -> AsyncGenerator[Part, None]:
+    async def generate(self, prompt: PreparedRequest) -> AsyncGenerator[OutputDelta, None]:
         """Yield the parts of all answers as they come.
 
         A caller that ends the iteration frees all that the request holds.
@@ -199,7 +206,7 @@ class Answerer:
                 async for part in parts:
                     yield part
             return
-        told: asyncio.Queue[Part | BaseException | None] = asyncio.Queue()
+        told: asyncio.Queue[OutputDelta | BaseException | None] = asyncio.Queue()
 
         async def run(index: int) -> None:
             try:
@@ -226,29 +233,29 @@ class Answerer:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _one(self, prompt: Prompt, index: int) -> AsyncGenerator[Part, None]:
+    async def _one(self, prompt: PreparedRequest, index: int) -> AsyncGenerator[OutputDelta, None]:
         """Yield the parts of one answer."""
         generation = prompt.generation
         if index and generation.sampling.seed is not None:
             seed = generation.sampling.seed + index
             generation = replace(generation, sampling=replace(generation.sampling, seed=seed))
-        stream = AnswerStream(self._served.tokenizer, prompt.stops, must_call=prompt.must_call)
+        stream = CompletionDecoder(self._served.tokenizer, prompt.stops, must_call=prompt.must_call)
         async with aclosing(self._engine.generate(generation)) as steps:
             async for step in steps:
-                is_end = step.finish == "stop"
-                token = None if is_end else step.choice.token
-                text, calls = stream.push(token, is_last=step.finish is not None)
-                finish = stream.finish_reason if is_end or stream.is_stopped else step.finish
-                tokens = self._tokens(step.choice) if not is_end else ()
-                yield Part(index, text, 1, tokens, finish, calls)
+                is_end = step.finish_reason == "stop"
+                token = None if is_end else step.sampled.token
+                text, calls = stream.push(token, is_last=step.finish_reason is not None)
+                finish = stream.finish_reason if is_end or stream.is_stopped else step.finish_reason
+                tokens = self._tokens(step.sampled) if not is_end else ()
+                yield OutputDelta(index, text, 1, tokens, finish, calls)
                 if stream.is_stopped:
                     return
 
-    def _tokens(self, choice: Choice) -> tuple[TokenText, ...]:
+    def _tokens(self, choice: SampledToken) -> tuple[OutputToken, ...]:
         if choice.logprob is None:
             return ()
-        likeliest = tuple((self.token_text(token), value) for token, value in choice.likeliest)
-        return (TokenText(self.token_text(choice.token), choice.logprob, likeliest),)
+        likeliest = tuple((self.token_text(token), value) for token, value in choice.top_logprobs)
+        return (OutputToken(self.token_text(choice.token), choice.logprob, likeliest),)
 
     def token_text(self, token: int) -> str:
         """Return what a token decodes to alone, control tokens by name."""

@@ -6,10 +6,10 @@ from collections.abc import Set as AbstractSet
 from transformers import PreTrainedTokenizerBase
 
 from raytune_llama.serve.generation.output import REPLACEMENT
-from raytune_llama.tokenizer.loader import control_ids
+from raytune_llama.tokenizer.loader import control_token_ids
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Decodes a growing sequence of tokens; what was told is never taken back.
 
     The parts together are what the tokenizer makes of all tokens at once, without control tokens.
@@ -29,7 +29,7 @@ class TextStream:
         """
         self._tokenizer = tokenizer
         self._skips_control = not shown
-        self._hidden = control_ids(tokenizer) - shown if shown else frozenset()
+        self._hidden = control_token_ids(tokenizer) - shown if shown else frozenset()
         self._tokens: list[int] = []
         # Decoding looks back: a piece's text depends on the one before it.
         self._context_start = self._told_end = 0
@@ -64,7 +64,7 @@ class TextStream:
         return text[len(known) :]
 
 
-class StopCutter:
+class StopStringFilter:
     """Cuts a text that comes in pieces before the stop string that is whole first."""
 
     def __init__(self, stops: Sequence[str]) -> None:

@@ -5,19 +5,19 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import cast
 
-from raytune_llama.serve.engine.protocol import Engine, Vectors
-from raytune_llama.serve.errors import RequestError
+from raytune_llama.serve.engine.protocol import InferenceEngine, Vectors
+from raytune_llama.serve.errors import InvalidRequestError
 from raytune_llama.serve.generation.model import ServedModel
 from raytune_llama.serve.protocol.embeddings import MAX_INPUT_TOKENS, EmbeddingRequest
 
 
-class TextVectors:
+class EmbeddingService:
     """Makes token ids of requests for vectors, and lets the engine make the vectors."""
 
-    def __init__(self, served: ServedModel, engine: Engine) -> None:
+    def __init__(self, served: ServedModel, engine: InferenceEngine) -> None:
         self._served, self._engine = served, engine
 
-    def read(self, request: EmbeddingRequest) -> list[tuple[int, ...]]:
+    def tokenize(self, request: EmbeddingRequest) -> list[tuple[int, ...]]:
         """Return the ids of a request's texts; a text is read as a prompt of a completion is.
 
         Raises:
@@ -27,7 +27,7 @@ class TextVectors:
         served = self._served
         size = served.model.config.get_text_config().hidden_size
         if request.dimensions not in {None, size}:
-            raise RequestError(
+            raise InvalidRequestError(
                 f"dimensions: got {request.dimensions}, but the vectors of {served.name} have "
                 f"{size} numbers and can't be cut; leave the field out",
                 "dimensions",
@@ -43,7 +43,7 @@ class TextVectors:
             texts.append(self._checked(ids, f"input.{number}" if is_list else "input"))
         total = sum(map(len, texts))
         if total > MAX_INPUT_TOKENS:
-            raise RequestError(
+            raise InvalidRequestError(
                 f"input: the texts have {total} tokens together, wanted at most "
                 f"{MAX_INPUT_TOKENS}; send them in several requests",
                 "input",
@@ -53,12 +53,12 @@ class TextVectors:
     def _checked(self, ids: list[int], where: str) -> tuple[int, ...]:
         served = self._served
         if not 1 <= len(ids) <= served.max_context:
-            raise RequestError(
+            raise InvalidRequestError(
                 f"{where}: the text has {len(ids)} tokens, wanted 1 to {served.max_context}", where
             )
         beyond = next((token for token in ids if token >= len(served.tokenizer)), None)
         if beyond is not None:
-            raise RequestError(f"{where}: {beyond} is no token of {served.name}", where)
+            raise InvalidRequestError(f"{where}: {beyond} is no token of {served.name}", where)
         return tuple(ids)
 
     async def respond(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
@@ -73,13 +73,13 @@ class TextVectors:
         """
         name = request.model
         if name.partition(":")[2]:
-            raise RequestError(
+            raise InvalidRequestError(
                 f"model: got {name}, but vectors are made by the base alone: name "
                 f"{name.partition(':')[0]}",
                 "model",
             )
         # Thousands of texts take seconds: others' parts are told meanwhile.
-        texts = await asyncio.to_thread(self.read, request)
+        texts = await asyncio.to_thread(self.tokenize, request)
         yield sum(map(len, texts))
         async with aclosing(self._engine.embed(texts)) as made:
             async for vectors in made:

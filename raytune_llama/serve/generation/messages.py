@@ -10,7 +10,7 @@ from raytune_llama.serve.protocol.chat import Message
 from raytune_llama.serve.protocol.tools import Tool
 
 
-def read_messages(
+def build_conversation(
     messages: Sequence[Message], tools: Sequence[Tool], *, allows_system: bool
 ) -> Conversation:
     """Return what templates write; only the first message may be the system's.

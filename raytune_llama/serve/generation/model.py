@@ -21,12 +21,12 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from raytune_llama.chat.encoding import ChatConfig, ChatEncoder, build_chat_encoder
 from raytune_llama.chat.templates.names import TemplateName
 from raytune_llama.config.settings import ConfigError
-from raytune_llama.model.lineage import check_recorded, recorded_chat
+from raytune_llama.model.lineage import check_tokenizer_hash, find_chat_template
 from raytune_llama.model.llama import DTYPES, check_model_directory
 from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.config import ServedModelConfig
-from raytune_llama.serve.errors import RequestError
-from raytune_llama.storage.files import MANIFEST, read_json, sha256_file
+from raytune_llama.serve.errors import InvalidRequestError
+from raytune_llama.storage.files import OUTPUT_MANIFEST, read_json, sha256_file
 from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class ServedModel:
         """
         num_characters = sum(map(len, texts))
         if num_characters > self.max_context * self.longest_token:
-            raise RequestError(
+            raise InvalidRequestError(
                 f"{param}: got {num_characters} characters, and {self.name} takes "
                 f"{self.max_context} tokens",
                 param,
@@ -91,7 +91,7 @@ class ServedModel:
         return [begin + ids for ids in encode_text(self.tokenizer, texts)]
 
 
-def load_served(config: ServedModelConfig, device: torch.device) -> ServedModel:
+def load_served_model(config: ServedModelConfig, device: torch.device) -> ServedModel:
     """Load a model to serve it.
 
     Args:
@@ -112,8 +112,8 @@ def load_served(config: ServedModelConfig, device: torch.device) -> ServedModel:
         tokenizer = load_tokenizer(path)
     except (ValueError, OSError) as error:
         raise ConfigError([f"path: {error}"]) from error
-    found = recorded_chat([path])
-    chat = load_template(
+    found = find_chat_template([path])
+    chat = load_chat_encoder(
         tokenizer,
         path,
         found[1] if found else None,
@@ -164,9 +164,9 @@ def context_tokens(config: ServedModelConfig, model: PreTrainedModel) -> int:
 
 def check_files(path: Path) -> list[str]:
     """Return which files of a model directory are not those that its manifest names."""
-    file = path / MANIFEST
+    file = path / OUTPUT_MANIFEST
     if not file.is_file():
-        logger.warning("%s has no %s: its files can't be checked", path, MANIFEST)
+        logger.warning("%s has no %s: its files can't be checked", path, OUTPUT_MANIFEST)
         return []
     problems: list[str] = []
     for name, wanted in read_json(file).get("files", {}).items():
@@ -178,11 +178,11 @@ def check_files(path: Path) -> list[str]:
                 f"path: {path / name} is not what it was made as (SHA256 {found[:16]}, wanted "
                 f"{wanted[:16]}); make the directory anew"
             )
-    recorded = check_recorded(path)
+    recorded = check_tokenizer_hash(path)
     return problems + ([f"path: {recorded}"] if recorded else [])
 
 
-def load_template(
+def load_chat_encoder(
     tokenizer: PreTrainedTokenizerFast,
     where: Path,
     recorded: Mapping[str, Any] | None,
@@ -195,7 +195,7 @@ def load_template(
     Args:
         tokenizer: of the model or adapter.
         where: its directory.
-        recorded: what `recorded_chat` has found there.
+        recorded: what `find_chat_template` has found there.
         wanted: what is used instead of the recorded one.
         allow_other: whether it may be another than the recorded one.
 

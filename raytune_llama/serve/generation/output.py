@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from raytune_llama.chat.tools import CallPiece
+from raytune_llama.chat.tools import ToolCallChunk
 from raytune_llama.serve.protocol.chat import FinishReason
 
 REPLACEMENT = "\ufffd"
@@ -10,7 +10,7 @@ REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
-class TokenText:
+class OutputToken:
     """A token of an answer, as log-probabilities name it."""
 
     text: str
@@ -19,12 +19,12 @@ class TokenText:
     logprob: float
     """Natural logarithm of its probability."""
 
-    likeliest: tuple[tuple[str, float], ...] = ()
+    top_logprobs: tuple[tuple[str, float], ...] = ()
     """The likeliest tokens in its place."""
 
 
 @dataclass(frozen=True)
-class Part:
+class OutputDelta:
     """A piece of one of a request's answers."""
 
     index: int
@@ -36,13 +36,13 @@ class Part:
     num_tokens: int
     """Tokens generated since the part before."""
 
-    tokens: tuple[TokenText, ...] = ()
+    tokens: tuple[OutputToken, ...] = ()
     """The new tokens, where log-probabilities were asked for."""
 
-    finish: FinishReason | None = None
+    finish_reason: FinishReason | None = None
     """Set with the answer's last part."""
 
-    calls: tuple[CallPiece, ...] = ()
+    calls: tuple[ToolCallChunk, ...] = ()
     """What is new of its calls of tools; they come behind all text."""
 
 

@@ -5,11 +5,16 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from raytune_llama.chat.tools import CLOSING, OPENING, CallParser, CallPiece
-from raytune_llama.serve.generation.detokenizer import StopCutter, TextStream
+from raytune_llama.chat.tools import (
+    TOOL_CALL_CLOSE_TAG,
+    TOOL_CALL_OPEN_TAG,
+    ToolCallChunk,
+    ToolCallParser,
+)
+from raytune_llama.serve.generation.detokenizer import IncrementalDetokenizer, StopStringFilter
 
 
-class AnswerStream:
+class CompletionDecoder:
     """Text and calls of an answer whose tokens come one by one."""
 
     def __init__(
@@ -22,12 +27,16 @@ class AnswerStream:
             stops: texts that end the answer's text; in calls none is looked for.
             must_call: whether the answer is calls of tools alone; None: there are no tools.
         """
-        self._cutter = StopCutter(stops)
-        self._parser = None if must_call is None else CallParser(must_call=must_call)
+        self._cutter = StopStringFilter(stops)
+        self._parser = None if must_call is None else ToolCallParser(must_call=must_call)
         # Where they are tokens of their own, these may be control tokens, which are not shown.
         added = tokenizer.added_tokens_decoder if self._parser else {}
-        shown = {id_ for id_, token in added.items() if token.content in (OPENING, CLOSING)}
-        self._stream = TextStream(tokenizer, shown=shown)
+        shown = {
+            id_
+            for id_, token in added.items()
+            if token.content in (TOOL_CALL_OPEN_TAG, TOOL_CALL_CLOSE_TAG)
+        }
+        self._stream = IncrementalDetokenizer(tokenizer, shown=shown)
 
     @property
     def is_stopped(self) -> bool:
@@ -43,7 +52,7 @@ class AnswerStream:
         """Why an answer that is whole has ended."""
         return "tool_calls" if self._num_calls and not self.is_stopped else "stop"
 
-    def push(self, token: int | None, *, is_last: bool) -> tuple[str, tuple[CallPiece, ...]]:
+    def push(self, token: int | None, *, is_last: bool) -> tuple[str, tuple[ToolCallChunk, ...]]:
         """Take a token, None for one that does no more than end the answer.
 
         Returns:
@@ -52,7 +61,7 @@ class AnswerStream:
         text = "" if token is None else self._stream.push(token)
         if is_last:
             text += self._stream.finish()
-        pieces: list[CallPiece] = []
+        pieces: list[ToolCallChunk] = []
         if self._parser is not None:
             text, pieces = self._parser.push(text)
             text += self._parser.finish() if is_last else ""

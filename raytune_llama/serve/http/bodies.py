@@ -11,7 +11,7 @@ from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
-from raytune_llama.serve.http.refusals import Refusal, problem
+from raytune_llama.serve.http.refusals import ApiError, build_api_error
 
 # Linear in the text, whatever it is: a string that has no end runs to the end of the text.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
@@ -99,7 +99,7 @@ def build_route_class(max_depth: int) -> type[APIRoute]:
             try:
                 return read_json(await self.body(), max_depth)
             except ValueError as error:
-                raise problem(400, str(error)) from error
+                raise build_api_error(400, str(error)) from error
 
     class StrictRoute(APIRoute):
         """A route that asks for JSON in UTF-8."""
@@ -130,7 +130,7 @@ def _check_type(request: Request) -> None:
         raise _no_json(got)
 
 
-def _no_json(got: str) -> Refusal:
+def _no_json(got: str) -> ApiError:
     shown = repr(got[:_MAX_SHOWN_CHARACTERS]) if got else "none"
     message = f"Content-Type: got {shown}, wanted application/json in UTF-8"
-    return problem(400, message, code="unsupported_content_type")
+    return build_api_error(400, message, code="unsupported_content_type")

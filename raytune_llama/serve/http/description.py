@@ -4,8 +4,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from raytune_llama.serve.http.request_guard import OPEN_PATHS
-from raytune_llama.serve.protocol.chat import ErrorAnswer
+from raytune_llama.serve.http.request_guard import PUBLIC_PATHS
+from raytune_llama.serve.protocol.chat import ErrorResponse
 
 _MEANINGS = {
     400: "The request is not one, or can't be answered",
@@ -19,16 +19,18 @@ _MEANINGS = {
     504: "The answer was not whole in time",
 }
 
-FOR_READING = (400, 401, 431)
+READ_ERROR_STATUSES = (400, 401, 431)
 """Statuses of routes that ask nothing of a model."""
 
-FOR_A_MODEL = (*FOR_READING, 404, 408, 413, 429, 503, 504)
+MODEL_ERROR_STATUSES = (*READ_ERROR_STATUSES, 404, 408, 413, 429, 503, 504)
 """Statuses of routes that let a model answer."""
 
 
-def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def describe_error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return what FastAPI's `responses` are for a route that may refuse with these statuses."""
-    return {status: {"model": ErrorAnswer, "description": _MEANINGS[status]} for status in statuses}
+    return {
+        status: {"model": ErrorResponse, "description": _MEANINGS[status]} for status in statuses
+    }
 
 
 STREAM: dict[int | str, dict[str, Any]] = {
@@ -66,7 +68,7 @@ class DescribedApp(FastAPI):
             for path, operation in operations:
                 # FastAPI's status of a request that does not fit; here it is 400.
                 operation["responses"].pop("422", None)
-                if self.needs_keys and path not in OPEN_PATHS:
+                if self.needs_keys and path not in PUBLIC_PATHS:
                     operation["security"] = [{"key": []}]
             components = document.setdefault("components", {})
             for name in ("HTTPValidationError", "ValidationError"):

@@ -10,10 +10,10 @@ import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 
-from raytune_llama.serve.config import Limits
+from raytune_llama.serve.config import RequestLimits
 from raytune_llama.serve.engine.protocol import Vectors
-from raytune_llama.serve.http.description import FOR_A_MODEL, refusals
-from raytune_llama.serve.http.timeouts import within
+from raytune_llama.serve.http.description import MODEL_ERROR_STATUSES, describe_error_responses
+from raytune_llama.serve.http.timeouts import enforce_timeouts
 from raytune_llama.serve.protocol.embeddings import (
     Embedding,
     EmbeddingList,
@@ -40,7 +40,7 @@ class EmbeddingBackend(Protocol):
 
 
 def add_embeddings(
-    app: FastAPI, backend_of: Callable[[str], EmbeddingBackend], limits: Limits
+    app: FastAPI, backend_of: Callable[[str], EmbeddingBackend], limits: RequestLimits
 ) -> None:
     """Add the route.
 
@@ -50,10 +50,14 @@ def add_embeddings(
         limits: bounds on every request.
     """
 
-    @app.post("/v1/embeddings", response_model=EmbeddingList, responses=refusals(*FOR_A_MODEL))
+    @app.post(
+        "/v1/embeddings",
+        response_model=EmbeddingList,
+        responses=describe_error_responses(*MODEL_ERROR_STATUSES),
+    )
     async def embed(request: EmbeddingRequest, connection: Request) -> Response:
         """Make a vector of each text."""
-        items = within(backend_of(request.model).embed(request), limits)
+        items = enforce_timeouts(backend_of(request.model).embed(request), limits)
         made: list[Vectors] = []
         async with aclosing(items):
             num_tokens = await anext(items)

@@ -19,7 +19,7 @@ _HEX_DIGITS = 64
 
 
 @dataclass(frozen=True)
-class Keys:
+class ApiKeys:
     """The keys that are let in; empty: everyone is."""
 
     hashes: tuple[bytes, ...] = ()
@@ -34,9 +34,9 @@ class Keys:
         found = [known for known in self.hashes if hmac.compare_digest(known, digest)]
         return found[0].hex()[:8] if found else None
 
-    def __add__(self, other: "Keys") -> "Keys":
+    def __add__(self, other: "ApiKeys") -> "ApiKeys":
         """Return the keys of both."""
-        return Keys(tuple(dict.fromkeys(self.hashes + other.hashes)))
+        return ApiKeys(tuple(dict.fromkeys(self.hashes + other.hashes)))
 
 
 def _hash_of(text: str) -> bytes | None:
@@ -46,7 +46,7 @@ def _hash_of(text: str) -> bytes | None:
     return bytes.fromhex(text) if is_hash else None
 
 
-def keys_from_environment(environment: Mapping[str, str]) -> Keys:
+def keys_from_environment(environment: Mapping[str, str]) -> ApiKeys:
     """Return the keys whose SHA256 hashes an environment has; none where it has no variable.
 
     Raises:
@@ -65,10 +65,10 @@ def keys_from_environment(environment: Mapping[str, str]) -> Keys:
         problems.append(f"{ENVIRONMENT_NAME}: has no key; unset it, or write hashes there")
     if problems:
         raise ConfigError(problems)
-    return Keys(tuple(one for one in hashes if one is not None))
+    return ApiKeys(tuple(one for one in hashes if one is not None))
 
 
-def load_keys(path: Path | None, environment: Mapping[str, str]) -> Keys:
+def load_keys(path: Path | None, environment: Mapping[str, str]) -> ApiKeys:
     """Return the keys of a file, None: no file, and those of an environment.
 
     Raises:
@@ -78,7 +78,7 @@ def load_keys(path: Path | None, environment: Mapping[str, str]) -> Keys:
     return found if path is None else read_keys(path) + found
 
 
-def read_keys(path: Path) -> Keys:
+def read_keys(path: Path) -> ApiKeys:
     """Read a file of SHA256 hashes, one a line in hexadecimal; `#` begins a remark.
 
     Raises:
@@ -90,7 +90,7 @@ def read_keys(path: Path) -> Keys:
         raise ConfigError([f"keys_file: {path} can't be read: {error}"]) from error
     if not hashes:
         raise ConfigError([f"keys_file: {path} has no key; nobody could ask anything"])
-    return Keys(hashes)
+    return ApiKeys(hashes)
 
 
 def _read_hashes(path: Path) -> tuple[bytes, ...]:

@@ -15,9 +15,9 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raytune_llama.serve.errors import BusyError, EngineError, RequestError
-from raytune_llama.serve.generation.output import Part
-from raytune_llama.serve.http.timeouts import AnswerTimeoutError, QueueTimeoutError
+from raytune_llama.serve.errors import BusyError, EngineError, InvalidRequestError
+from raytune_llama.serve.generation.output import OutputDelta
+from raytune_llama.serve.http.timeouts import QueueTimeoutError, RequestTimeoutError
 
 FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Seconds."""
@@ -40,7 +40,7 @@ KNOWN_ROUTES = (
 """Routes that are counted by name."""
 
 
-class Meter:
+class ServeMetrics:
     """The counts of one gateway."""
 
     def __init__(self) -> None:
@@ -51,13 +51,13 @@ class Meter:
             return f"raytune_llama_{text}"
 
         one = self.registry
-        self.http = Counter(
+        self.http_requests = Counter(
             name("http_requests"),
             "HTTP requests by route and status",
             ("route", "status"),
             registry=one,
         )
-        self.answers = Counter(
+        self.finished_requests = Counter(
             name("answers"),
             "Requests to models by how they ended",
             (*_MODEL, "outcome"),
@@ -69,20 +69,20 @@ class Meter:
         self.completion_tokens = Counter(
             name("completion_tokens"), "Tokens generated", _MODEL, registry=one
         )
-        self.running = Gauge(
+        self.running_requests = Gauge(
             name("requests_running"), "Requests whose answer has begun", _MODEL, registry=one
         )
-        self.waiting = Gauge(
+        self.waiting_requests = Gauge(
             name("requests_waiting"), "Requests before their first token", _MODEL, registry=one
         )
-        self.first_token = Histogram(
+        self.time_to_first_token = Histogram(
             name("time_to_first_token_seconds"),
             "From a request to its first token",
             _MODEL,
             buckets=FIRST_TOKEN_BUCKETS,
             registry=one,
         )
-        self.per_token = Histogram(
+        self.time_per_output_token = Histogram(
             name("time_per_output_token_seconds"),
             "Between two tokens of an answer, its mean",
             _MODEL,
@@ -110,7 +110,7 @@ class _Families(Collector):
         return self.families
 
 
-def add_up(gateways: Iterable[Sequence[Metric]]) -> list[Metric]:
+def sum_families(gateways: Iterable[Sequence[Metric]]) -> list[Metric]:
     """Return the sum of what several gateways have counted, sample by sample."""
     sums: dict[str, tuple[Metric, dict[tuple[str, tuple[tuple[str, str], ...]], float]]] = {}
     for families in gateways:
@@ -131,17 +131,17 @@ def add_up(gateways: Iterable[Sequence[Metric]]) -> list[Metric]:
     return [total for total, _ in sums.values()]
 
 
-def exposition(families: Sequence[Metric]) -> bytes:
+def render_exposition(families: Sequence[Metric]) -> bytes:
     """Return what Prometheus reads, in its text format."""
     registry = CollectorRegistry()
     registry.register(_Families(families))
     return generate_latest(registry)
 
 
-class MeteredAnswers:
+class RequestMetricsRecorder:
     """Counts one request's answers as they pass."""
 
-    def __init__(self, meter: Meter, model: str) -> None:
+    def __init__(self, meter: ServeMetrics, model: str) -> None:
         """Begin.
 
         Args:
@@ -156,12 +156,12 @@ class MeteredAnswers:
         # First and last time and count of tokens, by answer.
         self._times: dict[int, tuple[float, float, int]] = {}
 
-    async def pass_on(
-        self, items: AsyncGenerator[int | Part, None]
-    ) -> AsyncGenerator[int | Part, None]:
+    async def record(
+        self, items: AsyncGenerator[int | OutputDelta, None]
+    ) -> AsyncGenerator[int | OutputDelta, None]:
         """Yield what a backend yields."""
         meter, outcome = self._meter, "gone"
-        gauge = meter.waiting.labels(self._base, "")
+        gauge = meter.waiting_requests.labels(self._base, "")
         gauge.inc()
         try:
             async with aclosing(items):
@@ -171,11 +171,11 @@ class MeteredAnswers:
                         meter.prompt_tokens.labels(self._base, self._adapter).inc(item)
                     elif self._take(item):
                         gauge.dec()
-                        gauge = meter.running.labels(self._base, self._adapter)
+                        gauge = meter.running_requests.labels(self._base, self._adapter)
                         gauge.inc()
                     yield item
             outcome = "ok"
-        except RequestError:
+        except InvalidRequestError:
             outcome = "refused"
             raise
         except BusyError:
@@ -184,19 +184,21 @@ class MeteredAnswers:
         except EngineError:
             outcome = "failed"
             raise
-        except (QueueTimeoutError, AnswerTimeoutError):
+        except (QueueTimeoutError, RequestTimeoutError):
             outcome = "late"
             raise
         finally:
             gauge.dec()
             self._end(outcome)
 
-    def _take(self, part: Part) -> bool:
+    def _take(self, part: OutputDelta) -> bool:
         """Count a part; return whether it is the first."""
         now = time.perf_counter()
         is_first = not self._times
         if is_first:
-            self._meter.first_token.labels(self._base, self._adapter).observe(now - self._start)
+            self._meter.time_to_first_token.labels(self._base, self._adapter).observe(
+                now - self._start
+            )
         self._meter.completion_tokens.labels(self._base, self._adapter).inc(part.num_tokens)
         first, _, count = self._times.get(part.index, (now, now, 0))
         self._times[part.index] = (first, now, count + part.num_tokens)
@@ -204,18 +206,20 @@ class MeteredAnswers:
 
     def _end(self, outcome: str) -> None:
         labels = (self._base, self._adapter)
-        self._meter.answers.labels(*labels, outcome).inc()
+        self._meter.finished_requests.labels(*labels, outcome).inc()
         for first, last, count in self._times.values():
             if count > 1:
-                self._meter.per_token.labels(*labels).observe((last - first) / (count - 1))
+                self._meter.time_per_output_token.labels(*labels).observe(
+                    (last - first) / (count - 1)
+                )
         if outcome == "ok":
             self._meter.request_seconds.labels(*labels).observe(time.perf_counter() - self._start)
 
 
-class CountRequests:
+class HttpMetricsMiddleware:
     """Counts what is asked over HTTP, by route and status, refusals too."""
 
-    def __init__(self, app: ASGIApp, meter: Meter) -> None:
+    def __init__(self, app: ASGIApp, meter: ServeMetrics) -> None:
         self._app, self._meter = app, meter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -237,4 +241,4 @@ class CountRequests:
         try:
             await self._app(scope, receive, noted)
         finally:
-            self._meter.http.labels(route, str(status)).inc()
+            self._meter.http_requests.labels(route, str(status)).inc()

@@ -16,12 +16,12 @@ from prometheus_client.metrics_core import Metric
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from raytune_llama.serve.config import KeyLimits
-from raytune_llama.serve.http.metrics import Meter, add_up
+from raytune_llama.serve.http.metrics import ServeMetrics, sum_families
 
-SILENT_SECONDS = 15.0
+GATEWAY_TIMEOUT_SECONDS = 15.0
 """A gateway that was not heard of for so long has ended, and what it held is free."""
 
-ANYBODY = "anybody"
+ANONYMOUS_KEY = "anybody"
 """Stands for the key where none is asked for."""
 
 KEY_NAME = "raytune_llama.key"
@@ -35,13 +35,13 @@ class _Bucket:
 
 
 @dataclass
-class _Gateway:
-    heard: float
+class _GatewayState:
+    last_seen: float
     running: Counter[str] = field(default_factory=Counter)
     families: Sequence[Metric] = ()
 
 
-class Ledger:
+class RateLimiter:
     """What every key has asked for, and what all gateways have counted."""
 
     def __init__(self, limits: KeyLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -53,16 +53,16 @@ class Ledger:
         """
         self._limits, self._clock = limits, clock
         self._buckets: dict[str, _Bucket] = {}
-        self._gateways: dict[str, _Gateway] = defaultdict(lambda: _Gateway(clock()))
+        self._gateways: dict[str, _GatewayState] = defaultdict(lambda: _GatewayState(clock()))
 
     def admit(self, gateway: str, key: str) -> float | None:
         """Take a request of a key in; return seconds to wait where it may not be yet, or None."""
         now = self._clock()
-        here = self._hear(gateway, now)
+        here = self._mark_seen(gateway, now)
         limits = self._limits
         if limits.concurrent is not None:
             running = sum(
-                one.running[key] for one in self._gateways.values() if self._lives(one, now)
+                one.running[key] for one in self._gateways.values() if self._is_alive(one, now)
             )
             if running >= limits.concurrent:
                 return 1.0
@@ -80,12 +80,12 @@ class Ledger:
 
     def release(self, gateway: str, key: str) -> None:
         """Note that a request which was taken in has ended."""
-        running = self._hear(gateway, self._clock()).running
+        running = self._mark_seen(gateway, self._clock()).running
         running[key] = max(0, running[key] - 1)
 
     def push(self, gateway: str, families: Sequence[Metric]) -> None:
         """Take what a gateway has counted since it began."""
-        self._hear(gateway, self._clock()).families = families
+        self._mark_seen(gateway, self._clock()).families = families
 
     def families(self) -> list[Metric]:
         """Return what all gateways have counted, those that have ended too."""
@@ -93,22 +93,22 @@ class Ledger:
         counted: list[Sequence[Metric]] = []
         for one in self._gateways.values():
             # What a gateway holds at the moment is gone with it; what it has counted is not.
-            lives = self._lives(one, now)
+            lives = self._is_alive(one, now)
             counted.append([f for f in one.families if lives or f.type != "gauge"])
-        return add_up(counted)
+        return sum_families(counted)
 
-    def _hear(self, gateway: str, now: float) -> _Gateway:
+    def _mark_seen(self, gateway: str, now: float) -> _GatewayState:
         one = self._gateways[gateway]
-        if not self._lives(one, now):
+        if not self._is_alive(one, now):
             one.running.clear()
-        one.heard = now
+        one.last_seen = now
         return one
 
-    def _lives(self, one: _Gateway, now: float) -> bool:
-        return now - one.heard < SILENT_SECONDS
+    def _is_alive(self, one: _GatewayState, now: float) -> bool:
+        return now - one.last_seen < GATEWAY_TIMEOUT_SECONDS
 
 
-class Books(Protocol):
+class RateLimitClient(Protocol):
     """The ledger as a gateway sees it."""
 
     async def admit(self, key: str) -> float | None:
@@ -124,14 +124,14 @@ class Books(Protocol):
         ...
 
 
-class LocalBooks:
+class LocalRateLimitClient:
     """The ledger of one gateway that stands alone."""
 
-    def __init__(self, limits: KeyLimits, meter: Meter) -> None:
-        self._ledger, self._meter = Ledger(limits), meter
+    def __init__(self, limits: KeyLimits, meter: ServeMetrics) -> None:
+        self._ledger, self._meter = RateLimiter(limits), meter
 
     async def admit(self, key: str) -> float | None:
-        """Take a request in; see `Books`."""
+        """Take a request in; see `RateLimitClient`."""
         return self._ledger.admit("", key)
 
     def release(self, key: str) -> None:
@@ -143,10 +143,12 @@ class LocalBooks:
         return self._meter.families()
 
 
-class Admission:
+class RateLimitMiddleware:
     """Asks the ledger before a request is passed on; plain ASGI, inside of what checks keys."""
 
-    def __init__(self, app: ASGIApp, books: Books, refuse: Callable[[float], ASGIApp]) -> None:
+    def __init__(
+        self, app: ASGIApp, books: RateLimitClient, refuse: Callable[[float], ASGIApp]
+    ) -> None:
         """Stand before an application.
 
         Args:
@@ -162,7 +164,7 @@ class Admission:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        key = scope.get(KEY_NAME, ANYBODY)
+        key = scope.get(KEY_NAME, ANONYMOUS_KEY)
         wait = await self._books.admit(key)
         if wait is not None:
             await self._refuse(wait)(scope, receive, send)

@@ -9,9 +9,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from raytune_llama.serve.errors import BusyError, EngineError, RequestError, UnknownModelError
-from raytune_llama.serve.http.timeouts import AnswerTimeoutError, QueueTimeoutError
-from raytune_llama.serve.protocol.chat import ErrorAnswer, ErrorBody
+from raytune_llama.serve.errors import (
+    BusyError,
+    EngineError,
+    InvalidRequestError,
+    UnknownModelError,
+)
+from raytune_llama.serve.http.timeouts import QueueTimeoutError, RequestTimeoutError
+from raytune_llama.serve.protocol.chat import ErrorBody, ErrorResponse
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +28,7 @@ _MAX_PROBLEMS = 8
 _MAX_MESSAGE_CHARACTERS = 2000
 
 
-class Refusal(HTTPException):
+class ApiError(HTTPException):
     """A status with OpenAI's body."""
 
     def __init__(
@@ -33,13 +38,13 @@ class Refusal(HTTPException):
         self.body = body
 
 
-def problem(
+def build_api_error(
     status: int,
     message: str,
     param: str | None = None,
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
-) -> Refusal:
+) -> ApiError:
     """Return a refusal.
 
     Args:
@@ -54,47 +59,47 @@ def problem(
     if len(message) > _MAX_MESSAGE_CHARACTERS:
         message = message[:_MAX_MESSAGE_CHARACTERS] + " ..."
     body = ErrorBody(message=message, type=kind, param=param, code=code)
-    return Refusal(status, body, {**retry, **(headers or {})})
+    return ApiError(status, body, {**retry, **(headers or {})})
 
 
-def answer_of(refusal: Refusal) -> JSONResponse:
+def build_error_response(refusal: ApiError) -> JSONResponse:
     """Return the answer that tells a refusal."""
-    content = ErrorAnswer(error=refusal.body).model_dump()
+    content = ErrorResponse(error=refusal.body).model_dump()
     return JSONResponse(content, refusal.status_code, headers=refusal.headers)
 
 
-def add_errors(app: FastAPI) -> None:
+def add_error_handlers(app: FastAPI) -> None:
     """Let whatever goes wrong be told in OpenAI's form."""
 
-    def on(kind: type[Exception], make: Callable[[Any], Refusal]) -> None:
+    def on(kind: type[Exception], make: Callable[[Any], ApiError]) -> None:
         async def handle(_: Request, error: Exception) -> JSONResponse:
-            return answer_of(make(error))
+            return build_error_response(make(error))
 
         app.add_exception_handler(kind, handle)
 
     on(RequestValidationError, _of_validation)
     on(HTTPException, _of_status)
-    on(RequestError, lambda error: problem(400, error.message, error.param))
+    on(InvalidRequestError, lambda error: build_api_error(400, error.message, error.param))
     on(
         UnknownModelError,
-        lambda error: problem(404, error.message, error.param, "model_not_found"),
+        lambda error: build_api_error(404, error.message, error.param, "model_not_found"),
     )
-    on(BusyError, lambda error: problem(429, str(error), code="rate_limit_exceeded"))
-    on(EngineError, lambda error: problem(503, str(error)))
-    on(QueueTimeoutError, lambda error: problem(503, str(error), code="queue_timeout"))
+    on(BusyError, lambda error: build_api_error(429, str(error), code="rate_limit_exceeded"))
+    on(EngineError, lambda error: build_api_error(503, str(error)))
+    on(QueueTimeoutError, lambda error: build_api_error(503, str(error), code="queue_timeout"))
     # Clients of OpenAI's ask again by themselves where this header does not stop them.
     once = {"X-Should-Retry": "false"}
-    on(AnswerTimeoutError, lambda error: problem(504, str(error), None, "timeout", once))
+    on(RequestTimeoutError, lambda error: build_api_error(504, str(error), None, "timeout", once))
     # Starlette raises it again, so that the server logs it.
-    on(Exception, lambda _: problem(500, "the server has failed; its log says why"))
+    on(Exception, lambda _: build_api_error(500, "the server has failed; its log says why"))
 
 
-def _of_validation(error: RequestValidationError) -> Refusal:
+def _of_validation(error: RequestValidationError) -> ApiError:
     problems = error.errors()[:_MAX_PROBLEMS]
     text = "; ".join(
         f"{_path(one) or 'body'}: {one['msg'].removeprefix('Value error, ')}" for one in problems
     )
-    return problem(400, text, _path(problems[0]) or None)
+    return build_api_error(400, text, _path(problems[0]) or None)
 
 
 def _path(one: Mapping[str, Any]) -> str:
@@ -102,7 +107,7 @@ def _path(one: Mapping[str, Any]) -> str:
     return ".".join(str(part) for part in one["loc"] if part not in {"body", "path"})[:256]
 
 
-def _of_status(error: HTTPException) -> Refusal:
-    if isinstance(error, Refusal):
+def _of_status(error: HTTPException) -> ApiError:
+    if isinstance(error, ApiError):
         return error
-    return problem(error.status_code, error.detail, headers=error.headers)
+    return build_api_error(error.status_code, error.detail, headers=error.headers)

@@ -10,14 +10,14 @@ import logging
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raytune_llama.serve.config import Limits
-from raytune_llama.serve.http.keys import Keys
-from raytune_llama.serve.http.rate_limit import ANYBODY, KEY_NAME
-from raytune_llama.serve.http.refusals import Refusal, answer_of, problem
+from raytune_llama.serve.config import RequestLimits
+from raytune_llama.serve.http.keys import ApiKeys
+from raytune_llama.serve.http.rate_limit import ANONYMOUS_KEY, KEY_NAME
+from raytune_llama.serve.http.refusals import ApiError, build_api_error, build_error_response
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/", "/health"})
+PUBLIC_PATHS = frozenset({"/", "/health"})
 """Routes that need no key."""
 
 _MAX_LENGTH_DIGITS = 18
@@ -27,10 +27,10 @@ class _StalledError(RuntimeError):
     """A client does not take what it is sent."""
 
 
-class Guard:
+class RequestGuardMiddleware:
     """Refuses requests without a key, too large or too slow; ends those whose client has gone."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, limits: RequestLimits) -> None:
         self._app, self._keys, self._limits = app, keys, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,12 +43,12 @@ class Guard:
         match found:
             case None:
                 logger.info("a client has gone before its request was whole")
-            case Refusal():
-                await answer_of(found)(scope, receive, send)
+            case ApiError():
+                await build_error_response(found)(scope, receive, send)
             case _:
                 await self._answer(scope, bytes(found), receive, send)
 
-    def _refusal(self, scope: Scope) -> Refusal | None:
+    def _refusal(self, scope: Scope) -> ApiError | None:
         """Return what is wrong with a request's first lines."""
         limits, headers = self._limits, Headers(scope=scope)
         num_bytes = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
@@ -56,14 +56,14 @@ class Guard:
         if num_bytes > limits.header_bytes:
             close = {"Connection": "close"}
             message = f"a request has at most {limits.header_bytes} bytes of headers"
-            return problem(431, message, headers=close)
+            return build_api_error(431, message, headers=close)
         name = self._name(headers)
-        scope[KEY_NAME] = name or ANYBODY
-        if scope["path"] not in OPEN_PATHS and self._keys.hashes and name is None:
-            return problem(401, "wanted Authorization: Bearer KEY", code="invalid_api_key")
+        scope[KEY_NAME] = name or ANONYMOUS_KEY
+        if scope["path"] not in PUBLIC_PATHS and self._keys.hashes and name is None:
+            return build_api_error(401, "wanted Authorization: Bearer KEY", code="invalid_api_key")
         length = headers.get("content-length", "0")
         if not length.isdecimal():
-            return problem(400, "Content-Length: wanted a number")
+            return build_api_error(400, "Content-Length: wanted a number")
         if len(length) > _MAX_LENGTH_DIGITS or int(length) > limits.body_bytes:
             return self._too_large()
         return None
@@ -74,10 +74,10 @@ class Guard:
         name = self._keys.find(key.strip())
         return name if scheme.lower() == "bearer" else None
 
-    def _too_large(self) -> Refusal:
-        return problem(413, f"a request has at most {self._limits.body_bytes} bytes")
+    def _too_large(self) -> ApiError:
+        return build_api_error(413, f"a request has at most {self._limits.body_bytes} bytes")
 
-    async def _body(self, receive: Receive) -> bytearray | Refusal | None:
+    async def _body(self, receive: Receive) -> bytearray | ApiError | None:
         """Return a request's body, or what is wrong with it; None: its client has gone."""
         body, seconds = bytearray(), self._limits.body_seconds
         try:
@@ -93,7 +93,7 @@ class Guard:
                         return body
         except TimeoutError:
             text = f"the request was not whole in {seconds:g} s"
-            return problem(408, text, headers={"Connection": "close"})
+            return build_api_error(408, text, headers={"Connection": "close"})
 
     async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Let a request be answered for as long as its client is there and reads."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
-from raytune_llama.chat.tools import CallPiece
-from raytune_llama.serve.generation.output import Part, text_bytes
+from raytune_llama.chat.tools import ToolCallChunk
+from raytune_llama.serve.generation.output import OutputDelta, text_bytes
 from raytune_llama.serve.protocol.chat import (
     AnswerMessage,
     ChatChoice,
@@ -36,19 +36,19 @@ from raytune_llama.serve.protocol.tools import (
 
 
 @dataclass
-class Answer:
+class ChoiceAccumulator:
     """One of a request's answers, as far as it has come."""
 
     text: str = ""
-    parts: list[Part] = field(default_factory=list)
-    finish: FinishReason = "stop"
+    deltas: list[OutputDelta] = field(default_factory=list)
+    finish_reason: FinishReason = "stop"
     calls: list[ToolCall] = field(default_factory=list)
 
-    def add(self, part: Part) -> None:
+    def add(self, part: OutputDelta) -> None:
         """Take a part in."""
         self.text += part.text
-        self.parts.append(part)
-        self.finish = part.finish or self.finish
+        self.deltas.append(part)
+        self.finish_reason = part.finish_reason or self.finish_reason
         for piece in part.calls:
             if piece.id is not None and piece.name is not None:
                 function = CalledFunction(name=piece.name, arguments="")
@@ -57,7 +57,7 @@ class Answer:
 
 
 @dataclass
-class Counts:
+class TokenCounts:
     """Tokens of a request."""
 
     prompt: int = 0
@@ -73,7 +73,7 @@ class Counts:
         )
 
 
-class ChatShape:
+class ChatResponseBuilder:
     """Answers of `/v1/chat/completions`."""
 
     def __init__(self, request: ChatRequest) -> None:
@@ -82,7 +82,9 @@ class ChatShape:
         self._begin = Delta(role="assistant", content=None if request.shown_tools else "")
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
 
-    def whole(self, answers: Sequence[Answer], counts: Counts) -> BaseModel:
+    def build_response(
+        self, answers: Sequence[ChoiceAccumulator], counts: TokenCounts
+    ) -> BaseModel:
         """Return the answer to a request that is not streamed."""
         choices = [
             ChatChoice(
@@ -91,8 +93,8 @@ class ChatShape:
                     content=None if answer.calls and not answer.text else answer.text,
                     tool_calls=answer.calls or None,
                 ),
-                logprobs=self._logprobs(answer.parts),
-                finish_reason=answer.finish,
+                logprobs=self._logprobs(answer.deltas),
+                finish_reason=answer.finish_reason,
             )
             for index, answer in enumerate(answers)
         ]
@@ -104,22 +106,22 @@ class ChatShape:
             usage=counts.usage,
         )
 
-    def begin(self, num_choices: int) -> Iterator[BaseModel]:
+    def build_first_chunks(self, num_choices: int) -> Iterator[BaseModel]:
         """Yield the chunks before the first part."""
         for index in range(num_choices):
             yield self._chunk(index, self._begin)
 
-    def part(self, part: Part) -> BaseModel:
+    def build_chunk(self, part: OutputDelta) -> BaseModel:
         """Return the chunk of a part."""
         has_text = part.text or (part.tokens and not part.calls)
         calls = [_call_delta(piece) for piece in part.calls]
         delta = Delta(content=part.text if has_text else None, tool_calls=calls or None)
         chunk = self._chunk(part.index, delta)
         chunk.choices[0].logprobs = self._logprobs([part])
-        chunk.choices[0].finish_reason = part.finish
+        chunk.choices[0].finish_reason = part.finish_reason
         return chunk
 
-    def end(self, counts: Counts) -> BaseModel:
+    def build_usage_chunk(self, counts: TokenCounts) -> BaseModel:
         """Return the chunk with the counts."""
         return self._chunk(None, Delta(), counts.usage)
 
@@ -129,13 +131,13 @@ class ChatShape:
             id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
         )
 
-    def _logprobs(self, parts: Sequence[Part]) -> ChoiceLogprobs | None:
+    def _logprobs(self, parts: Sequence[OutputDelta]) -> ChoiceLogprobs | None:
         if not self._wants_logprobs:
             return None
         return ChoiceLogprobs(content=[one for part in parts for one in _content_logprobs(part)])
 
 
-class CompletionShape:
+class CompletionResponseBuilder:
     """Answers of `/v1/completions`."""
 
     def __init__(self, request: CompletionRequest, prompt_text: str = "") -> None:
@@ -150,27 +152,29 @@ class CompletionShape:
         self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self._told: dict[int, int] = {}
 
-    def whole(self, answers: Sequence[Answer], counts: Counts) -> BaseModel:
+    def build_response(
+        self, answers: Sequence[ChoiceAccumulator], counts: TokenCounts
+    ) -> BaseModel:
         """Return the answer to a request that is not streamed."""
         choices = [
             CompletionChoice(
                 index=index,
                 text=self._prompt_text + answer.text,
-                logprobs=self._logprobs(answer.parts, len(self._prompt_text)),
-                finish_reason=answer.finish,
+                logprobs=self._logprobs(answer.deltas, len(self._prompt_text)),
+                finish_reason=answer.finish_reason,
             )
             for index, answer in enumerate(answers)
         ]
         return self._completion(choices, counts.usage)
 
-    def begin(self, num_choices: int) -> Iterator[BaseModel]:
+    def build_first_chunks(self, num_choices: int) -> Iterator[BaseModel]:
         """Yield the chunks before the first part."""
         for index in range(num_choices if self._prompt_text else 0):
             self._told[index] = len(self._prompt_text)
             choice = CompletionChoice(index=index, text=self._prompt_text, finish_reason=None)
             yield self._completion([choice])
 
-    def part(self, part: Part) -> BaseModel:
+    def build_chunk(self, part: OutputDelta) -> BaseModel:
         """Return the chunk of a part."""
         start = self._told.get(part.index, 0)
         self._told[part.index] = start + len(part.text)
@@ -178,11 +182,11 @@ class CompletionShape:
             index=part.index,
             text=part.text,
             logprobs=self._logprobs([part], start),
-            finish_reason=part.finish,
+            finish_reason=part.finish_reason,
         )
         return self._completion([choice])
 
-    def end(self, counts: Counts) -> BaseModel:
+    def build_usage_chunk(self, counts: TokenCounts) -> BaseModel:
         """Return the chunk with the counts."""
         return self._completion([], counts.usage)
 
@@ -193,7 +197,7 @@ class CompletionShape:
             id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
         )
 
-    def _logprobs(self, parts: Sequence[Part], start: int) -> CompletionLogprobs | None:
+    def _logprobs(self, parts: Sequence[OutputDelta], start: int) -> CompletionLogprobs | None:
         if not self._wants_logprobs:
             return None
         tokens = [token for part in parts for token in part.tokens]
@@ -204,16 +208,16 @@ class CompletionShape:
         return CompletionLogprobs(
             tokens=[token.text for token in tokens],
             token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=[dict(token.likeliest) for token in tokens],
+            top_logprobs=[dict(token.top_logprobs) for token in tokens],
             text_offset=offsets,
         )
 
 
-Shape = ChatShape | CompletionShape
+ResponseBuilder = ChatResponseBuilder | CompletionResponseBuilder
 """Of either kind of answer."""
 
 
-def _call_delta(piece: CallPiece) -> ToolCallDelta:
+def _call_delta(piece: ToolCallChunk) -> ToolCallDelta:
     return ToolCallDelta(
         index=piece.index,
         id=piece.id,
@@ -222,7 +226,7 @@ def _call_delta(piece: CallPiece) -> ToolCallDelta:
     )
 
 
-def _content_logprobs(part: Part) -> Iterator[ContentLogprob]:
+def _content_logprobs(part: OutputDelta) -> Iterator[ContentLogprob]:
     for token in part.tokens:
         yield ContentLogprob(
             token=token.text,
@@ -230,6 +234,6 @@ def _content_logprobs(part: Part) -> Iterator[ContentLogprob]:
             bytes=text_bytes(token.text),
             top_logprobs=[
                 TokenLogprob(token=text, logprob=value, bytes=text_bytes(text))
-                for text, value in token.likeliest
+                for text, value in token.top_logprobs
             ],
         )

@@ -18,34 +18,53 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
-from raytune_llama.serve.config import KeyLimits, Limits
+from raytune_llama.serve.config import KeyLimits, RequestLimits
 from raytune_llama.serve.errors import BusyError, EngineError, UnknownModelError
-from raytune_llama.serve.generation.output import Part
+from raytune_llama.serve.generation.output import OutputDelta
 from raytune_llama.serve.http.bodies import build_route_class
 from raytune_llama.serve.http.description import (
-    FOR_A_MODEL,
-    FOR_READING,
+    MODEL_ERROR_STATUSES,
+    READ_ERROR_STATUSES,
     STREAM,
     DescribedApp,
-    refusals,
+    describe_error_responses,
 )
 from raytune_llama.serve.http.embeddings import EmbeddingBackend, add_embeddings
 from raytune_llama.serve.http.events import EventStream
-from raytune_llama.serve.http.keys import Keys
-from raytune_llama.serve.http.metrics import CountRequests, Meter, MeteredAnswers, exposition
+from raytune_llama.serve.http.keys import ApiKeys
+from raytune_llama.serve.http.metrics import (
+    HttpMetricsMiddleware,
+    RequestMetricsRecorder,
+    ServeMetrics,
+    render_exposition,
+)
 from raytune_llama.serve.http.page import add_page
-from raytune_llama.serve.http.rate_limit import Admission, Books, LocalBooks
-from raytune_llama.serve.http.refusals import add_errors, answer_of, problem
-from raytune_llama.serve.http.request_guard import Guard
-from raytune_llama.serve.http.responses import Answer, ChatShape, CompletionShape, Counts, Shape
-from raytune_llama.serve.http.timeouts import AnswerTimeoutError, within
+from raytune_llama.serve.http.rate_limit import (
+    LocalRateLimitClient,
+    RateLimitClient,
+    RateLimitMiddleware,
+)
+from raytune_llama.serve.http.refusals import (
+    add_error_handlers,
+    build_api_error,
+    build_error_response,
+)
+from raytune_llama.serve.http.request_guard import RequestGuardMiddleware
+from raytune_llama.serve.http.responses import (
+    ChatResponseBuilder,
+    ChoiceAccumulator,
+    CompletionResponseBuilder,
+    ResponseBuilder,
+    TokenCounts,
+)
+from raytune_llama.serve.http.timeouts import RequestTimeoutError, enforce_timeouts
 from raytune_llama.serve.protocol.chat import (
     ChatCompletion,
     ChatRequest,
     Completion,
     CompletionRequest,
-    ErrorAnswer,
     ErrorBody,
+    ErrorResponse,
     ModelCard,
     ModelList,
 )
@@ -53,10 +72,12 @@ from raytune_llama.serve.protocol.chat import (
 logger = logging.getLogger(__name__)
 
 
-class Backend(EmbeddingBackend, Protocol):
+class ModelBackend(EmbeddingBackend, Protocol):
     """A model that answers."""
 
-    def answer(self, request: ChatRequest | CompletionRequest) -> AsyncGenerator[int | Part, None]:
+    def answer(
+        self, request: ChatRequest | CompletionRequest
+    ) -> AsyncGenerator[int | OutputDelta, None]:
         """Yield the prompt's number of tokens, then the parts of all answers.
 
         Raises:
@@ -79,13 +100,13 @@ class Backend(EmbeddingBackend, Protocol):
         ...
 
 
-def build_http(
-    backends: Mapping[str, Backend],
-    keys: Keys,
-    limits: Limits | None = None,
+def build_http_app(
+    backends: Mapping[str, ModelBackend],
+    keys: ApiKeys,
+    limits: RequestLimits | None = None,
     *,
-    meter: Meter | None = None,
-    books: Books | None = None,
+    meter: ServeMetrics | None = None,
+    books: RateLimitClient | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -97,18 +118,18 @@ def build_http(
         books: what admits requests and adds counts up; None: this gateway stands alone, and no
             key is limited.
     """
-    limits = limits or Limits()
-    meter = meter or Meter()
-    books = books or LocalBooks(KeyLimits(), meter)
+    limits = limits or RequestLimits()
+    meter = meter or ServeMetrics()
+    books = books or LocalRateLimitClient(KeyLimits(), meter)
     app = DescribedApp(title="raytune_llama", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.needs_keys = bool(keys.hashes)
     app.router.route_class = build_route_class(limits.json_depth)
-    add_errors(app)
+    add_error_handlers(app)
     _add_middleware(app, keys, limits, meter, books)
-    _add_watching(app, backends, books)
+    _add_monitoring(app, backends, books)
     add_page(app)
 
-    def backend_of(name: str) -> Backend:
+    def backend_of(name: str) -> ModelBackend:
         # What stands behind the colon is the backend's to know.
         base = name.partition(":")[0]
         if base not in backends:
@@ -116,9 +137,11 @@ def build_http(
             raise UnknownModelError(f"no model {base!r}; there is {known}", "model")
         return backends[base]
 
-    def counted(request: ChatRequest | CompletionRequest) -> AsyncGenerator[int | Part, None]:
-        items = within(backend_of(request.model).answer(request), limits)
-        return MeteredAnswers(meter, request.model).pass_on(items)
+    def counted(
+        request: ChatRequest | CompletionRequest,
+    ) -> AsyncGenerator[int | OutputDelta, None]:
+        items = enforce_timeouts(backend_of(request.model).answer(request), limits)
+        return RequestMetricsRecorder(meter, request.model).record(items)
 
     _add_models(app, backends, backend_of)
     _add_answers(app, counted)
@@ -127,12 +150,12 @@ def build_http(
 
 
 def _add_models(
-    app: FastAPI, backends: Mapping[str, Backend], backend_of: Callable[[str], Backend]
+    app: FastAPI, backends: Mapping[str, ModelBackend], backend_of: Callable[[str], ModelBackend]
 ) -> None:
     """Add the routes that tell what there is."""
     created = int(time.time())
 
-    @app.get("/v1/models", responses=refusals(*FOR_READING, 503))
+    @app.get("/v1/models", responses=describe_error_responses(*READ_ERROR_STATUSES, 503))
     async def models() -> ModelList:
         """List the models."""
         return ModelList(
@@ -143,7 +166,9 @@ def _add_models(
             ]
         )
 
-    @app.get("/v1/models/{name}", responses=refusals(*FOR_READING, 404, 503))
+    @app.get(
+        "/v1/models/{name}", responses=describe_error_responses(*READ_ERROR_STATUSES, 404, 503)
+    )
     async def model(name: str) -> ModelCard:
         """Describe a model."""
         if name not in await _names(name.partition(":")[0], backend_of(name)):
@@ -153,7 +178,7 @@ def _add_models(
 
 def _add_answers(
     app: FastAPI,
-    counted: Callable[[ChatRequest | CompletionRequest], AsyncGenerator[int | Part, None]],
+    counted: Callable[[ChatRequest | CompletionRequest], AsyncGenerator[int | OutputDelta, None]],
 ) -> None:
     """Add the routes that answer.
 
@@ -161,25 +186,27 @@ def _add_answers(
         app: where they go.
         counted: asks the model that a request names.
     """
-    answers = STREAM | refusals(*FOR_A_MODEL)
+    answers = STREAM | describe_error_responses(*MODEL_ERROR_STATUSES)
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=answers)
     async def chat(request: ChatRequest) -> Response:
         """Answer a conversation."""
-        return await _respond(counted(request), request, ChatShape(request))
+        return await _respond(counted(request), request, ChatResponseBuilder(request))
 
     @app.post("/v1/completions", response_model=Completion, responses=answers)
     async def complete(request: CompletionRequest) -> Response:
         """Go on with a text."""
         echoed = request.prompt if request.echo and isinstance(request.prompt, str) else ""
-        shape = CompletionShape(request, echoed)
+        shape = CompletionResponseBuilder(request, echoed)
         return await _respond(counted(request), request, shape)
 
 
-def _add_middleware(app: FastAPI, keys: Keys, limits: Limits, meter: Meter, books: Books) -> None:
+def _add_middleware(
+    app: FastAPI, keys: ApiKeys, limits: RequestLimits, meter: ServeMetrics, books: RateLimitClient
+) -> None:
     """Add what stands before the routes; the last one added is the first one asked."""
-    app.add_middleware(Admission, books=books, refuse=_wait)
-    app.add_middleware(Guard, keys=keys, limits=limits)
+    app.add_middleware(RateLimitMiddleware, books=books, refuse=_build_rate_limit_response)
+    app.add_middleware(RequestGuardMiddleware, keys=keys, limits=limits)
     if limits.allow_origins:
         # Before the guard: browsers ask without a key whether they may ask.
         app.add_middleware(
@@ -188,19 +215,23 @@ def _add_middleware(app: FastAPI, keys: Keys, limits: Limits, meter: Meter, book
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    app.add_middleware(CountRequests, meter=meter)
+    app.add_middleware(HttpMetricsMiddleware, meter=meter)
 
 
-def _wait(seconds: float) -> JSONResponse:
+def _build_rate_limit_response(seconds: float) -> JSONResponse:
     after = {"Retry-After": str(math.ceil(seconds))}
     text = "this key asks for more than it may"
-    return answer_of(problem(429, text, code="rate_limit_exceeded", headers=after))
+    return build_error_response(
+        build_api_error(429, text, code="rate_limit_exceeded", headers=after)
+    )
 
 
-def _add_watching(app: FastAPI, backends: Mapping[str, Backend], books: Books) -> None:
+def _add_monitoring(
+    app: FastAPI, backends: Mapping[str, ModelBackend], books: RateLimitClient
+) -> None:
     """Add the routes by which the endpoint is watched."""
 
-    @app.get("/health", response_class=Response, responses=refusals(503))
+    @app.get("/health", response_class=Response, responses=describe_error_responses(503))
     async def health() -> Response:
         """Say whether every model can answer."""
         for backend in backends.values():
@@ -210,31 +241,35 @@ def _add_watching(app: FastAPI, backends: Mapping[str, Backend], books: Books) -
     text = {"schema": {"type": "string"}}
     told: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": text}}}
 
-    @app.get("/metrics", response_class=Response, responses=told | refusals(*FOR_READING))
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses=told | describe_error_responses(*READ_ERROR_STATUSES),
+    )
     async def metrics() -> Response:
         """Tell what all gateways have counted, as Prometheus reads it."""
-        return Response(exposition(await books.families()), media_type=CONTENT_TYPE_LATEST)
+        return Response(render_exposition(await books.families()), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _names(base: str, backend: Backend) -> list[str]:
+async def _names(base: str, backend: ModelBackend) -> list[str]:
     """Return what requests may call a model, with its adapters."""
     return [base, *(f"{base}:{name}" for name in await backend.adapters())]
 
 
 async def _respond(
-    items: AsyncGenerator[int | Part, None],
+    items: AsyncGenerator[int | OutputDelta, None],
     request: ChatRequest | CompletionRequest,
-    shape: Shape,
+    shape: ResponseBuilder,
 ) -> Response:
-    counts = Counts(prompt=_prompt_tokens(await anext(items)))
+    counts = TokenCounts(prompt=_prompt_tokens(await anext(items)))
     if not request.stream:
-        answers = [Answer() for _ in range(request.n)]
+        answers = [ChoiceAccumulator() for _ in range(request.n)]
         async with aclosing(items):
             async for item in items:
                 part = _part(item)
                 answers[part.index].add(part)
                 counts.completion += part.num_tokens
-        return _json(shape.whole(answers, counts))
+        return _json(shape.build_response(answers, counts))
     # Refusals for load come with the first part, and must have their own status.
     first = _part(await anext(items))
     events = _events(first, items, request, shape, counts)
@@ -242,31 +277,31 @@ async def _respond(
 
 
 async def _events(
-    first: Part,
-    items: AsyncGenerator[int | Part, None],
+    first: OutputDelta,
+    items: AsyncGenerator[int | OutputDelta, None],
     request: ChatRequest | CompletionRequest,
-    shape: Shape,
-    counts: Counts,
+    shape: ResponseBuilder,
+    counts: TokenCounts,
 ) -> AsyncGenerator[bytes, None]:
     """Yield server-sent events; closing them ends the answers."""
     async with aclosing(items):
-        for chunk in shape.begin(request.n):
+        for chunk in shape.build_first_chunks(request.n):
             yield _event(chunk)
         counts.completion += first.num_tokens
-        yield _event(shape.part(first))
+        yield _event(shape.build_chunk(first))
         try:
             async for item in items:
                 part = _part(item)
                 counts.completion += part.num_tokens
                 # What changes nothing for the client is not sent.
-                if part.text or part.calls or part.tokens or part.finish:
-                    yield _event(shape.part(part))
-        except (AnswerTimeoutError, BusyError, EngineError) as error:
+                if part.text or part.calls or part.tokens or part.finish_reason:
+                    yield _event(shape.build_chunk(part))
+        except (RequestTimeoutError, BusyError, EngineError) as error:
             # The status is sent already.
-            yield _event(ErrorAnswer(error=ErrorBody(message=str(error), type="server_error")))
+            yield _event(ErrorResponse(error=ErrorBody(message=str(error), type="server_error")))
             return
         if request.stream_options is not None and request.stream_options.include_usage:
-            yield _event(shape.end(counts))
+            yield _event(shape.build_usage_chunk(counts))
         yield b"data: [DONE]\n\n"
 
 
@@ -278,11 +313,11 @@ def _json(answer: BaseModel) -> Response:
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
-def _prompt_tokens(item: int | Part) -> int:
+def _prompt_tokens(item: int | OutputDelta) -> int:
     assert isinstance(item, int)
     return item
 
 
-def _part(item: int | Part) -> Part:
-    assert isinstance(item, Part)
+def _part(item: int | OutputDelta) -> OutputDelta:
+    assert isinstance(item, OutputDelta)
     return item

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TypeVar
 
-from raytune_llama.serve.config import Limits
+from raytune_llama.serve.config import RequestLimits
 
 T = TypeVar("T")
 
@@ -17,11 +17,13 @@ class QueueTimeoutError(RuntimeError):
     """No token of an answer came in time; try again later."""
 
 
-class AnswerTimeoutError(RuntimeError):
+class RequestTimeoutError(RuntimeError):
     """An answer was not whole in time."""
 
 
-async def within(items: AsyncGenerator[T, None], limits: Limits) -> AsyncGenerator[T, None]:
+async def enforce_timeouts(
+    items: AsyncGenerator[T, None], limits: RequestLimits
+) -> AsyncGenerator[T, None]:
     """Yield the items of an answer, and close it where they take too long.
 
     Raises:
@@ -44,6 +46,6 @@ async def within(items: AsyncGenerator[T, None], limits: Limits) -> AsyncGenerat
                     raise
                 if is_first:
                     raise QueueTimeoutError(f"no token came in {seconds:g} s") from error
-                raise AnswerTimeoutError(f"the answer took more than {seconds:g} s") from error
+                raise RequestTimeoutError(f"the answer took more than {seconds:g} s") from error
             num_items += 1
             yield item

@@ -33,7 +33,7 @@ ANY_OBJECT = {"type": "object"}
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
-class Request(StrictModel):
+class GenerationRequest(StrictModel):
     """What every kind of generation may be asked for."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
@@ -62,7 +62,7 @@ class Request(StrictModel):
     store: bool | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> "Request":
+    def _check(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only with stream=true")
         return self
@@ -157,7 +157,7 @@ class ResponseFormat(StrictModel):
         return self.json_schema.schema_ if self.json_schema else ANY_OBJECT
 
 
-class ChatRequest(Request):
+class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -196,7 +196,7 @@ class ChatRequest(Request):
         return self.tool_choice not in (None, "none", "auto")
 
 
-class CompletionRequest(Request):
+class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
     prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -356,7 +356,7 @@ class ErrorBody(BaseModel):
     code: str | None = None
 
 
-class ErrorAnswer(BaseModel):
+class ErrorResponse(BaseModel):
     """Answer to a request that was refused or has failed."""
 
     error: ErrorBody

@@ -10,7 +10,7 @@ MAX_INPUTS = 2048
 MAX_INPUT_TOKENS = 300_000
 """Of a request, all its texts together."""
 
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+InputTokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -50,8 +50,8 @@ class EmbeddingRequest(StrictModel):
     input: Annotated[
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
-        | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_INPUTS)],
+        | InputTokenIds
+        | Annotated[list[InputTokenIds], Field(min_length=1, max_length=MAX_INPUTS)],
         BeforeValidator(_check_input),
     ]
     """A text, texts, a text's token ids, or those of texts."""

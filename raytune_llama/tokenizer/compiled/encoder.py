@@ -15,14 +15,18 @@ import numpy as np
 
 from raytune_llama.tokenizer.compiled import kernel
 from raytune_llama.tokenizer.compiled.tables import build_tables
-from raytune_llama.tokenizer.reference import Reference, SentencePieceReference, check_version
-from raytune_llama.tokenizer.split_points import SPACE, encode_in_stretches
+from raytune_llama.tokenizer.reference import (
+    ReferenceEncoder,
+    SentencePieceReference,
+    check_version,
+)
+from raytune_llama.tokenizer.split_points import SPACE, encode_in_chunks
 
 REVISION = 1
 """To be counted up with each change of the kernel."""
 
 
-class Memo(NamedTuple):
+class SegmentCache(NamedTuple):
     """The ids of segments seen; of fixed size."""
 
     slots: np.ndarray
@@ -33,8 +37,8 @@ class Memo(NamedTuple):
     """int64: entries and places in `pool` in use, and how many entries there may be."""
 
 
-def _empty_memo(entries: int) -> Memo:
-    return Memo(
+def _empty_cache(entries: int) -> SegmentCache:
+    return SegmentCache(
         slots=np.full(4 * entries, -1, np.int32),
         pool=np.zeros(16 * entries, np.int32),
         used=np.array([0, 0, entries]),
@@ -46,7 +50,7 @@ class CompiledEncoder:
 
     name = "compiled"
 
-    def __init__(self, reference: Reference, memo_entries: int = 1 << 17) -> None:
+    def __init__(self, reference: ReferenceEncoder, memo_entries: int = 1 << 17) -> None:
         """Turn a reference into tables.
 
         Args:
@@ -63,7 +67,7 @@ class CompiledEncoder:
         """How many texts were left to the reference."""
         self._reference = reference
         self._vocabulary, self._boundaries = build_tables(reference)
-        self._memo = _empty_memo(memo_entries)
+        self._memo = _empty_cache(memo_entries)
         self._spaced, self._unless_spaced = False, False
         self._normal_form, self._strings = False, ()
         if isinstance(reference, SentencePieceReference):
@@ -77,7 +81,7 @@ class CompiledEncoder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"version": compiled_version()}
         check_version(self, state["version"])
-        self._memo = _empty_memo(state["_memo"])
+        self._memo = _empty_cache(state["_memo"])
 
     def _read_engine(self, engine: dict[str, Any]) -> None:
         """Note what a `tokenizers` engine does before it splits a text."""
@@ -94,9 +98,9 @@ class CompiledEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `TextEncoder.encode`."""
-        return encode_in_stretches(texts, self.cuts, self.encode_whole)
+        return encode_in_chunks(texts, self.cuts, self.encode_unsplit)
 
-    def encode_whole(self, texts: Sequence[str], _: int = 0) -> list[np.ndarray]:
+    def encode_unsplit(self, texts: Sequence[str], _: int = 0) -> list[np.ndarray]:
         """Encode texts at once: memory grows with their sum."""
         joined, lengths = self._join(texts)
         codes = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
@@ -104,7 +108,7 @@ class CompiledEncoder:
         np.cumsum(lengths, out=starts[1:])
         apart = np.zeros(len(texts), bool)
         if self._strings or self._normal_form:
-            apart[:] = [self._is_apart(text) for text in texts]
+            apart[:] = [self._needs_reference(text) for text in texts]
         stops = np.zeros(len(codes) + 1, np.int32)
         num = kernel.split(codes, starts, self._boundaries, stops[1:], apart)
         stops = stops[: num + 1]
@@ -125,7 +129,7 @@ class CompiledEncoder:
     ) -> list[np.ndarray]:
         if apart:
             self.num_apart += len(apart)
-            others = self._reference.encode_whole([texts[index] for index in apart])
+            others = self._reference.encode_unsplit([texts[index] for index in apart])
             for index, ids in zip(apart, others, strict=True):
                 encoded[index] = ids
         return encoded
@@ -139,7 +143,7 @@ class CompiledEncoder:
             texts = [text if text[:1] in unspaced else " " + text for text in texts]
         return "".join(texts), _lengths(texts)
 
-    def _is_apart(self, text: str) -> bool:
+    def _needs_reference(self, text: str) -> bool:
         """Whether a text needs what the kernel does not do."""
         if any(string in text for string in self._strings):
             return True

@@ -17,10 +17,10 @@ import numpy as np
 from numba import njit
 
 NO_WORDS, GPT2, GPT2_DIGITS, WORDS_1, WORDS_3 = range(5)
-"""Patterns that split a text into words: `Boundaries.pattern`."""
+"""Patterns that split a text into words: `SplitTables.pattern`."""
 
 OTHER, LETTER, NUMBER, SPACE, NEWLINE, UNKNOWN = range(6)
-"""Classes of code points: `Boundaries.classes`."""
+"""Classes of code points: `SplitTables.classes`."""
 
 MAX_SYMBOLS = 2048
 """A segment of more symbols is left to the reference: merging takes the square of its length."""
@@ -49,8 +49,8 @@ def encode(codes, stops, vocabulary, memo, out, ends, left_out):
     Args:
         codes: uint32, the code points of all segments.
         stops: int32, where each segment ends.
-        vocabulary: `Vocabulary`.
-        memo: `Memo`, changed.
+        vocabulary: `VocabularyTables`.
+        memo: `SegmentCache`, changed.
         out: int32, at least four for each code point: receives the ids.
         ends: int32, one a segment: receives where its ids end.
         left_out: bool, one a segment: set where the ids can't be told here.
@@ -265,7 +265,7 @@ def split(codes, starts, boundaries, stops, apart):
     Args:
         codes: uint32, the code points of texts that lie one behind the other.
         starts: int64, where each text starts, and the end of the last.
-        boundaries: `Boundaries`.
+        boundaries: `SplitTables`.
         stops: int32, as many as codes: receives where each segment ends; a text ends one, too.
         apart: bool, one a text: set where a text holds a character of unknown class.
 

@@ -9,12 +9,17 @@ import numpy as np
 
 from raytune_llama.tokenizer.compiled import kernel
 from raytune_llama.tokenizer.reference import (
-    PIECE,
-    Reference,
+    PieceProto,
+    ReferenceEncoder,
     SentencePieceReference,
     is_plain_merging,
 )
-from raytune_llama.tokenizer.split_points import SPACE, inner_pairs, is_llama, split_kind
+from raytune_llama.tokenizer.split_points import (
+    SPACE,
+    adjacent_character_pairs,
+    find_split_pattern,
+    is_whole_text_bpe,
+)
 
 _NUM_CODES = 0x110000
 _PATTERNS = {
@@ -39,7 +44,7 @@ _WHITE_SPACE = (
 _LONG_S = 0x17F
 
 
-class Vocabulary(NamedTuple):
+class VocabularyTables(NamedTuple):
     """What merges; read-only. A symbol is what merging handles: a byte, a character or a piece."""
 
     pairs: np.ndarray
@@ -58,7 +63,7 @@ class Vocabulary(NamedTuple):
     """Whether a segment is spelled in bytes rather than characters."""
 
 
-class Boundaries(NamedTuple):
+class SplitTables(NamedTuple):
     """Where texts are split; read-only."""
 
     pattern: int
@@ -73,13 +78,13 @@ class Boundaries(NamedTuple):
     """uint8, a bit a pair, the first one 0: whether some piece holds the two side by side."""
 
 
-Tables = tuple[Vocabulary, Boundaries]
+KernelTables = tuple[VocabularyTables, SplitTables]
 
-Merge = tuple[int, int, int, int]
+MergeRule = tuple[int, int, int, int]
 """Left symbol, right symbol, rank (lowest first), the symbol that they become."""
 
 
-def build_tables(reference: Reference) -> Tables:
+def build_tables(reference: ReferenceEncoder) -> KernelTables:
     """Return the tables of a reference.
 
     Raises:
@@ -93,25 +98,25 @@ def build_tables(reference: Reference) -> Tables:
     return tables
 
 
-def _build_tables(reference: Reference) -> Tables:
+def _build_tables(reference: ReferenceEncoder) -> KernelTables:
     if isinstance(reference, SentencePieceReference):
         return _piece_tables(reference.proto)
     engine = reference.engine
     model = engine["model"]
     if reference.cuts is None or model["type"] != "BPE":
         raise ValueError("its tokenizer.json splits or merges text in a way that is not known here")
-    return _llama_tables(engine) if is_llama(engine) else _byte_tables(engine)
+    return _llama_tables(engine) if is_whole_text_bpe(engine) else _byte_tables(engine)
 
 
-def _piece_tables(proto: Any) -> Tables:  # noqa: ANN401  # made when protobuf is imported
+def _piece_tables(proto: Any) -> KernelTables:  # noqa: ANN401  # made when protobuf is imported
     pieces = {
         piece.piece: (id_, piece.score)
         for id_, piece in enumerate(proto.pieces)
-        if piece.type == PIECE.NORMAL
+        if piece.type == PieceProto.NORMAL
     }
     if not is_plain_merging(proto) or SPACE not in pieces:
         raise ValueError("its SentencePiece model does more than merge characters as they are")
-    if any(piece.type == PIECE.USER_DEFINED for piece in proto.pieces):
+    if any(piece.type == PieceProto.USER_DEFINED for piece in proto.pieces):
         raise ValueError("its SentencePiece model has user-defined pieces")
     symbols = {piece: symbol for symbol, piece in enumerate(pieces)}
     ids = [id_ for id_, _ in pieces.values()]
@@ -133,7 +138,7 @@ def _piece_tables(proto: Any) -> Tables:  # noqa: ANN401  # made when protobuf i
     return _character_tables(merges, ids, symbols, byte_ids)
 
 
-def _llama_tables(engine: dict[str, Any]) -> Tables:
+def _llama_tables(engine: dict[str, Any]) -> KernelTables:
     vocabulary: dict[str, int] = engine["model"]["vocab"]
     ids = np.arange(max(vocabulary.values()) + 1).tolist()
     merges = _merges(engine["model"])
@@ -143,21 +148,21 @@ def _llama_tables(engine: dict[str, Any]) -> Tables:
     return _character_tables(merges, ids, vocabulary, vocabulary)
 
 
-def _byte_tables(engine: dict[str, Any]) -> Tables:
+def _byte_tables(engine: dict[str, Any]) -> KernelTables:
     vocabulary: dict[str, int] = engine["model"]["vocab"]
-    kind = split_kind(engine)
+    kind = find_split_pattern(engine)
     if kind is None:
         raise ValueError("its tokenizer.json splits text by a pattern that is not known here")
     alphabet = byte_alphabet()
     return (
-        Vocabulary(
+        VocabularyTables(
             *_pair_table(_merges(engine["model"])),
             ids=np.arange(max(vocabulary.values()) + 1, dtype=np.int32),
             spelling=np.array([vocabulary.get(c, -1) for c in alphabet], np.int32),
             byte_ids=np.zeros(0, np.int32),
             by_bytes=True,
         ),
-        Boundaries(
+        SplitTables(
             _PATTERNS[kind],
             _classes(any_case=kind.startswith("words")),
             *_joined_bytes({c: byte for byte, c in enumerate(alphabet)}, vocabulary),
@@ -165,7 +170,7 @@ def _byte_tables(engine: dict[str, Any]) -> Tables:
     )
 
 
-def _merges(model: dict[str, Any]) -> list[Merge]:
+def _merges(model: dict[str, Any]) -> list[MergeRule]:
     vocabulary: dict[str, int] = model["vocab"]
     pairs = (
         tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in model["merges"]
@@ -177,8 +182,8 @@ def _merges(model: dict[str, Any]) -> list[Merge]:
 
 
 def _character_tables(
-    merges: list[Merge], ids: list[int], symbols: Mapping[str, int], byte_ids: Mapping[str, int]
-) -> Tables:
+    merges: list[MergeRule], ids: list[int], symbols: Mapping[str, int], byte_ids: Mapping[str, int]
+) -> KernelTables:
     rows, columns, joined = _joined_characters(text for text in symbols if len(text) > 1)
     spelling = np.full(_NUM_CODES, -1, np.int32)
     for text, symbol in symbols.items():
@@ -187,18 +192,18 @@ def _character_tables(
     for table in (rows, columns, spelling):
         table[ord(" ")] = table[ord(SPACE)]
     return (
-        Vocabulary(
+        VocabularyTables(
             *_pair_table(merges),
             ids=np.array(ids, np.int32),
             spelling=spelling,
             byte_ids=np.array([byte_ids[f"<0x{byte:02X}>"] for byte in range(256)], np.int32),
             by_bytes=False,
         ),
-        Boundaries(kernel.NO_WORDS, np.zeros(0, np.uint8), rows, columns, joined),
+        SplitTables(kernel.NO_WORDS, np.zeros(0, np.uint8), rows, columns, joined),
     )
 
 
-def _pair_table(merges: list[Merge]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pair_table(merges: list[MergeRule]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the hash table of pairs, at most half full, and what lies beside it."""
     size = 1 << max(8, (2 * len(merges)).bit_length())
     table = (
@@ -212,7 +217,7 @@ def _pair_table(merges: list[Merge]) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 def _joined_characters(pieces: Iterable[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return rows, columns and bits that tell which characters some piece holds side by side."""
-    pairs = inner_pairs(list(pieces))
+    pairs = adjacent_character_pairs(list(pieces))
     rows, columns = np.zeros(_NUM_CODES, np.int32), np.zeros(_NUM_CODES, np.int32)
     lefts, rights = sorted({pair[0] for pair in pairs}), sorted({pair[1] for pair in pairs})
     width = len(rights) + 1
@@ -235,7 +240,9 @@ def _joined_bytes(
         [codes < 0x80, codes < 0x800, codes < 0x10000], [codes, *leads[:2]], leads[2]
     )
     bits = np.zeros(1 << 17, bool)
-    for left, right in inner_pairs([token for token in vocabulary if alphabet.keys() >= {*token}]):
+    for left, right in adjacent_character_pairs(
+        [token for token in vocabulary if alphabet.keys() >= {*token}]
+    ):
         bits[256 * (alphabet[left] + 1) + alphabet[right]] = True
     return 256 * (lasts + 1), firsts, np.packbits(bits, bitorder="little")
 

@@ -11,19 +11,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raytune_llama.model.pissa import principal_factors
-from raytune_llama.storage.files import MANIFEST, sha256_file, write_json_atomic
+from raytune_llama.storage.files import OUTPUT_MANIFEST, sha256_file, write_json_atomic
 from raytune_llama.storage.place import Place
 from raytune_llama.storage.transfers import is_published, local_copy, publish_place
 from raytune_llama.train.checkpoint.layout import CheckpointError, list_checkpoints
 from raytune_llama.train.checkpoint.restore import node_folder
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
 _FILE = "initial.safetensors"
 
 
-def initial_factors(run_dir: Place, attached: PeftModel, workers: Workers) -> dict[str, Tensor]:
+def initial_factors(
+    run_dir: Place, attached: PeftModel, workers: ProcessGroup
+) -> dict[str, Tensor]:
     """Return what the adapter of a run starts from, the same on each worker; collective.
 
     The first worker of the run's first start computes and stores it, all others read it.
@@ -36,15 +38,15 @@ def initial_factors(run_dir: Place, attached: PeftModel, workers: Workers) -> di
     Raises:
         CheckpointError: it is damaged, or the run has checkpoints and it is gone.
     """
-    if workers.is_first:
+    if workers.is_rank_zero:
         _store_once(run_dir, attached)
     # Where the first worker fails, the others fail here.
     workers.barrier()
     with node_folder(workers) as copies:
-        return read_initial(run_dir, copies)
+        return read_initial_factors(run_dir, copies)
 
 
-def read_initial(run_dir: Place, copies: Path) -> dict[str, Tensor]:
+def read_initial_factors(run_dir: Place, copies: Path) -> dict[str, Tensor]:
     """Read what the adapter of a run started from.
 
     Args:
@@ -55,7 +57,7 @@ def read_initial(run_dir: Place, copies: Path) -> dict[str, Tensor]:
         CheckpointError: it is damaged.
     """
     place = _place(run_dir)
-    entry = (place / MANIFEST).read_json()["files"][_FILE]
+    entry = (place / OUTPUT_MANIFEST).read_json()["files"][_FILE]
     path = local_copy(
         place / _FILE, sha256=entry["sha256"], num_bytes=entry["bytes"], cache_dir=copies
     )
@@ -73,7 +75,7 @@ def _place(run_dir: Place) -> Place:
 
 def _store_once(run_dir: Place, attached: PeftModel) -> None:
     place = _place(run_dir)
-    if is_published(place, MANIFEST):
+    if is_published(place, OUTPUT_MANIFEST):
         return
     if list_checkpoints(run_dir):
         raise CheckpointError(
@@ -81,9 +83,9 @@ def _store_once(run_dir: Place, attached: PeftModel) -> None:
             "started from; restore it from a backup, or use another run_dir"
         )
     tensors = principal_factors(attached)
-    with publish_place(place, last=MANIFEST) as folder:
+    with publish_place(place, last=OUTPUT_MANIFEST) as folder:
         save_file(tensors, folder / _FILE)
         path = folder / _FILE
         entry = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        write_json_atomic(folder / MANIFEST, {"format": 1, "files": {_FILE: entry}})
+        write_json_atomic(folder / OUTPUT_MANIFEST, {"format": 1, "files": {_FILE: entry}})
     logger.info("%d tensors that the adapter starts from: %s", len(tensors), place)

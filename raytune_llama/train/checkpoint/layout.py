@@ -32,9 +32,9 @@ from raytune_llama.storage.transfers import is_published, local_copy
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
-DAMAGED = ".damaged"
+CHECKPOINT_FORMAT_VERSION = 2
+CHECKPOINT_MANIFEST = "manifest.json"
+DAMAGED_SUFFIX = ".damaged"
 
 _NAME = re.compile(r"step-\d{8}")
 _UNFINISHED = re.compile(r"\.step-\d{8}\..*\.tmp")
@@ -155,9 +155,9 @@ def unfinished_place(run_dir: Place, step: int, attempt: str) -> Place:
     return target.with_name(f".{target.name}.{attempt}.tmp") if run_dir.is_local else target
 
 
-def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def seal_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return a manifest with its format and with a hash of all of it."""
-    content = {"format": FORMAT_VERSION, **manifest}
+    content = {"format": CHECKPOINT_FORMAT_VERSION, **manifest}
     return {**content, _DIGEST: _digest(content)}
 
 
@@ -172,7 +172,7 @@ def list_checkpoints(run_dir: Place) -> list[Place]:
     return [
         path
         for path in (run_dir / "checkpoints").folders()
-        if _NAME.fullmatch(path.name) and is_published(path, MANIFEST)
+        if _NAME.fullmatch(path.name) and is_published(path, CHECKPOINT_MANIFEST)
     ]
 
 
@@ -203,23 +203,23 @@ def check_checkpoint(
 
 
 def _find_damage(path: Place, copies: Path, share: int, num_shares: int) -> str | None:
-    manifest = (path / MANIFEST).read_json()
+    manifest = (path / CHECKPOINT_MANIFEST).read_json()
     if not isinstance(manifest, dict) or manifest.get(_DIGEST) != _digest(manifest):
-        return f"the content of {MANIFEST} does not fit its hash"
-    if manifest["format"] != FORMAT_VERSION:
-        return f"format {manifest['format']}, wanted {FORMAT_VERSION}"
+        return f"the content of {CHECKPOINT_MANIFEST} does not fit its hash"
+    if manifest["format"] != CHECKPOINT_FORMAT_VERSION:
+        return f"format {manifest['format']}, wanted {CHECKPOINT_FORMAT_VERSION}"
     for name, entry in sorted(manifest["files"].items())[share::num_shares]:
         status = (path / name).status()
         if status is None:
             return f"{name} is missing"
         if status.num_bytes != entry["bytes"]:
             return f"{name} has {status.num_bytes} bytes, not {entry['bytes']}"
-        if sha256_file(file_path(path, name, entry, copies)) != entry["sha256"]:
+        if sha256_file(local_file_path(path, name, entry, copies)) != entry["sha256"]:
             return f"the content of {name} does not fit its hash"
     return None
 
 
-def file_path(path: Place, name: str, entry: Mapping[str, Any], copies: Path) -> Path:
+def local_file_path(path: Place, name: str, entry: Mapping[str, Any], copies: Path) -> Path:
     """Return a local path to a checkpoint's file: where it is, or of object storage a checked copy.
 
     Args:
@@ -233,10 +233,10 @@ def file_path(path: Place, name: str, entry: Mapping[str, Any], copies: Path) ->
     )
 
 
-def set_aside(path: Place) -> Place:
+def mark_damaged(path: Place) -> Place:
     """Rename a damaged checkpoint, so that the run can save that step again."""
-    aside = path.with_name(f"{path.name}{DAMAGED}")
-    path.move(aside, first=MANIFEST)
+    aside = path.with_name(f"{path.name}{DAMAGED_SUFFIX}")
+    path.move(aside, first=CHECKPOINT_MANIFEST)
     return aside
 
 
@@ -266,7 +266,7 @@ def delete_old_checkpoints(run_dir: Place, config: CheckpointConfig, state: RunS
 def delete_unfinished(run_dir: Place) -> None:
     """Delete what is left of checkpoints whose writing has failed or was killed."""
     for path in (run_dir / "checkpoints").folders():
-        is_half = _NAME.fullmatch(path.name) and not is_published(path, MANIFEST)
+        is_half = _NAME.fullmatch(path.name) and not is_published(path, CHECKPOINT_MANIFEST)
         if is_half or _UNFINISHED.fullmatch(path.name):
             path.delete()
             logger.info("checkpoint: %s, which was never finished, deleted", path.name)

@@ -11,23 +11,23 @@ from typing import Any
 
 from raytune_llama.storage.place import Place
 from raytune_llama.train.checkpoint.layout import (
-    DAMAGED,
-    MANIFEST,
+    CHECKPOINT_MANIFEST,
+    DAMAGED_SUFFIX,
     CheckpointError,
     RunState,
     check_checkpoint,
     checkpoint_path,
     list_checkpoints,
-    set_aside,
+    mark_damaged,
 )
 from raytune_llama.train.checkpoint.shards import SliceReader
-from raytune_llama.train.engines.protocol import Engine, trained_shapes
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.engines.protocol import TrainEngine, trained_shapes
+from raytune_llama.train.process_group import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
 
-def restore(run_dir: Place, engine: Engine, workers: Workers) -> RunState:
+def restore(run_dir: Place, engine: TrainEngine, workers: ProcessGroup) -> RunState:
     """Load the newest checkpoint that can be trusted, or start at step 0; collective.
 
     A checkpoint that cannot be trusted is named in the log and renamed out of the way, so that
@@ -51,7 +51,7 @@ def restore(run_dir: Place, engine: Engine, workers: Workers) -> RunState:
         return _load(found, copies, engine, workers)
 
 
-def restore_step(run_dir: Place, engine: Engine, workers: Workers, step: int) -> RunState:
+def restore_step(run_dir: Place, engine: TrainEngine, workers: ProcessGroup, step: int) -> RunState:
     """Load the checkpoint of one step and no other; collective.
 
     Raises:
@@ -66,7 +66,7 @@ def restore_step(run_dir: Place, engine: Engine, workers: Workers, step: int) ->
         return _load(path, copies, engine, workers)
 
 
-def roll_back(run_dir: Place, engine: Engine, workers: Workers, step: int) -> RunState:
+def roll_back(run_dir: Place, engine: TrainEngine, workers: ProcessGroup, step: int) -> RunState:
     """Load the checkpoint of a step, or where it was not written the newest before; collective.
 
     Raises:
@@ -83,9 +83,9 @@ def roll_back(run_dir: Place, engine: Engine, workers: Workers, step: int) -> Ru
         return _load(found, copies, engine, workers)
 
 
-def _load(path: Place, copies: Path, engine: Engine, workers: Workers) -> RunState:
+def _load(path: Place, copies: Path, engine: TrainEngine, workers: ProcessGroup) -> RunState:
     """Load a checkpoint that was checked."""
-    manifest = (path / MANIFEST).read_json()
+    manifest = (path / CHECKPOINT_MANIFEST).read_json()
     _check_fit(path, manifest["tensors"], engine)
     with SliceReader(path, manifest, copies) as reader:
         engine.load_trainable_state(reader.read)
@@ -100,7 +100,7 @@ def _load(path: Place, copies: Path, engine: Engine, workers: Workers) -> RunSta
 
 
 @contextlib.contextmanager
-def node_folder(workers: Workers) -> Iterator[Path]:
+def node_folder(workers: ProcessGroup) -> Iterator[Path]:
     """A folder that the workers of a node have together; deleted at the end; collective."""
     name = workers.broadcast(f"raytune_llama-{uuid.uuid4().hex}")
     folder = Path(tempfile.gettempdir(), name)
@@ -112,35 +112,35 @@ def node_folder(workers: Workers) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_together(path: Place, copies: Path, workers: Workers) -> str | None:
+def _check_together(path: Place, copies: Path, workers: ProcessGroup) -> str | None:
     """Return why a checkpoint cannot be trusted, or None; each worker reads its share of it."""
     problem = check_checkpoint(path, copies, share=workers.rank, num_shares=workers.world_size)
-    return next((found for found in workers.gather(problem) if found is not None), None)
+    return next((found for found in workers.all_gather(problem) if found is not None), None)
 
 
 def _newest_trusted(
-    run_dir: Place, copies: Path, workers: Workers, *, most: int | None = None
+    run_dir: Place, copies: Path, workers: ProcessGroup, *, most: int | None = None
 ) -> Place | None:
     """Return the newest checkpoint that can be trusted, of at most a step; None without one."""
     # An error of the first worker ends the others too: they fail in the broadcast.
-    listed = workers.broadcast(list_checkpoints(run_dir) if workers.is_first else [])
+    listed = workers.broadcast(list_checkpoints(run_dir) if workers.is_rank_zero else [])
     last = None if most is None else checkpoint_path(run_dir, most).name
     for path in reversed([path for path in listed if last is None or path.name <= last]):
         problem = _check_together(path, copies, workers)
         if problem is None:
             return path
-        if workers.is_first:
-            aside = set_aside(path)
+        if workers.is_rank_zero:
+            aside = mark_damaged(path)
             logger.warning(
                 "%s; it is now %s, the checkpoint before it is used", problem, aside.name
             )
     return None
 
 
-def _refuse_to_start_over(run_dir: Place, workers: Workers) -> None:
+def _refuse_to_start_over(run_dir: Place, workers: ProcessGroup) -> None:
     """Raise where a run has checkpoints, all damaged: a person can perhaps still mend one."""
-    folders = (run_dir / "checkpoints").folders() if workers.is_first else []
-    damaged = workers.broadcast([f.name for f in folders if f.name.endswith(DAMAGED)])
+    folders = (run_dir / "checkpoints").folders() if workers.is_rank_zero else []
+    damaged = workers.broadcast([f.name for f in folders if f.name.endswith(DAMAGED_SUFFIX)])
     if damaged:
         raise CheckpointError(
             f"{run_dir}: none of its {len(damaged)} checkpoints can be trusted, the newest is "
@@ -149,7 +149,7 @@ def _refuse_to_start_over(run_dir: Place, workers: Workers) -> None:
         )
 
 
-def _check_fit(path: Place, tensors: Mapping[str, Any], engine: Engine) -> None:
+def _check_fit(path: Place, tensors: Mapping[str, Any], engine: TrainEngine) -> None:
     """Refuse a checkpoint of other parameters than the engine's, by name or by shape."""
     wanted = trained_shapes(engine.module)
     problems = [f"it has no parameter {name}" for name in wanted if name not in tensors]

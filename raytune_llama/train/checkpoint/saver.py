@@ -25,7 +25,7 @@ from raytune_llama.storage.files import move_directory
 from raytune_llama.storage.place import Place
 from raytune_llama.storage.transfers import is_published
 from raytune_llama.train.checkpoint.layout import (
-    MANIFEST,
+    CHECKPOINT_MANIFEST,
     CheckpointConfig,
     CheckpointError,
     RunState,
@@ -33,12 +33,12 @@ from raytune_llama.train.checkpoint.layout import (
     checkpoint_path,
     delete_old_checkpoints,
     delete_unfinished,
-    sealed,
+    seal_manifest,
     unfinished_place,
 )
-from raytune_llama.train.checkpoint.shards import join_parts, write_slices
-from raytune_llama.train.engines.protocol import PARTS, Engine, StateSlice, trained_shapes
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.checkpoint.shards import merge_worker_manifests, write_slices
+from raytune_llama.train.engines.protocol import STATE_KEYS, StateSlice, TrainEngine, trained_shapes
+from raytune_llama.train.process_group import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ _POLL_SECONDS = (0.01, 1.0)
 
 
 @dataclass
-class _Attempt:
+class _PendingCheckpoint:
     """One checkpoint on its way."""
 
     name: str
@@ -95,20 +95,20 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         self,
         run_dir: Place,
         config: CheckpointConfig,
-        engine: Engine,
-        workers: Workers,
+        engine: TrainEngine,
+        workers: ProcessGroup,
         report: SaveLog,
     ) -> None:
         self._run_dir, self._config = run_dir, config
         self._engine, self._workers, self._report = engine, workers, report
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copies: dict[tuple[str, int], StateSlice] = {}
-        self._last: _Attempt | None = None
+        self._last: _PendingCheckpoint | None = None
         self._num_failed = 0
         self._failure = ""
 
     def __enter__(self) -> Self:
-        if self._workers.is_first:
+        if self._workers.is_rank_zero:
             # What a killed process left of its last checkpoint may be what fills the disk.
             self._clean_up()
         return self
@@ -126,7 +126,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         """
         try:
             if kind is not None:
-                self._let_go()
+                self._abandon_last()
                 return
             with self._report.saving():
                 self.finish()
@@ -144,7 +144,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         with self._report.saving():
             self.finish()
             started = time.perf_counter()
-            self._last = self._begin(state)
+            self._last = self._start_save(state)
             self._last.stall_seconds = time.perf_counter() - started
             if not self._config.background:
                 self.finish()
@@ -173,7 +173,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
             f"last of step {attempt.state.step}: {problem}; mend that and run the same command, "
             "which goes on from the newest checkpoint"
         )
-        if self._workers.is_first:
+        if self._workers.is_rank_zero:
             logger.error("checkpoint of step %d was not written: %s", attempt.state.step, problem)
             self._clean_up()
         if self._num_failed >= self._config.max_failed_saves:
@@ -181,9 +181,9 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         # None writes anew before the first has made room.
         self._workers.barrier()
 
-    def _begin(self, state: RunState) -> _Attempt:
+    def _start_save(self, state: RunState) -> _PendingCheckpoint:
         name = self._workers.broadcast(uuid.uuid4().hex[:12])
-        attempt = _Attempt(
+        attempt = _PendingCheckpoint(
             name,
             state,
             self._engine.scalar_state(),
@@ -193,7 +193,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         slices = self._engine.trainable_state()
         mine = self._copied(slices) if self._config.background else slices
         attempt.part = self._pool.submit(self._write_part, attempt, mine)
-        if self._workers.is_first:
+        if self._workers.is_rank_zero:
             attempt.published = self._pool.submit(self._publish, attempt, attempt.part)
         return attempt
 
@@ -203,22 +203,24 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         for each in slices:
             key = (each.name, each.start)
             if key not in self._copies:
-                tensors = [_host_memory(getattr(each, part)) for part in PARTS]
+                tensors = [_host_memory(getattr(each, part)) for part in STATE_KEYS]
                 self._copies[key] = StateSlice(*key, *tensors)
-            for part in PARTS:
+            for part in STATE_KEYS:
                 getattr(self._copies[key], part).copy_(getattr(each, part), non_blocking=True)
             copies.append(self._copies[key])
         if self._workers.device.type == "cuda":
             torch.cuda.synchronize(self._workers.device)
         return copies
 
-    def _write_part(self, attempt: _Attempt, slices: Iterable[StateSlice]) -> dict[str, Any]:
+    def _write_part(
+        self, attempt: _PendingCheckpoint, slices: Iterable[StateSlice]
+    ) -> dict[str, Any]:
         """Write this worker's slices, and let the first worker know; in the thread."""
         rank = self._workers.rank
         stem = f"state-{attempt.name}-{rank:05d}"
         try:
             part = write_slices(slices, attempt.folder, stem)
-            if not self._workers.is_first:
+            if not self._workers.is_rank_zero:
                 (attempt.folder / _part_name(attempt, rank)).write_json(part)
         except OSError:
             # Whatever else writes to a full disk needs the room at once.
@@ -226,13 +228,13 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
             raise
         return part
 
-    def _publish(self, attempt: _Attempt, part: "Future[dict[str, Any]]") -> None:
+    def _publish(self, attempt: _PendingCheckpoint, part: "Future[dict[str, Any]]") -> None:
         """Wait for all parts and let the checkpoint appear; in the first worker's thread."""
         parts = [part.result(), *self._other_parts(attempt)]
         step = attempt.state.step
         target = checkpoint_path(self._run_dir, step)
-        joined = join_parts(parts, attempt.shapes)
-        manifest = sealed(
+        joined = merge_worker_manifests(parts, attempt.shapes)
+        manifest = seal_manifest(
             {
                 "attempt": attempt.name,
                 "state": asdict(attempt.state),
@@ -245,13 +247,13 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
             (attempt.folder / _part_name(attempt, rank)).delete()
         if self._workers.fence is not None:
             self._workers.fence.check()
-        if is_published(target, MANIFEST):
+        if is_published(target, CHECKPOINT_MANIFEST):
             # Equal steps of a run are equal: the one that is there stays.
             _delete_files(attempt.folder, f"state-{attempt.name}")
             if self._run_dir.is_local:
                 attempt.folder.delete()
         else:
-            (attempt.folder / MANIFEST).write_json(manifest)
+            (attempt.folder / CHECKPOINT_MANIFEST).write_json(manifest)
             if self._run_dir.is_local:
                 move_directory(attempt.folder.path, target.path)
         attempt.write_seconds = time.perf_counter() - attempt.started
@@ -268,7 +270,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         except OSError as error:
             logger.warning("old checkpoints could not be deleted: %s", error)
 
-    def _other_parts(self, attempt: _Attempt) -> list[dict[str, Any]]:
+    def _other_parts(self, attempt: _PendingCheckpoint) -> list[dict[str, Any]]:
         ranks = range(1, self._workers.world_size)
         names = {_part_name(attempt, rank) for rank in ranks}
         found: dict[str, dict[str, Any]] = {}
@@ -284,19 +286,19 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
                 raise CheckpointError("not every worker has written its part")
             pause = min(2 * pause, longest)
 
-    def _agree(self, attempt: _Attempt) -> str | None:
+    def _agree(self, attempt: _PendingCheckpoint) -> str | None:
         """Wait for the threads; return why there is no checkpoint, the same on all workers."""
         assert attempt.part is not None
         mine = _problem_of(attempt.part)
         name = f"worker {self._workers.rank}: " if self._workers.world_size > 1 else ""
-        problems = self._workers.gather(None if mine is None else f"{name}{mine}")
+        problems = self._workers.all_gather(None if mine is None else f"{name}{mine}")
         found = [problem for problem in problems if problem is not None]
         if found:
             attempt.abandoned.set()
         last = None if attempt.published is None else _problem_of(attempt.published)
         return self._workers.broadcast(found[0] if found else last)
 
-    def _let_go(self) -> None:
+    def _abandon_last(self) -> None:
         """Give the checkpoint on its way a chance, when training has failed; no collective."""
         if self._last is None:
             return
@@ -325,7 +327,7 @@ def _delete_files(folder: Place, stem: str) -> None:
                 file.delete()
 
 
-def _part_name(attempt: _Attempt, rank: int) -> str:
+def _part_name(attempt: _PendingCheckpoint, rank: int) -> str:
     return f"part-{attempt.name}-{rank:05d}.json"
 
 

@@ -2,7 +2,8 @@
 
 A file is a safetensors file of bounded size, with the tensors `weight/<key>`, `exp_avg/<key>` and
 `exp_avg_sq/<key>` of each of its slices. Files of several workers become one checkpoint by their
-entries in its manifest, which `join_parts` makes of what every worker says that it has written.
+entries in its manifest, which `merge_worker_manifests` makes of what every worker says that it has
+written.
 """
 
 import contextlib
@@ -19,14 +20,14 @@ from torch import Tensor
 
 from raytune_llama.model.tensors import TensorSpec, safetensors_header
 from raytune_llama.storage.place import Place
-from raytune_llama.train.checkpoint.layout import CheckpointError, file_path
-from raytune_llama.train.engines.protocol import PARTS, Part, StateSlice
+from raytune_llama.train.checkpoint.layout import CheckpointError, local_file_path
+from raytune_llama.train.engines.protocol import STATE_KEYS, StateKey, StateSlice
 
 FILE_BYTES = 2 * 2**30
 """Most that a file holds; free space that a worker needs in TMPDIR to save to object storage."""
 
 _BLOCK_BYTES = 8 * 2**20
-_NUMBER_BYTES = len(PARTS) * torch.float32.itemsize
+_NUMBER_BYTES = len(STATE_KEYS) * torch.float32.itemsize
 
 
 def write_slices(slices: Iterable[StateSlice], folder: Place, stem: str) -> dict[str, Any]:
@@ -69,7 +70,9 @@ def _groups(slices: Iterable[StateSlice]) -> Iterator[list[StateSlice]]:
                 yield group
                 group, room = [], most
             stop = min(start + room, each.stop)
-            parts = [getattr(each, part)[start - each.start : stop - each.start] for part in PARTS]
+            parts = [
+                getattr(each, part)[start - each.start : stop - each.start] for part in STATE_KEYS
+            ]
             group.append(StateSlice(each.name, start, *parts))
             start, room = stop, room - (stop - start)
     if group:
@@ -106,7 +109,7 @@ def _write_local(slices: Sequence[StateSlice], path: Path) -> dict[str, Any]:
 def _blocks(slices: Sequence[StateSlice]) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a safetensors file."""
     tensors: dict[str, Tensor] = {
-        f"{part}/{_key(each)}": getattr(each, part) for each in slices for part in PARTS
+        f"{part}/{_key(each)}": getattr(each, part) for each in slices for part in STATE_KEYS
     }
     yield safetensors_header(
         {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -117,7 +120,7 @@ def _blocks(slices: Sequence[StateSlice]) -> Iterator[bytes | memoryview]:
             yield data[start : start + _BLOCK_BYTES]
 
 
-def join_parts(
+def merge_worker_manifests(
     parts: Iterable[Mapping[str, Any]], shapes: Mapping[str, list[int]]
 ) -> dict[str, dict[str, Any]]:
     """Make the manifest's `tensors` and `files` of what each worker has written.
@@ -171,8 +174,8 @@ class SliceReader(contextlib.AbstractContextManager["SliceReader"]):
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def read(self, part: Part, name: str, start: int, stop: int) -> Tensor:
-        """Return numbers [start, stop) of a part of a parameter; see `ReadPart`."""
+    def read(self, part: StateKey, name: str, start: int, stop: int) -> Tensor:
+        """Return numbers [start, stop) of a part of a parameter; see `ReadState`."""
         numbers = torch.empty(stop - start)
         for entry in self._manifest["tensors"][name]["slices"]:
             first, last = max(start, entry["start"]), min(stop, entry["stop"])
@@ -184,6 +187,6 @@ class SliceReader(contextlib.AbstractContextManager["SliceReader"]):
 
     def _file(self, name: str) -> Any:  # noqa: ANN401  # the library's type has no name
         if name not in self._open:
-            path = file_path(self._path, name, self._manifest["files"][name], self._copies)
+            path = local_file_path(self._path, name, self._manifest["files"][name], self._copies)
             self._open[name] = self._stack.enter_context(safe_open(path, framework="pt"))
         return self._open[name]

@@ -10,18 +10,18 @@ from raytune_llama.data.batches.step_batches import BatchPlan
 from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import SummedLoss, load_model
 from raytune_llama.model.lora import LoraConfig, attach_adapter, load_adapter
-from raytune_llama.model.pissa import start_from
+from raytune_llama.model.pissa import apply_principal_factors
 from raytune_llama.model.vocab import new_ids
 from raytune_llama.train.checkpoint.initial_adapter import initial_factors
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.engines.ddp import DataParallelEngine
 from raytune_llama.train.engines.fsdp import FullyShardedEngine
-from raytune_llama.train.engines.protocol import Engine
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.engines.protocol import TrainEngine
+from raytune_llama.train.process_group import ProcessGroup
 from raytune_llama.train.untrained_rows import modules_to_save
 
 
-def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: Workers) -> Engine:
+def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: ProcessGroup) -> TrainEngine:
     """Load the base, choose what is trained, and only then place or partition the weights."""
     model = load_model(
         config.model,
@@ -34,7 +34,7 @@ def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: Workers) -> E
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained: nn.Module = model
     if config.lora is not None:
-        trained = start_adapter(config, config.lora, model, workers)
+        trained = build_adapter(config, config.lora, model, workers)
     elif config.adapter is not None:
         trained = load_adapter(model, Path(config.adapter))
     elif isinstance(config, PretrainConfig) and config.train == "embeddings":
@@ -57,11 +57,11 @@ def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: Workers) -> E
     )
 
 
-def start_adapter(
-    config: AnyTrainConfig, lora: LoraConfig, model: PreTrainedModel, workers: Workers
+def build_adapter(
+    config: AnyTrainConfig, lora: LoraConfig, model: PreTrainedModel, workers: ProcessGroup
 ) -> PeftModel:
     """Attach a new adapter, with the values that its first start gave it; collective."""
     attached = attach_adapter(model, lora, seed=config.seed)
     if lora.init == "pissa":
-        start_from(attached, initial_factors(config.run_place, attached, workers))
+        apply_principal_factors(attached, initial_factors(config.run_place, attached, workers))
     return attached

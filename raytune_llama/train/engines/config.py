@@ -11,7 +11,7 @@ from raytune_llama.model.llama import Precision
 
 Strategy = Literal["deepspeed", "fsdp", "ddp"]
 
-Layout = Literal["ddp", "ZeRO 1", "ZeRO 2", "ZeRO 3", "fsdp"]
+ShardingLayout = Literal["ddp", "ZeRO 1", "ZeRO 2", "ZeRO 3", "fsdp"]
 """How weights, gradients and optimizer state lie in the workers' memory."""
 
 DEFAULT_ZERO_STAGE = 2
@@ -21,7 +21,7 @@ DEFAULT_ZERO_STAGE = 2
 class StrategyTraits:
     """What a strategy can do; the rest of the package asks here instead of for its name."""
 
-    layouts: tuple[Layout, ...]
+    layouts: tuple[ShardingLayout, ...]
     """What it may be set to."""
 
     takes_quantized: bool = False
@@ -83,15 +83,15 @@ class EngineConfig:
         return STRATEGIES[self.strategy]
 
     @property
-    def zero(self) -> int:
+    def resolved_zero_stage(self) -> int:
         """The stage of ZeRO under `deepspeed`."""
         return self.zero_stage or DEFAULT_ZERO_STAGE
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> ShardingLayout:
         """How the strategy lays out what a worker holds."""
-        zero: dict[int, Layout] = {1: "ZeRO 1", 2: "ZeRO 2", 3: "ZeRO 3"}
-        return zero[self.zero] if self.strategy == "deepspeed" else self.strategy
+        zero: dict[int, ShardingLayout] = {1: "ZeRO 1", 2: "ZeRO 2", 3: "ZeRO 3"}
+        return zero[self.resolved_zero_stage] if self.strategy == "deepspeed" else self.strategy
 
     @model_validator(mode="after")
     def _check(self) -> "EngineConfig":
@@ -113,9 +113,15 @@ class EngineConfig:
                 "offload_optimizer: got true, but with strategy ddp every worker holds everything "
                 "where it computes; set it to false, or set strategy=deepspeed"
             )
-        partitions = self.strategy == "fsdp" or (self.strategy == "deepspeed" and self.zero == 3)
+        partitions = self.strategy == "fsdp" or (
+            self.strategy == "deepspeed" and self.resolved_zero_stage == 3
+        )
         if self.offload_parameters and not partitions:
-            how = f"zero_stage {self.zero}" if self.strategy == "deepspeed" else "strategy ddp"
+            how = (
+                f"zero_stage {self.resolved_zero_stage}"
+                if self.strategy == "deepspeed"
+                else "strategy ddp"
+            )
             problems.append(
                 f"offload_parameters: got true, but {how} does not partition weights; set "
                 "strategy=fsdp, or strategy=deepspeed with zero_stage=3"

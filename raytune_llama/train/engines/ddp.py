@@ -16,19 +16,19 @@ from raytune_llama.train.engines.optimizer import (
     set_learning_rate,
 )
 from raytune_llama.train.engines.protocol import (
-    PARTS,
-    ReadPart,
+    STATE_KEYS,
+    ReadState,
     StateSlice,
     StepResult,
     evaluate_batch,
     even_ranges,
+    keep_buffer_precision,
     module_tensors,
-    not_finite,
-    precise_buffers,
+    nonfinite_indices,
     to_device,
     trained_parameters,
 )
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 
 BUCKET_NUMEL = 16 * 2**20
 """Gradients are exchanged in buckets of this many numbers (64 MiB)."""
@@ -43,7 +43,7 @@ class DataParallelEngine:
     """
 
     def __init__(
-        self, module: SummedLoss, precision: Precision, optim: OptimConfig, workers: Workers
+        self, module: SummedLoss, precision: Precision, optim: OptimConfig, workers: ProcessGroup
     ) -> None:
         self.module = module
         self._workers = workers
@@ -63,7 +63,7 @@ class DataParallelEngine:
 
     def _place(self, precision: Precision) -> None:
         """Bring the weights to where they are computed with."""
-        with precise_buffers(self.module, self._workers.device):
+        with keep_buffer_precision(self.module, self._workers.device):
             self.module.to(self._workers.device, DTYPES[precision])
 
     def _master_of(self, weight: nn.Parameter) -> nn.Parameter:
@@ -91,7 +91,7 @@ class DataParallelEngine:
         scale = self._scaler.get_scale()
         # One message: all workers decide on the same numbers.
         mine = sum(losses, torch.zeros((), device=self._workers.device)).item()
-        loss_sum, squared = self._workers.sum([mine, self._squared_norm()])
+        loss_sum, squared = self._workers.all_reduce_sum([mine, self._squared_norm()])
         norm = math.sqrt(squared) / scale
         was_applied = math.isfinite(loss_sum) and math.isfinite(norm)
         if not was_applied:
@@ -105,7 +105,7 @@ class DataParallelEngine:
         self._optimizer.zero_grad(set_to_none=True)
         self._num_applied += was_applied
         self._write_weights()
-        bad = () if was_applied else not_finite(losses)
+        bad = () if was_applied else nonfinite_indices(losses)
         return StepResult(loss_sum, norm, was_applied, scale, bad)
 
     def _collect_gradients(self) -> None:
@@ -187,12 +187,12 @@ class DataParallelEngine:
         return 0
 
     @torch.no_grad()
-    def load_trainable_state(self, read: ReadPart) -> None:
+    def load_trainable_state(self, read: ReadState) -> None:
         """Set the state of every trained parameter; see `Engine`."""
         for name, weight, master in zip(self._names, self._weights, self._masters, strict=True):
             start = self._first_held(weight)
             stop = start + master.numel()
-            held = {part: read(part, name, start, stop).view_as(master) for part in PARTS}
+            held = {part: read(part, name, start, stop).view_as(master) for part in STATE_KEYS}
             master.copy_(held.pop("weight"))
             self._optimizer.state[master] = {
                 "step": torch.tensor(0.0, device=master.device),
@@ -200,16 +200,16 @@ class DataParallelEngine:
             }
         self._write_weights()
 
-    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+    def replicated_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all weights; see `Engine`."""
         return module_tensors(self.module)
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every trained parameter; see `Engine`."""
         for name, weight, master in zip(self._names, self._weights, self._masters, strict=True):
-            yield name, self._whole(master.detach(), weight)
+            yield name, self._full_tensor(master.detach(), weight)
 
-    def _whole(self, part: Tensor, weight: nn.Parameter) -> Tensor:  # noqa: ARG002  # for others
+    def _full_tensor(self, part: Tensor, weight: nn.Parameter) -> Tensor:  # noqa: ARG002  # for others
         """Return all of a tensor of which this worker holds what it holds of a weight."""
         return part.cpu()
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,18 +22,18 @@ from raytune_llama.train.engines.optimizer import (
     set_learning_rate,
 )
 from raytune_llama.train.engines.protocol import (
-    PARTS,
-    ReadPart,
+    STATE_KEYS,
+    ReadState,
     StateSlice,
     StepResult,
     evaluate_batch,
+    keep_buffer_precision,
     module_tensors,
-    not_finite,
-    precise_buffers,
+    nonfinite_indices,
     to_device,
     trained_parameters,
 )
-from raytune_llama.train.process_group import Workers, ensure_process_group
+from raytune_llama.train.process_group import ProcessGroup, ensure_process_group
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def deepspeed_config(
     Raises:
         ValueError: a further key contradicts one of our fields.
     """
-    zero: dict[str, Any] = {"stage": engine.zero, "compute_grad_norm": True}
+    zero: dict[str, Any] = {"stage": engine.resolved_zero_stage, "compute_grad_norm": True}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if engine.offload_parameters:
@@ -67,7 +68,7 @@ def deepspeed_config(
         # Its progress line; ours says more.
         "steps_per_print": 2**31,
     }
-    if engine.zero == 1 and engine.precision == "bf16":
+    if engine.resolved_zero_stage == 1 and engine.precision == "bf16":
         # DeepSpeed then picks another optimizer wrapper, which ignores the rest of this JSON.
         del ours["data_types"]
     return _merged(ours, engine.deepspeed, "engine.deepspeed")
@@ -88,6 +89,9 @@ def _merged(ours: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str,
     return merged
 
 
+_TORCH_LIBRARIES = str(Path(torch.__file__).parent / "lib")
+
+
 class DeepSpeedEngine:
     """ZeRO: optimizer state, gradients and weights partitioned over the workers."""
 
@@ -96,7 +100,7 @@ class DeepSpeedEngine:
         module: SummedLoss,
         engine: EngineConfig,
         optim: OptimConfig,
-        workers: Workers,
+        workers: ProcessGroup,
         *,
         micro_batch_sequences: int,
         num_micro_batches: int,
@@ -111,14 +115,14 @@ class DeepSpeedEngine:
         self._shapes = {name: parameter.shape for name, parameter in named}
         self._soundness = torch.ones((), device=workers.device)
         smallest = min((parameter for _, parameter in named), key=torch.numel)
-        smallest.register_hook(self._pass_on_soundness)
+        smallest.register_hook(self._propagate_nonfinite_loss)
         json = deepspeed_config(
             engine,
             optim,
             micro_batch_sequences=micro_batch_sequences,
             num_micro_batches=num_micro_batches,
         )
-        with precise_buffers(module, workers.device):
+        with keep_buffer_precision(module, workers.device):
             module.to(DTYPES[engine.precision])
             self._engine, *_ = deepspeed.initialize(
                 model=module,
@@ -148,7 +152,7 @@ class DeepSpeedEngine:
             losses.append(loss.detach())
             if len(losses) == len(micro_batches):
                 # Before the gradients are there, after which DeepSpeed decides by itself.
-                total = self._workers.sum_in_place(sum(losses, total).double())
+                total = self._workers.all_reduce_in_place(sum(losses, total).double())
                 self._soundness = torch.where(total.isfinite(), 1.0, math.nan)
             # DeepSpeed averages gradients over the workers; ours is a sum over the whole step.
             self._engine.backward(
@@ -162,10 +166,10 @@ class DeepSpeedEngine:
             self._link_moments()
             self._has_moments = True
         norm = float(self._engine.get_global_grad_norm() or 0.0) if was_applied else float("inf")
-        bad = () if was_applied else not_finite(losses)
+        bad = () if was_applied else nonfinite_indices(losses)
         return StepResult(total.item(), norm, was_applied, scale, bad)
 
-    def _pass_on_soundness(self, gradient: Tensor) -> Tensor:
+    def _propagate_nonfinite_loss(self, gradient: Tensor) -> Tensor:
         """Spoil one parameter's gradient where the loss is not finite, so that all is skipped.
 
         A loss that is not finite can have finite gradients. A loss times nan would not do: of new
@@ -180,7 +184,7 @@ class DeepSpeedEngine:
         """
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-        if self._config.zero == 3:
+        if self._config.resolved_zero_stage == 3:
             return
         zero = self._engine.optimizer
         groups = zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
@@ -208,7 +212,7 @@ class DeepSpeedEngine:
 
     def _held_range(self, parameter: Any) -> tuple[int, int]:  # noqa: ANN401  # DeepSpeed's attributes
         """Return the numbers of a parameter of which this worker holds the float32 master."""
-        if self._config.zero == 3:
+        if self._config.resolved_zero_stage == 3:
             # Equal pieces, of which the last are padded, or padding alone.
             piece = parameter.ds_tensor.ds_numel
             first = piece * self._workers.rank
@@ -224,28 +228,28 @@ class DeepSpeedEngine:
         """Return this worker's master or a moment of it; under ZeRO 3 with padding at its end."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        if self._config.zero < 3:
+        if self._config.resolved_zero_stage < 3:
             return parameter._hp_mapping.get_hp_fragment(moment)
         if moment is None:
             return cast("Tensor", safe_get_local_fp32_param(parameter))
         return cast("Tensor", safe_get_local_optimizer_state(parameter, moment))
 
     @torch.no_grad()
-    def load_trainable_state(self, read: ReadPart) -> None:
+    def load_trainable_state(self, read: ReadState) -> None:
         """Set the state of every trained parameter; see `Engine`."""
         self._make_moments()
-        if self._config.zero == 3:
-            self._load_pieces(read)
+        if self._config.resolved_zero_stage == 3:
+            self._load_zero3_shards(read)
             return
         for name, parameter in self._named:
             # What the forward pass reads is whole on every worker, and apart from the masters.
             parameter.copy_(read("weight", name, 0, parameter.numel()).view_as(parameter))
             start, stop = self._held_range(parameter)
-            for part in PARTS if start < stop else ():
+            for part in STATE_KEYS if start < stop else ():
                 held = self._held(parameter, None if part == "weight" else part)
                 held.copy_(read(part, name, start, stop))
 
-    def _load_pieces(self, read: ReadPart) -> None:
+    def _load_zero3_shards(self, read: ReadState) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         # Small parameters stay whole on every worker, and are gathered anew at the end.
@@ -258,7 +262,7 @@ class DeepSpeedEngine:
                 part: nn.functional.pad(read(part, name, start, stop), padding).to(
                     self._workers.device
                 )
-                for part in PARTS
+                for part in STATE_KEYS
             }
             weight = pieces.pop("weight")
             parameter.ds_tensor.copy_(weight)
@@ -275,7 +279,7 @@ class DeepSpeedEngine:
             count = self._engine.gradient_accumulation_steps()
             self.train_step([nothing] * count, [0] * count, 1.0, 0.0)
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every trained parameter; see `Engine`."""
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -287,9 +291,9 @@ class DeepSpeedEngine:
     def _loss_scale(self) -> float:
         return float(self._engine.optimizer.loss_scale) if self._config.precision == "fp16" else 1.0
 
-    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+    def replicated_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all weights; under ZeRO 3, which cuts them up, none; see `Engine`."""
-        return module_tensors(self.module) if self._config.zero < 3 else iter(())
+        return module_tensors(self.module) if self._config.resolved_zero_stage < 3 else iter(())
 
     def scalar_state(self) -> dict[str, float]:
         """Return the applied steps and the loss scaler; see `Engine`."""
@@ -325,7 +329,10 @@ def _import_deepspeed(device: torch.device) -> Any:  # noqa: ANN401  # the modul
     if tools not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
     import deepspeed
+    from torch.utils import cpp_extension
 
+    # PyTorch 2.13 quotes the paths of headers, but not that of its libraries (`-L`).
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(_TORCH_LIBRARIES)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     ensure_process_group(device)
     deepspeed.init_distributed(dist_init_required=False)

@@ -28,7 +28,7 @@ from raytune_llama.model.llama import DTYPES, Precision, SummedLoss, decoder_lay
 from raytune_llama.train.engines.config import EngineConfig
 from raytune_llama.train.engines.ddp import DataParallelEngine
 from raytune_llama.train.engines.optimizer import OptimConfig
-from raytune_llama.train.process_group import Workers, ensure_process_group
+from raytune_llama.train.process_group import ProcessGroup, ensure_process_group
 
 
 class FullyShardedEngine(DataParallelEngine):
@@ -39,7 +39,7 @@ class FullyShardedEngine(DataParallelEngine):
     """
 
     def __init__(
-        self, module: SummedLoss, engine: EngineConfig, optim: OptimConfig, workers: Workers
+        self, module: SummedLoss, engine: EngineConfig, optim: OptimConfig, workers: ProcessGroup
     ) -> None:
         ensure_process_group(workers.device)
         self._offload = engine.offload_parameters
@@ -105,11 +105,11 @@ class FullyShardedEngine(DataParallelEngine):
         self._reshard()
         return loss
 
-    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+    def replicated_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield nothing: every worker holds other parts; see `Engine`."""
         return iter(())
 
-    def _whole(self, part: Tensor, weight: nn.Parameter) -> Tensor:
+    def _full_tensor(self, part: Tensor, weight: nn.Parameter) -> Tensor:
         sharded = cast("DTensor", weight)
         whole = DTensor.from_local(
             part.to(self._workers.device),

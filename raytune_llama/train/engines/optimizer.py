@@ -14,7 +14,7 @@ from torch import nn
 from raytune_llama.config.settings import ConfigError, settings
 from raytune_llama.model.llama import causal_lm
 
-Answer = Literal["stop", "skip", "rollback"]
+BadStepAction = Literal["stop", "skip", "rollback"]
 """What is done about a step whose numbers are not finite."""
 
 DEFAULT_MAX_BAD_STEPS = 10
@@ -57,12 +57,12 @@ class OptimConfig:
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this global L2 norm; null: never."""
 
-    on_bad_step: Answer = "stop"
+    on_bad_step: BadStepAction = "stop"
     """What follows a step whose loss or gradient is not finite; it moves no weight in any case.
     `stop`: the run ends at its newest checkpoint. `skip`: it goes on with the next step.
     `rollback`: it goes on with the next step from the weights and moments of the newest checkpoint
     (but for those of a stop), which takes back the steps since; what they read is not read again.
-    Each such step is a line of `bad_steps.jsonl` in the run directory, with the samples it read."""
+    Each such step is a line of `nonfinite.jsonl` in the run directory, with the samples it read."""
 
     max_bad_steps: Annotated[int, Field(ge=1)] = DEFAULT_MAX_BAD_STEPS
     """More such steps than this in a row end a run that skips or rolls back."""
@@ -89,7 +89,7 @@ def parameter_groups(
         named: the trained parameters, or their masters, by name in `model`.
         optim: rates and decay.
     """
-    tables = table_names(model)
+    tables = embedding_parameter_names(model)
     members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         decay = optim.weight_decay if parameter.ndim >= 2 else 0.0
@@ -109,7 +109,7 @@ def _rate_factor(name: str, optim: OptimConfig, *, is_table: bool) -> float:
     return 1.0
 
 
-def table_names(model: nn.Module) -> set[str]:
+def embedding_parameter_names(model: nn.Module) -> set[str]:
     """Return the names of the parameters of the input embedding and the output projection."""
     lm = causal_lm(model)
     layers = (lm.get_input_embeddings(), lm.get_output_embeddings())

@@ -44,12 +44,12 @@ class StepResult:
         return not self.was_applied and not overflowed
 
 
-Part = Literal["weight", "exp_avg", "exp_avg_sq"]
+StateKey = Literal["weight", "exp_avg", "exp_avg_sq"]
 """What AdamW knows of every number that it changes."""
 
-PARTS: tuple[Part, ...] = ("weight", "exp_avg", "exp_avg_sq")
+STATE_KEYS: tuple[StateKey, ...] = ("weight", "exp_avg", "exp_avg_sq")
 
-ReadPart = Callable[[Part, str, int, int], Tensor]
+ReadState = Callable[[StateKey, str, int, int], Tensor]
 """Returns numbers [start, stop) of a part of a parameter: flat, float32, on the CPU, a copy."""
 
 
@@ -78,7 +78,7 @@ class StateSlice:
         return self.start + self.weight.numel()
 
 
-class Engine(Protocol):
+class TrainEngine(Protocol):
     """Moves the weights of a module that returns summed losses."""
 
     module: SummedLoss
@@ -113,15 +113,15 @@ class Engine(Protocol):
         """
         ...
 
-    def load_trainable_state(self, read: ReadPart) -> None:
+    def load_trainable_state(self, read: ReadState) -> None:
         """Set the state of every trained parameter; a worker reads what it holds; collective."""
         ...
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every trained parameter by name, whole, float32, on the CPU; collective."""
         ...
 
-    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+    def replicated_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what every worker holds, and is to hold alike, by name, in one order."""
         ...
 
@@ -170,7 +170,7 @@ def even_ranges(sizes: Sequence[int], rank: int, world_size: int) -> list[tuple[
 
 
 @contextlib.contextmanager
-def precise_buffers(module: nn.Module, device: torch.device) -> Iterator[None]:
+def keep_buffer_precision(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Keep buffers in their own precision while a block casts a module's weights.
 
     Cast to bfloat16, the frequencies of rotary embeddings are off by up to 0.4 %, which turns
@@ -198,7 +198,7 @@ def evaluate_batch(
     return loss.item()
 
 
-def not_finite(losses: Sequence[Tensor]) -> tuple[int, ...]:
+def nonfinite_indices(losses: Sequence[Tensor]) -> tuple[int, ...]:
     """Return the numbers of the losses that are not finite."""
     return tuple(number for number, loss in enumerate(losses) if not loss.isfinite())
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from raytune_llama.train.engines.config import Layout
+from raytune_llama.train.engines.config import ShardingLayout
 from raytune_llama.train.estimate.schemes import (
-    Scheme,
-    Sizes,
+    MemoryScheme,
+    ParameterSizes,
     WorkerSettings,
+    build_scheme,
     is_original,
     offloaded_bytes,
-    scheme_of,
     weight_bytes,
 )
 from raytune_llama.train.estimate.trace import MicroBatchTrace
@@ -52,7 +52,7 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
 class WorkerMemory:
     """Bytes of the worker that holds most. The parts are not all there at a time."""
 
-    layout: Layout
+    layout: ShardingLayout
     """Of weights, gradients and optimizer state."""
 
     weights: int
@@ -85,7 +85,7 @@ class WorkerMemory:
 
 
 def estimate_memory(
-    model: nn.Module, trace: MicroBatchTrace, settings: WorkerSettings, layout: Layout
+    model: nn.Module, trace: MicroBatchTrace, settings: WorkerSettings, layout: ShardingLayout
 ) -> WorkerMemory:
     """Add up what one worker holds.
 
@@ -95,8 +95,8 @@ def estimate_memory(
         settings: of the run.
         layout: of the engine.
     """
-    sizes = Sizes.of(model, settings.num_workers, settings.optim)
-    scheme = scheme_of(layout, sizes, settings)
+    sizes = ParameterSizes.from_model(model, settings.num_workers, settings.optim)
+    scheme = build_scheme(layout, sizes, settings)
     weights, gathered, coming = weight_bytes(layout, sizes, settings)
     base = weights + scheme.optimizer + scheme.constant
     base += scheme.gradients if scheme.gradients_stay else 0
@@ -127,7 +127,7 @@ def estimate_memory(
 
 
 def _walk(
-    trace: MicroBatchTrace, scheme: Scheme, settings: WorkerSettings, *, kept: int, room: int
+    trace: MicroBatchTrace, scheme: MemoryScheme, settings: WorkerSettings, *, kept: int, room: int
 ) -> int:
     """Return the most bytes that loss and backward pass take on top of what is always there.
 

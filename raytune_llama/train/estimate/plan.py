@@ -23,9 +23,9 @@ from raytune_llama.data.build.preparation import DataInputs
 from raytune_llama.data.store.manifest import MANIFEST_NAME, token_dtype
 from raytune_llama.data.store.token_store import TokenStore, open_store
 from raytune_llama.model.embeddings import train_embeddings
-from raytune_llama.model.llama import DTYPES, SummedLoss, has_weights, load_skeleton
+from raytune_llama.model.llama import DTYPES, SummedLoss, build_empty_model, has_weights
 from raytune_llama.model.lora import attach_adapter
-from raytune_llama.model.pissa import INITIAL, add_initial
+from raytune_llama.model.pissa import INITIAL_ADAPTER, add_initial_adapter
 from raytune_llama.model.quantization import quantized_bytes, quantized_linears
 from raytune_llama.model.vocab import (
     VocabularyFit,
@@ -36,7 +36,7 @@ from raytune_llama.model.vocab import (
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import encode_text
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
-from raytune_llama.train.engines.config import STRATEGIES, Layout
+from raytune_llama.train.engines.config import STRATEGIES, ShardingLayout
 from raytune_llama.train.engines.deepspeed_zero import deepspeed_config
 from raytune_llama.train.estimate.memory import (
     ParameterCounts,
@@ -45,16 +45,16 @@ from raytune_llama.train.estimate.memory import (
     estimate_memory,
 )
 from raytune_llama.train.estimate.schemes import QuantizedWeights, WorkerSettings
-from raytune_llama.train.estimate.trace import META, trace_micro_batch
-from raytune_llama.train.inputs import build_sources, plan_run
-from raytune_llama.train.orchestration.nodes import in_submitted_job
+from raytune_llama.train.estimate.trace import META_DEVICE, trace_micro_batch
+from raytune_llama.train.inputs import build_batch_plan, build_sources
+from raytune_llama.train.orchestration.nodes import is_submitted_job
 from raytune_llama.train.preflight import check_identity, open_inputs, resolve_places
 from raytune_llama.train.untrained_rows import modules_to_save
 
-CHECKPOINT_BYTES = 3 * 4
+CHECKPOINT_BYTES_PER_PARAMETER = 3 * 4
 """Of each trained number: weight and AdamW's two moments, in float32."""
 
-DOCUMENT_BYTES = 28
+STORE_BYTES_PER_DOCUMENT = 28
 """Of each document in a token store beside its ids: where they end, the bytes of its text, its
 source and its place there."""
 
@@ -92,7 +92,7 @@ class WorkersPlan:
     """Of a worker, by layout, as configured else."""
 
     memory_toggled: tuple[WorkerMemory, ...]
-    """The same with `engine.gradient_checkpointing` the other way."""
+    """The same with `protocol.gradient_checkpointing` the other way."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class DiskPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What a run will take."""
 
     config: AnyTrainConfig
@@ -141,30 +141,30 @@ class Plan:
     """Disk."""
 
 
-def build_plan(config: AnyTrainConfig) -> Plan:
+def build_plan(config: AnyTrainConfig) -> RunPlan:
     """Plan a run; nothing is written.
 
     Raises:
         ConfigError: everything that would keep the run from starting, missing weights excepted.
     """
     written = config
-    config = resolve_places(config, in_job=in_submitted_job())
+    config = resolve_places(config, in_job=is_submitted_job())
     inputs = open_inputs(config)
     check_identity(config.run_place, {"config": identity(config)})
     path = Path(config.model.path)
     num_rows = num_embedding_rows(inputs.skeleton)
     fit = check_vocabulary(num_rows, path, Path(config.model.tokenizer_path))
-    model = build_model(config, load_skeleton(path, num_rows=max(fit.num_rows, fit.num_ids)))
+    model = build_model(config, build_empty_model(path, num_rows=max(fit.num_rows, fit.num_ids)))
     store = _existing_store(config)
     scale = config.scale
-    return Plan(
+    return RunPlan(
         config=written,
         has_weights=has_weights(path),
         vocabulary=fit,
         counts=count_parameters(model),
         workers=tuple(
             plan_workers(config, model, number)
-            for number in sorted({scale.fewest_workers, scale.most_workers})
+            for number in sorted({scale.min_workers, scale.max_workers})
         ),
         steps=plan_steps(config, store),
         disk=plan_disk(config, model, inputs.data, store),
@@ -173,14 +173,14 @@ def build_plan(config: AnyTrainConfig) -> Plan:
 
 def build_model(config: AnyTrainConfig, skeleton: PreTrainedModel) -> PreTrainedModel | PeftModel:
     """Give a model without weights the adapter that the run trains, or freeze what it does not."""
-    with META:
+    with META_DEVICE:
         if isinstance(config, PretrainConfig) and config.train == "embeddings":
             ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
             train_embeddings(skeleton, config.embeddings, ids)
         if config.lora is not None:
             attached = attach_adapter(skeleton, config.lora, seed=config.seed)
             if config.lora.init == "pissa":
-                add_initial(attached)
+                add_initial_adapter(attached)
             return attached
         if config.adapter is not None:
             settings = peft.PeftConfig.from_pretrained(config.adapter)
@@ -237,7 +237,7 @@ def plan_memory(
         SummedLoss(model, neftune_alpha=config.optim.neftune_alpha).to(DTYPES[engine.precision]),
         micro_batch_sequences=batch.micro_batch_sequences,
         sequence_tokens=batch.sequence_tokens,
-        isolate_documents=batch.isolates,
+        isolate_documents=batch.isolates_documents,
         gradient_checkpointing=engine.gradient_checkpointing
         if gradient_checkpointing is None
         else gradient_checkpointing,
@@ -259,7 +259,7 @@ def plan_memory(
     )
 
 
-def _possible_layouts(config: AnyTrainConfig) -> tuple[Layout, ...]:
+def _possible_layouts(config: AnyTrainConfig) -> tuple[ShardingLayout, ...]:
     is_quantized = config.model.quantization is not None
     is_fp16_on_cpus = config.engine.precision == "fp16" and not config.scale.use_gpu
     possible = {
@@ -269,19 +269,19 @@ def _possible_layouts(config: AnyTrainConfig) -> tuple[Layout, ...]:
         and (traits.has_fp16_on_cpus or not is_fp16_on_cpus)
         for layout in traits.layouts
     }
-    return tuple(layout for layout in get_args(Layout) if layout in possible)
+    return tuple(layout for layout in get_args(ShardingLayout) if layout in possible)
 
 
 def _measure_quantized(config: AnyTrainConfig) -> QuantizedWeights | None:
     kind = config.model.quantization
     if kind is None:
         return None
-    skeleton = load_skeleton(Path(config.model.path))
+    skeleton = build_empty_model(Path(config.model.path))
     layers = quantized_linears(skeleton, modules_to_save(config))
     shapes = [layer.weight.shape for _, layer in layers]
     return QuantizedWeights(
         numel=sum(shape.numel() for shape in shapes),
-        held_bytes=sum(quantized_bytes(kind, shape) for shape in shapes),
+        storage_bytes=sum(quantized_bytes(kind, shape) for shape in shapes),
         largest=max(shape.numel() for shape in shapes),
     )
 
@@ -292,7 +292,7 @@ def plan_steps(config: AnyTrainConfig, store: TokenStore | None) -> StepPlan:
     num_steps, epochs = config.max_steps, None
     if store is not None:
         sources = build_sources(config, store)
-        plan = plan_run(config, sources)
+        plan = build_batch_plan(config, sources)
         num_steps = plan.num_steps
         epochs = {
             source.name: share * plan.total_positions / source.sequences.num_sequences
@@ -327,10 +327,12 @@ def plan_disk(
     else:
         named = model.named_parameters(remove_duplicate=False)
         # What PiSSA started from is part of its result.
-        result = 4 * sum(p.numel() for n, p in named if p.requires_grad or f".{INITIAL}." in n)
+        result = 4 * sum(
+            p.numel() for n, p in named if p.requires_grad or f".{INITIAL_ADAPTER}." in n
+        )
     checkpoint = config.checkpoint
     return DiskPlan(
-        checkpoint=CHECKPOINT_BYTES * counts.trained,
+        checkpoint=CHECKPOINT_BYTES_PER_PARAMETER * counts.trained,
         num_checkpoints=checkpoint.keep_last + checkpoint.keep_best,
         result=result,
         store=_estimate_store(config, data) if store is None else _store_bytes(store),
@@ -360,13 +362,13 @@ def _estimate_store(config: AnyTrainConfig, data: DataInputs) -> int | None:
     if any(f.options.compression != "none" or f.options.format == "parquet" for f in files):
         return None
     tokenizer = data.tokenizer
-    texts = list(_first(data.corpus.sample(), _SAMPLE_CHARS))
+    texts = list(_first(data.corpus.sample_texts(), _SAMPLE_CHARS))
     sampled = sum(len(text.encode()) for text in texts)
     ends = config.data.bos + config.data.eos
     tokens = sum(len(ids) + ends for ids in encode_text(tokenizer, texts))
     number = 2 if token_dtype(max(tokenizer.get_vocab().values()) + 1) == "uint16" else 4
     share = sum(file.status.num_bytes for file in files) / max(1, sampled)
-    return math.ceil(share * (tokens * number + len(texts) * DOCUMENT_BYTES))
+    return math.ceil(share * (tokens * number + len(texts) * STORE_BYTES_PER_DOCUMENT))
 
 
 def _first(texts: list[str], num_chars: int) -> Iterator[str]:

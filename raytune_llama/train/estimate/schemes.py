@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from raytune_llama.model.llama import DTYPES, Precision, decoder_layers
-from raytune_llama.train.engines.config import Layout
+from raytune_llama.train.engines.config import ShardingLayout
 from raytune_llama.train.engines.ddp import BUCKET_NUMEL
 from raytune_llama.train.engines.optimizer import OptimConfig, parameter_groups
 
@@ -27,7 +27,7 @@ ZERO_DEFAULTS: Mapping[str, int] = {
     "stage3_max_live_parameters": 10**9,
     "stage3_param_persistence_threshold": 10**5,
 }
-"""What DeepSpeed takes, in numbers, where `engine.deepspeed` says nothing."""
+"""What DeepSpeed takes, in numbers, where `protocol.deepspeed` says nothing."""
 
 
 def is_original(name: str) -> bool:
@@ -42,7 +42,7 @@ class QuantizedWeights:
     numel: int
     """Numbers of the weights that are quantised."""
 
-    held_bytes: int
+    storage_bytes: int
     """That they take."""
 
     largest: int
@@ -81,7 +81,7 @@ class WorkerSettings:
     """Of the base; None where it is in the run's precision."""
 
     @property
-    def number_bytes(self) -> int:
+    def element_bytes(self) -> int:
         """Bytes of a number in the run's precision."""
         return DTYPES[self.precision].itemsize
 
@@ -91,7 +91,7 @@ class WorkerSettings:
 
 
 @dataclass(frozen=True)
-class Scheme:
+class MemoryScheme:
     """How an engine treats gradients. Sizes are bytes."""
 
     optimizer: int
@@ -132,23 +132,23 @@ class Scheme:
 
 
 @dataclass(frozen=True)
-class Unit:
+class FsdpUnit:
     """Numbers of parameters that FSDP makes whole together."""
 
-    whole: int
+    numel: int
     """All of them."""
-    trained: int
+    trained_numel: int
     """That get gradients."""
 
     @classmethod
-    def of(cls, parameters: Iterable[nn.Parameter]) -> "Unit":
+    def from_parameters(cls, parameters: Iterable[nn.Parameter]) -> "FsdpUnit":
         """Add up parameters."""
         sizes = [(p.numel(), p.requires_grad) for p in parameters]
         return cls(sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained))
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ParameterSizes:
     """Numbers of a model's parameters as the engines cut them up."""
 
     num_workers: int
@@ -159,13 +159,13 @@ class Sizes:
     """The same without the originals of saved modules, which no forward pass reads."""
     groups: tuple[tuple[int, ...], ...]
     """Of trained parameters that the optimizer treats apart, such as matrices and vectors."""
-    outside: Unit
+    root_unit: FsdpUnit
     """What is in no layer of the decoder."""
-    layer: Unit
+    layer_unit: FsdpUnit
     """Its largest layer."""
 
     @classmethod
-    def of(cls, model: nn.Module, num_workers: int, optim: OptimConfig) -> "Sizes":
+    def from_model(cls, model: nn.Module, num_workers: int, optim: OptimConfig) -> "ParameterSizes":
         """Measure a model, with or without its weights."""
         named = list(model.named_parameters(remove_duplicate=False))
         used = {p: p.numel() for name, p in named if not is_original(name)}
@@ -173,11 +173,11 @@ class Sizes:
         groups = parameter_groups(model, trained, optim)
         layers = decoder_layers(model)
         inside = {parameter for layer in layers for parameter in layer.parameters()}
-        units = [Unit.of(layer.parameters()) for layer in layers]
+        units = [FsdpUnit.from_parameters(layer.parameters()) for layer in layers]
         return cls(
             num_workers=num_workers,
-            outside=Unit.of(p for p in model.parameters() if p not in inside),
-            layer=max(units, key=lambda unit: unit.whole, default=Unit(0, 0)),
+            root_unit=FsdpUnit.from_parameters(p for p in model.parameters() if p not in inside),
+            layer_unit=max(units, key=lambda unit: unit.numel, default=FsdpUnit(0, 0)),
             resident=tuple({p: p.numel() for _, p in named}.values()),
             used=tuple(used.values()),
             groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
@@ -199,7 +199,7 @@ class Sizes:
         return sum(math.ceil(sum(group) / self.num_workers) for group in self.groups)
 
     @property
-    def touched(self) -> int:
+    def partition_overlap(self) -> int:
         """Of all parameters that such a stretch has a part of, for the worker with most."""
         most = 0
         for group in self.groups:
@@ -216,18 +216,20 @@ class Sizes:
         return most
 
     @property
-    def shared_out(self) -> int:
+    def sharded(self) -> int:
         """Of a worker's part where each trained parameter is cut into W pieces (ZeRO 3)."""
-        return sum(self.piece(size) for group in self.groups for size in group)
+        return sum(self.shard_size(size) for group in self.groups for size in group)
 
-    def piece(self, size: int) -> int:
+    def shard_size(self, size: int) -> int:
         """Return the numbers of one of W pieces of a parameter."""
         return math.ceil(size / self.num_workers)
 
 
-def scheme_of(layout: Layout, sizes: "Sizes", settings: WorkerSettings) -> Scheme:
+def build_scheme(
+    layout: ShardingLayout, sizes: "ParameterSizes", settings: WorkerSettings
+) -> MemoryScheme:
     """Return the scheme of a layout."""
-    makers: dict[Layout, Callable[[Sizes, WorkerSettings], Scheme]] = {
+    makers: dict[ShardingLayout, Callable[[ParameterSizes, WorkerSettings], MemoryScheme]] = {
         "ddp": _plain,
         "ZeRO 1": _zero_1,
         "ZeRO 2": _zero_2,
@@ -237,17 +239,17 @@ def scheme_of(layout: Layout, sizes: "Sizes", settings: WorkerSettings) -> Schem
     return makers[layout](sizes, settings)
 
 
-def _plain(sizes: Sizes, settings: WorkerSettings) -> Scheme:
+def _plain(sizes: ParameterSizes, settings: WorkerSettings) -> MemoryScheme:
     """`DataParallelEngine`: weights, float32 masters and gradients whole on each worker.
 
     In float32 the weights are their own masters, and micro-batches add up in their gradients.
     Half-precision gradients are added to the masters' after each micro-batch, one by one.
     """
-    number, n = settings.number_bytes, sizes.trained
+    number, n = settings.element_bytes, sizes.trained
     is_half = number < FLOAT_BYTES
     message = FLOAT_BYTES * _largest_message(sizes) if sizes.num_workers > 1 else 0
     one = FLOAT_BYTES * sizes.largest if is_half else 0
-    return Scheme(
+    return MemoryScheme(
         optimizer=(3 if is_half else 2) * FLOAT_BYTES * n,
         gradients=FLOAT_BYTES * n,
         step=message,
@@ -258,7 +260,7 @@ def _plain(sizes: Sizes, settings: WorkerSettings) -> Scheme:
     )
 
 
-def _largest_message(sizes: Sizes) -> int:
+def _largest_message(sizes: ParameterSizes) -> int:
     """Return the numbers of the largest bucket that is copied together to be summed."""
     largest = filled = count = 0
     for size in itertools.chain(*sizes.groups):
@@ -269,7 +271,7 @@ def _largest_message(sizes: Sizes) -> int:
     return largest
 
 
-def _zero_1(sizes: Sizes, settings: WorkerSettings) -> Scheme:
+def _zero_1(sizes: ParameterSizes, settings: WorkerSettings) -> MemoryScheme:
     """Stage 1: micro-batches add up in whole gradients, which are exchanged once a step.
 
     On a CPU the bucket takes the gradients' place as it is filled; on a GPU it is there in full
@@ -279,7 +281,7 @@ def _zero_1(sizes: Sizes, settings: WorkerSettings) -> Scheme:
     """
     n, part = sizes.trained, FLOAT_BYTES * sizes.partition
     if settings.precision == "fp16":
-        return Scheme(
+        return MemoryScheme(
             optimizer=3 * part,
             gradients=part,
             step=_norm_bytes(sizes),
@@ -289,7 +291,7 @@ def _zero_1(sizes: Sizes, settings: WorkerSettings) -> Scheme:
             bucket=FLOAT_BYTES if settings.on_gpu else 0,
             exchange=lambda count: FLOAT_BYTES * count,
         )
-    number = settings.number_bytes
+    number = settings.element_bytes
     return _one_precision(
         sizes,
         settings,
@@ -299,17 +301,17 @@ def _zero_1(sizes: Sizes, settings: WorkerSettings) -> Scheme:
     )
 
 
-def _zero_2(sizes: Sizes, settings: WorkerSettings) -> Scheme:
+def _zero_2(sizes: ParameterSizes, settings: WorkerSettings) -> MemoryScheme:
     """Stage 2: gradients go into a bucket as they are made; of the sums a worker keeps its part.
 
     In half precision the bucket is copied (`allreduce_bucket`), converted to float32, summed over
     the workers, and added to the worker's float32 part.
     """
     if settings.precision == "fp32":
-        touched = FLOAT_BYTES * sizes.touched
+        touched = FLOAT_BYTES * sizes.partition_overlap
         return _one_precision(sizes, settings, kept=0, held=touched, bucket=FLOAT_BYTES)
-    number, part = settings.number_bytes, FLOAT_BYTES * sizes.partition
-    return Scheme(
+    number, part = settings.element_bytes, FLOAT_BYTES * sizes.partition
+    return MemoryScheme(
         optimizer=3 * part,
         gradients=part,
         step=_norm_bytes(sizes),
@@ -321,20 +323,20 @@ def _zero_2(sizes: Sizes, settings: WorkerSettings) -> Scheme:
 
 
 def _one_precision(
-    sizes: Sizes, settings: WorkerSettings, *, kept: int, held: int, bucket: int
-) -> Scheme:
+    sizes: ParameterSizes, settings: WorkerSettings, *, kept: int, held: int, bucket: int
+) -> MemoryScheme:
     """Stages 1 and 2 where gradients are summed up in the weights' own precision.
 
     The bucket is copied to be exchanged between several workers, and converted where the weights
     are not float32. Then all parameters that the worker has a part of get whole gradients of their
     own (`grads_in_partition`), of which the step makes one flat float32 part (`step`).
     """
-    number = settings.number_bytes
-    touched, part = number * sizes.touched, FLOAT_BYTES * sizes.partition
+    number = settings.element_bytes
+    touched, part = number * sizes.partition_overlap, FLOAT_BYTES * sizes.partition
     converted = FLOAT_BYTES if number < FLOAT_BYTES else 0
     copied = number if sizes.num_workers > 1 else 0
     flat = part + (number * sizes.partition if converted else 0)
-    return Scheme(
+    return MemoryScheme(
         optimizer=3 * part,
         gradients=touched,
         step=max(_norm_bytes(sizes), flat),
@@ -345,40 +347,44 @@ def _one_precision(
     )
 
 
-def _norm_bytes(sizes: Sizes) -> int:
+def _norm_bytes(sizes: ParameterSizes) -> int:
     """Return what `get_grad_norm_direct` takes: the largest gradient of the part as doubles."""
     return DOUBLE_BYTES * min(sizes.largest, sizes.partition)
 
 
-def _zero_3(sizes: Sizes, settings: WorkerSettings) -> Scheme:
+def _zero_3(sizes: ParameterSizes, settings: WorkerSettings) -> MemoryScheme:
     """Stage 3: a float32 bucket and the worker's float32 gradients are there all the time.
 
     The bucket is copied to be exchanged (`reduce_scatter_coalesced`), and gloo, which CPUs use,
     copies it once more. The step makes the worker's gradients flat.
     """
-    part = FLOAT_BYTES * sizes.shared_out
+    part = FLOAT_BYTES * sizes.sharded
     capacity = settings.zero_size("reduce_bucket_size")
     bucket = capacity if settings.on_gpu else min(sizes.trained, capacity)
     copies = 1 if settings.on_gpu or sizes.num_workers == 1 else 2
-    return Scheme(
+    return MemoryScheme(
         optimizer=3 * part,
         gradients=part,
         gradients_stay=True,
         constant=FLOAT_BYTES * bucket,
-        step=max(DOUBLE_BYTES * sizes.piece(sizes.largest), part),
+        step=max(DOUBLE_BYTES * sizes.shard_size(sizes.largest), part),
         exchange=lambda count: copies * FLOAT_BYTES * count,
     )
 
 
-def _fully_sharded(sizes: Sizes, settings: WorkerSettings) -> Scheme:
+def _fully_sharded(sizes: ParameterSizes, settings: WorkerSettings) -> MemoryScheme:
     """`FullyShardedEngine`: float32 parts are their own masters, and so are their gradients.
 
     Gradients of a layer are copied together in float32 to be summed (`foreach_reduce`) as soon as
     it is done; those outside of layers wait for the end of the backward pass.
     """
-    part = FLOAT_BYTES * sizes.shared_out
-    number, layer, outside = settings.number_bytes, sizes.layer.trained, sizes.outside.trained
-    return Scheme(
+    part = FLOAT_BYTES * sizes.sharded
+    number, layer, outside = (
+        settings.element_bytes,
+        sizes.layer_unit.trained_numel,
+        sizes.root_unit.trained_numel,
+    )
+    return MemoryScheme(
         optimizer=2 * part,
         gradients=part,
         gradients_stay=True,
@@ -387,7 +393,9 @@ def _fully_sharded(sizes: Sizes, settings: WorkerSettings) -> Scheme:
     )
 
 
-def weight_bytes(layout: Layout, sizes: Sizes, settings: WorkerSettings) -> tuple[int, int, int]:
+def weight_bytes(
+    layout: ShardingLayout, sizes: ParameterSizes, settings: WorkerSettings
+) -> tuple[int, int, int]:
     """Return the bytes of weights that a worker holds, has gathered, and that are on their way.
 
     ZeRO 3 cuts every parameter into W pieces and keeps small ones whole too. What is gathered is
@@ -396,17 +404,17 @@ def weight_bytes(layout: Layout, sizes: Sizes, settings: WorkerSettings) -> tupl
     is copied out of it. Where all weights may be live, they are so at the end of the decoder, and
     nothing comes any more; else something comes all the time. One worker has nothing to gather.
     """
-    number = settings.number_bytes
+    number = settings.element_bytes
     if layout == "fsdp":
         return _sharded_weights(sizes, number)
     if settings.quantized is not None:
         held = number * (sum(sizes.resident) - settings.quantized.numel)
-        return held + settings.quantized.held_bytes, number * settings.quantized.largest, 0
+        return held + settings.quantized.storage_bytes, number * settings.quantized.largest, 0
     if layout != "ZeRO 3" or sizes.num_workers == 1:
         return number * sum(sizes.resident), 0, 0
     threshold = settings.zero_size("stage3_param_persistence_threshold")
     whole = sum(size for size in sizes.resident if size <= threshold)
-    pieces = sum(sizes.piece(size) for size in sizes.resident)
+    pieces = sum(sizes.shard_size(size) for size in sizes.resident)
     gathered = sum(size for size in sizes.used if size > threshold)
     most = settings.zero_size("stage3_max_live_parameters")
     coming = min(gathered, settings.zero_size("stage3_prefetch_bucket_size"))
@@ -415,19 +423,21 @@ def weight_bytes(layout: Layout, sizes: Sizes, settings: WorkerSettings) -> tupl
     return number * (pieces + whole), number * gathered, number * coming
 
 
-def _sharded_weights(sizes: Sizes, number: int) -> tuple[int, int, int]:
+def _sharded_weights(sizes: ParameterSizes, number: int) -> tuple[int, int, int]:
     """Return the same for fsdp, where trained weights are float32 and nothing else comes.
 
     Whole are the weights outside of layers, the layer in use, and the next one, twice: what comes
     is copied out of one buffer.
     """
-    trained = sizes.shared_out
-    pieces = sum(sizes.piece(size) for size in sizes.resident)
+    trained = sizes.sharded
+    pieces = sum(sizes.shard_size(size) for size in sizes.resident)
     held = number * (pieces - trained) + FLOAT_BYTES * trained
-    return held, number * (sizes.outside.whole + 3 * sizes.layer.whole), 0
+    return held, number * (sizes.root_unit.numel + 3 * sizes.layer_unit.numel), 0
 
 
-def offloaded_bytes(layout: Layout, weights: int, scheme: Scheme, settings: WorkerSettings) -> int:
+def offloaded_bytes(
+    layout: ShardingLayout, weights: int, scheme: MemoryScheme, settings: WorkerSettings
+) -> int:
     """Return the bytes that a worker on a GPU keeps in host memory instead.
 
     Args:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from raytune_llama.train.estimate.plan import DiskPlan, Plan, StepPlan, WorkersPlan
+from raytune_llama.train.estimate.plan import DiskPlan, RunPlan, StepPlan, WorkersPlan
 
 _GIB = 2**30
 _NOTES = (
@@ -11,14 +11,14 @@ _NOTES = (
 )
 
 
-def render_plan(plan: Plan) -> str:
+def render_plan(plan: RunPlan) -> str:
     """Return a plan as text for a terminal, at most 100 columns wide."""
     lines = [f"{name:<13}{text}" for name, text in _facts(plan)]
     tables = [line for workers in plan.workers for line in ("", *_memory_table(plan, workers))]
     return "\n".join([*lines, *tables, *_NOTES])
 
 
-def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
+def _facts(plan: RunPlan) -> Iterator[tuple[str, str]]:
     config, counts, steps, disk = plan.config, plan.counts, plan.steps, plan.disk
     weights = "" if plan.has_weights else ", no weights there yet"
     yield "model", f"{config.model.path}{weights}"
@@ -74,14 +74,14 @@ def _store_text(disk: DiskPlan) -> str:
     return f"about {_gib(disk.store)} GiB, by a sample of the sources"
 
 
-def _memory_table(plan: Plan, workers: WorkersPlan) -> Iterator[str]:
+def _memory_table(plan: RunPlan, workers: WorkersPlan) -> Iterator[str]:
     engine, scale = plan.config.engine, plan.config.scale
     layouts = [memory.layout for memory in workers.memory]
     heads = [f"{layout}{'*' if layout == engine.layout else ''}" for layout in layouts]
     where = "a GPU" if scale.use_gpu else "a CPU"
     kind = plan.config.model.quantization
     base = f", {kind} base" if kind else ""
-    who = f"1 of {workers.num_workers} workers" if scale.elastic else "a worker"
+    who = f"1 of {workers.num_workers} workers" if scale.elastic_range else "a worker"
     title = f"GiB of {who} on {where}, {engine.precision}{base}"
     yield _row(title, heads)
     parts = {

@@ -21,10 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from raytune_llama.model.llama import SummedLoss, causal_lm, last_layer
+from raytune_llama.model.llama import SummedLoss, causal_lm, last_hidden_state_module
 from raytune_llama.train.engines.protocol import trained_parameters
 
-META = torch.device("meta")
+META_DEVICE = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def trace_micro_batch(
         lm.activation_checkpointing_disable()
     shape = (micro_batch_sequences, sequence_tokens)
     ids_BT, positions_BT, labels_BT = (
-        torch.zeros(shape, dtype=torch.long, device=META) for _ in range(3)
+        torch.zeros(shape, dtype=torch.long, device=META_DEVICE) for _ in range(3)
     )
     live = _LiveBytes([*module.parameters(), *module.buffers(), ids_BT, positions_BT, labels_BT])
     in_decoder: list[tuple[int, int]] = []
@@ -129,7 +129,7 @@ def _hooks(
     on_decoder: Callable[..., None],
     on_gradient: Callable[[Tensor], None],
 ) -> Iterator[None]:
-    last = last_layer(causal_lm(module.model))
+    last = last_hidden_state_module(causal_lm(module.model))
     handles = [last.register_forward_hook(on_decoder)]
     handles += [
         parameter.register_post_accumulate_grad_hook(on_gradient)
@@ -210,7 +210,7 @@ class _Substitutes(TorchFunctionMode):
             return _FusedDropout.apply(args[0])
         if func is Tensor.nonzero:
             # Asked of the labels: every position is a target.
-            return torch.arange(args[0].numel(), device=META).unsqueeze(1)
+            return torch.arange(args[0].numel(), device=META_DEVICE).unsqueeze(1)
         if func is Tensor.__bool__:
             # Asked of the positions: does each follow the one before, so that no mask is needed?
             return self._positions_follow

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from raytune_llama.model.embeddings import is_new_rows
-from raytune_llama.model.quantization import whole_shape
+from raytune_llama.model.quantization import unquantized_shape
 
 PEAK_FLOPS = {
     "H200 NVL": 835e12,
@@ -42,7 +42,7 @@ def flops_per_token(model: PreTrainedModel, sequence_tokens: int) -> float:
     tables = {id(weight) for weight in embedding.parameters()} if is_look_up else set[int]()
     total = 6.0 * config.num_hidden_layers * config.hidden_size * sequence_tokens
     for name, weight in model.named_parameters():
-        shape = whole_shape(weight)
+        shape = unquantized_shape(weight)
         # PEFT keeps a frozen copy of saved modules.
         if len(shape) < 2 or id(weight) in tables or ".original_module." in name:
             continue

@@ -1,6 +1,6 @@
 """Steps that a person should look at, with the text that they read: one JSON line each.
 
-`bad_steps.jsonl` has those whose numbers were not finite, `loss_spikes.jsonl` those whose loss was
+`nonfinite.jsonl` has those whose numbers were not finite, `loss_spikes.jsonl` those whose loss was
 far above what was usual. A run without any has no such file.
 """
 
@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-from raytune_llama.data.batches.provenance import Origins
+from raytune_llama.data.batches.provenance import Provenance
 from raytune_llama.storage.place import Place
 from raytune_llama.storage.transfers import Mirror
 from raytune_llama.train.monitoring.metrics import read_records, record_line
@@ -20,10 +20,10 @@ SPIKES_FILE = "loss_spikes.jsonl"
 IncidentFile = Literal["bad_steps.jsonl", "loss_spikes.jsonl"]
 
 
-class Incidents:
+class IncidentLog:
     """Appends to the files of a run; each line is in the run directory once it is written."""
 
-    def __init__(self, run_dir: Place, origins: Origins, *, resumed_step: int) -> None:
+    def __init__(self, run_dir: Place, origins: Provenance, *, resumed_step: int) -> None:
         """Go on with a run's files.
 
         Args:

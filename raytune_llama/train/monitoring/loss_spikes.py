@@ -9,15 +9,15 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 
-NORMAL_SIGMA = 1.4826
+MAD_TO_SIGMA = 1.4826
 """Standard deviation of normal numbers in units of their median absolute deviation."""
 
-LEAST_SIGMA = 1e-3
+MIN_RELATIVE_SIGMA = 1e-3
 """Of the median: losses that hardly vary, as of one text again and again, make no spike of
 rounding."""
 
 
-class SpikeWatch:
+class SpikeDetector:
     """Looks at one loss after the other."""
 
     def __init__(self, factor: float, window_steps: int, past: Iterable[float] = ()) -> None:
@@ -34,7 +34,7 @@ class SpikeWatch:
         self._losses = deque(past, maxlen=window_steps)
         self._least = max(2, window_steps // 2)
 
-    def look(self, loss: float) -> float | None:
+    def observe(self, loss: float) -> float | None:
         """Take a finite loss in; return the bound that it exceeds, where it is a spike."""
         bound = self._bound() if len(self._losses) >= self._least else None
         self._losses.append(loss)
@@ -43,5 +43,5 @@ class SpikeWatch:
     def _bound(self) -> float:
         median = statistics.median(self._losses)
         deviation = statistics.median(abs(loss - median) for loss in self._losses)
-        sigma = max(NORMAL_SIGMA * deviation, LEAST_SIGMA * abs(median))
+        sigma = max(MAD_TO_SIGMA * deviation, MIN_RELATIVE_SIGMA * abs(median))
         return median + self._factor * sigma

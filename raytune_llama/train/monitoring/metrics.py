@@ -43,7 +43,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
-class EvaluatedText:
+class EvaluationResult:
     """What an evaluation found on the text of one source."""
 
     name: str
@@ -60,13 +60,13 @@ class EvaluatedText:
     a target, as with conversations."""
 
 
-def evaluation_values(texts: Sequence[EvaluatedText]) -> dict[str, float]:
+def evaluation_metrics(texts: Sequence[EvaluationResult]) -> dict[str, float]:
     """Return the metrics of an evaluation: over all sources and, of several, of each.
 
     A text without a target has no loss: nan.
     """
     sizes = [text.num_bytes for text in texts if text.num_bytes is not None]
-    total = EvaluatedText(
+    total = EvaluationResult(
         "",
         sum(text.loss_sum for text in texts),
         sum(text.num_targets for text in texts),
@@ -82,11 +82,11 @@ def evaluation_values(texts: Sequence[EvaluatedText]) -> dict[str, float]:
     return values
 
 
-def _loss(text: EvaluatedText) -> float:
+def _loss(text: EvaluationResult) -> float:
     return text.loss_sum / text.num_targets if text.num_targets else math.nan
 
 
-def _bits_per_byte(text: EvaluatedText, num_bytes: float) -> float:
+def _bits_per_byte(text: EvaluationResult, num_bytes: float) -> float:
     return text.loss_sum / math.log(2) / num_bytes if text.num_targets else math.nan
 
 

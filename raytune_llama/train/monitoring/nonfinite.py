@@ -9,18 +9,18 @@ from dataclasses import replace
 
 from raytune_llama.data.batches.step_batches import StepBatch
 from raytune_llama.train.checkpoint.layout import RunState
-from raytune_llama.train.engines.optimizer import Answer, OptimConfig
+from raytune_llama.train.engines.optimizer import BadStepAction, OptimConfig
 from raytune_llama.train.engines.protocol import StepResult
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 
 
-def choose_answer(optim: OptimConfig, state: RunState) -> Answer:
+def choose_action(optim: OptimConfig, state: RunState) -> BadStepAction:
     """Return what is done about a bad step, by the state after it."""
     return "stop" if state.num_bad_in_row > optim.max_bad_steps else optim.on_bad_step
 
 
 def find_suspects(
-    batch: StepBatch, result: StepResult, micro_batch_sequences: int, workers: Workers
+    batch: StepBatch, result: StepResult, micro_batch_sequences: int, workers: ProcessGroup
 ) -> set[int]:
     """Return the positions, of all workers, in micro-batches whose loss is not finite; collective.
 
@@ -28,7 +28,7 @@ def find_suspects(
     """
     starts = [number * micro_batch_sequences for number in result.bad_micro_batches]
     mine = [p for start in starts for p in batch.positions[start : start + micro_batch_sequences]]
-    return {position for each in workers.gather(mine) for position in each}
+    return {position for each in workers.all_gather(mine) for position in each}
 
 
 def stop_message(state: RunState, result: StepResult) -> str:
@@ -42,7 +42,7 @@ def stop_message(state: RunState, result: StepResult) -> str:
     )
 
 
-def rolled_back(state: RunState, before: RunState) -> RunState:
+def state_after_rollback(state: RunState, before: RunState) -> RunState:
     """Return the state of a run that goes on behind a bad step with the weights of a checkpoint.
 
     Args:

@@ -5,7 +5,7 @@ import io
 from raytune_llama.storage.place import Place
 from raytune_llama.train.monitoring.metrics import EVAL_LOSS, LEARNING_RATE, LOSS, read_metrics
 
-PLOT_FILE = "loss.png"
+LOSS_PLOT_FILE = "loss.png"
 SMOOTHING_STEPS = 20
 
 
@@ -36,7 +36,7 @@ def write_plot(run_dir: Place) -> Place:
     figure.suptitle(run_dir.name, parse_math=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
-    file = run_dir / PLOT_FILE
+    file = run_dir / LOSS_PLOT_FILE
     file.write_bytes(buffer.getvalue())
     return file
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 
 _WORD_BYTES = 8
 
@@ -20,7 +20,9 @@ class ReplicaError(FloatingPointError):
     """A worker's copy of a weight is not the others': its numbers are not to be trusted."""
 
 
-def compare_replicas(step: int, tensors: Iterable[tuple[str, Tensor]], workers: Workers) -> None:
+def compare_replicas(
+    step: int, tensors: Iterable[tuple[str, Tensor]], workers: ProcessGroup
+) -> None:
     """Compare what every worker is to hold alike; collective.
 
     The bits of each tensor are added up as integers on its own device, which finds any one flipped
@@ -40,14 +42,14 @@ def compare_replicas(step: int, tensors: Iterable[tuple[str, Tensor]], workers: 
     named = [(name, checksum(tensor)) for name, tensor in tensors]
     if workers.world_size == 1 or not named:
         return
-    sums_RN = workers.gather_rows(torch.stack([number for _, number in named]))
+    sums_RN = workers.all_gather_rows(torch.stack([number for _, number in named]))
     counts = Counter(map(tuple, sums_RN))
     if len(counts) == 1:
         return
     usual, number = counts.most_common(1)[0]
     is_most = 2 * number > workers.world_size
     others = [rank for rank, sums in enumerate(sums_RN) if not is_most or tuple(sums) != usual]
-    hosts = workers.gather(socket.gethostname())
+    hosts = workers.all_gather(socket.gethostname())
     columns = zip(*sums_RN, strict=True)
     differing = [name for (name, _), sums in zip(named, columns, strict=True) if len(set(sums)) > 1]
     more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""

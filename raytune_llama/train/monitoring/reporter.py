@@ -14,34 +14,34 @@ from itertools import zip_longest
 from types import TracebackType
 from typing import Self
 
-from raytune_llama.data.batches.provenance import Origins
+from raytune_llama.data.batches.provenance import Provenance
 from raytune_llama.data.batches.step_batches import StepBatch, StepTotal
 from raytune_llama.model.llama import SummedLoss, causal_lm
 from raytune_llama.storage.place import Place
 from raytune_llama.train.checkpoint.layout import RunState, SaveResult
 from raytune_llama.train.config import AnyTrainConfig
-from raytune_llama.train.engines.optimizer import Answer
+from raytune_llama.train.engines.optimizer import BadStepAction
 from raytune_llama.train.engines.protocol import StepResult
 from raytune_llama.train.monitoring import metrics
 from raytune_llama.train.monitoring.flops import flops_per_token, peak_flops, peak_memory_gib
-from raytune_llama.train.monitoring.incident_log import BAD_STEPS_FILE, SPIKES_FILE, Incidents
-from raytune_llama.train.monitoring.loss_spikes import SpikeWatch
+from raytune_llama.train.monitoring.incident_log import BAD_STEPS_FILE, SPIKES_FILE, IncidentLog
+from raytune_llama.train.monitoring.loss_spikes import SpikeDetector
 from raytune_llama.train.monitoring.metrics import MetricsLog, read_metrics
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
 
-class Report:
+class Reporter:
     """Times the loop, adds to the run's state, and writes both down."""
 
     def __init__(
         self,
         config: AnyTrainConfig,
-        origins: Origins,
+        origins: Provenance,
         module: SummedLoss,
         state: RunState,
-        workers: Workers,
+        workers: ProcessGroup,
     ) -> None:
         plan = origins.plan
         self._config = config
@@ -57,11 +57,11 @@ class Report:
         self._data_seconds = 0.0
         self._started = self._lap = self._counted = time.perf_counter()
         self._log: MetricsLog | None = None
-        self._incidents: Incidents | None = None
-        self._spikes: SpikeWatch | None = None
+        self._incidents: IncidentLog | None = None
+        self._spikes: SpikeDetector | None = None
 
     def __enter__(self) -> Self:
-        if self._workers.is_first:
+        if self._workers.is_rank_zero:
             self._open_files(self._config.run_place, self._resumed_step)
             logger.info("%s", self._opening_line())
             if self._workers.restarts:
@@ -74,7 +74,7 @@ class Report:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._workers.pulse.enter("finishing")
+        self._workers.progress.enter_phase("finishing")
         if self._log is not None:
             self._log.close()
         if self._incidents is not None:
@@ -82,10 +82,10 @@ class Report:
 
     def _open_files(self, run_dir: Place, resumed_step: int) -> None:
         config = self._config.logging
-        self._incidents = Incidents(run_dir, self._origins, resumed_step=resumed_step)
+        self._incidents = IncidentLog(run_dir, self._origins, resumed_step=resumed_step)
         if config.spike_factor is not None:
             past = self._past_losses(run_dir, resumed_step)
-            self._spikes = SpikeWatch(config.spike_factor, config.spike_window_steps, past)
+            self._spikes = SpikeDetector(config.spike_factor, config.spike_window_steps, past)
         self._log = MetricsLog(run_dir, resumed_step=resumed_step, tensorboard=config.tensorboard)
 
     @staticmethod
@@ -107,7 +107,7 @@ class Report:
             f"({self._workers.device.type}); {per_token:.3g} GFLOP a token{known}"
         )
 
-    def timed(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
+    def time_batches(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
         """Pass batches through and time how long the loop waits for each."""
         iterator = iter(batches)
         while True:
@@ -118,7 +118,7 @@ class Report:
                 return
             yield batch
 
-    def step(
+    def log_step(
         self, state: RunState, batch: StepBatch, result: StepResult, total: StepTotal, rate: float
     ) -> RunState:
         """Write down an optimizer step; return the state after it.
@@ -130,7 +130,7 @@ class Report:
             total: what the step takes over all workers.
             rate: learning rate of the step.
         """
-        self._workers.pulse.take_step(batch.step + 1)
+        self._workers.progress.record_step(batch.step + 1)
         seconds = self._lap_seconds()
         num_targets, is_bad = total.num_targets, result.is_bad
         state = replace(
@@ -172,8 +172,8 @@ class Report:
             logger.info("%s", self._progress_line(state, values))
         return state
 
-    def bad_step(
-        self, state: RunState, result: StepResult, answer: Answer, suspects: Collection[int]
+    def log_bad_step(
+        self, state: RunState, result: StepResult, answer: BadStepAction, suspects: Collection[int]
     ) -> None:
         """Write down what a step read whose numbers were not finite, and what is done about it.
 
@@ -207,7 +207,7 @@ class Report:
     def _look_for_spike(self, step: int, loss: float) -> None:
         if self._incidents is None or self._spikes is None or not math.isfinite(loss):
             return
-        bound = self._spikes.look(loss)
+        bound = self._spikes.observe(loss)
         if bound is not None:
             self._incidents.write(SPIKES_FILE, step, {"loss": loss, "bound": bound})
             logger.warning(
@@ -228,7 +228,7 @@ class Report:
     def _is_shown(self, step: int) -> bool:
         every = self._config.logging.every_steps
         first = step == self._resumed_step + 1
-        return self._workers.is_first and (first or step == self._last_step or not step % every)
+        return self._workers.is_rank_zero and (first or step == self._last_step or not step % every)
 
     def _progress_line(self, state: RunState, values: dict[str, float]) -> str:
         done = state.step - self._resumed_step
@@ -245,11 +245,11 @@ class Report:
             f"{timedelta(seconds=round(to_go))} to go"
         )
 
-    def evaluation(self, state: RunState, values: dict[str, float], seconds: float) -> RunState:
+    def log_evaluation(self, state: RunState, values: dict[str, float], seconds: float) -> RunState:
         """Write down an evaluation; return the state with its time and, if it is, the best step."""
         self._write(state.step, {**values, metrics.EVAL_SECONDS: seconds})
         loss = values[metrics.EVAL_LOSS]
-        if self._workers.is_first:
+        if self._workers.is_rank_zero:
             is_text = metrics.EVAL_BITS_PER_BYTE in values
             name = metrics.EVAL_BITS_PER_BYTE if is_text else metrics.EVAL_LOSS
             sources = [
@@ -280,7 +280,7 @@ class Report:
         if self._log is not None:
             # A run that goes on from the checkpoint keeps the records up to it.
             self._log.sync()
-        with self._workers.pulse.doing("saving"):
+        with self._workers.progress.during("saving"):
             yield
         self._lap_seconds()
 

@@ -10,9 +10,9 @@ import torch
 
 from raytune_llama.data.batches.step_batches import MicroBatch
 from raytune_llama.model.llama import Precision, causal_lm
-from raytune_llama.model.loss import IGNORE
-from raytune_llama.train.engines.protocol import Engine, to_device
-from raytune_llama.train.process_group import Workers
+from raytune_llama.model.loss import IGNORE_INDEX
+from raytune_llama.train.engines.protocol import TrainEngine, to_device
+from raytune_llama.train.process_group import ProcessGroup
 
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 """Largest relative difference of two ways to the same loss; rounding reaches a tenth of it."""
@@ -20,10 +20,10 @@ TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 DOCUMENT_TOKENS = 12
 
 
-def prove(
-    engine: Engine,
+def run_self_tests(
+    engine: TrainEngine,
     precision: Precision,
-    workers: Workers,
+    workers: ProcessGroup,
     isolate_documents: bool,  # noqa: FBT001  # a setting passed on
 ) -> None:
     """Check the loss and, where asked for, the isolation of packed documents; collective.
@@ -35,13 +35,13 @@ def prove(
     rows = int(model.config.vocab_size)
     generator = torch.Generator().manual_seed(0)
     ids_3T = torch.randint(rows, (3, DOCUMENT_TOKENS), generator=generator)
-    _prove_loss(engine, ids_3T[0], precision, workers)
+    _test_loss(engine, ids_3T[0], precision, workers)
     if isolate_documents:
-        _prove_isolation(engine, ids_3T, precision)
+        _test_isolation(engine, ids_3T, precision)
 
 
-def _prove_loss(
-    engine: Engine, ids_T: torch.Tensor, precision: Precision, workers: Workers
+def _test_loss(
+    engine: TrainEngine, ids_T: torch.Tensor, precision: Precision, workers: ProcessGroup
 ) -> None:
     """The chunked loss on hidden states equals cross-entropy on the model's own logits."""
     batch = _packed(ids_T)
@@ -60,7 +60,7 @@ def _prove_loss(
         )
 
 
-def _prove_isolation(engine: Engine, ids_3T: torch.Tensor, precision: Precision) -> None:
+def _test_isolation(engine: TrainEngine, ids_3T: torch.Tensor, precision: Precision) -> None:
     """A document's loss is the same alone, behind a document, and behind another one."""
     first, other, second = ids_3T.unbind()
     alone = engine.loss_sum(_packed(second))
@@ -84,7 +84,7 @@ def _prove_isolation(engine: Engine, ids_3T: torch.Tensor, precision: Precision)
 def _packed(*documents: torch.Tensor) -> MicroBatch:
     """Pack documents into one sequence in which only the last one has targets."""
     ids_T = torch.cat(documents)
-    labels_T = torch.full_like(ids_T, IGNORE)
+    labels_T = torch.full_like(ids_T, IGNORE_INDEX)
     last = len(documents[-1])
     labels_T[-last:-1] = documents[-1][1:]
     positions_T = torch.cat([torch.arange(len(document)) for document in documents])

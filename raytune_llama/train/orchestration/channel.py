@@ -19,97 +19,103 @@ import ray.train
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytune_llama.storage.process import ProcessId
-from raytune_llama.train.orchestration.failure_policy import Admission, Failures, describe
-from raytune_llama.train.orchestration.heartbeat import Beat
-from raytune_llama.train.result import Ending
+from raytune_llama.storage.process import ProcessIdentity
+from raytune_llama.train.orchestration.failure_policy import (
+    FailurePolicy,
+    StartDecision,
+    describe_error,
+)
+from raytune_llama.train.orchestration.heartbeat import Heartbeat
+from raytune_llama.train.result import AbortReason
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 1.0
+CHANNEL_POLL_SECONDS = 1.0
 
-START_SECONDS = 600.0
+CHANNEL_START_SECONDS = 600.0
 """A busy machine may take so long to start the actor's process."""
 
-ANSWER_SECONDS = 120.0
+CHANNEL_TIMEOUT_SECONDS = 120.0
 """The actor answers at once: one that takes longer is lost."""
 
 
 @dataclass(frozen=True)
-class Heard:
+class ChannelUpdate:
     """What the workers have said since the driver heard them last."""
 
     records: list[dict[str, Any]]
     """Log records, by their time."""
 
-    beats: list[Beat]
+    heartbeats: list[Heartbeat]
     """Signs of life."""
 
     has_failed: bool
     """Whether the workers have."""
 
-    failures: Failures
+    failure_policy: FailurePolicy
     """All so far."""
 
-    controller: ProcessId | None
+    controller: ProcessIdentity | None
     """Ray's process that starts and restarts the workers, once it is known."""
 
 
 class ChannelActor:
     """Holds what one side has said until the other has read it."""
 
-    def __init__(self, failures: Failures) -> None:
+    def __init__(self, failures: FailurePolicy) -> None:
         self._failures = failures
         self._records: list[dict[str, Any]] = []
-        self._beats: list[Beat] = []
+        self._beats: list[Heartbeat] = []
         self._has_failed = False
-        self._controller: ProcessId | None = None
+        self._controller: ProcessIdentity | None = None
         self._stop = asyncio.Event()
         self._num_workers = 0
 
-    async def introduce(self) -> ProcessId:
+    async def process_id(self) -> ProcessIdentity:
         """Return the actor's process."""
-        return ProcessId.here()
+        return ProcessIdentity.current()
 
-    async def put(self, record: dict[str, Any]) -> None:
+    async def put_log_record(self, record: dict[str, Any]) -> None:
         """Take a log record, as `logging.makeLogRecord` reads it."""
         self._records.append(record)
 
-    async def beat(self, beat: Beat) -> None:
+    async def put_heartbeat(self, beat: Heartbeat) -> None:
         """Take a sign of life."""
         self._beats.append(beat)
 
-    async def take_controller(self, process: ProcessId) -> None:
+    async def set_controller(self, process: ProcessIdentity) -> None:
         """Learn which process Ray's controller of the workers is."""
         # What it has, workers get too, later.
         self._controller = self._controller or process
 
-    async def admit(self, step: int) -> Admission:
+    async def admit(self, step: int) -> StartDecision:
         """Answer a group of workers that starts at a step."""
         return self._failures.admit(step)
 
-    async def fail(self, causes: list[str]) -> None:
+    async def record_failure(self, causes: list[str]) -> None:
         """Learn that the workers have failed."""
         self._has_failed = True
-        self._failures.fail(causes)
+        self._failures.record(causes)
 
-    async def end(self, ending: Ending) -> None:
+    async def abort(self, ending: AbortReason) -> None:
         """Let the run end; the first reason stands."""
-        self._failures.end(ending)
+        self._failures.abort(ending)
 
-    async def ending(self) -> Ending | None:
+    async def abort_reason(self) -> AbortReason | None:
         """Return why the run is to end, if it is."""
-        return self._failures.ending
+        return self._failures.abort_reason
 
-    async def drain(self) -> Heard:
+    async def drain(self) -> ChannelUpdate:
         """Return what was said so far, and forget what is said once."""
         # Ray keeps no order of the calls of an actor that serves many at once.
         records = sorted(self._records, key=lambda record: record["created"])
-        heard = Heard(records, self._beats, self._has_failed, self._failures, self._controller)
+        heard = ChannelUpdate(
+            records, self._beats, self._has_failed, self._failures, self._controller
+        )
         self._records, self._beats, self._has_failed = [], [], False
         return heard
 
-    async def workers_started(self, num_workers: int) -> ProcessId | None:
+    async def workers_started(self, num_workers: int) -> ProcessIdentity | None:
         """Take the number of workers that train from now on; return Ray's controller of them."""
         self._num_workers = num_workers
         return self._controller
@@ -131,7 +137,9 @@ class Channel:
     """The driver's end: shows the workers' records while training runs, and can request a stop."""
 
     def __init__(
-        self, failures: Failures | None = None, listen: Callable[[Heard], None] | None = None
+        self,
+        failures: FailurePolicy | None = None,
+        listen: Callable[[ChannelUpdate], None] | None = None,
     ) -> None:
         """Open the line.
 
@@ -145,10 +153,12 @@ class Channel:
         actor: Any = ray.remote(ChannelActor)
         # Every worker waits in the actor for the request to stop, so it serves many calls at once.
         options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
-        self.actor: Any = actor.options(**options).remote(failures or Failures(tolerated=1))
+        self.actor: Any = actor.options(**options).remote(failures or FailurePolicy(max_failures=1))
         self._listen = listen
-        self._process: ProcessId = ray.get(self.actor.introduce.remote(), timeout=START_SECONDS)
-        self._controller: ProcessId | None = None
+        self._process: ProcessIdentity = ray.get(
+            self.actor.process_id.remote(), timeout=CHANNEL_START_SECONDS
+        )
+        self._controller: ProcessIdentity | None = None
         self._is_closing = self._is_stopping = False
         # A queue that a signal handler may put into.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -181,13 +191,15 @@ class Channel:
         is_last = has_told = False
         while not is_last:
             with contextlib.suppress(queue.Empty):
-                self._wake.get(timeout=POLL_SECONDS)
+                self._wake.get(timeout=CHANNEL_POLL_SECONDS)
             is_last = self._is_closing
             try:
                 if self._is_stopping and not has_told:
-                    ray.get(self.actor.request_stop.remote(), timeout=ANSWER_SECONDS)
+                    ray.get(self.actor.request_stop.remote(), timeout=CHANNEL_TIMEOUT_SECONDS)
                     has_told = True
-                heard: Heard = ray.get(self.actor.drain.remote(), timeout=ANSWER_SECONDS)
+                heard: ChannelUpdate = ray.get(
+                    self.actor.drain.remote(), timeout=CHANNEL_TIMEOUT_SECONDS
+                )
             except RayError as error:
                 self._give_up(error)
                 return
@@ -200,14 +212,14 @@ class Channel:
 
     def _give_up(self, error: RayError) -> None:
         """End the run's processes: without the actor nobody watches them or tells them to stop."""
-        logger.warning("the channel to the workers is lost: %s", describe(error))
+        logger.warning("the channel to the workers is lost: %s", describe_error(error))
         self._process.kill()
         if self._controller is not None:
             # The workers go with it; whoever waits for it gets an error.
             self._controller.kill()
 
 
-class FailureReport(ray.train.UserCallback):
+class FailureCallback(ray.train.UserCallback):
     """Tells the channel, from Ray's controller, what has become of the workers.
 
     A worker whose process was killed can tell nothing itself.
@@ -215,13 +227,13 @@ class FailureReport(ray.train.UserCallback):
 
     def __init__(self, actor: Any) -> None:  # noqa: ANN401  # an actor handle has no type
         self._actor = actor
-        self._driver = ProcessId.here()
+        self._driver = ProcessIdentity.current()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Unpickled first where Ray's controller is, whose process nothing else tells.
         self.__dict__ |= state
-        if ProcessId.here() != self._driver:
-            self._actor.take_controller.remote(ProcessId.here())
+        if ProcessIdentity.current() != self._driver:
+            self._actor.set_controller.remote(ProcessIdentity.current())
 
     def after_exception(
         self,
@@ -229,12 +241,14 @@ class FailureReport(ray.train.UserCallback):
         worker_exceptions: dict[int, Exception],
     ) -> None:
         """Pass on what the workers died of."""
-        causes = [f"worker {rank}: {describe(error)}" for rank, error in worker_exceptions.items()]
+        causes = [
+            f"worker {rank}: {describe_error(error)}" for rank, error in worker_exceptions.items()
+        ]
         # Before Ray starts others, which ask how often this has happened.
-        ray.get(self._actor.fail.remote(causes), timeout=ANSWER_SECONDS)
+        ray.get(self._actor.record_failure.remote(causes), timeout=CHANNEL_TIMEOUT_SECONDS)
 
 
-class WorkerHandler(logging.Handler):
+class WorkerLogHandler(logging.Handler):
     """Sends a worker's log records to the driver."""
 
     def __init__(self, actor: Any, rank: int) -> None:  # noqa: ANN401  # an actor handle has no type
@@ -251,7 +265,7 @@ class WorkerHandler(logging.Handler):
         if self._rank > 0:
             message = f"worker {self._rank}: {message}"
         fields = {"name": record.name, "levelno": record.levelno, "levelname": record.levelname}
-        self._actor.put.remote({**fields, "msg": message, "created": record.created})
+        self._actor.put_log_record.remote({**fields, "msg": message, "created": record.created})
 
 
 class StopRequest:

@@ -8,7 +8,7 @@ from raytune_llama.config.settings import ConfigError, settings
 
 
 @settings
-class WatchConfig:
+class StallDetectorConfig:
     """When a worker that does not get on is taken for stuck, and replaced."""
 
     min_seconds: Annotated[float, Field(gt=0)] = 120.0
@@ -66,7 +66,7 @@ class ScaleConfig:
     """Failures in a row at which the run gives up, without a new checkpoint in between; with
     progress, workers are restarted without limit. 1: at the first."""
 
-    watch: WatchConfig | None = WatchConfig()
+    watch: StallDetectorConfig | None = StallDetectorConfig()
     """Finds and replaces workers that are alive but do not get on; null: does not."""
 
     collective_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
@@ -75,7 +75,7 @@ class ScaleConfig:
     compare_every_steps: Annotated[int, Field(ge=1)] | None = 100
     """Optimizer steps between comparisons of what all workers hold alike, which end a run whose
     workers differ: all weights under ddp and ZeRO 1 and 2; under fsdp and ZeRO 3 nothing is alike.
-    Also after the last step. Where it divides `checkpoint.every_steps`, no other weights are saved.
+    Also after the last step. Where it divides `layout.every_steps`, no other weights are saved.
     Null: never."""
 
     network_interface: str | None = None
@@ -83,19 +83,19 @@ class ScaleConfig:
     null: the libraries choose."""
 
     @property
-    def elastic(self) -> WorkerRange | None:
+    def elastic_range(self) -> WorkerRange | None:
         """The numbers of workers where there may be several; None: there is one."""
         return self.num_workers if isinstance(self.num_workers, WorkerRange) else None
 
     @property
-    def fewest_workers(self) -> int:
+    def min_workers(self) -> int:
         """Without which the run does not train."""
-        return self.elastic.min if self.elastic else cast("int", self.num_workers)
+        return self.elastic_range.min if self.elastic_range else cast("int", self.num_workers)
 
     @property
-    def most_workers(self) -> int:
+    def max_workers(self) -> int:
         """That the run ever has."""
-        return self.elastic.max if self.elastic else cast("int", self.num_workers)
+        return self.elastic_range.max if self.elastic_range else cast("int", self.num_workers)
 
     @property
     def worker_resources(self) -> dict[str, float]:

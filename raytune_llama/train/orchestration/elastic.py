@@ -28,24 +28,24 @@ from raytune_llama.train.orchestration.config import ScaleConfig, WorkerRange
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
-COUNT_SECONDS = 10.0
+NODE_POLL_SECONDS = 1.0
+RECOUNT_SECONDS = 10.0
 """Between two counts while no node comes or goes: other runs also give back what they had."""
 
-WAITING_SECONDS = 30.0
+WAIT_LOG_SECONDS = 30.0
 """Between two lines of a run that waits for nodes."""
 
-ANSWER_SECONDS = 10.0
-START_SECONDS = 10
+COORDINATOR_TIMEOUT_SECONDS = 10.0
+WORKER_START_SECONDS = 10
 """In which Ray has to find places for workers that it counted itself; then it counts again."""
 
 _TOO_FEW_NODES = "waiting for nodes: they hold %d workers, and scale.num_workers.min is %d"
 
-RESERVATION = "ray/reservation.json"
+RESERVATION_FILE = "ray/reservation.json"
 """In the run directory: under which name the run's newest driver reserves."""
 
 
-class Reservation:
+class AutoscalerReservation:
     """What Ray's autoscaling coordinator keeps for a run.
 
     The actor is Ray's own and in no public API; without it, all here does nothing.
@@ -56,7 +56,9 @@ class Reservation:
         self._needs = needs
 
     @classmethod
-    def take_over(cls, run_dir: Place, requester: str, needs: Mapping[str, float]) -> "Reservation":
+    def take_over(
+        cls, run_dir: Place, requester: str, needs: Mapping[str, float]
+    ) -> "AutoscalerReservation":
         """Return the reservation of a new driver; give back what a killed one had.
 
         Args:
@@ -64,17 +66,17 @@ class Reservation:
             requester: Ray's name for the new driver's run.
             needs: what one worker reserves.
         """
-        file = run_dir / RESERVATION
+        file = run_dir / RESERVATION_FILE
         if file.exists():
-            cls(file.read_json()["requester"], needs).give_back()
+            cls(file.read_json()["requester"], needs).cancel()
         file.write_json({"requester": requester})
         return cls(requester, needs)
 
-    def give_back(self) -> None:
+    def cancel(self) -> None:
         """Let others have it; nothing happens where it is no more."""
         self._ask("cancel_request", self._requester)
 
-    def count(self) -> int | None:
+    def count_workers(self) -> int | None:
         """Let the coordinator look at the nodes now, and return for how many workers it reserves.
 
         None: it does not answer.
@@ -86,7 +88,7 @@ class Reservation:
         try:
             coordinator = ray.get_actor("AutoscalingCoordinator", "AutoscalingCoordinator")
             answer = getattr(coordinator, method).remote(*args, **kwargs)
-            return ray.get(answer, timeout=ANSWER_SECONDS)
+            return ray.get(answer, timeout=COORDINATOR_TIMEOUT_SECONDS)
         except (ValueError, RayActorError, GetTimeoutError) as error:
             # No such actor yet, or not any more: the node that had it is lost.
             logger.debug("Ray's autoscaling coordinator: %s", error)
@@ -106,7 +108,7 @@ def count_reserved(reserved: Mapping[str, Mapping[str, float]], needs: Mapping[s
     )
 
 
-class Growth:
+class ScaleUpPolicy:
     """Decides when a run goes on with more workers; times are given, in seconds of one clock."""
 
     def __init__(self, limits: WorkerRange) -> None:
@@ -129,7 +131,7 @@ class Growth:
         return now - self._since >= self._limits.grow_seconds
 
 
-def watching(
+def watch_nodes(
     scale: ScaleConfig,
     run_dir: Place,
     trainer: TorchTrainer,
@@ -145,24 +147,24 @@ def watching(
         channel: to its workers, which are asked to stop once there is room for more of them.
         tell_waiting: called every second while the nodes are too few to train on.
     """
-    if scale.elastic is None:
+    if scale.elastic_range is None:
         return contextlib.nullcontext()
     # Ray's controller has its settings from the driver's environment; a user's own is kept.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(WORKER_START_SECONDS))
     requester = f"train-{trainer.train_run_context.run_id}"
     needs = scale.worker_resources
-    reservation = Reservation.take_over(run_dir, requester, needs)
-    return NodeWatch(scale.elastic, needs, reservation, channel, tell_waiting).watching()
+    reservation = AutoscalerReservation.take_over(run_dir, requester, needs)
+    return NodeWatcher(scale.elastic_range, needs, reservation, channel, tell_waiting).watch()
 
 
-class NodeWatch:
+class NodeWatcher:
     """Watches the nodes under an elastic run, in a thread of the driver."""
 
     def __init__(
         self,
         limits: WorkerRange,
         needs: Mapping[str, float],
-        reservation: Reservation,
+        reservation: AutoscalerReservation,
         channel: Channel,
         tell_waiting: Callable[[], None],
     ) -> None:
@@ -174,7 +176,7 @@ class NodeWatch:
         self._closed = threading.Event()
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watch(self) -> Iterator[None]:
         """Watch while the block runs."""
         thread = threading.Thread(target=self._watch, name="nodes", daemon=True)
         thread.start()
@@ -192,20 +194,20 @@ class NodeWatch:
             logger.warning("nodes are not watched any more: %s", error)
 
     def _watch_growth(self) -> None:
-        growth = Growth(self._limits)
+        growth = ScaleUpPolicy(self._limits)
         alive: set[str] = set()
         room: int | None = None
         counted = told = time.monotonic()
-        while not self._closed.wait(LOOK_SECONDS):
+        while not self._closed.wait(NODE_POLL_SECONDS):
             before, alive = alive, {node["NodeID"] for node in ray.nodes() if node["Alive"]}
             now = time.monotonic()
-            if room is None or alive != before or now - counted >= COUNT_SECONDS:
-                room, counted = self._reservation.count(), now
+            if room is None or alive != before or now - counted >= RECOUNT_SECONDS:
+                room, counted = self._reservation.count_workers(), now
             if room is None:
                 continue
             if room < self._limits.min:
                 self._tell_waiting()
-                if now - told >= WAITING_SECONDS:
+                if now - told >= WAIT_LOG_SECONDS:
                     told = now
                     logger.warning(_TOO_FEW_NODES, room, self._limits.min)
             running = self._channel.num_workers()

@@ -18,22 +18,26 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raytune_llama.storage.lease import Fence
 from raytune_llama.storage.place import Place
-from raytune_llama.train.orchestration.channel import FailureReport
+from raytune_llama.train.orchestration.channel import FailureCallback
 from raytune_llama.train.orchestration.config import ScaleConfig
-from raytune_llama.train.orchestration.elastic import watching
-from raytune_llama.train.orchestration.failure_policy import Admission, Failures, describe
-from raytune_llama.train.orchestration.placement_group import Reserved
+from raytune_llama.train.orchestration.elastic import watch_nodes
+from raytune_llama.train.orchestration.failure_policy import (
+    FailurePolicy,
+    StartDecision,
+    describe_error,
+)
+from raytune_llama.train.orchestration.placement_group import WorkerPlacement
 from raytune_llama.train.orchestration.signals import StopSignal
-from raytune_llama.train.orchestration.supervisor import Guard, draining_nodes
+from raytune_llama.train.orchestration.supervisor import Supervisor, draining_nodes
 from raytune_llama.train.orchestration.worker import newest_step, train_worker
-from raytune_llama.train.result import Outcome
+from raytune_llama.train.result import RunResult
 
 if TYPE_CHECKING:
     from raytune_llama.train.config import AnyTrainConfig
 
 logger = logging.getLogger(__name__)
 
-STARTUP_FAILURES = 5
+MAX_STARTUP_FAILURES = 5
 """Attempts of Ray to start the workers; its own default is without end."""
 
 NEVER_SECONDS = 1e12
@@ -42,7 +46,7 @@ WITHOUT_LIMIT = -1
 
 
 @dataclass(frozen=True)
-class Launch:
+class PreparedRun:
     """A run that was checked and may start."""
 
     config: bytes
@@ -58,12 +62,12 @@ class Launch:
     """What allows to publish in the run directory; None where nobody else could."""
 
     @classmethod
-    def of(cls, config: "AnyTrainConfig", fence: Fence | None = None) -> Self:
+    def from_config(cls, config: "AnyTrainConfig", fence: Fence | None = None) -> Self:
         """Pack a config."""
         return cls(pickle.dumps(config), config.scale, config.run_place, fence)
 
 
-def launch(run: Launch) -> Outcome:
+def launch(run: PreparedRun) -> RunResult:
     """Run the loop on Ray Train to its end, or until SIGTERM.
 
     Ray restarts workers that fail. What it does not restart is started again here: a controller of
@@ -71,29 +75,29 @@ def launch(run: Launch) -> Outcome:
 
     Raises:
         FloatingPointError: a number of the run is no longer finite.
-        GaveUpError: the workers failed `scale.max_failures` times without a new checkpoint.
+        GaveUpError: the workers failed `config.max_failures` times without a new checkpoint.
         RefusedError: the run's data, files or settings do not allow it.
     """
-    failures = Failures(run.scale.max_failures)
+    failures = FailurePolicy(run.scale.max_failures)
     with StopSignal() as stop:
         while True:
-            with Guard(run.scale, failures, run.fence) as guard:
-                stop.tell(guard.channel.request_stop)
+            with Supervisor(run.scale, failures, run.fence) as guard:
+                stop.set_callback(guard.channel.request_stop)
                 outcome, error = _fit(run, guard)
-            failures = guard.failures
-            ending = failures.ending or (outcome and outcome.ending)
+            failures = guard.failure_policy
+            ending = failures.abort_reason or (outcome and outcome.abort_reason)
             if ending is not None:
-                raise ending.error()
-            if outcome is not None and (outcome.status == "finished" or stop.requested):
+                raise ending.to_exception()
+            if outcome is not None and (outcome.status == "finished" or stop.is_requested):
                 return outcome
-            admission = _settle(run, failures, error)
+            admission = _decide_retry(run, failures, error)
             if stop.wait(admission.wait_seconds) or not has_room(
                 run.scale, stop, has_drained=guard.has_drained
             ):
-                return Outcome("stopped", newest_step(run.run_dir))
+                return RunResult("stopped", newest_step(run.run_dir))
 
 
-def _fit(run: Launch, guard: Guard) -> tuple[Outcome | None, Exception | None]:
+def _fit(run: PreparedRun, guard: Supervisor) -> tuple[RunResult | None, Exception | None]:
     """Train; return how it ended, or what Ray has failed with.
 
     Raises:
@@ -103,42 +107,46 @@ def _fit(run: Launch, guard: Guard) -> tuple[Outcome | None, Exception | None]:
 
     def fit() -> None:
         try:
-            guard.answers.put(trainer.fit())
+            guard.trainer_results.put(trainer.fit())
         except BaseException as error:  # noqa: BLE001  # raised again by whoever waits
-            guard.answers.put(error)
+            guard.trainer_results.put(error)
 
     # Not in the main thread: there Ray would take Ctrl-C for itself, and where its controller hangs
     # so would the driver.
     threading.Thread(target=fit, name="fit", daemon=True).start()
     try:
-        with watching(run.scale, run.run_dir, trainer, guard.channel, guard.wait_for_nodes):
-            answer = guard.answers.get()
+        with watch_nodes(
+            run.scale, run.run_dir, trainer, guard.channel, guard.note_waiting_for_nodes
+        ):
+            answer = guard.trainer_results.get()
     except BaseException:
         guard.kill_controller()
         raise
     if isinstance(answer, (TrainingFailedError, RayError)):
-        logger.warning("Ray's trainer has failed: %s", describe(answer))
+        logger.warning("Ray's trainer has failed: %s", describe_error(answer))
         return None, answer
     if isinstance(answer, BaseException):
         raise answer
     # What the loop returned on the first worker; see train_worker.
-    return cast("Outcome", answer.return_value), None
+    return cast("RunResult", answer.return_value), None
 
 
-def _settle(run: Launch, failures: Failures, error: Exception | None) -> Admission:
+def _decide_retry(
+    run: PreparedRun, failures: FailurePolicy, error: Exception | None
+) -> StartDecision:
     """Count a failure of Ray's own as one of the workers is, and free what it has left reserved.
 
     Raises:
         GaveUpError: it is one too many.
     """
     if error is not None:
-        failures.fail([describe(error)])
-        reserved = Reserved.read(run.run_dir)
+        failures.record([describe_error(error)])
+        reserved = WorkerPlacement.read(run.run_dir)
         if reserved is not None:
-            reserved.free()
-    admission = failures.settle(newest_step(run.run_dir))
-    if admission.ending is not None:
-        raise admission.ending.error()
+            reserved.release()
+    admission = failures.decide(newest_step(run.run_dir))
+    if admission.abort_reason is not None:
+        raise admission.abort_reason.to_exception()
     return admission
 
 
@@ -151,7 +159,7 @@ def has_room(scale: ScaleConfig, stop: StopSignal, *, has_drained: bool) -> bool
         has_drained: whether nodes were taken away under the workers. Where none were, Ray waits
             for nodes itself.
     """
-    from raytune_llama.train.orchestration.nodes import POLL_SECONDS, find_shortage
+    from raytune_llama.train.orchestration.nodes import RESOURCE_POLL_SECONDS, find_shortage
 
     start = time.monotonic()
     while True:
@@ -165,11 +173,11 @@ def has_room(scale: ScaleConfig, stop: StopSignal, *, has_drained: bool) -> bool
         if left <= 0:
             logger.warning("stopping, as the nodes that stay are too few: %s", shortage)
             return False
-        if stop.wait(min(POLL_SECONDS, left)):
+        if stop.wait(min(RESOURCE_POLL_SECONDS, left)):
             return False
 
 
-def build_trainer(run: Launch, channel: Any) -> TorchTrainer:  # noqa: ANN401  # an actor
+def build_trainer(run: PreparedRun, channel: Any) -> TorchTrainer:  # noqa: ANN401  # an actor
     """Build Ray's trainer around the loop.
 
     Checkpoints are our own and are found by scanning the run directory, so none is registered
@@ -202,9 +210,9 @@ def build_trainer(run: Launch, channel: Any) -> TorchTrainer:  # noqa: ANN401  #
                 # Every group of workers asks the channel whether it may start.
                 max_failures=WITHOUT_LIMIT,
                 max_preemption_failures=WITHOUT_LIMIT,
-                controller_failure_limit=STARTUP_FAILURES,
+                controller_failure_limit=MAX_STARTUP_FAILURES,
             ),
-            callbacks=[FailureReport(channel)],
+            callbacks=[FailureCallback(channel)],
             worker_runtime_env={"env_vars": worker_environment(scale)},
         ),
     )

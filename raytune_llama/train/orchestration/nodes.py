@@ -22,11 +22,11 @@ from raytune_llama.train.orchestration.config import ScaleConfig
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 5.0
+RESOURCE_POLL_SECONDS = 5.0
 NODE_CHECK_SECONDS = 120.0
 
 
-def in_submitted_job() -> bool:
+def is_submitted_job() -> bool:
     """Whether this process is the driver of a job that was submitted to a cluster."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
@@ -42,7 +42,7 @@ def wait_for_resources(scale: ScaleConfig) -> None:
     if shortage is None:
         return
     start = time.monotonic()
-    with _requested([needs] * scale.fewest_workers):
+    with _requested([needs] * scale.min_workers):
         while shortage is not None:
             waited = time.monotonic() - start
             if waited >= scale.wait_seconds:
@@ -50,7 +50,7 @@ def wait_for_resources(scale: ScaleConfig) -> None:
             logger.info(
                 "waiting for nodes, %.0f of %.0f s: %s", waited, scale.wait_seconds, shortage
             )
-            time.sleep(min(POLL_SECONDS, scale.wait_seconds - waited))
+            time.sleep(min(RESOURCE_POLL_SECONDS, scale.wait_seconds - waited))
             shortage = find_shortage(ray.nodes(), needs, scale)
 
 
@@ -78,8 +78,8 @@ def find_shortage(
         scale: how many workers there are; of an elastic run the fewest count.
     """
     alive = [node for node in nodes if node["Alive"]]
-    held = count_held(nodes, needs)
-    if held >= scale.fewest_workers:
+    held = count_worker_slots(nodes, needs)
+    if held >= scale.min_workers:
         return None
     have = "; ".join(
         f"{node['NodeManagerAddress']}: {node['Resources'].get('CPU', 0):g} CPUs, "
@@ -87,7 +87,7 @@ def find_shortage(
         for node in alive
     )
     have = have or "no node is alive"
-    field = "scale.num_workers.min" if scale.elastic else "scale.num_workers"
+    field = "scale.num_workers.min" if scale.elastic_range else "scale.num_workers"
     remedy = "lower it, add nodes"
     if scale.use_gpu and not any(node["Resources"].get("GPU") for node in alive):
         field, remedy = "scale.use_gpu", "set it to false, add nodes with GPUs"
@@ -96,7 +96,7 @@ def find_shortage(
         field, remedy = "scale.cpus_per_worker", "lower it, add larger nodes"
     wants = " and ".join(f"{amount:g} {name}" for name, amount in needs.items())
     return (
-        f"{field}: {scale.fewest_workers} workers of {wants} each are asked for, and the cluster "
+        f"{field}: {scale.min_workers} workers of {wants} each are asked for, and the cluster "
         f"can hold {held} ({have}); {remedy}, or set scale.wait_seconds where it scales by itself"
     )
 
@@ -106,7 +106,7 @@ def worker_nodes(needs: dict[str, float]) -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and _num_held(node, needs) > 0]
 
 
-def count_held(nodes: list[dict[str, Any]], needs: dict[str, float]) -> int:
+def count_worker_slots(nodes: list[dict[str, Any]], needs: dict[str, float]) -> int:
     """Return how many workers the nodes of a cluster can hold at a time.
 
     Args:

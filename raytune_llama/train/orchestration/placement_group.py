@@ -22,24 +22,24 @@ from ray.util.placement_group import (
 )
 
 from raytune_llama.storage.place import Place
-from raytune_llama.storage.process import ProcessId
+from raytune_llama.storage.process import ProcessIdentity
 
 logger = logging.getLogger(__name__)
 
-RESERVED = "ray/workers.json"
+WORKER_PLACEMENT_FILE = "ray/workers.json"
 """In the run directory: what the newest workers reserve, and for which controller."""
 
 END_SECONDS = 60.0
 """In which a controller that was told to end has ended."""
 
-POLL_SECONDS = 0.2
+PLACEMENT_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Reserved:
+class WorkerPlacement:
     """What a run's newest workers have reserved."""
 
-    controller: ProcessId | None
+    controller: ProcessIdentity | None
     """Ray's process that starts and restarts the workers; None: not known."""
 
     group: PlacementGroup
@@ -48,7 +48,7 @@ class Reserved:
     @classmethod
     def read(cls, run_dir: Place) -> Self | None:
         """Return what was written last; None where nothing was, or it cannot be read (logged)."""
-        file = run_dir / RESERVED
+        file = run_dir / WORKER_PLACEMENT_FILE
         try:
             if not file.exists():
                 return None
@@ -58,11 +58,11 @@ class Reserved:
             return None
         process = data["controller"]
         return cls(
-            ProcessId.from_json(process) if process else None,
+            ProcessIdentity.from_json(process) if process else None,
             PlacementGroup(PlacementGroupID.from_hex(data["placement_group"])),
         )
 
-    def free(self) -> bool:
+    def release(self) -> bool:
         """Remove the group once the controller is gone; return whether that was needed.
 
         Before, the controller would only start new workers in another group. The group of another
@@ -71,7 +71,7 @@ class Reserved:
         deadline = time.monotonic() + END_SECONDS
         try:
             while self._is_held():
-                if self.controller is None or self.controller.is_gone is not False:
+                if self.controller is None or self.controller.has_exited is not False:
                     remove_placement_group(self.group)
                     logger.info("removed the placement group of workers that are gone")
                     return True
@@ -82,7 +82,7 @@ class Reserved:
                         self.controller,
                     )
                     return False
-                time.sleep(POLL_SECONDS)
+                time.sleep(PLACEMENT_POLL_SECONDS)
         except RayError as error:
             logger.warning("cannot free what the workers have reserved: %s", error)
         return False
@@ -91,7 +91,7 @@ class Reserved:
         return placement_group_table(self.group).get("state", "REMOVED") != "REMOVED"
 
 
-def note_reserved(run_dir: Place, controller: ProcessId | None) -> None:
+def write_worker_placement(run_dir: Place, controller: ProcessIdentity | None) -> None:
     """Write down what the workers reserve; called by one of them.
 
     Where that cannot be written it is logged, and the run goes on: a disk that is full for a while
@@ -103,6 +103,6 @@ def note_reserved(run_dir: Place, controller: ProcessId | None) -> None:
     process = controller.to_json() if controller else None
     data = {"placement_group": group.id.hex(), "controller": process}
     try:
-        (run_dir / RESERVED).write_json(data)
+        (run_dir / WORKER_PLACEMENT_FILE).write_json(data)
     except OSError as error:
         logger.warning("what the workers reserve could not be written down: %s", error)

@@ -139,5 +139,5 @@ def test_hash_tells_of_another_text(byte_level: PreTrainedTokenizerFast) -> None
 
     template = build_template("belle", byte_level)
     assert isinstance(template, PlainTemplate)
-    other = replace(template.form, write_prompt=lambda q: [Segment("user", q.user)])
+    other = replace(template.spec, write_prompt=lambda q: [Segment("user", q.user)])
     assert replace(template, form=other).sha256 != template.sha256

@@ -16,7 +16,7 @@ from raytune_llama.chat.encoding import (
 )
 from raytune_llama.chat.templates.choice import build_template, check_roles
 from raytune_llama.chat.templates.tokenizer import TokenizerTemplate
-from raytune_llama.tokenizer.loader import control_strings, load_tokenizer
+from raytune_llama.tokenizer.loader import control_token_strings, load_tokenizer
 from tests.chat.conftest import ANSWERS, CHATML, CONVERSATIONS, LLAMA2_OWN, talk
 
 DEMO = Path("demo/model")
@@ -56,7 +56,7 @@ def ids_of_transformers(
 
 def has_control(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> bool:
     texts = [turn.content for turn in conversation.turns]
-    return any(spelled in text for spelled in control_strings(tokenizer) for text in texts)
+    return any(spelled in text for spelled in control_token_strings(tokenizer) for text in texts)
 
 
 SMOL = (

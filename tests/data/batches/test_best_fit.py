@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from raytune_llama.data.batches.best_fit import best_fit, cut_stretch
-from raytune_llama.data.batches.order import GroupedOrder, Sample
+from raytune_llama.data.batches.best_fit import best_fit, cut_sequences
+from raytune_llama.data.batches.order import GroupedOrder, SampleIndex
 from raytune_llama.data.batches.packing import (
     IGNORED_LABEL,
     SequenceForm,
     SourceSequences,
-    find_stretches,
+    find_source_spans,
 )
 from raytune_llama.data.batches.step_batches import BatchPlan, read_steps
 from raytune_llama.data.store.manifest import SplitManifest
@@ -50,19 +50,19 @@ def write_split(folder: Path, conversations: list[Masked]) -> TokenSplit:
                 )
             )
     assert writer.shard is not None
-    return TokenSplit(Place.local(folder), SplitManifest.of([writer.shard]))
+    return TokenSplit(Place.local(folder), SplitManifest.from_shards([writer.shard]))
 
 
 def cut(split: TokenSplit, form: SequenceForm) -> SourceSequences:
-    (stretch,) = find_stretches(split).values()
-    return cut_stretch(stretch, form, T, fingerprint="f", seed=1)
+    (stretch,) = find_source_spans(split).values()
+    return cut_sequences(stretch, form, T, fingerprint="f", seed=1)
 
 
 def read_all(sequences: SourceSequences) -> list[NDArray[np.int64]]:
     rows: list[NDArray[np.int64]] = []
     for index in range(sequences.num_sequences):
         row = np.full((3, T), -7)
-        sequence = sequences.read(Sample(0, index, 0))
+        sequence = sequences.read(SampleIndex(0, index, 0))
         sequence.write(*row)
         assert sequence.num_targets == np.count_nonzero(row[1] != IGNORED_LABEL)
         rows.append(row)
@@ -129,7 +129,7 @@ def test_padded_steps_have_conversations_of_one_length_and_no_longer_batches(
         [(1, True)] * length for length in generator.integers(2, T + 1, size=40).tolist()
     ]
     sequences = cut(write_split(tmp_path, conversations), "padded")
-    plan = BatchPlan.of(
+    plan = BatchPlan.create(
         [sequences.num_sequences],
         sequence_tokens=T,
         sequences_per_step=4,

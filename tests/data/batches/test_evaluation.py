@@ -7,7 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_llama.config.settings import ConfigError
-from raytune_llama.data.batches.evaluation import EvaluatedSource, choose_evaluated, read_evaluation
+from raytune_llama.data.batches.evaluation import (
+    EvaluationSource,
+    read_evaluation_batches,
+    select_evaluation_sources,
+)
 from raytune_llama.data.readers.sources import SourceConfig
 from raytune_llama.data.store.token_store import TokenSplit
 from tests.data.conftest import BYTES_PER_TOKEN, MakeSplit
@@ -27,14 +31,18 @@ def split_of(make_split: MakeSplit, sizes: list[int]) -> TokenSplit:
     return make_split(*sources)
 
 
-def choose(split: TokenSplit, max_sequences: int | None) -> tuple[EvaluatedSource, ...]:
-    return choose_evaluated(CONFIGS, split, "joined", T, max_sequences)
+def choose(split: TokenSplit, max_sequences: int | None) -> tuple[EvaluationSource, ...]:
+    return select_evaluation_sources(CONFIGS, split, "joined", T, max_sequences)
 
 
-def targets_of(source: EvaluatedSource, world_size: int = 1) -> list[int]:
+def targets_of(source: EvaluationSource, world_size: int = 1) -> list[int]:
     """Return all targets, which in these splits are flat positions + 1; check the workers."""
     workers = [
-        list(read_evaluation(source, micro_batch_sequences=2, rank=rank, world_size=world_size))
+        list(
+            read_evaluation_batches(
+                source, micro_batch_sequences=2, rank=rank, world_size=world_size
+            )
+        )
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in workers}) == 1
@@ -54,7 +62,7 @@ def test_evaluation_bytes_are_those_of_the_targets(
     for source, size in zip(choose(split, max_sequences), sizes, strict=True):
         # The first token of a source is the target of no sequence; the first one accounts for it.
         num_tokens = len(targets_of(source)) + 1
-        assert source.index(0) == 0
+        assert source.sequence_index(0) == 0
         assert source.num_bytes == pytest.approx(BYTES_PER_TOKEN * num_tokens)
         if source.num_evaluated == source.sequences.num_sequences:
             assert targets_of(source) == list(range(start + 1, start + size))
@@ -80,7 +88,7 @@ def test_choose_evaluated_gives_each_source_its_share(
 
 def test_choose_evaluated_sequences_are_spread_over_the_source(make_split: MakeSplit) -> None:
     (source,) = choose(split_of(make_split, [401]), 10)
-    assert [source.index(number) for number in range(10)] == list(range(0, 100, 10))
+    assert [source.sequence_index(number) for number in range(10)] == list(range(0, 100, 10))
 
 
 def test_choose_evaluated_names_sources_that_have_text(make_split: MakeSplit) -> None:
@@ -108,5 +116,5 @@ def test_read_evaluation_any_world_size_reads_the_same_once(
 def test_evaluated_bytes_of_cut_documents_are_their_share(make_split: MakeSplit) -> None:
     # Sequences 0 and 2 of three: tokens 0 to 4 and 9 to 12, with documents of 5 tokens.
     (source,) = choose(split_of(make_split, [13]), 2)
-    assert [source.index(number) for number in range(2)] == [0, 1]
+    assert [source.sequence_index(number) for number in range(2)] == [0, 1]
     assert source.num_bytes == pytest.approx(9 * BYTES_PER_TOKEN)

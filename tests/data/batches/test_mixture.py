@@ -7,7 +7,7 @@ import pytest
 
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.data.batches.mixture import (
-    Source,
+    TrainingSource,
     check_mixture,
     cut_sources,
     log_mixture,
@@ -23,7 +23,11 @@ def source(path: str, **fields: Any) -> SourceConfig:  # noqa: ANN401
     return SourceConfig(path=path, **fields)
 
 
-def cut(split: TokenSplit, *configs: SourceConfig, packing: Any = "isolated") -> tuple[Source, ...]:  # noqa: ANN401
+def cut(
+    split: TokenSplit,
+    *configs: SourceConfig,
+    packing: Any = "isolated",  # noqa: ANN401
+) -> tuple[TrainingSource, ...]:
     return cut_sources(configs, split, packing, 4, fingerprint="f", seed=1)
 
 

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from raytune_llama.data.batches import packing
-from raytune_llama.data.batches.best_fit import cut_evaluated, cut_stretch
-from raytune_llama.data.batches.order import Sample
+from raytune_llama.data.batches.best_fit import cut_evaluation_sequences, cut_sequences
+from raytune_llama.data.batches.order import SampleIndex
 from raytune_llama.data.batches.packing import (
     IGNORED_LABEL,
     EvaluationForm,
     JoinedSequences,
     SequenceForm,
     SourceSequences,
-    find_stretches,
+    find_source_spans,
     num_sequences,
 )
 from raytune_llama.data.store.token_store import TokenSplit
@@ -33,8 +33,8 @@ LENGTH = st.integers(2, 20)
 
 def cut(split: TokenSplit, form: SequenceForm, length: int, seed: int = 1) -> list[SourceSequences]:
     return [
-        cut_stretch(stretch, form, length, fingerprint="f", seed=seed)
-        for stretch in find_stretches(split).values()
+        cut_sequences(stretch, form, length, fingerprint="f", seed=seed)
+        for stretch in find_source_spans(split).values()
     ]
 
 
@@ -46,7 +46,7 @@ class Row(NamedTuple):
 
 def read_row(sequences: SourceSequences, index: int, epoch: int = 0) -> Row:
     row = Row(*np.full((3, sequences.sequence_tokens), -7))
-    sequence = sequences.read(Sample(0, index, epoch))
+    sequence = sequences.read(SampleIndex(0, index, epoch))
     sequence.write(*row)
     assert sequence.num_targets == np.count_nonzero(row.labels_T != IGNORED_LABEL)
     return row
@@ -119,12 +119,14 @@ def test_isolated_positions_count_from_each_document_start(
 def test_packed_sequences_account_for_each_token_once(
     make_split: MakeSplit, form: EvaluationForm, sources: list[list[Documents]], length: int
 ) -> None:
-    stretches = find_stretches(make_split(*sources)).values()
+    stretches = find_source_spans(make_split(*sources)).values()
     for stretch in stretches:
-        sequences = cut_evaluated(stretch, form, length)
+        sequences = cut_evaluation_sequences(stretch, form, length)
         assert isinstance(sequences, JoinedSequences)
         if sequences.num_sequences:
-            covered = chain.from_iterable(map(sequences.covered, range(sequences.num_sequences)))
+            covered = chain.from_iterable(
+                map(sequences.covered_range, range(sequences.num_sequences))
+            )
             assert list(covered) == list(stretch.tokens)
 
 
@@ -158,7 +160,7 @@ def test_read_outside_the_source_is_refused(
     (sequences,) = cut(make_split([[[1] * 5, [2] * 4]]), form, 4)
     assert sequences.num_sequences == 2
     with pytest.raises(IndexError, match=f"sequence {index} "):
-        sequences.read(Sample(0, index, 0))
+        sequences.read(SampleIndex(0, index, 0))
 
 
 def window_start(row: Row, ids: list[int]) -> int:
@@ -208,10 +210,10 @@ def test_crops_starts_over_epochs_are_uniform(make_split: MakeSplit) -> None:
 
 def test_crops_are_decided_by_fingerprint_seed_epoch_and_document(make_split: MakeSplit) -> None:
     ids = list(range(1, 5000))
-    (stretch,) = find_stretches(make_split([[ids, ids]])).values()
+    (stretch,) = find_source_spans(make_split([[ids, ids]])).values()
 
     def starts(fingerprint: str = "f", seed: int = 1, epoch: int = 0) -> list[int]:
-        sequences = cut_stretch(stretch, "crops", 8, fingerprint=fingerprint, seed=seed)
+        sequences = cut_sequences(stretch, "crops", 8, fingerprint=fingerprint, seed=seed)
         return [window_start(row, ids) for row in read_all(sequences, epoch)]
 
     first, second = starts()
@@ -221,7 +223,7 @@ def test_crops_are_decided_by_fingerprint_seed_epoch_and_document(make_split: Ma
 
 
 def group_texts(documents: Documents, length: int, group: int) -> list[list[int]]:
-    """Cut the blocks of one file as the Chinese-LLaMA scripts do: see `SeedBlocks`."""
+    """Cut the blocks of one file as the Chinese-LLaMA scripts do: see `GroupTextsBlocks`."""
     blocks = []
     for start in range(0, len(documents), group):
         ids = [one for document in documents[start : start + group] for one in document]

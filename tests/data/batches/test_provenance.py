@@ -6,13 +6,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune_llama.data.batches.best_fit import cut_stretch
-from raytune_llama.data.batches.mixture import Source
-from raytune_llama.data.batches.order import Sample
-from raytune_llama.data.batches.packing import SequenceForm, find_stretches
-from raytune_llama.data.batches.provenance import Origins
+from raytune_llama.data.batches.best_fit import cut_sequences
+from raytune_llama.data.batches.mixture import TrainingSource
+from raytune_llama.data.batches.order import SampleIndex
+from raytune_llama.data.batches.packing import SequenceForm, find_source_spans
+from raytune_llama.data.batches.provenance import Provenance
 from raytune_llama.data.batches.step_batches import BatchPlan
-from raytune_llama.data.store.manifest import FORMAT_VERSION, Manifest, RowCounts, fingerprint_of
+from raytune_llama.data.store.manifest import (
+    STORE_FORMAT_VERSION,
+    Manifest,
+    RowCounts,
+    fingerprint_of,
+)
 from raytune_llama.data.store.token_store import TokenStore
 from tests.data.conftest import MakeSplit
 
@@ -34,10 +39,10 @@ def test_documents_are_those_whose_tokens_a_sequence_reads(
     numbers = count()
     sources = [[[[next(numbers)] * n for n in file] for file in source] for source in lengths]
     split = make_split(*sources)
-    for stretch in find_stretches(split).values():
-        sequences = cut_stretch(stretch, form, T, fingerprint="f", seed=1)
+    for stretch in find_source_spans(split).values():
+        sequences = cut_sequences(stretch, form, T, fingerprint="f", seed=1)
         for index in range(sequences.num_sequences):
-            sample = Sample(0, index, 0)
+            sample = SampleIndex(0, index, 0)
             sequence = sequences.read(sample)
             read = {*sequence.ids.tolist(), *sequence.labels.tolist()}
             assert sorted(sequences.documents(sample)) == sorted(read)
@@ -48,7 +53,7 @@ def test_origins_of_a_step_lead_to_files_and_places_in_them(make_split: MakeSpli
     split = make_split(first, [[[5] * 4, [6] * 4]])
     inputs = {"sources": [{"name": name} for name in ("a.txt", "b.txt", "c.txt")]}
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=STORE_FORMAT_VERSION,
         fingerprint=fingerprint_of(inputs),
         inputs=inputs,
         token_dtype="uint16",  # noqa: S106 - a type's name
@@ -59,10 +64,10 @@ def test_origins_of_a_step_lead_to_files_and_places_in_them(make_split: MakeSpli
     )
     store = TokenStore(split.place, manifest)
     sources = [
-        Source(name, None, cut_stretch(stretch, "padded", T, fingerprint="f", seed=1))
-        for name, stretch in zip(("one", "two"), find_stretches(split).values(), strict=True)
+        TrainingSource(name, None, cut_sequences(stretch, "padded", T, fingerprint="f", seed=1))
+        for name, stretch in zip(("one", "two"), find_source_spans(split).values(), strict=True)
     ]
-    plan = BatchPlan.of(
+    plan = BatchPlan.create(
         [source.sequences.num_sequences for source in sources],
         sequence_tokens=T,
         sequences_per_step=3,
@@ -70,7 +75,7 @@ def test_origins_of_a_step_lead_to_files_and_places_in_them(make_split: MakeSpli
         seed=1,
         num_epochs=2,
     )
-    origins = Origins(store, split, sources, plan)
+    origins = Provenance(store, split, sources, plan)
     samples = [sample for step in range(plan.num_steps) for sample in origins.of_step(step)]
     assert [sample["position"] for sample in samples] == list(range(12))
     assert [sample["epoch"] for sample in samples] == [0] * 6 + [1] * 6

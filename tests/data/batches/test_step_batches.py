@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from raytune_llama.data.batches.best_fit import cut_stretch
-from raytune_llama.data.batches.packing import SequenceForm, SourceSequences, find_stretches
+from raytune_llama.data.batches.best_fit import cut_sequences
+from raytune_llama.data.batches.packing import SequenceForm, SourceSequences, find_source_spans
 from raytune_llama.data.batches.step_batches import BatchPlan, StepBatch, read_steps
 from tests.data.conftest import MakeSplit
 
@@ -36,7 +36,7 @@ class Run:
             **({"max_steps": 4} if self.weights else bound),
         }
         counts = [source.num_sequences for source in self.sources]
-        return BatchPlan.of(counts, **{**settings, **changes})  # pyright: ignore[reportArgumentType]
+        return BatchPlan.create(counts, **{**settings, **changes})  # pyright: ignore[reportArgumentType]
 
     def steps(self, plan: BatchPlan, world_size: int, start_step: int = 0) -> list[list[StepBatch]]:
         """Read the steps of all workers."""
@@ -67,8 +67,8 @@ def run(request: pytest.FixtureRequest, make_split: MakeSplit) -> Run:
     form, weights = request.param
     first = [list(range(start, start + 5 + start % 7)) for start in range(0, 90, 15)]
     second = [list(range(1000, 1023)), [1100, 1101]]
-    stretches = find_stretches(make_split([first], [second])).values()
-    sources = [cut_stretch(one, form, T, fingerprint="f", seed=7) for one in stretches]
+    stretches = find_source_spans(make_split([first], [second])).values()
+    sources = [cut_sequences(one, form, T, fingerprint="f", seed=7) for one in stretches]
     return Run(form, weights, sources)
 
 
@@ -160,8 +160,8 @@ def test_read_steps_from_a_later_step_equals_the_rest_of_the_run(run: Run, world
 
 
 def test_read_steps_tensors_are_int64_with_shifted_labels(make_split: MakeSplit) -> None:
-    (stretch,) = find_stretches(make_split([[list(range(46))]])).values()
-    joined = Run("joined", None, [cut_stretch(stretch, "joined", T, fingerprint="f", seed=7)])
+    (stretch,) = find_source_spans(make_split([[list(range(46))]])).values()
+    joined = Run("joined", None, [cut_sequences(stretch, "joined", T, fingerprint="f", seed=7)])
     (steps,) = joined.steps(joined.plan(num_epochs=0.5), 1)
     micro = steps[0].micro_batches[0]
     assert {micro.ids_BT.dtype, micro.labels_BT.dtype, micro.positions_BT.dtype} == {torch.int64}
@@ -177,7 +177,7 @@ def make_plan(**changes: object) -> BatchPlan:
         "seed": 7,
         "max_steps": 9,
     }
-    return BatchPlan.of([12, 3], **{**settings, **changes})  # pyright: ignore[reportArgumentType]
+    return BatchPlan.create([12, 3], **{**settings, **changes})  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

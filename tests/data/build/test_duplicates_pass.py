@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from raytune_llama.data.build import duplicates_pass as deduplication
-from raytune_llama.data.build.file_hashes import SEEN_NAME
+from raytune_llama.data.build.file_hashes import HASHES_NAME
 from raytune_llama.data.config import DataConfig
-from raytune_llama.data.filters.signatures import DuplicatesConfig, NearConfig
+from raytune_llama.data.filters.signatures import DuplicatesConfig, NearDuplicatesConfig
 from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.data.readers.sources import SourceConfig
 from raytune_llama.data.store.manifest import SPLITS
@@ -22,7 +22,7 @@ from tests.data.stores import build_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
-BOTH = DuplicatesConfig(exact=True, near=NearConfig())
+BOTH = DuplicatesConfig(exact=True, near=NearDuplicatesConfig())
 
 
 def write_corpus(folder: Path) -> dict[str, list[str]]:
@@ -68,7 +68,7 @@ def documents(store: TokenStore, tokenizer_dir: Path, split_name: Any = "train")
 
 
 def content(place: Place) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in place.files() if file.name != SEEN_NAME}
+    return {file.name: file.read_bytes() for file in place.files() if file.name != HASHES_NAME}
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_prepare_data_keeps_the_first_of_its_duplicates_and_counts_the_others(
     rows = store.manifest.rows
     assert rows.skipped == {"blank": 1, "exact_duplicate": 42, "near_duplicate": 33}
     assert rows.total == 2680 + 76
-    assert store.manifest.inputs["duplicates"] == BOTH.inputs
+    assert store.manifest.inputs["duplicates"] == BOTH.fingerprint_inputs
     assert "exact duplicate" in (store.place / "report.html").read_bytes().decode()
 
 

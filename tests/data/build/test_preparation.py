@@ -15,7 +15,7 @@ import pytest
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.data.build import actors as workers
 from raytune_llama.data.build import preparation as encode
-from raytune_llama.data.build.file_hashes import SEEN_NAME
+from raytune_llama.data.build.file_hashes import HASHES_NAME
 from raytune_llama.data.config import DataConfig
 from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.data.readers.sources import SourceConfig
@@ -58,7 +58,7 @@ def make_config(corpus: Path, store: Path | Place, **fields: Any) -> DataConfig:
 
 def content(store: TokenStore) -> dict[str, bytes]:
     """Return the files of a store, without what it remembers of its sources' times."""
-    names = [path for path in store.place.path.iterdir() if path.name != SEEN_NAME]
+    names = [path for path in store.place.path.iterdir() if path.name != HASHES_NAME]
     return {path.name: path.read_bytes() for path in names}
 
 
@@ -97,7 +97,7 @@ def test_prepare_data_in_object_storage_gives_the_same_bytes_after_a_failed_run(
     assert len(store_dir.files()) > 2
     store = build_store(config, tokenizer_dir)
     store.verify()
-    files = [file for file in store_dir.files() if file.name != SEEN_NAME]
+    files = [file for file in store_dir.files() if file.name != HASHES_NAME]
     assert {file.name: file.read_bytes() for file in files} == expected
     assert s3_path.folders() == [store_dir]
 
@@ -186,16 +186,16 @@ def test_prepare_data_killed_worker_gives_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A local class travels by value: the workers cannot import this module.
-    class KillingEncoder(workers.UnitEncoder):
+    class KillingEncoder(workers.EncodingActor):
         def __call__(self, batch: Any) -> Any:  # noqa: ANN401
             result = super().__call__(batch)
-            marker = self._plan.work.path / "killed-once"
+            marker = self._plan.work_dir.path / "killed-once"
             if not marker.exists():
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
-    monkeypatch.setattr(workers, "UnitEncoder", KillingEncoder)
+    monkeypatch.setattr(workers, "EncodingActor", KillingEncoder)
     config = make_config(corpus, tmp_path / "store", num_workers=1)
     assert content(build_store(config, tokenizer_dir)) == expected
 
@@ -232,7 +232,7 @@ def test_prepare_data_after_a_failed_run_keeps_its_work_and_gives_the_same_bytes
 def test_prepare_data_crashing_file_is_refused_by_name(
     corpus: Path, tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class CrashingEncoder(workers.UnitEncoder):
+    class CrashingEncoder(workers.EncodingActor):
         def __call__(self, batch: Any) -> Any:  # noqa: ANN401
             if batch.column("unit")[0].as_py() == 2:
                 # Where the tokenizer's native code would crash: after the attempt was noted.
@@ -241,7 +241,7 @@ def test_prepare_data_crashing_file_is_refused_by_name(
                 reader._encoder.encode = crash
             return super().__call__(batch)
 
-    monkeypatch.setattr(workers, "UnitEncoder", CrashingEncoder)
+    monkeypatch.setattr(workers, "EncodingActor", CrashingEncoder)
     with pytest.raises(
         SourceError, match=r"1\.txt and 1 files behind it: encoding it ended the process 3 times"
     ):
@@ -257,10 +257,10 @@ def test_prepare_data_complete_store_is_reused(
     assert store.fingerprint == undisturbed.fingerprint
     assert (copy / "manifest.json").stat().st_ino == inode
     # The second time no source file is read: their sizes and times are those of the first.
-    seen = json.loads((copy / SEEN_NAME).read_text())
+    seen = json.loads((copy / HASHES_NAME).read_text())
     for file in seen.values():
         file["sha256"] = "of another file"
-    (copy / SEEN_NAME).write_text(json.dumps(seen))
+    (copy / HASHES_NAME).write_text(json.dumps(seen))
     with pytest.raises(StoreError, match=r"sources\.0\.sha256"):
         build_store(make_config(corpus, copy), tokenizer_dir)
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from raytune_llama.data.build.text_corpus import TextReader, choose_sides
+from raytune_llama.data.build.text_corpus import TextUnitReader, choose_splits
 from raytune_llama.data.build.unit_encoder import (
     UnitRecord,
     UnitStoppedError,
@@ -22,14 +22,14 @@ from raytune_llama.data.build.unit_encoder import (
     finished_record,
     quarantine_place,
 )
-from raytune_llama.data.build.units import EncodePlan, Unit, plan_units
+from raytune_llama.data.build.units import BuildPlan, WorkUnit, plan_units
 from raytune_llama.data.filters.cleaning import CleaningConfig
 from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.data.readers.sources import SourceConfig, discover_files
 from raytune_llama.data.store.manifest import RowCounts, SplitManifest
 from raytune_llama.data.store.token_store import TokenSplit
 from raytune_llama.storage.place import Place
-from raytune_llama.tokenizer.loader import build_reference, load_tokenizer
+from raytune_llama.tokenizer.loader import build_reference_encoder, load_tokenizer
 from raytune_llama.tokenizer.reference import TextEncoder
 
 TEXT = "The quick brown fox.\n\n人民日报 jumps\nover </s> the <|im_end|> lazy <s> dog\n"
@@ -42,14 +42,14 @@ def tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
-    return build_reference(tokenizer)
+    return build_reference_encoder(tokenizer)
 
 
-def make_plan(work_dir: Path, corpus: Path, **fields: Any) -> EncodePlan:  # noqa: ANN401
+def make_plan(work_dir: Path, corpus: Path, **fields: Any) -> BuildPlan:  # noqa: ANN401
     work = Place.local(work_dir)
-    plan = EncodePlan(
-        work=work,
-        store=work / "store",
+    plan = BuildPlan(
+        work_dir=work,
+        store_dir=work / "store",
         files=discover_files((SourceConfig(path=str(corpus)),)),
         bos_id=0,
         eos_id=1,
@@ -57,20 +57,20 @@ def make_plan(work_dir: Path, corpus: Path, **fields: Any) -> EncodePlan:  # noq
         validation_fraction=0.0,
         **fields,
     )
-    plan.store.path.mkdir(parents=True, exist_ok=True)
-    plan.units.path.mkdir(exist_ok=True)
+    plan.store_dir.path.mkdir(parents=True, exist_ok=True)
+    plan.units_dir.path.mkdir(exist_ok=True)
     return plan
 
 
-def unit_of(plan: EncodePlan) -> Unit:
+def unit_of(plan: BuildPlan) -> WorkUnit:
     (unit,) = plan_units(plan.files, 1 << 20)
     return unit
 
 
-def split_of_record(plan: EncodePlan, record: UnitRecord) -> TokenSplit:
+def split_of_record(plan: BuildPlan, record: UnitRecord) -> TokenSplit:
     shard = record.shards["train"]
     assert shard
-    return TokenSplit(plan.store, SplitManifest.of([shard]))
+    return TokenSplit(plan.store_dir, SplitManifest.from_shards([shard]))
 
 
 def documents_of(split: TokenSplit) -> list[list[int]]:
@@ -89,7 +89,7 @@ def test_encode_unit_plain_text_ids_equal_hugging_face(
     tmp_path: Path, corpus: Path, tokenizer: PreTrainedTokenizerFast, encoder: TextEncoder
 ) -> None:
     plan = make_plan(tmp_path / "work", corpus)
-    split = split_of_record(plan, encode_unit(unit_of(plan), plan, TextReader(encoder)))
+    split = split_of_record(plan, encode_unit(unit_of(plan), plan, TextUnitReader(encoder)))
     first, second, _ = documents_of(split)
     for got, text in ((first, "The quick brown fox."), (second, "人民日报 jumps")):
         assert got == [0, *tokenizer.encode(text, add_special_tokens=False), 1]
@@ -99,7 +99,7 @@ def test_encode_unit_control_tokens_in_text_stay_text(
     tmp_path: Path, corpus: Path, tokenizer: PreTrainedTokenizerFast, encoder: TextEncoder
 ) -> None:
     plan = make_plan(tmp_path / "work", corpus)
-    split = split_of_record(plan, encode_unit(unit_of(plan), plan, TextReader(encoder)))
+    split = split_of_record(plan, encode_unit(unit_of(plan), plan, TextUnitReader(encoder)))
     ids = documents_of(split)[2][1:-1]
     assert not set(ids) & set(tokenizer.all_special_ids)
     assert tokenizer.decode(ids) == "over </s> the <|im_end|> lazy <s> dog"
@@ -109,7 +109,7 @@ def test_encode_unit_blank_lines_are_counted_and_bytes_are_the_texts(
     tmp_path: Path, corpus: Path, encoder: TextEncoder
 ) -> None:
     plan = make_plan(tmp_path / "work", corpus)
-    record = encode_unit(unit_of(plan), plan, TextReader(encoder))
+    record = encode_unit(unit_of(plan), plan, TextUnitReader(encoder))
     assert record.rows == RowCounts(total=4, documents=3, skipped={"blank": 1})
     split = split_of_record(plan, record)
     assert split.num_documents == 3
@@ -127,7 +127,7 @@ def test_encode_unit_bad_rows_are_counted_and_listed(tmp_path: Path, encoder: Te
     corpus.write_bytes(b"good\nbad \xff\n\nalso good\nnul\0\n")
     plan = make_plan(tmp_path / "work", corpus)
     unit = unit_of(plan)
-    record = encode_unit(unit, plan, TextReader(encoder))
+    record = encode_unit(unit, plan, TextUnitReader(encoder))
     bad = {"invalid_bytes": 1, "nul": 1}
     assert record.rows == RowCounts(total=5, documents=2, skipped={"blank": 1}, quarantined=bad)
     lines = quarantine_place(unit, plan).path.read_text().splitlines()
@@ -144,7 +144,7 @@ def test_encode_unit_cleaning_counts_what_it_leaves_out_and_encodes_what_it_chan
     corpus.write_text("e\u0301t\u00e9 is long enough\nshort\nanother text that stays\n")
     cleaning = CleaningConfig(normalization="NFC", min_characters=10)
     plan = make_plan(tmp_path / "work", corpus, cleaning=cleaning)
-    record = encode_unit(unit_of(plan), plan, TextReader(encoder))
+    record = encode_unit(unit_of(plan), plan, TextUnitReader(encoder))
     assert record.rows == RowCounts(total=3, documents=2, skipped={"too_short": 1})
     split = split_of_record(plan, record)
     texts = ["\u00e9t\u00e9 is long enough", "another text that stays"]
@@ -159,7 +159,7 @@ def test_encode_unit_file_that_is_something_else_is_given_up_early(
     corpus.write_text("not JSON\n" * 3000)
     plan = make_plan(tmp_path / "work", corpus)
     with pytest.raises(SourceError, match=r"corpus\.jsonl: 3000 of its first 3000 rows"):
-        encode_unit(unit_of(plan), plan, TextReader(encoder))
+        encode_unit(unit_of(plan), plan, TextUnitReader(encoder))
 
 
 def test_encode_unit_finished_is_recognised_until_anything_changes(
@@ -168,10 +168,10 @@ def test_encode_unit_finished_is_recognised_until_anything_changes(
     plan = make_plan(tmp_path / "work", corpus)
     unit = unit_of(plan)
     assert finished_record(unit, plan) is None
-    record = encode_unit(unit, plan, TextReader(encoder))
+    record = encode_unit(unit, plan, TextUnitReader(encoder))
     assert finished_record(unit, plan) == record
     assert finished_record(replace(unit, key="other"), plan) is None
-    shard = plan.store.path / "train-00000.arrow"
+    shard = plan.store_dir.path / "train-00000.arrow"
     data = shard.read_bytes()
     shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert finished_record(unit, plan) is None
@@ -193,11 +193,11 @@ def test_encode_unit_torn_record_is_encoded_again(
 ) -> None:
     plan = make_plan(tmp_path / "work", corpus)
     unit = unit_of(plan)
-    record = encode_unit(unit, plan, TextReader(encoder))
-    file = plan.units.path / "00000.json"
+    record = encode_unit(unit, plan, TextUnitReader(encoder))
+    file = plan.units_dir.path / "00000.json"
     file.write_bytes(file.read_bytes()[:40])
     assert finished_record(unit, plan) is None
-    assert encode_unit(unit, plan, TextReader(encoder)) == record
+    assert encode_unit(unit, plan, TextUnitReader(encoder)) == record
 
 
 def test_encode_unit_file_changed_meanwhile_is_refused_without_a_shard(
@@ -206,8 +206,8 @@ def test_encode_unit_file_changed_meanwhile_is_refused_without_a_shard(
     plan = make_plan(tmp_path / "work", corpus)
     corpus.write_text("other text\n")
     with pytest.raises(SourceError, match=r"corpus\.txt was changed"):
-        encode_unit(unit_of(plan), plan, TextReader(encoder))
-    assert list(plan.store.path.iterdir()) == []
+        encode_unit(unit_of(plan), plan, TextUnitReader(encoder))
+    assert list(plan.store_dir.path.iterdir()) == []
 
 
 def test_encode_unit_third_crash_refuses_the_file_by_name(
@@ -226,19 +226,19 @@ def test_encode_unit_third_crash_refuses_the_file_by_name(
     unit = unit_of(plan)
     for _ in range(3):
         with pytest.raises(CrashError):
-            encode_unit(unit, plan, TextReader(CrashingEncoder()))
+            encode_unit(unit, plan, TextUnitReader(CrashingEncoder()))
     with pytest.raises(SourceError, match=r"corpus\.txt.*: encoding it ended the process 3 times"):
-        encode_unit(unit, plan, TextReader(encoder))
+        encode_unit(unit, plan, TextUnitReader(encoder))
 
 
 def test_encode_unit_after_another_failed_gives_up(
     tmp_path: Path, corpus: Path, encoder: TextEncoder
 ) -> None:
     plan = make_plan(tmp_path / "work", corpus)
-    plan.stop.write_bytes(b"")
+    plan.stop_file.write_bytes(b"")
     with pytest.raises(UnitStoppedError):
-        encode_unit(unit_of(plan), plan, TextReader(encoder))
-    assert list(plan.store.path.iterdir()) == []
+        encode_unit(unit_of(plan), plan, TextUnitReader(encoder))
+    assert list(plan.store_dir.path.iterdir()) == []
 
 
 @given(
@@ -249,13 +249,13 @@ def test_choose_sides_any_text_follows_the_first_64_bits_of_its_hash(
     texts: list[str], fraction: float
 ) -> None:
     shares = [int(sha256(text.encode()).hexdigest()[:16], 16) / 2**64 for text in texts]
-    sides = choose_sides(texts, fraction)
+    sides = choose_splits(texts, fraction)
     assert sides["train"].tolist() == [share >= fraction for share in shares]
     if fraction:
         assert sides["validation"].tolist() == [share < fraction for share in shares]
 
 
 def test_choose_sides_of_many_texts_keeps_the_fraction() -> None:
-    sides = choose_sides([f"document {number}" for number in range(10_000)], 0.1)
+    sides = choose_splits([f"document {number}" for number in range(10_000)], 0.1)
     # Five standard deviations of a binomial count are 150.
     assert abs(sides["validation"].sum() - 1000) < 150

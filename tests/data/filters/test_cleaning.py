@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from raytune_llama.config.settings import ConfigError, from_dict
 from raytune_llama.data.filters.cleaning import Cleaner, CleaningConfig, NgramRule
-from raytune_llama.data.filters.words import PIECE_CHARACTERS
+from raytune_llama.data.filters.words import BATCH_CHARACTERS
 
 SYMBOLS = st.sampled_from("aB 1,.\n人民日报\u2026\uff0c\uff21e\u0301\uac00\ud800")
 TEXTS = st.lists(st.text(SYMBOLS, max_size=30) | st.text(max_size=8), max_size=8)
@@ -169,7 +169,7 @@ def test_clean_text_of_many_pieces_is_measured_whole() -> None:
         )
     )
     unique = "".join(map(chr, range(0x4E00, 0x9000)))
-    half = "，" * PIECE_CHARACTERS + "人" * PIECE_CHARACTERS
+    half = "，" * BATCH_CHARACTERS + "人" * BATCH_CHARACTERS
     assert cleaner.clean(half + "人").reason == "top_1_gram"
     assert cleaner.clean(half + "，").reason == "symbols"
     # The first piece repeats itself nearly everywhere, the second one is a little longer, unique.
@@ -205,8 +205,8 @@ def test_config_contradictions_are_refused_at_once(
 
 
 def test_inputs_are_the_rules_that_are_on() -> None:
-    assert CleaningConfig().inputs == {}
-    inputs = CleaningConfig(max_symbol_share=0.0, top_ngrams=rule(2, 0.2)).inputs
+    assert CleaningConfig().fingerprint_inputs == {}
+    inputs = CleaningConfig(max_symbol_share=0.0, top_ngrams=rule(2, 0.2)).fingerprint_inputs
     assert inputs == {
         "version": 1,
         "unicode": unicodedata.unidata_version,

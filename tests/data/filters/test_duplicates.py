@@ -15,20 +15,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_llama.data.filters.duplicate_steps import joined
+from raytune_llama.data.filters.duplicate_steps import join_pairs
 from raytune_llama.data.filters.duplicates import (
     DuplicateCounts,
-    RunTasks,
     ShuffleSizes,
+    TaskRunner,
     dropped_file,
-    find_duplicates_by,
+    find_duplicates_with,
     read_dropped,
 )
 from raytune_llama.data.filters.signatures import (
     DuplicatesConfig,
-    NearConfig,
+    NearDuplicatesConfig,
+    compute_signatures,
     signature_file,
-    signatures,
     write_signatures,
 )
 from raytune_llama.data.store.manifest import StoreError
@@ -67,14 +67,14 @@ def find(
     units: Sequence[Sequence[str]],
     config: DuplicatesConfig,
     *,
-    run: RunTasks = run_here,
+    run: TaskRunner = run_here,
     sizes: ShuffleSizes = SMALL,
     batch_documents: int = 2,
 ) -> tuple[list[str | None], DuplicateCounts]:
     """Return the reason of every document, all units in a row."""
     written = write_units(folder / "signatures", units, config, batch_documents)
     dropped = Place.local(folder / "dropped")
-    counts = find_duplicates_by(run, written, len(units), config, dropped, sizes=sizes)
+    counts = find_duplicates_with(run, written, len(units), config, dropped, sizes=sizes)
     return reasons_of(dropped, units), counts
 
 
@@ -90,7 +90,9 @@ def reasons_of(dropped: Place, units: Sequence[Sequence[str]]) -> list[str | Non
 def expected_reasons(texts: Sequence[str], config: DuplicatesConfig) -> list[str | None]:
     """Compare every pair of documents."""
     bands = (
-        signatures(texts, config).column("bands").to_pylist() if config.near else [[]] * len(texts)
+        compute_signatures(texts, config).column("bands").to_pylist()
+        if config.near
+        else [[]] * len(texts)
     )
     group = list(range(len(texts)))
     for later in range(len(texts)):
@@ -132,12 +134,12 @@ class Setting:
 
     config: DuplicatesConfig
     sizes: ShuffleSizes
-    run: RunTasks
+    run: TaskRunner
     batch_documents: int
 
 
 # One row of one word a band: similar pairs and long chains abound.
-LOOSE = NearConfig(shingle_words=1, bands=2, rows=1)
+LOOSE = NearDuplicatesConfig(shingle_words=1, bands=2, rows=1)
 WORDS = st.text(st.sampled_from(string.ascii_lowercase[:12]), min_size=1, max_size=2)
 SETTINGS = st.builds(
     Setting,
@@ -188,7 +190,7 @@ def test_joined_ties_every_document_to_the_first_of_its_group(
         group = [min(groups) if one in groups else one for one in group]
     later = np.array([max(edge) for edge in edges], dtype=np.uint64)
     earlier = np.array([min(edge) for edge in edges], dtype=np.uint64)
-    found = [one.tolist() for one in joined(later, earlier)]
+    found = [one.tolist() for one in join_pairs(later, earlier)]
     wanted = [(node, first) for node, first in enumerate(group) if node != first]
     assert list(zip(*found, strict=True)) == wanted
 
@@ -213,7 +215,7 @@ def test_find_duplicates_near_ones_by_share_of_changed_characters(tmp_path: Path
         + [text + "。\n" for text in articles[20:]],
         [changed(text, 0.2) for text in articles],
     ]
-    config = DuplicatesConfig(exact=True, near=NearConfig())
+    config = DuplicatesConfig(exact=True, near=NearDuplicatesConfig())
     reasons, _ = find(tmp_path, units, config, sizes=ShuffleSizes(), batch_documents=16)
     assert reasons == [None] * 40 + ["near_duplicate"] * 40 + [None] * 40
 
@@ -223,7 +225,7 @@ def test_find_duplicates_chain_keeps_only_its_first(memory_dir: Path) -> None:
     words = [chr(0x4E00 + number) for number in range(900)]
     units = [["".join(words[start : start + 40])] for start in range(0, 800, 20)]
     random.Random(0).shuffle(units)
-    config = DuplicatesConfig(near=NearConfig(shingle_words=1, bands=30, rows=1))
+    config = DuplicatesConfig(near=NearDuplicatesConfig(shingle_words=1, bands=30, rows=1))
     # Few pairs meet in a partition: that they belong together is found out in rounds.
     sizes = ShuffleSizes(chunk_batches=1, partition_rows=20)
     folder = memory_dir / "chain"
@@ -235,7 +237,7 @@ def test_find_duplicates_chain_keeps_only_its_first(memory_dir: Path) -> None:
 def test_find_duplicates_unit_of_many_chunks_is_seen_to_its_end(tmp_path: Path) -> None:
     texts = [f"text{number}" for number in range(20)]
     # With so many bands, the size of the file tells the number of documents exactly.
-    config = DuplicatesConfig(near=NearConfig(shingle_words=1, bands=256))
+    config = DuplicatesConfig(near=NearDuplicatesConfig(shingle_words=1, bands=256))
     sizes = ShuffleSizes(chunk_batches=1)
     reasons, counts = find(
         tmp_path, [["a"], [*texts, "text3"]], config, sizes=sizes, batch_documents=8
@@ -248,7 +250,7 @@ class StopError(Exception):
     """A job that is killed."""
 
 
-def stopping(after: int) -> RunTasks:
+def stopping(after: int) -> TaskRunner:
     """Run tasks here, and be killed after some of them."""
     left = iter(range(after))
 
@@ -287,7 +289,7 @@ def test_find_duplicates_killed_anywhere_goes_on_to_the_same_bytes(memory_dir: P
     for after in range(1, 1000, 4):
         before = files_of(dropped)
         with contextlib.suppress(StopError):
-            find_duplicates_by(
+            find_duplicates_with(
                 stopping(after), written, 4, config, Place.local(dropped), sizes=sizes
             )
             break
@@ -307,7 +309,7 @@ def test_find_duplicates_done_before_runs_nothing(tmp_path: Path) -> None:
     # As if it had been killed before the files of the steps were deleted.
     fingerprint = (dropped / "manifest.json").read_json()["fingerprint"]
     (dropped / f"work-{fingerprint[:12]}/texts/rows/000000.rows").write_bytes(b"left")
-    assert find_duplicates_by(stopping(0), written, 2, EXACT, dropped, sizes=SMALL) == counts
+    assert find_duplicates_with(stopping(0), written, 2, EXACT, dropped, sizes=SMALL) == counts
     assert content(tmp_path / "dropped") == before
 
 
@@ -316,7 +318,7 @@ def test_find_duplicates_other_signatures_make_it_anew(tmp_path: Path) -> None:
     written, dropped = Place.local(tmp_path / "signatures"), Place.local(tmp_path / "dropped")
     write_signatures(written, 1, [["b"]], EXACT, batch_documents=2)
     with pytest.raises(StopError):
-        find_duplicates_by(stopping(1), written, 2, EXACT, dropped)
+        find_duplicates_with(stopping(1), written, 2, EXACT, dropped)
     # Nothing of the old result is there that could be taken for the new one.
     assert not dropped_file(dropped, 1).exists()
     assert find(tmp_path, [["a"], ["b"]], EXACT)[0] == [None, None]
@@ -326,14 +328,16 @@ def test_find_duplicates_missing_signatures_are_named(tmp_path: Path) -> None:
     written = write_units(tmp_path / "signatures", [["a"], ["b"], ["c"]], EXACT)
     signature_file(written, 1).delete()
     with pytest.raises(StoreError, match=r"1 of 3 signature files are missing.* 00001\.arrow"):
-        find_duplicates_by(run_here, written, 3, EXACT, Place.local(tmp_path / "dropped"))
+        find_duplicates_with(run_here, written, 3, EXACT, Place.local(tmp_path / "dropped"))
 
 
 def test_find_duplicates_signatures_of_other_settings_are_refused(tmp_path: Path) -> None:
-    written = write_units(tmp_path / "signatures", [["a"]], DuplicatesConfig(near=NearConfig()))
-    config = DuplicatesConfig(near=NearConfig(seed=1))
+    written = write_units(
+        tmp_path / "signatures", [["a"]], DuplicatesConfig(near=NearDuplicatesConfig())
+    )
+    config = DuplicatesConfig(near=NearDuplicatesConfig(seed=1))
     with pytest.raises(StoreError, match=r"00000\.arrow: was made with other settings"):
-        find_duplicates_by(run_here, written, 1, config, Place.local(tmp_path / "dropped"))
+        find_duplicates_with(run_here, written, 1, config, Place.local(tmp_path / "dropped"))
 
 
 def test_find_duplicates_leaves_foreign_files_alone(tmp_path: Path) -> None:

@@ -15,15 +15,19 @@ from raytune_llama.data.filters.duplicates import (
     DuplicateCounts,
     ShuffleSizes,
     find_duplicates,
-    find_duplicates_by,
+    find_duplicates_with,
     read_dropped,
 )
-from raytune_llama.data.filters.signatures import DuplicatesConfig, NearConfig, write_signatures
+from raytune_llama.data.filters.signatures import (
+    DuplicatesConfig,
+    NearDuplicatesConfig,
+    write_signatures,
+)
 from raytune_llama.data.filters.tasks import run_tasks
 from raytune_llama.data.store.manifest import StoreError
 from raytune_llama.storage.place import Place
 
-CONFIG = DuplicatesConfig(exact=True, near=NearConfig(shingle_words=1, bands=4, rows=1))
+CONFIG = DuplicatesConfig(exact=True, near=NearDuplicatesConfig(shingle_words=1, bands=4, rows=1))
 SIZES = ShuffleSizes(chunk_batches=3, partition_rows=100)
 NUM_UNITS = 4
 
@@ -55,7 +59,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[bytes], Dup
     """The result of one process on a local disk."""
     folder = Place.local(tmp_path_factory.mktemp("expected"))
     written, dropped = write_units(folder / "signatures"), folder / "dropped"
-    counts = find_duplicates_by(run_here, written, NUM_UNITS, CONFIG, dropped, sizes=SIZES)
+    counts = find_duplicates_with(run_here, written, NUM_UNITS, CONFIG, dropped, sizes=SIZES)
     assert counts.documents == 48
     assert 0 < min(counts.dropped.values()) <= sum(counts.dropped.values()) < 40
     return content(dropped), counts
@@ -82,7 +86,7 @@ def test_find_duplicates_in_object_storage_gives_the_same_bytes(
     bucket: Place, expected: tuple[list[bytes], DuplicateCounts]
 ) -> None:
     written, dropped = write_units(bucket / "signatures"), bucket / "dropped"
-    counts = find_duplicates_by(run_here, written, NUM_UNITS, CONFIG, dropped, sizes=SIZES)
+    counts = find_duplicates_with(run_here, written, NUM_UNITS, CONFIG, dropped, sizes=SIZES)
     assert (content(dropped), counts) == expected
     assert len(dropped.files(recursive=True)) == NUM_UNITS + 1
     assert read_dropped(dropped, 0).reason(0) is None

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from raytune_llama.config.settings import ConfigError
-from raytune_llama.data.build.text_corpus import TextReader
+from raytune_llama.data.build.text_corpus import TextUnitReader
 from raytune_llama.data.build.unit_encoder import UnitRecord, encode_unit, quarantine_place
-from raytune_llama.data.build.units import EncodePlan, plan_units
+from raytune_llama.data.build.units import BuildPlan, plan_units
 from raytune_llama.data.readers.sources import SourceConfig, discover_files
 from raytune_llama.data.store.manifest import SplitManifest
 from raytune_llama.data.store.token_store import TokenSplit
 from raytune_llama.storage.place import Place
-from raytune_llama.tokenizer.loader import load_reference
+from raytune_llama.tokenizer.loader import load_reference_encoder
 
 LONG_LINE_MIB = 200
 RANGE_BYTES = 1 << 30
@@ -136,21 +136,21 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], list[str], dict[str, int], in
 }
 
 
-def encode(folder: Path, tokenizer_dir: Path, **settings: Any) -> tuple[EncodePlan, UnitRecord]:  # noqa: ANN401
+def encode(folder: Path, tokenizer_dir: Path, **settings: Any) -> tuple[BuildPlan, UnitRecord]:  # noqa: ANN401
     work = Place.local(folder / "work")
-    plan = EncodePlan(
-        work=work,
-        store=work / "store",
+    plan = BuildPlan(
+        work_dir=work,
+        store_dir=work / "store",
         files=discover_files((SourceConfig(path=str(folder / "corpus"), **settings),)),
         bos_id=None,
         eos_id=1,
         dtype="uint16",
         validation_fraction=0.0,
     )
-    plan.store.path.mkdir(parents=True)
-    plan.units.path.mkdir()
+    plan.store_dir.path.mkdir(parents=True)
+    plan.units_dir.path.mkdir()
     (unit,) = plan_units(plan.files, RANGE_BYTES)
-    return plan, encode_unit(unit, plan, TextReader(load_reference(tokenizer_dir)))
+    return plan, encode_unit(unit, plan, TextUnitReader(load_reference_encoder(tokenizer_dir)))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -164,9 +164,9 @@ def test_dirty_input_is_accounted_for_by_reason(
     plan, record = encode(tmp_path, tokenizer_dir, **settings)
     shard = record.shards["train"]
     assert shard is not None
-    split = TokenSplit(plan.store, SplitManifest.of([shard]))
+    split = TokenSplit(plan.store_dir, SplitManifest.from_shards([shard]))
     ids = split.tokens(0, split.num_tokens).tolist()
-    wanted = [[*one.tolist(), 1] for one in load_reference(tokenizer_dir).encode(texts)]
+    wanted = [[*one.tolist(), 1] for one in load_reference_encoder(tokenizer_dir).encode(texts)]
     assert ids == [id_ for one in wanted for id_ in one]
     assert record.rows.quarantined == bad
     assert record.rows.skipped.get("blank", 0) == blank

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_llama.data.readers.documents import OpenRange, read_rows
-from raytune_llama.data.readers.ranges import HashedRange
+from raytune_llama.data.readers.ranges import HashingReader
 from raytune_llama.data.readers.rows import BadRow, ReadOptions, RowBatch, SourceError
 from raytune_llama.storage.place import Place
 
@@ -46,7 +46,7 @@ def read_part(
 ) -> Iterator[RowBatch]:
     slow: Any = TrickleFile(data, num_bytes)
     place = Place("", "/corpus/file")
-    reader = HashedRange(slow, start, stop)
+    reader = HashingReader(slow, start, stop)
     return read_rows(OpenRange(place, pa.BufferReader(data), start, stop, reader), options)
 
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from raytune_llama.data.readers.ranges import (
     HASH_BLOCK_BYTES,
-    HashedRange,
+    HashingReader,
     content_sha256,
+    is_line_start,
     read_line_blocks,
-    starts_line,
 )
 
 DATA = st.lists(st.sampled_from([b"a", b"\xe4\xb8\xad", b"\r", b"\n", b"\n\n", b"bc"])).map(
@@ -53,7 +53,7 @@ def test_line_blocks_any_ranges_give_every_line_once_at_its_offset(
             Trickle(data, start, read),
             start,
             stop,
-            at_line_start=starts_line(pa.BufferReader(data), start),
+            at_line_start=is_line_start(pa.BufferReader(data), start),
             max_line_bytes=1000,
         )
         for block in blocks:
@@ -96,10 +96,10 @@ def test_line_blocks_long_line_is_told_by_its_length_and_spoils_no_other(
 @given(num_bytes=st.integers(0, 3 * HASH_BLOCK_BYTES), num_read=st.integers(0, HASH_BLOCK_BYTES))
 def test_hashed_ranges_together_hash_what_one_range_hashes(num_bytes: int, num_read: int) -> None:
     data = random.Random(num_bytes).randbytes(num_bytes)
-    whole = HashedRange(pa.BufferReader(data), 0, num_bytes).digests()
+    whole = HashingReader(pa.BufferReader(data), 0, num_bytes).digests()
     parts: list[str] = []
     for start, stop in cut(num_bytes, 2 * HASH_BLOCK_BYTES):
-        part = HashedRange(pa.BufferReader(data), start, stop)
+        part = HashingReader(pa.BufferReader(data), start, stop)
         part.read(num_read)
         parts += part.digests()
     assert parts == whole

@@ -4,7 +4,7 @@ import re
 from html.parser import HTMLParser
 
 from raytune_llama.data.store.manifest import (
-    FORMAT_VERSION,
+    STORE_FORMAT_VERSION,
     Manifest,
     RowCounts,
     Shard,
@@ -29,13 +29,13 @@ def shard(source: int, documents: int, tokens: int) -> Shard:
 def manifest() -> Manifest:
     inputs = {"sources": [{"source": 0, "name": "<b>.txt", "format": "txt", "sha256": "ab"}]}
     return Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=STORE_FORMAT_VERSION,
         fingerprint=fingerprint_of(inputs),
         inputs=inputs,
         token_dtype="uint16",  # noqa: S106 - a type's name
         splits={
-            "train": SplitManifest.of([shard(0, 10, 1500), shard(1, 5, 500)]),
-            "validation": SplitManifest.of([]),
+            "train": SplitManifest.from_shards([shard(0, 10, 1500), shard(1, 5, 500)]),
+            "validation": SplitManifest.from_shards([]),
         },
         rows=RowCounts(
             total=20, documents=15, skipped={"blank": 2}, quarantined={"invalid_json": 3}

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from raytune_llama.data.store import shards as shards_module
 from raytune_llama.data.store.manifest import (
-    FORMAT_VERSION,
+    STORE_FORMAT_VERSION,
     Manifest,
     RowCounts,
     Shard,
     SplitManifest,
     StoreError,
-    compare_fingerprint,
+    check_fingerprint,
     fingerprint_of,
     token_dtype,
     write_manifest,
@@ -48,18 +48,18 @@ def write_shards(folder: Path, documents: list[list[int]], sizes: list[int]) -> 
         start += size
         if writer.shard:
             shards.append(writer.shard)
-    return SplitManifest.of(shards)
+    return SplitManifest.from_shards(shards)
 
 
 def write_store(path: Path) -> Path:
     path.mkdir()
     train = write_shards(path, DOCUMENTS, [2, 3])
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=STORE_FORMAT_VERSION,
         fingerprint=fingerprint_of(INPUTS),
         inputs=INPUTS,
         token_dtype="uint16",  # noqa: S106 - a type's name
-        splits={"train": train, "validation": SplitManifest.of([])},
+        splits={"train": train, "validation": SplitManifest.from_shards([])},
         rows=RowCounts(),
         quarantine=None,
         lengths=[],
@@ -251,7 +251,7 @@ def test_split_shard_of_other_length_is_refused(tmp_path: Path) -> None:
 
 
 def test_compare_fingerprint_equal_inputs_pass(tmp_path: Path) -> None:
-    compare_fingerprint(Place.local(tmp_path), INPUTS, json.loads(json.dumps(INPUTS)))
+    check_fingerprint(Place.local(tmp_path), INPUTS, json.loads(json.dumps(INPUTS)))
 
 
 def test_compare_fingerprint_stale_store_names_field_and_both_values(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_compare_fingerprint_stale_store_names_field_and_both_values(tmp_path: P
     wanted["sources"][1]["sha256"] = "22"
     wanted["tokenizer"]["eos_id"] = None
     with pytest.raises(StoreError) as caught:
-        compare_fingerprint(Place.local(tmp_path), INPUTS, wanted)
+        check_fingerprint(Place.local(tmp_path), INPUTS, wanted)
     message = str(caught.value)
     assert "sources.1.sha256: '11' -> '22'" in message
     assert "tokenizer.eos_id: 2 -> None" in message
@@ -274,7 +274,7 @@ def test_source_ranges_cover_the_stream_without_gap(tmp_path: Path) -> None:
             writer.write([7] * (number + 1), 1, number, 0)
         assert writer.shard is not None
         shards.append(writer.shard)
-    split = TokenSplit(Place.local(tmp_path), SplitManifest.of(shards))
+    split = TokenSplit(Place.local(tmp_path), SplitManifest.from_shards(shards))
     assert split.source_ranges() == {0: range(1), 2: range(1, 6), 3: range(6, 10)}
     assert split.source_documents() == {0: range(1), 2: range(1, 3), 3: range(3, 4)}
 
@@ -298,7 +298,7 @@ def test_documents_and_files_are_found_by_number(
                         writer.write([7] * size, 1, number, 0)
             assert writer.shard is not None
             shards.append(writer.shard)
-    split = TokenSplit(Place.local(folder), SplitManifest.of(shards))
+    split = TokenSplit(Place.local(folder), SplitManifest.from_shards(shards))
     sizes = [size for file in files for size in file]
     starts = np.cumsum([0, *sizes])
     numbers = np.array(data.draw(st.lists(st.integers(0, len(sizes)), max_size=9)), dtype=np.int64)

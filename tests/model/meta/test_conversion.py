@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from raytune_llama.model.meta.conversion import ConvertConfig, convert_weights
-from raytune_llama.model.meta.layout import MetaParams, cut, params_of
+from raytune_llama.model.meta.layout import MetaParams, build_meta_params, shard_ranges
 from raytune_llama.model.tensors import open_weights
 from tests.model.conftest import MakeModel, llama_config
 
@@ -74,7 +74,7 @@ def shard(tensors: dict[str, Tensor], num_shards: int) -> list[dict[str, Tensor]
             if axis is None:
                 part[name] = tensor.clone()
             else:
-                start, stop = cut(tensor.shape[axis], num_shards)[number]
+                start, stop = shard_ranges(tensor.shape[axis], num_shards)[number]
                 part[name] = tensor.narrow(axis, start, stop - start).clone()
     return shards
 
@@ -186,7 +186,7 @@ LAYER = (
 
 def test_cut_gives_the_rest_to_the_last_shard_as_the_seeds_do() -> None:
     def sizes(rows: int, shards: int) -> list[int]:
-        return [stop - start for start, stop in cut(rows, shards)]
+        return [stop - start for start, stop in shard_ranges(rows, shards)]
 
     assert sizes(49_953, 2) == [24_976, 24_977]
     assert sizes(49_953, 4) == [12_488, 12_488, 12_488, 12_489]
@@ -197,7 +197,7 @@ def test_cut_gives_the_rest_to_the_last_shard_as_the_seeds_do() -> None:
 def test_params_of_a_config_give_its_width_back(intermediate: int) -> None:
     dims = {11_008: 4096, 13_824: 5120, 17_920: 6656, 22_016: 8192, 28_672: 8192, 1536: 576}
     fields = {"hidden_size": dims.get(intermediate, 16), "intermediate_size": intermediate}
-    params = params_of(llama_config(**fields))
+    params = build_meta_params(llama_config(**fields))
     assert params.intermediate == intermediate
     if intermediate in (11_008, 13_824, 17_920, 22_016):
         assert (params.multiple_of, params.ffn_dim_multiplier) == (256, None)

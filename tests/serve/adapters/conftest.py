@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from raytune_llama.serve.adapters.loading import AdapterLoader
 from raytune_llama.serve.adapters.pool import AdapterPool
-from raytune_llama.serve.adapters.registry import Registry
+from raytune_llama.serve.adapters.registry import AdapterRegistry
 from raytune_llama.serve.config import SamplingDefaults, ServedModelConfig
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.scheduler import Stepper
-from raytune_llama.serve.generation.completion import Answerer
-from raytune_llama.serve.generation.model import ServedModel, load_served
-from raytune_llama.serve.generation.output import Part
+from raytune_llama.serve.engine.scheduler import BatchScheduler
+from raytune_llama.serve.generation.completion import CompletionService
+from raytune_llama.serve.generation.model import ServedModel, load_served_model
+from raytune_llama.serve.generation.output import OutputDelta
 from raytune_llama.serve.protocol.chat import CompletionRequest
-from raytune_llama.storage.files import MANIFEST, sha256_file, write_json_atomic
+from raytune_llama.storage.files import OUTPUT_MANIFEST, sha256_file, write_json_atomic
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
 from raytune_llama.train.export import fingerprint_model
@@ -62,7 +62,7 @@ def write_adapter_directory(base: Path, folder: Path, *, seed: int, **fields: An
         "files": {file.name: sha256_file(file) for file in sorted(temporary.iterdir())},
         **manifest,
     }
-    write_json_atomic(temporary / MANIFEST, written)
+    write_json_atomic(temporary / OUTPUT_MANIFEST, written)
     if folder.exists():
         folder.rename(folder.with_name(f".{folder.name}.old.{seed}"))
     temporary.rename(folder)
@@ -102,7 +102,7 @@ class Adapters:
     pool: AdapterPool
     base: Path
     folder: Path
-    stepper: Stepper
+    stepper: BatchScheduler
 
     async def text(self, name: str | None, prompt: str = "the quick") -> str:
         """Return what is answered with an adapter, or by the base."""
@@ -110,7 +110,7 @@ class Adapters:
         request = asked("tiny" if name is None else f"tiny:{name}", prompt)
         async with aclosing(self.pool.respond(request)) as items:
             async for item in items:
-                text += item.text if isinstance(item, Part) else ""
+                text += item.text if isinstance(item, OutputDelta) else ""
         return text
 
     def write(self, name: str, *, seed: int, **fields: Any) -> Path:  # noqa: ANN401
@@ -149,10 +149,10 @@ def make_adapters(base_dir: Path, tmp_path: Path) -> Iterator[MakeAdapters]:
         folder.mkdir()
         place = place or Place.local(folder)
         config = ServedModelConfig(path=str(base_dir), adapters_dir=str(place), **fields)
-        served = load_served(config, torch.device("cpu"))
+        served = load_served_model(config, torch.device("cpu"))
 
-        def make_stepper(served: ServedModel) -> Stepper:
-            return Stepper(
+        def make_stepper(served: ServedModel) -> BatchScheduler:
+            return BatchScheduler(
                 served.model,
                 num_slots=16,
                 max_context=served.max_context,
@@ -163,12 +163,12 @@ def make_adapters(base_dir: Path, tmp_path: Path) -> Iterator[MakeAdapters]:
         engine = TransformersEngine(stepper, max_waiting=100)
         engines.append(engine)
 
-        def make_answerer(served: ServedModel, adapter: Any) -> Answerer:  # noqa: ANN401
-            return Answerer(served, engine, SamplingDefaults(), adapter)
+        def make_answerer(served: ServedModel, adapter: Any) -> CompletionService:  # noqa: ANN401
+            return CompletionService(served, engine, SamplingDefaults(), adapter)
 
         pool = AdapterPool(
             make_answerer(served, None),
-            Registry.of(str(place)),
+            AdapterRegistry.from_path(str(place)),
             AdapterLoader(config, served),
             engine,
             make_answerer=make_answerer,

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_llama.chat.encoding import ChatConfig, build_chat_encoder
-from raytune_llama.model.rope import MODEL_SETTINGS
+from raytune_llama.model.rope import MODEL_SETTINGS_KEY
 from raytune_llama.serve.adapters.loading import AdapterLoader
 from raytune_llama.serve.config import ServedModelConfig
-from raytune_llama.serve.generation.model import load_served
+from raytune_llama.serve.generation.model import load_served_model
 from raytune_llama.tokenizer.loader import load_tokenizer
 from tests.serve.adapters.conftest import LINEAR, write_adapter_directory
 
@@ -21,7 +21,7 @@ IDS = torch.tensor([[0, 5, 70, 33, 200]])
 
 def loader(base: Path, **fields: Any) -> AdapterLoader:  # noqa: ANN401
     config = ServedModelConfig(path=str(base), **fields)
-    return AdapterLoader(config, load_served(config, torch.device("cpu")))
+    return AdapterLoader(config, load_served_model(config, torch.device("cpu")))
 
 
 def test_adapter_speaks_by_the_template_that_it_was_tuned_with(
@@ -79,7 +79,7 @@ def test_adapter_of_longer_positions_becomes_a_copy_with_them(
     rope = {**own.rope_parameters, "rope_type": "linear", "factor": 2.0}
     values = {"rope_parameters": rope, "max_position_embeddings": 256}
     folder = write_adapter_directory(
-        base_dir, tmp_path / "long", seed=0, manifest={MODEL_SETTINGS: values}
+        base_dir, tmp_path / "long", seed=0, manifest={MODEL_SETTINGS_KEY: values}
     )
     loaded = loader(base_dir).load(folder, "tiny:long")
     assert loaded.updates is None

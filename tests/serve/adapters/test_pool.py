@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from raytune_llama.serve.errors import BusyError, RequestError, UnknownModelError
-from raytune_llama.storage.files import MANIFEST, read_json, write_json_atomic
+from raytune_llama.serve.errors import BusyError, InvalidRequestError, UnknownModelError
+from raytune_llama.storage.files import OUTPUT_MANIFEST, read_json, write_json_atomic
 from raytune_llama.storage.place import Place
 from tests.serve.adapters.conftest import MakeAdapters, asked, run
 
@@ -182,11 +182,11 @@ def flip_bit(folder: Path) -> None:
 def cut(folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:2000])
-    (folder / MANIFEST).unlink()
+    (folder / OUTPUT_MANIFEST).unlink()
 
 
 def change_manifest(folder: Path, **values: Any) -> None:  # noqa: ANN401
-    write_json_atomic(folder / MANIFEST, read_json(folder / MANIFEST) | values)
+    write_json_atomic(folder / OUTPUT_MANIFEST, read_json(folder / OUTPUT_MANIFEST) | values)
 
 
 def name_other_base(folder: Path) -> None:
@@ -220,7 +220,7 @@ def test_adapter_that_does_not_fit_is_refused_and_all_else_goes_on(
 
     async def main() -> None:
         for _ in range(2):
-            with pytest.raises(RequestError, match=problem) as caught:
+            with pytest.raises(InvalidRequestError, match=problem) as caught:
                 await adapters.text("bad")
             assert str(adapters.folder) not in str(caught.value)
         assert await adapters.text(None) == adapters.wanted(None)
@@ -233,7 +233,7 @@ def test_adapter_that_does_not_fit_is_refused_and_all_else_goes_on(
                 await asyncio.sleep(0.05)
 
     async def text_or_none() -> str | None:
-        with suppress(RequestError):
+        with suppress(InvalidRequestError):
             return await adapters.text("bad")
         return None
 

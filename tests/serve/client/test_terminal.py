@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from raytune_llama.serve.errors import BusyError, EngineError
-from raytune_llama.serve.generation.completion import Answerer
-from raytune_llama.serve.http.keys import Keys, make_key
+from raytune_llama.serve.generation.completion import CompletionService
+from raytune_llama.serve.http.keys import ApiKeys, make_key
 from tests.serve.http.scripted import Scripted
 from tests.serve.http.test_routes import Here, Server
 
@@ -107,7 +107,7 @@ def models() -> dict[str, Scripted]:
 
 
 @pytest.fixture(scope="module")
-def port(models: dict[str, Scripted], answerer: Answerer) -> Iterator[int]:
+def port(models: dict[str, Scripted], answerer: CompletionService) -> Iterator[int]:
     server = Server({"tiny": Here(answerer), **models})
     yield server.port
     server.close()
@@ -179,7 +179,7 @@ def test_mistakes_in_the_config_are_told_at_once() -> None:
 
 def test_key_is_taken_from_the_environment_and_never_shown(models: dict[str, Scripted]) -> None:
     (key, line), (other, _) = make_key(), make_key()
-    server = Server({"plain": models["plain"]}, Keys((bytes.fromhex(line),)))
+    server = Server({"plain": models["plain"]}, ApiKeys((bytes.fromhex(line),)))
     try:
         assert pipe(server.port, "x", key=key) == (0, "one two\n", "")
         for wrong in (other, None):

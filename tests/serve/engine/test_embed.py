@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from raytune_llama.serve.engine.embed import Embedder, Vectors
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.protocol import Generation
-from raytune_llama.serve.engine.scheduler import Stepper
+from raytune_llama.serve.engine.protocol import EngineRequest
+from raytune_llama.serve.engine.scheduler import BatchScheduler
 from raytune_llama.serve.errors import BusyError
 from tests.serve.engine.test_scheduler import (
     GREEDY,
@@ -98,12 +98,12 @@ def llama() -> PreTrainedModel:
 
 
 def test_answers_go_on_and_are_the_same_while_many_texts_are_read(llama: PreTrainedModel) -> None:
-    stepper = Stepper(llama, num_slots=2, max_context=20_000, prefill_tokens=16)
+    stepper = BatchScheduler(llama, num_slots=2, max_context=20_000, prefill_tokens=16)
     engine = TransformersEngine(stepper, max_waiting=3)
     prompt, texts = prompts(1)[0], prompts(12) * 8
 
     async def main() -> None:
-        generation = engine.generate(Generation(prompt, GREEDY, 10_000))
+        generation = engine.generate(EngineRequest(prompt, GREEDY, 10_000))
         tokens: list[int] = []
         batches: list[Vectors] = []
 
@@ -112,7 +112,7 @@ def test_answers_go_on_and_are_the_same_while_many_texts_are_read(llama: PreTrai
 
         task = asyncio.ensure_future(embed())
         async for step in generation:
-            tokens.append(step.choice.token)
+            tokens.append(step.sampled.token)
             if task.done():
                 break
         await task
@@ -128,7 +128,7 @@ def test_answers_go_on_and_are_the_same_while_many_texts_are_read(llama: PreTrai
 
 
 def test_texts_of_callers_that_go_away_are_read_no_further(llama: PreTrainedModel) -> None:
-    stepper = Stepper(llama, num_slots=2, max_context=200, prefill_tokens=16)
+    stepper = BatchScheduler(llama, num_slots=2, max_context=200, prefill_tokens=16)
     engine = TransformersEngine(stepper, max_waiting=3)
     embedder = engine._embedder  # what it has to do is what this is about
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from raytune_llama.serve.engine.grammar import CallForm, Grammars
+from raytune_llama.serve.engine.grammar import GrammarCompiler, ToolCallFormat
 from raytune_llama.serve.generation.model import ServedModel
 from raytune_llama.serve.protocol.chat import ANY_OBJECT
 from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
@@ -21,68 +21,72 @@ PERSON = {
 
 
 @pytest.fixture(scope="module")
-def grammars(served: ServedModel) -> Grammars:
-    return Grammars(served.tokenizer, served.stop_ids)
+def grammars(served: ServedModel) -> GrammarCompiler:
+    return GrammarCompiler(served.tokenizer, served.stop_ids)
 
 
 def test_grammar_lets_a_text_of_the_form_through_and_then_only_the_end(
-    grammars: Grammars, served: ServedModel
+    grammars: GrammarCompiler, served: ServedModel
 ) -> None:
-    grammar = grammars.of_schema(PERSON)
+    grammar = grammars.compile_schema(PERSON)
     for token in encode_text(served.tokenizer, ['{"name": "é人", "age": 7}'])[0]:
-        assert grammar.allowed()[token]
-        grammar.take(token)
-    ends = grammar.allowed().nonzero().squeeze(1).tolist()
+        assert grammar.allowed_tokens()[token]
+        grammar.advance(token)
+    ends = grammar.allowed_tokens().nonzero().squeeze(1).tolist()
     assert set(ends) & served.stop_ids
 
 
 @pytest.mark.parametrize("text", ["[", '{"n": 1', '{"name": 3', '{"name": "abcdef'])
 def test_grammar_stops_a_text_that_breaks_the_form(
-    grammars: Grammars, served: ServedModel, text: str
+    grammars: GrammarCompiler, served: ServedModel, text: str
 ) -> None:
-    grammar = grammars.of_schema(PERSON)
+    grammar = grammars.compile_schema(PERSON)
     tokens = encode_text(served.tokenizer, [text])[0]
     for token in tokens:
-        if not grammar.allowed()[token]:
+        if not grammar.allowed_tokens()[token]:
             with pytest.raises(ValueError, match="breaks the grammar"):
-                grammar.take(token)
+                grammar.advance(token)
             return
-        grammar.take(token)
+        grammar.advance(token)
     pytest.fail("nothing was stopped")
 
 
-def test_copy_of_a_grammar_goes_its_own_way(grammars: Grammars, served: ServedModel) -> None:
-    first = grammars.of_schema(PERSON)
+def test_copy_of_a_grammar_goes_its_own_way(grammars: GrammarCompiler, served: ServedModel) -> None:
+    first = grammars.compile_schema(PERSON)
     (brace,) = encode_text(served.tokenizer, ["{"])[0]
-    first.take(brace)
+    first.advance(brace)
     other = first.copy()
-    before = other.allowed()
+    before = other.allowed_tokens()
     for token in encode_text(served.tokenizer, ['"name"'])[0]:
-        first.take(token)
-    assert torch.equal(other.allowed(), before)
-    assert not torch.equal(first.allowed(), before)
+        first.advance(token)
+    assert torch.equal(other.allowed_tokens(), before)
+    assert not torch.equal(first.allowed_tokens(), before)
 
 
 @pytest.mark.parametrize(
     "schema",
     [{"type": "nothing"}, {"type": "string", "pattern": "("}, {"x": "y" * 200_000}],
 )
-def test_schema_that_cannot_be_used_is_refused(grammars: Grammars, schema: dict[str, Any]) -> None:
+def test_schema_that_cannot_be_used_is_refused(
+    grammars: GrammarCompiler, schema: dict[str, Any]
+) -> None:
     with pytest.raises(ValueError, match="schema"):
-        grammars.of_schema(schema)
+        grammars.compile_schema(schema)
 
 
-def test_random_tokens_that_are_allowed_make_json(grammars: Grammars, served: ServedModel) -> None:
+def test_random_tokens_that_are_allowed_make_json(
+    grammars: GrammarCompiler, served: ServedModel
+) -> None:
     generator = torch.Generator().manual_seed(0)
     whole = 0
     for _ in range(20):
-        grammar, tokens = grammars.of_schema(PERSON), []
+        grammar, tokens = grammars.compile_schema(PERSON), []
         for _ in range(200):
-            places = grammar.allowed().nonzero().squeeze(1)
+            places = grammar.allowed_tokens().nonzero().squeeze(1)
             token = int(places[torch.randint(len(places), (1,), generator=generator)])
             if token in served.stop_ids:
                 break
-            grammar.take(token)
+            grammar.advance(token)
             tokens.append(token)
         else:
             continue  # it went on with digits or blanks
@@ -91,7 +95,7 @@ def test_random_tokens_that_are_allowed_make_json(grammars: Grammars, served: Se
         assert isinstance(found["age"], int)
         whole += 1
     assert whole > 5
-    assert grammars.of_schema(ANY_OBJECT).allowed().any()
+    assert grammars.compile_schema(ANY_OBJECT).allowed_tokens().any()
 
 
 WEATHER = {
@@ -109,27 +113,27 @@ MARKERS = ("<tool_call>", "</tool_call>", "<think>")
 @pytest.fixture(scope="module", params=["text", "added", "control"])
 def with_markers(
     request: pytest.FixtureRequest, tokenizer_dir: Path
-) -> tuple[PreTrainedTokenizerFast, Grammars]:
+) -> tuple[PreTrainedTokenizerFast, GrammarCompiler]:
     """A tokenizer to which the markers are text, tokens of their own, or control tokens."""
     tokenizer = copy.deepcopy(load_tokenizer(tokenizer_dir))
     if request.param != "text":
         is_control = request.param == "control"
         for text in MARKERS:
             tokenizer.add_tokens(AddedToken(text, special=is_control, normalized=False))
-    return tokenizer, Grammars(tokenizer, frozenset({1}))
+    return tokenizer, GrammarCompiler(tokenizer, frozenset({1}))
 
 
 def reads(
-    with_markers: tuple[PreTrainedTokenizerFast, Grammars], form: CallForm, text: str
+    with_markers: tuple[PreTrainedTokenizerFast, GrammarCompiler], form: ToolCallFormat, text: str
 ) -> tuple[bool, bool]:
     """Whether the form lets a text through, and whether it may end there."""
     tokenizer, grammars = with_markers
-    grammar = grammars.of_calls(form)
+    grammar = grammars.compile_tool_calls(form)
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
-        if not grammar.allowed()[token]:
+        if not grammar.allowed_tokens()[token]:
             return False, False
-        grammar.take(token)
-    return True, bool(grammar.allowed()[1])
+        grammar.advance(token)
+    return True, bool(grammar.allowed_tokens()[1])
 
 
 @pytest.mark.parametrize(
@@ -157,12 +161,12 @@ def reads(
     ],
 )
 def test_form_of_calls_lets_them_through_and_nothing_else(
-    with_markers: tuple[PreTrainedTokenizerFast, Grammars],
+    with_markers: tuple[PreTrainedTokenizerFast, GrammarCompiler],
     fields: dict[str, Any],
     text: str,
     wanted: tuple[bool, bool],
 ) -> None:
-    found = reads(with_markers, CallForm(SCHEMAS, **fields), text)
+    found = reads(with_markers, ToolCallFormat(SCHEMAS, **fields), text)
     # What ends within a marker that is one token can't be written with it.
     assert found == wanted or (text == CALL[:-5] and found == (False, False))
 
@@ -171,8 +175,8 @@ def test_text_before_calls_may_have_tokens_of_its_own(tokenizer_dir: Path) -> No
     tokenizer = copy.deepcopy(load_tokenizer(tokenizer_dir))
     for text in MARKERS:
         tokenizer.add_tokens(AddedToken(text, special=False))
-    both = (tokenizer, Grammars(tokenizer, frozenset({1})))
-    form = CallForm(SCHEMAS)
+    both = (tokenizer, GrammarCompiler(tokenizer, frozenset({1})))
+    form = ToolCallFormat(SCHEMAS)
     assert reads(both, form, "<think>the fox<think>") == (True, True)
     assert reads(both, form, f"<think>the fox<think>dog\n{CALL}\n{CALL}") == (True, True)
     assert reads(both, form, f"<think>the fox{CALL}dog") == (False, False)
@@ -180,16 +184,20 @@ def test_text_before_calls_may_have_tokens_of_its_own(tokenizer_dir: Path) -> No
     assert reads(both, form, "the <|im_end|>") == (False, False)
 
 
-def test_schema_that_cannot_be_used_names_its_function(grammars: Grammars) -> None:
-    form = CallForm([*SCHEMAS, ("bad", {"type": "object", "properties": {"a": {"type": "no"}}})])
+def test_schema_that_cannot_be_used_names_its_function(grammars: GrammarCompiler) -> None:
+    form = ToolCallFormat(
+        [*SCHEMAS, ("bad", {"type": "object", "properties": {"a": {"type": "no"}}})]
+    )
     with pytest.raises(ValueError, match=r"^bad: the schema can't be used"):
-        grammars.of_calls(form)
+        grammars.compile_tool_calls(form)
 
 
-def test_grammar_asked_for_again_begins_anew(grammars: Grammars, served: ServedModel) -> None:
-    first = grammars.of_schema(PERSON)
-    first.take(encode_text(served.tokenizer, ["{"])[0][0])
-    again = grammars.of_schema(PERSON)
-    assert not torch.equal(first.allowed(), again.allowed())
-    again.take(encode_text(served.tokenizer, ["{"])[0][0])
-    assert torch.equal(first.allowed(), again.allowed())
+def test_grammar_asked_for_again_begins_anew(
+    grammars: GrammarCompiler, served: ServedModel
+) -> None:
+    first = grammars.compile_schema(PERSON)
+    first.advance(encode_text(served.tokenizer, ["{"])[0][0])
+    again = grammars.compile_schema(PERSON)
+    assert not torch.equal(first.allowed_tokens(), again.allowed_tokens())
+    again.advance(encode_text(served.tokenizer, ["{"])[0][0])
+    assert torch.equal(first.allowed_tokens(), again.allowed_tokens())

@@ -8,12 +8,12 @@ import torch
 from transformers import PreTrainedModel
 
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.protocol import Generation, Sampling
-from raytune_llama.serve.engine.scheduler import Stepper
+from raytune_llama.serve.engine.protocol import EngineRequest, SamplingOptions
+from raytune_llama.serve.engine.scheduler import BatchScheduler
 from raytune_llama.serve.errors import BusyError, EngineError
 from tests.serve.engine.test_scheduler import GREEDY, by_transformers, make_llama, prompts
 
-LONG = Generation((1, 2, 3), GREEDY, 10_000)
+LONG = EngineRequest((1, 2, 3), GREEDY, 10_000)
 
 
 @pytest.fixture(scope="module")
@@ -23,20 +23,20 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture
 def engine(model: PreTrainedModel) -> Iterator[TransformersEngine]:
-    stepper = Stepper(model, num_slots=4, max_context=20_000)
+    stepper = BatchScheduler(model, num_slots=4, max_context=20_000)
     engine = TransformersEngine(stepper, max_waiting=3)
     yield engine
     engine.close()
 
 
-async def collect(engine: TransformersEngine, generation: Generation) -> list[int]:
-    return [step.choice.token async for step in engine.generate(generation)]
+async def collect(engine: TransformersEngine, generation: EngineRequest) -> list[int]:
+    return [step.sampled.token async for step in engine.generate(generation)]
 
 
 def test_engine_answers_many_callers_as_the_model_would_each(
     engine: TransformersEngine, model: PreTrainedModel
 ) -> None:
-    asked = [Generation(prompt, GREEDY, 12) for prompt in prompts(3)]
+    asked = [EngineRequest(prompt, GREEDY, 12) for prompt in prompts(3)]
 
     async def main() -> list[list[int]]:
         return await asyncio.gather(*(collect(engine, generation) for generation in asked))
@@ -56,13 +56,13 @@ def test_engine_frees_the_slots_of_callers_that_go_away(engine: TransformersEngi
         for _ in range(5):
             tasks = [asyncio.create_task(collect(engine, LONG)) for _ in range(3)]
             async for step in engine.generate(LONG):
-                assert step.finish is None
+                assert step.finish_reason is None
                 break
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.wait_for(wait_until_idle(engine), timeout=60)
-        assert len(await collect(engine, Generation((5,), GREEDY, 4))) == 4
+        assert len(await collect(engine, EngineRequest((5,), GREEDY, 4))) == 4
 
     asyncio.run(main())
 
@@ -87,7 +87,7 @@ def test_engine_refuses_a_prompt_that_is_too_long_before_it_waits(
     engine: TransformersEngine,
 ) -> None:
     async def main() -> None:
-        await anext(engine.generate(Generation((1,) * 20_000, GREEDY, 1)))
+        await anext(engine.generate(EngineRequest((1,) * 20_000, GREEDY, 1)))
 
     with pytest.raises(ValueError, match="20000 tokens"):
         asyncio.run(main())
@@ -96,9 +96,9 @@ def test_engine_refuses_a_prompt_that_is_too_long_before_it_waits(
 def test_engine_that_fails_tells_every_caller_and_answers_nothing_more(
     model: PreTrainedModel,
 ) -> None:
-    engine = TransformersEngine(Stepper(model, num_slots=2, max_context=90), max_waiting=9)
+    engine = TransformersEngine(BatchScheduler(model, num_slots=2, max_context=90), max_waiting=9)
     # An id beyond the table, which no tokenizer that fits makes.
-    bad = Generation((10_000,), Sampling(temperature=0), 5)
+    bad = EngineRequest((10_000,), SamplingOptions(temperature=0), 5)
 
     async def main() -> None:
         tasks = [collect(engine, LONG), collect(engine, bad)]
@@ -109,12 +109,14 @@ def test_engine_that_fails_tells_every_caller_and_answers_nothing_more(
 
     asyncio.run(main())
     with pytest.raises(EngineError):
-        engine.check()
+        engine.check_health()
 
 
 def test_engine_that_is_closed_ends_what_runs(model: PreTrainedModel) -> None:
     torch.manual_seed(0)
-    engine = TransformersEngine(Stepper(model, num_slots=2, max_context=20_000), max_waiting=9)
+    engine = TransformersEngine(
+        BatchScheduler(model, num_slots=2, max_context=20_000), max_waiting=9
+    )
 
     async def main() -> None:
         running = engine.generate(LONG)

@@ -3,26 +3,26 @@
 import torch
 from transformers import PreTrainedModel
 
-from raytune_llama.serve.engine.lora import LowRank
-from raytune_llama.serve.engine.protocol import Choice, Generation, Sampling
-from raytune_llama.serve.engine.scheduler import Stepper
+from raytune_llama.serve.engine.lora import LoraLayerWeights
+from raytune_llama.serve.engine.protocol import EngineRequest, SampledToken, SamplingOptions
+from raytune_llama.serve.engine.scheduler import BatchScheduler
 from tests.serve.engine.test_scheduler import GREEDY, make_llama, prompts, run
 
 ENDS = ("q_proj", "v_proj", "down_proj")
 
 
-def updates_of(*, rank: int, seed: int) -> dict[str, LowRank]:
+def updates_of(*, rank: int, seed: int) -> dict[str, LoraLayerWeights]:
     generator = torch.Generator().manual_seed(seed)
-    updates: dict[str, LowRank] = {}
+    updates: dict[str, LoraLayerWeights] = {}
     for name, module in make_llama().named_modules():
         if name.endswith(ENDS[: 1 + seed % 3]) and isinstance(module, torch.nn.Linear):
             a_RI = torch.randn(rank, module.in_features, generator=generator) * 0.3
             b_RO = torch.randn(rank, module.out_features, generator=generator) * 0.3
-            updates[name] = LowRank(a_RI, b_RO)
+            updates[name] = LoraLayerWeights(a_RI, b_RO)
     return updates
 
 
-def merged(updates: dict[str, LowRank]) -> PreTrainedModel:
+def merged(updates: dict[str, LoraLayerWeights]) -> PreTrainedModel:
     model = make_llama()
     with torch.no_grad():
         for name, update in updates.items():
@@ -34,42 +34,42 @@ def merged(updates: dict[str, LowRank]) -> PreTrainedModel:
 
 def test_rows_with_different_adapters_generate_as_each_merged_model_alone() -> None:
     model = make_llama()
-    stepper = Stepper(model, num_slots=5, max_context=200, prefill_tokens=7)
+    stepper = BatchScheduler(model, num_slots=5, max_context=200, prefill_tokens=7)
     adapters = {n: updates_of(rank=2 + 3 * n, seed=n) for n in range(3)}
     for key, updates in adapters.items():
         stepper.attach(key, updates)
     keys = [None, *adapters]
     # Of different lengths, so that rows become free in the middle and move.
     asked = {
-        n: Generation(p, GREEDY, 3 + 5 * (n % 3), adapter=keys[n % 4])
+        n: EngineRequest(p, GREEDY, 3 + 5 * (n % 3), adapter=keys[n % 4])
         for n, p in enumerate(prompts(16))
     }
     told = run(stepper, asked.items(), joining_every=2)
     for key in keys:
         alone = merged(adapters[key] if key is not None else {})
         own = {n: g for n, g in asked.items() if g.adapter == key}
-        plain = {n: Generation(g.prompt, GREEDY, g.max_tokens) for n, g in own.items()}
-        wanted = run(Stepper(alone, num_slots=1, max_context=200), plain.items())
+        plain = {n: EngineRequest(g.prompt, GREEDY, g.max_tokens) for n, g in own.items()}
+        wanted = run(BatchScheduler(alone, num_slots=1, max_context=200), plain.items())
         assert {n: told[n] for n in own} == wanted
 
 
-def choices(stepper: Stepper, adapters: list[str | None]) -> list[list[Choice]]:
+def choices(stepper: BatchScheduler, adapters: list[str | None]) -> list[list[SampledToken]]:
     """Return the choices of rows that all run from the first step to the last."""
-    sampling = Sampling(temperature=0, num_logprobs=5)
+    sampling = SamplingOptions(temperature=0, num_logprobs=5)
     for key, adapter in enumerate(adapters):
-        stepper.add(key, Generation((5, 6, 7 + key), sampling, 20, adapter=adapter))
-    told: list[list[Choice]] = [[] for _ in adapters]
+        stepper.add(key, EngineRequest((5, 6, 7 + key), sampling, 20, adapter=adapter))
+    told: list[list[SampledToken]] = [[] for _ in adapters]
     while stepper.num_running or stepper.num_waiting:
         for step in stepper.step():
             assert isinstance(step.key, int)
-            told[step.key].append(step.choice)
+            told[step.key].append(step.sampled)
     return told
 
 
 def test_rows_of_the_base_are_bit_for_bit_those_of_a_model_without_adapters() -> None:
-    wanted = choices(Stepper(make_llama(), num_slots=6, max_context=200), [None] * 6)
+    wanted = choices(BatchScheduler(make_llama(), num_slots=6, max_context=200), [None] * 6)
     model = make_llama()
-    stepper = Stepper(model, num_slots=6, max_context=200)
+    stepper = BatchScheduler(model, num_slots=6, max_context=200)
     stepper.attach("a", updates_of(rank=3, seed=2))
     stepper.attach("b", updates_of(rank=5, seed=1))
     assert choices(stepper, [None] * 6) == wanted
@@ -81,15 +81,16 @@ def test_rows_of_the_base_are_bit_for_bit_those_of_a_model_without_adapters() ->
 def test_model_without_its_adapters_is_the_one_before() -> None:
     model = make_llama()
     before = dict(model.named_modules())
-    stepper = Stepper(model, num_slots=2, max_context=200)
+    stepper = BatchScheduler(model, num_slots=2, max_context=200)
     for n in range(3):
         stepper.attach(n, updates_of(rank=3, seed=n))
     stepper.detach(1)
-    asked = [("x", Generation((5, 6), GREEDY, 8, adapter=2))]
+    asked = [("x", EngineRequest((5, 6), GREEDY, 8, adapter=2))]
     told = run(stepper, asked)
     alone = merged(updates_of(rank=3, seed=2))
     wanted = run(
-        Stepper(alone, num_slots=1, max_context=200), [("x", Generation((5, 6), GREEDY, 8))]
+        BatchScheduler(alone, num_slots=1, max_context=200),
+        [("x", EngineRequest((5, 6), GREEDY, 8))],
     )
     assert told == wanted
     stepper.detach(0)

@@ -14,10 +14,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from raytune_llama.serve.engine.protocol import Finish, Generation, Sampling
-from raytune_llama.serve.engine.scheduler import Stepper
+from raytune_llama.serve.engine.protocol import EngineFinishReason, EngineRequest, SamplingOptions
+from raytune_llama.serve.engine.scheduler import BatchScheduler
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingOptions(temperature=0)
 ROWS = 97
 SHAPE = {
     "vocab_size": ROWS,
@@ -64,11 +64,16 @@ def prompts(count: int, *, longest: int = 40) -> list[tuple[int, ...]]:
 
 
 def run(
-    stepper: Stepper, generations: Iterable[tuple[Hashable, Generation]], *, joining_every: int = 0
-) -> dict[Hashable, tuple[list[int], Finish | None]]:
+    stepper: BatchScheduler,
+    generations: Iterable[tuple[Hashable, EngineRequest]],
+    *,
+    joining_every: int = 0,
+) -> dict[Hashable, tuple[list[int], EngineFinishReason | None]]:
     """Run until all have ended; with `joining_every`, one joins after so many steps."""
     waiting = list(generations)
-    told: dict[Hashable, tuple[list[int], Finish | None]] = {key: ([], None) for key, _ in waiting}
+    told: dict[Hashable, tuple[list[int], EngineFinishReason | None]] = {
+        key: ([], None) for key, _ in waiting
+    }
     count = 0
     while waiting or stepper.num_running or stepper.num_waiting:
         while waiting and (not joining_every or count % joining_every == 0):
@@ -78,7 +83,7 @@ def run(
         for step in stepper.step():
             tokens, finish = told[step.key]
             assert finish is None, "a token behind the last"
-            told[step.key] = ([*tokens, step.choice.token], step.finish)
+            told[step.key] = ([*tokens, step.sampled.token], step.finish_reason)
         count += 1
     return told
 
@@ -98,9 +103,9 @@ def test_stepper_generates_what_the_model_says_alone(
     make: Callable[[], PreTrainedModel], joining_every: int
 ) -> None:
     model = make()
-    stepper = Stepper(model, num_slots=4, max_context=200, prefill_tokens=7)
+    stepper = BatchScheduler(model, num_slots=4, max_context=200, prefill_tokens=7)
     # Of different lengths, so that rows become free in the middle and move.
-    asked = {n: Generation(p, GREEDY, 3 + 5 * (n % 4)) for n, p in enumerate(prompts(11))}
+    asked = {n: EngineRequest(p, GREEDY, 3 + 5 * (n % 4)) for n, p in enumerate(prompts(11))}
     told = run(stepper, asked.items(), joining_every=joining_every)
     for n, generation in asked.items():
         wanted = by_transformers(model, generation.prompt, generation.max_tokens)
@@ -108,23 +113,23 @@ def test_stepper_generates_what_the_model_says_alone(
 
 
 def test_stepper_on_16_at_a_time_equals_one_after_another(llama: PreTrainedModel) -> None:
-    asked = {n: Generation(p, GREEDY, 24) for n, p in enumerate(prompts(16))}
-    together = run(Stepper(llama, num_slots=16, max_context=200), asked.items())
-    alone = run(Stepper(llama, num_slots=1, max_context=200), asked.items())
+    asked = {n: EngineRequest(p, GREEDY, 24) for n, p in enumerate(prompts(16))}
+    together = run(BatchScheduler(llama, num_slots=16, max_context=200), asked.items())
+    alone = run(BatchScheduler(llama, num_slots=1, max_context=200), asked.items())
     assert together == alone
 
 
 def test_stepper_with_seeds_draws_the_same_whatever_runs_beside(llama: PreTrainedModel) -> None:
     asked = {
-        n: Generation(p, Sampling(temperature=0.9, top_p=0.95, seed=n), 12)
+        n: EngineRequest(p, SamplingOptions(temperature=0.9, top_p=0.95, seed=n), 12)
         for n, p in enumerate(prompts(6))
     }
-    together = run(Stepper(llama, num_slots=6, max_context=200), asked.items())
-    alone = run(Stepper(llama, num_slots=1, max_context=200), asked.items())
+    together = run(BatchScheduler(llama, num_slots=6, max_context=200), asked.items())
+    alone = run(BatchScheduler(llama, num_slots=1, max_context=200), asked.items())
     assert together == alone
     prompt = asked[0].prompt
-    others = [Generation(prompt, Sampling(temperature=0.9, seed=n), 12) for n in range(5)]
-    drawn = run(Stepper(llama, num_slots=5, max_context=200), enumerate(others))
+    others = [EngineRequest(prompt, SamplingOptions(temperature=0.9, seed=n), 12) for n in range(5)]
+    drawn = run(BatchScheduler(llama, num_slots=5, max_context=200), enumerate(others))
     assert len({tuple(tokens) for tokens, _ in drawn.values()}) == 5
 
 
@@ -133,14 +138,17 @@ def test_stepper_ends_at_a_stop_token_and_tells_it(llama: PreTrainedModel) -> No
     whole = by_transformers(llama, prompt, 12)
     stop = whole[5]
     end = whole.index(stop) + 1
-    generation = Generation(prompt, GREEDY, 12, frozenset({stop}))
-    told = run(Stepper(llama, num_slots=2, max_context=200), [("a", generation)])
+    generation = EngineRequest(prompt, GREEDY, 12, frozenset({stop}))
+    told = run(BatchScheduler(llama, num_slots=2, max_context=200), [("a", generation)])
     assert told["a"] == (whole[:end], "stop")
 
 
 def test_stepper_ends_where_the_context_is_full(llama: PreTrainedModel) -> None:
     prompt = prompts(1)[0][:5]
-    told = run(Stepper(llama, num_slots=1, max_context=9), [("a", Generation(prompt, GREEDY, 99))])
+    told = run(
+        BatchScheduler(llama, num_slots=1, max_context=9),
+        [("a", EngineRequest(prompt, GREEDY, 99))],
+    )
     tokens, finish = told["a"]
     assert (len(prompt) + len(tokens), finish) == (9, "length")
 
@@ -149,17 +157,17 @@ def test_stepper_ends_where_the_context_is_full(llama: PreTrainedModel) -> None:
 def test_stepper_refuses_a_prompt_without_room_for_an_answer(
     llama: PreTrainedModel, length: int
 ) -> None:
-    stepper = Stepper(llama, num_slots=1, max_context=9)
+    stepper = BatchScheduler(llama, num_slots=1, max_context=9)
     with pytest.raises(ValueError, match=f"{length} tokens, wanted 1 to 8"):
-        stepper.add("a", Generation((1,) * length, GREEDY, 1))
+        stepper.add("a", EngineRequest((1,) * length, GREEDY, 1))
 
 
 def test_stepper_never_generates_surplus_rows() -> None:
     model = make_llama()
     favourite = by_transformers(model, (5,), 1)[0]
-    stepper = Stepper(model, num_slots=1, max_context=50, num_tokens=favourite)
-    drawn = Generation((5,), Sampling(temperature=1.5, seed=1), 30)
-    told = run(stepper, [("greedy", Generation((5,), GREEDY, 5)), ("drawn", drawn)])
+    stepper = BatchScheduler(model, num_slots=1, max_context=50, num_tokens=favourite)
+    drawn = EngineRequest((5,), SamplingOptions(temperature=1.5, seed=1), 30)
+    told = run(stepper, [("greedy", EngineRequest((5,), GREEDY, 5)), ("drawn", drawn)])
     assert all(token < favourite for tokens, _ in told.values() for token in tokens)
 
 
@@ -167,8 +175,8 @@ def test_stepper_never_generates_surplus_rows() -> None:
 def test_stepper_that_lets_one_go_answers_the_others_alike(
     llama: PreTrainedModel, after: int
 ) -> None:
-    asked = {n: Generation(p, GREEDY, 10) for n, p in enumerate(prompts(5))}
-    stepper = Stepper(llama, num_slots=3, max_context=200, prefill_tokens=6)
+    asked = {n: EngineRequest(p, GREEDY, 10) for n, p in enumerate(prompts(5))}
+    stepper = BatchScheduler(llama, num_slots=3, max_context=200, prefill_tokens=6)
     for key, generation in asked.items():
         stepper.add(key, generation)
     told: dict[Hashable, list[int]] = {n: [] for n in asked}
@@ -179,7 +187,7 @@ def test_stepper_that_lets_one_go_answers_the_others_alike(
             stepper.remove("never there")
         for step in stepper.step():
             assert count < after or step.key not in (1, 4)
-            told[step.key].append(step.choice.token)
+            told[step.key].append(step.sampled.token)
     assert (stepper.num_running, stepper.num_waiting) == (0, 0)
     for n in (0, 2, 3):
         assert told[n] == by_transformers(llama, asked[n].prompt, 10)
@@ -188,28 +196,28 @@ def test_stepper_that_lets_one_go_answers_the_others_alike(
 def test_stepper_lets_the_first_of_several_go_while_they_are_answered(
     llama: PreTrainedModel,
 ) -> None:
-    asked = {n: Generation(p, GREEDY, 10) for n, p in enumerate(prompts(3))}
-    stepper = Stepper(llama, num_slots=3, max_context=200, prefill_tokens=100)
+    asked = {n: EngineRequest(p, GREEDY, 10) for n, p in enumerate(prompts(3))}
+    stepper = BatchScheduler(llama, num_slots=3, max_context=200, prefill_tokens=100)
     told: dict[Hashable, list[int]] = {n: [] for n in asked}
     for key, generation in asked.items():
         stepper.add(key, generation)
     while len(told[2]) < 2:
         for step in stepper.step():
-            told[step.key].append(step.choice.token)
+            told[step.key].append(step.sampled.token)
     stepper.remove(0)  # the last row takes its place, outside of a step
     assert stepper.num_running == 2
     while stepper.num_running:
         for step in stepper.step():
-            told[step.key].append(step.choice.token)
+            told[step.key].append(step.sampled.token)
     for n in (1, 2):
         assert told[n] == by_transformers(llama, asked[n].prompt, 10)
 
 
 def test_stepper_reads_short_prompts_together_up_to_the_bound(llama: PreTrainedModel) -> None:
-    stepper = Stepper(llama, num_slots=8, max_context=200, prefill_tokens=20)
+    stepper = BatchScheduler(llama, num_slots=8, max_context=200, prefill_tokens=20)
     lengths = {"a": 5, "b": 9, "c": 9, "d": 45, "e": 3}
     for key, length in lengths.items():
-        stepper.add(key, Generation((5,) * length, GREEDY, 100))
+        stepper.add(key, EngineRequest((5,) * length, GREEDY, 100))
     began: list[set[Hashable]] = []
     for _ in range(6):
         known = set().union(*began)

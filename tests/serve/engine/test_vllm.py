@@ -13,11 +13,11 @@ import torch
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
-from raytune_llama.serve.engine.grammar import Grammars
-from raytune_llama.serve.engine.protocol import Generation, Sampling, Step
+from raytune_llama.serve.engine.grammar import GrammarCompiler
+from raytune_llama.serve.engine.protocol import EngineRequest, SamplingOptions, TokenOutput
 from raytune_llama.serve.engine.vllm import choose_engine
-from raytune_llama.serve.errors import BusyError, EngineError, RequestError
-from raytune_llama.serve.generation.model import ServedModel, load_served
+from raytune_llama.serve.errors import BusyError, EngineError, InvalidRequestError
+from raytune_llama.serve.generation.model import ServedModel, load_served_model
 from raytune_llama.serve.replica import ModelReplica
 from tests.serve.engine.vllm_standin import (
     Answer,
@@ -38,8 +38,8 @@ __all__ = ["standin", "vllm_modules"]
 Wanted = Literal["auto", "transformers", "vllm"]
 
 
-def tokens_of(steps: list[Step]) -> list[int]:
-    return [step.choice.token for step in steps]
+def tokens_of(steps: list[TokenOutput]) -> list[int]:
+    return [step.sampled.token for step in steps]
 
 
 def test_model_is_loaded_from_its_directory_and_runs_no_code_of_it(standin: Standin) -> None:
@@ -56,12 +56,12 @@ def test_request_becomes_ids_and_settings_and_tokens_come_one_by_one(standin: St
         Answer([Output([8, 9])]),  # those that came while nobody asked
         Answer([Output([2], "stop")], finished=True),
     ]
-    sampling = Sampling(
+    sampling = SamplingOptions(
         temperature=0.7, top_p=0.9, top_k=40, repetition_penalty=1.1, seed=3, num_logprobs=None
     )
-    steps = standin.ask(Generation((5, 6), sampling, 20, frozenset({2, 1})))
+    steps = standin.ask(EngineRequest((5, 6), sampling, 20, frozenset({2, 1})))
     assert tokens_of(steps) == [7, 8, 9, 2]
-    assert [step.finish for step in steps] == [None, None, None, "stop"]
+    assert [step.finish_reason for step in steps] == [None, None, None, "stop"]
     ((prompt, settings, _),) = standin.vllm.asked
     assert prompt == {"type": "token", "prompt_token_ids": [5, 6]}
     wanted = {
@@ -85,18 +85,18 @@ def test_logprobs_are_the_chosen_ones_and_the_likeliest_in_order(standin: Standi
     found = {9: Logprob(-3.0, rank=7), 4: Logprob(-0.5, rank=1), 5: Logprob(-1.0, rank=2)}
     likely = {4: Logprob(-0.25, rank=1), 9: Logprob(-2.0, rank=2)}
     standin.vllm.told = [Answer([Output([9, 4], "length", [found, likely])], finished=True)]
-    unlikely, likeliest = standin.ask(Generation((1,), Sampling(num_logprobs=2), 2))
-    assert unlikely.choice.logprob == -3.0
-    assert unlikely.choice.likeliest == ((4, -0.5), (5, -1.0))
-    assert likeliest.choice.likeliest == ((4, -0.25), (9, -2.0))
-    assert [unlikely.finish, likeliest.finish] == [None, "length"]
+    unlikely, likeliest = standin.ask(EngineRequest((1,), SamplingOptions(num_logprobs=2), 2))
+    assert unlikely.sampled.logprob == -3.0
+    assert unlikely.sampled.top_logprobs == ((4, -0.5), (5, -1.0))
+    assert likeliest.sampled.top_logprobs == ((4, -0.25), (9, -2.0))
+    assert [unlikely.finish_reason, likeliest.finish_reason] == [None, "length"]
     assert standin.vllm.asked[0][1]["logprobs"] == 2
 
 
 def test_rows_beyond_the_tokens_are_never_generated(vllm_modules: None) -> None:
     standin = build(num_rows=410)
     standin.vllm.told = [Answer([Output([2], "stop")], finished=True)]
-    standin.ask(Generation((1,), Sampling(), 9))
+    standin.ask(EngineRequest((1,), SamplingOptions(), 9))
     assert standin.vllm.asked[0][1]["allowed_token_ids"] == list(range(400))
 
 
@@ -105,9 +105,9 @@ def test_form_is_told_as_a_grammar_that_means_the_same(
 ) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
     schema |= {"additionalProperties": False}
-    grammar = Grammars(served.tokenizer, served.stop_ids).of_schema(schema)
+    grammar = GrammarCompiler(served.tokenizer, served.stop_ids).compile_schema(schema)
     standin.vllm.told = [Answer([Output([2], "stop")], finished=True)]
-    standin.ask(Generation((1,), Sampling(), 9, constraint=grammar))
+    standin.ask(EngineRequest((1,), SamplingOptions(), 9, constraint=grammar))
     form = standin.vllm.asked[0][1]["structured_outputs"].given
     assert standin.vllm.arguments["structured_outputs_config"].given["backend"] == "guidance"
     # As that backend reads it: v1/structured_output/backend_guidance.py.
@@ -125,10 +125,10 @@ def test_caller_that_goes_away_aborts_its_request(standin: Standin) -> None:
     standin.vllm.told = [Answer([Output([7])])]
 
     async def main() -> None:
-        steps = standin.engine.generate(Generation((1,), Sampling(), 9))
-        assert (await anext(steps)).choice.token == 7
+        steps = standin.engine.generate(EngineRequest((1,), SamplingOptions(), 9))
+        assert (await anext(steps)).sampled.token == 7
         await steps.aclose()
-        waiting = standin.engine.generate(Generation((1,), Sampling(), 9))
+        waiting = standin.engine.generate(EngineRequest((1,), SamplingOptions(), 9))
         await anext(waiting)
         async with asyncio.timeout(60):
             task = asyncio.create_task(anext(waiting))  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ def test_more_than_may_wait_are_refused_until_one_has_gone(standin: Standin) -> 
     standin.vllm.told = [Answer([Output([7])])]
 
     async def main() -> None:
-        asked = Generation((1,), Sampling(), 9)
+        asked = EngineRequest((1,), SamplingOptions(), 9)
         running = [standin.engine.generate(asked) for _ in range(3)]
         for one in running:
             await anext(one)
@@ -153,7 +153,7 @@ def test_more_than_may_wait_are_refused_until_one_has_gone(standin: Standin) -> 
             await anext(standin.engine.generate(asked))
         await running.pop().aclose()
         again = standin.engine.generate(asked)
-        assert (await anext(again)).choice.token == 7
+        assert (await anext(again)).sampled.token == 7
         for one in (*running, again):
             await one.aclose()
 
@@ -163,7 +163,7 @@ def test_more_than_may_wait_are_refused_until_one_has_gone(standin: Standin) -> 
 @pytest.mark.parametrize("length", [0, 100, 101])
 def test_prompt_that_does_not_fit_is_refused(standin: Standin, length: int) -> None:
     with pytest.raises(ValueError, match=f"{length} tokens, wanted 1 to 99"):
-        standin.ask(Generation((1,) * length, Sampling(), 9))
+        standin.ask(EngineRequest((1,) * length, SamplingOptions(), 9))
     assert not standin.vllm.asked
 
 
@@ -180,43 +180,43 @@ def test_errors_of_vllm_are_told_as_ours(
 ) -> None:
     standin.vllm.told = [Answer([Output([7])]), error]
     with pytest.raises(wanted):
-        standin.ask(Generation((1,), Sampling(), 9))
+        standin.ask(EngineRequest((1,), SamplingOptions(), 9))
     assert tokens_of(standin.steps) == [7]
     # One that failed waits no more.
     standin.vllm.told = [Answer([Output([2], "stop")], finished=True)]
     for _ in range(4):
-        standin.ask(Generation((1,), Sampling(), 9))
+        standin.ask(EngineRequest((1,), SamplingOptions(), 9))
 
 
 @pytest.mark.parametrize("reason", ["abort", "error", "repetition"])
 def test_end_for_a_reason_of_vllms_own_is_an_error(standin: Standin, reason: str) -> None:
     standin.vllm.told = [Answer([Output([7], reason)], finished=True)]
     with pytest.raises(EngineError, match=reason):
-        standin.ask(Generation((1,), Sampling(), 9))
+        standin.ask(EngineRequest((1,), SamplingOptions(), 9))
 
 
 def test_engine_that_is_dead_or_closed_answers_nothing(standin: Standin) -> None:
-    standin.engine.check()
+    standin.engine.check_health()
     standin.vllm.errored = True
     with pytest.raises(EngineError):
-        standin.engine.check()
+        standin.engine.check_health()
     with pytest.raises(EngineError):
-        standin.ask(Generation((1,), Sampling(), 9))
+        standin.ask(EngineRequest((1,), SamplingOptions(), 9))
     standin.vllm.errored = False
     standin.engine.close()
     assert standin.vllm.is_shut
     with pytest.raises(EngineError, match="closed"):
-        standin.ask(Generation((1,), Sampling(), 9))
+        standin.ask(EngineRequest((1,), SamplingOptions(), 9))
 
 
 def test_vectors_are_refused(standin: Standin) -> None:
-    with pytest.raises(RequestError, match="vectors"):
+    with pytest.raises(InvalidRequestError, match="vectors"):
         asyncio.run(anext(standin.engine.embed([(1, 2)])))  # type: ignore[arg-type]
 
 
 def test_adapters_are_refused(standin: Standin) -> None:
     with pytest.raises(ValueError, match="adapter"):
-        standin.ask(Generation((1,), Sampling(), 9, adapter="poet"))
+        standin.ask(EngineRequest((1,), SamplingOptions(), 9, adapter="poet"))
     assert not standin.vllm.asked
 
 
@@ -266,7 +266,7 @@ def test_model_for_another_engine_is_described_without_its_weights(
     served_dir: Path, served: ServedModel
 ) -> None:
     config = ServedModelConfig(path=str(served_dir), template="belle")
-    outline = load_served(config, torch.device("meta"))
+    outline = load_served_model(config, torch.device("meta"))
     assert {weight.device.type for weight in outline.model.parameters()} == {"meta"}
     assert outline.stop_ids == served.stop_ids
     assert outline.max_context == served.max_context

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytune_llama.serve.engine.protocol import Generation, Step
+from raytune_llama.serve.engine.protocol import EngineRequest, TokenOutput
 from raytune_llama.serve.engine.vllm import VllmEngine
 
 SAMPLING = """
@@ -154,9 +154,9 @@ class Standin:
 
     engine: VllmEngine
     vllm: Async
-    steps: list[Step] = field(default_factory=list)
+    steps: list[TokenOutput] = field(default_factory=list)
 
-    def ask(self, generation: Generation) -> list[Step]:
+    def ask(self, generation: EngineRequest) -> list[TokenOutput]:
         """Return the steps up to the last one."""
 
         async def main() -> None:

@@ -8,10 +8,10 @@ import pytest
 
 from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.chat.encoding import EncodedConversation
-from raytune_llama.serve.errors import RequestError, UnknownModelError
-from raytune_llama.serve.generation.completion import Answerer, Prompt
+from raytune_llama.serve.errors import InvalidRequestError, UnknownModelError
+from raytune_llama.serve.generation.completion import CompletionService, PreparedRequest
 from raytune_llama.serve.generation.model import ServedModel
-from raytune_llama.serve.generation.output import Part
+from raytune_llama.serve.generation.output import OutputDelta
 from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
 from raytune_llama.tokenizer.loader import encode_text
 from tests.serve.engine.test_scheduler import by_transformers
@@ -33,14 +33,14 @@ def complete(prompt: str | list[int], **fields: Any) -> CompletionRequest:  # no
     )
 
 
-def parts_of(answerer: Answerer, prompt: Prompt) -> list[Part]:
-    async def main() -> list[Part]:
-        return [part async for part in answerer.answer(prompt)]
+def parts_of(answerer: CompletionService, prompt: PreparedRequest) -> list[OutputDelta]:
+    async def main() -> list[OutputDelta]:
+        return [part async for part in answerer.generate(prompt)]
 
     return asyncio.run(main())
 
 
-def texts_of(answerer: Answerer, prompt: Prompt) -> list[str]:
+def texts_of(answerer: CompletionService, prompt: PreparedRequest) -> list[str]:
     texts = [""] * prompt.num_choices
     for part in parts_of(answerer, prompt):
         texts[part.index] += part.text
@@ -48,9 +48,9 @@ def texts_of(answerer: Answerer, prompt: Prompt) -> list[str]:
 
 
 def test_chat_prompt_is_what_the_template_trains_on(
-    answerer: Answerer, served: ServedModel
+    answerer: CompletionService, served: ServedModel
 ) -> None:
-    prompt = answerer.read_chat(chat("the fox", "jumps", "</s> over"))
+    prompt = answerer.prepare_chat(chat("the fox", "jumps", "</s> over"))
     assert served.chat is not None
     turns = [Turn("user", "the fox"), Turn("assistant", "jumps"), Turn("user", "</s> over")]
     trained = served.chat.encode([Conversation((*turns, Turn("assistant", "the dog")))])[0]
@@ -63,16 +63,16 @@ def test_chat_prompt_is_what_the_template_trains_on(
 
 
 def test_completion_prompt_is_the_text_behind_the_beginning(
-    answerer: Answerer, served: ServedModel
+    answerer: CompletionService, served: ServedModel
 ) -> None:
     text = "the </s> fox"
-    prompt = answerer.read_completion(complete(text))
+    prompt = answerer.prepare_completion(complete(text))
     assert list(prompt.ids) == [0, *encode_text(served.tokenizer, [text])[0]]
-    assert answerer.read_completion(complete([5, 6])).ids == (5, 6)
+    assert answerer.prepare_completion(complete([5, 6])).ids == (5, 6)
 
 
-def test_answer_is_the_models_own(answerer: Answerer, served: ServedModel) -> None:
-    prompt = answerer.read_completion(complete("the quick", max_tokens=16))
+def test_answer_is_the_models_own(answerer: CompletionService, served: ServedModel) -> None:
+    prompt = answerer.prepare_completion(complete("the quick", max_tokens=16))
     tokens = by_transformers(served.model, prompt.ids, 16)
     if 1 in tokens:
         tokens = tokens[: tokens.index(1)]
@@ -80,35 +80,39 @@ def test_answer_is_the_models_own(answerer: Answerer, served: ServedModel) -> No
     told = "".join(part.text for part in parts)
     assert told == served.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
     assert sum(part.num_tokens for part in parts) == min(len(tokens) + 1, 16)
-    assert [part.finish for part in parts[:-1]] == [None] * (len(parts) - 1)
-    assert parts[-1].finish in {"stop", "length"}
+    assert [part.finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
+    assert parts[-1].finish_reason in {"stop", "length"}
 
 
-def test_answer_ends_before_a_stop_string(answerer: Answerer) -> None:
-    whole = texts_of(answerer, answerer.read_completion(complete("the", max_tokens=20)))[0]
+def test_answer_ends_before_a_stop_string(answerer: CompletionService) -> None:
+    whole = texts_of(answerer, answerer.prepare_completion(complete("the", max_tokens=20)))[0]
     stop = whole[7:10]
-    prompt = answerer.read_completion(complete("the", max_tokens=20, stop=[stop, "never there"]))
+    prompt = answerer.prepare_completion(complete("the", max_tokens=20, stop=[stop, "never there"]))
     parts = parts_of(answerer, prompt)
     assert "".join(part.text for part in parts) == whole[: whole.index(stop)]
-    assert parts[-1].finish == "stop"
+    assert parts[-1].finish_reason == "stop"
 
 
-def test_answers_to_one_request_differ_and_repeat_with_the_seed(answerer: Answerer) -> None:
-    prompt = answerer.read_completion(complete("the", n=5, seed=7, temperature=1.5, max_tokens=12))
+def test_answers_to_one_request_differ_and_repeat_with_the_seed(
+    answerer: CompletionService,
+) -> None:
+    prompt = answerer.prepare_completion(
+        complete("the", n=5, seed=7, temperature=1.5, max_tokens=12)
+    )
     texts = texts_of(answerer, prompt)
     assert len(set(texts)) == 5
     assert texts_of(answerer, prompt) == texts
 
 
-def test_logprobs_name_the_chosen_token_among_the_likeliest(answerer: Answerer) -> None:
+def test_logprobs_name_the_chosen_token_among_the_likeliest(answerer: CompletionService) -> None:
     request = chat("the fox", max_tokens=4, logprobs=True, top_logprobs=3)
-    parts = parts_of(answerer, answerer.read_chat(request))
+    parts = parts_of(answerer, answerer.prepare_chat(request))
     tokens = [token for part in parts for token in part.tokens]
     assert tokens
     for token in tokens:
-        assert len(token.likeliest) == 3
+        assert len(token.top_logprobs) == 3
         # The likeliest is chosen at temperature 0.
-        assert token.likeliest[0] == (token.text, token.logprob)
+        assert token.top_logprobs[0] == (token.text, token.logprob)
         assert token.logprob <= 0
 
 
@@ -122,32 +126,32 @@ def test_logprobs_name_the_chosen_token_among_the_likeliest(answerer: Answerer) 
     ],
 )
 def test_request_that_cannot_be_answered_is_refused(
-    answerer: Answerer, request_: ChatRequest | CompletionRequest, problem: str
+    answerer: CompletionService, request_: ChatRequest | CompletionRequest, problem: str
 ) -> None:
-    readers: dict[type, Callable[[Any], Prompt]] = {
-        ChatRequest: answerer.read_chat,
-        CompletionRequest: answerer.read_completion,
+    readers: dict[type, Callable[[Any], PreparedRequest]] = {
+        ChatRequest: answerer.prepare_chat,
+        CompletionRequest: answerer.prepare_completion,
     }
     read = readers[type(request_)]
-    with pytest.raises(RequestError, match=problem):
+    with pytest.raises(InvalidRequestError, match=problem):
         read(request_)
 
 
-def test_system_message_is_the_templates_or_refused(answerer: Answerer) -> None:
+def test_system_message_is_the_templates_or_refused(answerer: CompletionService) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
     request = ChatRequest.model_validate({"model": "tiny", "messages": messages})
-    with pytest.raises(RequestError, match="role system"):
-        answerer.read_chat(request)
+    with pytest.raises(InvalidRequestError, match="role system"):
+        answerer.prepare_chat(request)
 
 
-def test_older_name_of_content_is_read(answerer: Answerer) -> None:
+def test_older_name_of_content_is_read(answerer: CompletionService) -> None:
     old = ChatRequest.model_validate(
         {"model": "tiny", "messages": [{"role": "user", "message": "the fox"}]}
     )
-    assert answerer.read_chat(old).ids == answerer.read_chat(chat("the fox")).ids
+    assert answerer.prepare_chat(old).ids == answerer.prepare_chat(chat("the fox")).ids
 
 
-def test_adapter_is_refused_where_there_are_none(answerer: Answerer) -> None:
+def test_adapter_is_refused_where_there_are_none(answerer: CompletionService) -> None:
     async def main() -> None:
         request = complete("the").model_copy(update={"model": "tiny:poet"})
         await anext(answerer.respond(request))

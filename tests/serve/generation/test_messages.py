@@ -10,7 +10,7 @@ from transformers import AddedToken
 
 from raytune_llama.chat.conversations import Conversation
 from raytune_llama.chat.encoding import ChatConfig, build_chat_encoder
-from raytune_llama.serve.generation.messages import read_messages
+from raytune_llama.serve.generation.messages import build_conversation
 from raytune_llama.serve.protocol.chat import ChatRequest
 from raytune_llama.tokenizer.loader import load_tokenizer
 
@@ -52,7 +52,7 @@ def request(*messages: Any, **fields: Any) -> ChatRequest:  # noqa: ANN401
 
 def read(*messages: Any, allows_system: bool = True, **fields: Any) -> Conversation:  # noqa: ANN401
     asked = request(*messages, **fields)
-    return read_messages(asked.messages, asked.shown_tools, allows_system=allows_system)
+    return build_conversation(asked.messages, asked.shown_tools, allows_system=allows_system)
 
 
 def test_tools_are_told_behind_what_the_system_says() -> None:
@@ -120,7 +120,7 @@ def test_calls_and_results_are_turns() -> None:
 def test_messages_that_do_not_fit_together_are_refused(messages: list[Any], problem: str) -> None:
     asked = request(*messages)
     with pytest.raises(ValueError, match=problem):
-        read_messages(asked.messages, [], allows_system=True)
+        build_conversation(asked.messages, [], allows_system=True)
 
 
 def tool(**function: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -216,7 +216,7 @@ def test_tools_are_written_as_qwens_templates_write_them(
             messages, tools=[TOOL, TOOL], add_generation_prompt=True, tokenize=False
         )
         asked = request(*messages, tools=[TOOL])
-        told = read_messages(
+        told = build_conversation(
             asked.messages, [*asked.shown_tools, *asked.shown_tools], allows_system=True
         )
         assert isinstance(wanted, str)

@@ -7,7 +7,7 @@ import pytest
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from raytune_llama.chat.tools import write_calls
-from raytune_llama.serve.generation.streams import AnswerStream
+from raytune_llama.serve.generation.streams import CompletionDecoder
 from raytune_llama.tokenizer.loader import load_tokenizer
 
 CALLS = [("weather", '{"city": "人民 a, b"}'), ("now", "{}")]
@@ -26,7 +26,7 @@ def tokenizer(request: pytest.FixtureRequest, tokenizer_dir: Path) -> PreTrained
 def read(
     tokenizer: PreTrainedTokenizerFast, written: str, *stops: str, has_end: bool = True
 ) -> tuple[str, list[tuple[str, str]], str]:
-    stream = AnswerStream(tokenizer, stops, must_call=False)
+    stream = CompletionDecoder(tokenizer, stops, must_call=False)
     tokens: list[int | None] = [*tokenizer(written, add_special_tokens=False)["input_ids"]]
     tokens += [None] if has_end else []
     told, calls = "", list[list[str]]()

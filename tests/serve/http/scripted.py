@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator
 
-from raytune_llama.serve.generation.output import Part
+from raytune_llama.serve.generation.output import OutputDelta
 from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
 
 
@@ -38,7 +38,7 @@ class Scripted:
 
     async def answer(
         self, request: ChatRequest | CompletionRequest
-    ) -> AsyncGenerator[int | Part, None]:
+    ) -> AsyncGenerator[int | OutputDelta, None]:
         self.asked.append(request)
         self.num_running += 1
         try:
@@ -48,7 +48,7 @@ class Scripted:
                 while self._held and number and not self._let.acquire(blocking=False):
                     await asyncio.sleep(0.01)
                 is_last = number == len(self._pieces) - 1 and self._error is None
-                yield Part(0, piece, 1, finish="stop" if is_last else None)
+                yield OutputDelta(0, piece, 1, finish_reason="stop" if is_last else None)
             if self._error is not None:
                 raise self._error
         finally:

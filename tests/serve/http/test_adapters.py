@@ -6,8 +6,8 @@ from typing import Any
 import openai
 import pytest
 
-from raytune_llama.serve.adapters.registry import Registry
-from raytune_llama.serve.generation.output import Part
+from raytune_llama.serve.adapters.registry import AdapterRegistry
+from raytune_llama.serve.generation.output import OutputDelta
 from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
 from tests.serve.adapters.conftest import Adapters, MakeAdapters, base_dir, make_adapters
 from tests.serve.http.test_routes import Server
@@ -23,12 +23,12 @@ class Here:
 
     async def answer(
         self, request: ChatRequest | CompletionRequest
-    ) -> AsyncGenerator[int | Part, None]:
+    ) -> AsyncGenerator[int | OutputDelta, None]:
         async for item in self._adapters.pool.respond(request):
             yield item
 
     async def adapters(self) -> list[str]:
-        return sorted(Registry.of(str(self._adapters.folder)).list())
+        return sorted(AdapterRegistry.from_path(str(self._adapters.folder)).list())
 
     async def check(self) -> None:
         pass

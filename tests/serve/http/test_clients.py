@@ -10,10 +10,10 @@ from collections.abc import AsyncGenerator, Iterator
 import openai
 import pytest
 
-from raytune_llama.serve.config import Limits
-from raytune_llama.serve.generation.completion import Answerer
-from raytune_llama.serve.generation.output import Part
-from raytune_llama.serve.http.keys import Keys, make_key
+from raytune_llama.serve.config import RequestLimits
+from raytune_llama.serve.generation.completion import CompletionService
+from raytune_llama.serve.generation.output import OutputDelta
+from raytune_llama.serve.http.keys import ApiKeys, make_key
 from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
 from tests.serve.http.test_hostile import (
     ASKED,
@@ -27,7 +27,7 @@ from tests.serve.http.test_hostile import (
 )
 from tests.serve.http.test_routes import FOX, Here, Server, raw
 
-QUICK = Limits(body_seconds=0.5, queue_seconds=0.5, request_seconds=1.5, send_seconds=0.5)
+QUICK = RequestLimits(body_seconds=0.5, queue_seconds=0.5, request_seconds=1.5, send_seconds=0.5)
 
 
 class Endless:
@@ -40,7 +40,7 @@ class Endless:
     async def answer(
         self,
         request: ChatRequest | CompletionRequest,  # noqa: ARG002
-    ) -> AsyncGenerator[int | Part, None]:
+    ) -> AsyncGenerator[int | OutputDelta, None]:
         self.num_open += 1
         try:
             yield 3
@@ -48,7 +48,7 @@ class Endless:
             while True:
                 await asyncio.sleep(self._between)
                 self.num_said += 1
-                yield Part(0, self._text, 1)
+                yield OutputDelta(0, self._text, 1)
         finally:
             self.num_open -= 1
 
@@ -60,7 +60,7 @@ class Endless:
 
 
 @pytest.fixture(scope="module")
-def server(answerer: Answerer) -> Iterator[Server]:
+def server(answerer: CompletionService) -> Iterator[Server]:
     server = Server({"tiny": Here(answerer)}, limits=FEW_BYTES)
     yield server
     server.close()
@@ -160,7 +160,7 @@ def test_client_that_goes_away_ends_its_answer(*, stream: bool) -> None:
 
 @pytest.mark.parametrize("num_clients", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_clients_that_go_away_leave_nothing(
-    server: Server, answerer: Answerer, num_clients: int
+    server: Server, answerer: CompletionService, num_clients: int
 ) -> None:
     asked = {**ASKED, "max_tokens": 100, "stream": True, "n": 2}
     body = json.dumps(asked)
@@ -187,10 +187,10 @@ def test_clients_that_go_away_leave_nothing(
     assert b" 200 " in post(server.port, json.dumps(ASKED).encode())[:20]
 
 
-def test_keys_are_in_no_log(answerer: Answerer, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_are_in_no_log(answerer: CompletionService, caplog: pytest.LogCaptureFixture) -> None:
     (key, line), (other, _) = make_key(), make_key()
     caplog.set_level(logging.DEBUG)
-    server = Server({"tiny": Here(answerer)}, Keys((bytes.fromhex(line),)), limits=QUICK)
+    server = Server({"tiny": Here(answerer)}, ApiKeys((bytes.fromhex(line),)), limits=QUICK)
     # Which keeps its records to itself, and is told to be quiet.
     servers = [logging.getLogger(name) for name in ("uvicorn", "uvicorn.error", "uvicorn.access")]
     for one in servers:
@@ -220,15 +220,15 @@ def test_keys_are_in_no_log(answerer: Answerer, caplog: pytest.LogCaptureFixture
         assert not [text for text in told if secret in text]
 
 
-def test_pages_may_ask_where_they_are_named_and_nowhere_else(answerer: Answerer) -> None:
-    keys = Keys((bytes.fromhex(make_key()[1]),))
+def test_pages_may_ask_where_they_are_named_and_nowhere_else(answerer: CompletionService) -> None:
+    keys = ApiKeys((bytes.fromhex(make_key()[1]),))
     preflight = (
         "OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         "Access-Control-Request-Method: POST\r\n"
         "Access-Control-Request-Headers: authorization, content-type\r\nOrigin: "
     )
     page = "https://example.org"
-    named = Server({"tiny": Here(answerer)}, keys, limits=Limits(allow_origins=(page,)))
+    named = Server({"tiny": Here(answerer)}, keys, limits=RequestLimits(allow_origins=(page,)))
     closed = Server({"tiny": Here(answerer)}, keys)
     try:
         allowed = raw(named.port, preflight + page).lower()

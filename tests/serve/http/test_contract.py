@@ -8,17 +8,17 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
-from raytune_llama.serve.config import Limits
+from raytune_llama.serve.config import RequestLimits
 from raytune_llama.serve.errors import BusyError, EngineError
-from raytune_llama.serve.generation.completion import Answerer
-from raytune_llama.serve.http.keys import Keys, make_key
+from raytune_llama.serve.generation.completion import CompletionService
+from raytune_llama.serve.http.keys import ApiKeys, make_key
 from tests.serve.http.test_routes import FOX, Failing, Here, Server
 
 KEY, LINE = make_key()
 
 
 @pytest.fixture(scope="module")
-def server(answerer: Answerer) -> Iterator[Server]:
+def server(answerer: CompletionService) -> Iterator[Server]:
     server = Server(
         {
             "tiny": Here(answerer),
@@ -26,8 +26,8 @@ def server(answerer: Answerer) -> Iterator[Server]:
             "broken": Failing(EngineError("the engine has failed"), 0),
             "buggy": Failing(ZeroDivisionError("secret of the house"), 0),
         },
-        Keys((bytes.fromhex(LINE),)),
-        limits=Limits(body_bytes=2**16),
+        ApiKeys((bytes.fromhex(LINE),)),
+        limits=RequestLimits(body_bytes=2**16),
     )
     yield server
     server.close()

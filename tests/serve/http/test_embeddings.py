@@ -14,11 +14,11 @@ import openai
 import pytest
 import torch
 
-from raytune_llama.serve.config import Limits
+from raytune_llama.serve.config import RequestLimits
 from raytune_llama.serve.engine.embed import Vectors
-from raytune_llama.serve.errors import BusyError, RequestError
-from raytune_llama.serve.generation.completion import Answerer
-from raytune_llama.serve.generation.embeddings import TextVectors
+from raytune_llama.serve.errors import BusyError, InvalidRequestError
+from raytune_llama.serve.generation.completion import CompletionService
+from raytune_llama.serve.generation.embeddings import EmbeddingService
 from raytune_llama.serve.generation.model import ServedModel
 from raytune_llama.serve.protocol.embeddings import EmbeddingRequest
 from tests.serve.http.test_routes import Server
@@ -27,7 +27,7 @@ from tests.serve.http.test_routes import Server
 class Here:
     """A model in this process."""
 
-    def __init__(self, vectors: TextVectors) -> None:
+    def __init__(self, vectors: EmbeddingService) -> None:
         self._vectors = vectors
 
     async def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
@@ -44,8 +44,8 @@ class Busy:
 
 
 @pytest.fixture(scope="module")
-def server(served: ServedModel, answerer: Answerer) -> Iterator[Server]:
-    vectors = TextVectors(served, answerer._engine)  # one engine for both, as in a replica
+def server(served: ServedModel, answerer: CompletionService) -> Iterator[Server]:
+    vectors = EmbeddingService(served, answerer._engine)  # one engine for both, as in a replica
     server = Server({"tiny": Here(vectors), "busy": Busy()})
     yield server
     server.close()
@@ -140,18 +140,18 @@ def test_refusal_says_what_is_wrong_and_where(
 
 
 def test_texts_with_too_many_tokens_together_are_refused(
-    served: ServedModel, answerer: Answerer
+    served: ServedModel, answerer: CompletionService
 ) -> None:
-    vectors = TextVectors(replace(served, max_context=1000), answerer._engine)
+    vectors = EmbeddingService(replace(served, max_context=1000), answerer._engine)
     fields = {"model": "tiny", "input": [[5] * 200] * 1500}
-    assert len(vectors.read(EmbeddingRequest.model_validate(fields))) == 1500
+    assert len(vectors.tokenize(EmbeddingRequest.model_validate(fields))) == 1500
     fields["input"] = [[5] * 200] * 1501
-    with pytest.raises(RequestError, match="300200 tokens together"):
-        vectors.read(EmbeddingRequest.model_validate(fields))
+    with pytest.raises(InvalidRequestError, match="300200 tokens together"):
+        vectors.tokenize(EmbeddingRequest.model_validate(fields))
 
 
 def test_client_that_goes_away_ends_the_work(
-    server: Server, answerer: Answerer, served: ServedModel
+    server: Server, answerer: CompletionService, served: ServedModel
 ) -> None:
     embedder: Any = answerer._engine._embedder  # type: ignore[attr-defined]
     text = "the quick brown fox " * 8
@@ -220,7 +220,7 @@ class Waiting:
 
 def test_vectors_that_do_not_come_are_refused_in_time() -> None:
     waiting = Waiting()
-    server = Server({"waiting": waiting}, limits=Limits(queue_seconds=0.3))
+    server = Server({"waiting": waiting}, limits=RequestLimits(queue_seconds=0.3))
     try:
         with pytest.raises(openai.InternalServerError) as caught:
             server.client().embeddings.create(model="waiting", input="the fox")

@@ -10,13 +10,13 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from raytune_llama.serve.config import Limits
-from raytune_llama.serve.generation.completion import Answerer
-from raytune_llama.serve.http.keys import Keys, make_key
+from raytune_llama.serve.config import RequestLimits
+from raytune_llama.serve.generation.completion import CompletionService
+from raytune_llama.serve.http.keys import ApiKeys, make_key
 from tests.serve.http.test_routes import FOX, Here, Server, raw
 
 MIB = 2**20
-FEW_BYTES = Limits(body_bytes=2 * MIB)
+FEW_BYTES = RequestLimits(body_bytes=2 * MIB)
 
 
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -27,7 +27,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(answerer: Answerer) -> Iterator[Server]:
+def server(answerer: CompletionService) -> Iterator[Server]:
     server = Server({"tiny": Here(answerer)}, limits=FEW_BYTES)
     yield server
     server.close()
@@ -175,9 +175,9 @@ def test_header_bombs_are_refused(server: Server) -> None:
     )
 
 
-def test_keys_that_are_none_are_refused(answerer: Answerer) -> None:
+def test_keys_that_are_none_are_refused(answerer: CompletionService) -> None:
     key, line = make_key()
-    server = Server({"tiny": Here(answerer)}, Keys((bytes.fromhex(line),)))
+    server = Server({"tiny": Here(answerer)}, ApiKeys((bytes.fromhex(line),)))
     try:
         for value in ("", "Bearer", "Bearer ", f"Basic {key}", key, f"Bearer {key} x", "Bearer ké"):
             one = f"Authorization: {value}".encode("latin-1")
@@ -234,7 +234,7 @@ def test_length_that_is_none_is_refused(server: Server, length: str) -> None:
     assert answer[9:12] in {b"400", b"413"}, answer[:300]
 
 
-def test_length_that_lies_harms_nobody_else(server: Server, answerer: Answerer) -> None:
+def test_length_that_lies_harms_nobody_else(server: Server, answerer: CompletionService) -> None:
     body = json.dumps(ASKED).encode()
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -250,7 +250,7 @@ def test_length_that_lies_harms_nobody_else(server: Server, answerer: Answerer) 
     until_idle(answerer)
 
 
-def until_idle(answerer: Answerer) -> None:
+def until_idle(answerer: CompletionService) -> None:
     engine: Any = answerer._engine  # the slots are what this is about
     stepper = engine._stepper
     until(lambda: not (stepper.num_running or stepper.num_waiting or engine._listeners))

@@ -8,7 +8,7 @@ import pytest
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.serve.http.keys import (
     ENVIRONMENT_NAME,
-    Keys,
+    ApiKeys,
     keys_from_environment,
     load_keys,
     make_key,
@@ -28,7 +28,7 @@ def test_key_that_was_made_is_let_in_and_no_other(tmp_path: Path) -> None:
 
 
 def test_no_keys_let_nobody_in_by_name() -> None:
-    assert Keys().find("anything") is None
+    assert ApiKeys().find("anything") is None
 
 
 @pytest.mark.parametrize("text", ["", "# nobody\n", "sk-secret\n", "abcd\n", "g" * 64])
@@ -51,7 +51,7 @@ def test_keys_of_file_and_environment_add_up(tmp_path: Path) -> None:
     keys = load_keys(tmp_path / "keys", environment)
     assert all(keys.find(key) for key in (one, two, three))
     assert load_keys(None, environment).find(one) is None
-    assert load_keys(None, {}) == Keys()
+    assert load_keys(None, {}) == ApiKeys()
 
 
 @pytest.mark.parametrize("text", ["", " , ", "sk-secret", "00, sk-secret"])

@@ -12,18 +12,18 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from raytune_llama.serve.config import KeyLimits, Limits
+from raytune_llama.serve.config import KeyLimits, RequestLimits
 from raytune_llama.serve.errors import BusyError, EngineError
-from raytune_llama.serve.generation.completion import Answerer
-from raytune_llama.serve.generation.output import Part
-from raytune_llama.serve.http.keys import Keys, make_key
-from raytune_llama.serve.http.metrics import Meter
-from raytune_llama.serve.http.rate_limit import LocalBooks
+from raytune_llama.serve.generation.completion import CompletionService
+from raytune_llama.serve.generation.output import OutputDelta
+from raytune_llama.serve.http.keys import ApiKeys, make_key
+from raytune_llama.serve.http.metrics import ServeMetrics
+from raytune_llama.serve.http.rate_limit import LocalRateLimitClient
 from tests.serve.http.test_routes import Asked, Failing, Here, Server
 
 
 @pytest.fixture
-def server(answerer: Answerer) -> Iterator[Server]:
+def server(answerer: CompletionService) -> Iterator[Server]:
     backends = {
         "tiny": Here(answerer),
         "busy": Failing(BusyError("full"), after=0),
@@ -112,15 +112,17 @@ def test_a_client_that_leaves_is_counted_as_gone(server: Server) -> None:
     assert metrics(server)["requests_running", "tiny", ""] == 0
 
 
-def test_a_key_that_asks_too_much_must_wait_and_others_need_not(answerer: Answerer) -> None:
+def test_a_key_that_asks_too_much_must_wait_and_others_need_not(
+    answerer: CompletionService,
+) -> None:
     key, line = make_key()
     other, other_line = make_key()
-    meter = Meter()
+    meter = ServeMetrics()
     server = Server(
         {"tiny": Here(answerer)},
-        Keys((bytes.fromhex(line), bytes.fromhex(other_line))),
+        ApiKeys((bytes.fromhex(line), bytes.fromhex(other_line))),
         meter=meter,
-        books=LocalBooks(KeyLimits(requests_per_minute=2), meter),
+        books=LocalRateLimitClient(KeyLimits(requests_per_minute=2), meter),
     )
     try:
         for _ in range(2):
@@ -139,13 +141,13 @@ def test_a_key_that_asks_too_much_must_wait_and_others_need_not(answerer: Answer
 class Silent(Failing):
     """A model that never says a word."""
 
-    async def answer(self, request: Asked) -> AsyncGenerator[int | Part, None]:  # noqa: ARG002
+    async def answer(self, request: Asked) -> AsyncGenerator[int | OutputDelta, None]:  # noqa: ARG002
         yield 3
         await asyncio.Event().wait()
 
 
 def test_answers_that_do_not_come_in_time_are_counted_as_late() -> None:
-    server = Server({"silent": Silent(EngineError(""), 0)}, limits=Limits(queue_seconds=0.2))
+    server = Server({"silent": Silent(EngineError(""), 0)}, limits=RequestLimits(queue_seconds=0.2))
     try:
         with pytest.raises(openai.InternalServerError):
             server.client().completions.create(model="silent", prompt="a")
@@ -164,7 +166,7 @@ def test_the_dashboard_asks_for_what_is_told() -> None:
         for target in panel["targets"]
         for name in re.findall(r"raytune_llama_\w+", target["expr"])
     }
-    families = Meter().families()
+    families = ServeMetrics().families()
     suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket",)}
     told = {f.name + suffix for f in families for suffix in suffixes[f.type]}
     assert asked == told

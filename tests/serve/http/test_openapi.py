@@ -20,10 +20,10 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from raytune_llama.serve.engine.protocol import Vectors
-from raytune_llama.serve.generation.completion import Answerer
-from raytune_llama.serve.generation.embeddings import TextVectors
+from raytune_llama.serve.generation.completion import CompletionService
+from raytune_llama.serve.generation.embeddings import EmbeddingService
 from raytune_llama.serve.generation.model import ServedModel
-from raytune_llama.serve.http.keys import Keys, make_key
+from raytune_llama.serve.http.keys import ApiKeys, make_key
 from raytune_llama.serve.protocol.embeddings import EmbeddingRequest
 from tests.serve.http.test_routes import FOX, Here, Server
 
@@ -45,7 +45,7 @@ context has room."""
 class Whole(Here):
     """A model that makes vectors too."""
 
-    def __init__(self, answerer: Answerer, vectors: TextVectors) -> None:
+    def __init__(self, answerer: CompletionService, vectors: EmbeddingService) -> None:
         super().__init__(answerer)
         self._vectors = vectors
 
@@ -55,9 +55,9 @@ class Whole(Here):
 
 
 @pytest.fixture(scope="module")
-def guarded(answerer: Answerer, served: ServedModel) -> Iterator[Server]:
-    whole = Whole(answerer, TextVectors(served, answerer._engine))
-    server = Server({"tiny": whole}, Keys((bytes.fromhex(LINE),)))
+def guarded(answerer: CompletionService, served: ServedModel) -> Iterator[Server]:
+    whole = Whole(answerer, EmbeddingService(served, answerer._engine))
+    server = Server({"tiny": whole}, ApiKeys((bytes.fromhex(LINE),)))
     yield server
     server.close()
 
@@ -116,7 +116,7 @@ def test_document_names_what_goes_wrong_and_asks_for_keys(guarded: Server) -> No
     url = f"http://127.0.0.1:{guarded.port}/openapi.json"
     assert httpx.get(url).status_code == 401
     document = httpx.get(url, headers={"Authorization": f"Bearer {KEY}"}).json()
-    error = {"$ref": "#/components/schemas/ErrorAnswer"}
+    error = {"$ref": "#/components/schemas/ErrorResponse"}
     for path in ("/v1/chat/completions", "/v1/completions"):
         operation = document["paths"][path]["post"]
         assert operation["security"] == [{"key": []}]

@@ -13,11 +13,11 @@ from playwright.sync_api import Browser, Page, Route, expect
 
 from raytune_llama.serve.config import SamplingDefaults, ServedModelConfig
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.scheduler import Stepper
+from raytune_llama.serve.engine.scheduler import BatchScheduler
 from raytune_llama.serve.errors import BusyError, EngineError
-from raytune_llama.serve.generation.completion import Answerer
-from raytune_llama.serve.generation.model import load_served
-from raytune_llama.serve.http.keys import Keys, make_key
+from raytune_llama.serve.generation.completion import CompletionService
+from raytune_llama.serve.generation.model import load_served_model
+from raytune_llama.serve.http.keys import ApiKeys, make_key
 from tests.serve.http.browser import running_browser
 from tests.serve.http.scripted import Scripted
 from tests.serve.http.test_routes import Here, Server
@@ -98,7 +98,7 @@ def models() -> dict[str, Scripted]:
 
 
 @pytest.fixture(scope="module")
-def server(models: dict[str, Scripted], answerer: Answerer) -> Iterator[Server]:
+def server(models: dict[str, Scripted], answerer: CompletionService) -> Iterator[Server]:
     server = Server({"tiny": Here(answerer), "tiny:poems": Here(answerer), **models})
     yield server
     server.close()
@@ -142,12 +142,12 @@ def test_stop_ends_the_request_and_frees_its_slot(
     file = tmp_path / "long" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 200_000}))
     config = ServedModelConfig(path=str(file.parent), template="belle")
-    served = load_served(config, torch.device("cpu"))
-    stepper = Stepper(
+    served = load_served_model(config, torch.device("cpu"))
+    stepper = BatchScheduler(
         served.model, num_slots=2, max_context=served.max_context, num_tokens=len(served.tokenizer)
     )
     engine = TransformersEngine(stepper, max_waiting=2)
-    server = Server({"long": Here(Answerer(served, engine, SamplingDefaults()))})
+    server = Server({"long": Here(CompletionService(served, engine, SamplingDefaults()))})
     try:
         page.go(server)
         # The likeliest tokens soon repeat themselves, without end.
@@ -180,7 +180,7 @@ def test_stop_ends_the_request_and_frees_its_slot(
 
 def test_key_is_asked_for_and_stays_in_the_tab(page: Open, models: dict[str, Scripted]) -> None:
     (key, line), (other, _) = make_key(), make_key()
-    server = Server({"plain": models["plain"]}, Keys((bytes.fromhex(line),)))
+    server = Server({"plain": models["plain"]}, ApiKeys((bytes.fromhex(line),)))
     try:
         page.go(server)
         expect(page.problem).to_contain_text("asks for a key")

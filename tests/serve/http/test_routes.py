@@ -12,12 +12,12 @@ import openai
 import pytest
 import uvicorn
 
-from raytune_llama.serve.config import Limits
+from raytune_llama.serve.config import RequestLimits
 from raytune_llama.serve.errors import BusyError, EngineError
-from raytune_llama.serve.generation.completion import Answerer
-from raytune_llama.serve.generation.output import Part
-from raytune_llama.serve.http.keys import Keys, make_key
-from raytune_llama.serve.http.routes import build_http
+from raytune_llama.serve.generation.completion import CompletionService
+from raytune_llama.serve.generation.output import OutputDelta
+from raytune_llama.serve.http.keys import ApiKeys, make_key
+from raytune_llama.serve.http.routes import build_http_app
 from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
 
 Asked = ChatRequest | CompletionRequest
@@ -26,10 +26,10 @@ Asked = ChatRequest | CompletionRequest
 class Here:
     """A model in this process."""
 
-    def __init__(self, answerer: Answerer) -> None:
+    def __init__(self, answerer: CompletionService) -> None:
         self._answerer = answerer
 
-    async def answer(self, request: Asked) -> AsyncGenerator[int | Part, None]:
+    async def answer(self, request: Asked) -> AsyncGenerator[int | OutputDelta, None]:
         async for item in self._answerer.respond(request):
             yield item
 
@@ -46,10 +46,10 @@ class Failing:
     def __init__(self, error: Exception, after: int) -> None:
         self._error, self._after = error, after
 
-    async def answer(self, request: Asked) -> AsyncGenerator[int | Part, None]:  # noqa: ARG002
+    async def answer(self, request: Asked) -> AsyncGenerator[int | OutputDelta, None]:  # noqa: ARG002
         yield 3
         for number in range(self._after):
-            yield Part(0, f"{number} ", 1)
+            yield OutputDelta(0, f"{number} ", 1)
         raise self._error
 
     async def adapters(self) -> list[str]:
@@ -65,15 +65,15 @@ class Server:
     def __init__(
         self,
         backends: dict[str, Any],
-        keys: Keys | None = None,
-        limits: Limits | None = None,
+        keys: ApiKeys | None = None,
+        limits: RequestLimits | None = None,
         **options: object,
     ) -> None:
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             self.port = one.getsockname()[1]
-        build: Any = build_http
-        app = build(backends, keys or Keys(), limits, **options)
+        build: Any = build_http_app
+        app = build(backends, keys or ApiKeys(), limits, **options)
         config = uvicorn.Config(app, host="127.0.0.1", port=self.port, log_level="error")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
@@ -92,7 +92,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(answerer: Answerer) -> Iterator[Server]:
+def server(answerer: CompletionService) -> Iterator[Server]:
     server = Server(
         {
             "tiny": Here(answerer),
@@ -301,7 +301,7 @@ def test_body_that_is_too_large_is_refused_by_its_length_or_as_it_comes(server: 
     assert raw(server.port, head + "Content-Length: 100000000").startswith(b"HTTP/1.1 413")
     piece = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
     # One byte more than may be, and no end: the answer comes while the client still sends.
-    pieces = piece * (Limits().body_bytes // 2**20) + b"1\r\n \r\n"
+    pieces = piece * (RequestLimits().body_bytes // 2**20) + b"1\r\n \r\n"
     assert raw(server.port, head + "Transfer-Encoding: chunked", pieces).startswith(b"HTTP/1.1 413")
 
 
@@ -314,9 +314,9 @@ def test_stream_of_an_engine_that_fails_ends_with_an_error(client: openai.OpenAI
         next(chunks)
 
 
-def test_keys_guard_every_route_but_health(answerer: Answerer) -> None:
+def test_keys_guard_every_route_but_health(answerer: CompletionService) -> None:
     (key, line), (other, _) = make_key(), make_key()
-    server = Server({"tiny": Here(answerer)}, Keys((bytes.fromhex(line),)))
+    server = Server({"tiny": Here(answerer)}, ApiKeys((bytes.fromhex(line),)))
     try:
         assert [model.id for model in server.client(key).models.list()] == ["tiny"]
         for wrong in (other, "none", key[:-1]):
@@ -333,7 +333,9 @@ def test_keys_guard_every_route_but_health(answerer: Answerer) -> None:
         server.close()
 
 
-def test_client_that_goes_away_frees_what_it_held(server: Server, answerer: Answerer) -> None:
+def test_client_that_goes_away_frees_what_it_held(
+    server: Server, answerer: CompletionService
+) -> None:
     client = server.client()
     for _ in range(20):
         stream = client.chat.completions.create(

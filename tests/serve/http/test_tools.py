@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from raytune_llama.serve.config import SamplingDefaults, ServedModelConfig
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.scheduler import Stepper
-from raytune_llama.serve.generation.completion import Answerer
-from raytune_llama.serve.generation.model import load_served
+from raytune_llama.serve.engine.scheduler import BatchScheduler
+from raytune_llama.serve.generation.completion import CompletionService
+from raytune_llama.serve.generation.model import load_served_model
 from raytune_llama.tokenizer.loader import load_tokenizer
 from tests.serve.http.test_routes import Here, Server
 
@@ -68,19 +68,21 @@ def tools_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def answerer(tools_dir: Path) -> Iterator[Answerer]:
+def answerer(tools_dir: Path) -> Iterator[CompletionService]:
     # A template without a place for what the system says.
-    served = load_served(
+    served = load_served_model(
         ServedModelConfig(path=str(tools_dir), template="belle"), torch.device("cpu")
     )
-    stepper = Stepper(served.model, num_slots=4, max_context=served.max_context, num_tokens=400)
+    stepper = BatchScheduler(
+        served.model, num_slots=4, max_context=served.max_context, num_tokens=400
+    )
     engine = TransformersEngine(stepper, max_waiting=32)
-    yield Answerer(served, engine, SamplingDefaults())
+    yield CompletionService(served, engine, SamplingDefaults())
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def client(answerer: Answerer) -> Iterator[openai.OpenAI]:
+def client(answerer: CompletionService) -> Iterator[openai.OpenAI]:
     server = Server({"tiny": Here(answerer)})
     yield server.client()
     server.close()

@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from raytune_llama.tokenizer.hard_texts import hard_texts
 from raytune_llama.tokenizer.reference import (
-    PIECE,
-    Reference,
+    PieceProto,
+    ReferenceEncoder,
     SentencePieceReference,
     TokenizersReference,
 )
@@ -39,7 +39,9 @@ def compiled_of(kind: str) -> CompiledEncoder:
     return CompiledEncoder(reference_of(kind))
 
 
-def assert_same(encoder: CompiledEncoder, reference: Reference, texts: Sequence[str]) -> None:
+def assert_same(
+    encoder: CompiledEncoder, reference: ReferenceEncoder, texts: Sequence[str]
+) -> None:
     encoded, wanted = encoder.encode(texts), reference.encode(texts)
     assert [ids.tolist() for ids in encoded] == [ids.tolist() for ids in wanted]
     assert {ids.dtype for ids in encoded} <= {np.dtype(np.uint32)}
@@ -157,6 +159,6 @@ def test_compiled_of_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="more than merge"):
         CompiledEncoder(unigram)
     proto = references.pieces_proto(references.corpus_pieces(tied=True))
-    proto.pieces.add(piece="of the", type=PIECE.USER_DEFINED)
+    proto.pieces.add(piece="of the", type=PieceProto.USER_DEFINED)
     with pytest.raises(ValueError, match="user-defined"):
         CompiledEncoder(SentencePieceReference(proto.SerializeToString(), frozenset()))

@@ -203,7 +203,7 @@ def test_check_checkpoint_unknown_format_is_refused_by_number(
     run_dir = Place.local(tmp_path)
     session = build(make_config())
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT_VERSION", 99)
+        patch.setattr(checkpoint, "CHECKPOINT_FORMAT_VERSION", 99)
         save(session, run_dir, RunState(step=1))
         assert check_checkpoint(checkpoint_path(run_dir, 1), tmp_path) is None
     problem = check_checkpoint(checkpoint_path(run_dir, 1), tmp_path)

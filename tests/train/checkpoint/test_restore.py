@@ -18,7 +18,7 @@ from raytune_llama.train.checkpoint.saver import Saver
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.loop import open_session
 from raytune_llama.train.monitoring.metrics import EVAL_LOSS, LOSS
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 from tests.train.conftest import MakeConfig, curve, run_here, stage_fields
 from tests.train.group import Group
 from tests.train.saved import ALONE, NoLog, assert_same_content, state_files
@@ -42,7 +42,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
     group.close()
 
 
-def resave(settings: dict[str, Any], source: Place, target: Place, workers: Workers) -> None:
+def resave(settings: dict[str, Any], source: Place, target: Place, workers: ProcessGroup) -> None:
     """Load a run's newest checkpoint and save it elsewhere."""
     session = open_session(from_dict(PretrainConfig, settings), workers)
     state = restore(source, session.engine, workers)

@@ -18,7 +18,7 @@ from raytune_llama.train.checkpoint.layout import (
     list_checkpoints,
 )
 from raytune_llama.train.checkpoint.restore import restore, restore_step
-from raytune_llama.train.loop import read_batches, take_step
+from raytune_llama.train.loop import read_batches, train_step
 from raytune_llama.train.monitoring import metrics
 from raytune_llama.train.monitoring.metrics import read_metrics
 from tests.train.conftest import MakeConfig, curve, run_here, stage_fields
@@ -72,7 +72,7 @@ def test_save_while_training_goes_on_has_the_state_of_its_step(
         saver.save(RunState(step=2))
         assert gate.reached.wait(DEADLINE_SECONDS)
         # It is being written, and the next step is taken.
-        take_step(session, batch, sum(batch.source_targets))
+        train_step(session, batch, sum(batch.source_targets))
         assert list_checkpoints(run_dir) == []
         gate.open()
     assert list_checkpoints(run_dir) == [checkpoint_path(run_dir, 2)]
@@ -96,7 +96,7 @@ def test_save_waits_for_the_one_before_and_reuses_its_memory(
     with open_saver(session, run_dir, keep_last=3) as saver:
         for step in (1, 2, 3):
             batch = next(batches)
-            take_step(session, batch, sum(batch.source_targets))
+            train_step(session, batch, sum(batch.source_targets))
             states.append(state_of(session.engine))
             saver.save(RunState(step=step))
             # All before it are there.

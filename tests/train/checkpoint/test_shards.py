@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from raytune_llama.storage.place import Place
 from raytune_llama.train.checkpoint import shards as slices
 from raytune_llama.train.checkpoint.layout import CheckpointError
-from raytune_llama.train.checkpoint.shards import SliceReader, join_parts, write_slices
-from raytune_llama.train.engines.protocol import PARTS, StateSlice, even_ranges
+from raytune_llama.train.checkpoint.shards import SliceReader, merge_worker_manifests, write_slices
+from raytune_llama.train.engines.protocol import STATE_KEYS, StateSlice, even_ranges
 
 SHAPES = {"a": [3, 5], "b": [1], "norm.c": [40], "d": [2, 3, 4]}
 
@@ -24,7 +24,7 @@ SHAPES = {"a": [3, 5], "b": [1], "norm.c": [40], "d": [2, 3, 4]}
 def state_of(name: str, start: int, stop: int) -> StateSlice:
     """Return a stretch of a parameter whose numbers say which they are."""
     whole = torch.arange(100.0) + 1000 * list(SHAPES).index(name)
-    return StateSlice(name, start, *(whole[start:stop] + 0.25 * n for n in range(len(PARTS))))
+    return StateSlice(name, start, *(whole[start:stop] + 0.25 * n for n in range(len(STATE_KEYS))))
 
 
 def held_by(rank: int, world_size: int) -> Iterator[StateSlice]:
@@ -70,19 +70,19 @@ def test_slice_reader_gives_back_any_range_that_any_workers_wrote(
     start, stop = sorted(min(edge, size) for edge in edges)
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(slices, "FILE_BYTES", file_bytes)
-        manifest = join_parts(write(Path(folder), world_size), SHAPES)
+        manifest = merge_worker_manifests(write(Path(folder), world_size), SHAPES)
         for file, entry in manifest["files"].items():
             stored = load_file(Path(folder, file))
             assert sum(tensor.nbytes for tensor in stored.values()) <= file_bytes
             assert Path(folder, file).stat().st_size == entry["bytes"]
         wanted = state_of(name, start, stop)
         with SliceReader(Place.local(Path(folder)), manifest, Path("unused")) as reader:
-            for part in PARTS:
+            for part in STATE_KEYS:
                 assert torch.equal(reader.read(part, name, start, stop), getattr(wanted, part))
 
 
 def test_join_parts_lists_shape_and_stretches_of_each_parameter(tmp_path: Path) -> None:
-    manifest = join_parts(write(tmp_path, 3), SHAPES)
+    manifest = merge_worker_manifests(write(tmp_path, 3), SHAPES)
     assert {name: entry["shape"] for name, entry in manifest["tensors"].items()} == SHAPES
     assert {entry["dtype"] for entry in manifest["tensors"].values()} == {"float32"}
     for name, entry in manifest["tensors"].items():
@@ -98,4 +98,4 @@ def test_join_parts_with_a_gap_or_twice_the_same_is_refused(
 ) -> None:
     parts = write(tmp_path, 3)
     with pytest.raises(CheckpointError, match="not the whole tensor"):
-        join_parts([parts[rank] for rank in kept], SHAPES)
+        merge_worker_manifests([parts[rank] for rank in kept], SHAPES)

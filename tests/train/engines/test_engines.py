@@ -20,13 +20,13 @@ from raytune_llama.train.engines.config import EngineConfig
 from raytune_llama.train.engines.deepspeed_zero import deepspeed_config
 from raytune_llama.train.engines.optimizer import OptimConfig
 from raytune_llama.train.export import read_result
-from raytune_llama.train.inputs import build_sources, plan_run
+from raytune_llama.train.inputs import build_batch_plan, build_sources
 from raytune_llama.train.monitoring.metrics import (
     EVAL_BITS_PER_BYTE,
     EVAL_LOSS,
     LOSS,
 )
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 from tests.faulty_s3 import FaultyServer
 from tests.train.conftest import MakeConfig, curve, run_here, stage_fields
 from tests.train.group import Group
@@ -170,7 +170,11 @@ def test_engine_bf16_keeps_positions_precise(
     with torch.no_grad():
         wanted = SummedLoss(model)(batch.ids_BT, positions_BT, batch.labels_BT).item()
     store = TokenStore.open(Path(config.data.store_dir))
-    engine = build_engine(config, plan_run(config, build_sources(config, store)), Workers.alone())
+    engine = build_engine(
+        config,
+        build_batch_plan(config, build_sources(config, store)),
+        ProcessGroup.single_process(),
+    )
     assert engine.loss_sum(batch) == pytest.approx(wanted, rel=1e-6)
 
 

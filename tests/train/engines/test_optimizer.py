@@ -15,10 +15,10 @@ from raytune_llama.data.store.token_store import TokenStore
 from raytune_llama.model.llama import causal_lm
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engines.build import build_engine
-from raytune_llama.train.engines.protocol import Engine
-from raytune_llama.train.inputs import build_sources, plan_run
+from raytune_llama.train.engines.protocol import TrainEngine
+from raytune_llama.train.inputs import build_batch_plan, build_sources
 from raytune_llama.train.monitoring.metrics import GRAD_NORM
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 from tests.train.conftest import (
     MakeConfig,
     curve,
@@ -33,9 +33,11 @@ APART = {"optim__lora_plus_ratio": 16.0, "optim__embedding_learning_rate": 3e-3}
 PLAIN: dict[str, Any] = {"lora__dropout": 0.0, "optim__weight_decay": 0.0}
 
 
-def engine_of(config: PretrainConfig) -> Engine:
-    plan = plan_run(config, build_sources(config, TokenStore.open(Path(config.data.store_dir))))
-    return build_engine(config, plan, Workers.alone())
+def engine_of(config: PretrainConfig) -> TrainEngine:
+    plan = build_batch_plan(
+        config, build_sources(config, TokenStore.open(Path(config.data.store_dir)))
+    )
+    return build_engine(config, plan, ProcessGroup.single_process())
 
 
 def batch_of(seed: int) -> MicroBatch:
@@ -43,8 +45,8 @@ def batch_of(seed: int) -> MicroBatch:
     return MicroBatch(ids_BT[:, :-1], ids_BT[:, 1:], torch.arange(24).expand(2, 24))
 
 
-def weights_of(engine: Engine) -> dict[str, Tensor]:
-    return {name: weight.clone() for name, weight in engine.whole_weights()}
+def weights_of(engine: TrainEngine) -> dict[str, Tensor]:
+    return {name: weight.clone() for name, weight in engine.full_weights()}
 
 
 def moves(config: PretrainConfig) -> dict[str, Tensor]:

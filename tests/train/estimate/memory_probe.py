@@ -28,8 +28,8 @@ from raytune_llama.train.engines.build import build_engine
 from raytune_llama.train.engines.ddp import DataParallelEngine
 from raytune_llama.train.engines.deepspeed_zero import DeepSpeedEngine
 from raytune_llama.train.engines.fsdp import FullyShardedEngine
-from raytune_llama.train.engines.protocol import Engine
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.engines.protocol import TrainEngine
+from raytune_llama.train.process_group import ProcessGroup
 
 ROOT = Path(__file__).parents[3]
 NUM_STEPS = 3
@@ -40,7 +40,7 @@ def measure(config: PretrainConfig, folder: Path) -> list[dict[str, int]]:
     folder.mkdir()
     file = folder / "config.yaml"
     write_yaml(config, file)
-    count = config.scale.most_workers
+    count = config.scale.max_workers
     environment = {
         **os.environ,
         # Every tensor of this size is a mapping of its own.
@@ -89,7 +89,7 @@ def build_batches(config: PretrainConfig, count: int) -> list[MicroBatch]:
     ]
 
 
-def warm_up(config: PretrainConfig, batch: MicroBatch, workers: Workers) -> None:
+def warm_up(config: PretrainConfig, batch: MicroBatch, workers: ProcessGroup) -> None:
     """Train a tiny model for a step: libraries and kernels take memory at their first use."""
     tiny = LlamaConfig(
         vocab_size=400,
@@ -103,7 +103,7 @@ def warm_up(config: PretrainConfig, batch: MicroBatch, workers: Workers) -> None
         quantize_base(model, config.model.quantization, (), workers.device)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     module = SummedLoss(attach_adapter(model, LoraConfig(), seed=1))
-    engine: Engine
+    engine: TrainEngine
     if config.engine.strategy == "ddp":
         engine = DataParallelEngine(module, config.engine.precision, config.optim, workers)
     elif config.engine.strategy == "fsdp":
@@ -127,13 +127,13 @@ def main() -> None:
     config = load(PretrainConfig, [file])
     os.environ["LOCAL_RANK"] = rank
     torch.set_num_threads(1)
-    workers = Workers.alone()
+    workers = ProcessGroup.single_process()
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(num_workers)
     )
     if int(num_workers) > 1:
-        workers = Workers.of_process_group(torch.device("cpu"))
-    plan = BatchPlan.of(
+        workers = ProcessGroup.from_torch(torch.device("cpu"))
+    plan = BatchPlan.create(
         [1000],
         sequence_tokens=config.batch.sequence_tokens,
         sequences_per_step=config.batch.sequences_per_step,

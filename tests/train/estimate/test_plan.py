@@ -13,11 +13,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from raytune_llama.config.settings import ConfigError, from_dict, identity, override, write_yaml
-from raytune_llama.model.llama import load_skeleton
+from raytune_llama.model.llama import build_empty_model
 from raytune_llama.model.lora import LoraConfig, attach_adapter
 from raytune_llama.tokenizer.loader import load_tokenizer
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.engines.config import Layout
+from raytune_llama.train.engines.config import ShardingLayout
 from raytune_llama.train.estimate.memory import WorkerMemory, count_parameters
 from raytune_llama.train.estimate.plan import build_model, build_plan, plan_memory
 from raytune_llama.train.estimate.schemes import ZERO_DEFAULTS
@@ -83,9 +83,9 @@ def test_count_parameters_of_large_models_equals_the_oracle(size: str, trained: 
 
 def test_count_parameters_tied_table_counts_once(make_config: MakeConfig, model_dir: Path) -> None:
     config = make_config()
-    skeleton = load_skeleton(model_dir)
+    skeleton = build_empty_model(model_dir)
     alone = sum(parameter.numel() for parameter in skeleton.parameters())
-    counts = count_parameters(build_model(config, load_skeleton(model_dir)))
+    counts = count_parameters(build_model(config, build_empty_model(model_dir)))
     table = 410 * 32
     assert counts.resident == counts.unique + table
     assert counts.unique == alone + counts.trained - table
@@ -241,7 +241,9 @@ def gpu_memory(make_config: MakeConfig, **engine: Any) -> WorkerMemory:  # noqa:
     """Return the memory of a worker on a GPU under ZeRO 2."""
     config = make_config(engine={"precision": "bf16", "zero_stage": 2, **engine})
     config = override(config, {"scale.use_gpu": True, "scale.num_workers": 2})
-    return plan_memory(config, build_model(config, load_skeleton(Path(config.model.path))), 2)[2]
+    return plan_memory(config, build_model(config, build_empty_model(Path(config.model.path))), 2)[
+        2
+    ]
 
 
 def test_plan_memory_of_an_offloaded_optimizer_is_the_hosts(make_config: MakeConfig) -> None:
@@ -304,8 +306,8 @@ def measure_config(path: Path, tmp_path: Path, **fields: Any) -> PretrainConfig:
 
 def assert_measured(config: PretrainConfig, tmp_path: Path) -> None:
     """Compare a plan's peak with what the worker that holds most was seen to hold."""
-    model = build_model(config, load_skeleton(Path(config.model.path)))
-    number = config.scale.most_workers
+    model = build_model(config, build_empty_model(Path(config.model.path)))
+    number = config.scale.max_workers
     planned = {memory.layout: memory for memory in plan_memory(config, model, number)}
     memory = planned[config.engine.layout]
     measured = max(worker["peak"] for worker in measure(config, tmp_path / "probe"))
@@ -318,7 +320,7 @@ def test_plan_memory_of_lora_is_what_a_worker_holds(wide_model_dir: Path, tmp_pa
 
 FULL = {"train": "full", "lora": None}
 TWO = {"num_workers": 2}
-LAYOUTS: dict[Layout, dict[str, Any]] = {
+LAYOUTS: dict[ShardingLayout, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
     "ZeRO 1": {"zero_stage": 1},
     "ZeRO 2": {"zero_stage": 2},
@@ -332,7 +334,7 @@ LAYOUTS: dict[Layout, dict[str, Any]] = {
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_plan_memory_of_two_workers_is_what_they_hold(
-    wide_model_dir: Path, tmp_path: Path, layout: Layout, precision: str, train: str
+    wide_model_dir: Path, tmp_path: Path, layout: ShardingLayout, precision: str, train: str
 ) -> None:
     fields: dict[str, Any] = FULL if train == "full" else {}
     engine = {"precision": precision, **LAYOUTS[layout]}

@@ -11,18 +11,18 @@ from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engines.protocol import StepResult
 from raytune_llama.train.loop import open_session, read_batches
 from raytune_llama.train.monitoring.incident_log import SPIKES_FILE
-from raytune_llama.train.monitoring.loss_spikes import SpikeWatch
+from raytune_llama.train.monitoring.loss_spikes import SpikeDetector
 from raytune_llama.train.monitoring.metrics import read_records
-from raytune_llama.train.monitoring.reporter import Report
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.monitoring.reporter import Reporter
+from raytune_llama.train.process_group import ProcessGroup
 from tests.train.conftest import MakeConfig
 
 ONE_TARGET = StepTotal(source_sequences=(4,), source_targets=(1,), num_tokens=9)
 
 
 def spikes_of(losses: list[float], *, factor: float = 8.0, window: int = 20) -> list[int]:
-    watch = SpikeWatch(factor, window)
-    return [number for number, loss in enumerate(losses) if watch.look(loss) is not None]
+    watch = SpikeDetector(factor, window)
+    return [number for number, loss in enumerate(losses) if watch.observe(loss) is not None]
 
 
 def noisy(count: int, mean: float = 3.0, deviation: float = 0.1) -> list[float]:
@@ -64,23 +64,23 @@ def test_watch_takes_no_rounding_for_a_spike() -> None:
 
 def test_watch_that_goes_on_judges_as_one_that_never_stopped() -> None:
     losses = noisy(100)
-    whole = SpikeWatch(2.0, 16)
-    bounds = [whole.look(loss) for loss in losses]
+    whole = SpikeDetector(2.0, 16)
+    bounds = [whole.observe(loss) for loss in losses]
     assert any(bounds[50:])
-    later = SpikeWatch(2.0, 16, losses[:50])
-    assert [later.look(loss) for loss in losses[50:]] == bounds[50:]
+    later = SpikeDetector(2.0, 16, losses[:50])
+    assert [later.observe(loss) for loss in losses[50:]] == bounds[50:]
 
 
 def report_losses(config: PretrainConfig, losses: list[float], start: int) -> None:
     """Report the steps of a run from one on, as if each had one target of a given loss."""
-    session = open_session(config, Workers.alone())
+    session = open_session(config, ProcessGroup.single_process())
     module = session.engine.module
     state = RunState(step=start)
     batch = next(read_batches(session, 0))
-    with Report(config, session.origins, module, state, Workers.alone()) as report:
+    with Reporter(config, session.origins, module, state, ProcessGroup.single_process()) as report:
         for step in range(start, len(losses)):
             result = StepResult(losses[step], 1.0, was_applied=True, loss_scale=1.0)
-            state = report.step(state, replace(batch, step=step), result, ONE_TARGET, 0.1)
+            state = report.log_step(state, replace(batch, step=step), result, ONE_TARGET, 0.1)
 
 
 @pytest.mark.parametrize("resumed", [[], [7, 12]])

@@ -15,9 +15,9 @@ from raytune_llama.train.monitoring import metrics
 from raytune_llama.train.monitoring.flops import flops_per_token
 from raytune_llama.train.monitoring.metrics import (
     LOSS,
-    EvaluatedText,
+    EvaluationResult,
     MetricsLog,
-    evaluation_values,
+    evaluation_metrics,
     read_metrics,
 )
 
@@ -177,8 +177,8 @@ def test_metric_names_are_unique_and_have_a_group() -> None:
 
 
 def test_evaluation_values_of_sources_add_up_to_the_total() -> None:
-    texts = [EvaluatedText("a", 30.0, 10, 25.0), EvaluatedText("b", 20.0, 40, 75.0)]
-    values = evaluation_values(texts)
+    texts = [EvaluationResult("a", 30.0, 10, 25.0), EvaluationResult("b", 20.0, 40, 75.0)]
+    values = evaluation_metrics(texts)
     assert values == pytest.approx(
         {
             "eval/loss": 1.0,
@@ -193,8 +193,8 @@ def test_evaluation_values_of_sources_add_up_to_the_total() -> None:
 
 
 def test_evaluation_values_of_text_without_a_target_are_not_numbers() -> None:
-    texts = [EvaluatedText("a", 30.0, 10, 25.0), EvaluatedText("b", 0.0, 0, 4.0)]
-    values = evaluation_values(texts)
+    texts = [EvaluationResult("a", 30.0, 10, 25.0), EvaluationResult("b", 0.0, 0, 4.0)]
+    values = evaluation_metrics(texts)
     assert values["eval/loss"] == 3.0
     assert math.isnan(values["eval/loss/b"])
-    assert math.isnan(evaluation_values(texts[1:])["eval/loss"])
+    assert math.isnan(evaluation_metrics(texts[1:])["eval/loss"])

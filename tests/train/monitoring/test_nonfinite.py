@@ -22,7 +22,7 @@ from raytune_llama.train.checkpoint.layout import (
     list_checkpoints,
 )
 from raytune_llama.train.config import PretrainConfig
-from raytune_llama.train.engines.protocol import Engine, StateSlice, StepResult
+from raytune_llama.train.engines.protocol import StateSlice, StepResult, TrainEngine
 from raytune_llama.train.loop import open_session, read_batches, train
 from raytune_llama.train.monitoring.incident_log import BAD_STEPS_FILE
 from raytune_llama.train.monitoring.metrics import (
@@ -33,7 +33,7 @@ from raytune_llama.train.monitoring.metrics import (
     read_metrics,
     read_records,
 )
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 from tests.train.conftest import MakeConfig, curve, run_here, stage_fields
 from tests.train.group import Group
 from tests.train.marked import CROPS, MARKS, mark_at, write_broken_model, write_marked_store
@@ -147,7 +147,7 @@ def break_loss(module: nn.Module) -> Any:  # noqa: ANN401  # a handle
     return module.register_forward_hook(spoil)
 
 
-def state_of(engine: Engine) -> dict[str, StateSlice]:
+def state_of(engine: TrainEngine) -> dict[str, StateSlice]:
     return {
         s.name: StateSlice(
             s.name, s.start, *(t.clone() for t in (s.weight, s.exp_avg, s.exp_avg_sq))
@@ -163,9 +163,9 @@ def assert_same_state(ours: dict[str, StateSlice], wanted: dict[str, StateSlice]
         assert torch.equal(ours[name].exp_avg_sq, state.exp_avg_sq), name
 
 
-def take_steps(config: PretrainConfig, *breaks: Callable[[SummedLoss], Any] | None) -> Engine:
+def take_steps(config: PretrainConfig, *breaks: Callable[[SummedLoss], Any] | None) -> TrainEngine:
     """Take steps on one batch, broken or not; check that the broken ones move no weight."""
-    session = open_session(config, Workers.alone())
+    session = open_session(config, ProcessGroup.single_process())
     engine, batch = session.engine, next(read_batches(session, 0))
     seeds = [0] * len(batch.micro_batches)
     for break_ in breaks:
@@ -359,7 +359,7 @@ def kill_after(config: PretrainConfig, steps: int) -> None:
         return False
 
     with pytest.raises(KilledError):
-        train(config, Workers.alone(), kill)
+        train(config, ProcessGroup.single_process(), kill)
 
 
 def end_of(config: PretrainConfig) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from raytune_llama.tokenizer.loader import load_tokenizer
 from raytune_llama.train.loop import open_session
 from raytune_llama.train.monitoring.metrics import LOSS
 from raytune_llama.train.monitoring.replica_check import ReplicaError, checksum, compare_replicas
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.process_group import ProcessGroup
 from tests.train.conftest import MakeConfig, curve, stage_fields, write_model
 from tests.train.group import Group
 
@@ -58,7 +58,7 @@ def _compare(rank: int, wrong: list[int], store: str, answers: Path, world_size:
         flip_bit(tensors["second"], 9 + rank)
     said = ""
     try:
-        compare_replicas(300, tensors.items(), Workers.of_process_group(torch.device("cpu")))
+        compare_replicas(300, tensors.items(), ProcessGroup.from_torch(torch.device("cpu")))
     except ReplicaError as error:
         said = str(error)
     (answers / str(rank)).write_text(said)
@@ -106,8 +106,8 @@ def test_engine_compares_all_weights_or_where_they_are_cut_up_none(
     fields: dict[str, object],
     holds_all: bool,  # noqa: FBT001
 ) -> None:
-    engine = open_session(make_config(**fields), Workers.alone()).engine
-    found = {name for name, _ in engine.replicated()}
+    engine = open_session(make_config(**fields), ProcessGroup.single_process()).engine
+    found = {name for name, _ in engine.replicated_tensors()}
     if holds_all:
         assert found >= {name for name, _ in engine.module.named_parameters()}
     else:

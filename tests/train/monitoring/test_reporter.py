@@ -15,8 +15,8 @@ from raytune_llama.train.engines.protocol import StepResult
 from raytune_llama.train.loop import Session, open_session, read_batches
 from raytune_llama.train.monitoring import metrics
 from raytune_llama.train.monitoring.metrics import read_metrics
-from raytune_llama.train.monitoring.reporter import Report
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.monitoring.reporter import Reporter
+from raytune_llama.train.process_group import ProcessGroup
 from tests.train.conftest import MakeConfig, run_here
 
 TOTAL = StepTotal(source_sequences=(3, 1), source_targets=(20, 5), num_tokens=27)
@@ -34,9 +34,9 @@ def shown_steps(caplog: pytest.LogCaptureFixture) -> list[int]:
     return [int(match[1]) for match in found if match]
 
 
-def open_report(session: Session, state: RunState, *, world_size: int = 1) -> Report:
-    workers = Workers(rank=0, world_size=world_size, device=torch.device("cpu"))
-    return Report(session.config, session.origins, session.engine.module, state, workers)
+def open_report(session: Session, state: RunState, *, world_size: int = 1) -> Reporter:
+    workers = ProcessGroup(rank=0, world_size=world_size, device=torch.device("cpu"))
+    return Reporter(session.config, session.origins, session.engine.module, state, workers)
 
 
 def test_report_over_two_starts_adds_up_and_shows_the_steps_asked_for(
@@ -78,12 +78,14 @@ def test_report_step_counts_what_is_done_and_the_filler_of_all_workers(
     make_config: MakeConfig,
 ) -> None:
     # Three workers take 2, 1 and 1 of four sequences, in two micro-batches each.
-    session = open_session(make_config(batch__micro_batch_sequences=1), Workers.alone())
+    session = open_session(
+        make_config(batch__micro_batch_sequences=1), ProcessGroup.single_process()
+    )
     start = RunState(tokens=7, source_sequences=[1, 2], source_targets=[3, 4], num_skipped_steps=1)
     batch = next(iter(read_batches(session, 0)))
     overflowed = replace(RESULT, was_applied=False, grad_norm=float("inf"), loss_scale=1024.0)
     with open_report(session, start, world_size=3) as report:
-        state = report.step(start, batch, overflowed, TOTAL, 0.5)
+        state = report.log_step(start, batch, overflowed, TOTAL, 0.5)
     assert (state.step, state.tokens, state.num_skipped_steps) == (1, 32, 2)
     assert (state.source_sequences, state.source_targets) == ([4, 3], [23, 9])
     (record,) = read_metrics(session.config.run_place)
@@ -96,13 +98,13 @@ def test_report_step_counts_what_is_done_and_the_filler_of_all_workers(
 
 
 def test_report_evaluation_best_is_the_lowest_finite_loss(make_config: MakeConfig) -> None:
-    session = open_session(make_config(), Workers.alone())
+    session = open_session(make_config(), ProcessGroup.single_process())
     state = RunState()
     best: list[int | None] = []
     with open_report(session, state) as report:
         for step, loss in enumerate([float("nan"), 3.0, 2.0, float("nan"), 2.5, 1.0, 1.0]):
             values = {metrics.EVAL_LOSS: loss, metrics.EVAL_BITS_PER_BYTE: loss}
-            state = report.evaluation(replace(state, step=step), values, 0.1)
+            state = report.log_evaluation(replace(state, step=step), values, 0.1)
             best.append(state.best_step)
     assert best == [None, 1, 2, 2, 2, 5, 5]
     assert state.best_loss == 1.0
@@ -113,16 +115,16 @@ def test_report_saving_time_is_part_of_the_run(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    session = open_session(make_config(), Workers.alone())
+    session = open_session(make_config(), ProcessGroup.single_process())
     batch = next(iter(read_batches(session, 0)))
     state = RunState(seconds=100.0)
     with open_report(session, state) as report:
         clock[0] += 1.0
-        state = report.step(state, batch, RESULT, TOTAL, 0.5)
+        state = report.log_step(state, batch, RESULT, TOTAL, 0.5)
         with report.saving():
             clock[0] += 4.0
         clock[0] += 2.0
-        state = report.step(state, batch, RESULT, TOTAL, 0.5)
+        state = report.log_step(state, batch, RESULT, TOTAL, 0.5)
     assert state.seconds == 107.0
     steps = [r for r in read_metrics(session.config.run_place) if metrics.LOSS in r]
     assert [record[metrics.STEP_SECONDS] for record in steps] == [1.0, 2.0]
@@ -133,7 +135,7 @@ def test_report_waiting_for_data_is_timed(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    session = open_session(make_config(), Workers.alone())
+    session = open_session(make_config(), ProcessGroup.single_process())
     batch = next(iter(read_batches(session, 0)))
 
     def slow() -> object:
@@ -142,20 +144,20 @@ def test_report_waiting_for_data_is_timed(
 
     state = RunState()
     with open_report(session, state) as report:
-        for timed in report.timed(slow()):  # pyright: ignore[reportArgumentType]
+        for timed in report.time_batches(slow()):  # pyright: ignore[reportArgumentType]
             clock[0] += 1.0
-            state = report.step(state, timed, RESULT, TOTAL, 0.5)
+            state = report.log_step(state, timed, RESULT, TOTAL, 0.5)
     (record,) = read_metrics(session.config.run_place)
     assert (record[metrics.DATA_SECONDS], record[metrics.DATA_SHARE]) == (3.0, 0.75)
 
 
 def test_report_only_the_first_worker_writes(make_config: MakeConfig) -> None:
     config = make_config()
-    session = open_session(config, Workers.alone())
-    second = Workers(rank=1, world_size=2, device=torch.device("cpu"))
+    session = open_session(config, ProcessGroup.single_process())
+    second = ProcessGroup(rank=1, world_size=2, device=torch.device("cpu"))
     quiet = override(config, {"logging.every_steps": 1})
     state = RunState()
-    with Report(quiet, session.origins, session.engine.module, state, second) as report:
-        state = report.step(state, next(iter(read_batches(session, 0))), RESULT, TOTAL, 0.5)
+    with Reporter(quiet, session.origins, session.engine.module, state, second) as report:
+        state = report.log_step(state, next(iter(read_batches(session, 0))), RESULT, TOTAL, 0.5)
     assert state.step == 1
     assert not config.run_place.exists()

@@ -11,8 +11,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from raytune_llama.model.llama import DTYPES, Precision, SummedLoss
 from raytune_llama.train.engines.ddp import DataParallelEngine
 from raytune_llama.train.engines.optimizer import OptimConfig
-from raytune_llama.train.monitoring.self_test import prove
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.monitoring.self_test import run_self_tests
+from raytune_llama.train.process_group import ProcessGroup
 
 
 class ScaledLogits(LlamaForCausalLM):
@@ -45,7 +45,9 @@ class Positionless(LlamaForCausalLM):
 
 def engine_of(model: LlamaForCausalLM, precision: Precision) -> DataParallelEngine:
     model.config.use_cache = False
-    return DataParallelEngine(SummedLoss(model), precision, OptimConfig(), Workers.alone())
+    return DataParallelEngine(
+        SummedLoss(model), precision, OptimConfig(), ProcessGroup.single_process()
+    )
 
 
 def load(path: Path, precision: Precision, kind: type[LlamaForCausalLM]) -> LlamaForCausalLM:
@@ -53,7 +55,12 @@ def load(path: Path, precision: Precision, kind: type[LlamaForCausalLM]) -> Llam
 
 
 def run_proofs(model: LlamaForCausalLM, precision: Precision, *, isolate: bool) -> None:
-    prove(engine_of(model, precision), precision, Workers.alone(), isolate_documents=isolate)
+    run_self_tests(
+        engine_of(model, precision),
+        precision,
+        ProcessGroup.single_process(),
+        isolate_documents=isolate,
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -15,9 +15,9 @@ from raytune_llama.train.orchestration.channel import (
     Channel,
     ChannelActor,
     StopRequest,
-    WorkerHandler,
+    WorkerLogHandler,
 )
-from raytune_llama.train.orchestration.failure_policy import Failures
+from raytune_llama.train.orchestration.failure_policy import FailurePolicy
 
 NAME = "raytune_llama.somewhere"
 
@@ -39,7 +39,7 @@ def holds_soon(condition: Callable[[], bool]) -> bool:
 def log_as_worker(actor: object, rank: int) -> None:
     """Log through the worker's handler, as a process of its own would."""
     logger = logging.Logger(NAME)
-    logger.addHandler(WorkerHandler(actor, rank))
+    logger.addHandler(WorkerLogHandler(actor, rank))
     logger.debug("too much detail")
     logger.info("100%% of rank %d", rank)
     logger.error("failed", exc_info=ArithmeticError("nothing adds up"))
@@ -68,9 +68,9 @@ def test_channel_shows_each_record_once_with_name_and_level(
 
 def test_channel_actor_drain_is_in_the_order_of_time_and_forgets() -> None:
     async def drained_twice() -> list[list[float]]:
-        actor = ChannelActor(Failures(tolerated=1))
+        actor = ChannelActor(FailurePolicy(max_failures=1))
         for created in (2.0, 3.0, 1.0):
-            await actor.put({"created": created})
+            await actor.put_log_record({"created": created})
         return [[r["created"] for r in (await actor.drain()).records] for _ in range(2)]
 
     assert asyncio.run(drained_twice()) == [[1.0, 2.0, 3.0], []]

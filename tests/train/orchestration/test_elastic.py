@@ -12,15 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_llama.data.batches.order import Sample
-from raytune_llama.data.batches.packing import Sequence
+from raytune_llama.data.batches.order import SampleIndex
+from raytune_llama.data.batches.packing import PackedSequence
 from raytune_llama.data.batches.step_batches import BatchPlan, read_steps
-from raytune_llama.model.loss import IGNORE
+from raytune_llama.model.loss import IGNORE_INDEX
 from raytune_llama.storage.place import Place
 from raytune_llama.train.export import read_result
 from raytune_llama.train.monitoring.metrics import FILLER_SEQUENCES, LEARNING_RATE, TARGET_TOKENS
 from raytune_llama.train.orchestration.config import WorkerRange
-from raytune_llama.train.orchestration.elastic import Growth, Reservation, count_reserved
+from raytune_llama.train.orchestration.elastic import (
+    AutoscalerReservation,
+    ScaleUpPolicy,
+    count_reserved,
+)
 from tests.train.conftest import MakeConfig, curve, run_here, stage_fields
 from tests.train.group import Group
 
@@ -44,11 +48,11 @@ class Numbered:
     def num_read_tokens(self) -> int:
         return self.num_sequences
 
-    def read(self, sample: Sample) -> Sequence:
+    def read(self, sample: SampleIndex) -> PackedSequence:
         number = np.array([self.first + sample.index], dtype=np.uint16)
-        return Sequence(ids=number, labels=number)
+        return PackedSequence(ids=number, labels=number)
 
-    def documents(self, sample: Sample) -> list[int]:
+    def documents(self, sample: SampleIndex) -> list[int]:
         return [sample.index]
 
 
@@ -72,7 +76,7 @@ def test_read_steps_of_any_workers_in_turn_takes_each_epoch_once(
     """A start has a number of workers, and takes some steps before the next one."""
     firsts = np.cumsum([0, *sizes[:-1]]).tolist()
     sources = [Numbered(size, first) for size, first in zip(sizes, firsts, strict=True)]
-    plan = BatchPlan.of(
+    plan = BatchPlan.create(
         sizes,
         sequence_tokens=2,
         sequences_per_step=per_step,
@@ -91,7 +95,7 @@ def test_read_steps_of_any_workers_in_turn_takes_each_epoch_once(
             )
             for _, batch in zip(range(step, stop), batches, strict=False):
                 labels = [part.labels_BT[:, 0].tolist() for part in batch.micro_batches]
-                seen = [label for row in labels for label in row if label != IGNORE]
+                seen = [label for row in labels for label in row if label != IGNORE_INDEX]
                 for position, number in zip(batch.positions, seen, strict=True):
                     assert position not in taken
                     taken[position] = number
@@ -154,11 +158,11 @@ def test_train_on_four_workers_with_filler_equals_one(
     assert set(curve(config, FILLER_SEQUENCES)) == {1.0}
 
 
-def growth(**fields: Any) -> Growth:  # noqa: ANN401
-    return Growth(WorkerRange(**{"min": 1, "max": 4, "grow_seconds": 10.0, **fields}))
+def growth(**fields: Any) -> ScaleUpPolicy:  # noqa: ANN401
+    return ScaleUpPolicy(WorkerRange(**{"min": 1, "max": 4, "grow_seconds": 10.0, **fields}))
 
 
-def times_due(growing: Growth, seen: Mapping[float, tuple[int, int]]) -> list[float]:
+def times_due(growing: ScaleUpPolicy, seen: Mapping[float, tuple[int, int]]) -> list[float]:
     """Return when it is due, of times with the workers that train and those there is room for."""
     return [now for now, (running, room) in seen.items() if growing.is_due(running, room, now)]
 
@@ -211,13 +215,13 @@ def test_reservation_of_a_killed_driver_is_given_back_to_the_next(run_dir: Place
         call = coordinator.request_resources
         ray.get(call.remote(requester_id=requester, resources=[needs] * 2, expire_after_s=180))
 
-    first = Reservation.take_over(run_dir, "train-first", needs)
+    first = AutoscalerReservation.take_over(run_dir, "train-first", needs)
     reserve("train-first")
-    assert first.count() == 2
+    assert first.count_workers() == 2
     reserve("train-second")
-    other = Reservation("train-second", needs)
-    assert other.count() == 0
-    second = Reservation.take_over(run_dir, "train-second", needs)
-    assert second.count() == 2
-    assert first.count() == 0
-    second.give_back()
+    other = AutoscalerReservation("train-second", needs)
+    assert other.count_workers() == 0
+    second = AutoscalerReservation.take_over(run_dir, "train-second", needs)
+    assert second.count_workers() == 2
+    assert first.count_workers() == 0
+    second.cancel()

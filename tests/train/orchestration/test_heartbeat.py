@@ -11,60 +11,60 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from raytune_llama.train.orchestration.heartbeat import locate
-from raytune_llama.train.process_group import Workers
-from raytune_llama.train.progress import Pulse
+from raytune_llama.train.orchestration.heartbeat import locate_frame
+from raytune_llama.train.process_group import ProcessGroup
+from raytune_llama.train.progress import Progress
 from tests.train.conftest import MakeConfig
 
 
 def test_pulse_times_steps_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    pulse = Pulse()
+    pulse = Progress()
     for step, seconds in enumerate([50.0, 3.0, 7.0, 2.0], 1):
         now += seconds
-        pulse.take_step(step)
+        pulse.record_step(step)
     # The first is no step's time: it has the loading in it.
-    assert (pulse.take_slowest(), pulse.take_slowest(), pulse.step) == (7.0, 0.0, 4)
-    with pulse.doing("evaluating"):
+    assert (pulse.pop_slowest_seconds(), pulse.pop_slowest_seconds(), pulse.step) == (7.0, 0.0, 4)
+    with pulse.during("evaluating"):
         assert pulse.phase == "evaluating"
         now += 1000.0
     assert pulse.phase == "training"
     now += 5.0
-    pulse.take_step(5)
-    assert pulse.take_slowest() == 5.0
+    pulse.record_step(5)
+    assert pulse.pop_slowest_seconds() == 5.0
 
 
 def test_pulse_marks_grow_with_everything_that_is_done() -> None:
-    pulse = Pulse()
-    marks = [pulse.marks]
-    pulse.take_step(1)
-    marks.append(pulse.marks)
-    with pulse.doing("saving"):
-        marks.append(pulse.marks)
-    marks.append(pulse.marks)
+    pulse = Progress()
+    marks = [pulse.ticks]
+    pulse.record_step(1)
+    marks.append(pulse.ticks)
+    with pulse.during("saving"):
+        marks.append(pulse.ticks)
+    marks.append(pulse.ticks)
     assert marks == sorted(set(marks))
 
 
 def test_run_of_the_loop_tells_its_phases(make_config: MakeConfig) -> None:
     from raytune_llama.train.loop import train
 
-    workers = Workers.alone()
+    workers = ProcessGroup.single_process()
     seen: list[str] = []
 
-    class Recorder(Pulse):
+    class Recorder(Progress):
         def __setattr__(self, name: str, value: object) -> None:
             if name == "phase" and value != getattr(self, "phase", None):
                 seen.append(str(value))
             super().__setattr__(name, value)
 
-    object.__setattr__(workers, "pulse", Recorder())
+    object.__setattr__(workers, "progress", Recorder())
     train(make_config(max_steps=2), workers, lambda: False)
     assert seen == [
         *("starting", "evaluating", "starting", "training", "evaluating", "training"),
         *("saving", "training", "saving", "training", "finishing"),
     ]
-    assert workers.pulse.step == 2
+    assert workers.progress.step == 2
 
 
 def wait_for_peer(store: str) -> None:
@@ -80,7 +80,7 @@ def observe(store: str) -> None:
 
     def wait() -> None:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=2)
-        workers = Workers.of_process_group(torch.device("cpu"))
+        workers = ProcessGroup.from_torch(torch.device("cpu"))
         started.set()
         with pytest.raises(RuntimeError):
             workers.barrier()
@@ -92,14 +92,14 @@ def observe(store: str) -> None:
     deadline = time.monotonic() + 60
     where, waits = "", False
     while not waits and time.monotonic() < deadline:
-        where, waits = locate(sys._current_frames().get(thread.ident or 0))
+        where, waits = locate_frame(sys._current_frames().get(thread.ident or 0))
         time.sleep(0.01)
     assert waits
-    assert where.startswith("train/workers.py:")
+    assert where.startswith("train/process_group.py:")
     peer.kill()  # upon which the collective fails
     thread.join(120)
     assert not thread.is_alive()
-    assert not locate(sys._current_frames()[threading.get_ident()])[1]
+    assert not locate_frame(sys._current_frames()[threading.get_ident()])[1]
 
 
 def spawned(target: Callable[[str], None], store: str) -> Any:  # noqa: ANN401  # a process

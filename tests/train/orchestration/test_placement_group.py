@@ -10,9 +10,12 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytune_llama.storage.place import Place
-from raytune_llama.storage.process import ProcessId
+from raytune_llama.storage.process import ProcessIdentity
 from raytune_llama.train.orchestration import placement_group as reserved
-from raytune_llama.train.orchestration.placement_group import Reserved, note_reserved
+from raytune_llama.train.orchestration.placement_group import (
+    WorkerPlacement,
+    write_worker_placement,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -21,12 +24,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 class Controller:
     """Reserves for one worker, as Ray Train's controller does, and lets it write that down."""
 
-    def start(self, run_dir: Place) -> tuple[ProcessId, PlacementGroup]:
+    def start(self, run_dir: Place) -> tuple[ProcessIdentity, PlacementGroup]:
         group = placement_group([{"CPU": 0.5}])
         ray.get(group.ready())
         there = PlacementGroupSchedulingStrategy(placement_group=group)
-        worker: Any = ray.remote(note_reserved)
-        here = ProcessId.here()
+        worker: Any = ray.remote(write_worker_placement)
+        here = ProcessIdentity.current()
         call = worker.options(num_cpus=0.5, scheduling_strategy=there)
         ray.get(call.remote(run_dir, here))
         return here, group
@@ -53,15 +56,15 @@ def test_group_of_a_killed_controller_is_removed(
     run_dir: Place,
 ) -> None:
     process, group = ray.get(controller.start.remote(run_dir))
-    found = Reserved.read(run_dir)
+    found = WorkerPlacement.read(run_dir)
     assert found is not None
     assert found.controller == process
     process.kill()
     assert state_of(group) == "CREATED"
-    assert found.free()
+    assert found.release()
     assert state_of(group) == "REMOVED"
     # Once more, as after a restart: nothing is there to free.
-    assert not found.free()
+    assert not found.release()
 
 
 def test_group_of_a_controller_that_runs_stays(
@@ -72,9 +75,9 @@ def test_group_of_a_controller_that_runs_stays(
 ) -> None:
     monkeypatch.setattr(reserved, "END_SECONDS", 0.5)
     process, group = ray.get(controller.start.remote(run_dir))
-    found = Reserved.read(run_dir)
+    found = WorkerPlacement.read(run_dir)
     assert found is not None
-    assert not found.free()
+    assert not found.release()
     assert state_of(group) == "CREATED"
     assert f"stays, as Ray's controller of it runs: {process}" in caplog.text
 
@@ -82,14 +85,14 @@ def test_group_of_a_controller_that_runs_stays(
 def test_run_without_workers_or_with_those_of_another_cluster_frees_nothing(
     run_dir: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert Reserved.read(run_dir) is None
+    assert WorkerPlacement.read(run_dir) is None
     gone = {"placement_group": "ab" * 18, "controller": None}
-    (run_dir / reserved.RESERVED).write_json(gone)
-    found = Reserved.read(run_dir)
+    (run_dir / reserved.WORKER_PLACEMENT_FILE).write_json(gone)
+    found = WorkerPlacement.read(run_dir)
     assert found is not None
-    assert not found.free()
-    (run_dir / reserved.RESERVED).write_bytes(b"{")
-    assert Reserved.read(run_dir) is None
+    assert not found.release()
+    (run_dir / reserved.WORKER_PLACEMENT_FILE).write_bytes(b"{")
+    assert WorkerPlacement.read(run_dir) is None
     assert "what the workers reserve is not known" in caplog.text
 
 
@@ -101,4 +104,4 @@ def test_worker_that_cannot_write_down_what_it_reserves_goes_on(
     no_folder.write_text("")
     _, group = ray.get(controller.start.remote(Place.local(no_folder)))
     assert state_of(group) == "CREATED"
-    assert Reserved.read(Place.local(no_folder)) is None
+    assert WorkerPlacement.read(Place.local(no_folder)) is None

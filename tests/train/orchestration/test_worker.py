@@ -11,8 +11,12 @@ import torch.multiprocessing as mp
 
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.storage.place import Place
-from raytune_llama.train.orchestration.worker import describe_mistake, newest_step, release_others
-from raytune_llama.train.process_group import Workers
+from raytune_llama.train.orchestration.worker import (
+    describe_user_error,
+    newest_step,
+    unblock_other_workers,
+)
+from raytune_llama.train.process_group import ProcessGroup
 from tests.train.conftest import Runs, copy_run
 
 CPU = torch.device("cpu")
@@ -23,8 +27,8 @@ def fail_alone(store: str) -> None:
     """Join a group of two, and leave it as a worker does that has found a mistake."""
     method = f"file://{store}"
     dist.init_process_group("gloo", init_method=method, rank=1, world_size=2, timeout=TIMEOUT)
-    Workers.of_process_group(CPU).barrier()
-    release_others(CPU)
+    ProcessGroup.from_torch(CPU).barrier()
+    unblock_other_workers(CPU)
     time.sleep(600)  # its process stays, as Ray's does
 
 
@@ -35,7 +39,7 @@ def test_worker_that_leaves_lets_those_that_wait_for_it_fail_at_once(tmp_path: P
     try:
         method = f"file://{store}"
         dist.init_process_group("gloo", init_method=method, rank=0, world_size=2, timeout=TIMEOUT)
-        workers = Workers.of_process_group(CPU)
+        workers = ProcessGroup.from_torch(CPU)
         workers.barrier()
         start = time.monotonic()
         with pytest.raises(RuntimeError):
@@ -48,8 +52,8 @@ def test_worker_that_leaves_lets_those_that_wait_for_it_fail_at_once(tmp_path: P
 
 
 def test_mistake_is_told_by_message_and_a_stranger_by_its_kind_too() -> None:
-    assert describe_mistake(ConfigError(["a.b: bad"])) == "a.b: bad"
-    assert describe_mistake(FileNotFoundError(2, "no", "f")).startswith("FileNotFoundError: ")
+    assert describe_user_error(ConfigError(["a.b: bad"])) == "a.b: bad"
+    assert describe_user_error(FileNotFoundError(2, "no", "f")).startswith("FileNotFoundError: ")
 
 
 def test_newest_step_is_that_of_the_newest_finished_checkpoint(run_dir: Place, runs: Runs) -> None:
