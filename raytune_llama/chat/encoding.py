@@ -31,6 +31,7 @@ from raytune_llama.chat.templates.choice import build_template
 from raytune_llama.chat.templates.names import TemplateName
 from raytune_llama.chat.templates.segments import Segment, Template, UnrenderableError
 from raytune_llama.chat.truncation import Truncation, truncate
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import settings
 from raytune_llama.tokenizer.loader import build_reference_encoder
 from raytune_llama.tokenizer.reference import TextEncoder
@@ -139,10 +140,10 @@ class ChatEncoder:
         """
         defect = find_prompt_defect(conversation)
         if defect is not None:
-            raise ValueError(f"messages: {defect.reason}: {defect.detail}")
+            raise UserError(f"messages: {defect.reason}: {defect.detail}")
         row = self.encode_segments(self.template.render(conversation))
         if isinstance(row, Defect):
-            raise ValueError(f"messages: {row.reason}: {row.detail}")  # noqa: TRY004
+            raise UserError(f"messages: {row.reason}: {row.detail}")
         return row.ids
 
     def encode_segments(self, segments: Sequence[Segment]) -> EncodedConversation | Defect:
@@ -242,7 +243,7 @@ def build_chat_encoder(
         made = ChatEncoder(template, stretches, config, bos_id)
         if _matches_transformers(made, tokenizer):
             return made
-    raise ValueError(
+    raise UserError(
         f"template: the ids of the chat template of {tokenizer.name_or_path} can't be made as "
         "transformers makes them (tokens that take the white space beside them, or another "
         "tokenizer.model); name another template"
@@ -267,7 +268,7 @@ def _matches_transformers(encoder: ChatEncoder, tokenizer: PreTrainedTokenizerFa
             try:
                 segments = template.render(Conversation(turns[:length], system))
             except UnrenderableError as error:
-                raise ValueError(
+                raise UserError(
                     f"template: the chat template of {tokenizer.name_or_path} can't be used: "
                     f"{error}; name another template"
                 ) from error

@@ -28,12 +28,13 @@ import pydantic.dataclasses
 import pydantic_core
 
 from raytune_llama.config import fields, yaml12
+from raytune_llama.config.errors import UserError
 from raytune_llama.exits import EXIT_MISTAKE
 
 T = TypeVar("T")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config that cannot be used.
 
     A validator of a settings class may raise it too, with one entry a mistake: its entries start

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.model.tensors import PickledFile, SafetensorsFile, TensorSpec
 from raytune_llama.storage.files import read_json
 
@@ -94,18 +95,18 @@ class Adapter:
                 or damaged, or contradict each other.
         """
         if not (path / ADAPTER_CONFIG_FILE).is_file():
-            raise ValueError(
+            raise UserError(
                 f"adapters: {path} has no {ADAPTER_CONFIG_FILE}; name a directory written by PEFT"
             )
         settings = read_json(path / ADAPTER_CONFIG_FILE)
         files = [path / name for name in ADAPTER_WEIGHT_FILES if (path / name).is_file()]
         if not files:
-            raise ValueError(f"adapters: {path} has none of {', '.join(ADAPTER_WEIGHT_FILES)}")
+            raise UserError(f"adapters: {path} has none of {', '.join(ADAPTER_WEIGHT_FILES)}")
         _refuse_unknown(path, settings)
         kind = SafetensorsFile if files[0].suffix == ".safetensors" else PickledFile
         adapter = cls(path, settings, kind(files[0]), prefix)
         if not adapter.low_rank and not adapter.replaced:
-            raise ValueError(
+            raise UserError(
                 f"adapters: {files[0]} holds no tensor, so that it would change nothing; it was "
                 "saved by a PEFT that did not fit the training program: train again, or find the "
                 "checkpoint's own weights"
@@ -165,7 +166,7 @@ class Adapter:
                 self.low_rank.setdefault(weight, LowRankUpdate()).keys[part] = key
                 return
         if ".lora_" in name:
-            raise ValueError(f"adapters: {self._file.path}: {key} is of a kind unknown to us")
+            raise UserError(f"adapters: {self._file.path}: {key} is of a kind unknown to us")
         if ".original_module." in name:
             return  # what was there before training, which PEFT keeps beside a resized table
         for wrapper in _WRAPPERS:
@@ -177,14 +178,14 @@ class Adapter:
         where = f"adapters: {self._file.path}: {name.removesuffix('.weight')}"
         pair = ("embedding_a", "embedding_b") if update.is_embedding else ("a", "b")
         if not all(part in update.keys for part in pair):
-            raise ValueError(f"{where}: A or B is missing; the file is not whole")
+            raise UserError(f"{where}: A or B is missing; the file is not whole")
         if ("magnitude" in update.keys) != bool(self.settings.get("use_dora")):
-            raise ValueError(f"{where}: use_dora of {ADAPTER_CONFIG_FILE} contradicts the weights")
+            raise UserError(f"{where}: use_dora of {ADAPTER_CONFIG_FILE} contradicts the weights")
         first, second = (self._file.specs[update.keys[part]].shape for part in pair)
         whole = self._prefix + name  # what PEFT's patterns are written for
         rank = _by_pattern(self.settings, "rank_pattern", whole, self.settings["r"])
         if not first[0] == second[1] == rank:
-            raise ValueError(
+            raise UserError(
                 f"{where}: A is {list(first)}, B is {list(second)}, and {ADAPTER_CONFIG_FILE} says "
                 f"rank {rank}; the files are of different adapters"
             )
@@ -219,21 +220,21 @@ def _refuse_unknown(path: Path, settings: Mapping[str, Any]) -> None:
     """Refuse an adapter that does something else than what is merged here."""
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise ValueError(f"adapters: {path} is of PEFT's type {kind}, and only LORA can be merged")
+        raise UserError(f"adapters: {path} is of PEFT's type {kind}, and only LORA can be merged")
     for name in ("r", "lora_alpha"):
         if not isinstance(settings.get(name), int | float):
             problem = (
                 f"adapters: {path / ADAPTER_CONFIG_FILE}: {name} is missing; the file is not whole"
             )
-            raise ValueError(problem)  # noqa: TRY004  # the file is wrong, not an argument's type
+            raise UserError(problem)  # the file is wrong, not an argument's type
     for name in ("lora_bias", "layer_replication", "megatron_config", "arrow_config"):
         if settings.get(name):
-            raise ValueError(
+            raise UserError(
                 f"adapters: {path / ADAPTER_CONFIG_FILE}: {name} cannot be merged here; use PEFT"
             )
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGED_BASES):
-        raise ValueError(
+        raise UserError(
             f"adapters: {path / ADAPTER_CONFIG_FILE}: init_lora_weights {start!r} changed the "
             "base before "
             "training; let PEFT convert it to a plain LoRA first"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.merge.freed import release_free_memory
 from raytune_llama.merge.gguf_file import GgufModelSpec, GgufWeights, write_gguf
 from raytune_llama.merge.plan import MergePlan
@@ -54,7 +55,7 @@ def export_shard(plan: MergePlan, folder: Path, max_shard_bytes: int, file: str)
         AssertionError: What was written is not what it should be.
     """
     if not folder.is_dir():
-        raise ValueError(
+        raise UserError(
             f"target: {folder.parent} is not seen by every node; with num_workers above 1 it has "
             "to be a place that all nodes share, with an absolute path"
         )

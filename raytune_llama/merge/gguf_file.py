@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.merge.gguf_vocabulary import GgufVocabulary, read_vocabulary
 from raytune_llama.merge.plan import MergePlan
 from raytune_llama.merge.proof import Q8_0_BLOCK_SIZE
@@ -96,12 +97,12 @@ def plan_gguf(plan: MergePlan, gguf_type: GgufType) -> GgufModelSpec:
         ValueError: llama.cpp has no LLaMA like it, or not in this type.
     """
     if plan.settings.get("model_type") != "llama":
-        raise ValueError(
+        raise UserError(
             f"output_format: {plan.base_dir} is a {plan.settings.get('model_type')}, and gguf is "
             "written of LLaMAs alone; write huggingface"
         )
     if plan.tokenizer_dir is None:
-        raise ValueError(
+        raise UserError(
             f"output_format: gguf holds the tokenizer too, and neither {plan.base_dir} nor an "
             "adapter has one; put it into the base's directory"
         )
@@ -125,7 +126,7 @@ def _check_config(base_dir: Path, config: LlamaConfig) -> None:
         if value not in known
     ]
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
 
 
 def _tensors(
@@ -139,7 +140,7 @@ def _tensors(
             continue
         gguf_name = names.get_name(name, try_suffixes=(".weight",))
         if gguf_name is None:
-            raise ValueError(
+            raise UserError(
                 f"output_format: {plan.base_dir} holds {name}, for which a LLaMA of GGUF has no "
                 "place; write huggingface"
             )
@@ -147,7 +148,7 @@ def _tensors(
         shape = spec.shape
         if kind == Kind.Q8_0:
             if shape[-1] % Q8_0_BLOCK_SIZE:
-                raise ValueError(
+                raise UserError(
                     f"gguf_type: q8_0 has blocks of {Q8_0_BLOCK_SIZE}, and the rows of {name} are "
                     f"{shape[-1]} long; take f16"
                 )

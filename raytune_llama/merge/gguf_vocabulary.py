@@ -16,6 +16,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerFast
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.tokenizer.loader import (
     build_reference_encoder,
     control_token_ids,
@@ -133,7 +134,7 @@ def _pieces(
     path: Path, reference: SentencePieceReference, tokenizer: PreTrainedTokenizerFast, num_rows: int
 ) -> dict[str, Any]:
     if not is_plain_merging(reference.proto):
-        raise ValueError(
+        raise UserError(
             f"output_format: llama.cpp has no rule for the tokenizer.model of {path}, which is no "
             "BPE with byte fallback of characters as they are; write huggingface"
         )
@@ -192,7 +193,7 @@ def _pre_tokenizer(path: Path, engine: Mapping[str, Any]) -> str:
     model, first = engine["model"], engine["pre_tokenizer"] or {}
     steps = first.get("pretokenizers", [first])
     if model["type"] != "BPE" or model.get("byte_fallback") or engine["normalizer"] is not None:
-        raise ValueError(
+        raise UserError(
             f"output_format: the tokenizer of {path} is no BPE of bytes without a normalizer, and "
             f"{known}"
         )
@@ -204,7 +205,7 @@ def _pre_tokenizer(path: Path, engine: Mapping[str, Any]) -> str:
             if bool(model.get("ignore_merges")) != (name in _WHOLE_WORDS):
                 break
             return name
-    raise ValueError(
+    raise UserError(
         f"output_format: the pre-tokenizer of {path} is {[step.get('type') for step in steps]} "
         f"with settings of its own, and {known}"
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.merge.plan import MergePlan
 from raytune_llama.model.rope import apply_rope_settings
 from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
@@ -61,7 +62,7 @@ def load_comparison_ids(tokenizer_dir: Path | None, text: str | None) -> list[Te
         ValueError: There is no tokenizer, or no text of at least two tokens.
     """
     if tokenizer_dir is None:
-        raise ValueError(
+        raise UserError(
             "verify: logits need a tokenizer, and neither the adapters nor the base have one"
         )
     texts = list(SENTENCES) if text is None else [_read_beginning(Path(text))]
@@ -73,7 +74,7 @@ def load_comparison_ids(tokenizer_dir: Path | None, text: str | None) -> list[Te
     ]
     windows = [ids_BT for ids_BT in windows if ids_BT.shape[1] > 1]
     if not windows:
-        raise ValueError(f"verify_text: {text} has less than two tokens; name a longer text")
+        raise UserError(f"verify_text: {text} has less than two tokens; name a longer text")
     logger.info(
         "logits are compared on %d tokens of %s",
         sum(ids_BT.shape[1] for ids_BT in windows),
@@ -124,12 +125,12 @@ def compare_logits(folder: Path, plan: MergePlan, samples: list[Tensor]) -> Logi
 
 def _read_beginning(path: Path) -> str:
     if not path.is_file():
-        raise ValueError(f"verify_text: {path} is no file; name a text file")
+        raise UserError(f"verify_text: {path} is no file; name a text file")
     try:
         with path.open(encoding="utf-8") as file:
             return file.read(_MAX_CHARACTERS)
     except UnicodeDecodeError as error:
-        raise ValueError(f"verify_text: {path} is no UTF-8 ({error}); convert it") from None
+        raise UserError(f"verify_text: {path} is no UTF-8 ({error}); convert it") from None
 
 
 def _load(path: Path, changed: Mapping[str, Any] | None = None) -> PreTrainedModel:

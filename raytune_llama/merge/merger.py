@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from transformers import LlamaConfig
 
 import raytune_llama
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError, settings
 from raytune_llama.merge.export import (
     ExportResult,
@@ -120,7 +121,7 @@ def merge_adapters(config: MergeConfig) -> None:
         exported = export(folder)
         changed, tokenizer_dir = exported.num_changed, plan.tokenizer_dir
         if not changed:
-            raise ValueError("adapters: they change no weight at all: all updates are zero")
+            raise UserError("adapters: they change no weight at all: all updates are zero")
         if samples is not None:
             compare_logits(folder, plan, samples)
         chat = find_chat_template([plan.base_dir, *(adapter.path for adapter in plan.adapters)])
@@ -155,9 +156,7 @@ def _prepare(config: MergeConfig, plan: MergePlan) -> Callable[[Path], ExportRes
     if config.output_format == "pth":
         if plan.settings.get("model_type") != "llama":
             kind = plan.settings.get("model_type")
-            raise ValueError(
-                f"output_format: {config.base} is a {kind}, and pth holds LLaMAs alone"
-            )
+            raise UserError(f"output_format: {config.base} is a {kind}, and pth holds LLaMAs alone")
         settings_ = LlamaConfig.from_dict(dict(plan.settings))
         num_shards = config.num_shards or count_published_shards(build_meta_params(settings_))
         form = plan_meta(plan.specs, settings_, num_shards, where=f"base: {config.base}")

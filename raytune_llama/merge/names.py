@@ -7,6 +7,7 @@ model that was saved without its head lacks the first part of each name (Bloom's
 from dataclasses import dataclass
 from pathlib import Path
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.model.embeddings import embedding_layers
 from raytune_llama.model.llama import build_empty_model
 from raytune_llama.model.tensors import ShardedWeights
@@ -41,7 +42,7 @@ def find_weight_names(base_dir: Path, base: ShardedWeights) -> BaseWeightNames:
     try:
         model = build_empty_model(base_dir)
     except (ValueError, OSError) as error:
-        raise ValueError(f"base: {base_dir} is no causal LM that can be read: {error}") from error
+        raise UserError(f"base: {base_dir} is no causal LM that can be read: {error}") from error
     names = {id(layer): f"{name}.weight" for name, layer in embedding_layers(model).items()}
     embedding = names[id(model.get_input_embeddings())]
     head = names.get(id(model.get_output_embeddings()), HEAD)
@@ -50,7 +51,7 @@ def find_weight_names(base_dir: Path, base: ShardedWeights) -> BaseWeightNames:
         return BaseWeightNames(embedding, head, "")
     if embedding.removeprefix(prefix) in base.specs:
         return BaseWeightNames(embedding.removeprefix(prefix), head, prefix)
-    raise ValueError(
+    raise UserError(
         f"base: the files of {base_dir} hold no {embedding}, the input embedding of a "
         f"{type(model).__name__}; load it in transformers and save it again"
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.merge.adapter import Adapter
 from raytune_llama.merge.names import BaseWeightNames, find_weight_names
 from raytune_llama.model.lineage import check_tokenizer_chain
@@ -149,7 +150,7 @@ def plan_merge(
     }
     problems = check_tokenizer_chain([base_dir, *adapter_dirs])
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     tokenizer_dir = _find_tokenizer(base_dir, adapters)
     num_before = base.specs[names.embedding].shape[0]
     _check_rows(recipes, names, num_before, tokenizer_dir, is_adapters=tokenizer_dir != base_dir)
@@ -172,7 +173,7 @@ def _model_settings(adapter_dirs: list[Path]) -> dict[str, Any]:
         values = read_model_settings(path)
         differing = [field for field in values if found.get(field, values[field]) != values[field]]
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"adapters: {path} was trained with {differing[0]} {values[differing[0]]}, and an "
                 f"adapter before it with {found[differing[0]]}; merge adapters of one kind"
             )
@@ -203,7 +204,7 @@ def _cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     cast = values.to(dtype)
     if dtype == torch.float16 and values.dtype != dtype and not bool(cast.isfinite().all()):
         largest = float(values.abs().max())
-        raise ValueError(
+        raise UserError(
             f"dtype: {name} has values up to {largest:.4g}, and float16 ends at 65,504; write it "
             "as bfloat16 or float32"
         )
@@ -218,13 +219,13 @@ def _names(
     for adapter in adapters:
         unknown = sorted(adapter.weight_names - set(names) - ({base_names.head} if tied else set()))
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"adapters: {adapter.path} changes {len(unknown)} weights that the base has not, "
                 f"the first is {unknown[0]}; name the base that it was trained on"
             )
     if tied and _is_untied(adapters, base_names):
         if base_names.prefix:
-            raise ValueError(
+            raise UserError(
                 f"base: the adapters untie its tables, and its files lack {base_names.prefix!r} "
                 "in their names, beside which a head is not read; load it in transformers and "
                 "save it again"
@@ -267,12 +268,12 @@ def _recipe(
         first, source, before = number, adapter, shape
         shape = adapter.spec(name).shape
         if len(shape) != len(before) or shape[1:] != before[1:]:
-            raise ValueError(
+            raise UserError(
                 f"adapters: {name} is {list(shape)} in {adapter.path} and {list(before)} in what "
                 "it is merged into; name the base that it was trained on"
             )
         if shape[0] < before[0]:
-            raise ValueError(
+            raise UserError(
                 f"adapters: {name} has {shape[0]} rows in {adapter.path}, fewer than the "
                 f"{before[0]} before; adapters are given in the order of their training"
             )
@@ -280,7 +281,7 @@ def _recipe(
     source_name = base_names.embedding if is_tied_head and source is None else name
     for adapter in updates:
         if adapter.shape(name) != shape:
-            raise ValueError(
+            raise UserError(
                 f"adapters: {adapter.path} updates {name} as {list(adapter.shape(name))}, and it "
                 f"is {list(shape)}; name the base that it was trained on"
             )
@@ -313,7 +314,7 @@ def _check_rows(
     embedding, head = base_names.embedding, base_names.head
     rows = {name: recipes[name].spec.shape[0] for name in (embedding, head) if name in recipes}
     if len(set(rows.values())) > 1:
-        raise ValueError(
+        raise UserError(
             f"adapters: {embedding} would have {rows[embedding]} rows and {head} {rows[head]}; "
             "the base has to be the one that was grown for the adapter"
         )
@@ -321,7 +322,7 @@ def _check_rows(
         return
     num_ids = max(load_tokenizer(tokenizer_dir).get_vocab().values()) + 1
     if num_ids > rows[embedding]:
-        raise ValueError(
+        raise UserError(
             f"adapters: the tokenizer of {tokenizer_dir} has {num_ids} ids, and the merged model "
             f"{rows[embedding]} rows; is it the tokenizer of another model?"
         )
@@ -331,7 +332,7 @@ def _check_rows(
         num_surplus = rows[embedding] - num_before
         logger.warning("the adapters add %d rows that no token of theirs names", num_surplus)
     else:
-        raise ValueError(
+        raise UserError(
             f"adapters: they have {rows[embedding]} rows and the base {num_before}, and the "
             f"tokenizer of {tokenizer_dir} has {num_ids} ids, none of them new; put the tokenizer "
             "into the adapter's directory that it was trained with"
@@ -353,7 +354,7 @@ def check_recorded_base(adapter: Adapter, inputs: Mapping[str, Mapping[str, str]
         name for name, digest in inputs["base"].items() if trained_on.get(name, digest) != digest
     ]
     if differing:
-        raise ValueError(
+        raise UserError(
             f"base: {differing[0]} is not the file that {adapter.path} was trained on (SHA256 "
             f"{inputs['base'][differing[0]][:16]}, wanted {trained_on[differing[0]][:16]}); name "
             "that base"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.model.embeddings import embedding_layers, new_rows_name
 from raytune_llama.model.lora import is_tied
 from raytune_llama.model.tensors import TensorSpec, WeightsWriter, open_weights
@@ -59,7 +60,7 @@ def stored_tables(model: PreTrainedModel, path: Path) -> dict[str, str]:
             found[stored[0]] = f"{first}.weight" if tied else name
     if len(set(found.values())) < (1 if tied else len(layers)):
         wanted = ", ".join(f"{layer}.weight" for layer in layers)
-        raise ValueError(
+        raise UserError(
             f"model.path: the files of {path} do not hold the embedding tables under the names "
             f"{wanted}; load it in transformers and save it again"
         )
@@ -204,5 +205,5 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype)
     norm = float(cast.float().norm())
     if not math.isfinite(norm):
-        raise ValueError(f"{name}: is not finite as {dtype} (norm {norm}), the base's precision")
+        raise UserError(f"{name}: is not finite as {dtype} (norm {norm}), the base's precision")
     return cast

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import settings
 from raytune_llama.model.lora import is_tied
 
@@ -150,7 +151,7 @@ def train_embeddings(model: PreTrainedModel, config: EmbeddingsConfig, ids: rang
     """
     problems = check_embeddings(model, config, ids)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     num_all = sum(parameter.numel() for parameter in model.parameters())
     tied = is_tied(model)
     layers = trained_layers(model, config)

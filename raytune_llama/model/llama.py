@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, BloomModel, PreTrainedModel
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import PLACEMENT, settings
 from raytune_llama.model.bloom import run_bloom
 from raytune_llama.model.embeddings import projection_weight
@@ -152,7 +153,7 @@ def choose_attention(wanted: str, precision: Precision, device: torch.device) ->
     fits = device.type == "cuda" and precision != "fp32"
     if wanted == "flash_attention_2" and not (installed and fits):
         reason = "flash_attn is not installed" if not installed else f"{device.type} in {precision}"
-        raise ValueError(
+        raise UserError(
             f"model.attention: flash_attention_2 cannot run here ({reason}); use auto or sdpa"
         )
     return "flash_attention_2" if wanted != "sdpa" and installed and fits else "sdpa"

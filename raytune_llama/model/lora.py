@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError, settings
 from raytune_llama.model.pissa import plain_lora_settings, to_plain_lora
 
@@ -178,7 +179,7 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> 
         attached = peft.get_peft_model(model, settings_)
     assert isinstance(attached, PeftModel)
     if was_tied and not is_tied(model):
-        raise ValueError(
+        raise UserError(
             f"lora.modules_to_save: with {', '.join(config.modules_to_save)} PEFT would untie the "
             f"embeddings of a {type(model).__name__}, one table in the base; leave it out"
         )
@@ -212,10 +213,10 @@ def load_adapter(model: PreTrainedModel, path: Path) -> PeftModel:
     problem = check_adapter_directory(path)
     problems = [problem] if problem else check_adapter_fits(model, path)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     attached = PeftModel.from_pretrained(model, str(path), is_trainable=True)
     if not any(parameter.requires_grad for parameter in attached.parameters()):
-        raise ValueError(f"adapter: {path} has no parameter that can be trained")
+        raise UserError(f"adapter: {path} has no parameter that can be trained")
     return attached
 
 
@@ -307,7 +308,7 @@ def write_adapter(
         if parameter.requires_grad and name not in trained
     ]
     if missing:
-        raise ValueError(f"adapter: {len(missing)} trained tensors are not given: {missing[0]}")
+        raise UserError(f"adapter: {len(missing)} trained tensors are not given: {missing[0]}")
     by_parameter: dict[nn.Parameter, Tensor] = {}
     for name, parameter in model.named_parameters():
         if name in trained:
@@ -317,7 +318,7 @@ def write_adapter(
     keyed = peft.get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     num_kept = len({id(tensor) for tensor in keyed.values()})
     if num_kept != len(trained):
-        raise ValueError(
+        raise UserError(
             f"adapter: PEFT has keys for {num_kept} of {len(trained)} trained tensors; "
             "the adapter would be incomplete"
         )
@@ -331,7 +332,7 @@ def write_adapter(
     for key, tensor in keyed.items():
         norms[key] = float(tensor.float().norm())
         if tensor.numel() == 0 or not math.isfinite(norms[key]):
-            raise ValueError(f"adapter: {key} is empty or not finite (norm {norms[key]})")
+            raise UserError(f"adapter: {key} is empty or not finite (norm {norms[key]})")
     # PEFT reads a tied table under each of its names, and safetensors stores no tensor twice.
     save_file({key: tensor.clone() for key, tensor in keyed.items()}, directory / ADAPTER_WEIGHTS)
     adapter_config.save_pretrained(str(directory))

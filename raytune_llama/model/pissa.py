@@ -19,6 +19,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from raytune_llama.config.errors import UserError
+
 INITIAL_ADAPTER = "initial"
 """PEFT's name of the frozen adapter."""
 
@@ -44,7 +46,7 @@ def principal_factors(attached: PeftModel) -> dict[str, Tensor]:
     for name, layer in _layers(attached).items():
         weight_OI = cast("Tensor", layer.get_base_layer().weight)
         if not weight_OI.is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"lora.init: pissa takes the singular values of a weight, and {name} is quantised "
                 f"({weight_OI.dtype}); use lora.init=default, or load the base as it is"
             )

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, Protocol, Self
 import torch
 from torch import Tensor
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.storage.files import parse_json, sync
 
 SAFETENSORS = "model.safetensors"
@@ -106,7 +107,7 @@ class SafetensorsFile:
                 start, stop = entry["data_offsets"]
                 self._ends[name] = (start, stop)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: has a header that we can't read ({error!r})") from None
+            raise UserError(f"{path}: has a header that we can't read ({error!r})") from None
         _check_extent(path, self._start, self._ends, self.specs)
 
     def read(self, name: str) -> Tensor:
@@ -121,7 +122,7 @@ class SafetensorsFile:
             while view:
                 read = file.readinto(view)
                 if not read:
-                    raise ValueError(f"{self.path}: ends inside {name}; fetch it again")
+                    raise UserError(f"{self.path}: ends inside {name}; fetch it again")
                 view = view[read:]
         return torch.frombuffer(data, dtype=spec.dtype).reshape(spec.shape)
 
@@ -164,7 +165,7 @@ class ShardedWeights:
             for name, spec in file.specs.items():
                 if name in self._where:
                     other = self._where[name].path
-                    raise ValueError(f"{file.path}: {name} is also in {other}; keep one of them")
+                    raise UserError(f"{file.path}: {name} is also in {other}; keep one of them")
                 self.specs[name] = spec
                 self._where[name] = file
 
@@ -192,7 +193,7 @@ def open_weights(directory: Path, *, what: str = "model") -> ShardedWeights:
         if (directory / single).is_file():
             path = directory / single
             return ShardedWeights({path: kind(path)})
-    raise ValueError(
+    raise UserError(
         f"{what}: {directory} has no weights, none of {SAFETENSORS}, {SAFETENSORS_INDEX}, "
         f"{PICKLED}, {PICKLED_INDEX}; name a Hugging Face model directory"
     )
@@ -204,18 +205,18 @@ def _open_indexed(
     content = parse_json((directory / index).read_bytes(), str(directory / index))
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{what}: {directory / index} has no weight_map; fetch it again")
+        raise UserError(f"{what}: {directory / index} has no weight_map; fetch it again")
     paths = [directory / name for name in dict.fromkeys(weight_map.values())]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{what}: {directory} lacks {len(missing)} of the {len(paths)} files that {index} "
             f"names, the first is {missing[0]}; fetch them"
         )
     weights = ShardedWeights({path: kind(path) for path in paths})
     lacking = sorted(set(weight_map) - set(weights.specs))
     if lacking:
-        raise ValueError(
+        raise UserError(
             f"{what}: {index} names {len(lacking)} tensors that no file holds, the first is "
             f"{lacking[0]}; files and index are of different models"
         )
@@ -233,21 +234,21 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
     try:
         content: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: holds more than tensors and was not loaded, since that could run code "
             f"({str(error).splitlines()[0]})"
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: is damaged or cut short ({error}); fetch it again") from None
+        raise UserError(f"{path}: is damaged or cut short ({error}); fetch it again") from None
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise ValueError(f"{path}: is no dictionary of tensors; name a file of weights")
+        raise UserError(f"{path}: is no dictionary of tensors; name a file of weights")
     return content
 
 
 def refuse_lfs_pointer(path: Path, file: BinaryIO) -> None:
     """Raise `ValueError` where a file is only what Git LFS leaves of a large one; rewinds it."""
     if file.read(len(LFS_POINTER)) == LFS_POINTER:
-        raise ValueError(f"{path}: is a Git LFS pointer, not the file; run git lfs pull there")
+        raise UserError(f"{path}: is a Git LFS pointer, not the file; run git lfs pull there")
     file.seek(0)
 
 
@@ -255,13 +256,13 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
     start = file.read(8)
     size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 0 < size <= _MAX_HEADER_BYTES:
-        raise ValueError(f"{path}: is no safetensors file; fetch it again")
+        raise UserError(f"{path}: is no safetensors file; fetch it again")
     data = file.read(size)
     if len(data) < size:
-        raise ValueError(f"{path}: is cut short in its header; fetch it again")
+        raise UserError(f"{path}: is cut short in its header; fetch it again")
     header = parse_json(data, str(path))
     if not isinstance(header, dict):
-        raise ValueError(  # noqa: TRY004  # the file is wrong, not an argument's type
+        raise UserError(  # the file is wrong, not an argument's type
             f"{path}: is no safetensors file; fetch it again"
         )
     return header, 8 + size
@@ -273,11 +274,11 @@ def _check_extent(
     position = 0
     for name, (first, stop) in ends.items():
         if first != position or stop - first != specs[name].num_bytes:
-            raise ValueError(f"{path}: its header contradicts itself at {name}; fetch it again")
+            raise UserError(f"{path}: its header contradicts itself at {name}; fetch it again")
         position = stop
     size = path.stat().st_size
     if size != start + position:
-        raise ValueError(
+        raise UserError(
             f"{path}: has {size} bytes, and its header wants {start + position}; fetch it again"
         )
 

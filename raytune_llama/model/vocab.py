@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.storage.files import read_manifest
 from raytune_llama.tokenizer.loader import (
     TOKENIZER_FILES,
@@ -75,7 +76,7 @@ def check_vocabulary(num_rows: int, model_path: Path, tokenizer_path: Path) -> V
     num_ids = count_ids(tokenizer)
     if not has_tokenizer(model_path):
         if num_ids > num_rows:
-            raise ValueError(
+            raise UserError(
                 f"model.tokenizer: {tokenizer_path} has ids up to {num_ids - 1}, and the embedding "
                 f"of {model_path} has {num_rows} rows; it can grow only from the tokenizer that "
                 "the model was trained with: put that one into model.path"
@@ -86,7 +87,7 @@ def check_vocabulary(num_rows: int, model_path: Path, tokenizer_path: Path) -> V
     if tokenizer_sha256(model_path) != tokenizer_sha256(tokenizer_path):
         foreign = describe_tokenizer_mismatch(model_path, tokenizer_path)
         if foreign is not None:
-            raise ValueError(
+            raise UserError(
                 f"model.tokenizer: {foreign}; use the model's own tokenizer or one grown from it"
             )
     references = [build_reference_encoder(each).name for each in (own, tokenizer)]
@@ -97,7 +98,7 @@ def check_vocabulary(num_rows: int, model_path: Path, tokenizer_path: Path) -> V
             *(model_path, references[0], tokenizer_path, references[1]),
         )
     if count_ids(own) > num_rows:
-        raise ValueError(
+        raise UserError(
             f"model.path: the tokenizer of {model_path} has ids up to {count_ids(own) - 1}, but "
             f"its embedding has {num_rows} rows; put the tokenizer that the model was trained with "
             "there and name the larger one in model.tokenizer"

@@ -1,7 +1,9 @@
 """Why a request is not answered."""
 
+from raytune_llama.config.errors import UserError
 
-class InvalidRequestError(ValueError):
+
+class InvalidRequestError(UserError):
     """A request that can't be answered; `param` is the field at fault."""
 
     def __init__(self, message: str, param: str | None = None) -> None:

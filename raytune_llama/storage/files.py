@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from raytune_llama.config.errors import UserError
+
 OUTPUT_MANIFEST = "manifest.json"
 """What a stage has made and from what, in the directory that it has written."""
 
@@ -81,7 +83,7 @@ def parse_json(data: bytes, name: str) -> Any:  # noqa: ANN401 - any JSON value
     try:
         return json.loads(data)
     except ValueError as error:
-        raise ValueError(f"{name}: not a JSON file ({error}); restore or delete it") from error
+        raise UserError(f"{name}: not a JSON file ({error}); restore or delete it") from error
 
 
 def move_directory(source: Path, target: Path) -> None:

@@ -20,6 +20,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any, Self
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.storage.place import Place
 from raytune_llama.storage.process import ProcessIdentity
@@ -30,7 +31,7 @@ LEASE_FOLDER = ".lease"
 _ATTEMPTS = 8
 
 
-class LeaseError(ValueError):
+class LeaseError(UserError):
     """The run directory is another driver's now."""
 
 

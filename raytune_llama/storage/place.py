@@ -22,6 +22,7 @@ from urllib.parse import parse_qsl, urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.storage.buckets import REMOTE_OPTIONS, connect, write_object
 from raytune_llama.storage.files import (
     json_bytes,
@@ -72,27 +73,27 @@ class Place:
                 or an unknown option.
         """
         if not text.strip():
-            raise ValueError(f"{field}: got an empty path; name a file or folder")
+            raise UserError(f"{field}: got an empty path; name a file or folder")
         if not _SCHEME.match(text):
             return cls("", os.path.normpath(Path(text).expanduser().absolute()))
         parts = urlsplit(text)
         known = REMOTE_OPTIONS.get(parts.scheme)
         if known is None:
-            raise ValueError(
+            raise UserError(
                 f"{field}: got {text!r}; wanted a local path, s3://bucket/key or gs://bucket/key"
             )
         if "@" in parts.netloc:
-            raise ValueError(
+            raise UserError(
                 f"{field}: holds a user name or a password; drop it and put the credentials into "
                 "the environment or the vendor's credentials file of every node"
             )
         if not parts.netloc:
-            raise ValueError(f"{field}: got {text!r}, which names no bucket")
+            raise UserError(f"{field}: got {text!r}, which names no bucket")
         given = parse_qsl(parts.query, keep_blank_values=True)
         unknown = sorted({name for name, _ in given} - known)
         unknown += [f"{name} without a value" for name, value in given if not value]
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"{field}: unknown option {', '.join(unknown)} in {text!r}; there are: "
                 f"{', '.join(f'{name}=...' for name in sorted(known))}"
             )
@@ -355,7 +356,7 @@ class Place:
 
 def _check_hash(place: Place, got: str, wanted: str) -> None:
     if got != wanted:
-        raise ValueError(f"{place}: SHA-256 is {got}, wanted {wanted}")
+        raise UserError(f"{place}: SHA-256 is {got}, wanted {wanted}")
 
 
 def check_place(place: Place, field: str) -> str | None:
@@ -392,7 +393,7 @@ def local_path(text: str, field: str) -> Path:
         ValueError: The path is empty or names object storage (`s3://...`).
     """
     if _SCHEME.match(text):
-        raise ValueError(
+        raise UserError(
             f"{field}: got {text!r}, but only a local path can be read there; copy it to a disk "
             "that every node mounts and name that path"
         )

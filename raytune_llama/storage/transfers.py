@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.storage.buckets import NUM_CONNECTIONS
 from raytune_llama.storage.files import publish_directory
 from raytune_llama.storage.place import Place
@@ -128,7 +129,7 @@ def local_copy(place: Place, *, sha256: str, num_bytes: int, cache_dir: Path) ->
         if _num_bytes(target) != num_bytes:
             status = place.status()
             if status is not None and status.num_bytes != num_bytes:
-                raise ValueError(f"{place}: has {status.num_bytes} bytes, wanted {num_bytes}")
+                raise UserError(f"{place}: has {status.num_bytes} bytes, wanted {num_bytes}")
             place.download(target, sha256=sha256)
     return target
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.tokenizer.reference import (
     ReferenceEncoder,
     SentencePieceReference,
@@ -50,7 +51,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
             tokenizers that disagree.
     """
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(
+        raise UserError(
             f"tokenizer: {path} holds none of {', '.join(TOKENIZER_FILES)}; "
             "name a directory saved by a tokenizer's save_pretrained"
         )
@@ -76,13 +77,13 @@ def _load(
     # Only tokenizer.json holds the normalization; without it a class has to know it. The generic
     # class knows none, and gives LLaMA's tokenizer.model other ids without a word.
     if type(tokenizer) is PreTrainedTokenizerFast and not (path / "tokenizer.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"tokenizer: {path} has no tokenizer.json and its tokenizer_config.json names no "
             "class that knows how text is split; write there the model's, for LLaMA "
             '{"tokenizer_class": "LlamaTokenizer"}'
         )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(  # noqa: TRY004  # the directory is wrong, not an argument's type
+        raise UserError(  # the directory is wrong, not an argument's type
             f"tokenizer: {path} is a {type(tokenizer).__name__}, which has no tokenizer.json form; "
             "name a directory with a tokenizer.json"
         )
@@ -109,7 +110,7 @@ def _check_agreement(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
         and not (id_ in controls or pieces.is_control(id_) or pieces.is_unknown(id_))
     ]
     if other:
-        raise ValueError(
+        raise UserError(
             f"tokenizer: {file.parent} holds two tokenizers: {len(other)} of {len(pieces)} ids of "
             f"{_MODEL_FILE} stand for other tokens in the rest of it, the first is {other[0]}, "
             f"{pieces.id_to_piece(other[0])!r} against {names.get(other[0])!r}; remove "

@@ -20,6 +20,7 @@ from sentencepiece.sentencepiece_model_pb2 import (
 )
 from tokenizers import Tokenizer
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.tokenizer.split_points import (
     SplitPoints,
     build_engine_split_points,
@@ -163,7 +164,7 @@ def check_version(encoder: TextEncoder, wanted: str) -> None:
         ValueError: Another version may give other ids.
     """
     if encoder.version != wanted:
-        raise ValueError(
+        raise UserError(
             f"ids are made by {encoder.name} {encoder.version} on this node and by {wanted} on the "
             "driver's; give all nodes the same packages"
         )

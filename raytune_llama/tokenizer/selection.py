@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.tokenizer.encoder import CheckedEncoder, EncoderKind, SelectedEncoder, excerpt
 from raytune_llama.tokenizer.hard_texts import hard_texts
 from raytune_llama.tokenizer.loader import (
@@ -63,7 +64,7 @@ def select_encoder(
         )
         return choice
     if engine == "compiled":
-        raise ValueError(
+        raise UserError(
             f"engine: compiled can't be used with {tokenizer.name_or_path}: {reason}; "
             "set it to auto"
         )

@@ -20,6 +20,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from raytune_llama.config.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 CHUNK_CHARACTERS = 1 << 18
@@ -41,7 +43,7 @@ _WORDS = (
 )
 
 
-class UnsplittableTextError(ValueError):
+class UnsplittableTextError(UserError):
     """A text is too long to be encoded whole, and no place to cut it is certain."""
 
 

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from raytune_llama.config.errors import UserError
 
-class InvalidRunError(ValueError):
+
+class InvalidRunError(UserError):
     """The run's data, files or settings do not allow it; another attempt would end alike."""
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.logs import setup_logging
 from raytune_llama.storage.place import Place
 from raytune_llama.train.monitoring.metrics import (
@@ -72,7 +73,7 @@ class EvaluationReader:
                 continue
             if self.metric not in record:
                 names = ", ".join(name for name in record if name.startswith("eval/"))
-                raise ValueError(f"metric: {self.metric} is not evaluated; there is {names}")
+                raise UserError(f"metric: {self.metric} is not evaluated; there is {names}")
             if record["step"] > 0:
                 found.append(Evaluation(int(record["step"]), record[self.metric], seconds))
         return found
@@ -171,7 +172,7 @@ def follow_run(
         if is_over:
             run.check()
             if not found:
-                raise ValueError(f"{follower.metric}: the run has ended without an evaluation")
+                raise UserError(f"{follower.metric}: the run has ended without an evaluation")
             yield found[-1], "finished"
             return
         run.join(POLL_SECONDS)

@@ -17,6 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.tokenizer.compiled.tables import byte_alphabet
 from raytune_llama.tokenizer.split_points import find_split_pattern
 
@@ -48,7 +49,7 @@ def check_byte_level(engine: dict[str, Any], name: str) -> None:
         ValueError: Says why.
     """
     if engine["model"]["type"] != "BPE" or find_split_pattern(engine) is None:
-        raise ValueError(
+        raise UserError(
             f"{name}: neither has a tokenizer.model of SentencePiece's nor is a byte-level BPE "
             "tokenizer of a kind that is known here (GPT-2's, SmolLM2's, Qwen's, LLaMA 3's)"
         )

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 import raytune_llama
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError, settings, to_dict
 from raytune_llama.data.readers.sources import SourceConfig, check_sources
 from raytune_llama.model.meta.layout import check_target
@@ -232,7 +233,7 @@ def _check_no_tokens_behind(base: Path) -> None:
     pieces = read_pieces((base / _PIECES).read_bytes(), str(base)).pieces
     num_ids = count_ids(load_tokenizer(base))
     if num_ids > len(pieces):
-        raise ValueError(
+        raise UserError(
             f"model: {base} has {num_ids - len(pieces)} tokens behind its {len(pieces)} pieces, "
             "whose ids new pieces would take; start from the tokenizer without them"
         )

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import settings
 from raytune_llama.model.directory import rewrite_weights, write_settings
 from raytune_llama.model.tensors import open_weights
@@ -81,10 +82,10 @@ def grow_model(
     num_old, num_ids = count_ids(old), count_ids(new)
     weights = open_weights(model)
     if EMBEDDING not in weights.specs:
-        raise ValueError(f"model: {model} has no {EMBEDDING}; name a LLaMA-family model")
+        raise UserError(f"model: {model} has no {EMBEDDING}; name a LLaMA-family model")
     num_before = weights.specs[EMBEDDING].shape[0]
     if num_old > num_before:
-        raise ValueError(
+        raise UserError(
             f"model: the tokenizer of {model} has {num_old} ids, and its embedding {num_before} "
             "rows; put the tokenizer there that the model was trained with"
         )

@@ -25,6 +25,7 @@ from sentencepiece.sentencepiece_model_pb2 import (
     ModelProto,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import settings
 from raytune_llama.tokenizer.reference import PieceProto, is_sentencepiece
 from raytune_llama.tokenizer.split_points import SPACE
@@ -94,7 +95,7 @@ def train_pieces(texts: Iterable[str], training: PieceTraining) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"training.num_tokens: SentencePiece can't train {training.num_tokens} pieces on this "
             f"text ({error}); give more text, or ask for fewer"
         ) from error
@@ -116,7 +117,7 @@ def read_pieces(content: bytes, name: str) -> Any:  # noqa: ANN401  # made when 
         ValueError: It is no SentencePiece model; names it.
     """
     if not is_sentencepiece(content):
-        raise ValueError(f"{name}: is no SentencePiece model; name a tokenizer.model of that kind")
+        raise UserError(f"{name}: is no SentencePiece model; name a tokenizer.model of that kind")
     return ModelProto.FromString(content)
 
 
@@ -128,7 +129,7 @@ def check_base(content: bytes, name: str) -> None:
     """
     base = read_pieces(content, name)
     if base.trainer_spec.model_type != _BPE:
-        raise ValueError(
+        raise UserError(
             f"{name}: is no BPE model, the scores of its pieces are probabilities; pieces can be "
             "merged into tokenizers of LLaMA's kind"
         )

@@ -12,6 +12,7 @@ from raytune_llama.chat.templates.names import TemplateName
 from raytune_llama.chat.templates.plain import PlainTemplate
 from raytune_llama.chat.templates.segments import Template, find_control_tokens
 from raytune_llama.chat.templates.tokenizer import TokenizerTemplate
+from raytune_llama.config.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +43,13 @@ def check_roles(template: Template, *, num_conversations: int, num_with_system: 
     """
     without = num_conversations - num_with_system
     if num_with_system and not template.allows_system:
-        raise ValueError(
+        raise UserError(
             f"template: {template.name} has no place for what the system says, which is part of "
             f"{num_with_system} of {num_conversations} conversations; name another template, or "
             "leave it out of the data"
         )
     if without and template.needs_system:
-        raise ValueError(
+        raise UserError(
             f"template: {template.name} needs what the system says, which {without} of "
             f"{num_conversations} conversations lack; name another template, or add it"
         )

@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.chat.conversations import Conversation
+from raytune_llama.config.errors import UserError
 
 SegmentKind = Literal["template", "system", "user", "assistant", "control"]
 """What a segment is: the template's own text, somebody's content, or a control token."""
@@ -15,7 +16,7 @@ PromptBoundary = Literal["apart", "joint"]
 scripts do; or the whole stretch between two control tokens as one, as `transformers` does."""
 
 
-class UnrenderableError(ValueError):
+class UnrenderableError(UserError):
     """A conversation that a template cannot write, or not so that its contents are found again."""
 
 
@@ -96,7 +97,7 @@ def find_control_tokens(tokenizer: PreTrainedTokenizerFast) -> ControlTokens:
     """
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     if not isinstance(eos, int):
-        raise ValueError(  # noqa: TRY004  # the tokenizer is wrong, not an argument's type
+        raise UserError(  # the tokenizer is wrong, not an argument's type
             f"tokenizer: {tokenizer.name_or_path} has no EOS, so no answer would ever end; set "
             "eos_token in its tokenizer_config.json"
         )

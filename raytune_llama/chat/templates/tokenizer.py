@@ -26,6 +26,7 @@ from raytune_llama.chat.templates.segments import (
     UnrenderableError,
     find_control_tokens,
 )
+from raytune_llama.config.errors import UserError
 from raytune_llama.tokenizer.loader import control_token_strings
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class TokenizerTemplate:
         self._spelled = _pattern(control_token_strings(tokenizer))
         self._skeletons: dict[tuple[Speaker, ...], _RenderedShape] = {}
         if tokenizer.chat_template is None:
-            raise ValueError(
+            raise UserError(
                 f"template: {tokenizer.name_or_path} has no chat template; name another template, "
                 "or put the model's chat_template.jinja there"
             )
@@ -184,7 +185,7 @@ class TokenizerTemplate:
         messages = [{"role": "user", "content": "A"}]
         written = self._tokenizer.apply_chat_template(messages, tokenize=False, date_string=name)
         if name not in written:
-            raise ValueError(
+            raise UserError(
                 f"template: the chat template of {self._tokenizer.name_or_path} writes the date of "
                 "the day, so that training and serving would differ; let it take date_string"
             )
@@ -203,7 +204,7 @@ class TokenizerTemplate:
                 works.append(False)
                 errors.append(str(error))
         if not any(works):
-            raise ValueError(
+            raise UserError(
                 f"template: the chat template of {self._tokenizer.name_or_path} cannot be used: "
                 f"{errors[0]}; name another template"
             )

@@ -14,6 +14,7 @@ from typing import Self
 import numpy as np
 import torch
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.data.batches import packing
 from raytune_llama.data.batches.order import (
     EpochOrder,
@@ -81,7 +82,7 @@ class BatchPlan:
                 a number is not positive, there is no source, or a weight is too small.
         """
         if (max_steps is None) == (num_epochs is None):
-            raise ValueError(
+            raise UserError(
                 f"max_steps is {max_steps} and num_epochs is {num_epochs}; set exactly one of them"
             )
         _check_positive(
@@ -249,7 +250,7 @@ def stack_sequences(
 def _check_positive(**numbers: float | None) -> None:
     for name, number in numbers.items():
         if number is not None and number <= 0:
-            raise ValueError(f"{name}: got {number}, wanted numbers above 0")
+            raise UserError(f"{name}: got {number}, wanted numbers above 0")
 
 
 def _build_order(
@@ -265,10 +266,10 @@ def _build_order(
     if weights is None:
         return EpochOrder(tuple(source_sequences))
     if max_steps is None:
-        raise ValueError("num_epochs: has no meaning with weights; use max_steps")
+        raise UserError("num_epochs: has no meaning with weights; use max_steps")
     quotas = block_quotas(weights, total_positions)
     if len(weights) != len(source_sequences) or not all(quotas):
-        raise ValueError(
+        raise UserError(
             f"weights: {tuple(weights)} give {len(source_sequences)} sources {quotas} of "
             f"{sum(quotas)} sequences, wanted at least one each"
         )

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 import pyarrow as pa
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.data.readers.encodings import HEAD_BYTES, Encoding, TextEncoding, detect_encoding
 from raytune_llama.data.readers.parquet import open_parquet
 from raytune_llama.data.readers.rows import Compression, FileFormat, excerpt
@@ -74,13 +75,13 @@ def detect_format(
     with place.open() as file:
         if kind.format == "parquet":
             if kind.compression != "none":
-                raise ValueError(f"{place}: Parquet compresses by itself; decompress the file")
+                raise UserError(f"{place}: Parquet compresses by itself; decompress the file")
             return _inspect_parquet(file, place, text_fields)
         head = _read_head(file, place, status, kind.compression)
     try:
         encoding = detect_encoding(head, declared_encoding)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise UserError(f"{place}: {error}") from error
     notes: list[str] = []
     if encoding.is_guessed:
         notes.append(f"read as {encoding.codec}, by its bytes; set encoding if that is wrong")
@@ -88,7 +89,7 @@ def detect_format(
         text = head[encoding.bom_bytes :].decode(encoding.codec, errors="replace")
         found = _json_kind(text, kind.format)
         if found != kind.format and is_format_declared:
-            raise ValueError(
+            raise UserError(
                 f"{place}: format is {kind.format}, but it begins with "
                 f"{excerpt(text.lstrip()[:40])!r}; set format to {found} or auto"
             )
@@ -122,7 +123,7 @@ def _read_head(
     try:
         return pa.CompressedInputStream(file, compression).read(HEAD_BYTES)
     except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{place}: not {compression} as its name says ({error})") from error
+        raise UserError(f"{place}: not {compression} as its name says ({error})") from error
 
 
 def _json_kind(text: str, kind: FileFormat) -> FileFormat:

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.data.readers.ranges import READ_BYTES, ByteReader
 
 Encoding = Literal["auto", "utf-8", "utf-16", "utf-16-le", "utf-16-be", "gb18030", "big5"]
@@ -53,17 +54,17 @@ def detect_encoding(head: bytes, declared: Encoding) -> TextEncoding:
     for mark, codec in _MARKS.items():
         if head.startswith(mark):
             if declared not in ("auto", "utf-16" if codec.startswith("utf-16") else codec, codec):
-                raise ValueError(f"it begins with the mark of {codec}, but encoding is {declared}")
+                raise UserError(f"it begins with the mark of {codec}, but encoding is {declared}")
             return TextEncoding(codec, len(mark), is_guessed=False)
     if declared == "utf-16" and not head:
         return TextEncoding("utf-16-le", 0, is_guessed=False)
     if declared == "utf-16":
-        raise ValueError("it has no UTF-16 mark at its start; set utf-16-le or utf-16-be")
+        raise UserError("it has no UTF-16 mark at its start; set utf-16-le or utf-16-be")
     if declared != "auto":
         return TextEncoding(declared, 0, is_guessed=False)
     if head and head.count(0) / len(head) > _MIN_NUL_SHARE:
         side = "be" if head[::2].count(0) > head[1::2].count(0) else "le"
-        raise ValueError(
+        raise UserError(
             f"{head.count(0) / len(head):.0%} of its first bytes are NUL, as in UTF-16 without a "
             f"mark; set encoding to utf-16-{side} if that is what it is"
         )

@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.storage.place import FileStatus, Place
 
 ListedFile = tuple[Place, str, FileStatus]
@@ -24,13 +25,13 @@ def list_files(place: Place, field: str) -> list[ListedFile]:
     try:
         listed = _list_local(place.path) if place.is_local else _list_remote(place)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{field}: {place} cannot be listed ({error}); check the spelling, the bucket and the "
             "credentials"
         ) from error
     if not listed:
         where = "the mount" if place.is_local else "the bucket"
-        raise ValueError(f"{field}: no file matches {place}; check the spelling and {where}")
+        raise UserError(f"{field}: no file matches {place}; check the spelling and {where}")
     return sorted(listed, key=lambda one: one[1])
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from raytune_llama.chat import conversations
+from raytune_llama.config.errors import UserError
 
 FileFormat = Literal["txt", "json", "jsonl", "parquet"]
 """How a file is parsed; `json` is one array, or objects one after the other."""
@@ -33,7 +34,7 @@ BadRowReason = Literal[
 _EXCERPT_CHARACTERS = 200
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """A file of a corpus that cannot be read as configured, or a corpus that is too bad to use."""
 
 

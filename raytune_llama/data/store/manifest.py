@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 import pydantic
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import find_differences
 from raytune_llama.storage.place import Place
 
@@ -29,7 +30,7 @@ REBUILD_HINT = "delete the store and run prepare_data again"
 _MAX_DIFFERENCES = 12
 
 
-class StoreError(ValueError):
+class StoreError(UserError):
     """A token store that is damaged, incomplete, or not the one that the config describes."""
 
 

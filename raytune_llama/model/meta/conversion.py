@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import settings
 from raytune_llama.model.meta.from_meta import convert_to_huggingface
 from raytune_llama.model.meta.to_meta import convert_to_meta
@@ -38,7 +39,7 @@ def convert_weights(config: ConvertConfig) -> None:
     """Do what a config says; see `convert_to_huggingface` and `convert_to_meta`."""
     source, target = Path(config.source), Path(config.target)
     if not source.is_dir():
-        raise ValueError(f"source: {source} is not a directory; name one with weights")
+        raise UserError(f"source: {source} is not a directory; name one with weights")
     if config.to == "huggingface":
         convert_to_huggingface(
             source,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.model.meta.layout import (
     PARAMS,
     ROPE_FREQUENCIES,
@@ -160,20 +161,20 @@ def open_meta(source: Path) -> MetaWeights:
 def _find_shards(source: Path) -> list[Path]:
     found = sorted(source.glob("consolidated.*.pth"))
     if not found:
-        raise ValueError(f"source: {source} has no consolidated.*.pth; name a directory of Meta's")
+        raise UserError(f"source: {source} has no consolidated.*.pth; name a directory of Meta's")
     wanted = [f"consolidated.{number:02d}.pth" for number in range(len(found))]
     missing = sorted(set(wanted) - {path.name for path in found})
     if missing:
-        raise ValueError(f"source: {source} lacks {missing[0]}, but has {found[-1].name}; fetch it")
+        raise UserError(f"source: {source} lacks {missing[0]}, but has {found[-1].name}; fetch it")
     return found
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"source: {path} is missing; fetch it")
+        raise UserError(f"source: {path} is missing; fetch it")
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"source: {path} is no JSON object; fetch it again")  # noqa: TRY004  # a file
+        raise UserError(f"source: {path} is no JSON object; fetch it again")  # a file
     return content
 
 
@@ -183,14 +184,14 @@ def _read_params(source: Path) -> MetaParams:
         return pydantic.TypeAdapter(MetaParams).validate_python(content)
     except pydantic.ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"source: {source / PARAMS}: {problems}") from None
+        raise UserError(f"source: {source / PARAMS}: {problems}") from None
 
 
 def _find_tokenizer(source: Path) -> Path:
     for path in (source / TOKENIZER, source.parent / TOKENIZER):
         if path.is_file():
             return path
-    raise ValueError(
+    raise UserError(
         f"source: neither {source} nor the directory above has {TOKENIZER}; put it there"
     )
 
@@ -201,7 +202,7 @@ def _check_originals(hashes: Mapping[str, str], *, require: bool) -> None:
         if name not in unknown:
             logger.info("%s is the original file: %s", name, find_published_name(digest))
     if unknown and require:
-        raise ValueError(
+        raise UserError(
             f"require_originals: {', '.join(unknown)}: SHA256 {hashes[unknown[0]]} is none that "
             "was published; fetch the files again, or do without the comparison"
         )
@@ -213,7 +214,7 @@ def _check_names(paths: list[Path], shards: list[dict[str, Tensor]], params: Met
         missing, other = wanted - set(shard), set(shard) - wanted - {ROPE_FREQUENCIES}
         if missing or other:
             what = f"lacks {min(missing)}" if missing else f"holds {min(other)}, unknown to us"
-            raise ValueError(
+            raise UserError(
                 f"source: {path} {what}; params.json speaks of {params.n_layers} layers of a "
                 "LLaMA 1 or 2: are both of one model?"
             )
@@ -232,7 +233,7 @@ def _spec(
     shape, dtype = _whole_shape(shards, tensor), shards[0][tensor.name].dtype
     wanted = expected_shape(tensor, params, vocabulary)
     if shape != wanted:
-        raise ValueError(
+        raise UserError(
             f"source: {tensor.name} is {list(shape)} over {len(shards)} shards, and params.json "
             f"speaks of {list(wanted)}; it is of another model, or shards are missing"
         )
@@ -244,7 +245,7 @@ def _join(shards: list[dict[str, Tensor]], tensor: MetaTensor, paths: list[Path]
     if tensor.axis is None:
         for path, part in zip(paths, parts, strict=True):
             if not torch.equal(part, parts[0]):
-                raise ValueError(
+                raise UserError(
                     f"source: {tensor.name} of {path} is not that of {paths[0].name}, and all "
                     "shards have the same; they are of different models"
                 )

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from raytune_llama.config.errors import UserError
+
 PARAMS = "params.json"
 ROPE_FREQUENCIES = "rope.freqs"
 """A constant that each of Meta's shards carries, and transformers computes."""
@@ -202,7 +204,7 @@ def build_meta_params(config: LlamaConfig) -> MetaParams:
     if (values.get("head_dim") or dim // heads) * heads != dim:
         problems.append(f"head_dim: {heads} heads of {values['head_dim']} are not {dim} together")
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     kv_heads = config.num_key_value_heads or heads
     fields: dict[str, Any] = {
         "dim": dim,
@@ -250,6 +252,6 @@ def check_target(target: Path) -> None:
         ValueError: It is not empty.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"target: {target} exists and is not empty; choose another place")
+        raise UserError(f"target: {target} exists and is not empty; choose another place")
     if target.is_dir():
         target.rmdir()

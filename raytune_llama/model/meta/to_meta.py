@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.model.meta.from_meta import TOKENIZER
 from raytune_llama.model.meta.layout import (
     PARAMS,
@@ -103,7 +104,7 @@ def plan_meta(
     params = MetaParams(**kept["params"]) if kept else build_meta_params(config)
     problems = check_num_shards(params, num_shards)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     tensors = list(meta_tensors(params))
     _check_weights(where, specs, config, params, tensors)
     return MetaModelSpec(config, params, tensors, kept or {})
@@ -144,7 +145,7 @@ def _from_hex(constant: Mapping[str, str]) -> Tensor:
 def _read_config(source: Path) -> LlamaConfig:
     config = AutoConfig.from_pretrained(source, local_files_only=True)
     if not isinstance(config, LlamaConfig):
-        raise ValueError(  # noqa: TRY004  # the directory is wrong, not an argument's type
+        raise UserError(  # the directory is wrong, not an argument's type
             f"source: {source} is a {config.model_type}, and Meta's form holds LLaMA 1 and 2 alone"
         )
     return config
@@ -171,11 +172,11 @@ def _check_weights(
         wanted = expected_shape(tensor, params, config.vocab_size)
         if spec is None or spec.shape != wanted:
             got = "missing" if spec is None else list(spec.shape)
-            raise ValueError(f"{where}: {name} is {got}, its config wants {list(wanted)}")
+            raise UserError(f"{where}: {name} is {got}, its config wants {list(wanted)}")
     known = {_source_name(tensor, config) for tensor in tensors}
     other = sorted(name for name in set(specs) - known if not name.endswith("rotary_emb.inv_freq"))
     if other and not (config.tie_word_embeddings and other == ["lm_head.weight"]):
-        raise ValueError(
+        raise UserError(
             f"{where} holds {len(other)} tensors that Meta's form has no place for, the first is "
             f"{other[0]}"
         )

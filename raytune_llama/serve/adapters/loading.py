@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.model.lineage import CHAT_KEY
 from raytune_llama.model.lora import ADAPTER_WEIGHTS, check_adapter_directory, is_tied
 from raytune_llama.model.rope import apply_rope_settings, read_model_settings
@@ -94,7 +95,7 @@ class AdapterLoader:
                 return self._load(folder, name)
         except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             # What PEFT and transformers say of files that are not whole.
-            raise ValueError(f"{folder} can't be read as an adapter: {error}") from error
+            raise UserError(f"{folder} can't be read as an adapter: {error}") from error
 
     def _load(self, folder: Path, name: str) -> LoadedAdapter:
         self._check(folder)
@@ -115,12 +116,12 @@ class AdapterLoader:
         served = replace(self._base, name=name, tokenizer=tokenizer, chat=chat)
         settings_ = cast("peft.LoraConfig", peft.PeftConfig.from_pretrained(str(folder)))
         if settings_.peft_type != "LORA":
-            raise ValueError(f"{folder} is of PEFT's type {settings_.peft_type}, wanted LORA")
+            raise UserError(f"{folder} is of PEFT's type {settings_.peft_type}, wanted LORA")
         settings_.inference_mode = True
         state = load_file(folder / ADAPTER_WEIGHTS)
         broken = [key for key, tensor in state.items() if not tensor.isfinite().all()]
         if broken or not state:
-            raise ValueError(f"{folder}: {broken[0] if broken else 'every tensor'} is missing")
+            raise UserError(f"{folder}: {broken[0] if broken else 'every tensor'} is missing")
         is_plain = len(tokenizer) == len(self._base.tokenizer) and not read_model_settings(folder)
         updates = self._read_updates(settings_, state, folder) if is_plain else None
         if updates is not None:
@@ -136,7 +137,7 @@ class AdapterLoader:
         if not problems and self._config.verify:
             problems += check_files(folder)
         if problems:
-            raise ValueError("; ".join(problems))
+            raise UserError("; ".join(problems))
         wanted = read_manifest(folder).get("base")
         if not wanted:
             logger.warning("%s does not say which base it was made for: shapes alone tell", folder)
@@ -149,7 +150,7 @@ class AdapterLoader:
                 # Its meaning may be the same; a merge does not compare it either.
                 logger.warning("%s was made for another %s than the base's", folder, file)
                 continue
-            raise ValueError(
+            raise UserError(
                 f"{folder} was made for a base whose {file} has SHA256 {digest[:16]}, and "
                 f"{self._base.name} has {found[:16] if found else 'no such file'}; serve it with "
                 "that base"
@@ -157,7 +158,7 @@ class AdapterLoader:
         if has_tokenizer(folder) and has_tokenizer(self._path):
             foreign = describe_tokenizer_mismatch(self._path, folder)
             if foreign:
-                raise ValueError(foreign)
+                raise UserError(foreign)
 
     def _read_updates(
         self, settings_: peft.LoraConfig, state: Mapping[str, Tensor], folder: Path
@@ -185,7 +186,7 @@ class AdapterLoader:
                 scaled_RO = (b_RO * module.scaling["default"]).contiguous()
                 updates[name] = LoraLayerWeights(a_RI.to(self._device), scaled_RO.to(self._device))
         if not updates:
-            raise ValueError(f"{folder} adapts no layer of {self._base.name}")
+            raise UserError(f"{folder} adapts no layer of {self._base.name}")
         return updates
 
     def _compare(self, folder: Path, attached: PeftModel, state: Mapping[str, Tensor]) -> None:
@@ -201,7 +202,7 @@ class AdapterLoader:
         odd = [key for key in sorted(wanted | stored) if wanted.get(key) != stored.get(key)]
         if odd:
             key = odd[0]
-            raise ValueError(
+            raise UserError(
                 f"{folder} does not fit {self._base.name}: {len(odd)} of {len(wanted)} tensors "
                 f"differ, the first is {key}, {stored.get(key, 'missing')} in the adapter and "
                 f"{wanted.get(key, 'missing')} for the model"
@@ -229,7 +230,7 @@ class AdapterLoader:
         tables = [model.get_input_embeddings(), model.get_output_embeddings()]
         kept = [isinstance(table, ModulesToSaveWrapper) for table in tables]
         if is_grown and not (all(kept) or (was_tied and any(kept))):
-            raise ValueError(
+            raise UserError(
                 f"{folder} has a tokenizer of {num_ids} ids and the base {self._num_rows} rows, "
                 "but the adapter holds no tables for them"
             )
@@ -241,7 +242,7 @@ class AdapterLoader:
         with torch.inference_mode():
             error = (merged(input_ids=ids_1T).logits - wanted).abs().max() / wanted.abs().max()
         if not error <= _MERGED_TOLERANCE:
-            raise ValueError(
+            raise UserError(
                 f"{folder} can't be merged into a copy of {self._base.name}: logits are off by "
                 f"{float(error):.1e}; merge it beforehand"
             )

@@ -13,6 +13,8 @@ from typing import Any
 
 import httpx2
 
+from raytune_llama.config.errors import UserError
+
 CONNECT_SECONDS = 10.0
 _MAX_SHOWN = 300
 
@@ -21,7 +23,7 @@ class EndpointError(Exception):
     """The endpoint can't be reached, has failed, or has broken off an answer; try again later."""
 
 
-class RequestRejectedError(ValueError):
+class RequestRejectedError(UserError):
     """The endpoint refuses what it is asked, as with a wrong key or an unknown model."""
 
 

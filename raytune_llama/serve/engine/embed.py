@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.serve.engine.protocol import Vectors
 
 
@@ -88,10 +89,10 @@ class Embedder:
             ValueError: there is no text, or one is empty or longer than the context.
         """
         if not texts:
-            raise ValueError("got no text")
+            raise UserError("got no text")
         for number, ids in enumerate(texts):
             if not 1 <= len(ids) <= self._max_context:
-                raise ValueError(
+                raise UserError(
                     f"text {number} has {len(ids)} tokens, wanted 1 to {self._max_context}"
                 )
 

@@ -28,6 +28,7 @@ from raytune_llama.chat.tools import (
     TOOL_CALL_CLOSE_TAG,
     TOOL_CALL_OPEN_TAG,
 )
+from raytune_llama.config.errors import UserError
 from raytune_llama.tokenizer.loader import control_token_ids
 
 MAX_SCHEMA_CHARACTERS = 100_000
@@ -80,7 +81,7 @@ class Grammar:
             ValueError: it may not come there.
         """
         if not self._matcher.consume_token(token):
-            raise ValueError(f"token {token} breaks the grammar: {self._matcher.get_error()}")
+            raise UserError(f"token {token} breaks the grammar: {self._matcher.get_error()}")
 
     def copy(self) -> "Grammar":
         """Return another that stands where this one does."""
@@ -119,7 +120,7 @@ class GrammarCompiler:
         """
         text = json.dumps(schema)
         if len(text) > MAX_SCHEMA_CHARACTERS:
-            raise ValueError(
+            raise UserError(
                 f"the schema has {len(text)} characters, more than {MAX_SCHEMA_CHARACTERS}"
             )
         return self._build(f"start: {_json_rule(schema)}", "the schema")
@@ -139,7 +140,7 @@ class GrammarCompiler:
                 try:
                     self.compile_schema(schema)
                 except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+                    raise UserError(f"{name}: {error}") from error
             raise
 
     def _build(self, lark: str, name: str) -> Grammar:
@@ -147,12 +148,12 @@ class GrammarCompiler:
             matcher = self._matcher(llguidance.LLMatcher.grammar_from_lark(lark))
             return Grammar(matcher.deep_copy(), self._num_tokens, lark)
         except ValueError as error:
-            raise ValueError(f"{name} can't be used: {error}") from error
+            raise UserError(f"{name} can't be used: {error}") from error
 
     def _new_matcher(self, grammar: str) -> llguidance.LLMatcher:
         matcher = llguidance.LLMatcher(self._tokenizer, grammar)
         if matcher.is_error():
-            raise ValueError(matcher.get_error())
+            raise UserError(matcher.get_error())
         return matcher
 
     def _lark(self, form: ToolCallFormat) -> str:

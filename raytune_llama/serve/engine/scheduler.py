@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.serve.engine.cache import SlotCache
 from raytune_llama.serve.engine.embed import Embedder
 from raytune_llama.serve.engine.lora import LoraLayers, LoraLayerWeights
@@ -103,9 +104,7 @@ class BatchScheduler:
         """
         length = len(generation.prompt)
         if not 1 <= length < self._max_context:
-            raise ValueError(
-                f"got a prompt of {length} tokens, wanted 1 to {self._max_context - 1}"
-            )
+            raise UserError(f"got a prompt of {length} tokens, wanted 1 to {self._max_context - 1}")
 
     def add(self, key: Hashable, generation: EngineRequest) -> None:
         """Take a sequence in.

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.serve.engine.grammar import Grammar
 from raytune_llama.serve.engine.protocol import (
@@ -135,13 +136,11 @@ class VllmEngine:
         self.check_health()
         length = len(generation.prompt)
         if not 1 <= length < self._max_context:
-            raise ValueError(
-                f"got a prompt of {length} tokens, wanted 1 to {self._max_context - 1}"
-            )
+            raise UserError(f"got a prompt of {length} tokens, wanted 1 to {self._max_context - 1}")
         if self._num_open >= self._max_open:
             raise BusyError(f"{self._max_open} requests are running or waiting already")
         if generation.adapter is not None:
-            raise ValueError(
+            raise UserError(
                 "adapters are not served on vLLM; merge the adapter, or set "
                 "replicas.engine=transformers"
             )
@@ -158,7 +157,7 @@ class VllmEngine:
                     for step in _steps(key, answer.outputs[0], generation.sampling):
                         yield step
         except VLLMClientError as error:
-            raise ValueError(str(error)) from error
+            raise UserError(str(error)) from error
         except (EngineDeadError, EngineGenerateError) as error:
             raise EngineError(f"the engine has failed: {error}") from error
         finally:
@@ -200,7 +199,7 @@ class VllmEngine:
         if generation.constraint is not None:
             if not isinstance(generation.constraint, Grammar):
                 kind = type(generation.constraint).__name__
-                raise ValueError(f"vLLM keeps grammars alone, and no {kind}")
+                raise UserError(f"vLLM keeps grammars alone, and no {kind}")
             form = StructuredOutputsParams(grammar=generation.constraint.lark)
         sampling = generation.sampling
         return SamplingParams(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.chat.tools import write_calls, write_results, write_tools
+from raytune_llama.config.errors import UserError
 from raytune_llama.serve.protocol.chat import Message
 from raytune_llama.serve.protocol.tools import Tool
 
@@ -72,7 +73,7 @@ class _Reader:
                     self.turns.append(Turn("user", before))
                 self.turns.append(Turn("assistant", self._read_calls(number, message)))
             case role:
-                raise ValueError(f"messages: message {number + 1} has the role {role}")
+                raise UserError(f"messages: message {number + 1} has the role {role}")
 
     def end(self) -> None:
         """Write what is left."""
@@ -85,11 +86,11 @@ class _Reader:
         self.caller = number
         self.results = {call.id: None for call in calls}
         if len(self.results) < len(calls):
-            raise ValueError(f"messages.{number}.tool_calls: two calls have one id")
+            raise UserError(f"messages.{number}.tool_calls: two calls have one id")
         for place, call in enumerate(calls):
             if not _is_object(call.function.arguments):
                 where = f"messages.{number}.tool_calls.{place}.function.arguments"
-                raise ValueError(f"{where}: is no object in JSON")
+                raise UserError(f"{where}: is no object in JSON")
         return write_calls(
             message.text, [(call.function.name, call.function.arguments) for call in calls]
         )
@@ -99,12 +100,12 @@ class _Reader:
         assert name is not None
         if name not in self.results:
             known = ", ".join(map(repr, self.results)) or "none"
-            raise ValueError(
+            raise UserError(
                 f"messages.{number}.tool_call_id: {name!r} is no call of the assistant's message "
                 f"before; its calls are: {known}"
             )
         if self.results[name] is not None:
-            raise ValueError(f"messages.{number}.tool_call_id: {name!r} has a result already")
+            raise UserError(f"messages.{number}.tool_call_id: {name!r} has a result already")
         self.results[name] = message.text
 
     def _told_results(self) -> str:
@@ -112,7 +113,7 @@ class _Reader:
         texts = [text for text in self.results.values() if text is not None]
         missing = [name for name, text in self.results.items() if text is None]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"messages.{self.caller}.tool_calls: {missing[0]!r} has no result; a message of "
                 "the role tool has to follow for each call"
             )

@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.serve.http.refusals import ApiError, build_api_error
 
 # Linear in the text, whatever it is: a string that has no end runs to the end of the text.
@@ -36,10 +37,10 @@ def read_json(body: bytes, max_depth: int) -> Any:  # noqa: ANN401  # it is any 
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"the body is not UTF-8: byte {error.start} can't be read") from error
+        raise UserError(f"the body is not UTF-8: byte {error.start} can't be read") from error
     depth = measure_depth(body)
     if depth > max_depth:
-        raise ValueError(f"the body is {depth} objects and lists deep, more than {max_depth}")
+        raise UserError(f"the body is {depth} objects and lists deep, more than {max_depth}")
     try:
         value = json.loads(
             text,
@@ -48,12 +49,12 @@ def read_json(body: bytes, max_depth: int) -> Any:  # noqa: ANN401  # it is any 
             object_pairs_hook=_without_doubles,
         )
     except json.JSONDecodeError as error:
-        raise ValueError(f"the body is no JSON: {error}") from error
+        raise UserError(f"the body is no JSON: {error}") from error
     if _SURROGATE.search(body):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError("the body has half of a surrogate pair") from error
+            raise UserError("the body has half of a surrogate pair") from error
     return value
 
 
@@ -66,13 +67,13 @@ def measure_depth(body: bytes) -> int:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"the body has {name}, which is no JSON")
+    raise UserError(f"the body has {name}, which is no JSON")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"the body has the number {text[:_MAX_SHOWN_CHARACTERS]}, too large")
+        raise UserError(f"the body has the number {text[:_MAX_SHOWN_CHARACTERS]}, too large")
     return value
 
 
@@ -81,7 +82,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         doubled = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"the body has {doubled[:_MAX_SHOWN_CHARACTERS]!r} twice in an object")
+        raise UserError(f"the body has {doubled[:_MAX_SHOWN_CHARACTERS]!r} twice in an object")
     return found
 
 

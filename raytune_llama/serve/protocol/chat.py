@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.serve.protocol.strict import StrictModel
 from raytune_llama.serve.protocol.tools import (
     MAX_CALLS,
@@ -64,7 +65,7 @@ class GenerationRequest(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only with stream=true")
+            raise UserError("stream_options: only with stream=true")
         return self
 
     @property
@@ -112,11 +113,11 @@ class Message(StrictModel):
     def _check(self) -> "Message":
         num_texts = (self.content is not None) + (self.message is not None)
         if num_texts > 1 or (num_texts == 0 and self.tool_calls is None):
-            raise ValueError("content: got neither or both of content and message, wanted one")
+            raise UserError("content: got neither or both of content and message, wanted one")
         if self.tool_calls is not None and self.role != "assistant":
-            raise ValueError("tool_calls: only in an assistant's message")
+            raise UserError("tool_calls: only in an assistant's message")
         if (self.tool_call_id is not None) != (self.role == "tool"):
-            raise ValueError("tool_call_id: goes with role=tool, and with it alone")
+            raise UserError("tool_call_id: goes with role=tool, and with it alone")
         return self
 
     @property
@@ -146,7 +147,7 @@ class ResponseFormat(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema: goes with type=json_schema, and with it alone")
+            raise UserError("json_schema: goes with type=json_schema, and with it alone")
         return self
 
     @property
@@ -178,9 +179,9 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs: only with logprobs=true")
+            raise UserError("top_logprobs: only with logprobs=true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens: only one of max_tokens and max_completion_tokens")
+            raise UserError("max_tokens: only one of max_tokens and max_completion_tokens")
         says_parallel = self.parallel_tool_calls is not None
         check_tools(self.tools, self.tool_choice, says_parallel=says_parallel)
         return self

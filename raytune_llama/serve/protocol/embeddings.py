@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.serve.protocol.strict import StrictModel
 
 MAX_INPUTS = 2048
@@ -19,21 +20,21 @@ def _check_input(value: Any) -> Any:  # noqa: ANN401  # any JSON value
     if isinstance(value, str):
         texts: list[Any] = [value]
     elif not isinstance(value, list) or not value:
-        raise ValueError("wanted a text, token ids, or a list of either, not empty")
+        raise UserError("wanted a text, token ids, or a list of either, not empty")
     else:
         texts = [value] if _is_id(value[0]) else value
     if len(texts) > MAX_INPUTS:
-        raise ValueError(f"got {len(texts)} texts, wanted at most {MAX_INPUTS}")
+        raise UserError(f"got {len(texts)} texts, wanted at most {MAX_INPUTS}")
     is_text = isinstance(texts[0], str)
     for number, text in enumerate(texts):
         where = f"input.{number}" if texts is value else "input"
         if is_text != isinstance(text, str) or not isinstance(text, str | list):
-            raise ValueError(f"{where}: wanted all texts, or all lists of token ids")
+            raise UserError(f"{where}: wanted all texts, or all lists of token ids")
         if not text:
-            raise ValueError(f"{where}: is empty")
+            raise UserError(f"{where}: is empty")
         wrong = [place for place, token in enumerate(text) if not (is_text or _is_id(token))]
         if wrong:
-            raise ValueError(f"{where}.{wrong[0]}: wanted a token id, a whole number from 0 on")
+            raise UserError(f"{where}.{wrong[0]}: wanted a token id, a whole number from 0 on")
     return value
 
 

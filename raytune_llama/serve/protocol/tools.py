@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.serve.protocol.strict import StrictModel
 
 MAX_TOOLS = 128
@@ -36,9 +37,9 @@ class Function(StrictModel):
     def _check(self) -> "Function":
         kind = (self.parameters or {}).get("type", "object")
         if kind != "object":
-            raise ValueError(f"parameters: the type is {kind!r}, wanted 'object'")
+            raise UserError(f"parameters: the type is {kind!r}, wanted 'object'")
         if _is_deeper(self.parameters, MAX_SCHEMA_DEPTH):
-            raise ValueError(f"parameters: deeper than {MAX_SCHEMA_DEPTH}")
+            raise UserError(f"parameters: deeper than {MAX_SCHEMA_DEPTH}")
         return self
 
     @property
@@ -122,17 +123,17 @@ def check_tools(
     if tools is None:
         if choice is not None or says_parallel:
             name = "parallel_tool_calls" if choice is None else "tool_choice"
-            raise ValueError(f"{name}: only with tools")
+            raise UserError(f"{name}: only with tools")
         return
     names = Counter(tool.function.name for tool in tools)
     name, count = names.most_common(1)[0]
     if count > 1:
-        raise ValueError(f"tools: {name} is there {count} times")
+        raise UserError(f"tools: {name} is there {count} times")
     size = sum(len(tool.model_dump_json(exclude_unset=True)) for tool in tools)
     if size > MAX_TOOLS_CHARACTERS:
-        raise ValueError(f"tools: {size} characters, more than {MAX_TOOLS_CHARACTERS}")
+        raise UserError(f"tools: {size} characters, more than {MAX_TOOLS_CHARACTERS}")
     if isinstance(choice, NamedTool) and choice.function.name not in names:
-        raise ValueError(f"tool_choice: {choice.function.name} is none of the tools")
+        raise UserError(f"tool_choice: {choice.function.name} is none of the tools")
 
 
 def _is_deeper(value: object, limit: int) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.tokenizer.compiled import kernel
 from raytune_llama.tokenizer.reference import (
     PieceProto,
@@ -104,7 +105,7 @@ def _build_tables(reference: ReferenceEncoder) -> KernelTables:
     engine = reference.engine
     model = engine["model"]
     if reference.cuts is None or model["type"] != "BPE":
-        raise ValueError("its tokenizer.json splits or merges text in a way that is not known here")
+        raise UserError("its tokenizer.json splits or merges text in a way that is not known here")
     return _llama_tables(engine) if is_whole_text_bpe(engine) else _byte_tables(engine)
 
 
@@ -115,9 +116,9 @@ def _piece_tables(proto: Any) -> KernelTables:  # noqa: ANN401  # made when prot
         if piece.type == PieceProto.NORMAL
     }
     if not is_plain_merging(proto) or SPACE not in pieces:
-        raise ValueError("its SentencePiece model does more than merge characters as they are")
+        raise UserError("its SentencePiece model does more than merge characters as they are")
     if any(piece.type == PieceProto.USER_DEFINED for piece in proto.pieces):
-        raise ValueError("its SentencePiece model has user-defined pieces")
+        raise UserError("its SentencePiece model has user-defined pieces")
     symbols = {piece: symbol for symbol, piece in enumerate(pieces)}
     ids = [id_ for id_, _ in pieces.values()]
     # Characters of which only longer pieces are known merge, and are written in bytes if not.
@@ -144,7 +145,7 @@ def _llama_tables(engine: dict[str, Any]) -> KernelTables:
     merges = _merges(engine["model"])
     byte_ids = {vocabulary[f"<0x{byte:02X}>"] for byte in range(256)}
     if any(left in byte_ids or right in byte_ids for left, right, _, _ in merges):
-        raise ValueError("its tokenizer.json merges bytes of characters that are not known")
+        raise UserError("its tokenizer.json merges bytes of characters that are not known")
     return _character_tables(merges, ids, vocabulary, vocabulary)
 
 
@@ -152,7 +153,7 @@ def _byte_tables(engine: dict[str, Any]) -> KernelTables:
     vocabulary: dict[str, int] = engine["model"]["vocab"]
     kind = find_split_pattern(engine)
     if kind is None:
-        raise ValueError("its tokenizer.json splits text by a pattern that is not known here")
+        raise UserError("its tokenizer.json splits text by a pattern that is not known here")
     alphabet = byte_alphabet()
     return (
         VocabularyTables(

@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError, settings
 from raytune_llama.storage.files import sha256_file
 from raytune_llama.storage.place import Place
@@ -41,7 +42,7 @@ _UNFINISHED = re.compile(r"\.step-\d{8}\..*\.tmp")
 _DIGEST = "sha256"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be trusted, does not fit the run, or could not be written."""
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.data.batches.step_batches import MicroBatch
 from raytune_llama.model.llama import DTYPES, SummedLoss
 from raytune_llama.train.engines.config import EngineConfig
@@ -80,7 +81,7 @@ def _merged(ours: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str,
         if isinstance(value, dict) and isinstance(ours.get(key), dict):
             merged[key] = _merged(ours[key], value, f"{path}.{key}")
         elif key in ours and ours[key] != value:
-            raise ValueError(
+            raise UserError(
                 f"{path}.{key}: {value!r} contradicts {ours[key]!r}, which follows from our own "
                 "fields; remove it and set the field"
             )
