@@ -1,1 +1,6 @@
-"""How conversations are written for a model, one form a module."""
+"""Chat templates: a conversation to segments of text and control tokens.
+
+Read `segments` first: the `Template` protocol. `tokenizer` runs a tokenizer's own Jinja template,
+`plain` is for prompts in plain text (Alpaca, BELLE, LLaMA 2), and `choice` builds a template by
+its name.
+"""

@@ -1,1 +1,6 @@
-"""What generates: token ids in, tokens out, many requests at a time."""
+"""Inference engines: token ids in, sampled tokens out, for many requests at a time.
+
+Read `protocol` first. `loop` is our engine around a transformers model, with continuous batching
+in `scheduler`, the slotted KV cache in `cache` and batched LoRA in `lora`; `vllm` wraps vLLM, for
+GPUs.
+"""
