@@ -8,29 +8,37 @@ PYTHON ?= $(firstword $(shell command -v python3.11) $(shell command -v python3.
 # DeepSpeed looks for ninja in PATH when it compiles its collective at the first training step.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test test-all chaos check fresh-check bench venv tools clean-demo
+# Tests of a file stay on one process: they share what its fixtures made.
+PARALLEL := --numprocesses auto --dist loadfile
+
+.PHONY: help demo test test-fast test-all chaos check fresh-check bench venv tools clean-demo
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: venv ## Make the demo model and corpus, and train on them
-	python jobs/prepare_demo.py
-	python jobs/pretrain.py
+	raytune demo
+	raytune pretrain
 
-test: venv ## Run the tests that need no minutes
-	python -m pytest -m "not slow"
+test: test-fast ## Run the tests that need no minutes: without Ray in parallel, then with it
+	python -m pytest -m "ray and not slow"
+
+test-fast: venv ## Run the tests that need neither minutes nor Ray, on all cores
+	python -m pytest -m "not ray and not slow" $(PARALLEL)
 
 test-all: venv ## Run every test
-	python -m pytest
+	python -m pytest -m "not ray" $(PARALLEL)
+	python -m pytest -m ray
 
 chaos: venv ## Run whole runs that something happens to: killed, stopped, drained
 	python -m pytest tests/chaos
 
-check: venv ## Check format, style, types and imports
+check: venv ## Check format, style, types, imports and language
 	ruff format --check .
 	ruff check .
 	basedpyright
 	lint-imports
+	python -m pytest -q tests/test_language.py
 
 bench: venv ## Run the benchmarks: ours against a peer, a ratio each
 	python -m pip install --quiet -c constraints.txt -e '.[bench]'

@@ -10,7 +10,7 @@ order. `torch.save` is flushed by us, so that durable means the same; DCP has a 
 
 A stall is the time until training goes on, and the waiting at the end if it is not written by then.
 While it is written steps go on and are slower: what they take more, against steps just before, is
-counted too. The share is both, of the time of 200 such steps, the default `layout.every_steps`.
+counted too. The share is both, of the time of 200 such steps, the default `checkpoint.every_steps`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 import torch.multiprocessing as mp
 from harness.stall_sides import OURS, SIDES, SaveMeasurement, StallSetup, measure
 
-from raytune_llama.train.checkpoint.layout import CheckpointConfig
+from raytune_llama.train.checkpoint.config import CheckpointConfig
 
 TARGET_PERCENT = 1.0
 NEEDS = """needs: 12 GB of memory and 10 GB of disk for two workers and all weights.

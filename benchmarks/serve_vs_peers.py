@@ -49,8 +49,10 @@ from harness.serve_sides import (
     thread_environment,
 )
 
-from raytune_llama.merge.merger import MergeConfig, merge_adapters
-from raytune_llama.model.lora import LoraConfig, attach_adapter
+from raytune_llama.merge.config import MergeConfig
+from raytune_llama.merge.merger import merge_adapters
+from raytune_llama.model.config import LoraConfig
+from raytune_llama.model.lora import attach_adapter
 from raytune_llama.tokenizer.loader import load_tokenizer
 
 CLIENTS = 16

@@ -29,8 +29,9 @@ from harness.peers import PACKAGES, install_llama_factory, install_packages, is_
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from raytune_llama.chat.config import ChatConfig
 from raytune_llama.chat.conversations import Conversation, Turn
-from raytune_llama.chat.encoding import ChatConfig, EncodedConversation, build_chat_encoder
+from raytune_llama.chat.encoding import EncodedConversation, build_chat_encoder
 from raytune_llama.config.settings import from_dict
 from raytune_llama.data.store.manifest import (
     MANIFEST_NAME,
@@ -43,7 +44,8 @@ from raytune_llama.data.store.manifest import (
     write_manifest,
 )
 from raytune_llama.data.store.shards import EncodedDocuments, ShardWriter
-from raytune_llama.model.lora import LoraConfig, attach_adapter
+from raytune_llama.model.config import LoraConfig
+from raytune_llama.model.lora import attach_adapter
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import load_tokenizer
 from raytune_llama.train.config import SftConfig

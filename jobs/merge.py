@@ -1,19 +1,9 @@
-"""Merge adapters into a base: `python jobs/merge.py base=DIR adapters=[DIR, ...] target=DIR`."""
+"""Merge adapters into a base, as `raytune merge`.
 
-import sys
+python jobs/merge.py base=DIR adapters=[DIR, ...] target=DIR
+"""
 
-from raytune_llama.config.settings import load, run_job
-from raytune_llama.logs import setup_logging
-from raytune_llama.merge.merger import MergeConfig, merge_adapters
-
-
-def main() -> None:
-    """Load the config, merge, print where the result is."""
-    setup_logging()
-    config = load(MergeConfig, sys.argv[1:])
-    merge_adapters(config)
-    print(f"merged model: {config.target}")
-
+from raytune_llama.cli import run
 
 if __name__ == "__main__":
-    run_job(main, ValueError)
+    run("merge")

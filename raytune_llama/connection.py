@@ -1,4 +1,4 @@
-"""The Ray cluster that a job works on.
+"""Connection to the Ray cluster that a job runs on.
 
 with connect_to_ray():
     ...  # tasks, actors, trainers
@@ -17,19 +17,19 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def connect_to_ray() -> Iterator[None]:
-    """Connect to the cluster that the environment names, or start one here; leave it at the end.
+    """Connect to the cluster set in the environment, or start a local one; disconnect at the end.
 
-    In a process that is connected already, that connection is used and kept.
+    If the process is already connected, that connection is used and kept open.
     """
     if ray.is_initialized():
         yield
         return
-    # Workers' output is forwarded by our own channel.
+    # Workers' logs reach the driver through our own channel.
     context = ray.init(
         log_to_driver=False, logging_level=logging.WARNING, runtime_env=quoted_python()
     )
     if context.dashboard_url:
-        logger.info("Ray's dashboard: http://%s", context.dashboard_url)
+        logger.info("Ray dashboard: http://%s", context.dashboard_url)
     try:
         yield
     finally:
@@ -37,11 +37,11 @@ def connect_to_ray() -> Iterator[None]:
 
 
 def quoted_python() -> dict[str, str] | None:
-    """Return the job's runtime environment where Ray could not start workers without it.
+    """Return a runtime environment with the quoted path of Python; None if it needs no quotes.
 
-    Ray 2.60 starts a worker that has environment variables of its own, as its Train controller
-    does, by a shell command in which it does not quote the path of Python. Where that path has a
-    space, such as in a home folder, it is given here, quoted.
+    Ray 2.60 starts a worker with its own environment variables, such as its Train controller, by a
+    shell command that does not quote the path of Python. A path with a space, such as in a home
+    folder, must therefore be passed quoted.
     """
     python = shlex.quote(sys.executable)
     return {"py_executable": python} if python != sys.executable else None

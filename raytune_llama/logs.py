@@ -1,4 +1,4 @@
-"""Logging of drivers and workers: one line for each event, on stderr.
+"""Logging of drivers and workers: one line per event, on stderr.
 
     12:03:04 train: step 20 of 200: loss 2.113, 320 tokens/s
 
@@ -6,23 +6,30 @@ Modules log with `logging.getLogger(__name__)`; a process calls `setup_logging` 
 """
 
 import logging
+import os
 import sys
+import warnings
 
 PACKAGE = "raytune_llama"
 
-# Their news are not the run's news. Ray sets the level of "ray" again in `ray.init`: pass it
+# Libraries whose info messages are hidden. Ray resets the level of "ray" in `ray.init`: pass it
 # `logging_level=logging.WARNING`.
 _QUIET = ("DeepSpeed", "datasets", "huggingface_hub", "matplotlib", "ray", "transformers")
 
+# What libraries say to their own developers, such as that PEFT reads a property that transformers
+# renames in its next version.
+_DEVELOPER_WARNINGS = (FutureWarning, DeprecationWarning)
+_LIBRARIES = r"(accelerate|deepspeed|huggingface_hub|peft|ray|torch|transformers)\b"
+
 
 class LineFormatter(logging.Formatter):
-    """Formats a record as one line: time, part of the package, level if it warns, message."""
+    """Formats a record as one line: time, subpackage, level from warnings up, message."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(name)s: %(message)s", "%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
-        """Return the line; a traceback follows it on lines of its own."""
+        """Return the line; a traceback follows on separate lines."""
         names = record.name.split(".")
         part = names[1] if names[0] == PACKAGE and len(names) > 1 else names[0]
         if record.levelno >= logging.WARNING:
@@ -32,15 +39,16 @@ class LineFormatter(logging.Formatter):
 
 
 def setup_logging(level: str = "info") -> None:
-    """Send log lines to stderr: ours from `level` on, those of libraries from warnings on.
+    """Log to stderr: this package from `level` up, libraries from warnings up.
 
-    A second call replaces the first. Handlers that others put on the root logger stay.
+    A second call replaces the first. Other handlers on the root logger are kept. Libraries'
+    progress bars and warnings about their own future are turned off.
 
     Args:
         level: "debug", "info", "warning" or "error".
 
     Raises:
-        ValueError: There is no such level.
+        ValueError: `level` is unknown.
     """
     logging.getLogger(PACKAGE).setLevel(level.upper())
     root = logging.getLogger()
@@ -50,6 +58,10 @@ def setup_logging(level: str = "info") -> None:
     for handler in root.handlers[:]:
         if isinstance(handler.formatter, LineFormatter):
             root.removeHandler(handler)
+    for category in _DEVELOPER_WARNINGS:
+        warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
+    # Read by transformers and huggingface_hub when they are imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter())
     root.addHandler(handler)

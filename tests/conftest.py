@@ -9,6 +9,9 @@ import tempfile
 # Before transformers is imported: a test that needs the hub is a mistake and must fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # As many processes as cores: with a thread per core in each they would wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Ray reads its authentication mode when it is imported, and would write a token to the home folder.
 _TOKEN_FILE = tempfile.NamedTemporaryFile("w", prefix="ray-auth-token-")  # noqa: SIM115

@@ -10,19 +10,19 @@ from raytune_llama.config.settings import ConfigError
 
 JOB = """
 import sys
-from raytune_llama.config.settings import ConfigError, run_job
+from raytune_llama import cli
+from raytune_llama.config.settings import ConfigError
+from raytune_llama.data.store.manifest import StoreError
 
-class StoreError(ValueError):
-    pass
-
-def main():
+def main(argv, program):
     kinds = {"config": ConfigError(["a.b: bad", "c: bad"]), "store": StoreError("stale store"),
              "value": ValueError("a bug")}
     if sys.argv[1] in kinds:
         raise kinds[sys.argv[1]]
     return int(sys.argv[1]) or None
 
-run_job(main, StoreError)
+cli.VERBS["job"] = main
+cli.run("job")
 """
 
 

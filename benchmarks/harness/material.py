@@ -32,7 +32,8 @@ from raytune_llama.data.store.manifest import (
 )
 from raytune_llama.data.store.shards import ShardWriter
 from raytune_llama.data.store.token_store import TokenStore
-from raytune_llama.model.lora import LoraConfig, attach_adapter
+from raytune_llama.model.config import LoraConfig
+from raytune_llama.model.lora import attach_adapter
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
 from raytune_llama.train.config import PretrainConfig

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from raytune_llama.config.settings import load
-from raytune_llama.merge.merger import MergeConfig, merge_adapters
+from raytune_llama.merge.config import MergeConfig
+from raytune_llama.merge.merger import merge_adapters
 
 
 def peak_mib() -> float:

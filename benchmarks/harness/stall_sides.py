@@ -18,15 +18,17 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raytune_llama.data.batches.step_batches import MicroBatch
+from raytune_llama.model.config import LoraConfig
 from raytune_llama.model.llama import SummedLoss
-from raytune_llama.model.lora import LoraConfig, attach_adapter
+from raytune_llama.model.lora import attach_adapter
 from raytune_llama.storage.place import Place
-from raytune_llama.train.checkpoint.layout import CheckpointConfig, RunState, SaveResult
+from raytune_llama.train.checkpoint.config import CheckpointConfig
+from raytune_llama.train.checkpoint.layout import RunState, SaveResult
 from raytune_llama.train.checkpoint.saver import Saver
-from raytune_llama.train.engines.config import EngineConfig
+from raytune_llama.train.engines.config import EngineConfig, OptimConfig
 from raytune_llama.train.engines.ddp import DataParallelEngine
 from raytune_llama.train.engines.deepspeed_zero import deepspeed_config
-from raytune_llama.train.engines.optimizer import OptimConfig, build_optimizer, parameter_groups
+from raytune_llama.train.engines.optimizer import build_optimizer, parameter_groups
 from raytune_llama.train.engines.protocol import STATE_KEYS, trained_parameters
 from raytune_llama.train.process_group import ProcessGroup
 

@@ -11,7 +11,8 @@ import zipfile
 from pathlib import Path
 
 from raytune_llama.model.meta.from_meta import LLAMA_TOKENIZER
-from raytune_llama.vocabulary.sentencepiece_merge import PieceTraining, merge_pieces, train_pieces
+from raytune_llama.vocabulary.config import PieceTraining
+from raytune_llama.vocabulary.sentencepiece_merge import merge_pieces, train_pieces
 
 from .corpus import CACHE, ROOT
 

@@ -64,7 +64,7 @@ class Ours(BlockReader):
     def batches(self) -> Iterator[torch.Tensor]:
         from raytune_llama.data.batches.mixture import cut_sources
         from raytune_llama.data.batches.step_batches import BatchPlan, read_steps
-        from raytune_llama.data.readers.sources import SourceConfig
+        from raytune_llama.data.readers.config import SourceConfig
 
         store = TokenStore.open(self.store)
         sources = cut_sources(

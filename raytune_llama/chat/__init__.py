@@ -1,5 +1,5 @@
-"""Conversations to token ids and a mask of the tokens to be learned.
+"""Turn conversations into token ids and a mask of the tokens to train on.
 
-Read `conversations` first, then `encoding`. `formats` parses rows of data sets, `templates`
-renders prompts, and `spans` finds where an answer begins among the ids.
+Read `conversations` first, then `encoding`. `formats` parses dataset rows, `templates` renders
+prompts, and `spans` finds where an answer begins among the ids.
 """

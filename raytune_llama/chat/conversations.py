@@ -1,16 +1,16 @@
-"""Conversations, and what is wrong with those that nothing can be learned from.
+"""Conversations, and the defects that make one unusable for training.
 
     conversation = Conversation((Turn("user", "1 + 1?"), Turn("assistant", "2")))
-    defect = find_defect(conversation)      # None: it can be trained on
+    defect = find_defect(conversation)      # None: usable for training
 
-A bad row is data, not an exception: a file of a million rows has some.
+A bad row is data, not an exception: a file with a million rows has some.
 """
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 Role = Literal["user", "assistant"]
-"""Who speaks in a turn; what the system says is no turn."""
+"""Role of a turn; the system message is not a turn."""
 
 DefectReason = Literal[
     "unknown_format",
@@ -41,41 +41,41 @@ DefectReason = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side says."""
+    """One message of a conversation."""
 
     role: Role
-    """Who says it."""
+    """Author of the message."""
     content: str
-    """The text, as it is: never cut, stripped or normalised."""
+    """The text, unchanged: never truncated, stripped or normalized."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns of a user and an assistant, one after the other."""
+    """Alternating turns of a user and an assistant."""
 
     turns: tuple[Turn, ...]
-    """In their order."""
+    """The turns, in order."""
     system: str | None = None
-    """What is said to the assistant before the first turn."""
+    """System message; None if there is none."""
     id: str | None = None
-    """The row's name in its file."""
+    """Id of the row in its file; None if it has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Defect:
-    """Why something cannot be used."""
+    """Why a row or a conversation cannot be used."""
 
     reason: DefectReason
-    """One of few, to be counted."""
+    """Category, for counting."""
     detail: str
-    """What exactly, for a person."""
+    """Details, for people."""
 
 
 def find_defect(conversation: Conversation) -> Defect | None:
-    """Return why a conversation cannot be trained on; None where it can.
+    """Return why a conversation cannot be trained on; None if it can.
 
-    Turns alternate, the user begins, the assistant has the last word, and no answer is blank.
-    A user's turn may be empty.
+    Turns must alternate, the first must be the user's and the last the assistant's, and no answer
+    may be blank. A user's turn may be empty.
     """
     defect = _find_in_turns(conversation)
     if defect is not None:
@@ -90,7 +90,7 @@ def find_defect(conversation: Conversation) -> Defect | None:
 
 
 def find_prompt_defect(conversation: Conversation) -> Defect | None:
-    """Return why a conversation cannot be answered; None where it can: the user speaks last."""
+    """Return why a conversation can't be answered; None if it can: the last turn is the user's."""
     defect = _find_in_turns(conversation)
     if defect is not None:
         return defect
@@ -102,7 +102,7 @@ def find_prompt_defect(conversation: Conversation) -> Defect | None:
 
 def _find_in_turns(conversation: Conversation) -> Defect | None:
     if not conversation.turns:
-        return Defect("empty_conversation", "there are no turns")
+        return Defect("empty_conversation", "the conversation has no turns")
     if conversation.system is not None:
         defect = find_text_defect(conversation.system, "system")
         if defect is not None:
@@ -131,24 +131,24 @@ def _find_in_turn(turn: Turn, number: int, before: Role | None) -> Defect | None
 
 
 def find_text_defect(text: object, name: str) -> Defect | None:
-    """Return why a value is no text that can be encoded.
+    """Return why a value is not text that can be encoded; None if it is.
 
     Args:
-        text: The value.
-        name: What it is, for the detail.
+        text: Value to check.
+        name: Name of the value, for the detail.
     """
     if not isinstance(text, str):
-        return Defect("wrong_type", f"{name} is {describe_type(text)}, wanted a text")
+        return Defect("wrong_type", f"{name} is {describe_type(text)}, wanted a string")
     if "\0" in text:
-        return Defect("nul", f"{name}: a NUL at character {text.index(chr(0))}")
+        return Defect("nul", f"{name}: NUL at character {text.index(chr(0))}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return Defect("lone_surrogate", f"{name}: half of a pair at character {error.start}")
+        return Defect("lone_surrogate", f"{name}: lone surrogate at character {error.start}")
     return None
 
 
 def describe_type(value: object) -> str:
-    """Return what a JSON value is, in words."""
-    names = {dict: "an object", list: "an array", str: "a text", bool: "a boolean"}
+    """Return the type of a JSON value, with its article."""
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
     return "null" if value is None else names.get(type(value), "a number")

@@ -1,24 +1,24 @@
-"""Conversations become token ids and a mask of what is learned; prompts become ids for serving.
+"""Encode conversations as token ids and a loss mask, and prompts as ids for serving.
 
     encoder = build_chat_encoder(load_tokenizer(path), ChatConfig(template="alpaca"))
-    rows = encoder.encode(conversations)        # an `EncodedConversation` or a `Defect` each
+    rows = encoder.encode(conversations)        # `EncodedConversation` or `Defect`
     counts = count_encoded(rows)
-    ids = encoder.encode_prompt(conversation)   # the user speaks last
+    ids = encoder.encode_prompt(conversation)   # last turn is the user's
 
 Content is plain text: a control token that is written in it stays text. The loss is on answers and
-what ends them. A prompt's ids are the beginning of what training sees of the same conversation.
+the tokens that end them. The ids of a prompt are a prefix of those that training uses for the same
+conversation.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 from transformers import PreTrainedTokenizerFast
 
+from raytune_llama.chat.config import ChatConfig
 from raytune_llama.chat.conversations import (
     Conversation,
     Defect,
@@ -28,65 +28,48 @@ from raytune_llama.chat.conversations import (
 )
 from raytune_llama.chat.spans import NoBoundaryError, SpanEncoder, TextSpan, join_segments
 from raytune_llama.chat.templates.choice import build_template
-from raytune_llama.chat.templates.names import TemplateName
 from raytune_llama.chat.templates.segments import Segment, Template, UnrenderableError
-from raytune_llama.chat.truncation import Truncation, truncate
+from raytune_llama.chat.truncation import truncate
 from raytune_llama.config.errors import UserError
-from raytune_llama.config.settings import settings
 from raytune_llama.tokenizer.loader import build_reference_encoder
 from raytune_llama.tokenizer.reference import TextEncoder
 from raytune_llama.tokenizer.split_points import UnsplittableTextError
 
 
-@settings
-class ChatConfig:
-    """How conversations become token ids."""
-
-    template: TemplateName = "tokenizer"
-    """How they are written: the tokenizer's own chat template, or a form of the seeds' projects."""
-    max_tokens: Annotated[int, Field(ge=2)] | None = None
-    """Longest conversation in tokens; null: none is cut."""
-    truncation: Truncation = "keep_eos"
-    """What becomes of longer ones. `keep_eos`: the beginning stays, an answer that is cut ends with
-    EOS, a question that is cut goes; `drop`; `cut_left`: the end stays."""
-    train_on_prompt: bool = False
-    """Whether all tokens are learned, and not only answers and what ends them."""
-
-
 @dataclass(frozen=True, slots=True)
 class EncodedConversation:
-    """A conversation as a model sees it."""
+    """A conversation as token ids and targets."""
 
     ids: NDArray[np.uint32]
     """Token ids, shape (T,)."""
     targets: NDArray[np.bool_]
-    """Which tokens are learned, shape (T,): `targets[i]` says it of `ids[i]`, not of the next."""
+    """Mask of the trained tokens, shape (T,): `targets[i]` applies to `ids[i]`, not to the next."""
     num_cut: int
-    """Tokens of the conversation that are not in `ids`, for it was too long."""
+    """Number of tokens removed by truncation."""
     num_splits: int
-    """Answers that were encoded apart from their prompt; see `EncodedSpan.is_split`."""
+    """Number of answers encoded separately from their prompt; see `EncodedSpan.is_split`."""
 
 
 @dataclass(slots=True)
 class EncodingCounts:
-    """What became of conversations."""
+    """Counts of encoded, truncated and dropped conversations."""
 
     conversations: int = 0
-    """How many there were."""
+    """Number of conversations."""
     encoded: int = 0
-    """How many of them can be learned from."""
+    """Number of conversations that can be trained on."""
     truncated: int = 0
-    """How many of these are cut."""
+    """Number of encoded conversations that were truncated."""
     cut_tokens: int = 0
-    """Tokens that these lack."""
+    """Number of tokens removed by truncation, in total."""
     split_boundaries: int = 0
-    """Answers that were encoded apart from their prompt."""
+    """Number of answers encoded separately from their prompt."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """The rest, by reason."""
+    """Number of dropped conversations, per reason."""
 
 
 def count_encoded(rows: Iterable[EncodedConversation | Defect]) -> EncodingCounts:
-    """Count what became of conversations; `encoded` and `dropped` add up to `conversations`."""
+    """Count outcomes; `encoded` and the values of `dropped` add up to `conversations`."""
     counts = EncodingCounts()
     for row in rows:
         counts.conversations += 1
@@ -106,37 +89,39 @@ class _Rendered:
 
     @property
     def text_spans(self) -> list[TextSpan]:
-        return [piece for piece in self.spans if isinstance(piece, TextSpan)]
+        return [span for span in self.spans if isinstance(span, TextSpan)]
 
 
 class ChatEncoder:
-    """Makes ids of conversations; made by `build_chat_encoder`, picklable."""
+    """Encodes conversations; picklable. Build one with `build_chat_encoder`."""
 
     def __init__(
-        self, template: Template, stretches: SpanEncoder, config: ChatConfig, bos_id: int | None
+        self, template: Template, span_encoder: SpanEncoder, config: ChatConfig, bos_id: int | None
     ) -> None:
         self.template = template
-        """How conversations are written."""
+        """Template that renders the conversations."""
         self.config = config
-        """As asked for."""
-        self._stretches = stretches
+        """Settings given to `build_chat_encoder`."""
+        self._span_encoder = span_encoder
         self._bos_id = bos_id
 
     def encode(self, conversations: Sequence[Conversation]) -> list[EncodedConversation | Defect]:
         """Return the ids and targets of each conversation, or why it is dropped.
 
-        All are encoded with one call, so give some hundreds at a time.
+        All are encoded in one batch: pass a few hundred at a time.
         """
         rendered = [self._render(conversation) for conversation in conversations]
         usable = [one for one in rendered if isinstance(one, _Rendered)]
         encoded = iter(self._encode_all(usable))
-        return [self._cut(next(encoded)) if isinstance(one, _Rendered) else one for one in rendered]
+        return [
+            self._truncate(next(encoded)) if isinstance(one, _Rendered) else one for one in rendered
+        ]
 
     def encode_prompt(self, conversation: Conversation) -> NDArray[np.uint32]:
-        """Return the ids after which a model is to answer: what it learned to answer after.
+        """Return the ids of a prompt, the same as before the answer in training.
 
         Raises:
-            ValueError: The conversation has a defect, or can't be written by the template.
+            ValueError: The conversation has a defect, or the template can't render it.
         """
         defect = find_prompt_defect(conversation)
         if defect is not None:
@@ -147,7 +132,7 @@ class ChatEncoder:
         return row.ids
 
     def encode_segments(self, segments: Sequence[Segment]) -> EncodedConversation | Defect:
-        """Return ids and targets of what the template has written, not cut."""
+        """Return ids and targets of rendered segments, not truncated."""
         return self._encode_one(_Rendered(join_segments(segments, self.template.boundary)))
 
     def _render(self, conversation: Conversation) -> _Rendered | Defect:
@@ -175,29 +160,29 @@ class ChatEncoder:
             return Defect("uncuttable", str(error))
 
     def _encode_at_once(self, rendered: list[_Rendered]) -> list[EncodedConversation | Defect]:
-        stretches = [stretch for one in rendered for stretch in one.text_spans]
-        encoded = iter(self._stretches.encode(stretches))
+        text_spans = [span for one in rendered for span in one.text_spans]
+        encoded = iter(self._span_encoder.encode(text_spans))
         rows: list[EncodedConversation | Defect] = []
         for one in rendered:
             ids: list[NDArray[np.uint32]] = []
             targets: list[NDArray[np.bool_]] = []
             num_splits = 0
-            for piece in one.spans:
-                if isinstance(piece, TextSpan):
+            for span in one.spans:
+                if isinstance(span, TextSpan):
                     made = next(encoded)
                     ids.append(made.ids)
                     targets.append(np.arange(len(made.ids)) >= made.num_prompt)
                     num_splits += made.is_split
                 else:
-                    ids.append(np.array([piece.token_id], dtype=np.uint32))
-                    targets.append(np.array([piece.is_target]))
+                    ids.append(np.array([span.token_id], dtype=np.uint32))
+                    targets.append(np.array([span.is_target]))
             rows.append(
                 EncodedConversation(np.concatenate(ids), np.concatenate(targets), 0, num_splits)
             )
         return rows
 
-    def _cut(self, row: EncodedConversation | Defect) -> EncodedConversation | Defect:
-        """Shorten a conversation to what the config allows, and drop what teaches nothing."""
+    def _truncate(self, row: EncodedConversation | Defect) -> EncodedConversation | Defect:
+        """Truncate a conversation to `max_tokens`, or drop it if no answer token is left."""
         if isinstance(row, Defect):
             return row
         config, num_ids = self.config, len(row.ids)
@@ -210,8 +195,8 @@ class ChatEncoder:
                 detail = f"{num_ids} tokens, max_tokens is {config.max_tokens}"
                 is_drop = config.truncation == "drop"
                 return Defect("too_long" if is_drop else "no_target", detail)
-        if row.targets.sum() < 2:  # an end token alone
-            return Defect("no_target", f"{num_ids} tokens, none of them of an answer")
+        if row.targets.sum() < 2:  # only an end token
+            return Defect("no_target", f"{num_ids} tokens, none of them in an answer")
         if config.train_on_prompt:
             return replace(row, targets=np.ones(len(row.ids), dtype=np.bool_))
         return row
@@ -220,15 +205,15 @@ class ChatEncoder:
 def build_chat_encoder(
     tokenizer: PreTrainedTokenizerFast, config: ChatConfig, encoder: TextEncoder | None = None
 ) -> ChatEncoder:
-    """Return what encodes conversations.
+    """Return an encoder of conversations.
 
     Args:
-        tokenizer: From `load_tokenizer`.
-        config: How.
-        encoder: What makes ids of text, such as `select_encoder` returns; None for the reference.
+        tokenizer: Tokenizer from `load_tokenizer`.
+        config: Settings of the encoder.
+        encoder: Encoder of texts, such as one from `select_encoder`; None for the reference.
 
     Raises:
-        ValueError: The tokenizer has no EOS, or its own chat template is asked for and can't be
+        ValueError: The tokenizer has no EOS, or its own chat template is requested but can't be
             used.
     """
     template = build_template(config.template, tokenizer)
@@ -236,17 +221,17 @@ def build_chat_encoder(
     bos = tokenizer.bos_token_id
     bos_id = bos if isinstance(bos, int) else None
     if template.boundary == "apart":
-        stretches = SpanEncoder(text_encoder, is_anchored=False)
-        return ChatEncoder(template, stretches, config, bos_id)
+        span_encoder = SpanEncoder(text_encoder, is_anchored=False)
+        return ChatEncoder(template, span_encoder, config, bos_id)
     for is_anchored in (False, True):
-        stretches = SpanEncoder(text_encoder, is_anchored=is_anchored)
-        made = ChatEncoder(template, stretches, config, bos_id)
-        if _matches_transformers(made, tokenizer):
-            return made
+        span_encoder = SpanEncoder(text_encoder, is_anchored=is_anchored)
+        chat_encoder = ChatEncoder(template, span_encoder, config, bos_id)
+        if _matches_transformers(chat_encoder, tokenizer):
+            return chat_encoder
     raise UserError(
-        f"template: the ids of the chat template of {tokenizer.name_or_path} can't be made as "
-        "transformers makes them (tokens that take the white space beside them, or another "
-        "tokenizer.model); name another template"
+        f"template: the chat template of {tokenizer.name_or_path} can't be encoded to the same ids "
+        "as in transformers (its tokens strip adjacent whitespace, or its tokenizer.model "
+        "differs); set another template"
     )
 
 
@@ -259,7 +244,7 @@ _PROBES = (
 
 
 def _matches_transformers(encoder: ChatEncoder, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Compare the ids of some conversations, with and without an answer."""
+    """Whether the ids of a few probe conversations are the same as in transformers."""
     template = encoder.template
     for user, answer in _PROBES:
         turns = (Turn("user", user), Turn("assistant", answer), Turn("user", "ox"))
@@ -270,7 +255,7 @@ def _matches_transformers(encoder: ChatEncoder, tokenizer: PreTrainedTokenizerFa
             except UnrenderableError as error:
                 raise UserError(
                     f"template: the chat template of {tokenizer.name_or_path} can't be used: "
-                    f"{error}; name another template"
+                    f"{error}; set another template"
                 ) from error
             row = encoder.encode_segments(segments)
             if isinstance(row, Defect):

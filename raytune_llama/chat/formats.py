@@ -1,14 +1,13 @@
-"""Rows of files and conversations, in both directions, in the four formats that data comes in.
+"""Convert between rows of files and conversations, in four common formats.
 
     alpaca         {"instruction": ..., "input": ..., "output": ...}
     conversations  {"id": ..., "conversations": [{"from": "human", "value": ...}, ...]}
     messages       {"messages": [{"role": "user", "content": ...}, ...]}
     completion     {"prompt": ..., "completion": ...}
 
-Names are matched without case, and without spaces and colons around them: real files hold
-`"instruction : "`. Each field has aliases that real files use. A row in which two names of one
-field hold different texts is refused. What was read under an alias, and what has no meaning here,
-is counted by name.
+Field names are matched ignoring case and surrounding spaces and colons: real files contain
+`"instruction : "`. Each field has the aliases that real files use. A row is rejected if two aliases
+of a field hold different values. Aliased and ignored fields are counted by name.
 """
 
 from collections import Counter
@@ -16,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raytune_llama.chat.config import FormatName
 from raytune_llama.chat.conversations import (
     Conversation,
     Defect,
@@ -27,14 +27,11 @@ from raytune_llama.chat.conversations import (
 )
 from raytune_llama.storage.files import RepeatedKeys
 
-FormatName = Literal["alpaca", "conversations", "messages", "completion"]
-"""The formats, each by what marks it."""
-
 _ID = ("id",)
 _SYSTEM = ("system",)
 _TURNS = {"conversations": ("conversations",), "messages": ("messages",)}
-# In the Chinese Alpaca file of 51,000 rows some have Chinese names, and one keeps the text that
-# the instruction is about under "news article". Its "note" is a remark about the row, no text.
+# In the Chinese Alpaca file of 51,000 rows some field names are Chinese, and one row has its input
+# under "news article". Its "note" is a remark about the row, not an input.
 _INSTRUCTION = ("instruction", "指令", "指示")
 _INPUT = ("input", "输入", "context", "news article")
 _OUTPUT = ("output", "输出", "response")
@@ -65,20 +62,20 @@ _WRITTEN_ROLES = {
 
 @dataclass(slots=True)
 class KeyCounts:
-    """Names of fields that rows have, other than the format's own."""
+    """Counts of the field names in rows that are not the format's own."""
 
     aliased: Counter[str] = field(default_factory=Counter)
-    """How many times a field was read under each other name."""
+    """Number of fields read, per alias."""
     ignored: Counter[str] = field(default_factory=Counter)
-    """How many times each name was met that has no meaning in its format."""
+    """Number of fields ignored, per name."""
     repeated: Counter[str] = field(default_factory=Counter)
-    """How many times each such name stood twice in one object."""
+    """Number of objects with a duplicate ignored field, per name."""
 
 
 def detect_row_format(row: Mapping[str, Any]) -> FormatName | None:
-    """Return the format of a row by its names; None where they are of none.
+    """Return the format of a row, judged by its field names; None if it has no known format.
 
-    A list of turns wins over single fields, which rows of chats often hold beside it.
+    A list of turns takes precedence over single fields, which chat rows often have as well.
     """
     names = {_plain_name(name) for name in row}
     if "conversations" in names:
@@ -99,13 +96,13 @@ def read_row(
     *,
     input_separator: str = "\n",
 ) -> Conversation | Defect:
-    """Read a row of a known format as a conversation that can be trained on, or say what is wrong.
+    """Return a row as a conversation that can be trained on, or its defect.
 
     Args:
         row: A JSON object.
-        row_format: How it is read.
-        counts: Names that it has are added here.
-        input_separator: What stands between instruction and input of an `alpaca` row with input.
+        row_format: Format of the row.
+        counts: Counts of field names, updated in place.
+        input_separator: Text between instruction and input of an `alpaca` row with an input.
     """
     fields = _Fields(row, counts)
     try:
@@ -123,16 +120,16 @@ def read_row(
 
 
 def write_row(conversation: Conversation, row_format: FormatName) -> dict[str, Any] | Defect:
-    """Return a conversation as a row of a format; its id comes first if it has one.
+    """Return a conversation as a row of a format, or a defect; its id, if any, comes first.
 
-    In `alpaca` a user's turn is the instruction, and input is empty: where it was divided is not
-    known any more.
+    In `alpaca` the user's turn becomes the instruction and the input is empty: their original
+    boundary is not known.
     """
     row: dict[str, Any] = {} if conversation.id is None else {"id": conversation.id}
     if row_format in ("conversations", "messages"):
         return row | {row_format: _written_turns(conversation, row_format)}
     if len(conversation.turns) != 2:
-        detail = f"{len(conversation.turns)} turns, a row of {row_format} holds 2"
+        detail = f"{len(conversation.turns)} turns, a {row_format} row holds exactly 2"
         return Defect("not_representable", detail)
     if conversation.system is not None:
         row["system"] = conversation.system
@@ -152,7 +149,7 @@ def _written_turns(conversation: Conversation, row_format: FormatName) -> list[d
 
 
 def _plain_name(name: str) -> str:
-    return name.strip(" \t\r\n:：").casefold()  # noqa: RUF001  # a full-width colon is meant
+    return name.strip(" \t\r\n:：").casefold()  # noqa: RUF001  # full-width colon is intended
 
 
 class _DefectError(Exception):
@@ -162,7 +159,7 @@ class _DefectError(Exception):
 
 
 class _Fields:
-    """The fields of one object; what was not asked for is counted."""
+    """Reads the fields of a JSON object and counts the fields that were not read."""
 
     def __init__(self, row: Mapping[str, Any], counts: KeyCounts, where: str = "") -> None:
         self._row = row
@@ -175,37 +172,37 @@ class _Fields:
         self._read: set[str] = set()
 
     def has(self, aliases: Iterable[str]) -> bool:
-        """Whether a field is there under any of its names."""
+        """Whether the object has a field, under any of its aliases."""
         return any(alias in self._names for alias in aliases)
 
     def value(self, aliases: tuple[str, ...]) -> Any:  # noqa: ANN401  # any JSON value
-        """Return a field under any of its names; the first that is not empty counts.
+        """Return a field's value: that of the first alias that is not empty.
 
         Raises:
-            _DefectError: There is none, or two that differ.
+            _DefectError: The field is missing, duplicated, or has aliases with different values.
         """
         present = [name for alias in aliases for name in self._names.get(alias, ())]
         if not present:
-            there = ", ".join(map(repr, self._row)) or "none"
-            detail = f"{self._where}no field {' or '.join(map(repr, aliases))}; there are: {there}"
+            found = ", ".join(map(repr, self._row)) or "none"
+            detail = f"{self._where}no field {' or '.join(map(repr, aliases))}; found: {found}"
             raise _DefectError(Defect("missing_field", detail[:400]))
         self._read.update(present)
         twice = sorted(self._repeated.intersection(present))
         if twice:
             raise _DefectError(
-                Defect("duplicate_key", f"{self._where}field {twice[0]!r} stands there twice")
+                Defect("duplicate_key", f"{self._where}duplicate field {twice[0]!r}")
             )
-        full = [name for name in present if self._row[name] not in (None, "", [])]
-        if any(self._row[name] != self._row[full[0]] for name in full[1:]):
-            detail = f"{self._where}{' and '.join(map(repr, full))} hold different values"
+        filled = [name for name in present if self._row[name] not in (None, "", [])]
+        if any(self._row[name] != self._row[filled[0]] for name in filled[1:]):
+            detail = f"{self._where}{' and '.join(map(repr, filled))} hold different values"
             raise _DefectError(Defect("ambiguous_field", detail))
-        chosen = (full or present)[0]
+        chosen = (filled or present)[0]
         if chosen != aliases[0]:
             self._counts.aliased[chosen] += 1
         return self._row[chosen]
 
     def text(self, aliases: tuple[str, ...]) -> str:
-        """Return a field that is a text."""
+        """Return a string field."""
         value = self.value(aliases)
         defect = find_text_defect(value, f"{self._where}field {aliases[0]!r}")
         if defect is not None:
@@ -213,20 +210,20 @@ class _Fields:
         return value
 
     def optional_text(self, aliases: tuple[str, ...]) -> str | None:
-        """Return a field that is a text; None where it is not there, null or empty."""
+        """Return a string field; None if it is missing, null or empty."""
         if not self.has(aliases) or self.value(aliases) in (None, ""):
             return None
         return self.text(aliases)
 
     def id(self) -> str | None:
-        """Return the row's id, which may be a whole number."""
+        """Return the id of the row as a string; in JSON it may be an integer."""
         value = self.value(_ID) if self.has(_ID) else None
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         return None if value is None else self.optional_text(_ID)
 
     def count_rest(self) -> None:
-        """Count the names that nobody asked for."""
+        """Count the fields that were not read."""
         rest = [name for name in self._row if name not in self._read]
         self._counts.ignored.update(rest)
         self._counts.repeated.update(self._repeated.intersection(rest))
@@ -256,7 +253,7 @@ def _read_turns(fields: _Fields, row_format: FormatName, counts: KeyCounts) -> C
         if role != "system":
             turns.append(Turn(role, content))
         elif number:
-            detail = f"turn {number} is the system's, which may speak first only"
+            detail = f"turn {number} is a system message; only the first turn can be one"
             raise _DefectError(Defect("late_system", detail))
         elif system is not None and system != content:
             detail = "the row's field 'system' and its first turn differ"
@@ -276,7 +273,7 @@ def _read_turn(
     name = fields.text(_ROLE_NAMES[row_format])
     role = _ROLES.get(name.strip().casefold())
     if role is None:
-        detail = f"turn {number}: {name[:40]!r}; known are {', '.join(_ROLES)}"
+        detail = f"turn {number}: unknown role {name[:40]!r}; known roles: {', '.join(_ROLES)}"
         raise _DefectError(Defect("unknown_role", detail))
     content = fields.text(_CONTENT_NAMES[row_format])
     fields.count_rest()

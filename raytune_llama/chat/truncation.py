@@ -1,14 +1,9 @@
-"""Cut encoded conversations that are too long, so that what is left can still be learned from."""
-
-from typing import Literal
+"""Truncate encoded conversations that are too long, so that the rest is still trainable."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-Truncation = Literal["keep_eos", "drop", "cut_left"]
-"""What becomes of a conversation that is too long. `keep_eos`: its beginning stays; an answer that
-is cut ends with its EOS, a question that is cut goes. `drop`: nothing stays. `cut_left`: its end
-stays, behind BOS where it began with it."""
+from raytune_llama.chat.config import Truncation
 
 TokenIds = NDArray[np.uint32]
 TargetMask = NDArray[np.bool_]
@@ -22,17 +17,17 @@ def truncate(
     *,
     bos_id: int | None,
 ) -> tuple[TokenIds, TargetMask]:
-    """Cut an encoded conversation to at most `max_tokens` tokens.
+    """Truncate an encoded conversation to at most `max_tokens` tokens.
 
     Args:
         ids: Token ids, shape (T,), more than `max_tokens`.
-        targets: Which are answers and what ends them, shape (T,).
+        targets: Mask of answer tokens and the tokens that end answers, shape (T,).
         max_tokens: Tokens to keep, at least 2.
-        truncation: What is kept.
-        bos_id: Id that begins a text; None where it begins with nothing.
+        truncation: Which part is kept.
+        bos_id: Id of BOS; None if the tokenizer has none.
 
     Returns:
-        What is left of both; empty where no token of an answer would be left.
+        Both arrays truncated; empty if no token of an answer would be left.
     """
     if truncation == "drop":
         return ids[:0], targets[:0]
@@ -48,7 +43,7 @@ def _cut_left(
     start = len(ids) - max_tokens + begins
     kept = np.concatenate([ids[:begins], ids[start:]])
     mask = np.concatenate([targets[:begins], targets[start:]])
-    # An answer of which only the end token is left teaches nothing but to end.
+    # An answer with only its end token left would teach the model nothing but to stop.
     return (kept, mask) if mask.sum() > 1 else (ids[:0], targets[:0])
 
 

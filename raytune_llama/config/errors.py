@@ -5,5 +5,6 @@ class UserError(ValueError):
     """Something that the user has to fix: a config, a file, a directory or a request.
 
     Its message says what is wrong, what was found, what is wanted and what to do. A job shows it
-    without a traceback and exits with status 2. A subclass exists only where code tells it apart.
+    without a traceback and exits with status 2. Subclasses exist only where code handles them
+    differently.
     """

@@ -1,4 +1,4 @@
-"""The fields of settings classes: their paths and types in words."""
+"""Introspection of settings classes: paths, types and defaults of their fields."""
 
 import difflib
 import inspect
@@ -18,7 +18,7 @@ _LENGTHS = (("min_length", "at least"), ("max_length", "at most"))
 
 
 def is_settings(kind: object) -> TypeGuard[type[Any]]:
-    """Tell whether an annotation is a settings class."""
+    """Whether an annotation is a settings class."""
     return isinstance(kind, type) and pydantic.dataclasses.is_pydantic_dataclass(kind)
 
 
@@ -30,8 +30,8 @@ def fields_of(cls: type[Any]) -> Mapping[str, FieldInfo]:
 def inherited_description(cls: type[Any], name: str) -> str | None:
     """Return the docstring of a field in the nearest base class that has it.
 
-    pydantic reads the docstrings of a class's own source only. A field that the class defines anew
-    inherits nothing.
+    pydantic reads the docstrings of a class's own source only. A field that the class redefines
+    inherits no docstring.
     """
     if name in inspect.get_annotations(cls):
         return None
@@ -40,19 +40,19 @@ def inherited_description(cls: type[Any], name: str) -> str | None:
 
 
 def check_default(name: str, field: FieldInfo) -> None:
-    """Refuse a bad default when its class is defined: no later step looks at defaults.
+    """Validate a field's default when its class is defined: no later step does.
 
     Raises:
-        TypeError: It does not fit the field's type, or is a settings object that differs from its
-            class's own defaults.
+        TypeError: The default does not fit the field's type, or is a settings object that differs
+            from its class's own defaults.
     """
     default = field.get_default(call_default_factory=True, validated_data={})
-    # Annotated wants something beside the type, also where the type has no bounds.
+    # Annotated requires metadata, even for a type without bounds.
     kind: Any = Annotated[(field.annotation, "bounds", *field.metadata)]
     try:
         pydantic.TypeAdapter(kind).validate_python(default, strict=True)
     except pydantic.ValidationError as error:
-        raise TypeError(f"{name}: the default does not fit the type: {error}") from None
+        raise TypeError(f"{name}: the default does not match the type: {error}") from None
     if is_settings(type(default)) and default != type(default)():
         raise TypeError(
             f"{name}: the default differs from {type(default).__name__}(); "
@@ -61,7 +61,7 @@ def check_default(name: str, field: FieldInfo) -> None:
 
 
 def walk_fields(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield the dotted path and the definition of every field, those of nested classes after it.
+    """Yield the dotted path and definition of every field, nested fields after their parent.
 
     Elements of lists have the path `list.N`, values of mappings `mapping.NAME`.
     """
@@ -73,7 +73,7 @@ def walk_fields(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, FieldIn
 
 
 def nested_settings(annotation: object) -> Iterator[tuple[str, type[Any]]]:
-    """Yield the settings classes that a field of this type may hold, with the path to them."""
+    """Yield the settings classes that a field of this type can hold, each with its path."""
     if is_settings(annotation):
         yield "", annotation
         return
@@ -92,18 +92,18 @@ def nested_settings(annotation: object) -> Iterator[tuple[str, type[Any]]]:
 
 
 def suggest_field(cls: type[Any], parents: Sequence[str], name: str) -> str:
-    """Say which field was probably meant by a name that a settings class doesn't have.
+    """Return a hint for an unknown field name: the closest field, or all fields of its class.
 
     Args:
         cls: Root settings class.
-        parents: Path of the mapping that holds the name, list indices and keys included.
+        parents: Path of the mapping with the unknown name, including list indices and keys.
         name: The unknown name.
     """
     classes = _classes_at(cls, parents)
     siblings = [sibling for owner in classes for sibling in fields_of(owner)]
     if close := difflib.get_close_matches(name, siblings, n=1):
         return f"did you mean {'.'.join((*parents, *close))}?"
-    # A right name at a wrong place is the other common mistake.
+    # The other common mistake: a correct name in the wrong section.
     leaves = {path.rpartition(".")[2]: path for path, _ in walk_fields(cls)}
     if close := difflib.get_close_matches(name, leaves, n=1, cutoff=0.8):
         return f"did you mean {leaves[close[0]]}?"
@@ -112,7 +112,7 @@ def suggest_field(cls: type[Any], parents: Sequence[str], name: str) -> str:
 
 
 def _classes_at(cls: type[Any], path: Sequence[str]) -> list[type[Any]]:
-    """Return the settings classes that may stand at a path."""
+    """Return the settings classes that a path can refer to."""
     classes = {"": [cls]}
     for part in path:
         below: dict[str, list[type[Any]]] = {}
@@ -129,7 +129,7 @@ def _classes_at(cls: type[Any], path: Sequence[str]) -> list[type[Any]]:
 
 
 def type_text(annotation: object, metadata: Sequence[object] = ()) -> str:
-    """Return a type in words: `int >= 1 or null`, `list of text`, `'fp32' or 'bf16'`."""
+    """Return a type in words: `int >= 1 or null`, `list of string`, `'fp32' or 'bf16'`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     bounds = "".join(_bound_text(item) for item in metadata)
     if origin is Annotated:
@@ -143,12 +143,12 @@ def type_text(annotation: object, metadata: Sequence[object] = ()) -> str:
     if isinstance(origin, type) and issubclass(origin, Sequence):
         items = arguments[:1] if arguments[-1] is Ellipsis else arguments
         return f"list of {', '.join(type_text(item) for item in items)}{bounds}"
-    words = {str: "text", Path: "path", type(None): "null", Any: "anything"}
+    words = {str: "string", Path: "path", type(None): "null", Any: "anything"}
     return words.get(annotation, getattr(annotation, "__name__", str(annotation))) + bounds
 
 
 def default_text(field: FieldInfo) -> str:
-    """Return a default as one writes it in YAML."""
+    """Return a field's default as it is written in YAML."""
     default = field.get_default(call_default_factory=True, validated_data={})
     if is_settings(type(default)):
         return "as below"
@@ -156,7 +156,7 @@ def default_text(field: FieldInfo) -> str:
 
 
 def _bound_text(constraint: object) -> str:
-    """Return one constraint of a type in words, empty for what is not a bound."""
+    """Return a constraint of a type in words; empty if it is not a bound."""
     parts = getattr(constraint, "metadata", [constraint])  # A FieldInfo inside Annotated.
     found = [
         f" {word} {getattr(part, name)}{unit}"

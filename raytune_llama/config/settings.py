@@ -19,9 +19,9 @@ import dataclasses
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar, cast, dataclass_transform
+from typing import Any, Final, TypeVar, cast, dataclass_transform
 
 import pydantic
 import pydantic.dataclasses
@@ -29,7 +29,6 @@ import pydantic_core
 
 from raytune_llama.config import fields, yaml12
 from raytune_llama.config.errors import UserError
-from raytune_llama.exits import EXIT_MISTAKE
 
 T = TypeVar("T")
 
@@ -100,7 +99,9 @@ def settings(cls: type[T]) -> type[T]:
     return cast("type[T]", made)
 
 
-def load(cls: type[T], argv: Sequence[str], *, default: Path | None = None) -> T:
+def load(
+    cls: type[T], argv: Sequence[str], *, default: Path | None = None, program: str | None = None
+) -> T:
     """Read a config as a job's command line gives it: `[CONFIG.yaml] [a.b=c ...]`.
 
     The right side of an override is YAML: `model.targets=[q_proj, v_proj]`, `eval.store=null`. The
@@ -111,6 +112,7 @@ def load(cls: type[T], argv: Sequence[str], *, default: Path | None = None) -> T
         cls: Root settings class.
         argv: Arguments without the program's name.
         default: File to read if `argv` names none; None means an empty config.
+        program: What the usage line calls the program; None: the name of the script.
 
     Returns:
         The validated config.
@@ -120,9 +122,7 @@ def load(cls: type[T], argv: Sequence[str], *, default: Path | None = None) -> T
         SystemExit: With status 0, after the help was printed.
     """
     if "-h" in argv or "--help" in argv:
-        usage = f"usage: {Path(sys.argv[0]).name} [CONFIG.yaml] [a.b=c ...]\n"
-        source = f"Without a file: {default}\n" if default else ""
-        sys.stdout.write(f"{usage}{source}\n{describe(cls)}")
+        sys.stdout.write(_help_text(cls, argv, default, program or Path(sys.argv[0]).name))
         raise SystemExit(0)
     overrides = list(argv)
     path = default
@@ -139,6 +139,16 @@ def load(cls: type[T], argv: Sequence[str], *, default: Path | None = None) -> T
     if data is None:
         raise ConfigError(problems)
     return _validate(cls, data, problems)
+
+
+def _help_text(cls: type[Any], argv: Sequence[str], default: Path | None, program: str) -> str:
+    """Return what `--help` prints: every field, or those of the section that is named after it."""
+    section = next((argument for argument in argv if not argument.startswith("-")), None)
+    if section is not None and "=" not in section and not section.endswith((".yaml", ".yml")):
+        return describe(cls, section)
+    usage = f"usage: {program} [CONFIG.yaml] [a.b=c ...]\n       {program} --help [SECTION]\n"
+    source = f"Without a file: {default}\n" if default else ""
+    return f"{usage}{source}\n{describe(cls)}"
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
@@ -207,11 +217,22 @@ def find_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     ]
 
 
-def describe(cls: type[Any]) -> str:
-    """Return the help text: each field's dotted path, type, default and meaning."""
+def describe(cls: type[Any], section: str | None = None) -> str:
+    """Return the help text: each field's dotted path, type, default and meaning.
+
+    Args:
+        cls: Root settings class.
+        section: Dotted path whose fields are described, such as `optim`; None: all.
+
+    Raises:
+        ConfigError: No field is at `section`.
+    """
     summary = inspect.cleandoc(cls.__doc__ or "").splitlines()[:1]
-    lines = [": ".join([cls.__name__, *summary]), ""]
+    lines = [": ".join([cls.__name__, *summary]), ""] if section is None else []
+    known = [path for path, _ in fields.walk_fields(cls)]
     for path, field in fields.walk_fields(cls):
+        if section is not None and path != section and not path.startswith(f"{section}."):
+            continue
         required = field.is_required()
         default = "required" if required else f"default {fields.default_text(field)}"
         placement = ", may change on resume" if PLACEMENT in field.metadata else ""
@@ -219,22 +240,10 @@ def describe(cls: type[Any]) -> str:
             f"{path}: {fields.type_text(field.annotation, field.metadata)} ({default}{placement})"
         )
         lines += [f"    {line}".rstrip() for line in (field.description or "").splitlines()]
+    if not lines:
+        sections = dict.fromkeys(path.partition(".")[0] for path in known)
+        raise ConfigError([f"--help: no section {section!r}; sections are {', '.join(sections)}"])
     return "\n".join(lines) + "\n"
-
-
-def run_job(main: Callable[[], int | None], *user_errors: type[ValueError]) -> NoReturn:
-    """Run a job's main function and exit with its status.
-
-    A `ConfigError` or one of `user_errors` (`StoreError`, `CheckpointError`) is a mistake that the
-    user can mend: its message goes to stderr without a traceback, and the status is 2. Any other
-    exception keeps its traceback and status 1.
-    """
-    try:
-        status = main()
-    except (ConfigError, *user_errors) as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(EXIT_MISTAKE)
-    sys.exit(status)
 
 
 def _validate(cls: type[T], data: Mapping[str, Any], problems: list[str]) -> T:
@@ -277,7 +286,7 @@ def _apply_argument(data: dict[str, Any], argument: str) -> list[str]:
 def _put(data: dict[str, Any], path: str, value: object) -> list[str]:
     """Set the value at a dotted path of plain data, making mappings on the way.
 
-    A key of a mapping may have dots itself: what is left of the path may be one that is there.
+    A key of a mapping may contain dots: the rest of the path may be an existing key.
     """
     *parents, last = path.split(".")
     here: Any = data

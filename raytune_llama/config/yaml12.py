@@ -1,8 +1,8 @@
-"""YAML files as the YAML 1.2 core schema reads them, with every mistake named by file and line.
+"""Read and write YAML by the YAML 1.2 core schema, reporting every error with file and line.
 
-PyYAML follows YAML 1.1, where `1e-4` is a text, `no` is false, `010` is 8, `1:30` is 90 and the
-second of two equal keys wins. Here `1e-4` is a number, only `true` and `false` are booleans, such
-odd integers stay texts (which a strict config refuses) and equal keys are a mistake.
+PyYAML follows YAML 1.1, where `1e-4` is a string, `no` is false, `010` is 8, `1:30` is 90 and the
+last of duplicate keys wins. Here `1e-4` is a number, only `true` and `false` are booleans, such
+integers stay strings (which a strict config rejects) and duplicate keys are an error.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-# Tag, form of the plain scalars that have it, and their possible first characters.
+# Tag, pattern of the plain scalars that have it, and their possible first characters.
 _SCALARS: tuple[tuple[str, str, str], ...] = (
     ("null", r"~|null|Null|NULL", "~nN"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -27,57 +27,57 @@ _UNICODE_BREAKS = re.compile("[\\x85\\u2028\\u2029]")
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader for the core schema that notes bad keys and reads on."""
+    """A safe loader for the core schema that collects bad keys and continues."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.bad_keys: list[tuple[int, str]] = []
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002
-        """Build a mapping with text keys, each given once."""
+        """Build a mapping with string keys, without duplicates."""
         mapping: dict[Hashable, Any] = {}
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if not isinstance(key, str):
-                self.bad_keys.append((line, f"the key {key!r} is not a text; put it in quotes"))
+                self.bad_keys.append((line, f"the key {key!r} is not a string; put it in quotes"))
             elif key in mapping:
-                self.bad_keys.append((line, f"the key {key!r} is given twice; delete one"))
+                self.bad_keys.append((line, f"duplicate key {key!r}; delete one"))
             else:
                 mapping[key] = self.construct_object(value_node, deep=deep)
         return mapping
 
 
 class _Dumper(yaml.SafeDumper):
-    """A safe dumper that quotes texts which YAML 1.1 or 1.2 would read as something else."""
+    """A safe dumper that quotes strings which YAML 1.1 or 1.2 would read as another type."""
 
     def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002
-        """Write equal values out: a reader of settings should not have to follow references."""
+        """Disable anchors and aliases, so that settings are easy to read."""
         return True
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        """Write a text; those with Unicode's own line breaks escaped, or reading changes them."""
+        """Represent a string; Unicode line breaks are escaped, since reading would change them."""
         style = '"' if _UNICODE_BREAKS.search(data) else None
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
-# Nothing of YAML 1.1 is inherited: PyYAML copies its resolvers only where a class has none.
+# Inherit nothing of YAML 1.1: PyYAML copies its resolvers only if a class has none.
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _form, _first in _SCALARS:
     _pattern = re.compile(f"(?:{_form})\\Z")
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
-# An empty scalar has no first character; both classes look it up under the empty text.
+# An empty scalar has no first character; both classes look it up under the empty string.
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"\Z"), [""])
 
 
 def read_mapping(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """Read a YAML file that holds one mapping.
+    """Read a YAML file that contains one mapping.
 
     Returns:
-        The mapping, empty for an empty file, None if nothing could be read; and the mistakes, one
-        line each, with file and line number.
+        The mapping, empty for an empty file, None if it could not be read; and the errors, one line
+        each, with file and line number.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -89,7 +89,7 @@ def read_mapping(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def parse_mapping(text: str, name: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """Read the text of a YAML file, as `read_mapping` does; `name` is for the mistakes."""
+    """Parse the text of a YAML file, as `read_mapping` does; errors begin with `name`."""
     try:
         data, bad_keys = _parse(text)
     except yaml.YAMLError as error:
@@ -104,22 +104,22 @@ def parse_mapping(text: str, name: str) -> tuple[dict[str, Any] | None, list[str
 
 
 def read_value(text: str) -> tuple[Any, list[str]]:
-    """Read one YAML value, as the right side of an override gives it.
+    """Parse one YAML value, such as the right side of an override.
 
     Returns:
-        The value, and what is wrong with it (then the value means nothing).
+        The value, and its errors; with errors, the value is meaningless.
     """
     try:
         value, bad_keys = _parse(text)
     except yaml.YAMLError as error:
         return None, [
-            f"{text!r} is not YAML; put texts with special characters in quotes ({_reason(error)})"
+            f"{text!r} is not YAML; quote strings with special characters ({_reason(error)})"
         ]
     return value, [problem for _, problem in bad_keys]
 
 
 def dump(data: Mapping[str, Any]) -> str:
-    """Return plain data as block-style YAML in the given order; `read_mapping` gives it back."""
+    """Return plain data as block-style YAML in the given order; `read_mapping` reads it back."""
     return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -138,6 +138,6 @@ def _where(error: yaml.YAMLError) -> str:
 
 
 def _reason(error: yaml.YAMLError) -> str:
-    """Return what PyYAML found, on one line and without its excerpt of the text."""
+    """Return PyYAML's error on one line, without its excerpt of the text."""
     reason = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
     return " ".join(str(reason).split())

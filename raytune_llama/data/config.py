@@ -1,80 +1,80 @@
-"""What a token store is made from: text, or conversations."""
+"""Settings of a token store built from text or from conversations."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raytune_llama.chat.encoding import ChatConfig
+from raytune_llama.chat.config import ChatConfig, FormatName
 from raytune_llama.config.settings import PLACEMENT, ConfigError, settings
-from raytune_llama.data.filters.cleaning import CleaningConfig
-from raytune_llama.data.filters.signatures import DuplicatesConfig
-from raytune_llama.data.readers.conversations import ConversationSource
-from raytune_llama.data.readers.sources import SourceConfig
+from raytune_llama.data.filters.config import CleaningConfig, DuplicatesConfig
+from raytune_llama.data.readers.config import ConversationSource, SourceConfig
 from raytune_llama.data.store.config import StoreConfig
 
 
 @settings
 class DataConfig(StoreConfig):
-    """A token store and the corpora it is made from."""
+    """Settings of a token store built from text corpora."""
 
     sources: tuple[SourceConfig, ...]
-    """The corpora, in the order of the store."""
+    """Text corpora, in store order."""
     bos: bool = True
     """Whether each document begins with the tokenizer's beginning-of-text id."""
     eos: bool = True
     """Whether each document ends with the tokenizer's end-of-text id."""
     cleaning: CleaningConfig = CleaningConfig()
-    """Normalisation, and rules that leave documents out; all off. What they leave out is counted
+    """Text normalization and document filters, all off by default. Dropped documents are counted
     by reason."""
     duplicates: DuplicatesConfig = DuplicatesConfig()
-    """Exact and near duplicates over all sources, behind cleaning; off. Takes a second pass over
-    the corpus. What is left out is counted."""
+    """Removal of exact and near duplicates across all sources, after cleaning; off by default.
+    Needs a second pass over the corpus. Dropped documents are counted."""
 
     @property
     def validation(self) -> tuple[SourceConfig, ...]:
-        """Sources for evaluation alone; of text a fraction is taken instead."""
+        """Evaluation-only sources; always empty, as text holds out `validation_fraction`."""
         return ()
 
     @property
     def all_sources(self) -> tuple[SourceConfig, ...]:
-        """The sources by which the store numbers its documents."""
+        """All sources, in the order of the store's source indices."""
         return self.sources
 
 
 @settings
 class ChatSourceConfig(ConversationSource):
-    """Conversations that are trained on."""
+    """One source of conversations."""
 
     weight: Annotated[float, Field(gt=0)] | None = None
-    """Share of the run's sequences, as of a source of text."""
+    """Share of the run's sequences, relative to the other sources' weights; for all sources or for
+    none. Null: every sequence once per epoch."""
     name: Annotated[Annotated[str, Field(pattern=r"^[\w.-]+$")] | None, PLACEMENT] = None
-    """Name in metrics and manifests, as of a source of text."""
+    """Unique name in metrics and manifests. Null: the last part of the path, without suffix and
+    wildcards."""
 
 
 @settings
 class ChatDataConfig(StoreConfig):
-    """A token store of conversations, with a mask of what is learned."""
+    """Settings of a token store built from conversations, with a loss mask."""
 
     sources: tuple[ChatSourceConfig, ...]
-    """The conversations, in the order of the store."""
+    """Conversations to train on, in store order."""
     validation: tuple[ChatSourceConfig, ...] = ()
-    """Conversations for evaluation alone. A file of them is never trained on, even where it lies
-    in a folder of `sources`; their weights are of no use."""
+    """Evaluation-only conversations. Their files are never trained on, even if `sources` also
+    matches them; their weights must be null."""
     chat: ChatConfig = ChatConfig()
-    """How conversations become ids."""
+    """How conversations are rendered and tokenized."""
 
     @model_validator(mode="after")
     def _check(self) -> "ChatDataConfig":
         problems = [
-            f"validation.{number}.weight: got {source.weight}, but nothing of it is trained on; "
-            "remove it"
+            f"validation.{number}.weight: got {source.weight}, but validation sources are never "
+            "trained on; remove it"
             for number, source in enumerate(self.validation)
             if source.weight is not None
         ]
         if self.validation and self.validation_fraction:
             problems.append(
-                f"validation_fraction: got {self.validation_fraction}, and validation names files "
-                "of their own; use one of them"
+                f"validation_fraction: got {self.validation_fraction}, but `validation` also lists "
+                "files; use only one of them"
             )
         if problems:
             raise ConfigError(problems)
@@ -82,23 +82,68 @@ class ChatDataConfig(StoreConfig):
 
     @property
     def all_sources(self) -> tuple[ChatSourceConfig, ...]:
-        """The sources by which the store numbers its documents."""
+        """All sources, in the order of the store's source indices."""
         return (*self.sources, *self.validation)
 
 
 AnyDataConfig = DataConfig | ChatDataConfig
-"""Of text, or of conversations."""
+"""Settings of a token store of either kind."""
 
 
 @settings
 class PrepareDataConfig:
-    """A token store to build, and the tokenizer for it."""
+    """Settings of the `prepare_data` job: the token store to build and its tokenizer."""
 
     tokenizer: str
-    """Directory of a tokenizer, or of a model with its tokenizer."""
+    """Directory of a tokenizer, or of a model that includes one."""
     data: DataConfig
-    """What to encode, and where to."""
+    """Token store to build."""
     preview: bool = False
-    """Print some documents of each source as tokens, and build nothing."""
+    """Whether to print a few documents per source as tokens instead of building the store."""
     preview_documents: Annotated[int, Field(ge=1)] = 3
-    """How many of each source."""
+    """Number of documents to print per source."""
+
+
+@settings
+class DevSplit:
+    """Rule that selects the held-out rows, which are written to `dev`."""
+
+    head: Annotated[int, Field(ge=1)] | None = None
+    """Number of rows held out from the start of the output; CALM's scripts use 3000. Null: use
+    `hash_fraction`."""
+    hash_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Fraction of rows held out by the SHA-256 of their text: equal conversations land in the same
+    split, whatever their order and ids. Null: use `head`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DevSplit":
+        if (self.head is None) == (self.hash_fraction is None):
+            raise ConfigError(["head: set either head or hash_fraction, and the other to null"])
+        return self
+
+
+@settings
+class ConvertDataConfig:
+    """Settings of the `convert_data` job."""
+
+    sources: tuple[ConversationSource, ...]
+    """Conversations to read; each source has one format."""
+    target: Annotated[str, Field(min_length=1)]
+    """Directory to create; it must not exist."""
+    format: FormatName = "conversations"
+    """Output row format."""
+    layout: Literal["jsonl", "json"] = "jsonl"
+    """Output file layout: `jsonl` is one row per line, `json` one array per file."""
+    id_prefix: str | None = None
+    """Prefix of generated ids: a row without an id gets `<id_prefix>-<n>`, where n counts all input
+    rows from 1, bad ones included. Null: no id is generated."""
+    split: DevSplit | None = None
+    """Rule that selects the held-out rows; null: none are held out."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """Maximum fraction of unusable rows; above it the job fails and writes nothing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ConvertDataConfig":
+        if not self.sources:
+            raise ConfigError(["sources: got an empty list; name at least one file"])
+        return self

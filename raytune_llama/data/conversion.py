@@ -1,11 +1,11 @@
-"""Conversations of any format become files of another one, with nothing lost unseen.
+"""Convert conversation files from any known format to another, accounting for every row.
 
     convert_data(ConvertDataConfig(sources=(...), target="converted", format="conversations"))
 
-The target directory appears when all is written:
+The target directory appears once everything is written:
 
-    train.jsonl  dev.jsonl   the rows, in their order (with `json`: one array each)
-    quarantine.jsonl         rows that are no conversations, with file, line and reason
+    train.jsonl  dev.jsonl   the rows, in input order (with `json`: one array per file)
+    quarantine.jsonl         unusable rows, with file, line and reason
     manifest.json            counts that balance, and the hash of each file
 """
 
@@ -15,18 +15,16 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import Any, Literal, Self
 
 from raytune_llama.chat.conversations import Conversation, Defect
-from raytune_llama.chat.formats import FormatName, write_row
-from raytune_llama.config.settings import ConfigError, settings, to_dict
+from raytune_llama.chat.formats import write_row
+from raytune_llama.config.settings import ConfigError, to_dict
 from raytune_llama.data.build.text_corpus import choose_splits
+from raytune_llama.data.config import ConvertDataConfig, DevSplit
 from raytune_llama.data.readers.conversations import (
     ConversationCounts,
     ConversationRow,
-    ConversationSource,
     find_conversation_files,
     read_conversations,
 )
@@ -41,73 +39,29 @@ MANIFEST_FILE, QUARANTINE_FILE = "manifest.json", "quarantine.jsonl"
 OutputSplit = Literal["train", "dev"]
 
 
-@settings
-class DevSplit:
-    """Which rows are held out, in `dev`."""
-
-    head: Annotated[int, Field(ge=1)] | None = None
-    """The first so many rows that are written, as CALM's scripts do with 3000."""
-    hash_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Rows whose text has a SHA-256 in the lowest such share of all: equal conversations are on
-    the same side, whatever their order and ids."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "DevSplit":
-        if (self.head is None) == (self.hash_fraction is None):
-            raise ConfigError(["head: set either head or hash_fraction, and the other to null"])
-        return self
-
-
-@settings
-class ConvertDataConfig:
-    """Conversations to convert."""
-
-    sources: tuple[ConversationSource, ...]
-    """What is read, each source of one format."""
-    target: Annotated[str, Field(min_length=1)]
-    """Directory to make; it must not exist."""
-    format: FormatName = "conversations"
-    """Format of the rows that are written."""
-    layout: Literal["jsonl", "json"] = "jsonl"
-    """A row a line, or one array."""
-    id_prefix: str | None = None
-    """A row without an id gets `<id_prefix>-<n>`, n being its number among all rows from 1, bad
-    ones counted. Null: it gets none."""
-    split: DevSplit | None = None
-    """Which rows are held out; null: none."""
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
-    """More rows than this that can't be used, and nothing is written."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "ConvertDataConfig":
-        if not self.sources:
-            raise ConfigError(["sources: got an empty list; name at least one file"])
-        return self
-
-
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted; its counts balance."""
+    """Row counts of a conversion: `num_rows` is the sum of the others."""
 
     num_rows: int
-    """Rows that were read."""
+    """Number of rows read."""
     written: dict[str, int]
-    """Rows written, by part."""
+    """Number of rows written, by output split (`train`, `dev`)."""
     quarantined: dict[str, int]
-    """Rows that can't be used, by reason."""
+    """Number of unusable rows, by reason."""
 
 
 def convert_data(config: ConvertDataConfig) -> Conversion:
-    """Write all conversations in another format; memory stays bounded.
+    """Convert all conversations to `config.format`, in bounded memory.
 
     Raises:
-        ConfigError: The target exists, or a source names no JSON file.
-        SourceError: A source mixes formats or cannot be read, too many rows can't be used, or none
-            is left.
+        ConfigError: The target exists, or a source matches no JSON file.
+        SourceError: A source mixes formats or cannot be read, too many rows are unusable, or no
+            usable row is left.
     """
     target = local_path(config.target, "target")
     if target.exists():
-        raise ConfigError([f"target: {target} exists; delete it or choose another place"])
+        raise ConfigError([f"target: {target} exists; delete it or choose another directory"])
     find_conversation_files(config.sources)
     counts = ConversationCounts()
     with publish_directory(target) as folder:
@@ -175,13 +129,13 @@ def _choose_split(row: ConversationRow, split: DevSplit | None, *, num_written: 
         return "dev" if num_written < split.head else "train"
     assert split.hash_fraction is not None
     assert isinstance(row.conversation, Conversation)
-    said = [row.conversation.system, *map(asdict, row.conversation.turns)]
-    sides = choose_splits([json.dumps(said, ensure_ascii=False)], split.hash_fraction)
+    content = [row.conversation.system, *map(asdict, row.conversation.turns)]
+    sides = choose_splits([json.dumps(content, ensure_ascii=False)], split.hash_fraction)
     return "dev" if sides["validation"][0] else "train"
 
 
 class _RowFile:
-    """Writes JSON objects, a line each or as one array."""
+    """Writer of JSON objects, one per line or as one array."""
 
     def __init__(self, path: Path, layout: Literal["jsonl", "json"]) -> None:
         self._path = path
@@ -216,11 +170,11 @@ def _check(conversion: Conversion, folder: Path, config: ConvertDataConfig) -> N
         with quarantine.open(encoding="utf-8") as file:
             first = "\n  ".join(line.rstrip("\n") for line, _ in zip(file, range(10), strict=False))
         raise SourceError(
-            f"max_bad_fraction: {num_bad} of {conversion.num_rows} rows cannot be used, more than "
-            f"{config.max_bad_fraction:.2%}; mend them, or allow more. The first ones:\n  {first}"
+            f"max_bad_fraction: {num_bad} of {conversion.num_rows} rows are unusable, more than "
+            f"{config.max_bad_fraction:.2%}; fix them or raise the limit. First ones:\n  {first}"
         )
     if not num_written:
-        raise SourceError("sources: no row is left to write; name files with conversations")
+        raise SourceError("sources: no usable row found; name files that contain conversations")
     if not num_bad:
         quarantine.unlink()
 
@@ -230,11 +184,11 @@ def _log(conversion: Conversion, counts: ConversationCounts, target: Path) -> No
     logger.info("%s: %d rows read, %s", target, conversion.num_rows, listed)
     if conversion.quarantined:
         bad = ", ".join(f"{number} {reason}" for reason, number in conversion.quarantined.items())
-        logger.warning("%s: rows that cannot be used: %s", target / QUARANTINE_FILE, bad)
+        logger.warning("%s: unusable rows: %s", target / QUARANTINE_FILE, bad)
     for meaning, names in (
-        ("read under another name", counts.keys.aliased),
-        ("without meaning in their format, not converted", counts.keys.ignored),
-        ("twice in one object, not converted", counts.keys.repeated),
+        ("read under an alias", counts.keys.aliased),
+        ("unknown in their format, not converted", counts.keys.ignored),
+        ("repeated in one object, not converted", counts.keys.repeated),
     ):
         if names:
             found = ", ".join(f"{name!r} {number} times" for name, number in names.most_common(20))

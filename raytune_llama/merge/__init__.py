@@ -1,5 +1,5 @@
-"""A base model and LoRA adapters to one model directory, Meta checkpoint or GGUF file, verified.
+"""Merge LoRA adapters into a base: a model directory, Meta checkpoint or GGUF file, verified.
 
-Read `merger` first, then `plan` (what becomes of each weight) and `adapter` (the formula). `proof`
-and `logits` verify what was written.
+Read `merger` first, then `plan` (how each weight is merged) and `adapter` (the formula). `proof`
+and `logits` verify the written files.
 """

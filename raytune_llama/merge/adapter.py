@@ -1,12 +1,12 @@
-"""An adapter as a change of weights: which ones it touches, and what becomes of each.
+"""An adapter as a change of weights: which weights it changes, and how.
 
     adapter = Adapter.open(path)
-    changed = adapter.change(name, weight, rows)      # float32, some rows of a weight
+    changed = adapter.apply_update(name, weight, rows)      # float32, some rows of a weight
 
 Read straight from PEFT's files, whatever version wrote them: adapter_model.safetensors or .bin,
 keys with or without `.default`. W becomes W + s B A with s = alpha / r, or alpha / sqrt(r) with
-rsLoRA (arXiv:2312.03732); with DoRA (arXiv:2402.09353) each row of that is scaled to the length
-that was learned; a module that was trained whole takes the base's place.
+rsLoRA (arXiv:2312.03732); with DoRA (arXiv:2402.09353) each row of that is scaled to its learned
+magnitude; a fully trained module replaces the base's.
 """
 
 import math
@@ -37,9 +37,9 @@ _PARTS = {
     "lora_magnitude_vector.weight": "magnitude",
 }
 _WRAPPERS = (".modules_to_save", ".base_layer")
-"""What PEFT puts between a module's name and its weight's."""
+"""Names that PEFT inserts between a module's name and its weight's."""
 _CHANGED_BASES = ("pissa", "olora", "corda", "loftq")
-"""Kinds of initialisation that leave another base behind than the one on the disk."""
+"""Initializations that modify the base, so that it differs from the one on disk."""
 
 
 @dataclass(kw_only=True)
@@ -47,18 +47,18 @@ class LowRankUpdate:
     """The low-rank update of one weight: keys of its tensors in the file, and its scale."""
 
     keys: dict[str, str] = field(default_factory=dict)
-    """By part: a and b, or embedding_a and embedding_b, and magnitude with DoRA."""
+    """Keys by part: a and b, or embedding_a and embedding_b, and magnitude with DoRA."""
     scale: float = 0.0
-    """s."""
+    """The scale s of s B A."""
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it updates a table of rows by id."""
+        """Whether it updates an embedding table."""
         return "embedding_a" in self.keys
 
 
 class Adapter:
-    """The adapter of a directory."""
+    """A LoRA adapter in a directory written by PEFT."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Adapter:
             self._sort(key)
         for name, update in self.low_rank.items():
             self._check(name, update)
-        # A weight at a time is changed, by rows.
+        # One weight at a time is changed, by rows.
         self._factors = lru_cache(maxsize=1)(self._read_factors)
 
     @classmethod
@@ -87,16 +87,16 @@ class Adapter:
         """Read an adapter's settings and the header of its weights.
 
         Args:
-            path: Its directory.
-            prefix: First part of its names that the base's files lack; see `BaseWeightNames`.
+            path: Directory of the adapter.
+            prefix: Prefix of its names that the base's files lack; see `BaseWeightNames`.
 
         Raises:
-            ValueError: It is no adapter, or one whose effect is not W + s B A; files are missing
-                or damaged, or contradict each other.
+            ValueError: It is not an adapter, or its effect is not W + s B A; or files are missing,
+                damaged, or contradict each other.
         """
         if not (path / ADAPTER_CONFIG_FILE).is_file():
             raise UserError(
-                f"adapters: {path} has no {ADAPTER_CONFIG_FILE}; name a directory written by PEFT"
+                f"adapters: {path} has no {ADAPTER_CONFIG_FILE}; set a directory written by PEFT"
             )
         settings = read_json(path / ADAPTER_CONFIG_FILE)
         files = [path / name for name in ADAPTER_WEIGHT_FILES if (path / name).is_file()]
@@ -107,27 +107,27 @@ class Adapter:
         adapter = cls(path, settings, kind(files[0]), prefix)
         if not adapter.low_rank and not adapter.replaced:
             raise UserError(
-                f"adapters: {files[0]} holds no tensor, so that it would change nothing; it was "
-                "saved by a PEFT that did not fit the training program: train again, or find the "
-                "checkpoint's own weights"
+                f"adapters: {files[0]} contains no tensors, so that merging it would change "
+                "nothing; it was saved by a PEFT version that does not match the training code: "
+                "train again, or recover the weights from a checkpoint"
             )
         return adapter
 
     @property
     def weight_names(self) -> set[str]:
-        """The weights that it changes, by their names in the base."""
+        """Names of the weights that the adapter changes, as in the base."""
         return set(self.low_rank) | set(self.replaced)
 
     def spec(self, name: str) -> TensorSpec:
-        """Return what takes the place of a weight that was trained whole."""
+        """Return the type and shape of a fully trained weight that replaces the base's."""
         return self._file.specs[self.replaced[name]]
 
     def read_replaced(self, name: str) -> Tensor:
-        """Read what takes the place of a weight."""
+        """Read a fully trained weight that replaces the base's."""
         return self._file.read(self.replaced[name])
 
     def shape(self, name: str) -> tuple[int, int]:
-        """Return the shape of the weight that a low-rank update is for."""
+        """Return the shape of the weight that a low-rank update applies to."""
         keys = self.low_rank[name].keys
         if self.low_rank[name].is_embedding:
             rows = self._file.specs[keys["embedding_a"]].shape[1]
@@ -136,12 +136,12 @@ class Adapter:
         return (columns, rows) if self._transposed else (rows, columns)
 
     def delta(self, name: str, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return s B A for some rows of a weight, before what DoRA does with it."""
+        """Return s B A for some rows of a weight, before DoRA's scaling."""
         left, right, _ = self._factors(name)
         return (left[rows].to(dtype) @ right.to(dtype)) * self.low_rank[name].scale
 
     def absolute_delta(self, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return s |B| |A|: to what the rounding of `delta` is relative."""
+        """Return s |B| |A|, to which the rounding error of `delta` is relative."""
         left, right, _ = self._factors(name)
         sizes = left[rows].abs().to(dtype) @ right.abs().to(dtype)
         return sizes.mul_(abs(self.low_rank[name].scale))
@@ -151,7 +151,7 @@ class Adapter:
         return self.apply_dora_magnitudes(name, weight + self.delta(name, rows, weight.dtype), rows)
 
     def apply_dora_magnitudes(self, name: str, updated: Tensor, rows: slice) -> Tensor:
-        """Give the rows of W + s B A the lengths that DoRA learned; without it, return them."""
+        """Scale the rows of W + s B A to DoRA's magnitudes; without DoRA, return them unchanged."""
         magnitude = self._factors(name)[2]
         if magnitude is None:
             return updated
@@ -166,9 +166,9 @@ class Adapter:
                 self.low_rank.setdefault(weight, LowRankUpdate()).keys[part] = key
                 return
         if ".lora_" in name:
-            raise UserError(f"adapters: {self._file.path}: {key} is of a kind unknown to us")
+            raise UserError(f"adapters: {self._file.path}: unsupported LoRA tensor {key}")
         if ".original_module." in name:
-            return  # what was there before training, which PEFT keeps beside a resized table
+            return  # the table before training, which PEFT saves as well if it was resized
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, "")
         self.replaced[name] = key
@@ -178,22 +178,22 @@ class Adapter:
         where = f"adapters: {self._file.path}: {name.removesuffix('.weight')}"
         pair = ("embedding_a", "embedding_b") if update.is_embedding else ("a", "b")
         if not all(part in update.keys for part in pair):
-            raise UserError(f"{where}: A or B is missing; the file is not whole")
+            raise UserError(f"{where}: A or B is missing; the file is incomplete")
         if ("magnitude" in update.keys) != bool(self.settings.get("use_dora")):
             raise UserError(f"{where}: use_dora of {ADAPTER_CONFIG_FILE} contradicts the weights")
         first, second = (self._file.specs[update.keys[part]].shape for part in pair)
-        whole = self._prefix + name  # what PEFT's patterns are written for
-        rank = _by_pattern(self.settings, "rank_pattern", whole, self.settings["r"])
+        full_name = self._prefix + name  # as in PEFT's patterns
+        rank = _by_pattern(self.settings, "rank_pattern", full_name, self.settings["r"])
         if not first[0] == second[1] == rank:
             raise UserError(
                 f"{where}: A is {list(first)}, B is {list(second)}, and {ADAPTER_CONFIG_FILE} says "
                 f"rank {rank}; the files are of different adapters"
             )
-        alpha = _by_pattern(self.settings, "alpha_pattern", whole, self.settings["lora_alpha"])
+        alpha = _by_pattern(self.settings, "alpha_pattern", full_name, self.settings["lora_alpha"])
         update.scale = alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
     def _read_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Read the factors so that left @ right has the weight's rows, and DoRA's magnitudes."""
+        """Read the factors, oriented so that left @ right is the update, and DoRA's magnitudes."""
         update = self.low_rank[name]
         if update.is_embedding:
             first = self._file.read(update.keys["embedding_a"]).float()
@@ -208,7 +208,7 @@ class Adapter:
 
 
 def _by_pattern(settings: Mapping[str, Any], field_name: str, weight: str, default: Any) -> Any:  # noqa: ANN401  # JSON's numbers
-    """Return a module's own value of a setting, as PEFT finds it."""
+    """Return the value of a setting for a module, matching patterns as PEFT does."""
     module = weight.removesuffix(".weight")
     for pattern, value in (settings.get(field_name) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -217,14 +217,14 @@ def _by_pattern(settings: Mapping[str, Any], field_name: str, weight: str, defau
 
 
 def _refuse_unknown(path: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse an adapter that does something else than what is merged here."""
+    """Reject an adapter whose effect is not W + s B A."""
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"adapters: {path} is of PEFT's type {kind}, and only LORA can be merged")
+        raise UserError(f"adapters: {path} has peft_type {kind}, but only LORA can be merged")
     for name in ("r", "lora_alpha"):
         if not isinstance(settings.get(name), int | float):
             problem = (
-                f"adapters: {path / ADAPTER_CONFIG_FILE}: {name} is missing; the file is not whole"
+                f"adapters: {path / ADAPTER_CONFIG_FILE}: {name} is missing; the file is incomplete"
             )
             raise UserError(problem)  # the file is wrong, not an argument's type
     for name in ("lora_bias", "layer_replication", "megatron_config", "arrow_config"):
@@ -235,7 +235,6 @@ def _refuse_unknown(path: Path, settings: Mapping[str, Any]) -> None:
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGED_BASES):
         raise UserError(
-            f"adapters: {path / ADAPTER_CONFIG_FILE}: init_lora_weights {start!r} changed the "
-            "base before "
-            "training; let PEFT convert it to a plain LoRA first"
+            f"adapters: {path / ADAPTER_CONFIG_FILE}: init_lora_weights {start!r} modified the "
+            "base before training; convert it to a plain LoRA with PEFT first"
         )

@@ -1,6 +1,6 @@
-"""The forms of a merged model: Hugging Face's safetensors, Meta's .pth shards, one GGUF file.
+"""Output formats of a merged model: Hugging Face's safetensors, Meta's .pth shards, one GGUF file.
 
-Each function writes into an existing folder, reads back what it has written and proves it.
+Each function writes to an existing folder, reads the files back and verifies them.
 """
 
 import logging
@@ -13,13 +13,18 @@ from typing import Any
 import torch
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.merge.freed import release_free_memory
 from raytune_llama.merge.gguf_file import GgufModelSpec, GgufWeights, write_gguf
 from raytune_llama.merge.plan import MergePlan
 from raytune_llama.merge.proof import verify_weights
 from raytune_llama.model.meta.from_meta import open_meta
 from raytune_llama.model.meta.to_meta import MetaModelSpec, copy_tokenizer_model, write_meta
-from raytune_llama.model.tensors import SafetensorsFile, WeightsWriter, plan_files, write_index
+from raytune_llama.model.tensors import (
+    SafetensorsFile,
+    WeightsWriter,
+    plan_files,
+    release_free_memory,
+    write_index,
+)
 from raytune_llama.model.vocab import EMBEDDING, HEAD
 from raytune_llama.storage.files import sha256_file, write_json_atomic
 from raytune_llama.tokenizer.loader import write_tokenizer
@@ -29,35 +34,35 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written and proven."""
+    """Summary of the written and verified files."""
 
     num_changed: int
-    """Weights that differ from the base's."""
+    """Number of weights that differ from the base's."""
     hashes: Mapping[str, Any]
-    """For the manifest: SHA256 by tensor, or by file."""
+    """SHA256 by tensor or by file, for the manifest."""
 
 
 @dataclass(frozen=True)
 class VerifiedShard:
-    """One safetensors file."""
+    """One written and verified safetensors file."""
 
     num_changed: int
-    """Its weights that differ from the base's."""
+    """Number of weights in the file that differ from the base's."""
     hashes: Mapping[str, str]
     """SHA256 by tensor."""
 
 
 def export_shard(plan: MergePlan, folder: Path, max_shard_bytes: int, file: str) -> VerifiedShard:
-    """Write one safetensors file of a merged model and prove it.
+    """Write one safetensors file of a merged model and verify it.
 
     Raises:
-        ValueError: `folder` cannot be seen here, or a value is beyond what float16 holds.
-        AssertionError: What was written is not what it should be.
+        ValueError: `folder` is not visible on this node, or a value exceeds float16's range.
+        AssertionError: A written weight differs from its expected value.
     """
     if not folder.is_dir():
         raise UserError(
-            f"target: {folder.parent} is not seen by every node; with num_workers above 1 it has "
-            "to be a place that all nodes share, with an absolute path"
+            f"target: {folder.parent} is not visible on every node; with num_workers above 1 it "
+            "must be on storage that all nodes share, given as an absolute path"
         )
     names = plan_files(plan.specs, max_shard_bytes)[file]
     with WeightsWriter(folder, plan.specs, max_shard_bytes=max_shard_bytes, only=file) as writer:
@@ -79,13 +84,13 @@ def export_huggingface(
 
     Args:
         plan: The merged model.
-        dtype: The type that its config.json names; base: what the base's says.
-        max_shard_bytes: Largest safetensors file, unless one tensor is larger.
-        run: Calls `export_shard` for the files of a list, somewhere.
-        folder: Where to.
+        dtype: Type to name in config.json; `base`: as in the base's config.json.
+        max_shard_bytes: Maximum size of a safetensors file, unless one tensor is larger.
+        run: Calls `export_shard` for each file of a list, in this process or elsewhere.
+        folder: Directory to write to.
 
     Raises:
-        AssertionError: What was written is not what it should be.
+        AssertionError: A written weight differs from its expected value.
     """
     files = plan_files(plan.specs, max_shard_bytes)
     shards = run(folder, list(files))
@@ -107,10 +112,10 @@ def export_huggingface(
 def export_meta(
     plan: MergePlan, form: MetaModelSpec, num_shards: int, folder: Path
 ) -> ExportResult:
-    """Write `consolidated.*.pth`, `params.json` and `loader.model`.
+    """Write `consolidated.*.pth`, `params.json` and `tokenizer.model`.
 
     Raises:
-        AssertionError: What was written is not what it should be.
+        AssertionError: A written weight differs from its expected value.
     """
     write_meta(folder, plan, form, num_shards=num_shards)
     written = open_meta(folder)
@@ -118,7 +123,7 @@ def export_meta(
         written, plan, [name for name in plan.specs if name in written.specs]
     )
     if HEAD not in plan.specs and not torch.equal(written.read(HEAD), written.read(EMBEDDING)):
-        raise AssertionError(f"{HEAD} was not written as {EMBEDDING}, which is the same table")
+        raise AssertionError(f"{HEAD} differs from {EMBEDDING}, to which it is tied")
     if plan.tokenizer_dir is not None:
         copy_tokenizer_model(plan.tokenizer_dir, folder)
     return ExportResult(num_changed, _hash_files(folder))
@@ -128,8 +133,8 @@ def export_gguf(plan: MergePlan, form: GgufModelSpec, folder: Path) -> ExportRes
     """Write `model-TYPE.gguf`.
 
     Raises:
-        ValueError: A value is beyond what float16 holds.
-        AssertionError: What was written is not what it should be.
+        ValueError: A value exceeds float16's range.
+        AssertionError: A written weight differs from its expected value.
     """
     path = folder / f"model-{form.gguf_type}.gguf"
     write_gguf(path, plan, form)

@@ -1,11 +1,11 @@
-"""A merged LLaMA as one GGUF file for llama.cpp, written and read back one tensor at a time.
+"""Write a merged LLaMA as one GGUF file for llama.cpp, and read it back, one tensor at a time.
 
-    form = plan_gguf(plan, "q8_0")              # refuses what llama.cpp would compute differently
+    form = plan_gguf(plan, "q8_0")              # rejects what llama.cpp would compute differently
     write_gguf(path, plan, form)
-    GgufWeights(path, form).read(name)          # under transformers' names, in its order of rows
+    GgufWeights(path, form).read(name)          # with transformers' names and row order
 
-llama.cpp rotates neighbouring pairs of a head's dimensions, as Meta does: the rows of wq and wk
-stand in that order. Norms are float32 whatever the type of the rest.
+llama.cpp rotates adjacent pairs of a head's dimensions, as Meta does: the rows of wq and wk are
+stored in that order. Norms are float32 whatever the type of the rest.
 
 Facts: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama.cpp's
 `conversion/llama.py`.
@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy as np
@@ -26,6 +26,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from raytune_llama.config.errors import UserError
+from raytune_llama.merge.config import GgufType
 from raytune_llama.merge.gguf_vocabulary import GgufVocabulary, read_vocabulary
 from raytune_llama.merge.plan import MergePlan
 from raytune_llama.merge.proof import Q8_0_BLOCK_SIZE
@@ -34,10 +35,9 @@ from raytune_llama.model.tensors import TensorSpec
 
 logger = logging.getLogger(__name__)
 
-GgufType = Literal["f16", "q8_0", "f32"]
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""By what LLaMA 3.1 divides each rotary frequency."""
+"""Tensor of the factors by which LLaMA 3.1 divides each rotary frequency."""
 
 _KINDS = {"f16": Kind.F16, "q8_0": Kind.Q8_0, "f32": Kind.F32}
 _FILE_TYPES = {
@@ -47,64 +47,64 @@ _FILE_TYPES = {
 }
 _DTYPES = {Kind.F16: torch.float16, Kind.F32: torch.float32, Kind.Q8_0: torch.uint8}
 _CONSTANT = ".rotary_emb.inv_freq"
-"""What old versions of transformers wrote beside the weights; llama.cpp computes it."""
+"""Suffix of a constant that old versions of transformers saved too; llama.cpp computes it."""
 _BLOCK_BYTES = Q8_0_BLOCK_SIZE + 2
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A weight in the file."""
+    """A weight in a GGUF file."""
 
     name: str
-    """Its name there."""
+    """Name of the tensor in the file."""
     kind: Kind
-    """Its type there."""
+    """GGML type of the tensor."""
     num_rotated_heads: int | None
-    """Heads whose rows stand in another order there."""
+    """Number of heads whose rows are stored in Meta's order; None: stored as in transformers."""
     spec: TensorSpec
-    """How it is stored: blocks of 8-bit numbers as rows of bytes."""
+    """Stored type and shape, with 8-bit blocks as rows of bytes."""
 
 
 @dataclass(frozen=True)
 class GgufModelSpec:
-    """How a merged model is said in GGUF."""
+    """A merged model in the form of GGUF."""
 
     config: LlamaConfig
-    """transformers' settings."""
+    """The model's config in transformers."""
     gguf_type: GgufType
     """Type of the matrices."""
     vocabulary: GgufVocabulary
-    """The tokenizer."""
+    """The tokenizer in GGUF's form."""
     tensors: Mapping[str, GgufTensor]
-    """By transformers' names, in the order of the file."""
+    """Tensors by transformers' names, in file order."""
 
     @property
     def blocks(self) -> frozenset[str]:
-        """The weights that are written as 8-bit blocks."""
+        """Names of the weights that are written as 8-bit blocks."""
         return frozenset(name for name, t in self.tensors.items() if t.kind == Kind.Q8_0)
 
 
 def gguf_dtype(gguf_type: GgufType, spec: TensorSpec) -> torch.dtype:
-    """Return the type that a merged weight has before it becomes blocks, if it does."""
+    """Return the type of a merged weight, before any quantization to blocks."""
     is_half = gguf_type == "f16" and len(spec.shape) > 1
     return torch.float16 if is_half else torch.float32
 
 
 def plan_gguf(plan: MergePlan, gguf_type: GgufType) -> GgufModelSpec:
-    """Find out how a merged model is said in GGUF.
+    """Plan the GGUF file of a merged model.
 
     Raises:
-        ValueError: llama.cpp has no LLaMA like it, or not in this type.
+        ValueError: llama.cpp does not support this model, or not in this type.
     """
     if plan.settings.get("model_type") != "llama":
         raise UserError(
-            f"output_format: {plan.base_dir} is a {plan.settings.get('model_type')}, and gguf is "
-            "written of LLaMAs alone; write huggingface"
+            f"output_format: {plan.base_dir} is a {plan.settings.get('model_type')}, but gguf is "
+            "only supported for LLaMAs; use huggingface"
         )
     if plan.tokenizer_dir is None:
         raise UserError(
-            f"output_format: gguf holds the tokenizer too, and neither {plan.base_dir} nor an "
-            "adapter has one; put it into the base's directory"
+            f"output_format: gguf holds the tokenizer too, but neither {plan.base_dir} nor an "
+            "adapter has one; copy it into the base's directory"
         )
     config = LlamaConfig.from_dict(dict(plan.settings))
     _check_config(plan.base_dir, config)
@@ -116,8 +116,8 @@ def plan_gguf(plan: MergePlan, gguf_type: GgufType) -> GgufModelSpec:
 def _check_config(base_dir: Path, config: LlamaConfig) -> None:
     rope = _rope(config)
     problems = [
-        f"output_format: llama.cpp knows no LLaMA with {field} {value!r}, as {base_dir} has it; "
-        "write huggingface"
+        f"output_format: llama.cpp does not support LLaMAs with {field} {value!r}, as in "
+        f"{base_dir}; use huggingface"
         for field, value, known in (
             ("hidden_act", config.hidden_act, ("silu",)),
             ("rope_type", rope.get("rope_type"), ("default", "linear", "llama3")),
@@ -136,21 +136,21 @@ def _tensors(
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, spec in plan.specs.items():
         if name.endswith(_CONSTANT):
-            logger.info("%s is left out: llama.cpp computes it", name)
+            logger.info("%s is skipped: llama.cpp computes it", name)
             continue
         gguf_name = names.get_name(name, try_suffixes=(".weight",))
         if gguf_name is None:
             raise UserError(
-                f"output_format: {plan.base_dir} holds {name}, for which a LLaMA of GGUF has no "
-                "place; write huggingface"
+                f"output_format: {plan.base_dir} has a tensor {name}, which GGUF's LLaMA does not "
+                "have; use huggingface"
             )
         kind = Kind.F32 if len(spec.shape) == 1 else _KINDS[gguf_type]
         shape = spec.shape
         if kind == Kind.Q8_0:
             if shape[-1] % Q8_0_BLOCK_SIZE:
                 raise UserError(
-                    f"gguf_type: q8_0 has blocks of {Q8_0_BLOCK_SIZE}, and the rows of {name} are "
-                    f"{shape[-1]} long; take f16"
+                    f"gguf_type: q8_0 needs rows that are a multiple of {Q8_0_BLOCK_SIZE}, but the "
+                    f"rows of {name} have {shape[-1]} values; use f16"
                 )
             shape = (*shape[:-1], shape[-1] // Q8_0_BLOCK_SIZE * _BLOCK_BYTES)
         rotated = heads.get(name.removesuffix(".weight").rpartition(".")[2])
@@ -158,10 +158,10 @@ def _tensors(
 
 
 def write_gguf(path: Path, plan: MergePlan, form: GgufModelSpec) -> None:
-    """Write the file; `plan` has the types that `gguf_dtype` says.
+    """Write the file; the weights of `plan` have the types of `gguf_dtype`.
 
     Raises:
-        ValueError: A value is beyond what float16 holds.
+        ValueError: A value exceeds float16's range.
     """
     writer = gguf.GGUFWriter(path, "llama")
     _write_settings(writer, form)
@@ -192,7 +192,7 @@ def write_gguf(path: Path, plan: MergePlan, form: GgufModelSpec) -> None:
 
 
 def _blocks(plan: MergePlan, name: str, tensor: GgufTensor) -> Tensor:
-    """Compute a weight as rows of 8-bit blocks."""
+    """Compute a weight and quantize it to rows of 8-bit blocks."""
     stored = torch.empty(tensor.spec.shape, dtype=torch.uint8)
     for rows, part in plan.iterate_row_slices(name):
         stored[rows] = torch.from_numpy(gguf.quantize(part.numpy(), Kind.Q8_0))
@@ -229,7 +229,7 @@ def _rope(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _rope_factors(config: LlamaConfig) -> np.ndarray | None:
-    """Return by what the frequencies are divided; None where they are as the base has them."""
+    """Return the divisors of the rotary frequencies; None unless the rope type is llama3."""
     rope = _rope(config)
     if rope.get("rope_type") != "llama3":
         return None
@@ -240,26 +240,26 @@ def _rope_factors(config: LlamaConfig) -> np.ndarray | None:
 
 
 class GgufWeights:
-    """The weights of a GGUF file under transformers' names and in its order of rows."""
+    """The weights of a GGUF file, with transformers' names and row order."""
 
     def __init__(self, path: Path, form: GgufModelSpec) -> None:
         """Read the header.
 
         Raises:
-            AssertionError: The file does not hold what `form` says.
+            AssertionError: The tensors of the file differ from `form`.
         """
         self._path = path
         self._form = form
         found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
         self._offsets: dict[str, int] = {}
         for name, tensor in form.tensors.items():
-            there = found.get(tensor.name)
-            if there is None or (there.tensor_type, there.n_bytes) != (
+            stored = found.get(tensor.name)
+            if stored is None or (stored.tensor_type, stored.n_bytes) != (
                 tensor.kind,
                 tensor.spec.num_bytes,
             ):
-                raise AssertionError(f"{path.name} does not hold {name} as it was to be written")
-            self._offsets[name] = there.data_offset
+                raise AssertionError(f"{path.name}: {name} is missing, or has another type or size")
+            self._offsets[name] = stored.data_offset
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:

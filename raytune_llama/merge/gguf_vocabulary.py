@@ -1,8 +1,8 @@
-"""A tokenizer as GGUF says it: tokens, their kinds, and by what rule llama.cpp splits text.
+"""Convert a tokenizer to GGUF: tokens, their types, and the rule by which llama.cpp splits text.
 
 llama.cpp has two rules that LLaMAs use: "llama" is SentencePiece's merging by scores, "gpt2" merges
-bytes by rank behind a pre-tokenizer that the file only names. A tokenizer that does something else
-is refused: it would get other ids without a word.
+bytes by rank after a pre-tokenizer that the file only names. Any other tokenizer is rejected: it
+would silently produce other ids.
 
 Facts: https://github.com/ggml-org/llama.cpp (src/llama-vocab.cpp, conversion/base.py).
 """
@@ -30,7 +30,7 @@ LLAMA_3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How LLaMA 3 splits text; it is a part of its tokenizer.json."""
+"""LLaMA 3's pre-tokenizer pattern, from its tokenizer.json."""
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _ONLY_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
@@ -46,42 +46,42 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "smollm": [_DIGITS, _BYTES],
     "llama-bpe": [_LLAMA_3, _ONLY_BYTES],
 }
-"""The steps of tokenizer.json that llama.cpp knows by a name."""
-_WHOLE_WORDS = ("llama-bpe",)
-"""Those with which llama.cpp takes a word that is a token as it is, without merging."""
+"""Pre-tokenizer steps of tokenizer.json, by llama.cpp's name for them."""
+_IGNORES_MERGES = ("llama-bpe",)
+"""Pre-tokenizers with which llama.cpp looks up a word as a token before it merges."""
 
 _SCORE_OF_ADDED, _SCORE_OF_PADDING = -1000.0, -10000.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufVocabulary:
-    """What a GGUF file says of a tokenizer."""
+    """A tokenizer in the form of GGUF's metadata."""
 
     model: str
-    """llama.cpp's rule: llama or gpt2."""
+    """llama.cpp's tokenization rule: llama or gpt2."""
     pre: str
-    """Its name for the pre-tokenizer."""
+    """llama.cpp's name for the pre-tokenizer."""
     tokens: list[str]
-    """A token a row of the embedding, by id."""
+    """Tokens by id, one per row of the embedding."""
     types: list[int]
-    """Their kinds, as `gguf.TokenType`."""
+    """Type of each token, as `gguf.TokenType`."""
     scores: list[float] | None
-    """Their scores, for llama."""
+    """Score of each token, for llama; else None."""
     merges: list[str] | None
-    """Pairs of tokens by rank, for gpt2."""
+    """Pairs of tokens by rank, for gpt2; else None."""
     ids: Mapping[str, int]
-    """Ids of bos, eos, unk and pad, of those that there are."""
+    """Ids of those of bos, eos, unk and pad that exist."""
     adds_bos: bool
-    """Whether the tokenizer puts bos before a text."""
+    """Whether the tokenizer prepends bos to a text."""
     adds_eos: bool
-    """Whether it puts eos behind it."""
+    """Whether the tokenizer appends eos to a text."""
     adds_space: bool | None
-    """Whether a space goes before a text, for llama."""
+    """Whether the tokenizer prepends a space to a text, for llama; else None."""
     template: str | None
-    """The chat template."""
+    """Chat template, if any."""
 
     def write(self, writer: GGUFWriter) -> None:
-        """Put all of it into a file's metadata."""
+        """Write the tokenizer to a file's metadata."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -101,14 +101,14 @@ class GgufVocabulary:
 
 
 def read_vocabulary(path: Path, num_rows: int) -> GgufVocabulary:
-    """Say a tokenizer's directory in GGUF's words.
+    """Convert the tokenizer of a directory to GGUF's form.
 
     Args:
-        path: The directory.
-        num_rows: Rows of the embedding; those behind the tokenizer's ids become unused tokens.
+        path: Directory of the tokenizer.
+        num_rows: Rows of the embedding; those after the tokenizer's ids become unused tokens.
 
     Raises:
-        ValueError: llama.cpp would give a text other ids.
+        ValueError: llama.cpp would encode text to other ids.
     """
     tokenizer = load_tokenizer(path)
     reference = build_reference_encoder(tokenizer)
@@ -118,7 +118,7 @@ def read_vocabulary(path: Path, num_rows: int) -> GgufVocabulary:
         parts = _byte_pairs(path, reference.engine, tokenizer, num_rows)
     num_unused = parts["types"].count(TokenType.UNUSED)
     if num_unused:
-        logger.info("%d of %d rows stand for no token", num_unused, num_rows)
+        logger.info("%d of %d embedding rows have no token", num_unused, num_rows)
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     text = tokenizer("a")["input_ids"]
     return GgufVocabulary(
@@ -135,13 +135,13 @@ def _pieces(
 ) -> dict[str, Any]:
     if not is_plain_merging(reference.proto):
         raise UserError(
-            f"output_format: llama.cpp has no rule for the tokenizer.model of {path}, which is no "
-            "BPE with byte fallback of characters as they are; write huggingface"
+            f"output_format: llama.cpp has no rule for the tokenizer.model of {path}, which is not "
+            "a plain BPE with byte fallback and without normalization; use huggingface"
         )
     tokens, types = _rows(num_rows)
     scores = [_SCORE_OF_PADDING] * num_rows
     for id_, piece in enumerate(reference.proto.pieces):
-        # Both count kinds of pieces alike.
+        # SentencePiece and GGUF number the types of pieces alike.
         tokens[id_], types[id_], scores[id_] = piece.piece, int(piece.type), piece.score
     controls = control_token_ids(tokenizer)
     for id_, token in tokenizer.added_tokens_decoder.items():
@@ -184,41 +184,41 @@ def _byte_pairs(
 
 
 def _pre_tokenizer(path: Path, engine: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name for how an engine splits text.
+    """Return llama.cpp's name for the pre-tokenizer of an engine.
 
     Raises:
-        ValueError: It has none.
+        ValueError: llama.cpp has no name for it.
     """
-    known = f"llama.cpp knows {', '.join(PRE_TOKENIZERS)}; write huggingface, or use another name"
+    known = f"llama.cpp knows {', '.join(PRE_TOKENIZERS)}; use output_format huggingface"
     model, first = engine["model"], engine["pre_tokenizer"] or {}
     steps = first.get("pretokenizers", [first])
     if model["type"] != "BPE" or model.get("byte_fallback") or engine["normalizer"] is not None:
         raise UserError(
-            f"output_format: the tokenizer of {path} is no BPE of bytes without a normalizer, and "
-            f"{known}"
+            f"output_format: the tokenizer of {path} is not a byte-level BPE without a normalizer, "
+            f"and {known}"
         )
     for name, wanted in PRE_TOKENIZERS.items():
         if len(steps) == len(wanted) and all(
             all(step.get(key) == value for key, value in goal.items())
             for step, goal in zip(steps, wanted, strict=True)
         ):
-            if bool(model.get("ignore_merges")) != (name in _WHOLE_WORDS):
+            if bool(model.get("ignore_merges")) != (name in _IGNORES_MERGES):
                 break
             return name
     raise UserError(
-        f"output_format: the pre-tokenizer of {path} is {[step.get('type') for step in steps]} "
-        f"with settings of its own, and {known}"
+        f"output_format: the pre-tokenizer of {path}, {[step.get('type') for step in steps]}, has "
+        f"custom settings, and {known}"
     )
 
 
 def _rows(num_rows: int) -> tuple[list[str], list[int]]:
-    """Return tokens that nothing has: their names have to differ."""
+    """Return unused tokens for all rows; their names must be unique."""
     return [f"[PAD{id_}]" for id_ in range(num_rows)], [int(TokenType.UNUSED)] * num_rows
 
 
 def _template(path: Path, tokenizer: PreTrainedTokenizerFast) -> str | None:
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        logger.warning("%s has %d chat templates: only the default is written", path, len(template))
+        logger.warning("%s has %d chat templates; writing only the default", path, len(template))
         template = template.get("default")
     return template

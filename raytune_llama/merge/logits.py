@@ -1,6 +1,6 @@
-"""A merged model against base and adapters under PEFT: the same logits, the same perplexity.
+"""Compare a merged model with base and adapters under PEFT: same logits, same perplexity.
 
-One model at a time is in memory, in float32, beside the logits of the first model.
+One model at a time is in memory, in float32, plus the logits of the first one.
 """
 
 import logging
@@ -30,25 +30,25 @@ SENTENCES: tuple[str, ...] = (
     "北京是中国的首都。这座城市已经有三千多年的历史。",
     "请写一封信感谢老师一年来的帮助。",
 )
-"""What is compared where no text is given."""
+"""Texts to compare on if none is given."""
 
 _MAX_TOKENS, _WINDOW_TOKENS = 1024, 256
 _MAX_CHARACTERS = 1 << 16
 _TOLERANCE, _TOLERANCE_CAST = 1e-4, 1e-3
-"""Relative to the largest logit, or absolute below 1. Of weights that were cast, one in some ten
-thousand is rounded the other way where PEFT's sum differs in its last bit."""
+"""Tolerances relative to the largest logit, or absolute if that is below 1. Of cast weights, one in
+some ten thousand rounds the other way because PEFT's sum differs in its last bit."""
 
 
 @dataclass(frozen=True)
 class LogitsDifference:
-    """How far two models are from each other on some text."""
+    """Difference between two models on some text."""
 
     largest: float
-    """Largest difference of a logit."""
+    """Largest absolute difference of a logit."""
     allowed: float
-    """What rounding explains."""
+    """Largest difference that rounding explains."""
     perplexities: tuple[float, float]
-    """Under PEFT, and merged."""
+    """Perplexity under PEFT, and of the merged model."""
 
 
 def load_comparison_ids(tokenizer_dir: Path | None, text: str | None) -> list[Tensor]:
@@ -56,14 +56,14 @@ def load_comparison_ids(tokenizer_dir: Path | None, text: str | None) -> list[Te
 
     Args:
         tokenizer_dir: Directory of the merged model's tokenizer.
-        text: A text file, of which the beginning is taken; None: a few sentences.
+        text: Text file whose beginning is used; None: built-in sentences.
 
     Raises:
-        ValueError: There is no tokenizer, or no text of at least two tokens.
+        ValueError: There is no tokenizer, or the text has fewer than two tokens.
     """
     if tokenizer_dir is None:
         raise UserError(
-            "verify: logits need a tokenizer, and neither the adapters nor the base have one"
+            "verify: logits need a tokenizer, but neither the adapters nor the base have one"
         )
     texts = list(SENTENCES) if text is None else [_read_beginning(Path(text))]
     encoded = encode_text(load_tokenizer(tokenizer_dir), texts)
@@ -74,24 +74,24 @@ def load_comparison_ids(tokenizer_dir: Path | None, text: str | None) -> list[Te
     ]
     windows = [ids_BT for ids_BT in windows if ids_BT.shape[1] > 1]
     if not windows:
-        raise UserError(f"verify_text: {text} has less than two tokens; name a longer text")
+        raise UserError(f"verify_text: {text} has fewer than two tokens; use a longer text")
     logger.info(
-        "logits are compared on %d tokens of %s",
+        "comparing logits on %d tokens of %s",
         sum(ids_BT.shape[1] for ids_BT in windows),
-        text or "a few sentences",
+        text or "built-in sentences",
     )
     return windows
 
 
 def compare_logits(folder: Path, plan: MergePlan, samples: list[Tensor]) -> LogitsDifference:
-    """Compare a merged model with what PEFT makes of base and adapters.
+    """Compare a merged model with base and adapters under PEFT.
 
-    In float32 PEFT adds the last adapter's part to each layer's output and merges nothing. Weights
-    of other types are compared with PEFT's own merge in float32, cast alike.
+    In float32, PEFT adds the last adapter's output to that of each layer, without merging. Weights
+    of other types are compared with PEFT's own merge in float32, cast to the same type.
 
     Args:
-        folder: The merged model.
-        plan: What it was made from.
+        folder: Directory of the merged model.
+        plan: Plan of the merge.
         samples: Token ids, each [1, T].
 
     Raises:
@@ -105,7 +105,7 @@ def compare_logits(folder: Path, plan: MergePlan, samples: list[Tensor]) -> Logi
     largest, size, losses = 0.0, 1.0, [0.0, 0.0]
     for ids_BT, wanted_BTV in zip(samples, wanted, strict=True):
         got_BTV = _logits(merged, ids_BT)
-        # A NaN is the largest difference there is.
+        # A NaN counts as an infinite difference.
         distance = (got_BTV - wanted_BTV).abs().nan_to_num(nan=math.inf)
         largest, size = (
             max(largest, float(distance.max())),
@@ -116,21 +116,21 @@ def compare_logits(folder: Path, plan: MergePlan, samples: list[Tensor]) -> Logi
     num_targets = sum(ids_BT.shape[1] - 1 for ids_BT in samples)
     before, after = (math.exp(loss / num_targets) for loss in losses)
     allowed = size * (_TOLERANCE_CAST if is_cast else _TOLERANCE)
-    text = f"the largest difference of a logit from PEFT's is {largest:.2e}, allowed {allowed:.2e}"
+    text = f"largest difference of a logit from PEFT's is {largest:.2e}, allowed {allowed:.2e}"
     if not largest <= allowed:
-        raise AssertionError(f"{text}: the merged model is not base and adapters")
+        raise AssertionError(f"{text}: the merged model does not match base and adapters")
     logger.info("%s; perplexity %.4f under PEFT, %.4f merged", text, before, after)
     return LogitsDifference(largest, allowed, (before, after))
 
 
 def _read_beginning(path: Path) -> str:
     if not path.is_file():
-        raise UserError(f"verify_text: {path} is no file; name a text file")
+        raise UserError(f"verify_text: {path} is not a file; set it to a text file")
     try:
         with path.open(encoding="utf-8") as file:
             return file.read(_MAX_CHARACTERS)
     except UnicodeDecodeError as error:
-        raise UserError(f"verify_text: {path} is no UTF-8 ({error}); convert it") from None
+        raise UserError(f"verify_text: {path} is not UTF-8 ({error}); convert it") from None
 
 
 def _load(path: Path, changed: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -142,7 +142,7 @@ def _load(path: Path, changed: Mapping[str, Any] | None = None) -> PreTrainedMod
 
 
 def _load_reference(plan: MergePlan, *, is_cast: bool) -> torch.nn.Module:
-    """Load base and adapters by PEFT; merged and cast where `is_cast`."""
+    """Load base and adapters with PEFT; merge and cast them if `is_cast`."""
     model: Any = _load(plan.base_dir, plan.model_settings)
     for adapter in plan.adapters:
         if isinstance(model, PeftModel):

@@ -1,8 +1,8 @@
-"""Merge adapters into a base, a tensor at a time, and prove every tensor of the result.
+"""Merge adapters into a base, one tensor at a time, and verify every tensor of the result.
 
     merge_adapters(MergeConfig(base="llama", adapters=("plus", "alpaca-plus"), target="merged"))
 
-What becomes of a weight is in `plan.py`, the forms of the result in `export.py`, their proof in
+How each weight is merged is in `plan.py`, the output formats in `export.py`, the verification in
 `proof.py`.
 """
 
@@ -11,15 +11,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
 from transformers import LlamaConfig
 
 import raytune_llama
 from raytune_llama.config.errors import UserError
-from raytune_llama.config.settings import ConfigError, settings
+from raytune_llama.merge.config import MergeConfig
 from raytune_llama.merge.export import (
     ExportResult,
     VerifiedShard,
@@ -28,7 +26,7 @@ from raytune_llama.merge.export import (
     export_meta,
     export_shard,
 )
-from raytune_llama.merge.gguf_file import GgufType, gguf_dtype, plan_gguf
+from raytune_llama.merge.gguf_file import gguf_dtype, plan_gguf
 from raytune_llama.merge.logits import compare_logits, load_comparison_ids
 from raytune_llama.merge.plan import MergePlan, check_recorded_base, plan_merge
 from raytune_llama.model.lineage import CHAT_KEY, find_chat_template
@@ -41,73 +39,15 @@ from raytune_llama.tokenizer.loader import tokenizer_sha256
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SHARD_MIB = 5120
-
-
-@settings
-class MergeConfig:
-    """A base, and the adapters that become part of it."""
-
-    base: str
-    """Hugging Face model directory that the first adapter was trained on."""
-    adapters: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Adapter directories, in the order in which they were trained."""
-    target: str
-    """Directory to make; it must not exist, or be empty."""
-    output_format: Literal["huggingface", "pth", "gguf"] = "huggingface"
-    """What is made: a Hugging Face model directory, Meta's .pth shards, or a file for llama.cpp."""
-    dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
-    """Type of the weights of huggingface and pth; `base`: each as the base has it."""
-    gguf_type: GgufType | None = None
-    """Type of the matrices of gguf: f16, q8_0 (8 bits and a step for 32 of them) or f32; null: f16.
-    Norms are always float32."""
-    max_shard_mib: Annotated[int, Field(ge=1)] = _SHARD_MIB
-    """Largest safetensors file of huggingface, unless one tensor is larger."""
-    num_shards: Annotated[int, Field(ge=1, le=64)] | None = None
-    """Files of pth; null: as many as Meta published for models of this width, 1 for others."""
-    num_workers: Annotated[int, Field(ge=1)] = 1
-    """Safetensors files of huggingface that are made at a time, each by a task on Ray with one CPU,
-    on nodes that all see base, adapters and target; 1: in this process, without Ray."""
-    verify: Literal["tensors", "logits"] = "tensors"
-    """What is compared before the result appears: each weight with a computation of its own, and
-    with `logits` also the logits of huggingface with those of base and adapters under PEFT."""
-    verify_text: str | None = None
-    """Text file for `verify: logits`, of which the beginning is read; null: a few sentences."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "MergeConfig":
-        wanted = {
-            "gguf_type": ("gguf", self.gguf_type is not None),
-            "max_shard_mib": ("huggingface", self.max_shard_mib != _SHARD_MIB),
-            "num_shards": ("pth", self.num_shards is not None),
-            "num_workers": ("huggingface", self.num_workers > 1),
-        }
-        problems = [
-            f"{name}: is for output_format {form} alone, got {self.output_format}; leave it out"
-            for name, (form, is_set) in wanted.items()
-            if is_set and self.output_format != form
-        ]
-        if self.output_format == "gguf" and self.dtype != "base":
-            problems.append(f"dtype: got {self.dtype}, but gguf has gguf_type for it; leave it out")
-        if self.verify == "logits" and self.output_format != "huggingface":
-            problems.append(
-                f"verify: logits are those of transformers, which reads no {self.output_format}; "
-                "merge as huggingface with it first: the values are the same"
-            )
-        if self.verify_text is not None and self.verify != "logits":
-            problems.append("verify_text: is for verify=logits alone; set that, or leave it out")
-        if problems:
-            raise ConfigError(problems)
-        return self
 
 
 def merge_adapters(config: MergeConfig) -> None:
-    """Do what a config says.
+    """Merge adapters into a base and write the verified result to the target.
 
     Raises:
         ValueError: Files are missing or damaged, an adapter does not fit or would change nothing,
-            the form cannot hold the model, or the target is not empty; nothing is left behind.
-        AssertionError: A proof has failed; nothing is left behind.
+            the format cannot hold the model, or the target is not empty; nothing is written.
+        AssertionError: Verification failed; nothing is written.
     """
     target = Path(config.target)
     check_target(target)
@@ -121,7 +61,7 @@ def merge_adapters(config: MergeConfig) -> None:
         exported = export(folder)
         changed, tokenizer_dir = exported.num_changed, plan.tokenizer_dir
         if not changed:
-            raise UserError("adapters: they change no weight at all: all updates are zero")
+            raise UserError("adapters: they change no weight: all updates are zero")
         if samples is not None:
             compare_logits(folder, plan, samples)
         chat = find_chat_template([plan.base_dir, *(adapter.path for adapter in plan.adapters)])
@@ -135,11 +75,11 @@ def merge_adapters(config: MergeConfig) -> None:
             **exported.hashes,
         }
         write_json_atomic(folder / OUTPUT_MANIFEST, manifest)
-    logger.info("%d of %d weights changed, each proven: %s", changed, len(plan.recipes), target)
+    logger.info("%d of %d weights changed, all verified: %s", changed, len(plan.recipes), target)
 
 
 def _open_plan(config: MergeConfig) -> MergePlan:
-    """Plan a merge, with the types that the form has."""
+    """Plan a merge, with the weight types of the output format."""
 
     def dtype_of(spec: TensorSpec) -> torch.dtype:
         if config.output_format == "gguf":
@@ -150,13 +90,13 @@ def _open_plan(config: MergeConfig) -> MergePlan:
 
 
 def _prepare(config: MergeConfig, plan: MergePlan) -> Callable[[Path], ExportResult]:
-    """Return what writes the result, once it is clear that its form can hold it."""
+    """Return the function that writes the result, after checking that the format can hold it."""
     if config.output_format == "gguf":
         return partial(export_gguf, plan, plan_gguf(plan, config.gguf_type or "f16"))
     if config.output_format == "pth":
         if plan.settings.get("model_type") != "llama":
             kind = plan.settings.get("model_type")
-            raise UserError(f"output_format: {config.base} is a {kind}, and pth holds LLaMAs alone")
+            raise UserError(f"output_format: {config.base} is a {kind}, but pth holds only LLaMAs")
         settings_ = LlamaConfig.from_dict(dict(plan.settings))
         num_shards = config.num_shards or count_published_shards(build_meta_params(settings_))
         form = plan_meta(plan.specs, settings_, num_shards, where=f"base: {config.base}")
@@ -168,19 +108,19 @@ def _prepare(config: MergeConfig, plan: MergePlan) -> Callable[[Path], ExportRes
 def _run_shards(
     config: MergeConfig, plan: MergePlan, folder: Path, files: list[str]
 ) -> list[VerifiedShard]:
-    """Make the files of a result here, or on Ray where there are several and workers for them."""
+    """Write the files of a result here, or on Ray if there are several files and workers."""
     if config.num_workers == 1 or len(files) == 1:
         if config.num_workers > 1:
             logger.warning(
-                "num_workers: %d have one file to make, which is done here; a smaller "
-                "max_shard_mib than %d gives each of them one",
+                "num_workers is %d, but there is only one file, which is written without Ray; set "
+                "max_shard_mib below %d to parallelize",
                 config.num_workers,
                 config.max_shard_mib,
             )
         return [export_shard(plan, folder, config.max_shard_mib << 20, file) for file in files]
     from raytune_llama.merge.on_ray import run_on_ray
 
-    # Workers stand in another folder.
+    # Workers have another working directory.
     config = replace(
         config,
         base=str(Path(config.base).absolute()),
@@ -191,5 +131,5 @@ def _run_shards(
 
 
 def _make_shard(config: MergeConfig, folder: Path, file: str) -> VerifiedShard:
-    """Make one file, in a process that has no plan."""
+    """Write one file, in a process without a plan."""
     return export_shard(_open_plan(config), folder, config.max_shard_mib << 20, file)

@@ -1,4 +1,4 @@
-"""Shards on Ray: a task each. The only module of the merge that knows Ray."""
+"""Run shards as Ray tasks. The only module of the merge that depends on Ray."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,21 +12,21 @@ T = TypeVar("T")
 
 
 def run_on_ray(run: Callable[[str], T], names: list[str], *, num_workers: int) -> list[T]:
-    """Run a function once for each name, in tasks of one CPU; return the results in order.
+    """Run a function once per name, in tasks with one CPU each; return the results in order.
 
-    The cluster is the one that the environment names, or one that is started here and left again.
+    Connects to the cluster that the environment names, or starts one for the duration of the call.
 
     Args:
-        run: Picklable, and with the same result when it is run again, as Ray does where a node
-            dies; what it writes must be in a place that all nodes see.
-        names: What it is called with.
-        num_workers: Tasks at a time.
+        run: Picklable and idempotent function, since Ray retries it if a node dies; it must write
+            to storage that all nodes share.
+        names: Arguments of the calls.
+        num_workers: Number of concurrent tasks.
 
     Raises:
-        Exception: What the first task raised that failed; no other task is running then.
+        Exception: The error of the first task that failed, after all running tasks have ended.
     """
 
-    def call(name: str) -> T:  # Ray takes plain functions alone
+    def call(name: str) -> T:  # Ray accepts only plain functions
         return run(name)
 
     with connect_to_ray():

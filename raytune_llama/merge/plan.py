@@ -1,11 +1,11 @@
-"""What a merge will make: a recipe for each weight, and its values, one tensor at a time.
+"""Plan a merge: a recipe per weight, and the merged values, one tensor at a time.
 
-    plan = plan_merge(base_dir, adapter_dirs, dtype_of)     # headers only; refuses what can't fit
+    plan = plan_merge(base_dir, adapter_dirs, dtype_of)     # headers only; rejects what can't fit
     for name in plan.specs:
         tensor = plan.read(name)
 
-Arithmetic is float32, with one cast at the end; a weight is changed some rows at a time, so that
-memory is bounded by the largest tensor as it is stored, twice.
+Arithmetic is float32, with one cast at the end; a weight is merged some rows at a time, so that
+memory is bounded by twice the size of the largest stored tensor.
 """
 
 import logging
@@ -21,57 +21,101 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from raytune_llama.config.errors import UserError
 from raytune_llama.merge.adapter import Adapter
-from raytune_llama.merge.names import BaseWeightNames, find_weight_names
+from raytune_llama.model.embeddings import embedding_layers
 from raytune_llama.model.lineage import check_tokenizer_chain
+from raytune_llama.model.llama import build_empty_model
 from raytune_llama.model.rope import read_model_settings
 from raytune_llama.model.tensors import ShardedWeights, TensorSpec, open_weights
-from raytune_llama.model.vocab import has_tokenizer
+from raytune_llama.model.vocab import EMBEDDING, HEAD, has_tokenizer
 from raytune_llama.storage.files import read_json, read_manifest, sha256_file
 from raytune_llama.tokenizer.loader import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-_PADDED = 8  # what tables are padded to a multiple of, at least
+_PADDED = 8  # tables are padded to a multiple of at least this
 _SLICE_NUMEL = 2**20
 
 
 @dataclass(frozen=True)
+class BaseWeightNames:
+    """Names of a base's weights."""
+
+    embedding: str
+    """Name of the input embedding in the base's files."""
+    head: str
+    """Name of the output projection; a tied one may be absent from the files."""
+    prefix: str
+    """Prefix of the adapters' names that the names in the files lack; usually empty."""
+
+
+def find_weight_names(base_dir: Path, base: ShardedWeights) -> BaseWeightNames:
+    """Find the names of a base's embedding tables.
+
+    Args:
+        base_dir: Directory of the base; its config.json is read unless the names are a LLaMA's.
+        base: Weights of the base.
+
+    Raises:
+        ValueError: The directory is not a causal LM that transformers knows, or its files have no
+            input embedding.
+    """
+    if EMBEDDING in base.specs:
+        return BaseWeightNames(EMBEDDING, HEAD, "")
+    try:
+        model = build_empty_model(base_dir)
+    except (ValueError, OSError) as error:
+        raise UserError(f"base: {base_dir} cannot be read as a causal LM: {error}") from error
+    names = {id(layer): f"{name}.weight" for name, layer in embedding_layers(model).items()}
+    embedding = names[id(model.get_input_embeddings())]
+    head = names.get(id(model.get_output_embeddings()), HEAD)
+    prefix = f"{model.base_model_prefix}."
+    if embedding in base.specs:
+        return BaseWeightNames(embedding, head, "")
+    if embedding.removeprefix(prefix) in base.specs:
+        return BaseWeightNames(embedding.removeprefix(prefix), head, prefix)
+    raise UserError(
+        f"base: the files of {base_dir} have no {embedding}, the input embedding of a "
+        f"{type(model).__name__}; load it in transformers and save it again"
+    )
+
+
+@dataclass(frozen=True)
 class WeightRecipe:
-    """What becomes of one weight."""
+    """How one merged weight is computed."""
 
     source: Adapter | None
-    """The last adapter that replaces it; None: the base has it."""
+    """Last adapter that replaces the weight; None: it comes from the base."""
     source_name: str
-    """Its name there."""
+    """Name of the weight in its source."""
     updates: tuple[Adapter, ...]
-    """Low-rank updates that are added to it, in order."""
+    """Adapters whose low-rank updates are added, in order."""
     spec: TensorSpec
-    """What is written."""
+    """Type and shape of the merged weight."""
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A base and adapters that fit each other; the merged weights, read one at a time."""
+    """A compatible base and adapters, and the merged weights, computed one at a time."""
 
     base_dir: Path
-    """Where the base is."""
+    """Directory of the base."""
     base: ShardedWeights
-    """Its weights."""
+    """Weights of the base."""
     names: BaseWeightNames
-    """Its embedding tables."""
+    """Names of the base's embedding tables."""
     adapters: tuple[Adapter, ...]
-    """In the order of their training."""
+    """Adapters in training order."""
     recipes: Mapping[str, WeightRecipe]
-    """By the names of the merged weights, in the order of the base's files."""
+    """Recipes by name of the merged weight, in the order of the base's files."""
     tokenizer_dir: Path | None
-    """The directory with the tokenizer of the result; None: there is none."""
+    """Directory with the tokenizer of the result; None if there is no tokenizer."""
     settings: Mapping[str, Any]
-    """The config.json of the result, but for the type of its weights."""
+    """The config.json of the result, except for the type of its weights."""
     is_untied: bool
-    """Whether one table of the base becomes two."""
+    """Whether a tied embedding table of the base becomes two."""
     model_settings: Mapping[str, Any]
-    """What the adapters were trained with that the base's config.json has otherwise."""
+    """Model settings of the adapters' training that override the base's config.json."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -82,7 +126,7 @@ class MergePlan:
         """Compute a merged weight in the type of its recipe.
 
         Raises:
-            ValueError: A value is beyond what float16 holds.
+            ValueError: A value exceeds float16's range.
         """
         recipe = self.recipes[name]
         if not recipe.updates:
@@ -93,7 +137,7 @@ class MergePlan:
         return merged
 
     def iterate_row_slices(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """Compute a merged weight some rows at a time, float32."""
+        """Compute a merged weight some rows at a time, in float32."""
         source, updates = self.read_source(name), self.recipes[name].updates
         for rows in row_slices(source):
             part = source[rows].float()
@@ -102,14 +146,14 @@ class MergePlan:
             yield rows, part
 
     def read_source(self, name: str) -> Tensor:
-        """Read what low-rank updates of a weight are added to."""
+        """Read the weight to which low-rank updates are added."""
         recipe = self.recipes[name]
         if recipe.source is None:
             return self.base.read(recipe.source_name)
         return recipe.source.read_replaced(recipe.source_name)
 
     def hash_inputs(self) -> dict[str, dict[str, str]]:
-        """Hash the files of base and adapters: SHA256 by file name, by what they belong to."""
+        """Return the SHA256 of the files of base and adapters, by owner and file name."""
         folders = {
             "base": self.base.files,
             **{
@@ -129,12 +173,12 @@ class MergePlan:
 def plan_merge(
     base_dir: Path, adapter_dirs: list[Path], dtype_of: Callable[[TensorSpec], torch.dtype]
 ) -> MergePlan:
-    """Find out what becomes of each weight; of the weights' files only headers are read.
+    """Plan how each weight is merged; reads only the headers of the weight files.
 
     Args:
-        base_dir: A Hugging Face model directory.
-        adapter_dirs: Directories written by PEFT, in the order of their training.
-        dtype_of: The type in which a weight of the base is written.
+        base_dir: Hugging Face model directory.
+        adapter_dirs: Directories written by PEFT, in training order.
+        dtype_of: Returns the type to which a weight of the base is cast.
 
     Raises:
         ValueError: Files are missing or damaged, or an adapter or tokenizer does not fit.
@@ -166,25 +210,25 @@ def plan_merge(
 
 
 def _model_settings(adapter_dirs: list[Path]) -> dict[str, Any]:
-    """Return what all adapters were trained with beside the base's settings."""
+    """Return the model settings that the adapters were trained with and the base does not have."""
     found: dict[str, Any] = {}
     for path in adapter_dirs:
-        # One that was trained on the merge of those before it had them from its base.
+        # An adapter that was trained on the merge of earlier ones got theirs from its base.
         values = read_model_settings(path)
         differing = [field for field in values if found.get(field, values[field]) != values[field]]
         if differing:
             raise UserError(
-                f"adapters: {path} was trained with {differing[0]} {values[differing[0]]}, and an "
-                f"adapter before it with {found[differing[0]]}; merge adapters of one kind"
+                f"adapters: {path} was trained with {differing[0]} {values[differing[0]]}, but an "
+                f"earlier adapter with {found[differing[0]]}; merge only adapters that agree"
             )
         found |= values
     if found:
-        logger.info("config.json gets what the adapters were trained with: %s", found)
+        logger.info("writing settings of the adapters' training to config.json: %s", found)
     return found
 
 
 def _is_tied(settings: Mapping[str, Any]) -> bool:
-    """Whether a config.json ties the tables; one that does not say has its family's default."""
+    """Whether a config.json ties the embedding tables, by default as its model family does."""
     stated = settings.get("tie_word_embeddings")
     if stated is None and settings.get("model_type") in CONFIG_MAPPING:
         stated = CONFIG_MAPPING[settings["model_type"]]().tie_word_embeddings
@@ -192,7 +236,7 @@ def _is_tied(settings: Mapping[str, Any]) -> bool:
 
 
 def row_slices(weight: Tensor) -> Iterator[slice]:
-    """Yield the rows of a weight that are computed at a time, some million numbers."""
+    """Yield slices of the rows of a weight, about a million elements each."""
     num_rows = max(1, _SLICE_NUMEL // max(1, weight[0].numel() if len(weight) else 1))
     return (
         slice(start, min(start + num_rows, len(weight)))
@@ -205,8 +249,8 @@ def _cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16 and values.dtype != dtype and not bool(cast.isfinite().all()):
         largest = float(values.abs().max())
         raise UserError(
-            f"dtype: {name} has values up to {largest:.4g}, and float16 ends at 65,504; write it "
-            "as bfloat16 or float32"
+            f"dtype: {name} has values up to {largest:.4g}, but float16 ends at 65,504; use "
+            "bfloat16 or float32"
         )
     return cast
 
@@ -214,29 +258,29 @@ def _cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
 def _names(
     base: ShardedWeights, base_names: BaseWeightNames, adapters: list[Adapter], *, tied: bool
 ) -> list[str]:
-    """Return the weights of the result; an adapter may untie what the base has as one table."""
+    """Return the names of the merged weights; an adapter may untie the base's embedding tables."""
     names = list(base.specs)
     for adapter in adapters:
         unknown = sorted(adapter.weight_names - set(names) - ({base_names.head} if tied else set()))
         if unknown:
             raise UserError(
-                f"adapters: {adapter.path} changes {len(unknown)} weights that the base has not, "
-                f"the first is {unknown[0]}; name the base that it was trained on"
+                f"adapters: {adapter.path} changes {len(unknown)} weights that the base does not "
+                f"have, first {unknown[0]}; set base to the model that it was trained on"
             )
     if tied and _is_untied(adapters, base_names):
         if base_names.prefix:
             raise UserError(
-                f"base: the adapters untie its tables, and its files lack {base_names.prefix!r} "
-                "in their names, beside which a head is not read; load it in transformers and "
-                "save it again"
+                f"base: the adapters untie its embedding tables, but its files lack the prefix "
+                f"{base_names.prefix!r} in their names, so that a head would not be loaded; load "
+                "the base in transformers and save it again"
             )
         names.append(base_names.head)
-        logger.warning("the adapters have an output projection of their own: it is untied")
+        logger.warning("the adapters train the output projection separately: it becomes untied")
     return names
 
 
 def _is_untied(adapters: list[Adapter], base_names: BaseWeightNames) -> bool:
-    """Whether input and output table differ after the adapters, of which the base has one."""
+    """Whether the adapters make the base's tied input and output tables differ."""
     tables = (base_names.embedding, base_names.head)
     for adapter in adapters:
         both = [adapter.replaced.get(name) for name in tables]
@@ -244,7 +288,7 @@ def _is_untied(adapters: list[Adapter], base_names: BaseWeightNames) -> bool:
             if not torch.equal(*(adapter.read_replaced(name) for name in tables)):
                 return True
         elif any(both) and not adapter.settings.get("ensure_weight_tying"):
-            return True  # PEFT trained a copy of the one, and left the other as it was
+            return True  # PEFT trained a copy of one table, and left the other unchanged
         if any(name in adapter.low_rank for name in tables):
             return True
     return False
@@ -269,32 +313,32 @@ def _recipe(
         shape = adapter.spec(name).shape
         if len(shape) != len(before) or shape[1:] != before[1:]:
             raise UserError(
-                f"adapters: {name} is {list(shape)} in {adapter.path} and {list(before)} in what "
-                "it is merged into; name the base that it was trained on"
+                f"adapters: {name} has shape {list(shape)} in {adapter.path}, but {list(before)} "
+                "before; set base to the model that it was trained on"
             )
         if shape[0] < before[0]:
             raise UserError(
                 f"adapters: {name} has {shape[0]} rows in {adapter.path}, fewer than the "
-                f"{before[0]} before; adapters are given in the order of their training"
+                f"{before[0]} before; list adapters in the order of their training"
             )
     updates = tuple(adapter for adapter in adapters[first:] if name in adapter.low_rank)
     source_name = base_names.embedding if is_tied_head and source is None else name
     for adapter in updates:
         if adapter.shape(name) != shape:
             raise UserError(
-                f"adapters: {adapter.path} updates {name} as {list(adapter.shape(name))}, and it "
-                f"is {list(shape)}; name the base that it was trained on"
+                f"adapters: {adapter.path} updates {name} with shape {list(adapter.shape(name))}, "
+                f"but it has {list(shape)}; set base to the model that it was trained on"
             )
     dtype = dtype_of(TensorSpec(spec.dtype, shape))
     return WeightRecipe(source, source_name, updates, TensorSpec(dtype, shape))
 
 
 def _find_tokenizer(base_dir: Path, adapters: list[Adapter]) -> Path | None:
-    """Return the directory with the tokenizer of the result: that of the last adapter with one."""
+    """Return the directory of the last adapter with a tokenizer, else the base's, else None."""
     for path in [*(adapter.path for adapter in reversed(adapters)), base_dir]:
         if has_tokenizer(path):
             return path
-    logger.warning("neither the adapters nor the base have a tokenizer: none is written")
+    logger.warning("neither the adapters nor the base have a tokenizer; writing none")
     return None
 
 
@@ -306,48 +350,48 @@ def _check_rows(
     *,
     is_adapters: bool,
 ) -> None:
-    """Refuse tables of different sizes, and a tokenizer that is not that of the merged rows.
+    """Reject embedding tables of different sizes, and a tokenizer that does not match their rows.
 
-    Rows without a token are legal where they pad a table; an odd number of them stands for tokens
-    that the tokenizer beside the adapter should have.
+    Rows without a token are valid as padding; if their total is not a multiple of 8, they belong to
+    tokens that are missing from the adapter's tokenizer.
     """
     embedding, head = base_names.embedding, base_names.head
     rows = {name: recipes[name].spec.shape[0] for name in (embedding, head) if name in recipes}
     if len(set(rows.values())) > 1:
         raise UserError(
             f"adapters: {embedding} would have {rows[embedding]} rows and {head} {rows[head]}; "
-            "the base has to be the one that was grown for the adapter"
+            "set base to the model that was expanded for the adapter"
         )
     if tokenizer_dir is None:
         return
     num_ids = max(load_tokenizer(tokenizer_dir).get_vocab().values()) + 1
     if num_ids > rows[embedding]:
         raise UserError(
-            f"adapters: the tokenizer of {tokenizer_dir} has {num_ids} ids, and the merged model "
-            f"{rows[embedding]} rows; is it the tokenizer of another model?"
+            f"adapters: the tokenizer of {tokenizer_dir} has {num_ids} ids, but the merged model "
+            f"only {rows[embedding]} rows; use the tokenizer that the adapter was trained with"
         )
     if num_ids > num_before or rows[embedding] == num_before:
         return
     if not is_adapters or rows[embedding] % _PADDED == 0:
         num_surplus = rows[embedding] - num_before
-        logger.warning("the adapters add %d rows that no token of theirs names", num_surplus)
+        logger.warning("the adapters add %d embedding rows without a token", num_surplus)
     else:
         raise UserError(
-            f"adapters: they have {rows[embedding]} rows and the base {num_before}, and the "
-            f"tokenizer of {tokenizer_dir} has {num_ids} ids, none of them new; put the tokenizer "
-            "into the adapter's directory that it was trained with"
+            f"adapters: they have {rows[embedding]} rows and the base {num_before}, but the "
+            f"tokenizer of {tokenizer_dir} has {num_ids} ids, none of them new; copy the tokenizer "
+            "that the adapter was trained with into its directory"
         )
 
 
 def check_recorded_base(adapter: Adapter, inputs: Mapping[str, Mapping[str, str]]) -> None:
-    """Compare the base with the one that our own adapters name.
+    """Compare the base with the one recorded in an adapter's manifest, if any.
 
     Args:
-        adapter: The first one.
-        inputs: What `MergePlan.hash_inputs` returns.
+        adapter: First adapter of the merge.
+        inputs: Result of `MergePlan.hash_inputs`.
 
     Raises:
-        ValueError: It was trained on another base.
+        ValueError: The adapter was trained on another base.
     """
     trained_on = read_manifest(adapter.path).get("base") or {}
     differing = [
@@ -356,6 +400,6 @@ def check_recorded_base(adapter: Adapter, inputs: Mapping[str, Mapping[str, str]
     if differing:
         raise UserError(
             f"base: {differing[0]} is not the file that {adapter.path} was trained on (SHA256 "
-            f"{inputs['base'][differing[0]][:16]}, wanted {trained_on[differing[0]][:16]}); name "
-            "that base"
+            f"{inputs['base'][differing[0]][:16]}, wanted {trained_on[differing[0]][:16]}); set "
+            "base to that model"
         )

@@ -1,11 +1,10 @@
-"""The proof of a merge: what a file holds is read back and compared with a computation of its own.
+"""Verify a merge: read the written files back and compare them with an independent computation.
 
-    num_changed = prove(written, plan, names)
+    num_changed = verify_weights(written, plan, names)
 
-Changed weights are compared with a computation in float32, or in float64 where float32 is stored;
-replaced and untouched ones with their sources, bit for bit. Of weights that were written as 8-bit
-blocks each value is within half a step of its block of the exact value, which no other 8-bit number
-of that block is.
+Changed weights are compared with a computation in float32, or in float64 if they are stored as
+float32; replaced and unchanged ones with their sources, bit for bit. In weights quantized to 8-bit
+blocks, each value must be within half a quantization step of the exact value.
 """
 
 from collections.abc import Iterable
@@ -13,37 +12,37 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from raytune_llama.merge.freed import release_free_memory
 from raytune_llama.merge.plan import MergePlan, row_slices
-from raytune_llama.model.tensors import Weights
+from raytune_llama.model.tensors import Weights, release_free_memory
 
 Q8_0_BLOCK_SIZE = 32
-"""Neighbours in a row that share the size of a step, in GGUF's Q8_0."""
+"""Consecutive values of a row that share one scale, in GGUF's Q8_0."""
 
 _SLACK = 1e-5
-"""Float32's own rounding, relative to the sum of the terms' sizes."""
+"""Rounding error of float32, relative to the sum of the terms' magnitudes."""
 _LARGEST = 127
-"""The 8-bit number of the largest value of a block."""
+"""Quantized value of the largest value of a block."""
 _HALF_ROUNDING, _HALF_SMALLEST = 2.0**-11, 2.0**-25
-"""By how much float16, in which a step is stored, rounds: relative, and near zero."""
+"""Rounding error of float16, in which a scale is stored: relative, and near zero."""
 
 
 def verify_weights(
     written: Weights, plan: MergePlan, names: Iterable[str], *, blocks: frozenset[str] = frozenset()
 ) -> int:
-    """Compare what was written with its sources.
+    """Compare the written weights with base and adapters.
 
     Args:
-        written: What is in the files, by the names of the plan.
-        plan: What was meant to be written.
-        names: The weights to look at.
-        blocks: Those that were written as 8-bit blocks; they are read as rows of bytes.
+        written: Weights in the files, by the names of the plan.
+        plan: Plan of the merge.
+        names: Names of the weights to compare.
+        blocks: Names of the weights that were written as 8-bit blocks; they are read as rows of
+            bytes.
 
     Returns:
-        How many weights differ from the base.
+        The number of weights that differ from the base.
 
     Raises:
-        AssertionError: A weight is not what it should be.
+        AssertionError: A weight differs from its expected value.
     """
     changed = 0
     for name in names:
@@ -54,15 +53,15 @@ def verify_weights(
             continue
         source = plan.read_source(name)
         if not torch.equal(stored, source.to(stored.dtype)):
-            raise AssertionError(f"{name} was not written as it is in its source")
+            raise AssertionError(f"{name} was not written as it is in its source file")
         changed += _replaces_base(name, plan)
     return changed
 
 
 def _verify_values(name: str, stored: Tensor, plan: MergePlan, *, is_blocks: bool) -> bool:
-    """Compare values with exact ones; return whether they differ from the base."""
+    """Compare stored values with exact ones; return whether they differ from the base."""
     source, updates = plan.read_source(name), plan.recipes[name].updates
-    # A half-precision number has 2**-9 or 2**-12 of rounding: beside it, float32's is none.
+    # Half precision rounds by 2**-9 or 2**-12; float32's rounding is negligible to that.
     is_half = stored.dtype in (torch.bfloat16, torch.float16)
     dtype = torch.float32 if is_half else torch.float64
     differs = False
@@ -77,7 +76,7 @@ def _verify_values(name: str, stored: Tensor, plan: MergePlan, *, is_blocks: boo
                 size *= _lengths(exact) / _lengths(added)  # DoRA scales errors too
         part = stored[rows]
         if is_blocks:
-            # Where 8 bits round a change away, it is one all the same.
+            # A change that 8 bits round away still counts.
             differs |= not torch.equal(exact, source[rows].double())
             _compare(name, _decode_blocks(part), exact, size, _block_rounding(exact))
         else:
@@ -87,7 +86,7 @@ def _verify_values(name: str, stored: Tensor, plan: MergePlan, *, is_blocks: boo
 
 
 def _replaces_base(name: str, plan: MergePlan) -> bool:
-    """Whether a weight that no update is added to is another one than the base's."""
+    """Whether a weight without low-rank updates differs from the base's."""
     recipe = plan.recipes[name]
     if recipe.source is None or name not in plan.base.specs:
         return recipe.source is not None
@@ -102,15 +101,15 @@ def _lengths(rows: Tensor) -> Tensor:
 
 
 def _decode_blocks(rows: Tensor) -> Tensor:
-    """Return the values of rows of blocks: a float16 step, then 8-bit numbers, each block."""
+    """Dequantize rows of blocks: per block, a float16 scale, then 8-bit integers."""
     parts = rows.reshape(len(rows), -1, Q8_0_BLOCK_SIZE + 2)
-    step = parts[:, :, :2].contiguous().view(torch.float16).float()
-    numbers = parts[:, :, 2:].contiguous().view(torch.int8).float()
-    return (step * numbers).reshape(len(rows), -1)
+    scale = parts[:, :, :2].contiguous().view(torch.float16).float()
+    quantized = parts[:, :, 2:].contiguous().view(torch.int8).float()
+    return (scale * quantized).reshape(len(rows), -1)
 
 
 def _block_rounding(exact: Tensor) -> Tensor:
-    """Return by how much 8 bits may round: half a step, and what rounding the step adds."""
+    """Return the allowed error of 8-bit blocks: half a step, plus the rounding of the scale."""
     largest = exact.abs().reshape(len(exact), -1, Q8_0_BLOCK_SIZE).amax(dim=2)
     step = largest / _LARGEST
     allowed = step / 2 + _LARGEST * torch.clamp(step * _HALF_ROUNDING, min=_HALF_SMALLEST)
@@ -120,7 +119,7 @@ def _block_rounding(exact: Tensor) -> Tensor:
 def _compare(
     name: str, stored: Tensor, exact: Tensor, size: Tensor, more: Tensor | None = None
 ) -> None:
-    """Check that stored values are the exact ones, but for one rounding and float32's own."""
+    """Check that stored values are exact up to one rounding and the error of float32."""
     info = torch.finfo(stored.dtype)
     allowed = exact.abs().mul_(info.eps / 2).add_(info.smallest_normal).add_(size, alpha=_SLACK)
     if more is not None:

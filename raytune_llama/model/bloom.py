@@ -1,9 +1,9 @@
-"""The forward pass of Bloom over packed documents, which its own code does not know.
+"""Bloom's forward pass over packed documents, which its own code does not support.
 
 Bloom takes no position ids: its attention is biased by distance (ALiBi, arXiv:2108.12409), and
-only a mask keeps documents apart. Its own forward pass derives both from one mask of tokens, so
-here they are made from the positions, and handed to its own layers. The proofs at the start of a
-run compare the result with the model's own logits.
+only a mask isolates documents. Its own forward pass derives both from one token mask, so here they
+are computed from the positions and passed to its own layers. The self-tests at the start of a run
+compare the result with the model's own logits.
 
 Shapes: B sequences, T tokens, D hidden size, H heads, S keys (T of them).
 """
@@ -18,9 +18,9 @@ def run_bloom(decoder: BloomModel, embedded_BTD: Tensor, positions_BT: Tensor) -
 
     Args:
         decoder: the model without its head.
-        embedded_BTD: rows of its word embeddings.
-        positions_BT: position of each token in its document; where they start again, a document
-            begins that sees nothing before it.
+        embedded_BTD: the token embeddings.
+        positions_BT: position of each token in its document; a token at position 0 starts a
+            document, which does not attend to anything before it.
     """
     hidden_BTD = decoder.word_embeddings_layernorm(embedded_BTD)
     alibi = _alibi(decoder, positions_BT, hidden_BTD.dtype)
@@ -31,10 +31,10 @@ def run_bloom(decoder: BloomModel, embedded_BTD: Tensor, positions_BT: Tensor) -
 
 
 def _alibi(decoder: BloomModel, positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the bias of each key by its position in its document, (B x H, 1, S).
+    """Return the ALiBi bias of each key by its position in its document, (B x H, 1, S).
 
     Half precision rounds the bias of a late position: counted from the start of the sequence, it
-    would be another one than the document has alone.
+    would differ from that of the unpacked document.
     """
     ones_BT = torch.ones_like(positions_BT)
     by_place = decoder.build_alibi_tensor(ones_BT, decoder.num_heads, dtype)
@@ -43,7 +43,7 @@ def _alibi(decoder: BloomModel, positions_BT: Tensor, dtype: torch.dtype) -> Ten
 
 
 def _document_mask(positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return 0 where a token sees another, and the lowest number where it does not."""
+    """Return the additive mask, (B, 1, T, S): 0 for visible keys, else the dtype's minimum."""
     documents_BT = (positions_BT == 0).cumsum(dim=1)
     same_BTS = documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1)
     length = positions_BT.shape[1]

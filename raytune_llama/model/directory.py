@@ -1,9 +1,9 @@
-"""A model directory written again with other embedding tables; all other weights keep their bits.
+"""A model directory rewritten with other embedding tables; other weights stay bit-identical.
 
     write_with_tables(model, Path(base), Path(tokenizer), {"model.embed_tokens.weight": table}, out)
 
-Weights go from the base's files to the new ones a tensor at a time, so that neither the precision
-of training nor its partitions touch them.
+Weights are copied from the base's files one tensor at a time, so that neither the precision of
+training nor its partitions affect them.
 """
 
 import math
@@ -34,18 +34,18 @@ _CONFIG, _GENERATION = "config.json", "generation_config.json"
 
 
 def stored_tables(model: PreTrainedModel, path: Path) -> dict[str, str]:
-    """Return the embedding tables in a model directory's files, by name there.
+    """Return the embedding tables in a model directory's files, by their name there.
 
     Args:
-        model: of that directory, with or without its weights.
+        model: the model of that directory, with or without its weights.
         path: a model directory.
 
     Returns:
-        For each table the name of its parameter in the model. A tied table can be stored under
-        both of its names.
+        The name of each stored table's parameter in the model. A tied table can be stored under
+        either name.
 
     Raises:
-        ValueError: the files hold a table under no name that is known.
+        ValueError: the files hold a table under none of the known names.
     """
     names = open_weights(path, what="model.path").specs
     layers = embedding_layers(model)
@@ -54,15 +54,15 @@ def stored_tables(model: PreTrainedModel, path: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for layer in layers:
         name = f"{layer}.weight"
-        # Models that were saved without their head lack the first part of the name.
+        # Models saved without their head lack the base-model prefix.
         stored = [n for n in (name, name.removeprefix(f"{model.base_model_prefix}.")) if n in names]
         if stored:
             found[stored[0]] = f"{first}.weight" if tied else name
     if len(set(found.values())) < (1 if tied else len(layers)):
         wanted = ", ".join(f"{layer}.weight" for layer in layers)
         raise UserError(
-            f"model.path: the files of {path} do not hold the embedding tables under the names "
-            f"{wanted}; load it in transformers and save it again"
+            f"model.path: the files of {path} lack the embedding tables {wanted}; load the model "
+            "in transformers and save it again"
         )
     return found
 
@@ -75,17 +75,17 @@ def rewrite_weights(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict[str, str]:
-    """Write a model's weights again, some of them changed; of the others each bit is kept.
+    """Rewrite a model's weights, changing some; the others stay bit-identical.
 
     Args:
         base: the model directory.
         folder: an existing directory.
-        num_rows: for each weight that changes its new number of rows.
-        change: takes the name and the values of such a weight; returns what is written.
-        max_shard_bytes: largest safetensors file, unless one tensor is larger.
+        num_rows: new number of rows of each weight that changes.
+        change: called with the name and values of such a weight; returns the tensor to write.
+        max_shard_bytes: maximum size of a safetensors file, unless one tensor is larger.
 
     Returns:
-        The SHA256 of the bytes of each tensor.
+        The SHA256 of each tensor's bytes, by name.
     """
     weights = open_weights(base, what="model.path")
     specs = {
@@ -108,13 +108,13 @@ def write_settings(
     values: Mapping[str, object],
     generation: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a model's `settings.json` and, where it has one, `generation_config.json`.
+    """Write a model's `config.json` and, if the base has one, `generation_config.json`.
 
     Args:
         base: the model directory.
         folder: an existing directory.
-        values: what differs in the first file.
-        generation: what differs in the second; without that it is copied.
+        values: fields to override in `config.json`.
+        generation: fields to override in `generation_config.json`; None: it is copied unchanged.
     """
     write_json_atomic(folder / _CONFIG, read_json(base / _CONFIG) | dict(values))
     if (base / _GENERATION).is_file():
@@ -134,18 +134,18 @@ def write_with_trained_tables(
     *,
     settings: Mapping[str, object] | None = None,
 ) -> dict[str, float]:
-    """Write the weights and settings of a base whose embedding tables were trained.
+    """Write the weights and settings of a base model with trained embedding tables.
 
-    Tables have a row for each id of the tokenizer. Rows that were not trained are the base's, bit
-    for bit, or start as `vocab.initialize_new_rows` has it.
+    Tables have one row per tokenizer id. Untrained rows are the base's, bit for bit, or are
+    initialized by `vocab.initialize_new_rows`.
 
     Args:
-        model: the model that was trained; only its structure is read.
+        model: the trained model; only its structure is read.
         base: the directory that it was loaded from.
-        tokenizer: directory of its tokenizer; nothing of it is written.
-        trained: whole tables, and new rows of tables, by parameter name.
+        tokenizer: directory of its tokenizer, which is not copied.
+        trained: full tables, and new rows of tables, by parameter name.
         folder: an existing directory.
-        settings: what else differs in the config.json; see `llama.model_settings`. None: nothing.
+        settings: further config.json fields to override; see `llama.model_settings`. None: none.
 
     Returns:
         The L2 norm of each trained tensor, by parameter name.
@@ -155,16 +155,16 @@ def write_with_trained_tables(
     """
     weights = open_weights(base, what="model.path")
     tables = stored_tables(model, base)
-    pieces = _split_new_tokens(base, tokenizer)
+    subtokens = _split_new_tokens(base, tokenizer)
     ids = new_ids(base, tokenizer)
     names = {name for table in tables.values() for name in (table, new_rows_name(table))}
-    assert trained.keys() <= names, f"not written: {sorted(trained.keys() - names)}"
+    assert trained.keys() <= names, f"not embedding tables: {sorted(trained.keys() - names)}"
     num_rows = max(
-        [*(weights.specs[name].shape[0] for name in tables), *(id_ + 1 for id_ in pieces)]
+        [*(weights.specs[name].shape[0] for name in tables), *(id_ + 1 for id_ in subtokens)]
     )
 
     def change(name: str, old_VD: Tensor) -> Tensor:
-        table_VD = _grow_table(old_VD, pieces)
+        table_VD = _grow_table(old_VD, subtokens)
         return _with_trained(table_VD, tables[name], trained, ids)
 
     rewrite_weights(base, folder, dict.fromkeys(tables, num_rows), change)
@@ -178,18 +178,18 @@ def _split_new_tokens(base: Path, tokenizer: Path) -> dict[int, list[int]]:
     return split_new_tokens(load_tokenizer(base), load_tokenizer(tokenizer))
 
 
-def _grow_table(old_VD: Tensor, pieces: Mapping[int, list[int]]) -> Tensor:
-    """Return a table with a row for each id that the base's tokenizer lacks."""
-    if not pieces:
+def _grow_table(old_VD: Tensor, subtokens: Mapping[int, list[int]]) -> Tensor:
+    """Return the table grown by a row for each id that the base's tokenizer lacks."""
+    if not subtokens:
         return old_VD
-    table_VD = old_VD.new_empty((max(len(old_VD), max(pieces) + 1), *old_VD.shape[1:]))
+    table_VD = old_VD.new_empty((max(len(old_VD), max(subtokens) + 1), *old_VD.shape[1:]))
     table_VD[: len(old_VD)] = old_VD
-    initialize_new_rows(table_VD, pieces)
+    initialize_new_rows(table_VD, subtokens)
     return table_VD
 
 
 def _with_trained(table_VD: Tensor, name: str, trained: Mapping[str, Tensor], ids: range) -> Tensor:
-    """Return a table with what was trained of it: all, or the rows of ids new to the base."""
+    """Return the table with its trained values: all of it, or the rows of ids new to the base."""
     if name in trained:
         return _cast(name, trained[name], table_VD.dtype)
     rows_name = new_rows_name(name)
@@ -205,5 +205,5 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype)
     norm = float(cast.float().norm())
     if not math.isfinite(norm):
-        raise UserError(f"{name}: is not finite as {dtype} (norm {norm}), the base's precision")
+        raise UserError(f"{name}: is not finite in the base's precision, {dtype} (norm {norm})")
     return cast

@@ -1,11 +1,11 @@
-"""Training of the embedding tables alone: stage 1 of pre-training with a grown vocabulary.
+"""Training only the embedding tables: stage 1 of pre-training with a grown vocabulary.
 
     train_embeddings(model, EmbeddingsConfig(new_rows_only=True), new_ids(base, tokenizer))
 
-Where only the rows of new ids are trained, they are a parameter of their own beside the frozen
-table, and the layers that read the table take each row from where it is. Gradient norms, weight
-decay, moments, partitions and checkpoints never see an old row, so nothing has to be masked or
-restored after a step.
+With `new_rows_only`, the rows of new ids are a separate parameter beside the frozen table, and the
+layers that read the table look each row up in the right one. Gradient norms, weight decay, moments,
+partitions and checkpoints never see an old row, so nothing has to be masked or restored after a
+step.
 
 Shapes: B sequences, T tokens, D hidden size, V rows of a table, R new rows.
 """
@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.config.settings import settings
+from raytune_llama.model.config import EmbeddingsConfig
 from raytune_llama.model.lora import is_tied
 
 logger = logging.getLogger(__name__)
@@ -27,21 +27,8 @@ logger = logging.getLogger(__name__)
 _WEIGHT, _NEW_ROWS = ".weight", ".new_rows"
 
 
-@settings
-class EmbeddingsConfig:
-    """Which embedding tables are trained with `train: embeddings`, all else being frozen."""
-
-    lm_head: bool = False
-    """Also train the output projection. A tied model has one table for both, which is trained in
-    any case."""
-
-    new_rows_only: bool = False
-    """Train only the rows of ids that the model's own tokenizer lacks; the others keep every bit.
-    False: whole tables, as Chinese-LLaMA's stage 1."""
-
-
 class NewRowsEmbedding(nn.Module):
-    """An embedding whose rows of new ids are a parameter of their own."""
+    """An embedding whose rows of new ids are a separate parameter."""
 
     def __init__(self, weight_VD: nn.Parameter, rows_RD: nn.Parameter, ids: range) -> None:
         super().__init__()
@@ -52,7 +39,7 @@ class NewRowsEmbedding(nn.Module):
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Return the row of each id, (B, T, D)."""
         is_new_BT = (ids_BT >= self._ids.start) & (ids_BT < self._ids.stop)
-        # An old id reads some new row too, and throws it away: its gradient is exactly zero.
+        # Old ids also read new row 0 and discard it: its gradient from them is exactly zero.
         places_BT = torch.where(is_new_BT, ids_BT - self._ids.start, 0)
         new_BTD = functional.embedding(places_BT, self.new_rows)
         old_BTD = functional.embedding(ids_BT, self.weight)
@@ -60,7 +47,7 @@ class NewRowsEmbedding(nn.Module):
 
 
 class NewRowsProjection(nn.Module):
-    """An output projection whose rows of new ids are a parameter of their own."""
+    """An output projection whose rows of new ids are a separate parameter."""
 
     def __init__(self, weight_VD: nn.Parameter, rows_RD: nn.Parameter, ids: range) -> None:
         super().__init__()
@@ -69,7 +56,7 @@ class NewRowsProjection(nn.Module):
         self._ids = ids
 
     def full_weight(self) -> Tensor:
-        """Return the table with its new rows in their places, (V, D): a copy."""
+        """Return a copy of the table with its new rows in place, (V, D)."""
         ids = self._ids
         return torch.cat([self.weight[: ids.start], self.new_rows, self.weight[ids.stop :]])
 
@@ -79,17 +66,17 @@ class NewRowsProjection(nn.Module):
 
 
 def new_rows_name(table: str) -> str:
-    """Return the name of the parameter that holds the new rows of a table, by the table's own."""
+    """Return the name of the parameter that holds the new rows of the table with this name."""
     return table.removesuffix(_WEIGHT) + _NEW_ROWS
 
 
 def is_new_rows(name: str) -> bool:
-    """Whether the parameter of a name holds the new rows of a table."""
+    """Whether the parameter with this name holds the new rows of a table."""
     return name.endswith(_NEW_ROWS)
 
 
 def projection_weight(model: PreTrainedModel) -> Tensor:
-    """Return the rows that the logits are made with, (V, D), wherever they are kept."""
+    """Return the full weight of the output projection, (V, D), new rows included."""
     head = cast("nn.Module", model.get_output_embeddings())
     if isinstance(head, NewRowsProjection):
         return head.full_weight()
@@ -107,7 +94,7 @@ def embedding_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def trained_layers(model: PreTrainedModel, config: EmbeddingsConfig) -> dict[str, nn.Module]:
-    """Return the layers, by module name, whose table a config trains."""
+    """Return the layers whose table the config trains, by module name."""
     layers = embedding_layers(model)
     if config.lm_head or is_tied(model):
         return layers
@@ -116,38 +103,38 @@ def trained_layers(model: PreTrainedModel, config: EmbeddingsConfig) -> dict[str
 
 
 def check_embeddings(model: PreTrainedModel, config: EmbeddingsConfig, ids: range) -> list[str]:
-    """Return why a model can't be trained so; empty where it can.
+    """Return why the model can't be trained as configured; empty if it can.
 
     Args:
-        model: with or without its weights; it is left as it is.
-        config: what is to be trained.
-        ids: new to the model; see `vocab.new_ids`.
+        model: the model, with or without its weights; it is not modified.
+        config: the tables to train.
+        ids: the ids new to the model; see `vocab.new_ids`.
     """
     if not config.new_rows_only:
         return []
     if not ids:
         return [
-            "embeddings.new_rows_only: got true, but the tokenizer has no id that the model's own "
-            "lacks; name a grown one in model.tokenizer, or set it to false to train whole tables"
+            "embeddings.new_rows_only: got true, but the tokenizer adds no ids to the model's own; "
+            "name a grown tokenizer in model.tokenizer, or set it to false to train full tables"
         ]
     return [
-        f"embeddings.new_rows_only: got true, but {name} is a {type(layer).__name__}, which may do "
-        "more than read rows of a table; set it to false to train whole tables"
+        f"embeddings.new_rows_only: got true, but {name} is a {type(layer).__name__}, not a plain "
+        "nn.Embedding or nn.Linear; set it to false to train full tables"
         for name, layer in trained_layers(model, config).items()
         if type(layer) not in {nn.Embedding, nn.Linear}
     ]
 
 
 def train_embeddings(model: PreTrainedModel, config: EmbeddingsConfig, ids: range) -> None:
-    """Freeze a model but for its embedding tables, or for their rows of new ids.
+    """Freeze a model except for its embedding tables, or for their rows of new ids.
 
     Args:
-        model: its tables have a row for each id.
-        config: what is to be trained.
-        ids: new to the model; see `vocab.new_ids`.
+        model: the model, whose tables have a row for each id.
+        config: the tables to train.
+        ids: the ids new to the model; see `vocab.new_ids`.
 
     Raises:
-        ValueError: the model can't be trained so; see `check_embeddings`.
+        ValueError: the model can't be trained as configured; see `check_embeddings`.
     """
     problems = check_embeddings(model, config, ids)
     if problems:
@@ -163,7 +150,7 @@ def train_embeddings(model: PreTrainedModel, config: EmbeddingsConfig, ids: rang
             cast("nn.Parameter", layer.weight).requires_grad_(True)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
-        "trained: %s%s%s, %d of %d parameters (%.2f %%)",
+        "trainable: %s%s%s, %d of %d parameters (%.2f %%)",
         f"the rows {ids.start} to {ids.stop - 1} of " if config.new_rows_only else "",
         " and ".join(layers),
         " (one table, since they are tied)" if tied else "",
@@ -174,7 +161,7 @@ def train_embeddings(model: PreTrainedModel, config: EmbeddingsConfig, ids: rang
 
 
 def _separate_new_rows(model: PreTrainedModel, ids: range, *, with_head: bool) -> None:
-    """Put layers in place that keep new rows apart; tied tables have their new rows tied too."""
+    """Replace the embedding layers by ones with separate new rows; tied tables share theirs."""
     weight = cast("nn.Parameter", model.get_input_embeddings().weight)
     rows = _copy_rows(weight, ids)
     head = cast("nn.Linear", model.get_output_embeddings())

@@ -1,6 +1,6 @@
-"""Do the tokenizers of a base, its adapters and a run belong together, by hash and by vocabulary?
+"""Checks that the tokenizers of a base, its adapters and a run match, by hash and by vocabulary.
 
-Sizes alone don't tell: a foreign tokenizer of the same size gives every id another meaning.
+Comparing sizes is not enough: a foreign tokenizer of the same size gives every id another meaning.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from raytune_llama.storage.files import read_manifest
 from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
 
 CHAT_KEY = "chat"
-"""Key of a manifest: the template that a model or an adapter was tuned with, and its hash."""
+"""Manifest key of the chat template that a model or adapter was tuned with, and its hash."""
 
 
 def find_chat_template(directories: Sequence[Path]) -> tuple[Path, dict[str, Any]] | None:
-    """Return the template that a model was tuned with last, and which directory says so.
+    """Return the directory of the last recorded chat template, and the template; None if none is.
 
     Args:
-        directories: A base and the adapters on it, in the order of their training.
+        directories: A base and its adapters, in the order of their training.
     """
     for directory in reversed(directories):
         found = read_manifest(directory).get(CHAT_KEY)
@@ -30,9 +30,9 @@ def find_chat_template(directories: Sequence[Path]) -> tuple[Path, dict[str, Any
 
 
 def check_tokenizer_hash(directory: Path) -> str | None:
-    """Return what is wrong with the tokenizer of a directory, by the hash in its manifest.
+    """Return how a directory's tokenizer contradicts the hash in its manifest.
 
-    None where it is the recorded one, or none is recorded.
+    None if the hash matches, or if there is no tokenizer or no recorded hash.
     """
     wanted = read_manifest(directory).get("tokenizer_sha256")
     if not wanted or not has_tokenizer(directory):
@@ -41,16 +41,16 @@ def check_tokenizer_hash(directory: Path) -> str | None:
     if found == wanted:
         return None
     return (
-        f"the tokenizer in {directory} is not the one that it was made with (SHA256 {found[:16]}, "
-        f"wanted {wanted[:16]}); put that one back"
+        f"the tokenizer in {directory} does not match its manifest (SHA256 {found[:16]}, "
+        f"wanted {wanted[:16]}); restore the original tokenizer"
     )
 
 
 def check_adapter_tokenizer(adapter: Path, tokenizer: Path) -> list[str]:
-    """Return why a tokenizer is not the one that an adapter was trained with; empty where it is.
+    """Return why a tokenizer is not the one that an adapter was trained with; empty if it is.
 
     Args:
-        adapter: An adapter directory. Without a tokenizer and a manifest of ours nothing is known.
+        adapter: An adapter directory; one with neither tokenizer nor manifest passes unchecked.
         tokenizer: Directory of the tokenizer to use.
     """
     wanted = read_manifest(adapter).get("tokenizer_sha256")
@@ -60,8 +60,8 @@ def check_adapter_tokenizer(adapter: Path, tokenizer: Path) -> list[str]:
             return []
         return [
             f"model.tokenizer: {tokenizer} is not the tokenizer that the adapter {adapter} was "
-            f"trained with (SHA256 {found[:16]}, wanted {wanted[:16]}); name {adapter}, which has "
-            "its own"
+            f"trained with (SHA256 {found[:16]}, wanted {wanted[:16]}); set model.tokenizer to "
+            f"{adapter}, which has its own"
         ]
     if not has_tokenizer(adapter):
         return []
@@ -70,16 +70,16 @@ def check_adapter_tokenizer(adapter: Path, tokenizer: Path) -> list[str]:
         return []
     num_other = len(set(own.items()) - set(used.items()))
     return [
-        f"model.tokenizer: {tokenizer} has {len(used)} tokens, and the adapter {adapter} was "
-        f"trained with {len(own)}, of which {num_other} are others; name {adapter}, which has its "
-        "own"
+        f"model.tokenizer: {tokenizer} ({len(used)} tokens) lacks or renumbers {num_other} of the "
+        f"{len(own)} tokens that the adapter {adapter} was trained with; set model.tokenizer to "
+        f"{adapter}, which has its own"
     ]
 
 
 def check_tokenizer_chain(directories: list[Path]) -> list[str]:
-    """Return what is wrong with the tokenizers of a base and adapters in the order of training.
+    """Return what is wrong with the tokenizers of a base and its adapters, in training order.
 
-    Each has to be the recorded one, and the one before it or grown from that.
+    Each must match its recorded hash, and be the previous tokenizer or grown from it.
     """
     having = [directory for directory in directories if has_tokenizer(directory)]
     problems = [f"adapters: {p}" for p in map(check_tokenizer_hash, having) if p is not None]
@@ -87,6 +87,6 @@ def check_tokenizer_chain(directories: list[Path]) -> list[str]:
         foreign = describe_tokenizer_mismatch(older, newer)
         if foreign is not None:
             problems.append(
-                f"adapters: {foreign}; give base and adapters in the order of their training"
+                f"adapters: {foreign}; list base and adapters in the order of their training"
             )
     return problems

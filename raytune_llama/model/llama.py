@@ -1,4 +1,4 @@
-"""A LLaMA-family causal language model: settings, loading, and the module that is trained."""
+"""A LLaMA-family causal language model: settings, loading, and the module to train."""
 
 import inspect
 import json
@@ -6,30 +6,26 @@ import logging
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, BloomModel, PreTrainedModel
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.config.settings import PLACEMENT, settings
 from raytune_llama.model.bloom import run_bloom
+from raytune_llama.model.config import ModelConfig, Precision
 from raytune_llama.model.embeddings import projection_weight
 from raytune_llama.model.loss import IGNORE_INDEX, summed_cross_entropy
-from raytune_llama.model.neftune import add_noise
-from raytune_llama.model.quantization import Quantization
-from raytune_llama.model.rope import RopeScaling, apply_rope_settings, build_rope_settings
+from raytune_llama.model.rope import apply_rope_settings, build_rope_settings
 from raytune_llama.model.tensors import SAFETENSORS, SAFETENSORS_INDEX, SafetensorsFile
 from raytune_llama.model.vocab import grow_embeddings, has_tokenizer
 from raytune_llama.tokenizer.loader import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -37,47 +33,11 @@ DTYPES: dict[Precision, torch.dtype] = {
 }
 
 MODEL_WEIGHT_FILES = (SAFETENSORS, SAFETENSORS_INDEX)
-"""A model directory has one of them; formats that need unpickling are not read."""
-
-
-@settings
-class ModelConfig:
-    """The base model and the tokenizer that feeds it.
-
-    The paths may change when a run is resumed: their content is compared, by hash.
-    """
-
-    path: Annotated[str, Field(min_length=1), PLACEMENT]
-    """Directory of a Hugging Face causal LM with safetensors weights."""
-
-    tokenizer: Annotated[str | None, PLACEMENT] = None
-    """Directory of the tokenizer; null: the one in `path`. It may have more tokens than `path`
-    was trained with if the old ones keep their ids: the embeddings then grow."""
-
-    attention: Annotated[Literal["auto", "sdpa", "flash_attention_2"], PLACEMENT] = "auto"
-    """Attention kernel; auto: FlashAttention 2 where it is installed, on CUDA in half precision,
-    and PyTorch's SDPA elsewhere, or a model's own code where it has no other."""
-
-    quantization: Quantization | None = None
-    """How the base's linear layers are held, frozen, below an adapter: `int8`, a byte a weight with
-    a scale a row; `nf4`, half a byte, the scales quantised too (arXiv:2305.14314); null: in
-    `protocol.precision`. Computing is in `protocol.precision` in any case. Needs the extra
-    `quantized`, `train: lora` and `engine.strategy: ddp`; the result fits the base as it is."""
-
-    allow_untrained_rows: bool = False
-    """Go on although new rows of the embeddings would stay as they were initialised."""
-
-    rope_scaling: RopeScaling | None = None
-    """Rotary positions for a longer context than the model's own; null: as the model has them."""
-
-    @property
-    def tokenizer_path(self) -> str:
-        """Directory of the tokenizer in use."""
-        return self.tokenizer or self.path
+"""Weight files, of which a model directory has one; formats that need unpickling are not read."""
 
 
 def check_model_settings(path: Path) -> list[str]:
-    """Return what `path` lacks to be a model without weights; empty where it is one."""
+    """Return what `path` lacks to be a model directory, weights aside; empty if nothing."""
     if not path.is_dir():
         return [f"model.path: {path} is not a directory; name a Hugging Face model directory"]
     if not (path / "config.json").is_file():
@@ -91,7 +51,7 @@ def has_weights(path: Path) -> bool:
 
 
 def check_model_directory(path: Path) -> list[str]:
-    """Return what `path` lacks to be loaded as a model; empty where it is complete."""
+    """Return why `path` cannot be loaded as a model; empty if it can."""
     problems = check_model_settings(path)
     if not path.is_dir():
         return problems
@@ -107,9 +67,9 @@ def check_model_directory(path: Path) -> list[str]:
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return [*problems, f"model.path: {index} is no index of weights ({error}); fetch it again"]
+        return [*problems, f"model.path: {index} is not a valid index ({error}); fetch it again"]
     problems += [
-        f"model.path: {path} lacks the weight shard {shard} that its index names"
+        f"model.path: {path} lacks the weight shard {shard} that its index lists"
         for shard in shards
         if not (path / shard).is_file()
     ]
@@ -119,7 +79,7 @@ def check_model_directory(path: Path) -> list[str]:
 
 
 def _check_weight_files(files: list[Path]) -> list[str]:
-    """Return which files are not whole safetensors; only their headers are read."""
+    """Return which files are not complete safetensors; only their headers are read."""
     problems: list[str] = []
     for file in files:
         try:
@@ -130,11 +90,11 @@ def _check_weight_files(files: list[Path]) -> list[str]:
 
 
 def build_empty_model(path: Path, *, num_rows: int | None = None) -> PreTrainedModel:
-    """Build the model of a directory without its weights: shapes and names, no memory.
+    """Build a directory's model on the meta device: shapes and names, no memory.
 
     Args:
         path: a model directory; only its config.json is read.
-        num_rows: rows of the embeddings; None: as many as the model has.
+        num_rows: rows of the embeddings; None: the number in its config.json.
     """
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if num_rows is not None:
@@ -144,10 +104,10 @@ def build_empty_model(path: Path, *, num_rows: int | None = None) -> PreTrainedM
 
 
 def choose_attention(wanted: str, precision: Precision, device: torch.device) -> str:
-    """Resolve `ModelConfig.attention` to the kernel that this worker uses.
+    """Resolve `ModelConfig.attention` to the attention kernel of this worker.
 
     Raises:
-        ValueError: FlashAttention was asked for by name and cannot run here.
+        ValueError: FlashAttention was requested explicitly and cannot run here.
     """
     installed = find_spec("flash_attn") is not None
     fits = device.type == "cuda" and precision != "fp32"
@@ -160,7 +120,7 @@ def choose_attention(wanted: str, precision: Precision, device: torch.device) ->
 
 
 def model_settings(config: ModelConfig) -> dict[str, Any]:
-    """Return what a run's model has otherwise than the config.json of its base says."""
+    """Return the config.json fields in which a run's model differs from its base."""
     own = AutoConfig.from_pretrained(config.path, local_files_only=True)
     return build_rope_settings(own, config.rope_scaling)
 
@@ -172,12 +132,11 @@ def load_model(
     *,
     modules_to_save: Sequence[str] = (),
 ) -> PreTrainedModel:
-    """Load the base on the CPU, its embeddings grown to the tokenizer, caching off.
+    """Load the base on the CPU, its embeddings grown to the tokenizer, with the KV cache off.
 
-    Quantised layers are on the run's device at once, without `modules_to_save`. Other weights that
-    are stored in the wanted precision stay mapped from their file, so that the workers of a node
-    share one copy until the engine moves or partitions them; the rest is converted, one copy a
-    worker.
+    Quantized layers go to the run's device at once, except `modules_to_save`. Other weights that
+    are stored in the wanted precision stay memory-mapped, so that the workers of a node share one
+    copy until the engine moves or partitions them; the rest is converted, one copy per worker.
     """
     attention = choose_attention(config.attention, precision, device)
     changed = AutoConfig.from_pretrained(config.path, local_files_only=True)
@@ -186,7 +145,7 @@ def load_model(
         config.path,
         config=changed,
         dtype=DTYPES[precision],
-        # Without a name: SDPA, but a model's own code where it has no other (Bloom).
+        # None selects SDPA, or the model's own code if it does not support SDPA (Bloom).
         attn_implementation=None
         if (config.attention, attention) == ("auto", "sdpa")
         else attention,
@@ -213,30 +172,30 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers that a causal LM repeats; empty where its decoder keeps them in no list."""
+    """Return the repeated layers of a causal LM; empty if its decoder has no ModuleList."""
     decoder = causal_lm(model).get_decoder()
     lists = [each for each in decoder.children() if isinstance(each, nn.ModuleList)]
     return [layer for each in lists for layer in each]
 
 
 class SummedLoss(nn.Module):
-    """The module that an engine trains: token ids in, the sum of the targets' losses out.
+    """The module that an engine trains: takes token ids, returns the loss summed over the targets.
 
-    The logits of a batch are never held together; see `model.loss`.
+    The logits of a full batch are never materialized; see `model.loss`.
     """
 
     def __init__(self, model: nn.Module, *, neftune_alpha: float | None = None) -> None:
         """Wrap a causal LM, or an adapter around one.
 
         Args:
-            model: what is trained.
-            neftune_alpha: noise on the input embeddings while training; None: none.
+            model: the module to train.
+            neftune_alpha: scale of the noise on the input embeddings in training; None: no noise.
         """
         super().__init__()
         self.model = model
         self._neftune_alpha = neftune_alpha
         accepted = _arguments(causal_lm(model))
-        # Where a forward pass takes any keyword, the proofs of a run show if it heeds this one.
+        # If the forward pass takes **kwargs, the run's self-tests show whether it uses this one.
         self._passes_positions = "position_ids" in accepted or any(
             each.kind is inspect.Parameter.VAR_KEYWORD for each in accepted.values()
         )
@@ -246,8 +205,8 @@ class SummedLoss(nn.Module):
 
         Args:
             ids_BT: token ids.
-            positions_BT: position of each token in its document. No attention mask is given, so
-                that the model keeps documents apart wherever positions start again.
+            positions_BT: position of each token in its document. No attention mask is passed,
+                so the model isolates documents wherever positions restart.
             labels_BT: the id that follows each token, or IGNORE.
         """
         lm = causal_lm(self.model)
@@ -256,9 +215,9 @@ class SummedLoss(nn.Module):
         return summed_cross_entropy(hidden_BTD.flatten(0, 1), weight_VD, labels_BT.flatten())
 
     def loss_from_logits(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        """Return the same loss from the model's own logits, all held together: to check by."""
+        """Return the same loss from the model's own full logits, as a reference for checks."""
         lm = causal_lm(self.model)
-        # One document a row: its positions are those that a model counts by itself.
+        # One document per row: the model's default positions are correct.
         logits_BTV = lm(input_ids=ids_BT, use_cache=False).logits
         return cross_entropy(
             logits_BTV.flatten(0, 1).float(),
@@ -289,31 +248,53 @@ def _arguments(lm: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
 
 
 def check_document_isolation(model: PreTrainedModel) -> list[str]:
-    """Return why documents in one sequence cannot be kept apart; empty where they may be.
+    """Return why documents in one sequence cannot be isolated; empty if they can.
 
-    A run proves it on its own model before the first step; this is what can be known without.
+    This checks the model's class; a run's self-tests verify isolation before the first step.
     """
     if "position_ids" in _arguments(model) or isinstance(model.get_decoder(), BloomModel):
         return []
     return [
-        f"batch.isolate_documents: a {type(model).__name__} takes no position ids, by which "
-        "documents in one sequence are kept apart; set it to false with packing=packed, so that "
-        "they see each other"
+        f"batch.isolate_documents: {type(model).__name__} takes no position_ids, which isolate "
+        "the documents of a packed sequence; set it to false with packing=packed, so that they "
+        "attend to each other"
     ]
 
 
 def last_hidden_state_module(lm: PreTrainedModel) -> nn.Module:
-    """Return the module of a causal LM whose output `SummedLoss` has for the last hidden state."""
+    """Return the module whose output `SummedLoss` uses as the last hidden state."""
     decoder = lm.get_decoder()
     return decoder.ln_f if isinstance(decoder, BloomModel) else decoder
 
 
 def check_output_projection(model: PreTrainedModel) -> list[str]:
-    """Return why the chunked loss cannot stand for this model's own; empty where it can."""
+    """Return why the chunked loss cannot replace the model's own; empty if it can."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         return [
             f"model.path: the output projection of {type(model).__name__} is not a linear layer "
-            "without bias, which the training loss needs"
+            "without bias, which the training loss requires; use another model"
         ]
     return []
+
+
+def add_noise(embedded_BTD: Tensor, positions_BT: Tensor, alpha: float) -> Tensor:
+    """Add uniform noise within alpha / sqrt(L x D) to the embeddings of documents of L tokens.
+
+    L is the document's own length, so its noise does not depend on what it is packed or padded
+    with. Padding counts as a separate document, which nothing attends to.
+
+    Args:
+        embedded_BTD: the token embeddings.
+        positions_BT: position of each token in its document, which starts at 0.
+        alpha: scale of the noise; 5 to 15 in the paper.
+    """
+    documents_BT = (positions_BT == 0).cumsum(dim=1)
+    # Index 0 is for a sequence that starts mid-document, hence one more count.
+    counts = documents_BT.new_zeros(len(documents_BT), documents_BT.shape[1] + 1)
+    counts.scatter_add_(1, documents_BT, torch.ones_like(documents_BT))
+    numel_BT = counts.gather(1, documents_BT) * embedded_BTD.shape[-1]
+    bound_BT1 = (alpha / numel_BT.float().sqrt()).unsqueeze(-1)
+    # Drawn in float32 from the generator that dropout uses, which is seeded per micro-batch.
+    noise_BTD = torch.rand(embedded_BTD.shape, device=embedded_BTD.device) * 2 - 1
+    return embedded_BTD + (noise_BTD * bound_BT1).to(embedded_BTD.dtype)

@@ -1,4 +1,4 @@
-"""Low-rank adapters: attach them, name what is trained, and write them in PEFT's own format."""
+"""LoRA adapters: check, attach and load them, and write them in PEFT's own format."""
 
 import copy
 import logging
@@ -6,90 +6,29 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import cast
 
 import peft
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.config.settings import ConfigError, settings
+from raytune_llama.model.config import LoraConfig
 from raytune_llama.model.pissa import plain_lora_settings, to_plain_lora
 
 logger = logging.getLogger(__name__)
 
-LLAMA_PROJECTIONS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-@settings
-class LoraConfig:
-    """A new low-rank adapter (arXiv:2106.09685)."""
-
-    rank: Annotated[int, Field(ge=1)] = 8
-    """Rank r of the update B A of each adapted weight."""
-
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """Numerator of the update's scale, alpha / r (alpha / sqrt(r) with `rslora`)."""
-
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Probability of zeroing an input of A while training."""
-
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] = LLAMA_PROJECTIONS
-    """Name endings of the linear layers to adapt; each has to match at least one."""
-
-    modules_to_save: tuple[str, ...] = ()
-    """Name endings of modules to train whole and to keep in the adapter, such as embed_tokens
-    and lm_head. Of a tied pair one name is enough, and the one table stays tied."""
-
-    rslora: bool = False
-    """Scale by alpha / sqrt(r) (arXiv:2312.03732)."""
-
-    dora: bool = False
-    """Train the magnitude of each adapted column apart from its direction (arXiv:2402.09353)."""
-
-    init: Literal["default", "pissa"] = "default"
-    """How A and B start. `default`: A drawn, B zero. `pissa`: as the principal singular triplets of
-    the weight, which is left with the rest (arXiv:2404.02948); the adapter that is written is a
-    plain one of twice the rank on the base as it was."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "LoraConfig":
-        if self.init == "default":
-            return self
-        problems: list[str] = []
-        if self.dropout:
-            problems.append(
-                f"dropout: got {self.dropout}, but with init=pissa it would drop the largest parts "
-                "of the weights; set it to 0"
-            )
-        if self.dora:
-            problems.append(
-                "dora: got true, but magnitudes of the base's weights are not those of the rest "
-                "that init=pissa leaves; set it to false, or use init=default"
-            )
-        if problems:
-            raise ConfigError(problems)
-        return self
-
-
 def check_adapter_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
-    """Return what is wrong with the module names of `config` for `model`; empty where all fit."""
+    """Return which module names of `config` do not fit `model`, and why; empty if all do."""
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     problems = [
@@ -99,7 +38,7 @@ def check_adapter_targets(model: PreTrainedModel, config: LoraConfig) -> list[st
         if not any(_ends_with(name, target) for name in linear)
     ]
     for saved in config.modules_to_save:
-        # PEFT compares letters, not whole names: its "norm" is every input_layernorm too.
+        # PEFT matches string suffixes, not name components: "norm" matches input_layernorm too.
         matched = [name for name in modules if saved and name.endswith(saved)]
         others = [name for name in matched if not _ends_with(name, saved)]
         if len(others) == len(matched):
@@ -109,20 +48,20 @@ def check_adapter_targets(model: PreTrainedModel, config: LoraConfig) -> list[st
             )
         elif others:
             problems.append(
-                f"lora.modules_to_save: {saved!r} would train {_last_parts(others)} too; "
-                "write more of the name, such as "
+                f"lora.modules_to_save: {saved!r} would also train {_last_parts(others)}; "
+                "use a longer name, such as "
                 f"{next(name for name in matched if name not in others)}"
             )
     both = sorted(set(config.targets) & set(config.modules_to_save))
     if both:
         problems.append(
-            f"lora.modules_to_save: {', '.join(both)} stand in lora.targets too; "
-            "adapt a module or train it whole"
+            f"lora.modules_to_save: got {', '.join(both)}, also in lora.targets; "
+            "either adapt a module or train it fully"
         )
     head = next((name for name in linear if modules[name] is model.get_output_embeddings()), None)
     if head and any(_ends_with(head, target) for target in config.targets):
         problems.append(
-            f"lora.targets: {head} cannot be adapted, since the loss reads its weight whole; "
+            f"lora.targets: {head} cannot be adapted, since the loss reads its full weight; "
             "name it in lora.modules_to_save to train it"
         )
     if config.init == "pissa":
@@ -131,13 +70,13 @@ def check_adapter_targets(model: PreTrainedModel, config: LoraConfig) -> list[st
 
 
 def _check_rank(model: PreTrainedModel, config: LoraConfig) -> list[str]:
-    """Return which adapted weight has fewer singular values than PiSSA takes."""
+    """Return the first adapted weight that has fewer singular values than the rank."""
     for name, module in model.named_modules():
         is_target = any(_ends_with(name, target) for target in config.targets)
         if is_target and isinstance(module, nn.Linear) and config.rank > min(module.weight.shape):
             return [
                 f"lora.rank: got {config.rank}, but {name} has {min(module.weight.shape)} singular "
-                "values, of which init=pissa takes as many as the rank; use a smaller one"
+                "values, of which init=pissa needs one per rank; use a smaller rank"
             ]
     return []
 
@@ -152,9 +91,9 @@ def _ends_with(name: str, ending: str) -> bool:
 
 
 def attach_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftModel:
-    """Add a new adapter: A drawn from `seed` alone, B zero, all else frozen.
+    """Add a new adapter, A drawn from `seed` alone and B zero, and freeze the base.
 
-    A tied input and output embedding stays one table, also where it is trained.
+    Tied input and output embeddings stay one table, even if trained.
 
     Raises:
         ValueError: PEFT cannot keep the tables of this model tied.
@@ -172,7 +111,7 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> 
         ensure_weight_tying=bool(config.modules_to_save) and was_tied,
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # PEFT announces the tying that was just asked for.
+        # PEFT warns about the tying that is requested here.
         warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")
         # The model is on the CPU; `torch.manual_seed` would set the devices' generators too.
         torch.default_generator.manual_seed(seed)
@@ -181,15 +120,15 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> 
     if was_tied and not is_tied(model):
         raise UserError(
             f"lora.modules_to_save: with {', '.join(config.modules_to_save)} PEFT would untie the "
-            f"embeddings of a {type(model).__name__}, one table in the base; leave it out"
+            f"embeddings of {type(model).__name__}, which are tied in the base; remove it"
         )
     return attached
 
 
 def _saved_names(model: PreTrainedModel, config: LoraConfig) -> list[str]:
-    """Return what PEFT is to save; it keeps a tied table tied only under the names that it knows.
+    """Return the `modules_to_save` to pass to PEFT, by names under which a tied table stays tied.
 
-    Of an input embedding that is not called embed_tokens (Bloom's) it makes a copy, but finds it
+    PEFT copies a tied input embedding that is not called embed_tokens (Bloom's), unless it is named
     by its head.
     """
     if not is_tied(model):
@@ -207,8 +146,8 @@ def load_adapter(model: PreTrainedModel, path: Path) -> PeftModel:
     """Attach the adapter of a directory, trainable, with its own settings.
 
     Raises:
-        ValueError: the directory holds no adapter, it is not one of this model, or nothing in it
-            can be trained.
+        ValueError: the directory holds no adapter, the adapter does not fit the model, or nothing
+            in it is trainable.
     """
     problem = check_adapter_directory(path)
     problems = [problem] if problem else check_adapter_fits(model, path)
@@ -216,12 +155,12 @@ def load_adapter(model: PreTrainedModel, path: Path) -> PeftModel:
         raise UserError("\n".join(problems))
     attached = PeftModel.from_pretrained(model, str(path), is_trainable=True)
     if not any(parameter.requires_grad for parameter in attached.parameters()):
-        raise UserError(f"adapter: {path} has no parameter that can be trained")
+        raise UserError(f"adapter: {path} has no trainable parameter")
     return attached
 
 
 def check_adapter_directory(path: Path) -> str | None:
-    """Return why `path` is no adapter directory, or None."""
+    """Return why `path` is not an adapter directory, or None if it is one."""
     missing = [
         name for name in ("adapter_config.json", ADAPTER_WEIGHTS) if not (path / name).is_file()
     ]
@@ -231,14 +170,14 @@ def check_adapter_directory(path: Path) -> str | None:
 
 
 def check_adapter_fits(model: PreTrainedModel, path: Path, *, num_ids: int = 0) -> list[str]:
-    """Return where the adapter of a directory does not fit `model`; empty where it does.
+    """Return why the adapter of a directory does not fit `model`; empty if it does.
 
-    Only the model's class and settings and the header of the adapter's weights are read.
+    Only the model's class and config and the header of the adapter's weights are read.
 
     Args:
-        model: the base, with or without its weights; it is left as it is.
+        model: the base, with or without its weights; it is not modified.
         path: an adapter directory; see `check_adapter_directory`.
-        num_ids: ids of the tokenizer, for which the base will have grown.
+        num_ids: ids of the tokenizer, to which the base's embeddings will have been grown.
     """
     config = copy.deepcopy(model.config)
     config.vocab_size = max(config.vocab_size, num_ids)
@@ -254,11 +193,11 @@ def check_adapter_fits(model: PreTrainedModel, path: Path, *, num_ids: int = 0) 
         return [f"adapter: {path} cannot be attached to {config.name_or_path}: {error}"]
     assert isinstance(attached, PeftModel)
     if isinstance(base.get_output_embeddings(), BaseTunerLayer):
-        return [f"adapter: {path} adapts the output projection, whose weight the loss reads whole"]
+        return [f"adapter: {path} adapts the output projection, whose full weight the loss reads"]
     if was_tied and not is_tied(base):
         return [
-            f"adapter: {path} unties the embeddings of {config.name_or_path}, one table in the "
-            "base; merge it into the base first, and train on the result"
+            f"adapter: {path} unties the embeddings of {config.name_or_path}, which are tied in "
+            "the base; merge it into the base first, and train on the result"
         ]
     state = peft.get_peft_model_state_dict(attached, save_embedding_layers=False)
     wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
@@ -267,7 +206,7 @@ def check_adapter_fits(model: PreTrainedModel, path: Path, *, num_ids: int = 0) 
         return []
     key = differing[0]
     return [
-        f"adapter: {path} is not of the model {config.name_or_path}: {len(differing)} of "
+        f"adapter: {path} does not fit the model {config.name_or_path}: {len(differing)} of "
         f"{len(wanted)} tensors differ, the first is {key}, {stored.get(key, 'missing')} in the "
         f"adapter and {wanted.get(key, 'missing')} for the model; name the base that it was "
         "trained on, and its tokenizer"
@@ -275,7 +214,7 @@ def check_adapter_fits(model: PreTrainedModel, path: Path, *, num_ids: int = 0) 
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the output projection is the input embedding's own table."""
+    """Whether the output projection and the input embedding share one table."""
     output = model.get_output_embeddings()
     return output is not None and output.weight is model.get_input_embeddings().weight
 
@@ -290,17 +229,18 @@ def write_adapter(
     """Write `adapter_config.json` and `adapter_model.safetensors` for PEFT to load.
 
     Args:
-        model: the model that was trained; only its structure is read, so its weights may be
-            partitioned over workers.
-        trained: every trainable parameter, whole, by its name in `model.named_parameters()`.
+        model: the trained model; only its structure is read, so its weights may be partitioned
+            over workers.
+        trained: every trainable parameter, unpartitioned, by its name in
+            `model.named_parameters()`.
         directory: an existing directory.
-        initial: with `init: pissa`, what A and B started from; see `model.pissa`.
+        initial: with `init: pissa`, the initial A and B; see `model.pissa`.
 
     Returns:
         The L2 norm of each tensor written, by key.
 
     Raises:
-        ValueError: a tensor is empty or not finite, or the adapter would hold less than `model`.
+        ValueError: a tensor is missing, empty or not finite, or PEFT would not save all of them.
     """
     missing = [
         name
@@ -308,7 +248,7 @@ def write_adapter(
         if parameter.requires_grad and name not in trained
     ]
     if missing:
-        raise UserError(f"adapter: {len(missing)} trained tensors are not given: {missing[0]}")
+        raise UserError(f"adapter: {len(missing)} trained tensors missing, such as {missing[0]}")
     by_parameter: dict[nn.Parameter, Tensor] = {}
     for name, parameter in model.named_parameters():
         if name in trained:
@@ -333,7 +273,7 @@ def write_adapter(
         norms[key] = float(tensor.float().norm())
         if tensor.numel() == 0 or not math.isfinite(norms[key]):
             raise UserError(f"adapter: {key} is empty or not finite (norm {norms[key]})")
-    # PEFT reads a tied table under each of its names, and safetensors stores no tensor twice.
+    # PEFT reads a tied table under both names; safetensors rejects shared memory, hence clone.
     save_file({key: tensor.clone() for key, tensor in keyed.items()}, directory / ADAPTER_WEIGHTS)
     adapter_config.save_pretrained(str(directory))
     return norms

@@ -1,10 +1,10 @@
 """Cross-entropy over a large vocabulary without ever holding the logits of a batch.
 
-Shapes: N positions, D hidden size, V vocabulary rows, C positions of a chunk.
+Shapes: N positions, D hidden size, V vocabulary rows, C positions per chunk.
 
 The output projection and the softmax run chunk by chunk, and each chunk's gradients are taken
-while its logits are at hand, so that backward costs no second projection. The idea is that of the
-fused linear cross-entropy of Liger Kernel (arXiv:2410.10989), here in plain PyTorch for any device.
+while its logits are in memory, so that backward needs no second projection. This is the idea of
+Liger Kernel's fused linear cross-entropy (arXiv:2410.10989), in plain PyTorch for any device.
 """
 
 from typing import Any, cast
@@ -14,18 +14,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
-"""Label of a position that is no target."""
+"""Label of a position that is not a target."""
 
 CHUNK_BYTES = 64 * 2**20
-"""Logits (float32) held at a time. Each chunk passes once over the whole gradient of the weight:
+"""Bytes of float32 logits held at a time. Each chunk makes one pass over the full weight gradient:
 smaller chunks were slower on a CPU, larger ones no faster."""
 
 
 def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
-    """Sum of the negative log-likelihoods, in nats, of the labels that are not IGNORE.
+    """Return the summed negative log-likelihood, in nats, of the labels that are not IGNORE.
 
-    A sum, not a mean: gradients of the stored factors stay of order one, so half precision does
-    not underflow before the caller divides by its number of target tokens.
+    A sum, not a mean: the stored gradients stay of order one, so half precision does not
+    underflow before the caller divides by its number of target tokens.
 
     Args:
         hidden_ND: last hidden states; half or single precision.
@@ -51,7 +51,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.zeros_like(hidden_ND) if wants_hidden else None
-        # Many chunks are added up: in half precision the late ones would vanish in the sum.
+        # Accumulated in float32: in half precision late chunks would be rounded away.
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         buffer = weight_VD.new_empty(min(rows, len(targets)), weight_VD.shape[0])
         for chunk_C in targets.split(rows):
@@ -87,7 +87,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401  # torch adds what forward stored
         grad_total: Tensor,
     ) -> tuple[Tensor | None, Tensor | None, None]:
-        # Taken from the context, so that they are scaled in place, and by one backward only.
+        # Removed from the context: they are scaled in place, which works only once.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the summed cross-entropy can be differentiated only once")

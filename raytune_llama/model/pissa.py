@@ -1,11 +1,11 @@
-"""PiSSA (arXiv:2404.02948): a low-rank adapter that starts as the principal part of its weights.
+"""PiSSA (arXiv:2404.02948): a LoRA adapter initialized to the principal part of its weights.
 
     factors = principal_factors(attached)       # A0 and B0 by layer; stored with the run
-    start_from(attached, factors)
+    apply_principal_factors(attached, factors)
 
 The paper trains A and B from A0 and B0 on the residual W - s B0 A0. Here W stays as it is, and a
-second, frozen adapter subtracts s B0 A0: the same sum, without a copy of the base that rounding,
-partitions or another machine's SVD could make another one. A step so computes two adapters.
+second, frozen adapter subtracts s B0 A0: the same sum, without a modified base that would depend on
+rounding, partitioning or the machine's SVD. Each step therefore computes two adapters.
 
 Shapes: O outputs, I inputs and r rank of a layer.
 """
@@ -22,33 +22,33 @@ from torch import Tensor, nn
 from raytune_llama.config.errors import UserError
 
 INITIAL_ADAPTER = "initial"
-"""PEFT's name of the frozen adapter."""
+"""Name of the frozen adapter in PEFT."""
 
 _OVERSAMPLING = 16
 _NUM_ITERATIONS = 16
-"""Of the randomised SVD (arXiv:0909.4061), by which a singular value that is 10 % smaller than the
-smallest wanted one has lost all but 3 % of its share, and one 30 % smaller all but 1 / 100,000."""
+"""Iterations of the randomized SVD (arXiv:0909.4061). They reduce a singular value 10 % below the
+smallest wanted one to 3 % of its share, and one 30 % below to 1 / 100,000."""
 
 
 def principal_factors(attached: PeftModel) -> dict[str, Tensor]:
     """Compute A0 (r, I) and B0 (O, r) of each adapted layer, with s B0 A0 the principal part.
 
     Args:
-        attached: base and adapter, whole, on the CPU.
+        attached: base and adapter, unpartitioned, on the CPU.
 
     Returns:
-        Float32 tensors by `<layer>.A` and `<layer>.B`. Bits can differ between machines.
+        Float32 tensors named `<layer>.A` and `<layer>.B`; their bits can differ between machines.
 
     Raises:
-        ValueError: a weight of the base is quantised.
+        ValueError: a weight of the base is quantized.
     """
     factors: dict[str, Tensor] = {}
     for name, layer in _layers(attached).items():
         weight_OI = cast("Tensor", layer.get_base_layer().weight)
         if not weight_OI.is_floating_point():
             raise UserError(
-                f"lora.init: pissa takes the singular values of a weight, and {name} is quantised "
-                f"({weight_OI.dtype}); use lora.init=default, or load the base as it is"
+                f"lora.init: pissa needs the singular values of {name}, which is quantized "
+                f"({weight_OI.dtype}); use lora.init=default, or an unquantized base"
             )
         factor_A, factor_B = _principal(weight_OI.detach().float(), layer.r["default"])
         root = layer.scaling["default"] ** 0.5
@@ -57,7 +57,7 @@ def principal_factors(attached: PeftModel) -> dict[str, Tensor]:
 
 
 def _principal(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return roots of the principal part: (r, I) and (O, r), of equal lengths."""
+    """Return square-root factors of the principal part, (r, I) and (O, r), of equal norms."""
     width = min(rank + _OVERSAMPLING, *weight_OI.shape)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -69,7 +69,7 @@ def _principal(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def apply_principal_factors(attached: PeftModel, factors: Mapping[str, Tensor]) -> None:
-    """Set A and B to what `principal_factors` returned, and subtract it by a frozen adapter."""
+    """Set A and B to the result of `principal_factors`, and subtract it in a frozen adapter."""
     add_initial_adapter(attached)
     for name, layer in _layers(attached).items():
         factor_A, factor_B = factors[f"{name}.A"], factors[f"{name}.B"]
@@ -79,7 +79,7 @@ def apply_principal_factors(attached: PeftModel, factors: Mapping[str, Tensor]) 
 
 
 def add_initial_adapter(attached: PeftModel) -> None:
-    """Add the frozen adapter, its values unset."""
+    """Add the frozen adapter, with its values unset."""
     trained = cast("peft.LoraConfig", attached.peft_config["default"])
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -96,9 +96,9 @@ def add_initial_adapter(attached: PeftModel) -> None:
 
 
 def plain_lora_settings(settings: peft.LoraConfig) -> dict[str, int | float | bool]:
-    """Return what differs in the settings of a plain adapter that is the trained one minus A0, B0.
+    """Return the settings to override for a plain adapter that equals the trained one minus B0 A0.
 
-    Its rank is twice the trained one's, its scale the same.
+    It has twice the trained rank and the same scale.
     """
     divisor = settings.r**0.5 if settings.use_rslora else settings.r
     rank = 2 * settings.r
@@ -110,7 +110,7 @@ def to_plain_lora(keyed: Mapping[str, Tensor], factors: Mapping[str, Tensor]) ->
 
     Args:
         keyed: trained tensors by PEFT's keys.
-        factors: what training started from.
+        factors: A0 and B0, from which training started.
     """
     plain = dict(keyed)
     for name, factor in factors.items():

@@ -1,38 +1,37 @@
-"""A base in 8 or 4 bits a weight: what is quantised, what that takes, and what forbids it.
+"""A base in 8 or 4 bits per weight: which layers are quantized, their size, and what rules it out.
 
-The layers themselves are in `quantized_layers.py`, which needs bitsandbytes; this needs nothing.
+The layers themselves are in `quantized_layers.py`, which needs bitsandbytes; this does not.
 """
 
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-Quantization = Literal["int8", "nf4"]
+from raytune_llama.model.config import Quantization
 
 NF4_BLOCK_SIZE = 64
-"""Weights of nf4 that have a scale together; the scales are in 8 bits themselves."""
+"""Weights per nf4 scale; the scales are themselves 8-bit."""
 
 NF4_SCALE_BLOCK_SIZE = 256
-"""Scales of nf4 that have a float32 scale together."""
+"""nf4 scales per float32 scale."""
 
 _TABLE_BYTES = 4 * (16 + 256 + 1)
-"""Of a layer in nf4: the values of its codes and of its scales' codes, and their offset."""
+"""Bytes of an nf4 layer's code values, of its scales' code values, and of their offset."""
 
 
 def quantized_linears(
     model: PreTrainedModel, keep: Sequence[str]
 ) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the linear layers whose weights are quantised, by name.
+    """Yield the names and modules of the linear layers to quantize.
 
-    The output projection is not: the loss reads its weight whole, and it may be the embedding.
+    The output projection is not one: the loss reads its full weight, and it may be the embedding.
 
     Args:
-        model: with or without its weights.
-        keep: name endings of modules that are trained whole, which stay as they are.
+        model: the model, with or without its weights.
+        keep: name suffixes of fully trained modules, which stay unquantized.
     """
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
@@ -44,7 +43,7 @@ def quantized_linears(
 def check_quantization(
     model: PreTrainedModel, quantization: Quantization, keep: Sequence[str]
 ) -> list[str]:
-    """Return why a model cannot be quantised here; empty where it can."""
+    """Return why a model cannot be quantized here; empty if it can."""
     if find_spec("bitsandbytes") is None:
         return [
             f"model.quantization: got {quantization}, but bitsandbytes is not installed; "
@@ -53,13 +52,13 @@ def check_quantization(
     if not any(quantized_linears(model, keep)):
         return [
             f"model.quantization: got {quantization}, but {type(model).__name__} has no linear "
-            "layer beside its output projection and lora.modules_to_save; set it to null"
+            "layer except its output projection and lora.modules_to_save; set it to null"
         ]
     return []
 
 
 def quantized_bytes(quantization: Quantization, shape: torch.Size) -> int:
-    """Return what the weight of a layer of this shape (outputs, inputs) takes."""
+    """Return the bytes of a linear layer's weight of this shape (outputs, inputs)."""
     numel = shape.numel()
     if quantization == "int8":
         return numel + 4 * shape[0]
@@ -68,9 +67,9 @@ def quantized_bytes(quantization: Quantization, shape: torch.Size) -> int:
 
 
 def unquantized_shape(weight: Tensor) -> torch.Size:
-    """Return the shape of a weight in the model, however it is kept.
+    """Return the shape of a weight in the model, however it is stored.
 
-    ZeRO 3 and nf4 leave the shape in an attribute; a weight in nf4 is a column of bytes.
+    ZeRO 3 and nf4 keep the shape in an attribute; an nf4 weight is stored as a column of bytes.
     """
     state = getattr(weight, "quant_state", None)
     shape = weight.shape if state is None else state.shape

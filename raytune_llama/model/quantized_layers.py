@@ -1,8 +1,8 @@
 """Linear layers in 8 or 4 bits; the one module that imports bitsandbytes.
 
-Weights are frozen and made whole for each product, in the precision of the run; activations are
-never quantised. So a token's result depends on nothing else in its batch, in training as in
-evaluation, which `LLM.int8()` (arXiv:2208.07339) with its outliers by batch does not give.
+Weights are frozen and dequantized for each matmul, in the precision of the run; activations are
+never quantized. A token's result therefore depends on nothing else in its batch, in training and in
+evaluation, unlike with `LLM.int8()` (arXiv:2208.07339) and its per-batch outliers.
 
 Shapes: B, T: sequences and tokens; I, O: inputs and outputs of a layer.
 """
@@ -18,13 +18,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from raytune_llama.model.quantization import Quantization, quantized_linears
+from raytune_llama.model.config import Quantization
+from raytune_llama.model.quantization import quantized_linears
 
 logger = logging.getLogger(__name__)
 
 INT8_MAX = 127
 
-# Parameters with arguments of their own, which PyTorch's stubs do not know.
+# Parameter subclasses with extra arguments, which PyTorch's stubs do not know.
 _int8_params: Any = Int8Params
 _params_4bit: Any = Params4bit
 
@@ -46,22 +47,22 @@ class _Int8Product(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401  # torch adds what forward stored
         grad_BTO: Tensor,
     ) -> tuple[Tensor, None, None]:
-        # Made again, so that no whole weight waits for the backward pass.
+        # Dequantized again, so that no full weight is kept for the backward pass.
         codes_OI, scales_O = ctx.saved_tensors
         return grad_BTO @ _dequantize(codes_OI, scales_O, grad_BTO.dtype), None, None
 
 
 def _dequantize(codes_OI: Tensor, scales_O: Tensor, dtype: torch.dtype) -> Tensor:
     weight_OI = torch.empty(codes_OI.shape, dtype=dtype, device=codes_OI.device)
-    # The product is taken in float32 and written in the wanted precision, without a copy between.
+    # Computed in float32 and written in the wanted precision, without an intermediate copy.
     return torch.mul(codes_OI, scales_O.unsqueeze(1) / INT8_MAX, out=weight_OI)
 
 
 class Int8Linear(Linear8bitLt):
-    """A linear layer with a byte a weight and a scale a row, as bitsandbytes quantises them.
+    """A linear layer with 1 byte per weight and one scale per row, quantized by bitsandbytes.
 
-    Its own product replaces that of bitsandbytes, which quantises activations too, and does so on
-    CPUs in evaluation only.
+    Its own matmul replaces that of bitsandbytes, which also quantizes activations, on CPUs only in
+    evaluation.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,23 +78,23 @@ def quantize_base(
     keep: Sequence[str],
     device: torch.device,
 ) -> None:
-    """Put quantised layers in the place of a base's linear ones, one after the other.
+    """Replace a base's linear layers by quantized ones, one at a time.
 
     Args:
-        model: with its weights on the CPU, in the precision of the run, its embeddings grown.
-        quantization: int8, or nf4 with its scales quantised too (arXiv:2305.14314).
-        keep: name endings of modules that are trained whole; see `quantized_linears`.
-        device: where the run computes, and where weights are quantised.
+        model: the base on the CPU, in the precision of the run, its embeddings already grown.
+        quantization: int8, or nf4 with double quantization (arXiv:2305.14314).
+        keep: name suffixes of fully trained modules; see `quantized_linears`.
+        device: the device on which the run computes and weights are quantized.
     """
     make = _int8_of if quantization == "int8" else _nf4_of
     layers = dict(quantized_linears(model, keep))
-    # Their names alone from here on, so that each layer's weights go as it is replaced.
+    # From here on only names are held, so each layer's weights are freed as it is replaced.
     for name in list(layers):
         model.set_submodule(name, make(layers.pop(name), device))
     model.requires_grad_(False)
-    # PEFT looks here for which adapter layers fit.
+    # PEFT selects its adapter layers by this attribute.
     setattr(model, "is_loaded_in_8bit" if quantization == "int8" else "is_loaded_in_4bit", True)
-    logger.info("quantised: the base's linear layers to %s, on %s", quantization, device)
+    logger.info("quantized the base's linear layers to %s on %s", quantization, device)
 
 
 def _int8_of(layer: nn.Linear, device: torch.device) -> nn.Module:
@@ -128,7 +129,7 @@ def _nf4_of(layer: nn.Linear, device: torch.device) -> nn.Module:
     )
     made.weight = weight.to(device)
     made.bias = layer.bias
-    # On CPUs with bfloat16 it would repack the weights at the first evaluation, and training reads
-    # them as they were packed.
+    # On CPUs with bfloat16 it would repack the weights at the first evaluation, but training reads
+    # them in the original packing.
     made.support_avx512bf16_for_cpu = False
     return made

@@ -5,19 +5,21 @@
         for name in weights.specs:
             writer.write(name, weights.read(name))
 
-Files are read and not mapped: mapped pages count as the process's memory, and hide how much it
+Files are read, not memory-mapped: mapped pages count as the process's memory, and hide how much it
 needs. The format is safetensors' (https://github.com/huggingface/safetensors): eight bytes with the
 length of a JSON header, the header, then the tensors without gaps.
 """
 
+import ctypes
 import hashlib
 import json
 import math
 import pickle
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, Self
 
@@ -32,7 +34,7 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""How a file begins that Git LFS has left in place of the real one."""
+"""First bytes of the pointer file that Git LFS leaves in place of the real one."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -53,22 +55,22 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000  # as the library has it
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor is, without its values."""
+    """The dtype and shape of a tensor."""
 
     dtype: torch.dtype
-    """Type of its elements."""
+    """Type of the elements."""
     shape: tuple[int, ...]
-    """Its sizes."""
+    """Size of each dimension."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its elements."""
+        """Size of the elements in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -77,22 +79,22 @@ class Weights(Protocol):
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """All tensors, in the order of the files."""
+        """All tensors, by name, in file order."""
         ...
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor into memory of its own, on the CPU."""
+        """Read a tensor into its own memory, on the CPU."""
         ...
 
 
 class SafetensorsFile:
-    """One safetensors file."""
+    """A single safetensors file."""
 
     def __init__(self, path: Path) -> None:
         """Read the header.
 
         Raises:
-            ValueError: The file is no safetensors file, cut short, or a Git LFS pointer.
+            ValueError: The file is not a safetensors file, is truncated, or is a Git LFS pointer.
         """
         self.path = path
         with path.open("rb") as file:
@@ -107,7 +109,7 @@ class SafetensorsFile:
                 start, stop = entry["data_offsets"]
                 self._ends[name] = (start, stop)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: has a header that we can't read ({error!r})") from None
+            raise UserError(f"{path}: has an invalid or unsupported header ({error!r})") from None
         _check_extent(path, self._start, self._ends, self.specs)
 
     def read(self, name: str) -> Tensor:
@@ -122,20 +124,20 @@ class SafetensorsFile:
             while view:
                 read = file.readinto(view)
                 if not read:
-                    raise UserError(f"{self.path}: ends inside {name}; fetch it again")
+                    raise UserError(f"{self.path}: is truncated inside {name}; fetch it again")
                 view = view[read:]
         return torch.frombuffer(data, dtype=spec.dtype).reshape(spec.shape)
 
 
 class PickledFile:
-    """One file of PyTorch's; only tensors are unpickled, never code."""
+    """A single PyTorch file (.bin or .pth); only tensors are unpickled, never code."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file; its tensors are mapped.
+        """Open the file; its tensors are memory-mapped.
 
         Raises:
-            ValueError: It is no such file, cut short, holds more than tensors, or is a Git LFS
-                pointer.
+            ValueError: The file is not a PyTorch file, is truncated, holds more than tensors, or is
+                a Git LFS pointer.
         """
         self.path = path
         self._tensors = load_pickled(path)
@@ -150,13 +152,13 @@ class PickledFile:
 
 
 class ShardedWeights:
-    """Several files as one."""
+    """The weights of several files, read as one."""
 
     def __init__(self, files: Mapping[Path, SafetensorsFile | PickledFile]) -> None:
-        """Join files.
+        """Collect the tensors of the files.
 
         Raises:
-            ValueError: A tensor is in more than one of them.
+            ValueError: A tensor is in more than one file.
         """
         self.files = list(files)
         self.specs: dict[str, TensorSpec] = {}
@@ -175,14 +177,14 @@ class ShardedWeights:
 
 
 def open_weights(directory: Path, *, what: str = "model") -> ShardedWeights:
-    """Open the weights of a model directory: safetensors, or else PyTorch's .bin files.
+    """Open the weights of a model directory: safetensors, or otherwise PyTorch's .bin files.
 
     Args:
         directory: A Hugging Face model directory.
         what: The config field that names it, for errors.
 
     Raises:
-        ValueError: There are none, a file is missing, damaged, or not what its index says.
+        ValueError: No weights exist, or a file is missing, damaged, or contradicts the index.
     """
     for single, index, kind in (
         (SAFETENSORS, SAFETENSORS_INDEX, SafetensorsFile),
@@ -218,16 +220,17 @@ def _open_indexed(
     if lacking:
         raise UserError(
             f"{what}: {index} names {len(lacking)} tensors that no file holds, the first is "
-            f"{lacking[0]}; files and index are of different models"
+            f"{lacking[0]}; files and index belong to different models"
         )
     return weights
 
 
 def load_pickled(path: Path) -> dict[str, Tensor]:
-    """Load the tensors of one of PyTorch's files, mapped; no code in it is run.
+    """Load the tensors of a PyTorch file, memory-mapped; no code in it is run.
 
     Raises:
-        ValueError: It is no such file, cut short, holds more than tensors, or is a pointer.
+        ValueError: The file is not a PyTorch file, is truncated, holds more than tensors, or is a
+            Git LFS pointer.
     """
     with path.open("rb") as file:
         refuse_lfs_pointer(path, file)
@@ -239,14 +242,14 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
             f"({str(error).splitlines()[0]})"
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path}: is damaged or cut short ({error}); fetch it again") from None
+        raise UserError(f"{path}: is damaged or truncated ({error}); fetch it again") from None
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise UserError(f"{path}: is no dictionary of tensors; name a file of weights")
+        raise UserError(f"{path}: is not a dictionary of tensors; name a weights file")
     return content
 
 
 def refuse_lfs_pointer(path: Path, file: BinaryIO) -> None:
-    """Raise `ValueError` where a file is only what Git LFS leaves of a large one; rewinds it."""
+    """Raise `ValueError` if a file is only a Git LFS pointer; otherwise rewind it."""
     if file.read(len(LFS_POINTER)) == LFS_POINTER:
         raise UserError(f"{path}: is a Git LFS pointer, not the file; run git lfs pull there")
     file.seek(0)
@@ -256,14 +259,14 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
     start = file.read(8)
     size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 0 < size <= _MAX_HEADER_BYTES:
-        raise UserError(f"{path}: is no safetensors file; fetch it again")
+        raise UserError(f"{path}: is not a safetensors file; fetch it again")
     data = file.read(size)
     if len(data) < size:
-        raise UserError(f"{path}: is cut short in its header; fetch it again")
+        raise UserError(f"{path}: is truncated inside its header; fetch it again")
     header = parse_json(data, str(path))
     if not isinstance(header, dict):
         raise UserError(  # the file is wrong, not an argument's type
-            f"{path}: is no safetensors file; fetch it again"
+            f"{path}: is not a safetensors file; fetch it again"
         )
     return header, 8 + size
 
@@ -274,17 +277,17 @@ def _check_extent(
     position = 0
     for name, (first, stop) in ends.items():
         if first != position or stop - first != specs[name].num_bytes:
-            raise UserError(f"{path}: its header contradicts itself at {name}; fetch it again")
+            raise UserError(f"{path}: its header is inconsistent at {name}; fetch it again")
         position = stop
     size = path.stat().st_size
     if size != start + position:
         raise UserError(
-            f"{path}: has {size} bytes, and its header wants {start + position}; fetch it again"
+            f"{path}: has {size} bytes, but its header requires {start + position}; fetch it again"
         )
 
 
 class WeightsWriter(AbstractContextManager["WeightsWriter"]):
-    """Writes `model*.safetensors` and their index, a tensor at a time, in the order of `specs`."""
+    """Writes `model*.safetensors` and the index, one tensor at a time, in the order of `specs`."""
 
     def __init__(
         self,
@@ -297,10 +300,11 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
         """Plan the files.
 
         Args:
-            folder: Where they are written; it must exist.
-            specs: All tensors, in the order in which they will come.
-            max_shard_bytes: A file is at most so large, unless one tensor is larger.
-            only: The one file to write, without the index, where others write the rest.
+            folder: Directory to write to; it must exist.
+            specs: All tensors, in the order of the calls to `write`.
+            max_shard_bytes: Maximum size of a file, unless one tensor is larger.
+            only: The only file to write, without the index, if other processes write the rest;
+                None: all of them.
         """
         self._folder = folder
         self._specs = dict(specs)
@@ -318,7 +322,7 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
         """Append the next tensor; return the SHA256 of its bytes."""
         file, expected = next(self._order)
         spec = self._specs[name]
-        assert name == expected, f"{name} came where {expected} was planned"
+        assert name == expected, f"got {name}, expected {expected}"
         assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), name
         if self._open is None or self._open.name != str(self._folder / file):
             self._open = self._start_file(file)
@@ -350,7 +354,7 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
 
 
 def plan_files(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[str, list[str]]:
-    """Return which tensors are in which file, as `WeightsWriter` writes them."""
+    """Return the tensor names of each file that `WeightsWriter` writes."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, spec in specs.items():
@@ -368,7 +372,7 @@ def plan_files(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[st
 
 
 def write_index(folder: Path, specs: Mapping[str, TensorSpec], files: dict[str, list[str]]) -> None:
-    """Write the index of several files; one alone has none."""
+    """Write the index of a sharded model; a single file has none."""
     if len(files) == 1:
         return
     index = {
@@ -379,7 +383,7 @@ def write_index(folder: Path, specs: Mapping[str, TensorSpec], files: dict[str, 
 
 
 def safetensors_header(specs: Mapping[str, TensorSpec]) -> bytes:
-    """Return what a safetensors file of such tensors begins with."""
+    """Return the header of a safetensors file with these tensors, length prefix included."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, spec in specs.items():
@@ -393,3 +397,19 @@ def safetensors_header(specs: Mapping[str, TensorSpec]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
+
+
+def release_free_memory() -> None:
+    """Make glibc return free pages to the system; do nothing on other platforms.
+
+    After tensors of many sizes it keeps a third more than is in use, and peak memory would depend
+    on their order.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@lru_cache(maxsize=1)
+def _trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)

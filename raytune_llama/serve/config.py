@@ -1,122 +1,122 @@
-"""What an endpoint is made of: models, their copies, who may ask, and how much."""
+"""Settings of a serving endpoint: models, replicas, API keys and limits."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from raytune_llama.chat.templates.names import TemplateName
+from raytune_llama.chat.config import TemplateName
 from raytune_llama.config.settings import ConfigError, load, settings
 
 
 @settings
 class SamplingDefaults:
-    """What a request that does not say gets; OpenAI's defaults."""
+    """Sampling parameters of requests that do not set them; the defaults are OpenAI's."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    """0: always the likeliest token."""
+    """Sampling temperature; 0: greedy."""
 
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Part of the probability that is drawn from."""
+    """Probability mass of nucleus sampling."""
 
     top_k: Annotated[int, Field(ge=1)] | None = None
-    """How many of the likeliest tokens are drawn from; null: all."""
+    """Number of most likely tokens to sample from; null: all."""
 
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
-    """Above 1: tokens that are there already become less likely."""
+    """Penalty of tokens that have already occurred; above 1 they become less likely."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """New tokens; null: what the context has room for."""
+    """Maximum number of generated tokens; null: limited only by the context."""
 
 
 @settings
 class ServedModelConfig:
-    """A model, and how it is loaded."""
+    """A served model and how to load it."""
 
     path: Annotated[str, Field(min_length=1)]
-    """Model directory, as `jobs/merge.py` writes it; safetensors only."""
+    """Model directory, as written by `jobs/merge.py`; safetensors only."""
 
     name: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^:\s]+$")] | None = None
-    """What requests call it; null: the directory's name. Has no colon, behind which an adapter
-    is named."""
+    """Name of the model in requests; null: the directory's name. No colon: it separates the name
+    of an adapter."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the weights; auto: as they are stored, but in single precision on CPUs."""
+    """Data type of the weights; auto: as stored, but fp32 on CPUs."""
 
     template: TemplateName | None = None
-    """How conversations are written; null: as the model was tuned, or else the tokenizer's own."""
+    """Chat template; null: the one the model was tuned with, or else the tokenizer's own."""
 
     allow_other_template: bool = False
-    """Serve with another template than the model was tuned with."""
+    """Whether the template may differ from the one that the model was tuned with."""
 
     max_context: Annotated[int, Field(ge=2)] | None = None
-    """Tokens of a request, prompt and answer; null: what the model has positions for."""
+    """Maximum tokens per request, prompt and completion; null: the model's number of positions."""
 
     verify: bool = True
-    """Compare the files with the hashes in the directory's manifest, where it has one; those of
-    adapters too."""
+    """Whether to check the files of the model and its adapters against the hashes in their
+    manifests, if they have one."""
 
     adapters_dir: Annotated[str, Field(min_length=1)] | None = None
-    """Folder of adapter directories, local or `s3://...` or `gs://...`; requests choose one as
-    `model:adapter`, and one that is written anew is used from then on. A local one has to be on
-    the nodes that speak HTTP too. null: no adapters."""
+    """Folder of adapter directories, local or `s3://...` or `gs://...`; requests select one as
+    `model:adapter`, and a new version is used as soon as it is written. A local folder must exist
+    on the gateways' nodes too. null: no adapters."""
 
     max_adapters: Annotated[int, Field(ge=1)] = 8
-    """Adapters in memory at a time, beside old versions that requests still use."""
+    """Maximum number of adapters in memory, not counting old versions that are still in use."""
 
     @property
     def served_name(self) -> str:
-        """What requests call it."""
+        """Name of the model in requests."""
         return self.name or Path(self.path).resolve().name.replace(":", "-")
 
 
 @settings
 class ReplicaConfig:
-    """Copies of a model, and what each takes."""
+    """Replicas of a model, their autoscaling and their resources."""
 
     min: Annotated[int, Field(ge=0)] = 1
-    """Fewest; 0: none while nobody asks, and the first request waits for one."""
+    """Minimum number of replicas; 0: none when idle, and the next request waits for a start."""
 
     max: Annotated[int, Field(ge=1)] = 1
-    """Most."""
+    """Maximum number of replicas."""
 
     slots: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Requests that a replica answers at a time."""
+    """Maximum number of concurrent requests per replica."""
 
     waiting: Annotated[int, Field(ge=0)] = 64
-    """Requests that wait for all replicas together; more are refused with 429."""
+    """Maximum number of queued requests for all replicas together; more are rejected with 429."""
 
     target_ongoing: Annotated[float, Field(gt=0)] | None = None
-    """Requests a replica is to have, above which one more is started; null: half its slots."""
+    """Autoscaling target of ongoing requests per replica; null: half of its slots."""
 
     upscale_seconds: Annotated[float, Field(ge=0)] = 10.0
-    """How long there must be too many before one more is started."""
+    """Seconds above the target before a replica is added."""
 
     downscale_seconds: Annotated[float, Field(ge=0)] = 300.0
-    """How long there must be too few before one is stopped; what it answers is ended first."""
+    """Seconds below the target before a replica is stopped; its requests are completed first."""
 
     drain_seconds: Annotated[float, Field(gt=0)] = 120.0
-    """How long a replica that is stopped may take to end its answers."""
+    """Seconds that a stopping replica has to complete its requests."""
 
     surge: bool = True
-    """Start a new version's replica before the old one is stopped, for which there must be room;
-    false: the old one goes first, and requests wait."""
+    """Whether a new version's replica starts before the old one stops, which needs free resources;
+    false: the old one stops first, and requests wait."""
 
     use_gpu: bool = False
-    """Answer on a GPU, one a replica."""
+    """Whether replicas run on GPUs, one per replica."""
 
     cpus: Annotated[float, Field(gt=0)] = 1.0
-    """CPUs reserved for a replica; as many threads compute, at least one."""
+    """CPUs reserved per replica; also its number of compute threads, at least one."""
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """What generates; auto: vLLM where the replicas use a GPU, it is installed and the model has no
-    folder of adapters, which it does not serve here."""
+    """Inference engine; auto: vLLM if it is installed, the replicas use GPUs and the model has no
+    `adapters_dir`, which is not supported with vLLM."""
 
     prefill_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens of prompts, padding included, that are read between two tokens of the others' answers;
-    null: 256, and on vLLM as it sees fit."""
+    """Prompt tokens, padding included, prefilled per decoding step of running requests; null: 256,
+    with vLLM its own default."""
 
     @model_validator(mode="after")
     def _check(self) -> "ReplicaConfig":
@@ -127,94 +127,117 @@ class ReplicaConfig:
 
 @settings
 class RequestLimits:
-    """Bounds on every request, whoever asks."""
+    """Limits of every request, whatever its API key."""
 
     body_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
-    """Of a request; larger ones are refused as they arrive, with 413."""
+    """Maximum size of a request body in bytes; larger ones are rejected on arrival with 413."""
 
     header_bytes: Annotated[int, Field(ge=1024)] = 64 * 2**10
-    """Of a request's path and headers together; more are refused with 431."""
+    """Maximum size of path and headers together in bytes; larger ones are rejected with 431."""
 
     json_depth: Annotated[int, Field(ge=8, le=200)] = 64
-    """Objects and lists within one another; deeper ones are refused before they are read."""
+    """Maximum nesting of objects and arrays; deeper bodies are rejected before they are parsed."""
 
     body_seconds: Annotated[float, Field(gt=0)] = 30.0
-    """How long a request's body may take to arrive; then it is refused with 408."""
+    """Maximum seconds to receive a request body; then it is rejected with 408."""
 
     queue_seconds: Annotated[float, Field(gt=0)] = 60.0
-    """Longest wait for an answer's first token; then it is refused with 503."""
+    """Maximum seconds until the first token; then the request fails with 503."""
 
     request_seconds: Annotated[float, Field(gt=0)] = 600.0
-    """Longest whole answer; then it is refused with 504, and a stream ends with an error."""
+    """Maximum seconds of a whole request; then it fails with 504, a stream with an error event."""
 
     send_seconds: Annotated[float, Field(gt=0)] = 60.0
-    """How long a client may leave what it was sent unread; then its answer is ended."""
+    """Maximum seconds that a client may leave sent data unread; then its response is aborted."""
 
     allow_origins: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Web pages that browsers let ask, `https://example.org`, or `*`: all. None: no other page."""
+    """Origins allowed by CORS, such as `https://example.org`, or `*` for all; empty: none."""
 
 
 @settings
 class KeyLimits:
-    """What one key may ask for, over all gateways together; without keys, everybody together."""
+    """Rate limits per API key over all gateways; without keys, all clients share them."""
 
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
-    """Requests, on average; as many at once. null: any number."""
+    """Average requests per minute, also the maximum burst; null: unlimited."""
 
     concurrent: Annotated[int, Field(ge=1)] | None = None
-    """Requests that are being answered at a time; null: any number."""
+    """Maximum number of concurrent requests; null: unlimited."""
 
 
 @settings
 class ServeConfig:
-    """An endpoint."""
+    """A serving endpoint."""
 
     models: Annotated[tuple[ServedModelConfig, ...], Field(min_length=1)]
-    """What is served; requests choose by name."""
+    """Served models; requests select one by its name."""
 
     keys_file: str | None = None
-    """File of the hashes of API keys, on every node that speaks HTTP; null: no keys but those in
-    the variable RAYTUNE_LLAMA_API_KEYS, and without any, on loopback only."""
+    """File with the hashes of API keys, on every gateway's node; null: only the keys in the
+    environment variable RAYTUNE_LLAMA_API_KEYS. Without any keys, only loopback is served."""
 
     limits: RequestLimits = RequestLimits()
-    """Bounds on every request."""
+    """Limits of every request."""
 
     key_limits: KeyLimits = KeyLimits()
-    """What a key may ask for."""
+    """Rate limits per API key."""
 
     defaults: SamplingDefaults = SamplingDefaults()
-    """What requests get that don't say."""
+    """Sampling parameters of requests that do not set them."""
 
     replicas: ReplicaConfig = ReplicaConfig()
-    """Of each model."""
+    """Replicas of each model."""
 
     gateways: Annotated[int, Field(ge=1)] = 2
-    """Processes that speak HTTP for the models; while one is replaced, another answers."""
+    """Number of HTTP processes; while one is replaced, the others serve its requests."""
 
     @model_validator(mode="after")
     def _check(self) -> "ServeConfig":
         names = [model.served_name for model in self.models]
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        if doubled:
-            raise ConfigError([f"models: {', '.join(doubled)} stands there twice; give names"])
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        if duplicates:
+            text = f"models: duplicate name {', '.join(duplicates)}; set models.N.name"
+            raise ConfigError([text])
         return self
 
 
+@settings
+class EndpointConfig(ServeConfig):
+    """An endpoint that `raytune serve` starts on the machine or cluster that it runs on."""
+
+    host: str = "127.0.0.1"
+    """Address that HTTP listens on; anything beyond loopback needs API keys."""
+
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port that HTTP listens on."""
+
+
+def expand_model_dir(argv: Sequence[str]) -> list[str]:
+    """Return arguments with `model_dir=DIR` written out as the only model's path."""
+    prefix = "model_dir="
+    return [
+        f"models=[{{path: {json.dumps(text.removeprefix(prefix))}}}]"
+        if text.startswith(prefix)
+        else text
+        for text in argv
+    ]
+
+
 def read_arguments(arguments: Mapping[str, Any]) -> ServeConfig:
-    """Return the config that the arguments of `serve run` or of an application's YAML give.
+    """Return the config given by the arguments of `serve run` or of an application's YAML.
 
     Args:
-        arguments: fields, also by dotted paths (`replica_check.max`), values as text or plain data;
-            `model_dir` stands for one model's path.
+        arguments: fields, also as dotted paths (`replicas.max`), values as text or plain data;
+            `model_dir` is short for one model's path.
 
     Raises:
-        ConfigError: all that is wrong.
+        ConfigError: all problems found.
     """
     data = dict(arguments)
     if "model_dir" in data:
         if "models" in data:
-            raise ConfigError(["model_dir: got models too, wanted one of them"])
+            raise ConfigError(["model_dir: got both model_dir and models, wanted only one of them"])
         data = {"models": [{"path": data.pop("model_dir")}], **data}
-    # Texts come from a command line, where 2 is a number.
+    # Strings come from a command line, where 2 is a number.
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in data.items()}
     return load(ServeConfig, [f"{name}={text}" for name, text in texts.items()])

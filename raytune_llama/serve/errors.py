@@ -1,13 +1,13 @@
-"""Why a request is not answered."""
+"""Errors of a request: invalid, overloaded or failed engine."""
 
 from raytune_llama.config.errors import UserError
 
 
 class InvalidRequestError(UserError):
-    """A request that can't be answered; `param` is the field at fault."""
+    """An invalid request; `param` is the invalid field."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
-        # All arguments, so that pickle can rebuild it.
+        # All arguments, so that the error can be unpickled.
         super().__init__(message, param)
         self.message, self.param = message, param
 
@@ -16,12 +16,12 @@ class InvalidRequestError(UserError):
 
 
 class UnknownModelError(InvalidRequestError):
-    """A request for a model or an adapter that is not there."""
+    """A request for a model or an adapter that does not exist."""
 
 
 class BusyError(RuntimeError):
-    """As many requests wait as may; try again later."""
+    """Too many requests are queued; retry later."""
 
 
 class EngineError(RuntimeError):
-    """The engine has failed and answers nothing any more."""
+    """The engine has failed and can't serve requests until it is replaced."""

@@ -1,6 +1,6 @@
-"""The process that speaks HTTP for the models, and the ledger that all such processes share.
+"""The gateways, which serve HTTP for the models, and the rate limiter that they share.
 
-Imports neither torch nor transformers: a gateway that was killed is back in a second or two.
+Imports neither torch nor transformers: a killed gateway restarts within a second or two.
 """
 
 import asyncio
@@ -38,24 +38,24 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 RATE_LIMITER_NAME = "ledger"
-"""Name of the ledger's deployment."""
+"""Name of the rate limiter's deployment."""
 
 PUSH_SECONDS = 3.0
-"""How often a gateway tells the ledger what it has counted, and that it lives."""
+"""Seconds between a gateway's pushes of its metrics, which are also its heartbeat."""
 
 RATE_LIMITER_TIMEOUT_SECONDS = 2.0
-"""How long the ledger may take to answer; a request is then let in without it."""
+"""Seconds to wait for the rate limiter; after that a request is admitted without it."""
 
 
 class ReplicaBackend:
-    """A model behind its deployment's handle, as the gateway sees it."""
+    """`ModelBackend` that forwards requests to a model's deployment."""
 
     def __init__(self, handle: DeploymentHandle, adapters_dir: str | None) -> None:
         self._handle = handle.options(stream=True)
         self._registry = None if adapters_dir is None else AdapterRegistry.from_path(adapters_dir)
 
     async def adapters(self) -> list[str]:
-        """List the registry, here: a list must not wait for a slot, or start a replica."""
+        """List the registry in the gateway: a list must not wait for a slot, or start a replica."""
         if self._registry is None:
             return []
         return sorted(await asyncio.to_thread(self._registry.list))
@@ -63,11 +63,11 @@ class ReplicaBackend:
     def answer(
         self, request: ChatRequest | CompletionRequest
     ) -> AsyncGenerator[int | OutputDelta, None]:
-        """Yield what a replica yields."""
+        """Yield the items of a replica; see `ModelBackend`."""
         return _stream_from_replica(self._handle.answer, request)
 
     def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
-        """Yield what a replica yields."""
+        """Yield the items of a replica; see `ModelBackend`."""
         return _stream_from_replica(self._handle.embed, request)
 
     async def check(self) -> None:
@@ -77,117 +77,118 @@ class ReplicaBackend:
 async def _stream_from_replica(
     method: DeploymentHandle, request: object
 ) -> AsyncGenerator[Any, None]:
-    """Ask a replica once the first item is; yield what it yields, its errors as they were.
+    """Send the request on the first `anext`; yield the replica's items and raise its errors.
 
-    Closing it ends the replica's work.
+    Closing the generator cancels the request on the replica.
     """
-    # Typed as a single answer whatever it is.
-    answers: Any = method.remote(request)
+    # Typed as a single response even for a stream.
+    responses: Any = method.remote(request)
     try:
-        async for item in answers:
+        async for item in responses:
             yield item
     except BackPressureError as error:
-        raise BusyError("as many requests wait as may") from error
+        text = "The model is overloaded with other requests. Please try again later."
+        raise BusyError(text) from error
     except (RayError, RayServeException) as error:
         cause = getattr(error, "cause", error)
         if isinstance(cause, InvalidRequestError | BusyError | EngineError):
             raise cause from None
-        raise EngineError(f"the model's replica has failed: {cause!r}") from error
+        raise EngineError(f"The model's replica has failed: {cause!r}") from error
     except (asyncio.CancelledError, GeneratorExit):
-        # Only here: to cancel what was refused raises the refusal again.
-        answers.cancel()
+        # Only here: canceling a rejected request raises its error again.
+        responses.cancel()
         raise
 
 
 class RateLimiterReplica:
-    """The ledger in an actor of Ray Serve."""
+    """The rate limiter as a Ray Serve deployment."""
 
     def __init__(self, limits: KeyLimits) -> None:
         setup_logging()
-        self._ledger = RateLimiter(limits)
+        self._rate_limiter = RateLimiter(limits)
 
     async def admit(self, gateway: str, key: str) -> float | None:
-        """Take a request in; see `RateLimiter.admit`."""
-        return self._ledger.admit(gateway, key)
+        """Admit a request; see `RateLimiter.admit`."""
+        return self._rate_limiter.admit(gateway, key)
 
     async def release(self, gateway: str, key: str) -> None:
-        """Note a request's end."""
-        self._ledger.release(gateway, key)
+        """Record the end of a request."""
+        self._rate_limiter.release(gateway, key)
 
     async def push(self, gateway: str, families: Sequence[Metric]) -> None:
-        """Take what a gateway has counted."""
-        self._ledger.push(gateway, families)
+        """Store a gateway's metrics."""
+        self._rate_limiter.push(gateway, families)
 
     async def families(self) -> list[Metric]:
-        """Return what all gateways have counted."""
-        return self._ledger.families()
+        """Return the sum of all gateways' metrics."""
+        return self._rate_limiter.families()
 
 
 class SharedRateLimitClient:
-    """The ledger that all gateways share, behind its deployment's handle.
+    """Client of the rate limiter that all gateways share.
 
-    While it is being replaced, requests are let in without it, which is logged: who may ask is
-    the keys' matter, how much is a courtesy between them.
+    While its deployment is being replaced, requests are admitted without it, which is logged: API
+    keys protect access, rate limits only share the load among the keys.
     """
 
-    def __init__(self, handle: DeploymentHandle, limits: KeyLimits, meter: ServeMetrics) -> None:
-        self._handle, self._meter = handle, meter
+    def __init__(self, handle: DeploymentHandle, limits: KeyLimits, metrics: ServeMetrics) -> None:
+        self._handle, self._metrics = handle, metrics
         self._is_limited = limits != KeyLimits()
         self._name = uuid.uuid4().hex
         self._pushing: asyncio.Task[None] | None = None
         self._releasing: set[asyncio.Task[object]] = set()
 
     async def admit(self, key: str) -> float | None:
-        """Take a request in; see `RateLimitClient`."""
+        """Admit a request; see `RateLimitClient`."""
         self._begin()
         if not self._is_limited:
             return None
         return await self._ask(self._handle.admit.remote(self._name, key))
 
     def release(self, key: str) -> None:
-        """Note a request's end."""
+        """Record the end of a request."""
         if self._is_limited:
             task = asyncio.ensure_future(self._ask(self._handle.release.remote(self._name, key)))
-            # The loop keeps no reference of its own.
+            # The event loop keeps no strong reference.
             self._releasing.add(task)
             task.add_done_callback(self._releasing.discard)
 
     async def families(self) -> list[Metric]:
-        """Return what all gateways have counted; of this one alone while there is no ledger."""
+        """Return the sum of all gateways' metrics; only this one's without the rate limiter."""
         self._begin()
-        own = self._meter.families()
+        own = self._metrics.families()
         await self._ask(self._handle.push.remote(self._name, own))
         return await self._ask(self._handle.families.remote()) or sum_families([own])
 
     def _begin(self) -> None:
-        """Start to push; there is a loop now."""
+        """Start pushing metrics; needs a running event loop."""
         if self._pushing is None:
             self._pushing = asyncio.create_task(self._push())
 
     async def _push(self) -> None:
         while True:
-            await self._ask(self._handle.push.remote(self._name, self._meter.families()))
+            await self._ask(self._handle.push.remote(self._name, self._metrics.families()))
             await asyncio.sleep(PUSH_SECONDS)
 
     async def _ask(self, response: Awaitable[T]) -> T | None:
         try:
             return await asyncio.wait_for(response, RATE_LIMITER_TIMEOUT_SECONDS)
         except (TimeoutError, RayError, RayServeException) as error:
-            logger.warning("the ledger does not answer: %r", error)
+            logger.warning("rate limiter does not respond, continuing without it: %r", error)
             return None
 
 
 def build_gateway(config: ServeConfig) -> serve.Deployment:
-    """Return the deployment that speaks HTTP; it is bound to the ledger and the models."""
+    """Return the HTTP deployment; bind it to the rate limiter and the models."""
     built_with = keys_from_environment(os.environ)
 
     def build() -> FastAPI:
-        # Those of the process that builds the application too: its environment may have them alone.
+        # Also the keys of the process that builds the application, the only one that may have any.
         keys = load_config_keys(config) + built_with
         check_exposure(proxy_host(), keys)
         app_name = serve.get_replica_context().app_name
-        meter = ServeMetrics()
-        ledger = serve.get_deployment_handle(RATE_LIMITER_NAME, app_name)
+        metrics = ServeMetrics()
+        rate_limiter = serve.get_deployment_handle(RATE_LIMITER_NAME, app_name)
         return build_http_app(
             {
                 model.served_name: ReplicaBackend(
@@ -198,12 +199,12 @@ def build_gateway(config: ServeConfig) -> serve.Deployment:
             },
             keys,
             config.limits,
-            meter=meter,
-            books=SharedRateLimitClient(ledger, config.key_limits, meter),
+            metrics=metrics,
+            rate_limiter=SharedRateLimitClient(rate_limiter, config.key_limits, metrics),
         )
 
     class Gateway:
-        """Speaks HTTP for the models that it is bound to."""
+        """Serves HTTP for the models that it is bound to."""
 
         def __init__(self, *bound: DeploymentHandle) -> None:  # noqa: ARG002  # deploys them
             setup_logging()
@@ -224,10 +225,10 @@ def build_gateway(config: ServeConfig) -> serve.Deployment:
 
 
 def load_config_keys(config: ServeConfig) -> ApiKeys:
-    """Return the keys of the file that the config names and of this process's environment.
+    """Return the keys of the config's keys file and of this process's environment.
 
     Raises:
-        ConfigError: one is no hash of a key.
+        ConfigError: the file can't be read or contains no hash, or an entry of either is not one.
     """
     return load_keys(Path(config.keys_file) if config.keys_file else None, os.environ)
 
@@ -238,7 +239,7 @@ def deployment_name(model: str) -> str:
 
 
 def proxy_host() -> str | None:
-    """Return the address that Ray Serve's proxy listens at; None where it can't be known."""
+    """Return the host that Ray Serve's proxy listens on; None if it is not running."""
     from ray.serve.context import _get_global_client
 
     client = _get_global_client(raise_if_no_controller_running=False)
@@ -249,7 +250,7 @@ def check_exposure(host: str | None, keys: ApiKeys) -> None:
     """Refuse to serve beyond loopback without keys.
 
     Raises:
-        ConfigError: the proxy listens elsewhere, or where is not known.
+        ConfigError: there are no keys, and the host is unknown or not a loopback address.
     """
     if keys.hashes:
         return
@@ -260,7 +261,8 @@ def check_exposure(host: str | None, keys: ApiKeys) -> None:
     if not is_loopback:
         raise ConfigError(
             [
-                f"keys_file: none, but the proxy listens at {host or 'an unknown address'}, which "
-                "others may reach; name a file of keys, or set http_options.host to 127.0.0.1"
+                f"keys_file: not set, but the proxy listens on {host or 'an unknown address'}, "
+                "which other hosts may reach; set keys_file to a file of key hashes, or "
+                "http_options.host to 127.0.0.1"
             ]
         )

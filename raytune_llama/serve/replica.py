@@ -1,4 +1,4 @@
-"""A copy of a model in an actor of Ray Serve. Imports torch; the gateway does not import this."""
+"""A model replica as a Ray Serve deployment. Imports torch, so the gateway must not import it."""
 
 import logging
 from collections.abc import AsyncGenerator, Hashable
@@ -26,25 +26,24 @@ from raytune_llama.serve.protocol.embeddings import EmbeddingRequest
 logger = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 256
-"""What the engine around transformers reads of prompts between two tokens, where the config does
-not say."""
+"""Default of `ReplicaConfig.prefill_tokens` for the transformers engine."""
 
 
 def start_vllm(
     model: ServedModelConfig, served: ServedModel, replicas: ReplicaConfig
 ) -> VllmEngine:
-    """Start vLLM on a model.
+    """Start a vLLM engine.
 
     Args:
-        model: its config.
-        served: the model without weights.
-        replicas: what a replica takes.
+        model: settings of the model.
+        served: the model on the meta device, without weights.
+        replicas: settings of the replicas.
     """
     return VllmEngine(
         model.path,
         dtype=served.model.dtype,
         num_slots=replicas.slots,
-        # Ray Serve bounds what waits.
+        # Ray Serve bounds the queue.
         max_waiting=10**6,
         max_context=served.max_context,
         num_tokens=len(served.tokenizer),
@@ -54,10 +53,10 @@ def start_vllm(
 
 
 class ModelReplica:
-    """A copy of a model, with its own engine."""
+    """A model with its own engine."""
 
     def __init__(self, model: ServedModelConfig, config: ServeConfig) -> None:
-        """Load the model; refuse one that is damaged, or tuned with another template."""
+        """Load the model; reject a damaged one, or one tuned with another chat template."""
         setup_logging()
         replicas = config.replicas
         torch.set_num_threads(max(1, int(replicas.cpus)))
@@ -69,7 +68,7 @@ class ModelReplica:
             has_adapters=model.adapters_dir is not None,
             is_installed=has_vllm(),
         )
-        logger.info("%s is answered by %s", model.served_name, chosen)
+        logger.info("model %s: using the %s engine", model.served_name, chosen)
         if chosen == "vllm":
             served = load_served_model(model, torch.device("meta"))
             self._engine = start_vllm(model, served, replicas)
@@ -87,7 +86,7 @@ class ModelReplica:
                 prefill_tokens=replicas.prefill_tokens or PREFILL_TOKENS,
             )
 
-        # Ray Serve bounds what waits; here it never has to.
+        # Ray Serve bounds the queue, so the engine does not have to.
         self._engine = engine = TransformersEngine(make_stepper(served), max_waiting=10**6)
 
         self._vectors = EmbeddingService(served, engine)
@@ -110,17 +109,17 @@ class ModelReplica:
     async def answer(
         self, request: ChatRequest | CompletionRequest
     ) -> AsyncGenerator[int | OutputDelta, None]:
-        """Yield the prompt's number of tokens, then the parts of all answers."""
+        """Yield the number of prompt tokens, then the output deltas of all choices."""
         async with aclosing(self._answerer.respond(request)) as items:
             async for item in items:
                 yield item
 
     async def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
-        """Yield the texts' number of tokens, then their vectors."""
+        """Yield the total number of input tokens, then batches of vectors."""
         async with aclosing(self._vectors.respond(request)) as items:
             async for item in items:
                 yield item
 
     async def check_health(self) -> None:
-        """Let Ray Serve replace a replica whose engine has failed."""
+        """Raise if the engine has failed, so that Ray Serve replaces the replica."""
         self._engine.check_health()

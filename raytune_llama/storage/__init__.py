@@ -1,6 +1,5 @@
-"""Files and folders, on a disk or in object storage, and who may write to them.
+"""Files and folders on local disks and in object storage, and locks on run directories.
 
 Read `place` first: a `Place` is a path or a URL. `transfers` publishes folders and keeps local
-copies, and `lease` locks a run directory for one driver. `files` holds what is atomic on a local
-disk.
+copies, and `lease` locks a run directory for one driver. `files` has atomic writes on local disks.
 """

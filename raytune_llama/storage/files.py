@@ -1,8 +1,8 @@
-"""Local files and directories that appear whole or not at all.
+"""Atomic writes of local files and directories: they appear complete or not at all.
 
 A file is written under a temporary name in its own folder, synced and renamed; a directory is
-built beside its target and renamed. A reader therefore never meets half of anything, and what it
-meets survives a power cut.
+built beside its target and renamed. A reader therefore never sees partial output, and what it sees
+survives a power failure.
 """
 
 import contextlib
@@ -18,22 +18,22 @@ from typing import Any
 from raytune_llama.config.errors import UserError
 
 OUTPUT_MANIFEST = "manifest.json"
-"""What a stage has made and from what, in the directory that it has written."""
+"""File in a stage's output directory that records the outputs and their inputs."""
 
 
 def sha256_file(path: Path) -> str:
-    """Hash a file's bytes as lower-case hex; releases the GIL, so threads hash in parallel."""
+    """Return a file's SHA-256 as lowercase hex; releases the GIL, so threads hash in parallel."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def temporary_sibling(path: Path) -> Path:
-    """Name a hidden, unique path in the same folder, so that a rename to `path` is atomic."""
+    """Return a hidden, unique path in the same folder, from which a rename to `path` is atomic."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Write a file that is either the old one or whole and synced; its folder must exist."""
+    """Write a file atomically and sync it; its folder must exist."""
     temporary = temporary_sibling(path)
     try:
         with temporary.open("xb") as file:
@@ -66,24 +66,24 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return the manifest of a directory that we have written; empty for another program's."""
+    """Return the manifest of a directory written by this package; empty for any other directory."""
     file = directory / OUTPUT_MANIFEST
     content = read_json(file) if file.is_file() else {}
     return content if isinstance(content, dict) else {}
 
 
 def json_bytes(obj: Any) -> bytes:  # noqa: ANN401 - any JSON value
-    """Turn a value into indented UTF-8 JSON with sorted keys; NaN is a ValueError."""
+    """Return a value as indented UTF-8 JSON with sorted keys; NaN raises a ValueError."""
     text = json.dumps(obj, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False)
     return (text + "\n").encode()
 
 
 def parse_json(data: bytes, name: str) -> Any:  # noqa: ANN401 - any JSON value
-    """Parse a file's bytes; a ValueError names the file."""
+    """Parse a file's bytes as JSON; a ValueError names the file."""
     try:
         return json.loads(data)
     except ValueError as error:
-        raise UserError(f"{name}: not a JSON file ({error}); restore or delete it") from error
+        raise UserError(f"{name}: invalid JSON ({error}); restore or delete the file") from error
 
 
 def move_directory(source: Path, target: Path) -> None:
@@ -92,9 +92,9 @@ def move_directory(source: Path, target: Path) -> None:
     Raises:
         FileExistsError: `target` exists.
     """
-    # rename() would replace an empty folder: nothing that exists is ever replaced.
+    # rename() would replace an empty folder; never replace an existing target.
     if os.path.lexists(target):
-        raise FileExistsError(f"{target} exists; delete it or choose another place")
+        raise FileExistsError(f"{target} exists; delete it or choose another path")
     for folder, _, names in os.walk(source):
         for name in names:
             sync(Path(folder, name))
@@ -105,16 +105,16 @@ def move_directory(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def publish_directory(target: Path) -> Iterator[Path]:
-    """Build a directory that appears under its name only when the block has succeeded.
+    """Build a directory that appears at `target` only after the block has succeeded.
 
     Yields:
-        An empty folder beside `target` to write into; removed when the block raises.
+        An empty folder beside `target` to write into; removed if the block raises.
 
     Raises:
-        FileExistsError: `target` exists, at the start or at the end of the block.
+        FileExistsError: `target` exists at the start or at the end of the block.
     """
     if os.path.lexists(target):
-        raise FileExistsError(f"{target} exists; delete it or choose another place")
+        raise FileExistsError(f"{target} exists; delete it or choose another path")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(target)
     temporary.mkdir()
@@ -127,7 +127,7 @@ def publish_directory(target: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder's list of names to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -136,7 +136,7 @@ def sync(path: Path) -> None:
 
 
 class RepeatedKeys(dict[str, Any]):
-    """An object with keys that stand in it twice, of which the last value counts."""
+    """A JSON object with duplicate keys; the last value of a key is used."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -145,10 +145,10 @@ class RepeatedKeys(dict[str, Any]):
 
 
 def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of its pairs, as `object_pairs_hook` of `json` gives them."""
+    """Return an object from its pairs, for `json`'s `object_pairs_hook`."""
     row = dict(pairs)
     return row if len(row) == len(pairs) else RepeatedKeys(pairs)
 
 
 KEY_DECODER = json.JSONDecoder(object_pairs_hook=build_object)
-"""Decodes JSON; an object with a key that stands in it twice is `RepeatedKeys`."""
+"""JSON decoder that returns an object with duplicate keys as `RepeatedKeys`."""

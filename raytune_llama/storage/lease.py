@@ -1,16 +1,16 @@
-"""One writer in a run directory: who holds it, and whether that holder still lives.
+"""Lease on a run directory: at most one driver writes to it, with heartbeats and fencing.
 
-A driver that wants the directory writes a claim, `.lease/00000007-<owner>.json`, with a number one
-higher than any there; the highest number holds. Object storage has no way to write a file only
-where none is, so two that start together may take the same number: both wait until any claim that
-did not see theirs is there, look again, and the one whose owner sorts first has it. A claim that
-took too long to write to keep to that is withdrawn.
+A driver acquires the directory by writing a claim, `.lease/00000007-<owner>.json`, with a number
+one higher than any existing claim; the highest number holds the lease. Object storage can't create
+a file only if it does not exist, so two drivers that start together may take the same number: both
+wait until every concurrent claim is visible, read the claims again, and the owner that sorts first
+wins. A claim that took longer to write than this wait is withdrawn.
 
-The holder writes its claim anew every few seconds. Another driver refuses to start while that goes
-on. A holder whose process is gone from this machine is dead at once; one elsewhere is dead when its
-claim stays as it is for some time by the clock of who looks: no two clocks are compared. A holder
-that was only asleep is fenced: the number of its successor is higher, so that `check_lease` raises
-and it publishes nothing.
+The holder rewrites its claim every few seconds as a heartbeat. Other drivers refuse to start while
+heartbeats continue. A holder whose process has exited on this machine is dead at once; one on
+another machine is dead if its claim stays unchanged for some time by the observer's clock: no two
+clocks are compared. A holder that was only paused is fenced: its successor's number is higher, so
+`check_lease` raises and it publishes nothing.
 """
 
 import logging
@@ -32,63 +32,63 @@ _ATTEMPTS = 8
 
 
 class LeaseError(UserError):
-    """The run directory is another driver's now."""
+    """Another driver has taken over the run directory."""
 
 
 @dataclass(frozen=True)
 class LeaseTimes:
-    """Durations of the protocol, in seconds; the same for all drivers of a run directory."""
+    """Durations of the lease protocol; must be the same for all drivers of a run directory."""
 
     settle_seconds: float = 2.0
-    """A claim may take so long to write, and others wait for it so long."""
+    """Time limit for writing a claim, and wait for concurrent claims; in seconds."""
 
     heartbeat_seconds: float = 5.0
-    """Between two signs of life."""
+    """Heartbeat interval, in seconds."""
 
     stale_seconds: float = 60.0
-    """Without a sign of life, after which a holder counts as dead."""
+    """Time without a heartbeat after which a holder is considered dead, in seconds."""
 
 
 @dataclass(frozen=True)
 class Fence:
-    """What a worker shows to publish: plain, and small enough for every message."""
+    """Fencing token that a worker checks before it publishes; small enough for every message."""
 
     run_dir: Place
-    """The directory."""
+    """The run directory."""
 
     number: int
-    """The number under which it may be written to."""
+    """Number of the lease that permits writing."""
 
     def check(self) -> None:
-        """Raise where the directory has gone to another driver; see `check_lease`."""
+        """Raise if another driver has taken over the directory; see `check_lease`."""
         check_lease(self.run_dir, self.number)
 
 
 def check_lease(run_dir: Place, number: int) -> None:
-    """Refuse to publish under a lease that is another's; costs one listing.
+    """Check that a lease is still held, before publishing under it; costs one listing.
 
     Raises:
-        LeaseError: a driver with a higher number holds the directory.
-        OSError: the directory cannot be reached.
+        LeaseError: A driver with a higher number holds the directory.
+        OSError: The directory cannot be reached.
     """
     newer = [claim for claim in _claims(run_dir) if _number(claim) > number]
     if newer:
         raise LeaseError(
-            f"run_dir: {run_dir} was taken by another driver (lease {_number(newer[-1])}, this "
-            f"run's is {number}), after this one had given no sign of life; nothing more of this "
-            "one is saved"
+            f"run_dir: {run_dir} was taken over by another driver (lease {_number(newer[-1])}, "
+            f"this driver's is {number}) because this driver's heartbeat stopped; this driver "
+            "saves nothing more"
         )
 
 
 class Lease:
-    """A driver's claim on a run directory, from `with` on; it holds once `confirm` has returned."""
+    """A driver's claim on a run directory within a `with` block; held once `confirm` returns."""
 
     def __init__(self, run_dir: Place, times: LeaseTimes | None = None) -> None:
         self._run_dir = run_dir
         self._times = times or LeaseTimes()
         self._owner = uuid.uuid4().hex
         self._number = 0
-        self._beats = 0
+        self._heartbeats = 0
         self._claimed = 0.0
         self._is_confirmed = False
         self._existed = True
@@ -100,8 +100,8 @@ class Lease:
         """Claim the directory, once its holder is dead or has released it.
 
         Raises:
-            ConfigError: another driver holds it; says who.
-            OSError: the directory cannot be written to, or far too slowly.
+            ConfigError: Another driver holds it; the message names the driver.
+            OSError: The directory cannot be written to, or writes are far too slow.
         """
         self._existed = self._run_dir.exists()
         for _ in range(_ATTEMPTS):
@@ -109,12 +109,12 @@ class Lease:
             start = time.monotonic()
             top = _top_claims(self._run_dir)
             if any(_is_held(says) and dead.get(claim) != says for claim, says in top.items()):
-                continue  # by one that was quicker
+                continue  # another driver was faster
             self._number = max((_number(claim) for claim in top), default=0) + 1
             try:
                 self._write()
             except FileNotFoundError:
-                continue  # another driver has just left, and taken the folder along
+                continue  # another driver has just exited and deleted the folder
             self._claimed = time.monotonic()
             if self._claimed - start < self._times.settle_seconds:
                 self._thread.start()
@@ -122,9 +122,8 @@ class Lease:
             self._place.delete()
         self._clear()
         raise OSError(
-            f"run_dir: a small file in {self._run_dir} takes more than "
-            f"{self._times.settle_seconds:g} s to "
-            "write, time after time; check the storage"
+            f"run_dir: writing a small file to {self._run_dir} repeatedly took more than "
+            f"{self._times.settle_seconds:g} s; check the storage"
         )
 
     def __exit__(self, *error: object) -> None:
@@ -132,28 +131,28 @@ class Lease:
         self._thread.join()
         if self._is_confirmed:
             if self._lost is None:
-                # Kept, as the next holder's number has to be higher.
+                # Kept, since the next holder's number must be higher.
                 self._write(released=True)
         else:
             self._place.delete()
         self._clear()
 
     def _clear(self) -> None:
-        """Leave nothing behind where no run has begun, whose workers could know a number."""
+        """Remove the claim and empty folders, unless a run with workers has started here."""
         folders = [folder.name for folder in self._run_dir.folders()]
         if self._run_dir.files() or folders not in ([], [LEASE_FOLDER]):
             return
         self._place.delete()
-        # What another driver has written there meanwhile stays, and so does the folder.
+        # The folder stays if another driver has written to it in the meantime.
         _folder(self._run_dir).delete_empty()
         if not self._existed:
             self._run_dir.delete_empty()
 
     def confirm(self) -> Fence:
-        """Wait out the claims of others that started together; then hold the directory.
+        """Wait for concurrent claims to become visible, then hold the directory.
 
         Raises:
-            ConfigError: one of them has it; says who.
+            ConfigError: Another driver holds it; the message names the driver.
         """
         time.sleep(max(0.0, self._claimed + self._times.settle_seconds - time.monotonic()))
         claims = _claims(self._run_dir)
@@ -171,7 +170,7 @@ class Lease:
 
     @property
     def lost_reason(self) -> str | None:
-        """Why the directory is this driver's no more; None while it is."""
+        """Why this driver lost the directory; None while it holds it."""
         return self._lost
 
     @property
@@ -179,22 +178,27 @@ class Lease:
         return _folder(self._run_dir) / f"{self._number:08d}-{self._owner}.json"
 
     def _write(self, *, released: bool = False) -> None:
-        self._beats += 1
+        self._heartbeats += 1
         process = ProcessIdentity.current().to_json()
-        self._place.write_json({"process": process, "beats": self._beats, "released": released})
+        self._place.write_json(
+            {"process": process, "beats": self._heartbeats, "released": released}
+        )
 
     def _wait_for_holder(self) -> dict[Place, dict[str, Any] | None]:
-        """Return the newest claims once none of them is a living holder's.
+        """Return the newest claims once none of them belongs to a live holder.
 
         Raises:
-            ConfigError: the holder lives.
+            ConfigError: The holder is alive.
         """
         then = _top_claims(self._run_dir)
         held = {claim: says for claim, says in then.items() if _is_held(says)}
         start = time.monotonic()
         if held:
             names = " and ".join(_name(says) for says in held.values())
-            logger.info("run_dir: %s is held by %s; is there a sign of life?", self._run_dir, names)
+            logger.info(
+                "run_dir: %s is locked by %s; waiting up to %g s for its heartbeat",
+                *(self._run_dir, names, self._times.stale_seconds),
+            )
         while held and time.monotonic() - start <= self._times.stale_seconds:
             time.sleep(min(1.0, self._times.heartbeat_seconds / 4))
             for claim, says in list(held.items()):
@@ -214,7 +218,7 @@ class Lease:
                 self._lost = str(error)
                 return
             except OSError as error:
-                logger.warning("run_dir: no sign of life could be written: %s", error)
+                logger.warning("run_dir: could not write the heartbeat: %s", error)
 
 
 def _folder(run_dir: Place) -> Place:
@@ -222,23 +226,23 @@ def _folder(run_dir: Place) -> Place:
 
 
 def _claims(run_dir: Place) -> list[Place]:
-    """Return all claims, the lowest first."""
+    """Return all claims, lowest number first."""
     return [file for file in _folder(run_dir).files() if _number(file)]
 
 
 def _top_claims(run_dir: Place) -> dict[Place, dict[str, Any] | None]:
-    """Return the claims of the highest number, one but for a race, and what they say."""
+    """Return the claims with the highest number and their contents; one, except in a race."""
     claims = _claims(run_dir)
     return {c: _read(c) for c in claims if _number(c) == _number(claims[-1])}
 
 
 def _number(claim: Place) -> int:
     digits = claim.name.partition("-")[0]
-    return int(digits) if digits.isdecimal() else 0  # a temporary name
+    return int(digits) if digits.isdecimal() else 0  # a temporary file
 
 
 def _read(claim: Place) -> dict[str, Any] | None:
-    """Return what a claim says; None where it was withdrawn."""
+    """Return the content of a claim; None if it was withdrawn."""
     try:
         content = claim.read_json()
     except FileNotFoundError:
@@ -247,7 +251,7 @@ def _read(claim: Place) -> dict[str, Any] | None:
 
 
 def _is_held(claim: dict[str, Any] | None) -> bool:
-    """Whether a claim's owner may be alive."""
+    """Whether the owner of a claim may still be alive."""
     if claim is None or claim["released"]:
         return False
     return ProcessIdentity.from_json(claim["process"]).has_exited is not True
@@ -257,14 +261,14 @@ def _name(claim: dict[str, Any] | None) -> str:
     return (
         str(ProcessIdentity.from_json(claim["process"]))
         if claim
-        else "a driver that has just ended"
+        else "a driver that has just exited"
     )
 
 
 def _lease_held_error(run_dir: Place, claim: dict[str, Any] | None) -> ConfigError:
     return ConfigError(
         [
-            f"run_dir: {run_dir} is held by another driver, {_name(claim)}; wait until it has "
-            "ended, stop it, or name another run_dir"
+            f"run_dir: {run_dir} is locked by another driver, {_name(claim)}; wait until it exits, "
+            "stop it, or set another run_dir"
         ]
     )

@@ -1,10 +1,10 @@
-"""Places of files and folders, on a local disk or in object storage, and how things appear there.
+"""Paths of files and folders on a local disk or in object storage, and atomic writes to them.
 
     place = Place.parse("s3://bucket/stores/demo", "data.store_dir")
     (place / "manifest.json").write_json({"documents": 2})
 
-On a local disk files appear as `files.py` says, in object storage when their upload is complete.
-How whole folders appear is in `transfers.py`.
+On a local disk, files appear as described in `files.py`; in object storage, when their upload is
+complete. `transfers.py` publishes folders.
 """
 
 import contextlib
@@ -34,46 +34,46 @@ from raytune_llama.storage.files import (
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _COPY_BYTES = 8 * 2**20
-_SERVER_COPY_BYTES = 5 * 2**30  # S3 copies no larger object by itself
+_SERVER_COPY_BYTES = 5 * 2**30  # limit of a server-side copy on S3
 
 
 @dataclass(frozen=True)
 class FileStatus:
-    """What is known of a file without reading it."""
+    """Metadata of a file."""
 
     num_bytes: int
-    """Its size."""
+    """Size of the file, in bytes."""
     version: str
-    """Changes when the file is written again: its times, and on a local disk its inode."""
+    """Changes with every write: the file's times, on a local disk also its inode."""
 
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """A file or folder; hashable and picklable, `str()` gives it as a user would write it."""
+    """Path of a file or folder; hashable and picklable. `str()` gives it as a user writes it."""
 
     scheme: str
     """`s3`, `gs`, or empty for a local path."""
     key: str
     """Absolute path, or `bucket/key`; without a slash at its end."""
     options: str = ""
-    """What stands behind `?` in the URI, such as an endpoint of one's own."""
+    """Query string of the URI, such as a custom endpoint; empty if there is none."""
 
     @classmethod
     def parse(cls, text: str, field: str) -> Self:
-        """Read what a user wrote.
+        """Parse a path or URI.
 
         Args:
-            text: A local path (`~` is expanded, a relative one starts at the current folder),
+            text: A local path (`~` is expanded, a relative path starts at the current folder),
                 `s3://bucket/key` or `gs://bucket/key`, with `?endpoint_override=...` for a server
                 other than the vendor's.
-            field: The config field that holds it, for the error message.
+            field: Config field that holds it, for the error message.
 
         Raises:
-            ValueError: The text is empty, of an unknown scheme, without bucket, holds a password
-                or an unknown option.
+            ValueError: The text is empty, has an unknown scheme, no bucket, a password or an
+                unknown option.
         """
         if not text.strip():
-            raise UserError(f"{field}: got an empty path; name a file or folder")
+            raise UserError(f"{field}: got an empty path; wanted a file or folder")
         if not _SCHEME.match(text):
             return cls("", os.path.normpath(Path(text).expanduser().absolute()))
         parts = urlsplit(text)
@@ -84,26 +84,26 @@ class Place:
             )
         if "@" in parts.netloc:
             raise UserError(
-                f"{field}: holds a user name or a password; drop it and put the credentials into "
-                "the environment or the vendor's credentials file of every node"
+                f"{field}: contains a user name or password; remove it and put the credentials in "
+                "the environment or the vendor's credentials file on every node"
             )
         if not parts.netloc:
-            raise UserError(f"{field}: got {text!r}, which names no bucket")
+            raise UserError(f"{field}: got {text!r}, which has no bucket")
         given = parse_qsl(parts.query, keep_blank_values=True)
         unknown = sorted({name for name, _ in given} - known)
         unknown += [f"{name} without a value" for name, value in given if not value]
         if unknown:
             raise UserError(
-                f"{field}: unknown option {', '.join(unknown)} in {text!r}; there are: "
+                f"{field}: unknown option {', '.join(unknown)} in {text!r}; known options: "
                 f"{', '.join(f'{name}=...' for name in sorted(known))}"
             )
-        # A "#" is a legal character of a key, which urlsplit cuts at.
+        # "#" is a legal character in a key, but urlsplit splits there.
         path = parts.path + (f"#{parts.fragment}" if parts.fragment else "")
         return cls(parts.scheme, f"{parts.netloc}/{path.strip('/')}".rstrip("/"), parts.query)
 
     @classmethod
     def local(cls, path: Path) -> Self:
-        """Return the place of a local path."""
+        """Return the `Place` of a local path."""
         return cls("", os.path.normpath(path.absolute()))
 
     def __str__(self) -> str:
@@ -116,59 +116,59 @@ class Place:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a path of this machine (or of a disk that it mounts)."""
+        """Whether it is a path on this machine, including mounted disks."""
         return not self.scheme
 
     @property
     def path(self) -> Path:
-        """The local path."""
-        assert self.is_local, f"{self} is no local path"
+        """Local path; the place must be local."""
+        assert self.is_local, f"{self} is not a local path"
         return Path(self.key)
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """Last component of the path."""
         return PurePosixPath(self.key).name
 
     @property
     def parent(self) -> "Place":
-        """The folder that it is in; of a whole disk or bucket, itself."""
+        """Parent folder; the root of a disk or a bucket is its own parent."""
         folder = str(PurePosixPath(self.key).parent)
         return self if folder == "." else Place(self.scheme, folder, self.options)
 
     def with_name(self, name: str) -> "Place":
-        """Return its neighbour of another name."""
+        """Return the place with another name in the same folder."""
         return self.parent / name
 
     def is_below(self, folder: "Place") -> bool:
-        """Whether it is a folder or anything in it, by name."""
+        """Whether the path is `folder` or below it, judged by name."""
         same_root = (self.scheme, self.options) == (folder.scheme, folder.options)
         return same_root and PurePosixPath(self.key).is_relative_to(folder.key)
 
     def relative_to(self, folder: "Place") -> str:
-        """Return the parts behind a folder above it, with "/" between them."""
+        """Return the path relative to a parent folder, separated by "/"."""
         return PurePosixPath(self.key).relative_to(folder.key).as_posix()
 
     def status(self) -> FileStatus | None:
-        """Return what is known of a file; None where there is no file (but perhaps a folder)."""
-        with contextlib.suppress(FileNotFoundError):  # it has gone between two looks at it
+        """Return the metadata of a file; None if there is no file (there may be a folder)."""
+        with contextlib.suppress(FileNotFoundError):  # deleted between pyarrow's two checks
             info = self._info(self.key)
             return self._status(info) if info.type == pafs.FileType.File else None
 
     def exists(self) -> bool:
-        """Whether there is a file or folder; in object storage a folder exists by its files."""
+        """Whether a file or folder exists; in object storage a folder exists if it has files."""
         if self.is_local:
             return os.path.lexists(self.key)
         return self._info(self.key).type != pafs.FileType.NotFound
 
     def is_dir(self) -> bool:
-        """Whether there is a folder."""
+        """Whether the path is an existing folder."""
         return self._info(self.key).type == pafs.FileType.Directory
 
     def files(self, *, recursive: bool = False) -> dict["Place", FileStatus]:
-        """List the files of a folder (of all below it) by name; empty where there is no folder.
+        """Return the files of a folder, sorted by name; empty if the folder does not exist.
 
-        A local link to a folder is not followed.
+        `recursive` includes the folders below it. Local symlinks to folders are not followed.
         """
         if self.is_local:
             return self._local_files("**/*" if recursive else "*")
@@ -181,10 +181,10 @@ class Place:
         }
 
     def folders(self) -> list["Place"]:
-        """List the folders right below a folder by name; empty where there is no folder."""
+        """Return the direct subfolders, sorted by name; empty if the folder does not exist."""
         selector = pafs.FileSelector(self.key, allow_not_found=True)
         infos: list[pafs.FileInfo] = []
-        with contextlib.suppress(FileNotFoundError):  # it was made between pyarrow's two looks
+        with contextlib.suppress(FileNotFoundError):  # created between pyarrow's two checks
             infos = self.filesystem.get_file_info(selector)
         found = [info for info in infos if info.type == pafs.FileType.Directory]
         return sorted(Place(self.scheme, info.path, self.options) for info in found)
@@ -193,17 +193,17 @@ class Place:
         """Open a file for reading at any offset; use it in a `with`.
 
         Raises:
-            OSError: There is no such file, or it cannot be read.
+            OSError: The file does not exist or cannot be read.
         """
         return self.filesystem.open_input_file(self.key)
 
     def read_bytes(self) -> bytes:
-        """Read a whole file."""
+        """Return the content of a file."""
         with self._named_errors(), self.open() as file:
             return file.read()
 
     def write_bytes(self, data: bytes) -> None:
-        """Write a file that is either the old one or whole; folders above it are made."""
+        """Write a file atomically; missing parent folders are created."""
         if self.is_local:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes_atomic(self.path, data)
@@ -211,7 +211,7 @@ class Place:
             write_object(self.filesystem, self.key, pa.py_buffer(data))
 
     def sha256(self) -> str:
-        """Hash a file's bytes as lower-case hex; all of them are read, from wherever it is."""
+        """Return a file's SHA-256 as lowercase hex; reads or downloads the full file."""
         return self._read_into(None)
 
     def read_json(self) -> Any:  # noqa: ANN401 - any JSON value
@@ -227,7 +227,7 @@ class Place:
         self.write_bytes(json_bytes(obj))
 
     def delete(self) -> None:
-        """Delete a file, or a folder with all below it; nothing there is no error."""
+        """Delete a file or a folder recursively; a missing one is not an error."""
         if self.is_local:
             if self.path.is_dir() and not self.path.is_symlink():
                 shutil.rmtree(self.path)
@@ -239,7 +239,7 @@ class Place:
             self.filesystem.delete_file(self.key)
 
     def delete_empty(self) -> None:
-        """Delete a folder that nothing is in; any other stays."""
+        """Delete a folder if it is empty."""
         if self.is_local:
             with contextlib.suppress(OSError):
                 self.path.rmdir()
@@ -247,15 +247,14 @@ class Place:
             self.delete()
 
     def move(self, target: "Place", *, first: str) -> None:
-        """Give a folder another name; what has that name is deleted before.
+        """Rename a folder; an existing target is deleted first.
 
-        Object storage has no rename: there every file is copied, and then deleted here. Killed in
-        between, both are there.
+        Object storage has no rename: every file is copied, then the originals are deleted. If the
+        process is killed in between, both folders exist.
 
         Args:
-            target: The new name; at the same kind of place.
-            first: The file that is deleted here before the others, without which a reader does
-                not trust what is left.
+            target: New path, on the same kind of storage.
+            first: The first file to delete from the old folder; readers ignore a folder without it.
         """
         target.delete()
         if self.is_local:
@@ -273,7 +272,7 @@ class Place:
         self.delete()
 
     def upload(self, source: Path) -> None:
-        """Write a local file's bytes; the file appears when all of them are there."""
+        """Upload a local file; it appears at this place only when it is complete."""
         if self.is_local:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = temporary_sibling(self.path)
@@ -284,17 +283,17 @@ class Place:
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-        elif source.stat().st_size == 0:  # which cannot be mapped
+        elif source.stat().st_size == 0:  # an empty file cannot be mapped
             write_object(self.filesystem, self.key, pa.py_buffer(b""))
         else:
             with pa.memory_map(str(source)) as file:
                 write_object(self.filesystem, self.key, file.read_buffer())
 
     def download(self, target: Path, *, sha256: str | None = None) -> None:
-        """Copy a file to a local path, which appears when it is whole and on the disk.
+        """Copy a file to a local path, which appears only when it is complete and synced.
 
         Raises:
-            ValueError: Its bytes have another hash than the one given; nothing appears.
+            ValueError: The hash of its bytes is not `sha256`; no file appears.
         """
         temporary = temporary_sibling(target)
         try:
@@ -310,7 +309,7 @@ class Place:
 
     @property
     def filesystem(self) -> pafs.FileSystem:
-        """Where `key` is a path; for libraries that speak pyarrow's own types."""
+        """The pyarrow file system on which `key` is a path, for libraries that take one."""
         bucket = self.key.partition("/")[0]
         return connect(self.scheme, "" if self.is_local else bucket, self.options)
 
@@ -323,7 +322,7 @@ class Place:
         return dict(sorted(found.items()))
 
     def _read_into(self, target: BinaryIO | None) -> str:
-        """Copy a file's bytes, where a target is given, and return their hash."""
+        """Read a file's bytes, copy them to `target` if given, and return their hash."""
         digest = hashlib.sha256()
         with self._named_errors(), self.open() as file:
             while block := file.read(_COPY_BYTES):
@@ -334,7 +333,7 @@ class Place:
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """Name the file in errors of a server, which say what failed but not with what."""
+        """Add the file's name to server errors, which lack it."""
         try:
             yield
         except OSError as error:
@@ -349,7 +348,7 @@ class Place:
         size = int(info.size or 0)
         if not self.is_local:
             return FileStatus(size, str(info.mtime_ns))
-        # A changed file can keep its size and be given its old time, but not its change time.
+        # A changed file can have its old size and mtime, but not its old ctime.
         local = Path(info.path).stat()
         return FileStatus(size, f"{local.st_mtime_ns}.{local.st_ctime_ns}.{local.st_ino}")
 
@@ -363,8 +362,8 @@ def check_place(place: Place, field: str) -> str | None:
     """Return why a place in object storage cannot be used, or None; nothing is written.
 
     Args:
-        place: Where something is, or will be.
-        field: The config field that holds it, for the message.
+        place: Place to check; it need not exist.
+        field: Config field that holds it, for the message.
     """
     if place.is_local:
         return None
@@ -374,27 +373,25 @@ def check_place(place: Place, field: str) -> str | None:
             return None
     except (OSError, pa.ArrowException) as error:
         return (
-            f"{field}: {place} cannot be reached ({error}); check the endpoint and the region, and "
-            "that the credentials of this machine and of every node may list, read and write there"
+            f"{field}: {place} cannot be reached ({error}); check the endpoint, the region, and "
+            "that this machine's and every node's credentials allow list, read and write access"
         )
-    return (
-        f"{field}: {place}: there is no bucket {bucket.key}; create it, or name one that is there"
-    )
+    return f"{field}: {place}: there is no bucket {bucket.key}; create it, or use an existing one"
 
 
 def local_path(text: str, field: str) -> Path:
-    """Turn a configured path into an absolute local one.
+    """Return a configured path as an absolute local one.
 
     Args:
-        text: What the user wrote; `~` is expanded, a relative path starts at the current folder.
-        field: The config field that holds it, for the error message.
+        text: Path in the config; `~` is expanded, a relative path starts at the current folder.
+        field: Config field that holds it, for the error message.
 
     Raises:
         ValueError: The path is empty or names object storage (`s3://...`).
     """
     if _SCHEME.match(text):
         raise UserError(
-            f"{field}: got {text!r}, but only a local path can be read there; copy it to a disk "
-            "that every node mounts and name that path"
+            f"{field}: got {text!r}, but only local paths are supported here; copy it to a disk "
+            "that every node mounts and set that path"
         )
     return Place.parse(text, field).path

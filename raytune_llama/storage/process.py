@@ -1,4 +1,4 @@
-"""Which process is meant, when its number may long be another's."""
+"""Process identity that survives PID reuse."""
 
 import os
 import platform
@@ -10,36 +10,36 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process of some machine, told apart from those that get its number later."""
+    """A process on some machine, distinguished from later processes with the same PID."""
 
     host: str
-    """Name of the machine, for people."""
+    """Host name, for people."""
 
     boot: str
-    """Start of the machine and namespace of its process numbers: processes can be looked up only
-    from where this is the same, which containers of one machine do not have."""
+    """Boot id and PID namespace of the machine: processes can be looked up only from a process
+    with the same value. Containers on one machine have different ones."""
 
     pid: int
-    """Its number there."""
+    """PID in that namespace."""
 
     started: int
-    """When it started, in clock ticks since the machine did."""
+    """Start time of the process, in clock ticks since boot."""
 
     @classmethod
     def current(cls) -> Self:
-        """Return this process."""
+        """Return the identity of this process."""
         pid = os.getpid()
         started = _start_of(pid)
-        assert started is not None, "it runs"
+        assert started is not None, "this process is running"
         return cls(platform.node(), _boot(), pid, started)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """Return what `to_json` was made from."""
+        """Return the identity that `to_json` was called on."""
         return cls(**data)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
+        """Return the identity as JSON data."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -47,13 +47,13 @@ class ProcessIdentity:
 
     @property
     def has_exited(self) -> bool | None:
-        """Whether it has ended; None where this process cannot see it."""
+        """Whether the process has exited; None if it is not visible from this process."""
         if self.boot != _boot():
             return None
         return _start_of(self.pid) != self.started
 
     def kill(self) -> bool:
-        """End it with SIGKILL, which a stopped process obeys too; False if it is not here."""
+        """Send SIGKILL, which also ends a stopped process; False if it is not running here."""
         if self.has_exited is not False:
             return False
         try:
@@ -64,7 +64,7 @@ class ProcessIdentity:
 
 
 def kill_process(process: ProcessIdentity) -> bool:
-    """End a process, as a task on its node does; see `ProcessIdentity.kill`."""
+    """Kill a process; run it as a task on the process's node. See `ProcessIdentity.kill`."""
     return process.kill()
 
 
@@ -74,11 +74,11 @@ def _boot() -> str:
 
 
 def _start_of(pid: int) -> int | None:
-    """Return when a process started, in ticks; None where there is none, or a dead one's entry."""
+    """Return a process's start time, in ticks; None if it does not exist or is a zombie."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The name, in brackets, may have anything in it.
+    # The name, in parentheses, may contain any character.
     state, *fields = text.rpartition(")")[2].split()
     return None if state in {"Z", "X"} else int(fields[18])

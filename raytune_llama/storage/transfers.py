@@ -1,7 +1,7 @@
-"""What goes between a place and this node's disk: whole folders, and checked copies of files.
+"""Transfers between a place and this node's disk: publish folders, cache verified file copies.
 
-Object storage has no rename and no append. A folder there counts as whole when the file that is
-uploaded last is there; a file that grows is collected on the local disk and uploaded whole.
+Object storage has no rename and no append. A folder there is complete once the file that is
+uploaded last exists; a growing file is written on the local disk and uploaded in full.
 """
 
 import contextlib
@@ -20,25 +20,25 @@ from raytune_llama.storage.place import Place
 
 @contextlib.contextmanager
 def publish_place(target: Place, last: str) -> Iterator[Path]:
-    """Build a directory that counts as whole only when the block has succeeded.
+    """Build a directory that is complete only after the block has succeeded.
 
     Args:
-        target: A local folder appears by a rename; in object storage the files are uploaded. What
-            an earlier attempt left there stays, unless a new file has its name.
-        last: The file, relative to the folder, without which a reader does not trust it.
+        target: A local folder appears by a rename; in object storage the files are uploaded. Files
+            of an earlier attempt are kept, unless a new file has the same name.
+        last: File to upload last, relative to the folder; readers ignore a folder without it.
 
     Yields:
-        An empty local folder to write into; removed when the block raises.
+        An empty local folder to write into; removed if the block raises.
 
     Raises:
-        FileExistsError: `target` exists: locally anything, in object storage its file `last`.
+        FileExistsError: `target` exists; in object storage, its file `last` does.
     """
     if target.is_local:
         with publish_directory(target.path) as folder:
             yield folder
         return
     if is_published(target, last):
-        raise FileExistsError(f"{target} exists; delete it or choose another place")
+        raise FileExistsError(f"{target} exists; delete it or choose another path")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         yield folder
@@ -53,20 +53,19 @@ def publish_place(target: Place, last: str) -> Iterator[Path]:
 
 
 def is_published(target: Place, last: str) -> bool:
-    """Whether `publish_place` has ended there: a local folder appears whole, an uploaded one not.
+    """Whether `publish_place` has completed: a local folder appears at once, an uploaded one not.
 
     Args:
-        target: The folder.
-        last: The file that is uploaded last.
+        target: Folder to check.
+        last: File that is uploaded last.
     """
     return target.exists() if target.is_local else (target / last).exists()
 
 
 class Mirror:
-    """A local folder whose files appear at a place: the place itself, or a temporary one.
+    """A local folder mirrored to a place: the place itself if local, else a temporary folder.
 
-    On a local disk a file is there as it is written, in object storage as it was at the last
-    `push`.
+    On a local disk writes are visible at once, in object storage after the next `push`.
     """
 
     def __init__(self, place: Place) -> None:
@@ -74,11 +73,11 @@ class Mirror:
         self._temporary = None if place.is_local else tempfile.TemporaryDirectory()
         self._pushed: dict[Path, tuple[int, int]] = {}
         self.folder = place.path if self._temporary is None else Path(self._temporary.name)
-        """Where to write."""
+        """Local folder to write into."""
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def push(self) -> None:
-        """Bring every file that was written since the last time to the place."""
+        """Upload every file written since the last push."""
         if self._temporary is None:
             return
         for path in sorted(self.folder.rglob("*")):
@@ -89,7 +88,7 @@ class Mirror:
                 self._pushed[path] = written
 
     def close(self) -> None:
-        """Push a last time, and end."""
+        """Push one last time and delete the temporary folder."""
         try:
             self.push()
         finally:
@@ -98,32 +97,32 @@ class Mirror:
 
 
 def default_cache_dir() -> Path:
-    """Return this node's folder for copies: `raytune_llama` in the user's cache folder."""
+    """Return this node's default cache folder: `raytune_llama` in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "raytune_llama"
 
 
 def local_copy_path(place: Place, sha256: str, cache_dir: Path) -> Path:
-    """Return where a file's bytes lie on this node, or would: of a file on the disk, its own."""
+    """Return the local path of a file's copy, which may not exist; a local file's own path."""
     return place.path if place.is_local else cache_dir / f"{sha256}{Path(place.name).suffix}"
 
 
 def local_copy(place: Place, *, sha256: str, num_bytes: int, cache_dir: Path) -> Path:
-    """Return a local path to a file's bytes: of a file on the disk its own, unchecked.
+    """Return the path of a local copy of a file; for a local file, its own path, unchecked.
 
-    A file in object storage is copied once to `<cache_dir>/<sha256><suffix>`, where all processes
-    of the node find it: who comes first fetches it and the others wait. Its size and hash are
-    checked before it appears there, and its size whenever it is found there.
+    A file in object storage is copied once to `<cache_dir>/<sha256><suffix>`, shared by all
+    processes of the node: the first one downloads it and the others wait. Size and hash are checked
+    before it appears there, and the size on each later use.
 
     Raises:
-        OSError: The file cannot be read, or not be written on the local disk.
-        ValueError: The file has other bytes than `sha256` and `num_bytes` say.
+        OSError: The file cannot be read, or the copy cannot be written.
+        ValueError: The file does not match `sha256` or `num_bytes`.
     """
     target = local_copy_path(place, sha256, cache_dir)
     if place.is_local or _num_bytes(target) == num_bytes:
         return target
     cache_dir.mkdir(parents=True, exist_ok=True)
-    # A lock's file cannot be deleted safely: so there are few, that many copies share.
+    # A lock file cannot be deleted safely, so many copies share a few.
     with (cache_dir / f".lock-{sha256[:2]}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if _num_bytes(target) != num_bytes:

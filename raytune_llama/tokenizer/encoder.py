@@ -1,14 +1,14 @@
-"""What encodes a corpus in the workers: a reference, or a fast engine that it goes on checking.
+"""Corpus encoders that run in the workers: the reference, or a fast engine it spot-checks.
 
-An encoder is made once, by `select_encoder` on the driver, and sent to the workers as a pickle:
-they need neither the tokenizer's directory nor transformers, and the tables of the fast engine are
-shared by the workers of a node.
+`select_encoder` builds an encoder once on the driver; the workers receive it pickled, so they need
+neither the tokenizer's directory nor transformers. The workers of a node share the fast engine's
+tables.
 """
 
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,46 +18,43 @@ from raytune_llama.tokenizer.split_points import encode_in_chunks
 if TYPE_CHECKING:
     from raytune_llama.tokenizer.compiled.encoder import CompiledEncoder
 
-EncoderKind = Literal["auto", "reference", "compiled"]
-"""What may be asked for: `auto` is the fast engine where its ids were shown to be the reference's,
-and `compiled` the same or an error."""
 
 CHECK_INTERVAL_TEXTS = 1000
-"""Of so many texts a worker checks one against the reference."""
+"""A worker checks one text in this many against the reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedEncoder:
-    """What encodes a corpus, and why."""
+    """The encoder chosen for a corpus, and why it was chosen."""
 
     encoder: TextEncoder
-    """What makes the ids: a reference, or `CheckedEncoder`. Picklable."""
+    """Encoder to use: a reference or a `CheckedEncoder`. Picklable."""
     num_texts: int
-    """How many texts were compared: the sample and the hard ones; 0 for a reference."""
+    """Number of texts compared, sample and hard texts together; 0 for a reference."""
     num_bytes: int
-    """How many bytes of UTF-8 they have."""
+    """Total size of the compared texts, in bytes of UTF-8."""
     reason: str | None
-    """Why the reference is used; None for a fast engine."""
+    """Why the reference is used; None for the fast engine."""
 
 
 class TokenIdMismatchError(Exception):
-    """A fast engine gave other ids than the reference, in spite of all that was compared before."""
+    """The fast engine's ids differ from the reference's, although the initial comparison passed."""
 
     def __init__(self, index: int, message: str) -> None:
         super().__init__(index, message)
         self.index = index
-        """The text's place among those given to `encode`."""
+        """Index of the text among those given to `encode`."""
 
     def __str__(self) -> str:
         return f"text {self.index} of a batch: {self.args[1]}"
 
 
 class CheckedEncoder:
-    """The fast engine, with the reference beside it that checks a share of its texts.
+    """The fast engine, with a share of its texts checked against the reference.
 
-    A difference is an error, and not a reason to go on with the reference: texts that were not
-    checked have been written already. A hash of what is encoded at once says which are checked, so
-    that it is the same ones in each run; a stretch of a long document is a text of its own.
+    A mismatch is an error, not a reason to fall back to the reference: unchecked texts have already
+    been written. A hash of the batch selects the texts to check, so each run checks the same ones;
+    a chunk of a long document counts as a text.
     """
 
     def __init__(self, fast: "CompiledEncoder", reference: ReferenceEncoder) -> None:
@@ -69,9 +66,9 @@ class CheckedEncoder:
         """See `TextEncoder.encode`.
 
         Raises:
-            IdsDifferError: A text that was checked has other ids.
+            TokenIdMismatchError: The ids of a checked text differ from the reference's.
         """
-        return encode_in_chunks(texts, self._fast.cuts, self._encode)
+        return encode_in_chunks(texts, self._fast.split_points, self._encode)
 
     def _encode(self, texts: Sequence[str], first: int) -> list[np.ndarray]:
         encoded = self._fast.encode_unsplit(texts)
@@ -87,12 +84,12 @@ class CheckedEncoder:
 
     def _report(self, text: str, ids: np.ndarray, wanted: np.ndarray) -> str:
         return (
-            f"{self.name} {self.version} gives {len(ids)} ids, and {self._reference.name} "
-            f"{self._reference.version}, the reference, {len(wanted)}, which are others: "
-            f"{excerpt(text)}; build the store with engine=reference, and report the text"
+            f"token ids differ: {self.name} {self.version} returned {len(ids)} ids, the reference "
+            f"{self._reference.name} {self._reference.version} {len(wanted)}: "
+            f"{excerpt(text)}; rebuild the store with engine=reference, and report this text"
         )
 
 
 def excerpt(text: str) -> str:
-    """Quote a text, or its beginning."""
+    """Return a text quoted, truncated to 80 characters."""
     return repr(text) if len(text) <= 80 else f"{text[:80]!r} ... ({len(text)} characters)"

@@ -1,6 +1,6 @@
-"""Texts on which tokenizers have been seen to disagree, to compare a fast engine with a reference.
+"""Edge-case texts on which tokenizers have disagreed, to compare a fast engine with the reference.
 
-A corpus holds few of them, and the one that it holds may not be in the sample.
+They are rare in a corpus, so a sample of it may contain none.
 """
 
 # ruff: noqa: RUF001  # look-alikes are the point
@@ -21,7 +21,7 @@ _SPACES = (
 )
 
 _CHARACTERS = (
-    # What stands for something else inside a tokenizer.
+    # Characters with a special meaning inside a tokenizer.
     *("\u2581", "\u2581\u2581a \u2581b\u2581 ", "a\u2581b", "Ġword Ċ Ġ", "<0x0A><0xE4>", "\\n \\u"),
     *("\x00", "a\x00b", "\x00\x00", "\x01\x02\x03\x04\x05\x06\x07\x08\x0e\x1f\x7f"),
     *("\ufeff", "\ufeffbegin", "mid\ufeffdle", "\ufffe\uffff\ufffd", "\U0010ffff"),
@@ -43,7 +43,7 @@ _CHARACTERS = (
 )
 
 _REPETITIONS = (
-    # Where a piece overlaps itself, ties decide.
+    # Pieces that overlap themselves: the tie-breaking rule decides.
     *(
         unit * count
         for unit in ("a", "ab", "aba", "哈", "哈哈嘿", "的", "0", ".", "=", "-_")
@@ -56,11 +56,11 @@ _REPETITIONS = (
 
 
 def hard_texts(controls: Iterable[str], vocabulary: Sequence[str]) -> list[str]:
-    """Return texts that are hard for the tokenizer at hand.
+    """Return edge-case texts for one tokenizer.
 
     Args:
-        controls: How its control tokens are spelled.
-        vocabulary: The text of each of its tokens: each is tried, alone and among others.
+        controls: Spellings of its control tokens.
+        vocabulary: Text of each of its tokens; each is used alone and in random combinations.
     """
     written = [
         form.format(control)

@@ -1,12 +1,12 @@
-"""Load a tokenizer, identify it by its content, and encode text that can hold no control token.
+"""Load a tokenizer, identify it by its content, and encode text without matching control tokens.
 
-Which ids a text gets is defined by one library for each directory, its *reference*:
+One library per tokenizer directory, its *reference*, defines the ids of a text:
 
-- SentencePiece where there is a `loader.model`: LLaMA's ids, as training always made them. A
-  `loader.json` beside it is a conversion, which gives other ids where pieces have equal scores
-  (all that were merged into a vocabulary with score 0) and before a leading space.
-- `tokenizers` where there is only a `loader.json`, or where plain text was added as tokens
-  beside `loader.model`, of which SentencePiece knows nothing.
+- SentencePiece if there is a `tokenizer.model`: the ids that LLaMA was trained with. A
+  `tokenizer.json` beside it is a conversion, whose ids differ where pieces have equal scores
+  (such as all pieces merged into a vocabulary with score 0) and before a leading space.
+- `tokenizers` if there is only a `tokenizer.json`, or if plain-text tokens were added that
+  `tokenizer.model` does not contain.
 """
 
 import hashlib
@@ -31,35 +31,35 @@ from raytune_llama.tokenizer.reference import (
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-"""A directory with one of these holds a tokenizer; settings lie beside it."""
+"""A directory holds a tokenizer if it has one of these files; its settings are in other files."""
 
 TOKENIZER_JSON_SECTIONS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
-"""The parts of a `tokenizers` engine that decide which ids a text gets."""
+"""Sections of a tokenizer.json that determine the ids of a text."""
 
 _MODEL_FILE = "tokenizer.model"
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pth", ".pt", ".gguf"})
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a local directory, once for as long as its files stay the same.
+    """Load the tokenizer of a local directory, cached until its files change.
 
-    For names, numbers and templates; ids come from `encode_text` or an encoder, since its own call
-    knows nothing of the reference. Callers share the object: one that changes it copies it first.
+    Use it for token names, ids and templates; encode with `encode_text` or an encoder, because
+    calling the tokenizer bypasses the reference. Callers share the object: copy it to modify it.
 
     Raises:
-        ValueError: `path` holds no tokenizer file, or not all that says how text is split, or two
-            tokenizers that disagree.
+        ValueError: `path` holds no tokenizer file, lacks the settings for splitting text, or holds
+            two tokenizers that disagree.
     """
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
-            f"tokenizer: {path} holds none of {', '.join(TOKENIZER_FILES)}; "
-            "name a directory saved by a tokenizer's save_pretrained"
+            f"tokenizer: {path} contains none of {', '.join(TOKENIZER_FILES)}; "
+            "use a directory written by a tokenizer's save_pretrained"
         )
     return _load(path.absolute(), _file_state(path))
 
 
 def _file_state(path: Path) -> tuple[tuple[str, int, int], ...]:
-    """Return name, time and size of each small file of a directory: all that a tokenizer reads."""
+    """Return name, mtime and size of each file of a directory except the weights."""
     stats = [(file, file.stat()) for file in sorted(path.iterdir()) if file.is_file()]
     return tuple(
         (file.name, stat.st_mtime_ns, stat.st_size)
@@ -71,38 +71,38 @@ def _file_state(path: Path) -> tuple[tuple[str, int, int], ...]:
 @lru_cache(maxsize=8)
 def _load(
     path: Path,
-    state: tuple[tuple[str, int, int], ...],  # noqa: ARG001  # changed files are another tokenizer
+    state: tuple[tuple[str, int, int], ...],  # noqa: ARG001  # part of the cache key
 ) -> PreTrainedTokenizerFast:
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    # Only tokenizer.json holds the normalization; without it a class has to know it. The generic
-    # class knows none, and gives LLaMA's tokenizer.model other ids without a word.
+    # Only tokenizer.json holds the normalization; without it, the class must define it. The generic
+    # class defines none and silently produces wrong ids for LLaMA's tokenizer.model.
     if type(tokenizer) is PreTrainedTokenizerFast and not (path / "tokenizer.json").is_file():
         raise UserError(
-            f"tokenizer: {path} has no tokenizer.json and its tokenizer_config.json names no "
-            "class that knows how text is split; write there the model's, for LLaMA "
+            f"tokenizer: {path} has no tokenizer.json, and its tokenizer_config.json sets no "
+            "tokenizer_class that defines how text is split; add the model's class, for LLaMA "
             '{"tokenizer_class": "LlamaTokenizer"}'
         )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(  # the directory is wrong, not an argument's type
-            f"tokenizer: {path} is a {type(tokenizer).__name__}, which has no tokenizer.json form; "
-            "name a directory with a tokenizer.json"
+            f"tokenizer: {path} loads as {type(tokenizer).__name__}, not as a fast tokenizer; "
+            "use a directory with a tokenizer.json"
         )
     file = path / _MODEL_FILE
     if file.is_file() and is_sentencepiece(file.read_bytes()):
         _check_agreement(tokenizer, file)
         tokenizer.vocab_file = str(file)
     else:
-        # Another format under the same name: nothing but tokenizer.json can be meant.
+        # Another format under the same name: tokenizer.json defines the tokenizer.
         tokenizer.vocab_file = None
     return tokenizer
 
 
 def _check_agreement(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
-    """Refuse a directory whose tokenizer.model means other tokens by its ids."""
+    """Reject a directory whose tokenizer.model maps ids to other tokens than its other files do."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
     names = {id_: token for token, id_ in tokenizer.get_vocab().items()}
     controls = control_token_ids(tokenizer)
-    # The name of a control token is no text: a template may call a reserved piece as it likes.
+    # Names of control tokens may differ: a template may rename a reserved piece.
     other = [
         id_
         for id_ in range(len(pieces))
@@ -112,43 +112,43 @@ def _check_agreement(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
     if other:
         raise UserError(
             f"tokenizer: {file.parent} holds two tokenizers: {len(other)} of {len(pieces)} ids of "
-            f"{_MODEL_FILE} stand for other tokens in the rest of it, the first is {other[0]}, "
+            f"{_MODEL_FILE} are other tokens in its other files, the first is {other[0]}, "
             f"{pieces.id_to_piece(other[0])!r} against {names.get(other[0])!r}; remove "
-            "the one that the model was not trained with"
+            "the tokenizer that the model was not trained with"
         )
 
 
 def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids that stand for no text: they may never come out of encoding a text."""
-    # Not `all_special_ids`: that lists SentencePiece's user-defined pieces too, which are text.
+    """Return the ids that represent no text and that encoding a text must never produce."""
+    # Not `all_special_ids`: it also lists SentencePiece's user-defined pieces, which are text.
     added = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return frozenset(added | {id_ for id_ in named if isinstance(id_, int)})
 
 
 def control_token_strings(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """Return how the control tokens are spelled where a template writes them."""
+    """Return the spellings of the control tokens, as a template writes them."""
     return frozenset(tokenizer.convert_ids_to_tokens(sorted(control_token_ids(tokenizer))))
 
 
 def token_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return the text of each token that stands for text."""
+    """Return the text of each token except control tokens, in the order of their ids."""
     controls = control_token_ids(tokenizer)
     ids = sorted(set(tokenizer.get_vocab().values()) - controls)
     return tokenizer.backend_tokenizer.decode_batch([[id_] for id_ in ids])
 
 
 def load_reference_encoder(path: Path) -> ReferenceEncoder:
-    """Load what defines the ids of a tokenizer's directory.
+    """Load the reference encoder of a tokenizer directory.
 
     Raises:
-        ValueError: as `load_tokenizer`.
+        ValueError: As `load_tokenizer`.
     """
     return build_reference_encoder(load_tokenizer(path))
 
 
 def build_reference_encoder(tokenizer: PreTrainedTokenizerFast) -> ReferenceEncoder:
-    """Return what defines the ids of a tokenizer from `load_tokenizer`."""
+    """Return the reference encoder of a tokenizer from `load_tokenizer`."""
     pieces = _pieces_of(tokenizer)
     if pieces is not None:
         return pieces
@@ -156,7 +156,7 @@ def build_reference_encoder(tokenizer: PreTrainedTokenizerFast) -> ReferenceEnco
 
 
 def _pieces_of(tokenizer: PreTrainedTokenizerBase) -> SentencePieceReference | None:
-    """Return the reference of a tokenizer if it is SentencePiece."""
+    """Return the SentencePiece reference of a tokenizer, None if `tokenizers` is its reference."""
     file = getattr(tokenizer, "vocab_file", None)
     if file is None or Path(file).name != _MODEL_FILE:
         return None
@@ -170,8 +170,8 @@ def _pieces_of(tokenizer: PreTrainedTokenizerBase) -> SentencePieceReference | N
     )
     if unknown:
         logger.warning(
-            "%s knows nothing of %d tokens that were added as plain text (%r ...): ids are those "
-            "of tokenizers, which differ from SentencePiece's where pieces have equal scores",
+            "%s does not contain %d tokens added as plain text (%r ...): encoding with tokenizers, "
+            "whose ids differ from SentencePiece's where pieces have equal scores",
             file,
             len(unknown),
             unknown[0],
@@ -183,19 +183,32 @@ def _pieces_of(tokenizer: PreTrainedTokenizerBase) -> SentencePieceReference | N
 @lru_cache(maxsize=4)
 def _load_pieces(
     file: Path,
-    state: tuple[int, int],  # noqa: ARG001  # a changed file is another one
+    state: tuple[int, int],  # noqa: ARG001  # part of the cache key
     controls: frozenset[int],
 ) -> SentencePieceReference:
     return SentencePieceReference(file.read_bytes(), controls)
 
 
-def tokenizer_sha256(path: Path) -> str:
-    """Hash what decides the ids of documents: what is loaded, and which ids begin and end them.
+def reference_name(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the library that defines the ids of a tokenizer from `load_tokenizer`."""
+    return "tokenizers" if _pieces_of(tokenizer) is None else "sentencepiece"
 
-    What is loaded and not the files: settings in tokenizer_config.json change ids too, and a
-    tokenizer that is only written again keeps its hash. Whether SentencePiece or tokenizers is
-    the reference is a part of it.
+
+def tokenizer_sha256(path: Path) -> str:
+    """Hash everything that determines the ids of documents, including BOS and EOS.
+
+    The hash covers the loaded tokenizer, not its files: settings in tokenizer_config.json change
+    ids too, and saving a tokenizer again keeps its hash. It includes the choice of reference,
+    SentencePiece or tokenizers.
     """
+    return _cached_sha256(path.absolute(), _file_state(path))
+
+
+@lru_cache(maxsize=8)
+def _cached_sha256(
+    path: Path,
+    state: tuple[tuple[str, int, int], ...],  # noqa: ARG001  # part of the cache key
+) -> str:
     return _sha256(load_tokenizer(path))
 
 
@@ -212,23 +225,23 @@ def _sha256(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def fingerprint_tokenizer(path: Path) -> dict[str, str]:
-    """Return what decides the ids of a token store: the reference, its version, the content's hash.
+    """Return what determines the ids of a token store: the reference, its version and content hash.
 
-    A fast engine is no part of it: it is used only where its ids are the reference's.
+    The fast engine is not included: it is used only where its ids are the reference's.
     """
     return fingerprint_loaded(load_tokenizer(path))
 
 
 def fingerprint_loaded(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """As `fingerprint_tokenizer`, of a tokenizer from `load_tokenizer`."""
-    name = "tokenizers" if _pieces_of(tokenizer) is None else "sentencepiece"
+    """Return the `fingerprint_tokenizer` of a tokenizer from `load_tokenizer`."""
+    name = reference_name(tokenizer)
     return {"reference": name, "version": version(name), "sha256": _sha256(tokenizer)}
 
 
 def write_tokenizer(path: Path, folder: Path) -> None:
     """Write the tokenizer of directory `path` into an existing `folder`, with its reference.
 
-    `save_pretrained` alone leaves tokenizer.model behind, and with it the ids of its training.
+    `save_pretrained` alone does not copy tokenizer.model, which defines the ids of its training.
     """
     load_tokenizer(path).save_pretrained(folder)
     if (path / _MODEL_FILE).is_file():
@@ -238,8 +251,8 @@ def write_tokenizer(path: Path, folder: Path) -> None:
 def encode_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Encode texts as plain text with the reference: control tokens written in them stay text.
 
-    For a tokenizer from `load_tokenizer`: the ids are those of `load_reference` of its directory.
-    No special tokens are added.
+    The tokenizer must come from `load_tokenizer`: the ids are those of `load_reference_encoder` on
+    its directory. No special tokens are added.
     """
     pieces = _pieces_of(tokenizer)
     if pieces is not None:

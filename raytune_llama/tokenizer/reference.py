@@ -1,7 +1,7 @@
-"""The two libraries that define ids, behind one protocol: SentencePiece and `tokenizers`.
+"""The two libraries that define token ids, with one protocol: SentencePiece and `tokenizers`.
 
 Both encode plain text: no special token is added, and one that is written in a text stays text.
-Both can be pickled, with all that they read from files.
+Both can be pickled, including everything read from files.
 """
 
 import json
@@ -14,7 +14,7 @@ import numpy as np
 import sentencepiece
 from google.protobuf.message import DecodeError
 
-# The classes of a protobuf module are made when it is imported: no type checker sees them.
+# protobuf creates the classes of the module at import time: no type checker sees them.
 from sentencepiece.sentencepiece_model_pb2 import (
     ModelProto,  # pyright: ignore[reportAttributeAccessIssue]
 )
@@ -29,42 +29,42 @@ from raytune_llama.tokenizer.split_points import (
 )
 
 PieceProto = ModelProto.SentencePiece
-"""Kinds of pieces: `PieceProto.NORMAL`, `PieceProto.CONTROL` and so on."""
+"""SentencePiece's piece message; holds the types `PieceProto.NORMAL`, `PieceProto.CONTROL`, ..."""
 
 _BPE = 2
 
 
 class TextEncoder(Protocol):
-    """What turns texts into ids."""
+    """Turns texts into token ids."""
 
     @property
     def name(self) -> str:
-        """The engine that makes the ids."""
+        """Name of the engine that produces the ids."""
         ...
 
     @property
     def version(self) -> str:
-        """Its version."""
+        """Version of the engine."""
         ...
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text, uint32, without special tokens.
 
-        Texts of any number and length: memory stays bounded beyond what texts and ids take.
+        Texts may be of any number and length: memory beyond texts and ids stays bounded.
 
         Raises:
-            UnicodeEncodeError: A text holds half of a surrogate pair (a `ValueError`).
-            UncuttableTextError: A text is millions of characters long without a place where it
-                could be cut (a `ValueError`).
+            UnicodeEncodeError: A text holds a lone surrogate (a `ValueError`).
+            UnsplittableTextError: A text has millions of characters without a safe split point
+                (a `ValueError`).
         """
         ...
 
 
 class SentencePieceReference:
-    """SentencePiece's own ids.
+    """Encodes with the SentencePiece library, for a tokenizer.model.
 
-    Its processor matches control pieces nowhere in a text. Pieces of another type that the
-    tokenizer's settings call special are made control pieces, so that it matches them nowhere.
+    Its processor never matches control pieces in a text. Pieces of another type that the
+    tokenizer's settings call special are turned into control pieces for that reason.
     """
 
     name = "sentencepiece"
@@ -73,8 +73,8 @@ class SentencePieceReference:
         """Load the content of a tokenizer.model.
 
         Args:
-            model: The file's bytes.
-            controls: Ids that may not come out of a text.
+            model: Bytes of the file.
+            controls: Ids that encoding a text must never produce.
         """
         self.version = version("sentencepiece")
         self._content = (model, controls)
@@ -82,9 +82,9 @@ class SentencePieceReference:
         for id_, piece in enumerate(self.proto.pieces):
             if id_ in controls and piece.type in (PieceProto.NORMAL, PieceProto.USER_DEFINED):
                 piece.type = PieceProto.CONTROL
-        self.cuts: SplitPoints | None = None
+        self.split_points: SplitPoints | None = None
         if is_plain_merging(self.proto):
-            self.cuts = build_pair_split_points(
+            self.split_points = build_pair_split_points(
                 [piece.piece for piece in self.proto.pieces if piece.type in _TEXT_TYPES]
             )
         self._processor = sentencepiece.SentencePieceProcessor(
@@ -95,36 +95,36 @@ class SentencePieceReference:
         return _rebuild, (SentencePieceReference, self._content, self.version)
 
     def is_user_defined(self, id_: int) -> bool:
-        """Whether an id stands for text that is always one token, wherever it is."""
+        """Whether an id is a user-defined piece: text that is always encoded as one token."""
         pieces = self.proto.pieces
         return id_ < len(pieces) and pieces[id_].type == PieceProto.USER_DEFINED
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `TextEncoder.encode`."""
-        return encode_in_chunks(texts, self.cuts, self.encode_unsplit)
+        return encode_in_chunks(texts, self.split_points, self.encode_unsplit)
 
     def encode_unsplit(self, texts: Sequence[str], _: int = 0) -> list[np.ndarray]:
-        """Encode texts whole: time and memory grow with the longest."""
+        """Encode texts without splitting them: time and memory grow with the longest."""
         utf8 = [text.encode() for text in texts]
         encoded = self._processor.encode(utf8, return_type="numpy", num_threads=1)
         return [ids.astype(np.uint32) for ids in encoded]
 
 
 class TokenizersReference:
-    """The ids of the `tokenizers` library, for a tokenizer.json."""
+    """Encodes with the `tokenizers` library, for a tokenizer.json."""
 
     name = "tokenizers"
 
     def __init__(self, engine: str) -> None:
         """Load a tokenizer from its JSON.
 
-        It runs on the calling thread: the library's own threads are switched off in this process.
+        Encoding runs on the calling thread: the library's threads are disabled in this process.
         """
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.version = version("tokenizers")
         self._content = (engine,)
         self.engine: dict[str, Any] = json.loads(engine)
-        self.cuts = build_engine_split_points(self.engine)
+        self.split_points = build_engine_split_points(self.engine)
         self._tokenizer = Tokenizer.from_str(engine)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -135,12 +135,12 @@ class TokenizersReference:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `TextEncoder.encode`."""
-        return encode_in_chunks(texts, self.cuts, self.encode_unsplit)
+        return encode_in_chunks(texts, self.split_points, self.encode_unsplit)
 
     def encode_unsplit(self, texts: Sequence[str], _: int = 0) -> list[np.ndarray]:
-        """Encode texts whole: time and memory grow with the longest."""
+        """Encode texts without splitting them: time and memory grow with the longest."""
         for text in texts:
-            text.encode()  # the library says of half of a surrogate pair that it is no str
+            text.encode()  # on a lone surrogate the library raises a misleading TypeError
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
 
@@ -151,34 +151,34 @@ ReferenceEncoder = SentencePieceReference | TokenizersReference
 def _rebuild(
     kind: Callable[..., ReferenceEncoder], content: tuple[Any, ...], wanted: str
 ) -> ReferenceEncoder:
-    """Unpickle a reference."""
+    """Unpickle a reference encoder."""
     reference = kind(*content)
     check_version(reference, wanted)
     return reference
 
 
 def check_version(encoder: TextEncoder, wanted: str) -> None:
-    """Refuse an encoder that was pickled where its engine has another version.
+    """Check that an unpickled encoder's engine has the version that it was pickled with.
 
     Raises:
-        ValueError: Another version may give other ids.
+        ValueError: The versions differ, so the ids may differ.
     """
     if encoder.version != wanted:
         raise UserError(
-            f"ids are made by {encoder.name} {encoder.version} on this node and by {wanted} on the "
-            "driver's; give all nodes the same packages"
+            f"tokenizer version mismatch: {encoder.name} is {encoder.version} on this node and "
+            f"{wanted} on the driver; install the same packages on all nodes"
         )
 
 
 _TEXT_TYPES = (PieceProto.NORMAL, PieceProto.USER_DEFINED)
 
 
-def is_plain_merging(proto: Any) -> bool:  # noqa: ANN401  # made when protobuf is imported
-    """Whether a SentencePiece model merges the characters of a text as they are.
+def is_plain_merging(proto: Any) -> bool:  # noqa: ANN401  # created at import time by protobuf
+    """Whether a SentencePiece model merges the characters of a text unchanged.
 
-    Not so are: unigram models; a normalizer that changes characters or strips spaces; unused
-    pieces, of which the parts depend on the whole text; and models without byte fallback, which
-    make one token of unknown characters in a row.
+    False for unigram models, normalizers that change characters or strip spaces, unused pieces
+    (how they are resegmented depends on the full text), and models without byte fallback, which
+    turn a run of unknown characters into one token.
     """
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     return bool(
@@ -193,7 +193,7 @@ def is_plain_merging(proto: Any) -> bool:  # noqa: ANN401  # made when protobuf 
 
 
 def is_sentencepiece(content: bytes) -> bool:
-    """Whether the bytes of a tokenizer.model are SentencePiece's; tiktoken's have that name too."""
+    """Whether the bytes of a tokenizer.model are SentencePiece's; tiktoken uses the same name."""
     try:
         proto = ModelProto.FromString(content)
     except DecodeError:

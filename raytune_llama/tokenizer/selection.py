@@ -1,9 +1,9 @@
-"""Choose what encodes a corpus: the reference, or a fast engine whose ids were shown to be equal.
+"""Choose the encoder of a corpus: the reference, or a fast engine verified to give the same ids.
 
-    choice = choose_encoder(load_tokenizer(path), sample, "auto")     # once, on the driver
+    choice = select_encoder(load_tokenizer(path), sample, "auto")     # once, on the driver
     ids = choice.encoder.encode(["some text", "another"])             # there, or in a worker
 
-What a token store is made with is decided by the reference alone (`fingerprint_tokenizer`).
+The fingerprint of a token store depends on the reference alone (`fingerprint_tokenizer`).
 """
 
 import logging
@@ -15,7 +15,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.tokenizer.encoder import CheckedEncoder, EncoderKind, SelectedEncoder, excerpt
+from raytune_llama.tokenizer.config import EncoderKind
+from raytune_llama.tokenizer.encoder import CheckedEncoder, SelectedEncoder, excerpt
 from raytune_llama.tokenizer.hard_texts import hard_texts
 from raytune_llama.tokenizer.loader import (
     build_reference_encoder,
@@ -35,18 +36,18 @@ _BATCH_TEXTS = 1024
 def select_encoder(
     tokenizer: PreTrainedTokenizerFast, sample: Sequence[str], engine: EncoderKind = "auto"
 ) -> SelectedEncoder:
-    """Choose what encodes a corpus with a tokenizer, and log it.
+    """Choose and log the encoder of a corpus.
 
     Args:
-        tokenizer: From `load_tokenizer`.
-        sample: Documents of the very corpus, some MB, from all of its sources.
-        engine: What is asked for.
+        tokenizer: Tokenizer from `load_tokenizer`.
+        sample: Documents of the corpus itself, a few MB, from all of its sources.
+        engine: Requested encoder.
 
     Raises:
-        ValueError: `compiled` is asked for and can't be used.
+        ValueError: `compiled` is requested but can't be used.
     """
     reference = build_reference_encoder(tokenizer)
-    texts, fast, reason = [], None, "it was asked for"
+    texts, fast, reason = [], None, "engine=reference"
     if engine != "reference":
         texts = [*hard_texts(control_token_strings(tokenizer), token_texts(tokenizer)), *sample]
         fast, reason = _find_fast(reference, texts)
@@ -58,7 +59,7 @@ def select_encoder(
             reason=None,
         )
         logger.info(
-            "ids are made by %s %s: equal to those of %s %s on %d texts (%.1f MB)",
+            "encoding with %s %s: ids match %s %s on %d texts (%.1f MB)",
             *(fast.name, fast.version, reference.name, reference.version),
             *(choice.num_texts, choice.num_bytes / 1e6),
         )
@@ -68,14 +69,14 @@ def select_encoder(
             f"engine: compiled can't be used with {tokenizer.name_or_path}: {reason}; "
             "set it to auto"
         )
-    logger.info("ids are made by %s %s, since %s", reference.name, reference.version, reason)
+    logger.info("encoding with %s %s: %s", reference.name, reference.version, reason)
     return SelectedEncoder(encoder=reference, num_texts=0, num_bytes=0, reason=reason)
 
 
 def _find_fast(
     reference: ReferenceEncoder, texts: list[str]
 ) -> "tuple[CompiledEncoder | None, str]":
-    """Return the fast engine if it gives the reference's ids, and why not otherwise."""
+    """Return the fast engine if its ids match the reference's, else None and the reason."""
     if find_spec("numba") is None:
         return None, "the fast engine needs numba: pip install 'raytune_llama[fast]'"
     from raytune_llama.tokenizer.compiled.encoder import CompiledEncoder
@@ -83,7 +84,7 @@ def _find_fast(
     try:
         fast = CompiledEncoder(reference)
     except ValueError as error:
-        return None, f"the fast engine can't read the tokenizer: {error}"
+        return None, f"the fast engine can't be used: {error}"
     for start in range(0, len(texts), _BATCH_TEXTS):
         batch = texts[start : start + _BATCH_TEXTS]
         pairs = zip(fast.encode(batch), reference.encode(batch), strict=True)
@@ -92,7 +93,7 @@ def _find_fast(
         ]
         if differing:
             return None, (
-                f"the fast engine gives other ids for {len(differing)} of {len(batch)} texts, "
-                f"the first is {excerpt(differing[0])}"
+                f"the fast engine's ids differ from the reference's for {len(differing)} of "
+                f"{len(batch)} texts, the first is {excerpt(differing[0])}"
             )
     return fast, ""

@@ -1,14 +1,14 @@
-"""Where a text may be cut so that its ids are those of the parts, one after another.
+"""Safe split points: where a text can be split without changing its ids.
 
-Byte-pair merging works on a whole text at once, so that a document of 200 MB costs gigabytes. But
-a merge makes a piece of the vocabulary: between two characters that stand side by side in no
-piece, none ever happens, and since merges on one side don't look at the other, both sides get the
-ids that they have in the whole (`PairSplitPoints`). Byte-level tokenizers split a text by a pattern
-before they merge; after a letter that no letter follows, all patterns known here end a word,
-whatever comes before and after (`LetterSplitPoints`).
+Byte-pair merging works on a full text at once, so a document of 200 MB takes gigabytes of memory.
+But every merge produces a piece of the vocabulary: no merge crosses the boundary between two
+characters that are adjacent in no piece, and merges on one side don't depend on the other, so both
+sides get the same ids as in the full text (`PairSplitPoints`). Byte-level tokenizers split a text
+by a pattern before merging; after a letter that is followed by no letter, all patterns known here
+end a word, whatever comes before and after (`LetterSplitPoints`).
 
-A part behind a cut is encoded behind an anchor, whose ids are then dropped: a tokenizer that puts
-a space before a text puts it before the anchor.
+Each chunk but the first is encoded with an anchor before it, whose ids are then dropped: a
+tokenizer that prepends a space to a text prepends it to the anchor.
 """
 
 import logging
@@ -25,13 +25,13 @@ from raytune_llama.config.errors import UserError
 logger = logging.getLogger(__name__)
 
 CHUNK_CHARACTERS = 1 << 18
-"""Longer texts are cut into stretches of at most this size, if there is a place."""
+"""Longer texts are split into chunks of at most this size, if safe split points allow it."""
 
 MAX_CHUNK_CHARACTERS = 1 << 22
-"""A stretch that can be cut nowhere may be this long: it takes 0.2 to 0.7 GB of memory."""
+"""Size limit of a chunk without a safe split point; this size takes 0.2 to 0.7 GB of memory."""
 
 SPACE = "\u2581"
-"""What SentencePiece writes for a space; written in a text it is a space to it."""
+"""SentencePiece's character for a space; it treats this character in a text as a space."""
 
 _GROUP_CHARACTERS = 1 << 19
 
@@ -44,15 +44,15 @@ _WORDS = (
 
 
 class UnsplittableTextError(UserError):
-    """A text is too long to be encoded whole, and no place to cut it is certain."""
+    """A text is too long to encode in one go and has no safe split point."""
 
 
 class SplitPoints(Protocol):
-    """Tells where a text may be cut."""
+    """Decides where a text can be split."""
 
     @property
     def anchor(self) -> str:
-        """What is put before a part that is not the first."""
+        """Text prepended to each chunk but the first."""
         ...
 
     def is_safe_split(self, text: str, at: int) -> bool:
@@ -62,12 +62,12 @@ class SplitPoints(Protocol):
 
 @dataclass(frozen=True)
 class PairSplitPoints:
-    """Cuts between characters that no piece holds side by side."""
+    """Splits between characters that are adjacent in no piece."""
 
     joined: frozenset[str]
-    """All pairs of characters that a piece holds, with plain spaces."""
+    """All pairs of adjacent characters in pieces, with plain spaces."""
     anchor: str
-    """A character that no longer piece holds."""
+    """A character that no piece of several characters contains."""
 
     def is_safe_split(self, text: str, at: int) -> bool:
         """See `SplitPoints.is_safe_split`."""
@@ -76,31 +76,31 @@ class PairSplitPoints:
 
 @dataclass(frozen=True)
 class LetterSplitPoints:
-    """Cuts behind a letter that is followed by a space or a sign."""
+    """Splits after a letter that is followed by a space, a punctuation mark or a symbol."""
 
     joined: frozenset[str]
-    """Pairs of characters inside of tokens that are found before a text is split."""
+    """Pairs of adjacent characters in added tokens, which are matched before a text is split."""
     anchor: str = ""
-    """Nothing: no space is put before a text."""
+    """Empty: these tokenizers prepend no space to a text."""
 
     def is_safe_split(self, text: str, at: int) -> bool:
         """See `SplitPoints.is_safe_split`."""
-        before, behind = text[at - 1], text[at]
+        before, after = text[at - 1], text[at]
         return (
             unicodedata.category(before)[0] == "L"
-            # Signs and spaces start a new character for Unicode's normal forms, too.
-            and (behind in " \t\r\n" or unicodedata.category(behind)[0] in "PSZ")
-            and before + behind not in self.joined
+            # Spaces and signs start a new character in Unicode's normal forms, too.
+            and (after in " \t\r\n" or unicodedata.category(after)[0] in "PSZ")
+            and before + after not in self.joined
         )
 
 
 def adjacent_character_pairs(pieces: Sequence[str]) -> frozenset[str]:
-    """Return the pairs of characters that stand side by side in some piece."""
+    """Return the pairs of characters that are adjacent in some piece."""
     return frozenset(a + b for piece in pieces for a, b in pairwise(piece))
 
 
 def build_pair_split_points(pieces: Sequence[str]) -> PairSplitPoints | None:
-    """Return the cuts of a vocabulary that merges characters; None if it offers no anchor."""
+    """Return the split points of a vocabulary that merges characters; None if it has no anchor."""
     joined = adjacent_character_pairs([piece.replace(SPACE, " ") for piece in pieces])
     inside = {character for pair in joined for character in pair}
     anchors = (character for character in "\n\t\r\x01\x02\x03" if character not in inside)
@@ -109,7 +109,7 @@ def build_pair_split_points(pieces: Sequence[str]) -> PairSplitPoints | None:
 
 
 def build_engine_split_points(engine: dict[str, Any]) -> SplitPoints | None:
-    """Return the cuts of a `tokenizers` engine, given its JSON; None if it is of no known kind."""
+    """Return the split points for a tokenizer.json; None if its kind is not supported."""
     model = engine["model"]
     if model["type"] != "BPE" or any(
         model[name] for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
@@ -120,21 +120,21 @@ def build_engine_split_points(engine: dict[str, Any]) -> SplitPoints | None:
         return None
     if find_split_pattern(engine) is not None:
         return LetterSplitPoints(adjacent_character_pairs([token["content"] for token in texts]))
-    # Behind a token that is found in the text a space is put before what follows.
+    # With added tokens, a space is prepended to the text after each match.
     if is_whole_text_bpe(engine) and not texts:
         return build_pair_split_points(list(model["vocab"]))
     return None
 
 
 def is_whole_text_bpe(engine: dict[str, Any]) -> bool:
-    """Whether an engine merges the characters of a whole text, as LLaMA's first tokenizers do."""
+    """Whether an engine merges across the full text, as the first LLaMA tokenizers do."""
     model, normalizer, splitter = engine["model"], engine["normalizer"], engine["pre_tokenizer"]
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
     spaces = (
         {"type": "Prepend", "prepend": SPACE},
         {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
     )
-    whole = splitter is None or (
+    is_unsplit = splitter is None or (
         splitter["type"] == "Metaspace"
         and splitter["replacement"] == SPACE
         and splitter["split"] is False
@@ -143,18 +143,18 @@ def is_whole_text_bpe(engine: dict[str, Any]) -> bool:
         model["type"] == "BPE"
         and model["byte_fallback"]
         and not model.get("ignore_merges")
-        and whole
+        and is_unsplit
         and all(step in spaces for step in steps)
         and all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256))
     )
 
 
 def find_split_pattern(engine: dict[str, Any]) -> str | None:
-    """Name the pattern by which a byte-level engine splits a text; None for one not known here.
+    """Return the name of the pattern that a byte-level engine splits a text by; None if unknown.
 
     Returns:
         `gpt2`, `gpt2-digits` (each digit alone), `words-1` or `words-3` (Qwen's and LLaMA 3's,
-        with at most so many digits in a row).
+        with runs of at most 1 or 3 digits).
     """
     splitter = engine["pre_tokenizer"]
     if engine["normalizer"] not in (None, {"type": "NFC"}) or splitter is None:
@@ -171,24 +171,24 @@ def find_split_pattern(engine: dict[str, Any]) -> str | None:
     return next((name for name, wanted in kinds.items() if steps == wanted), None)
 
 
-def split_text(text: str, cuts: SplitPoints | None) -> Iterator[str]:
-    """Cut a text into stretches of `CHUNK_CHARACTERS`, or longer where no place is certain.
+def split_text(text: str, split_points: SplitPoints | None) -> Iterator[str]:
+    """Yield chunks of at most `CHUNK_CHARACTERS`, longer ones if there is no safe split point.
 
     Raises:
-        UncuttableTextError: A stretch would be longer than `MAX_CHUNK_CHARACTERS`.
+        UnsplittableTextError: A chunk would be longer than `MAX_CHUNK_CHARACTERS`.
     """
     start = 0
     while len(text) - start > CHUNK_CHARACTERS:
-        end = _next_split_point(text, start, cuts)
+        end = _next_split_point(text, start, split_points)
         if end - start > MAX_CHUNK_CHARACTERS:
             raise UnsplittableTextError(
-                f"there is no place in {end - start} characters where the text could be cut "
-                f"without a change of ids, and whole they need too much memory; at most "
-                f"{MAX_CHUNK_CHARACTERS} can be encoded: {text[start : start + 40]!r} ..."
+                f"text too long to encode: no safe split point in {end - start} characters, "
+                f"at most {MAX_CHUNK_CHARACTERS} can be encoded at once: "
+                f"{text[start : start + 40]!r} ..."
             )
         if end - start > 2 * CHUNK_CHARACTERS:
             logger.warning(
-                "a text could not be cut within %d characters, which are encoded whole: %r ...",
+                "no safe split point within %d characters, encoding them as one chunk: %r ...",
                 end - start,
                 text[start : start + 40],
             )
@@ -198,24 +198,24 @@ def split_text(text: str, cuts: SplitPoints | None) -> Iterator[str]:
         yield text[start:]
 
 
-def _next_split_point(text: str, start: int, cuts: SplitPoints | None) -> int:
-    """Return the last certain place within a stretch, or the first behind it, or the end."""
-    if cuts is None:
+def _next_split_point(text: str, start: int, split_points: SplitPoints | None) -> int:
+    """Return the last safe split point within a chunk, else the first after it, else the end."""
+    if split_points is None:
         return len(text)
     wanted = start + CHUNK_CHARACTERS
     farthest = min(len(text), start + MAX_CHUNK_CHARACTERS + 1)
     places = chain(range(wanted, start, -1), range(wanted + 1, farthest))
-    return next((at for at in places if cuts.is_safe_split(text, at)), len(text))
+    return next((at for at in places if split_points.is_safe_split(text, at)), len(text))
 
 
 EncodeFunction = Callable[[Sequence[str], int], list[np.ndarray]]
-"""Encodes texts whole; the number is the first one's place among all texts."""
+"""Encodes texts without splitting them; the int is the index of the first among all texts."""
 
 
 def encode_in_chunks(
-    texts: Sequence[str], cuts: SplitPoints | None, encode: EncodeFunction
+    texts: Sequence[str], split_points: SplitPoints | None, encode: EncodeFunction
 ) -> list[np.ndarray]:
-    """Encode texts of any length with `encode`, of which memory depends on what it gets at once."""
+    """Encode texts of any length, calling `encode` on batches and chunks of bounded size."""
     if sum(map(len, texts)) <= CHUNK_CHARACTERS:
         return encode(texts, 0)
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
@@ -225,7 +225,7 @@ def encode_in_chunks(
     start = 0
     while start < len(texts):
         if start == long[0]:
-            results.append(_encode_long(texts[start], long.pop(0), cuts, encode))
+            results.append(_encode_long(texts[start], long.pop(0), split_points, encode))
             start += 1
             continue
         before = ends[start] - lengths[start]
@@ -237,12 +237,12 @@ def encode_in_chunks(
 
 
 def _encode_long(
-    text: str, index: int, cuts: SplitPoints | None, encode: EncodeFunction
+    text: str, index: int, split_points: SplitPoints | None, encode: EncodeFunction
 ) -> np.ndarray:
-    anchor = "" if cuts is None else cuts.anchor
+    anchor = "" if split_points is None else split_points.anchor
     [anchor_ids] = encode([anchor], index)
     parts: list[np.ndarray] = []
-    for stretch in split_text(text, cuts):
-        [ids] = encode([anchor + stretch if parts else stretch], index)
+    for chunk in split_text(text, split_points):
+        [ids] = encode([anchor + chunk if parts else chunk], index)
         parts.append(ids[len(anchor_ids) :] if parts else ids)
     return np.concatenate(parts)

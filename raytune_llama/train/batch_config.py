@@ -1,25 +1,25 @@
-"""What one optimizer step sees: how many sequences, and how text becomes them."""
+"""Settings of a step's batch: its size, and how text is packed into sequences."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from raytune_llama.config.settings import PLACEMENT, ConfigError, settings
-from raytune_llama.data.batches.packing import EvaluationForm, SequenceForm
+from raytune_llama.data.batches.config import EvaluationForm, SequenceForm
 
 
 @settings
 class BatchConfig:
-    """What one optimizer step sees."""
+    """Batch of one optimizer step."""
 
     sequence_tokens: Annotated[int, Field(ge=2)] = 512
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
 
     sequences_per_step: Annotated[int, Field(ge=1)] = 8
-    """Sequences of one optimizer step over all workers, whatever their number."""
+    """Sequences per optimizer step, over all workers (global batch size)."""
 
     micro_batch_sequences: Annotated[int, Field(ge=1), PLACEMENT] = 1
-    """Sequences of one forward pass of one worker; has to divide `sequences_per_step`."""
+    """Sequences per forward pass of one worker; must divide `sequences_per_step`."""
 
     @model_validator(mode="after")
     def _check(self) -> "BatchConfig":
@@ -43,18 +43,18 @@ class BatchConfig:
 
 @settings
 class TextBatchConfig(BatchConfig):
-    """Steps of pre-training."""
+    """Batches of pre-training."""
 
     packing: Literal["packed", "crops", "seed_blocks"] = "packed"
-    """How a source becomes sequences. `packed`: cut every `sequence_tokens`, nothing is lost.
-    `crops`: of each document one window an epoch, at a new random place; a shorter document is
-    padded. `seed_blocks`: as the Chinese-LLaMA scripts, 1,000 documents of a file joined and cut,
-    the remainder dropped. Evaluation is always packed."""
+    """How documents become sequences. `packed`: concatenated and cut every `sequence_tokens`,
+    without loss. `crops`: one window per document and epoch, at a random offset; a shorter document
+    is padded. `seed_blocks`: as the Chinese-LLaMA scripts do, 1,000 documents of a file are joined
+    and cut, and the remainder is dropped. Evaluation is always packed."""
 
     isolate_documents: bool | None = None
-    """Whether documents in one sequence don't see each other, and none predicts the next one's
-    first token. False: plain concatenation. Null: true, but false with `seed_blocks`, which is
-    plain concatenation."""
+    """Whether attention stays within each document of a sequence, and no document predicts the
+    first token of the next. False: plain concatenation. Null: true, except with `seed_blocks`,
+    which is plain concatenation."""
 
     def _check_packing(self) -> list[str]:
         problems: list[str] = []
@@ -72,41 +72,41 @@ class TextBatchConfig(BatchConfig):
 
     @property
     def evaluation_form(self) -> EvaluationForm:
-        """How validation text is cut; its documents see each other where those trained on do."""
+        """How validation text is cut; isolates documents exactly if training does."""
         joined = self.isolate_documents is False or self.packing == "seed_blocks"
         return "joined" if joined else "isolated"
 
     @property
     def form(self) -> SequenceForm:
-        """How the text trained on is cut."""
+        """How the training text is cut."""
         return self.evaluation_form if self.packing == "packed" else self.packing
 
     @property
     def isolates_documents(self) -> bool:
-        """Whether documents of one sequence must not see each other."""
+        """Whether attention must not cross the documents of a sequence."""
         return self.evaluation_form == "isolated"
 
 
 @settings
 class ChatBatchConfig(BatchConfig):
-    """Steps of instruction tuning."""
+    """Batches of instruction tuning."""
 
     packing: Literal["packed", "padded"] = "packed"
-    """How conversations become sequences. `packed`: as many as fit, by best fit, and none sees
-    another. `padded`: one each, a step's about as long, padded to the longest of a micro-batch.
-    Evaluation is always packed."""
+    """How conversations become sequences. `packed`: best-fit packing, with attention isolated per
+    conversation. `padded`: one conversation per sequence, of similar length within a step, padded
+    to the longest of the micro-batch. Evaluation is always packed."""
 
     @property
     def evaluation_form(self) -> EvaluationForm:
-        """How validation conversations are put together."""
+        """How validation conversations are packed."""
         return "fitted"
 
     @property
     def form(self) -> SequenceForm:
-        """How those trained on are."""
+        """How training conversations are packed or padded."""
         return "fitted" if self.packing == "packed" else "padded"
 
     @property
     def isolates_documents(self) -> bool:
-        """Whether documents of one sequence must not see each other."""
+        """Whether attention must not cross the documents of a sequence."""
         return True

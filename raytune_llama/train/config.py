@@ -2,91 +2,90 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from raytune_llama.config.settings import PLACEMENT, ConfigError, override, settings
-from raytune_llama.data.batches.mixture import MixedSource, check_mixture
+from raytune_llama.data.batches.config import MixedSource, check_mixture
 from raytune_llama.data.config import ChatDataConfig, DataConfig
-from raytune_llama.model.embeddings import EmbeddingsConfig
-from raytune_llama.model.llama import ModelConfig
-from raytune_llama.model.lora import LoraConfig
-from raytune_llama.storage.place import Place
+from raytune_llama.model.config import EmbeddingsConfig, LoraConfig, ModelConfig
 from raytune_llama.train.batch_config import BatchConfig, ChatBatchConfig, TextBatchConfig
-from raytune_llama.train.checkpoint.layout import CheckpointConfig
-from raytune_llama.train.engines.config import EngineConfig, strategies_with
-from raytune_llama.train.engines.optimizer import OptimConfig
+from raytune_llama.train.checkpoint.config import CheckpointConfig
+from raytune_llama.train.engines.config import EngineConfig, OptimConfig, strategies_with
 from raytune_llama.train.eval_config import EvalConfig
 from raytune_llama.train.monitoring.config import LoggingConfig
 from raytune_llama.train.orchestration.config import ScaleConfig
 from raytune_llama.train.schedule import ScheduleConfig
 
+if TYPE_CHECKING:
+    from raytune_llama.storage.place import Place
+
 DORA_PARTITIONED = (
-    "engine.zero_stage: got 3, which cuts up the weights whose lengths DoRA takes in each pass; "
-    "use 1 or 2, engine.strategy=ddp, or an adapter without DoRA"
+    "engine.zero_stage: got 3, which shards the weights whose norms DoRA computes in each forward "
+    "pass; use 1 or 2, engine.strategy=ddp, or an adapter without DoRA"
 )
-"""Problem of a run with DoRA under ZeRO 3: PEFT reads weights that are not gathered."""
+"""Error for DoRA under ZeRO 3, where PEFT would read weights that are not gathered."""
 
 
 @settings
 class TrainConfig:
-    """What every kind of training run has; its `data`, `batch` and `train` are the kind's own."""
+    """Settings of every training run; the subclasses add `data`, `batch` and `train`."""
 
     run_dir: Annotated[str, Field(min_length=1), PLACEMENT]
     """Directory of the run: on storage that every node mounts, or `s3://...`, `gs://...`. The same
-    command with the same directory goes on where the run was. Object storage shows metrics as of
-    the newest evaluation or checkpoint, and in the temporary folder (TMPDIR) of the nodes saving
-    needs room for 2 GiB a worker, and resuming for one checkpoint."""
+    command with the same directory resumes the run. On object storage, metrics are uploaded with
+    each evaluation and checkpoint, and each node's temporary folder (TMPDIR) needs 2 GiB per worker
+    for saving, and room for one checkpoint for resuming."""
 
     lora: LoraConfig | None = None
-    """A new adapter; null with `adapter`, or where none is trained."""
+    """Settings of a new adapter; null: `adapter` is trained further, or no adapter is trained."""
 
     adapter: Annotated[str | None, PLACEMENT] = None
-    """Directory of an adapter in PEFT's format to go on from, with its own settings; null: a new
-    one."""
+    """Directory of an adapter in PEFT's format to continue training, with its own settings; null:
+    start a new one."""
 
     model: ModelConfig
     """Base model and tokenizer."""
 
     optim: OptimConfig = OptimConfig()
-    """Optimizer."""
+    """Optimizer settings."""
 
     schedule: ScheduleConfig = ScheduleConfig()
-    """Learning rate over the run."""
+    """Learning rate schedule."""
 
     max_steps: Annotated[int, Field(ge=1)] | None = None
-    """Optimizer steps of the run; null: given by `num_epochs`."""
+    """Number of optimizer steps; null: given by `num_epochs`."""
 
     num_epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the training split, the last step may be smaller; null: given by `max_steps`.
+    """Passes over the training split; the last step may be smaller; null: given by `max_steps`.
     Sources with weights have epochs of their own, and need `max_steps`."""
 
     stop_step: Annotated[int, Field(ge=1)] | None = None
-    """The run ends after this step, on the learning rates of a run that goes on; null: none. A
-    sweep's `best.yaml` has it where the winner was stopped."""
+    """Step after which the run ends, with the learning rate schedule of the full run; null: run to
+    the end. A sweep's `best.yaml` sets it if the winning trial was stopped early."""
 
     seed: Annotated[int, Field(ge=0)] = 1
-    """Decides the adapter's start, the order of the sequences and dropout."""
+    """Random seed of the adapter's initialization, the order of the sequences and dropout."""
 
     engine: EngineConfig = EngineConfig()
-    """Precision, strategy, memory."""
+    """Precision, parallelism strategy and memory savings."""
 
     scale: Annotated[ScaleConfig, PLACEMENT] = ScaleConfig()
-    """Workers and resources."""
+    """Workers and their resources."""
 
     checkpoint: Annotated[CheckpointConfig, PLACEMENT] = CheckpointConfig()
-    """Saving."""
+    """Checkpoint settings."""
 
     eval: Annotated[EvalConfig, PLACEMENT] = EvalConfig()
-    """Evaluation."""
+    """Evaluation settings."""
 
     logging: Annotated[LoggingConfig, PLACEMENT] = LoggingConfig()
-    """Progress."""
+    """Progress logging and trackers."""
 
     plan: Annotated[bool, PLACEMENT] = False
-    """Print parameters, memory by strategy, steps and disk of the run, and start nothing; the
-    model's weights need not be there."""
+    """Print the run's parameters, memory per strategy, steps and disk space, and start nothing; the
+    model's weights are not needed."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -109,19 +108,20 @@ class TrainConfig:
             others = strategies_with(lambda traits: traits.takes_quantized)
             problems.append(
                 f"model.quantization: got {kind}, but engine.strategy is {self.engine.strategy}, "
-                f"which would cut packed weights to pieces; set engine.strategy={others}, or "
+                f"which cannot shard packed weights; set engine.strategy={others}, or "
                 "model.quantization=null"
             )
         if kind is not None and self.lora is not None and self.lora.init == "pissa":
             problems.append(
-                "lora.init: got pissa, which takes the singular values of whole weights, but "
+                "lora.init: got pissa, which needs the SVD of unquantized weights, but "
                 f"model.quantization is {kind}; use default, or model.quantization=null"
             )
         is_fp16_on_cpus = self.engine.precision == "fp16" and not self.scale.use_gpu
         if is_fp16_on_cpus and not self.engine.traits.has_fp16_on_cpus:
             others = strategies_with(lambda traits: traits.has_fp16_on_cpus)
             problems.append(
-                f"engine.precision: got fp16, which {self.engine.strategy} does not have on CPUs; "
+                f"engine.precision: got fp16, which {self.engine.strategy} does not support on "
+                "CPUs; "
                 f"use bf16 or fp32, or engine.strategy={others}"
             )
         if self.lora is not None and self.lora.dora and self.engine.layout == "ZeRO 3":
@@ -133,21 +133,21 @@ class TrainConfig:
     def _check_kind(self) -> list[str]:
         return []
 
-    def _check_trained(self, train: str, whole: str) -> list[str]:
+    def _check_trained(self, train: str, trained: str) -> list[str]:
         problems: list[str] = []
         if train != "lora" and self.model.quantization is not None:
             problems.append(
                 f"model.quantization: got {self.model.quantization}, but train is {train}, and "
-                "quantised weights are frozen; set train=lora, or model.quantization=null"
+                "quantized weights are frozen; set train=lora, or model.quantization=null"
             )
         if train != "lora" and (self.lora is not None or self.adapter is not None):
             problems.append(
-                f"train: {train} trains {whole}; set lora and adapter to null, or use lora"
+                f"train: {train} trains {trained}; set lora and adapter to null, or use lora"
             )
         if train == "lora" and (self.lora is None) == (self.adapter is None):
             problems.append(
-                "lora: set lora for a new adapter, or adapter to go on from one with its own "
-                "settings, and the other to null"
+                "lora: set either lora (a new adapter) or adapter (continue training one, with its "
+                "own settings), and the other to null"
             )
         return problems
 
@@ -170,8 +170,10 @@ class TrainConfig:
         return problems
 
     @property
-    def run_place(self) -> Place:
-        """Where `run_dir` is."""
+    def run_place(self) -> "Place":
+        """The parsed `run_dir`."""
+        from raytune_llama.storage.place import Place
+
         return Place.parse(self.run_dir, "run_dir")
 
 
@@ -180,21 +182,21 @@ class PretrainConfig(TrainConfig):
     """Continued pre-training of a causal LM on plain text."""
 
     train: Literal["lora", "full", "embeddings"] = "lora"
-    """What is trained: an adapter (and `lora.modules_to_save`), every weight, or the embedding
-    tables alone (`embeddings`), which comes first where the vocabulary has grown."""
+    """Trained parameters: an adapter (and `lora.modules_to_save`), every weight, or only the
+    embedding tables (`embeddings`), the first stage after the vocabulary was extended."""
 
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
-    """The tables that `train: embeddings` trains."""
+    """Embedding tables that `train: embeddings` trains."""
 
     data: Annotated[DataConfig, PLACEMENT]
-    """Text and token store; compared by the store's fingerprint and the sources' weights."""
+    """Text and token store. A resumed run needs the same store fingerprint and source weights."""
 
     batch: TextBatchConfig = TextBatchConfig()
-    """Sequences and steps."""
+    """Sequence length, batch sizes and packing."""
 
     def _check_kind(self) -> list[str]:
-        whole = "every weight" if self.train == "full" else "embedding tables alone"
-        problems = self._check_trained(self.train, whole)
+        trained = "every weight" if self.train == "full" else "embedding tables alone"
+        problems = self._check_trained(self.train, trained)
         if self.train != "embeddings" and self.embeddings != EmbeddingsConfig():
             problems.append(
                 f"embeddings: train is {self.train}, which ignores these fields; remove them, or "
@@ -209,7 +211,7 @@ class PretrainConfig(TrainConfig):
 
     @property
     def encoded_data(self) -> DataConfig:
-        """What the token store is made from."""
+        """Settings that the token store is built from."""
         return self.data
 
 
@@ -218,17 +220,17 @@ class SftConfig(TrainConfig):
     """Instruction tuning of a causal LM on conversations."""
 
     train: Literal["lora", "full"] = "lora"
-    """What is trained: an adapter (and `lora.modules_to_save`), or every weight."""
+    """Trained parameters: an adapter (and `lora.modules_to_save`), or every weight."""
 
     data: Annotated[ChatDataConfig, PLACEMENT]
-    """Conversations and token store; compared by the store's fingerprint and the sources'
+    """Conversations and token store. A resumed run needs the same store fingerprint and source
     weights."""
 
     batch: ChatBatchConfig = ChatBatchConfig()
-    """Sequences and steps."""
+    """Sequence length, batch sizes and packing."""
 
     allow_other_template: Annotated[bool, PLACEMENT] = False
-    """Tune with another template than the model or the adapter was tuned with before."""
+    """Allow a chat template other than the one that the model or adapter was tuned with."""
 
     def _check_kind(self) -> list[str]:
         problems = self._check_trained(self.train, "every weight")
@@ -236,12 +238,13 @@ class SftConfig(TrainConfig):
         if longest is not None and longest > self.batch.sequence_tokens:
             problems.append(
                 f"data.chat.max_tokens: got {longest}, more than batch.sequence_tokens, "
-                f"{self.batch.sequence_tokens}; set it to null to cut there, or raise the other"
+                f"{self.batch.sequence_tokens}; set it to null to truncate there, or raise "
+                "batch.sequence_tokens"
             )
         if self.batch.packing == "padded" and any(s.weight for s in self.data.sources):
             problems.append(
-                "batch.packing: padded puts conversations of one length into a step, which shares "
-                "by weight would undo; drop the sources' weights, or use packed"
+                "batch.packing: padded groups conversations of similar length into a step, which "
+                "source weights would undo; drop the sources' weights, or use packed"
             )
         return problems + self._check_steps(self.batch, self.data.sources)
 
@@ -252,11 +255,11 @@ class SftConfig(TrainConfig):
 
     @property
     def encoded_data(self) -> ChatDataConfig:
-        """What the token store is made from; no conversation is longer than a sequence."""
+        """Settings that the token store is built from; caps conversations at `sequence_tokens`."""
         if self.data.chat.max_tokens is not None:
             return self.data
         return override(self.data, {"chat.max_tokens": self.batch.sequence_tokens})
 
 
 AnyTrainConfig = PretrainConfig | SftConfig
-"""Of any training run."""
+"""Config of any training run."""

@@ -1,4 +1,4 @@
-"""When a run is evaluated, on how much, and when it ends for want of progress."""
+"""Settings of evaluation and early stopping."""
 
 from typing import Annotated
 
@@ -15,10 +15,10 @@ class EvalConfig:
     """Optimizer steps between evaluations; null: before the first and after the last only."""
 
     patience: Annotated[int, Field(ge=1)] | None = None
-    """The run ends after so many evaluations in a row without a lower loss; null: never early."""
+    """Evaluations in a row without a lower loss that stop the run early; null: never."""
 
     max_sequences: Annotated[int, Field(ge=1)] | None = 256
-    """Sequences evaluated: of each source its share, at even distances; null: all."""
+    """Sequences per evaluation, in proportion to the sources' sizes, evenly spaced; null: all."""
 
     @model_validator(mode="after")
     def _check(self) -> "EvalConfig":

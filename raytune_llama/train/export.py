@@ -1,4 +1,4 @@
-"""The result of a run: an adapter or a model directory that can prove where it came from."""
+"""Export of a run: an adapter or a model directory, with a manifest of its provenance."""
 
 import functools
 import logging
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 
 def result_path(config: AnyTrainConfig) -> Place:
-    """Return where the result of a run lies once it is finished."""
+    """Return the directory that a finished run exports its result to."""
     return config.run_place / config.result_name
 
 
 def read_result(config: AnyTrainConfig) -> dict[str, Any] | None:
-    """Return the manifest of a finished run's result, or None."""
+    """Return the manifest of a finished run's result; None if it is not finished."""
     manifest = result_path(config) / OUTPUT_MANIFEST
     return manifest.read_json() if manifest.status() is not None else None
 
@@ -56,8 +56,8 @@ def write_result(
 ) -> None:
     """Write the adapter or the model, its tokenizer and a manifest; collective.
 
-    Every trained tensor is written whole: in float32 for an adapter, in the run's precision for a
-    model of which every weight was trained, and in the base's where only its tables were.
+    Trained tensors are written unsharded: in float32 for an adapter, in the run's precision after
+    full training, and in the base model's dtype if only the embedding tables were trained.
     """
     trained = {name: tensor for name, tensor in engine.full_weights() if workers.is_rank_zero}
     if not workers.is_rank_zero:
@@ -74,7 +74,7 @@ def write_result(
             "step": state.step,
             "tokens": state.tokens,
             "base": fingerprint_model(base),
-            # What it was trained above; it is merged into the base as it is.
+            # Quantization of the base during training; merging uses the unquantized base.
             "base_quantization": config.model.quantization,
             MODEL_SETTINGS_KEY: model_settings(config.model) if config.train == "lora" else {},
             "adapter": fingerprint_adapter(config),
@@ -92,9 +92,9 @@ def write_result(
     logger.info("%s written to %s", manifest["kind"], result_path(config))
     if manifest[MODEL_SETTINGS_KEY]:
         logger.warning(
-            "the adapter was trained with other settings than its base's config.json has (%s), "
-            "which PEFT's files cannot say: our merge writes them, and PEFT needs a base that was "
-            "loaded with them",
+            "the adapter was trained with settings that differ from its base's config.json (%s) "
+            "and that PEFT's files cannot store: our merge writes them; with PEFT alone, load the "
+            "base with them",
             ", ".join(manifest[MODEL_SETTINGS_KEY]),
         )
 
@@ -122,9 +122,9 @@ def _write_weights(
 
 
 def fingerprint_model(path: Path) -> dict[str, str]:
-    """Return the SHA256 of a model's configuration and weight files, by name."""
+    """Return the SHA256 of a model's configuration and weight files, by file name."""
     files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
-    # Hashing leaves Python's lock, so that threads help with large models.
+    # Hashing releases the GIL, so threads help with large models.
     with ThreadPoolExecutor(max_workers=8) as pool:
         return dict(zip((file.name for file in files), pool.map(_sha256_once, files), strict=True))
 
@@ -136,12 +136,12 @@ def _sha256_once(file: Path) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _sha256_of(file: Path, size: int, mtime_ns: int, inode: int) -> str:  # noqa: ARG001  # the key
-    """Hash a file once a process, as long as it is not changed: a sweep's trials share a base."""
+    """Hash a file once per process while it is unchanged: a sweep's trials share a base."""
     return sha256_file(file)
 
 
 def fingerprint_adapter(config: AnyTrainConfig) -> dict[str, str] | None:
-    """Return the SHA256 of the files of the adapter that a run goes on from, or None."""
+    """Return the SHA256 of each file of the adapter that a run continues from, or None."""
     if config.adapter is None:
         return None
     names = ("adapter_config.json", "adapter_model.safetensors")

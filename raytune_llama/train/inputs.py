@@ -1,4 +1,4 @@
-"""What a run trains and evaluates on, from its config and its token store; needs no model."""
+"""The sources and batch plan of a run, from its config and token store; needs no model."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from raytune_llama.train.config import AnyTrainConfig
 
 
 def build_batch_plan(config: AnyTrainConfig, sources: Sequence[TrainingSource]) -> BatchPlan:
-    """Return the order of the whole run over its sources, which depends on no worker."""
+    """Return the order of the run's sequences; independent of the number of workers."""
     weights = [source.weight for source in sources if source.weight is not None]
     return BatchPlan.create(
         [source.sequences.num_sequences for source in sources],
@@ -29,7 +29,7 @@ def build_sources(config: AnyTrainConfig, store: TokenStore) -> tuple[TrainingSo
     """Return the sources that the run trains on, cut into sequences.
 
     Raises:
-        ConfigError: the store has too little text, of any or of a weighted source.
+        ConfigError: the store has too little text, in total or of a weighted source.
     """
     return cut_sources(
         config.data.sources,
@@ -44,10 +44,10 @@ def build_sources(config: AnyTrainConfig, store: TokenStore) -> tuple[TrainingSo
 def build_evaluation_sources(
     config: AnyTrainConfig, store: TokenStore
 ) -> tuple[EvaluationSource, ...]:
-    """Return what is evaluated of each source with validation text.
+    """Return the evaluation sequences of each source with validation text.
 
     Raises:
-        ConfigError: `eval.max_sequences` is less than one for each of them.
+        ConfigError: `eval.max_sequences` is less than the number of these sources.
     """
     return select_evaluation_sources(
         config.data.all_sources,

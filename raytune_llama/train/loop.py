@@ -1,4 +1,4 @@
-"""What every worker does, step by step. Reads top to bottom; start at `train`."""
+"""The training loop that every worker runs. Reads top to bottom; start at `train`."""
 
 import logging
 import time
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Session:
-    """What stays the same from the first step of a start to its last."""
+    """Everything that stays constant while the loop runs."""
 
     config: AnyTrainConfig
     store: TokenStore
@@ -52,20 +52,20 @@ class Session:
     process_group: ProcessGroup
 
     @property
-    def origins(self) -> Provenance:
-        """Which text a step sees."""
+    def provenance(self) -> Provenance:
+        """Maps a step to the source text that it trains on."""
         return Provenance(self.store, self.store.split("train"), self.sources, self.plan)
 
     @property
     def last_step(self) -> int:
-        """After which the run ends, if it does not stall before."""
+        """Step after which the run ends, unless early stopping ends it before."""
         return min(self.config.stop_step or self.plan.num_steps, self.plan.num_steps)
 
 
 def train(
     config: AnyTrainConfig, workers: ProcessGroup, stop_requested: Callable[[], bool]
 ) -> RunResult:
-    """Train from the newest checkpoint to the end of the run; the same call on every worker."""
+    """Train from the newest checkpoint to the end of the run; collective."""
     session = open_session(config, workers)
     run_self_tests(
         session.engine,
@@ -76,25 +76,25 @@ def train(
     state = restore(config.run_place, session.engine, workers)
 
     with (
-        Reporter(config, session.origins, session.engine.module, state, workers) as report,
-        Saver(config.run_place, config.checkpoint, session.engine, workers, report) as saver,
+        Reporter(config, session.provenance, session.engine.module, state, workers) as reporter,
+        Saver(config.run_place, config.checkpoint, session.engine, workers, reporter) as saver,
     ):
         if state.step == 0:
-            state = evaluate_before_training(session, state, report, saver)
-        for batch in report.time_batches(read_batches(session, state.step)):
+            state = evaluate_before_training(session, state, reporter, saver)
+        for batch in reporter.time_batches(read_batches(session, state.step)):
             if state.step == session.last_step or is_early_stopping_due(config.eval, state):
                 break
             total, stop = reduce_step_totals(batch, stop_requested, workers)
             if stop:
                 saver.save(state)
                 return RunResult("stopped", state.step)
-            result, rate = train_step(session, batch, total.num_targets)
-            state = report.log_step(state, batch, result, total, rate)
+            result, learning_rate = train_step(session, batch, total.num_targets)
+            state = reporter.log_step(state, batch, result, total, learning_rate)
             if result.is_bad:
-                state = handle_bad_step(session, state, batch, result, report, saver=saver)
+                state = handle_bad_step(session, state, batch, result, reporter, saver=saver)
             check_replicas(session, state)
             if is_due(state.step, config.eval.every_steps, session.last_step):
-                state = evaluate(session, state, report)
+                state = evaluate(session, state, reporter)
             if is_checkpoint_due(state, config, session.last_step):
                 state = replace(state, rollback_step=state.step)
                 saver.save(state)
@@ -106,7 +106,7 @@ def train(
 
 
 def open_session(config: AnyTrainConfig, workers: ProcessGroup) -> Session:
-    """Open the token store and build the engine."""
+    """Open the token store, plan the batches and build the engine."""
     store = open_store(config.data)
     sources, evaluated = build_sources(config, store), build_evaluation_sources(config, store)
     plan = build_batch_plan(config, sources)
@@ -115,7 +115,7 @@ def open_session(config: AnyTrainConfig, workers: ProcessGroup) -> Session:
 
 
 def read_batches(session: Session, start_step: int) -> Iterator[StepBatch]:
-    """Stream this worker's share of each step from a step on."""
+    """Yield this worker's share of every step, from `start_step` to the end of the plan."""
     return read_steps(
         [source.sequences for source in session.sources],
         session.store.fingerprint,
@@ -129,38 +129,41 @@ def read_batches(session: Session, start_step: int) -> Iterator[StepBatch]:
 def reduce_step_totals(
     batch: StepBatch, stop_requested: Callable[[], bool], workers: ProcessGroup
 ) -> tuple[StepTotal, bool]:
-    """Return what the step takes over all workers, and whether any of them is asked to stop."""
+    """Return the step's totals over all workers, and whether any was asked to stop; collective."""
     count = len(batch.source_sequences)
-    mine = [*batch.source_sequences, *batch.source_targets, batch.num_tokens]
-    numbers = workers.all_reduce_sum([*mine, float(stop_requested())])
-    *counts, num_tokens = [round(number) for number in numbers[:-1]]
+    local = [*batch.source_sequences, *batch.source_targets, batch.num_tokens]
+    *sums, num_stops = workers.all_reduce_sum([*local, float(stop_requested())])
+    *counts, num_tokens = [round(value) for value in sums]
     total = StepTotal(tuple(counts[:count]), tuple(counts[count:]), num_tokens)
-    return total, numbers[-1] > 0
+    return total, num_stops > 0
 
 
 def train_step(session: Session, batch: StepBatch, num_targets: int) -> tuple[StepResult, float]:
-    """Take one optimizer step; return what it did, and its rate."""
+    """Take one optimizer step; return its result and its learning rate; collective."""
     config, workers = session.config, session.process_group
     factor = learning_rate_factor(batch.step, session.plan.num_steps, config.schedule)
-    rate = config.optim.learning_rate * factor
+    learning_rate = config.optim.learning_rate * factor
     seeds = [
-        dropout_seed(config.seed, batch.step, number, workers.rank)
-        for number in range(len(batch.micro_batches))
+        dropout_seed(config.seed, batch.step, micro_batch, workers.rank)
+        for micro_batch in range(len(batch.micro_batches))
     ]
-    return session.engine.train_step(batch.micro_batches, seeds, max(num_targets, 1), rate), rate
+    result = session.engine.train_step(
+        batch.micro_batches, seeds, max(num_targets, 1), learning_rate
+    )
+    return result, learning_rate
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
-    """Return the generator's seed for one forward pass, so that no generator state is saved."""
+    """Return the dropout seed of one forward pass; derived, so no RNG state is checkpointed."""
     digest = blake2b(f"{seed}/{step}/{micro_batch}/{rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def evaluate_before_training(
-    session: Session, state: RunState, report: Reporter, saver: Saver
+    session: Session, state: RunState, reporter: Reporter, saver: Saver
 ) -> RunState:
-    """Evaluate before the first step, and save where a bad step may go back; return the state."""
-    state = evaluate(session, state, report)
+    """Evaluate before the first step; with `on_bad_step: rollback`, save a step to roll back to."""
+    state = evaluate(session, state, reporter)
     if session.config.optim.on_bad_step == "rollback":
         state = replace(state, rollback_step=state.step)
         saver.save(state)
@@ -172,54 +175,54 @@ def handle_bad_step(
     state: RunState,
     batch: StepBatch,
     result: StepResult,
-    report: Reporter,
+    reporter: Reporter,
     *,
     saver: Saver,
 ) -> RunState:
-    """Do what the config says about a step that moved no weight; return the state; collective.
+    """Apply `optim.on_bad_step` to a step whose update was skipped; return the state; collective.
 
     Raises:
-        FloatingPointError: the run is to stop; nothing of the step is saved.
+        FloatingPointError: the action is `stop`; no checkpoint of the step is saved.
     """
     config, workers = session.config, session.process_group
-    answer = choose_action(config.optim, state)
+    action = choose_action(config.optim, state)
     suspects = find_suspects(batch, result, session.plan.micro_batch_sequences, workers)
-    if answer == "rollback":
-        assert state.rollback_step is not None, "begin() has set it"
+    if action == "rollback":
+        assert state.rollback_step is not None, "set by evaluate_before_training"
         saver.finish()
-        before = roll_back(config.run_place, session.engine, workers, state.rollback_step)
-        state = state_after_rollback(state, before)
-    report.log_bad_step(state, result, answer, suspects)
-    if answer == "stop":
+        restored = roll_back(config.run_place, session.engine, workers, state.rollback_step)
+        state = state_after_rollback(state, restored)
+    reporter.log_bad_step(state, result, action, suspects)
+    if action == "stop":
         raise FloatingPointError(stop_message(state, result))
     return state
 
 
 def check_replicas(session: Session, state: RunState) -> None:
-    """Compare what all workers hold alike, where that is due.
+    """Compare the replicated tensors across workers, if a comparison is due.
 
     Raises:
-        ReplicaError: a worker differs.
+        ReplicaError: a worker's replica differs.
     """
-    every = session.config.scale.compare_every_steps
-    if every is not None and is_due(state.step, every, session.last_step):
+    interval = session.config.scale.compare_every_steps
+    if interval is not None and is_due(state.step, interval, session.last_step):
         compare_replicas(state.step, session.engine.replicated_tensors(), session.process_group)
 
 
-def evaluate(session: Session, state: RunState, report: Reporter) -> RunState:
-    """Evaluate on the validation split, if it has any text; return the state with the best step."""
+def evaluate(session: Session, state: RunState, reporter: Reporter) -> RunState:
+    """Evaluate on the validation split, if it has text; return the state with the best step."""
     if not session.evaluation_sources:
         return state
     start = time.perf_counter()
     with session.process_group.progress.during("evaluating"):
         values = evaluation_metrics(evaluate_sources(session, session.evaluation_sources))
-    return report.log_evaluation(state, values, time.perf_counter() - start)
+    return reporter.log_evaluation(state, values, time.perf_counter() - start)
 
 
 def evaluate_sources(
     session: Session, sources: Sequence[EvaluationSource]
 ) -> list[EvaluationResult]:
-    """Return the summed loss of what is evaluated of each source, over all workers."""
+    """Return the validation loss of each source, summed over all workers; collective."""
     workers = session.process_group
     sums: list[float] = []
     for source in sources:
@@ -242,15 +245,15 @@ def evaluate_sources(
 
 
 def summarize_mixture(session: Session, state: RunState) -> dict[str, dict[str, Any]]:
-    """Return what the run has seen of each source, by name."""
+    """Return what the run has trained on, by source name."""
     return mixture_record(session.sources, state.source_sequences, state.source_targets)
 
 
 def is_checkpoint_due(state: RunState, config: AnyTrainConfig, last_step: int) -> bool:
-    """Whether a step is saved.
+    """Whether to save after this step.
 
-    At the interval, the last, where evaluation was never better, and where weights were rolled
-    back: a run that dies next goes on from those too.
+    True at the interval, after the last step, after a new best evaluation, and after a rollback, so
+    that a restart resumes from the rolled-back weights.
     """
     is_best = config.checkpoint.keep_best and state.best_step == state.step
     is_rolled_back = config.optim.on_bad_step == "rollback" and state.num_bad_in_row > 0
@@ -258,24 +261,24 @@ def is_checkpoint_due(state: RunState, config: AnyTrainConfig, last_step: int) -
 
 
 def is_early_stopping_due(config: EvalConfig, state: RunState) -> bool:
-    """Whether the loss was no lower for so many evaluations that the run ends early."""
+    """Whether early stopping triggers: `patience` evaluations without a lower loss."""
     if config.patience is None or config.every_steps is None or state.best_step is None:
         return False
     return state.step - state.best_step >= config.patience * config.every_steps
 
 
 def choose_result(session: Session, state: RunState) -> RunState:
-    """Load the best step's weights where they are to be the result; return their state."""
+    """Load the best step's weights if `checkpoint.result` is `best`; return the result's state."""
     config, workers = session.config, session.process_group
     best = state.best_step
     if config.checkpoint.result == "last" or best is None or best == state.step:
         return state
     if best == 0:
-        logger.warning("no step was better than none: the result is that of the last one")
+        logger.warning("no evaluation improved on the initial loss: exporting the last step")
         return state
     return restore_step(config.run_place, session.engine, workers, best)
 
 
 def is_due(step: int, every_steps: int | None, last_step: int) -> bool:
-    """Whether something done every so many steps, and after the last, is due after a step."""
+    """Whether `step` is the last one or a multiple of `every_steps` (None: only the last)."""
     return step == last_step or (every_steps is not None and step % every_steps == 0)

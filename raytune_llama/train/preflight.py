@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong before Ray is asked for anything, all at once."""
+"""Checks of the config and its input files before Ray starts anything; all problems at once."""
 
 import logging
 from collections.abc import Mapping
@@ -74,15 +74,15 @@ _WRITTEN = {
 
 
 def resolve_places(config: C, *, in_job: bool) -> C:
-    """Make every path of a config absolute, from the current folder.
+    """Make every path of a config absolute, relative to the current directory.
 
     Args:
-        config: as the user wrote it.
-        in_job: whether this is the driver of a submitted job, whose folder is temporary.
+        config: config as the user wrote it.
+        in_job: whether this is the driver of a submitted job, whose directory is temporary.
 
     Raises:
-        ConfigError: a path is not of the kind that its field takes, or is written to and
-            relative in a job.
+        ConfigError: a field does not accept this kind of path, or an output path is relative in a
+            submitted job.
     """
     fields: dict[str, str | None] = {
         "run_dir": config.run_dir,
@@ -113,8 +113,8 @@ def resolve_places(config: C, *, in_job: bool) -> C:
         is_relative = place.is_local and not Path(text).expanduser().is_absolute()
         if in_job and is_relative and field in _WRITTEN:
             problems.append(
-                f"{field}: {text!r} is relative, and a submitted job's folder is deleted after it; "
-                f"name {_WRITTEN[field].format(text)}"
+                f"{field}: {text!r} is relative, and a submitted job's directory is deleted when "
+                f"it ends; use {_WRITTEN[field].format(text)}"
             )
     if problems:
         raise ConfigError(problems)
@@ -123,50 +123,61 @@ def resolve_places(config: C, *, in_job: bool) -> C:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads, opened once per start; every later step takes it from here."""
+    """Opened inputs of a run; opened once per start and shared by all later checks."""
 
     data: DataInputs
-    """Tokenizer and corpus."""
+    """Tokenizer and corpus of the run."""
 
     skeleton: PreTrainedModel
-    """The model without weights, on PyTorch's meta device."""
+    """Model without weights, on PyTorch's meta device."""
+
+    vocabulary: VocabularyFit
+    """The tokenizer against the model's embedding rows."""
 
 
 def open_inputs(config: AnyTrainConfig, data: DataInputs | None = None) -> Inputs:
-    """Look at the files that a config with absolute paths names, once, and check it against them.
+    """Open the files that a config with absolute paths names, and check the config against them.
 
     Args:
-        config: of the run.
-        data: tokenizer and corpus, where another run on the same store has opened them.
+        config: config of the run.
+        data: tokenizer and corpus, if another run on the same store has already opened them.
 
     Raises:
-        ConfigError: with every problem found.
+        ConfigError: lists every problem found.
     """
-    skeleton, problems = _open_model(config)
+    skeleton, fit, problems = _open_model(config)
     problems += _check_adapter(config) + _check_template(config)
     try:
         data = data or open_data(config.encoded_data, Path(config.model.tokenizer_path))
     except ConfigError as error:
         problems += error.problems
     problems += _check_run_dir(config)
-    if problems or data is None or skeleton is None:
-        # The vocabulary and the data both need the tokenizer, and say so alike.
+    if problems or data is None or skeleton is None or fit is None:
+        # The vocabulary and the data checks report the same tokenizer problem.
         raise ConfigError(list(dict.fromkeys(problems)))
-    return Inputs(data, skeleton)
+    return Inputs(data, skeleton, fit)
 
 
-def _open_model(config: AnyTrainConfig) -> tuple[PreTrainedModel | None, list[str]]:
+def _open_model(
+    config: AnyTrainConfig,
+) -> tuple[PreTrainedModel | None, VocabularyFit | None, list[str]]:
+    """Open the model without weights and compare its tokenizer; also return the problems."""
     path = Path(config.model.path)
     try:
-        # A plan needs no weights; those that are there have to be whole.
+        # A plan needs no weights, but weights that exist must be complete.
         no_weights_needed = config.plan and not has_weights(path)
         problems = (check_model_settings if no_weights_needed else check_model_directory)(path)
         if problems:
-            return None, problems
+            return None, None, problems
         model = build_empty_model(path)
     except (ValueError, OSError) as error:
-        return None, [f"model.path: {path} is no causal LM that can be read: {error}"]
-    return model, _check_model(config, model)
+        return None, None, [f"model.path: cannot load a causal LM from {path}: {error}"]
+    problems = _check_model(config, model)
+    try:
+        fit = check_vocabulary(num_embedding_rows(model), path, Path(config.model.tokenizer_path))
+    except (ValueError, OSError) as error:
+        return model, None, [*problems, str(error)]
+    return model, fit, problems + _check_vocabulary(config, model, fit)
 
 
 def _check_model(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
@@ -179,17 +190,17 @@ def _check_model(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
     if config.engine.traits.shards_by_layer and not decoder_layers(model):
         others = strategies_with(lambda traits: not traits.shards_by_layer)
         problems.append(
-            f"engine.strategy: got {config.engine.strategy}, but {type(model).__name__} keeps its "
-            f"layers in no list, so they cannot be sharded one by one; set engine.strategy={others}"
+            f"engine.strategy: got {config.engine.strategy}, but {type(model).__name__} has no "
+            f"list of layers, so they cannot be sharded one by one; set engine.strategy={others}"
         )
     if config.model.quantization is not None:
         keep = modules_to_save(config)
         problems += check_quantization(model, config.model.quantization, keep)
-    return problems + _check_vocabulary(config, model)
+    return problems
 
 
 def _check_template(config: AnyTrainConfig) -> list[str]:
-    """Refuse to tune with another template than the model was tuned with, unless told."""
+    """Refuse a chat template other than the one that the model or adapter was tuned with."""
     if not isinstance(config, SftConfig) or config.allow_other_template:
         return []
     found = find_chat_template([Path(path) for path in (config.model.path, config.adapter) if path])
@@ -200,7 +211,7 @@ def _check_template(config: AnyTrainConfig) -> list[str]:
         tokenizer = load_tokenizer(Path(config.model.tokenizer_path))
         template = build_template(config.data.chat.template, tokenizer)
     except (ValueError, OSError):
-        return []  # which the check of the data tells
+        return []  # reported by the data check
     if template.sha256 == chat["template_sha256"]:
         return []
     return [
@@ -221,7 +232,7 @@ def _check_adapter(config: AnyTrainConfig) -> list[str]:
 
 
 def _check_positions(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
-    """Check the scaling of positions, and that an adapter to go on from was trained with it."""
+    """Check RoPE scaling, and that the adapter to continue from was trained with the same."""
     scaling = config.model.rope_scaling
     if scaling is not None:
         problems = check_rope_scaling(model.config, scaling, config.batch.sequence_tokens)
@@ -229,27 +240,23 @@ def _check_positions(config: AnyTrainConfig, model: PreTrainedModel) -> list[str
             return problems
     if config.adapter is None or _check_adapter(config):
         return []
-    had = read_model_settings(Path(config.adapter))
-    has = build_rope_settings(model.config, scaling)
-    if had == has:
+    trained = read_model_settings(Path(config.adapter))
+    wanted = build_rope_settings(model.config, scaling)
+    if trained == wanted:
         return []
     return [
         f"model.rope_scaling: the adapter {config.adapter} was trained with "
-        f"{had or 'the positions of its base'}, and the run would have "
-        f"{has or 'the positions of its base'}; set it as it was"
+        f"{trained or 'the RoPE settings of its base'}, but the run would use "
+        f"{wanted or 'the RoPE settings of its base'}; set it as the adapter was trained"
     ]
 
 
-def _check_vocabulary(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
-    try:
-        fit = check_vocabulary(
-            num_embedding_rows(model), Path(config.model.path), Path(config.model.tokenizer_path)
-        )
-    except (ValueError, OSError) as error:
-        return [str(error)]
+def _check_vocabulary(
+    config: AnyTrainConfig, model: PreTrainedModel, fit: VocabularyFit
+) -> list[str]:
     if fit.num_unused_rows:
         logger.info(
-            "the model has %d rows for the tokenizer's %d ids: %d surplus rows are kept",
+            "the model has %d embedding rows for the tokenizer's %d ids: %d unused rows are kept",
             fit.num_rows,
             fit.num_ids,
             fit.num_unused_rows,
@@ -258,7 +265,7 @@ def _check_vocabulary(config: AnyTrainConfig, model: PreTrainedModel) -> list[st
     problems += check_embedding_rate(config, model)
     if isinstance(config, PretrainConfig) and config.train == "embeddings":
         problems += check_embeddings(model, config.embeddings, fit.new_ids)
-        if has_weights(Path(config.model.path)):  # a plan needs none
+        if has_weights(Path(config.model.path)):  # a plan works without weights
             problems += _check_stored_tables(model, Path(config.model.path))
     if not problems and config.adapter is not None and not _check_adapter(config):
         adapter = Path(config.adapter)
@@ -270,15 +277,15 @@ def _check_vocabulary(config: AnyTrainConfig, model: PreTrainedModel) -> list[st
 def _check_untrained_rows(
     config: AnyTrainConfig, model: PreTrainedModel, fit: VocabularyFit
 ) -> list[str]:
-    """Refuse rows that no stage would have trained; an embedding stage leaves some to the next."""
+    """Refuse rows that no stage trains; an embedding stage may leave some to the next stage."""
     counts = count_untrained_rows(config, model, fit.num_new_ids)
     if not counts:
         return []
     tables = " and ".join(counts)
     if config.train == "embeddings":
         logger.warning(
-            "%s stays frozen, with %s rows of new ids as they started: the next stage has to train "
-            "it (lora.modules_to_save), or set embeddings.lm_head here",
+            "%s stays frozen, with %s rows of new ids untrained: train it in the next stage "
+            "(lora.modules_to_save), or set embeddings.lm_head here",
             tables,
             " and ".join(str(count) for count in counts.values()),
         )
@@ -288,7 +295,7 @@ def _check_untrained_rows(
     if fit.num_new_ids:
         return [
             f"model.tokenizer: it has {fit.num_new_ids} ids that the model was not trained with, "
-            f"and {tables} would keep their new rows as initialised; {remedy}"
+            f"and the new rows of {tables} would stay as initialized; {remedy}"
         ]
     return [
         f"model.path: the run that made {config.model.path} trained no new row of {tables} "
@@ -313,30 +320,30 @@ def _check_run_dir(config: AnyTrainConfig) -> list[str]:
     if not run_dir.exists() or (run_dir / IDENTITY_FILE).exists():
         return []
     if not run_dir.is_dir():
-        return [f"run_dir: {run_dir} is a file; name a folder"]
+        return [f"run_dir: {run_dir} is a file; use a directory"]
     store_dir = Place.parse(config.data.store_dir, "data.store_dir")
-    if all(_is_ours(place, store_dir) for place in [*run_dir.files(), *run_dir.folders()]):
+    if all(_is_leftover(place, store_dir) for place in [*run_dir.files(), *run_dir.folders()]):
         return []
     return [
         f"run_dir: {run_dir} exists and is not the directory of a run (it has no {IDENTITY_FILE}); "
-        "name another one, or an empty folder"
+        "use another directory, or an empty one"
     ]
 
 
-def _is_ours(place: Place, store_dir: Place) -> bool:
-    """Whether an earlier start of the run that came to no training may have left this behind."""
+def _is_leftover(place: Place, store_dir: Place) -> bool:
+    """Whether an earlier start of this run that ended before training may have left this file."""
     is_store = store_dir.is_below(place) or place.name.startswith(f"{store_dir.name}.partial-")
     return is_store or place.name.startswith(".")
 
 
 def identify(config: AnyTrainConfig) -> dict[str, Any]:
-    """Return what makes this run this run: settings that decide the result, and inputs by hash.
+    """Return the identity of a run: the settings that decide its result, and its inputs by hash.
 
-    The token store's fingerprint is added once the store is there.
+    The token store's fingerprint is added once the store exists.
     """
     return {
         "config": identity(config),
-        # All else that decides the result in the group `data` is in the store's fingerprint.
+        # All other `data` settings that affect the result are in the store's fingerprint.
         "data": {"sources": [{"weight": source.weight} for source in config.data.sources]},
         "model": fingerprint_model(Path(config.model.path)),
         "adapter": fingerprint_adapter(config),
@@ -345,15 +352,15 @@ def identify(config: AnyTrainConfig) -> dict[str, Any]:
 
 
 def check_identity(place: Place, now: Mapping[str, Any], *, field: str = "run_dir") -> None:
-    """Refuse to go on with what was started with other settings or inputs.
+    """Refuse to resume a run or sweep that was started with other settings or inputs.
 
     Args:
-        place: the directory; nothing is checked where it is new.
-        now: what `identify` returned, or a part of it.
-        field: names the directory.
+        place: directory of the run or sweep; a new directory passes.
+        now: current identity from `identify`, or part of it.
+        field: config field that names the directory.
 
     Raises:
-        ConfigError: with every field that differs.
+        ConfigError: lists every field that differs.
     """
     file = place / IDENTITY_FILE
     if not file.exists():
@@ -363,30 +370,30 @@ def check_identity(place: Place, now: Mapping[str, Any], *, field: str = "run_di
     if changed:
         raise ConfigError(
             [
-                f"{field}: {place} was started with other settings or inputs (then -> now); set "
-                f"them back, or name another {field}",
+                f"{field}: {place} was started with other settings or inputs (then -> now); "
+                f"restore them, or use another {field}",
                 *changed,
             ]
         )
 
 
 def write_identity(config: AnyTrainConfig, now: Mapping[str, Any]) -> None:
-    """Write `run.yaml` and `identity.json` before the first step; log what may change and did."""
+    """Write `run.yaml` and `identity.json` before the first step; log the permitted changes."""
     before = config.run_place / RUN_CONFIG_FILE
     if before.exists():
         for change in placement_changes(config, before):
             logger.info("changed since the run's last start: %s", change)
-    # First what makes the folder that of a run: a start that is killed in between can be repeated.
+    # The identity first, as it marks a run directory: a start killed in between can be repeated.
     (config.run_place / IDENTITY_FILE).write_json(now)
     before.write_bytes(to_yaml(config).encode())
 
 
 def placement_changes(config: AnyTrainConfig, before: Place) -> list[str]:
-    """Return the fields that differ from an earlier `run.yaml` of the run."""
+    """Return the fields that differ from the run's previous `run.yaml`."""
     data, problems = parse_mapping(before.read_bytes().decode(errors="replace"), str(before))
     if data is not None and not problems:
         try:
             return find_differences(to_dict(from_dict(type(config), data)), to_dict(config))
         except ConfigError as error:
             problems = error.problems
-    return [f"{before} can't be read ({'; '.join(problems)}); it is written anew"]
+    return [f"{before} can't be read ({'; '.join(problems)}); it is rewritten"]

@@ -1,4 +1,4 @@
-"""How far a worker has come: a few numbers that its loop sets, which costs nothing."""
+"""Progress of a worker: a few counters that its loop sets, at no measurable cost."""
 
 import contextlib
 import time
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 Phase = Literal["starting", "training", "evaluating", "saving", "finishing", "over"]
-"""What a worker is doing."""
+"""Phase that a worker is in."""
 
 
 class Progress:
-    """Set by the loop, read by the thread that sends it."""
+    """Step, phase and tick counter; set by the loop, read by the heartbeat thread."""
 
     def __init__(self) -> None:
         self.ticks = 0
@@ -20,7 +20,7 @@ class Progress:
         self._since = time.monotonic()
 
     def record_step(self, step: int) -> None:
-        """Note that a step has ended: it is the first, or another's end is when it began."""
+        """Record the end of a step; its time counts only if it directly followed another step."""
         now = time.monotonic()
         if self.phase == "training":
             self._slowest = max(self._slowest, now - self._since)
@@ -28,14 +28,14 @@ class Progress:
         self.ticks += 1
 
     def enter_phase(self, phase: Phase) -> None:
-        """Note that something begins that is no step."""
+        """Record the start of a phase other than a training step."""
         self.phase = phase
         self._since = time.monotonic()
         self.ticks += 1
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """Note what is done in the block."""
+        """Enter a phase for the duration of the block, then return to the previous one."""
         before = self.phase
         self.enter_phase(phase)
         try:
@@ -44,6 +44,6 @@ class Progress:
             self.enter_phase(before)
 
     def pop_slowest_seconds(self) -> float:
-        """Return how long the slowest step took since this was asked last."""
+        """Return the seconds of the slowest step since the last call; 0 without one."""
         slowest, self._slowest = self._slowest, 0.0
         return slowest

@@ -1,4 +1,4 @@
-"""How a run of the loop ended: what its first worker returns to the driver."""
+"""How a run of the loop ended: the result that rank 0 returns to the driver."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,26 +7,26 @@ from raytune_llama.config.errors import UserError
 
 
 class InvalidRunError(UserError):
-    """The run's data, files or settings do not allow it; another attempt would end alike."""
+    """The run's data, files or settings are invalid; a retry would fail in the same way."""
 
 
 class RetriesExhaustedError(RuntimeError):
-    """The workers failed too often without progress; the message has the causes."""
+    """The workers failed too often without a new checkpoint; the message lists the causes."""
 
 
 @dataclass(frozen=True)
 class AbortReason:
-    """Why a run ends before its last step, and is not tried again."""
+    """Why a run ends before its last step and is not retried."""
 
     kind: Literal["diverged", "refused", "gave up"]
-    """Diverged: a number is no longer finite. Refused: data, files or settings do not allow it.
-    Gave up: the workers failed too often without progress."""
+    """Diverged: non-finite loss or gradient, or replicas that differ. Refused: invalid data, files
+    or settings. Gave up: the workers failed too often without a new checkpoint."""
 
     cause: str
-    """What was found, for people."""
+    """Error message for the user."""
 
     def to_exception(self) -> Exception:
-        """Return what the driver raises."""
+        """Return the exception that the driver raises."""
         kinds = {
             "diverged": FloatingPointError,
             "refused": InvalidRunError,
@@ -40,10 +40,10 @@ class RunResult:
     """How a worker's run of the loop ended."""
 
     status: Literal["finished", "stopped", "aborted"]
-    """Stopped: on request, after saving; the same command goes on. Aborted: see `abort_reason`."""
+    """Stopped: saved on request; the same command resumes. Aborted: see `abort_reason`."""
 
     step: int
     """Optimizer steps done."""
 
     abort_reason: AbortReason | None = None
-    """Set where it was aborted."""
+    """Why the run was aborted; None if it was not."""

@@ -10,28 +10,28 @@ from raytune_llama.config.settings import settings
 
 @settings
 class ScheduleConfig:
-    """How the learning rate rises and falls over a run."""
+    """Learning rate schedule: linear warm-up, then decay."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up; cosine and linear fall towards zero, which the step after the last
-    would have."""
+    """Shape after the warm-up; cosine and linear decay toward zero, which would be reached one step
+    after the last."""
 
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the run's steps over which the rate rises linearly, rounded up to whole steps."""
+    """Fraction of the run's steps with linear warm-up, rounded up to a number of steps."""
 
 
 def learning_rate_factor(step: int, num_steps: int, config: ScheduleConfig) -> float:
-    """Return the factor on the peak learning rate for one step.
+    """Return the factor on the peak learning rate at a step.
 
     Args:
         step: the step that is about to be taken, from 0.
-        num_steps: steps of the whole run.
-        config: the shape.
+        num_steps: steps of the full run.
+        config: schedule settings.
     """
-    # Less a rounding error: 7 % of 100 steps are 7 and not 8.
+    # Minus a rounding error: 7 % of 100 steps is 7, not 8.
     num_warmup = math.ceil(config.warmup_ratio * num_steps - 1e-9)
     if step < num_warmup:
-        # The first step already moves: a rate of zero would waste it.
+        # Not step / num_warmup: a rate of zero would waste the first step.
         return (step + 1) / num_warmup
     if config.kind == "constant":
         return 1.0

@@ -1,4 +1,4 @@
-"""The driver of a training run: check, prepare, hand the loop to Ray Train, sum up."""
+"""The driver of a training run: check, prepare, launch the loop on Ray Train, summarize."""
 
 import logging
 from dataclasses import dataclass
@@ -35,42 +35,43 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run as it stands when its driver ends."""
+    """State of a run when its driver ends."""
 
     status: Literal["finished", "already finished", "stopped"]
-    """Stopped: saved on SIGTERM; the same command goes on."""
+    """Stopped: checkpoint saved on SIGTERM; the same command resumes the run."""
 
     run_dir: Place
-    """Where everything of the run lies."""
+    """Directory of the run."""
 
     result: Place | None
-    """The adapter or model directory of a finished run."""
+    """Adapter or model directory of a finished run; None if it was stopped."""
 
     step: int
     """Optimizer steps done."""
 
     bits_per_byte_before: float | None
-    """Of the validation text before the first step, where there is any."""
+    """Validation bits per byte before the first step; None without validation text."""
 
     bits_per_byte_after: float | None
-    """At the last evaluation."""
+    """Validation bits per byte at the last evaluation."""
 
     loss_before: float | None
-    """Of the validation targets before the first step, where there are any."""
+    """Validation loss in nats per target before the first step; None without validation text."""
 
     loss_after: float | None
-    """At the last evaluation."""
+    """Validation loss in nats per target at the last evaluation."""
 
 
 def run_training(config: AnyTrainConfig) -> RunSummary:
-    """Run or go on with a training run, to its end or until SIGTERM.
+    """Start or resume a training run; return at its end, or once it is saved after SIGTERM.
 
     Raises:
-        ConfigError: the config, its files or the cluster do not allow the run; found before any
+        ConfigError: the config, its files or the cluster do not allow the run; raised before any
             training worker starts.
-        FloatingPointError: the loss or another number of the run is no longer finite.
-        GaveUpError: the workers failed `config.max_failures` times without a new checkpoint.
-        RefusedError: data or files, as the workers found them, do not allow it.
+        FloatingPointError: the loss or a gradient is not finite, or the workers' replicas differ.
+        RetriesExhaustedError: the workers failed `scale.max_failures` times in a row without a new
+            checkpoint.
+        InvalidRunError: the workers found data or files that do not allow the run.
     """
     config = resolve_places(config, in_job=is_submitted_job())
     inputs = open_inputs(config)
@@ -84,21 +85,21 @@ def run_training(config: AnyTrainConfig) -> RunSummary:
         store = prepare_data(config.encoded_data, inputs.data)
         check_nodes(config)
         outcome = launch(prepare_run(config, store, lease.confirm()))
-        assert outcome.status != "aborted", "it raises"
+        assert outcome.status != "aborted", "launch raises instead"
         write_plot(config.run_place)
     return _summary(config, outcome.status, outcome.step)
 
 
 def prepare_run(config: AnyTrainConfig, store: TokenStore, fence: Fence) -> PreparedRun:
-    """Check a run on its token store, and write down in its directory whose it is.
+    """Check a run against its token store, and write its identity to its directory.
 
     Args:
-        config: of the run, with absolute paths.
-        store: that it trains on.
-        fence: what allows to write in its directory, or in that of its sweep.
+        config: config of the run, with absolute paths.
+        store: token store that the run trains on.
+        fence: proof of the lease on the directory of the run, or of its sweep.
 
     Raises:
-        ConfigError: the store does not allow the run, or the directory is another run's.
+        ConfigError: the store does not allow the run, or the directory belongs to another run.
     """
     _check_plan(config, store)
     known = {**identify(config), "store": store.fingerprint}
@@ -108,7 +109,7 @@ def prepare_run(config: AnyTrainConfig, store: TokenStore, fence: Fence) -> Prep
 
 
 def _check_plan(config: AnyTrainConfig, store: TokenStore) -> None:
-    """Refuse a store that the run can't be trained or evaluated on; log what it will see of it."""
+    """Refuse a store that the run can't train or evaluate on; log the mixture of its sources."""
     sources = build_sources(config, store)
     plan = build_batch_plan(config, sources)
     if not build_evaluation_sources(config, store):
@@ -118,7 +119,7 @@ def _check_plan(config: AnyTrainConfig, store: TokenStore) -> None:
         }
         problems = [
             f"{field}: nothing is evaluated, since the store has no validation split; set "
-            "data.validation_fraction, or leave the field out"
+            "data.validation_fraction, or remove the field"
             for field, is_set in needing.items()
             if is_set
         ]

@@ -1,7 +1,7 @@
-"""Rows of the embedding tables that no training has touched since the vocabulary has grown.
+"""Rows of the embedding tables that were added for new tokens and never trained.
 
-They are counted before a run, and marked in the manifest of its result, so that the next run knows
-of them.
+They are counted before a run and recorded in the manifest of its result, so that the next run can
+check them.
 """
 
 from pathlib import Path
@@ -14,21 +14,21 @@ from raytune_llama.storage.files import read_json, read_manifest
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 
 UNTRAINED_ROWS = "untrained_rows"
-"""Key of a model's manifest: how many rows of each table no training has touched."""
+"""Manifest key of a model directory: number of untrained rows per embedding table."""
 
 
 def count_untrained_rows(
     config: AnyTrainConfig, model: PreTrainedModel, num_new_ids: int
 ) -> dict[str, int]:
-    """Return how many rows of each table will be as they started when a run has ended.
+    """Return how many rows of each table will still be untrained when a run has ended.
 
     Args:
-        config: of the run.
-        model: its base, with or without its weights, before or after its training.
-        num_new_ids: ids of the tokenizer that the base's own lacks.
+        config: config of the run.
+        model: base model, with or without weights, before or after training.
+        num_new_ids: number of tokenizer ids that the base model's own tokenizer lacks.
 
     Returns:
-        By the last part of the layer's name; a table without such rows is left out.
+        Row counts by the last part of the layer's name; tables without such rows are omitted.
     """
     before = read_untrained_rows(Path(config.model.path))
     counts = {name: num_new_ids + before.get(name, 0) for name in _untrained_tables(config, model)}
@@ -36,12 +36,12 @@ def count_untrained_rows(
 
 
 def read_untrained_rows(path: Path) -> dict[str, int]:
-    """Return the rows of each table that the run which made a model directory left untrained."""
+    """Return the number of untrained rows per table that a model directory's manifest records."""
     return dict(read_manifest(path).get(UNTRAINED_ROWS) or {})
 
 
 def check_embedding_rate(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
-    """Return why the learning rate of embedding tables has none to work on; empty where it has."""
+    """Return a problem if `optim.embedding_learning_rate` is set but no table is trained."""
     frozen = _untrained_tables(config, model)
     if config.optim.embedding_learning_rate is None or len(frozen) < len(embedding_layers(model)):
         return []
@@ -53,7 +53,7 @@ def check_embedding_rate(config: AnyTrainConfig, model: PreTrainedModel) -> list
 
 
 def _untrained_tables(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
-    """Return the embedding tables, by the last part of their layers' names, that stay frozen."""
+    """Return the embedding tables that stay frozen, by the last part of their layers' names."""
     layers = embedding_layers(model)
     if config.train == "full":
         trained = list(layers)
@@ -68,7 +68,7 @@ def _untrained_tables(config: AnyTrainConfig, model: PreTrainedModel) -> list[st
 
 
 def modules_to_save(config: AnyTrainConfig) -> tuple[str, ...]:
-    """Return the name endings of the modules that a run trains whole, beside an adapter."""
+    """Return the name suffixes of the modules that a run trains in full besides an adapter."""
     if config.lora is not None:
         return config.lora.modules_to_save
     if config.adapter is None or check_adapter_directory(Path(config.adapter)):

@@ -1,63 +1,64 @@
-"""The settings of a sweep."""
+"""The config of a sweep."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
 from raytune_llama.config.settings import PLACEMENT, ConfigError, from_dict, override, settings
 from raytune_llama.config.yaml12 import read_mapping
-from raytune_llama.storage.place import Place
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig, SftConfig
 from raytune_llama.tune.space import Distribution, TrialSample, check_space
+
+if TYPE_CHECKING:
+    from raytune_llama.storage.place import Place
 
 JOB_CONFIGS: dict[str, type[PretrainConfig] | type[SftConfig]] = {
     "pretrain": PretrainConfig,
     "sft": SftConfig,
 }
-"""Kinds of runs by the job that reads them."""
+"""Config classes of training jobs, by job name."""
 
 SWEEP_OWNED_FIELDS = ("run_dir", "max_steps", "num_epochs", "stop_step", "plan")
-"""Fields of a trial that the sweep sets."""
+"""Fields of a trial's config that the sweep sets."""
 
 _UNSEARCHABLE_SECTIONS = ("scale", "checkpoint", "eval", "logging")
 
 _NO_CLONES = (
-    "which pauses and clones trials through Tune's checkpoints, and runs under Ray Train have none "
-    "there"
+    "which pauses and clones trials through Tune checkpoints, but Ray Train runs write none"
 )
 
 
 @settings
 class SearchConfig:
-    """How samples are chosen."""
+    """Settings of the search algorithm, which chooses the samples."""
 
     kind: Literal["random", "grid", "tpe"] = "random"
-    """Independent draws; every combination of a space of choices; or Optuna's tree-structured
-    Parzen estimator, which learns from the trials that have ended."""
+    """`random`: independent draws; `grid`: every combination of a space of choices; `tpe`: Optuna's
+    tree-structured Parzen estimator, which learns from the trials that have ended."""
 
     seed: Annotated[int, Field(ge=0)] = 1
-    """Decides the samples."""
+    """Seed of the samples."""
 
     startup_trials: Annotated[int, Field(ge=1)] = 10
-    """Random trials before `tpe` begins to learn."""
+    """Number of random trials before `tpe` starts to learn."""
 
 
 @settings
 class SchedulerConfig:
-    """Which trials are stopped early."""
+    """Settings for stopping trials early."""
 
     kind: str = "asha"
     """`none`, `asha` (asynchronous successive halving: at each rung, only the best
-    1 / `reduction_factor` go on) or `median` (stopped where the best evaluation so far is worse
-    than the median of the other trials' means)."""
+    1 / `reduction_factor` continue) or `median` (a trial stops if its best evaluation so far is
+    worse than the median of the other trials' means)."""
 
     grace_steps: Annotated[int, Field(ge=1)] | None = None
-    """Steps before a trial may be stopped, the first rung; null: the first evaluation."""
+    """Optimizer steps before a trial may be stopped, the first rung; null: the first evaluation."""
 
     reduction_factor: Annotated[float, Field(gt=1)] = 3.0
-    """Factor between the rungs' steps, and of trials that end at each; `asha` alone."""
+    """Ratio of steps from rung to rung, and of trials to survivors at each; `asha` only."""
 
     @model_validator(mode="after")
     def _check(self) -> "SchedulerConfig":
@@ -70,49 +71,50 @@ class SchedulerConfig:
 
 @settings
 class SweepConfig:
-    """A search over settings of training runs."""
+    """Config of a hyperparameter search over training runs."""
 
     sweep_dir: Annotated[str, Field(min_length=1), PLACEMENT]
-    """Directory of the sweep, where the run directories of its trials lie too: on storage that
-    every node mounts, or `s3://...`, `gs://...`. The same command with the same directory goes on
-    where the sweep was."""
+    """Directory of the sweep and of its trials' run directories: on storage that every node mounts,
+    or `s3://...`, `gs://...`. The same command with the same directory resumes the sweep."""
 
     job: Literal["pretrain", "sft"]
-    """The job that a trial is a run of."""
+    """Training job that each trial runs."""
 
     base: Annotated[str, Field(min_length=1), PLACEMENT]
-    """Config file of that job; every trial is this with its sample, and is compared by content."""
+    """Config file of that job, to which each trial applies its sample. A resumed sweep compares its
+    content, not its path."""
 
     fixed: Annotated[dict[str, JsonValue], PLACEMENT, Field(default_factory=dict)]
-    """Fields of `base` by their dotted paths, replaced in every trial."""
+    """Fields of `base` to override in every trial, by dotted path."""
 
     space: dict[str, Distribution]
-    """Fields of `base` by their dotted paths, and where their values come from."""
+    """Fields of `base` to search over, by dotted path, with their distributions."""
 
     search: SearchConfig = SearchConfig()
-    """How samples are chosen."""
+    """Search algorithm."""
 
     scheduler: SchedulerConfig = SchedulerConfig()
-    """Which trials are stopped early."""
+    """Early stopping of trials."""
 
     metric: Annotated[str, Field(min_length=1)] = "eval/loss"
-    """What trials are compared by, as an evaluation names it: `eval/loss`, `eval/bits_per_byte`,
-    or one source's, `eval/loss/NAME`."""
+    """Metric by which trials are compared: `eval/loss`, `eval/bits_per_byte`, or the loss of one
+    source, `eval/loss/NAME`."""
 
     mode: Literal["min", "max"] = "min"
-    """Whether less or more of it is better."""
+    """Whether a lower or a higher metric is better."""
 
     max_steps: Annotated[int, Field(ge=1)]
-    """Optimizer steps of a trial that is not stopped; also the horizon of its learning rate."""
+    """Optimizer steps of a trial that is not stopped early; also the horizon of its learning rate
+    schedule."""
 
     num_trials: Annotated[int | None, Field(ge=1), PLACEMENT] = None
-    """Trials; may be raised later. null: all points of a grid."""
+    """Number of trials; may be raised later. null: all points of a grid."""
 
     max_concurrent: Annotated[int | None, Field(ge=1), PLACEMENT] = None
-    """Trials at a time, at most; null: as many as the cluster can hold."""
+    """Maximum number of concurrent trials; null: as many as the cluster can hold."""
 
     max_restarts: Annotated[int, Field(ge=0), PLACEMENT] = 3
-    """How often a trial whose node was lost is started again, from its newest checkpoint."""
+    """Maximum restarts of a trial whose node was lost, each from its newest checkpoint."""
 
     @model_validator(mode="after")
     def _check(self) -> "SweepConfig":
@@ -124,18 +126,18 @@ class SweepConfig:
                 if field in SWEEP_OWNED_FIELDS
             ]
         problems += [
-            f"space.{field}: says where or how a trial runs, not what it learns; put it into "
+            f"space.{field}: affects where or how a trial runs, not what it learns; move it to "
             "fixed, with one value"
             for field in self.space
             if field.partition(".")[0] in _UNSEARCHABLE_SECTIONS
         ]
         problems += [
-            f"fixed.{field}: stands in the space too; leave one out"
+            f"fixed.{field}: also in space; remove one of them"
             for field in flatten(self.fixed)
             if field in self.space
         ]
         if self.search.kind != "grid" and self.num_trials is None:
-            problems.append(f"num_trials: required where search.kind is {self.search.kind}")
+            problems.append(f"num_trials: required if search.kind is {self.search.kind}")
         grace = self.scheduler.grace_steps
         if self.scheduler.kind != "none" and grace is not None and grace >= self.max_steps:
             problems.append(
@@ -147,8 +149,10 @@ class SweepConfig:
         return self
 
     @property
-    def place(self) -> Place:
-        """Where `sweep_dir` is."""
+    def place(self) -> "Place":
+        """Location of `sweep_dir`."""
+        from raytune_llama.storage.place import Place
+
         return Place.parse(self.sweep_dir, "sweep_dir")
 
 
@@ -158,7 +162,7 @@ def _replacement(field: str) -> str:
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested mappings as one, by dotted paths: `fixed.scale.num_workers=1` makes such."""
+    """Flatten nested mappings, as `fixed.scale.num_workers=1` creates, to one by dotted path."""
     leaves: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -169,10 +173,10 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_base(sweep: SweepConfig) -> AnyTrainConfig:
-    """Read the base of a sweep, with what `fixed` replaces in it.
+    """Load the base config of a sweep, with `fixed` applied.
 
     Raises:
-        ConfigError: all mistakes of the file and of `fixed`.
+        ConfigError: lists every mistake in the file or in `fixed`.
     """
     data, problems = read_mapping(Path(sweep.base))
     if data is None or problems:
@@ -188,11 +192,13 @@ def load_base(sweep: SweepConfig) -> AnyTrainConfig:
         raise ConfigError([f"fixed: {line}" for line in error.problems]) from None
 
 
-def build_trial_config(base: AnyTrainConfig, sample: TrialSample, run_dir: Place) -> AnyTrainConfig:
-    """Return the whole config of a trial.
+def build_trial_config(
+    base: AnyTrainConfig, sample: TrialSample, run_dir: "Place"
+) -> AnyTrainConfig:
+    """Return the complete config of a trial.
 
     Raises:
-        ConfigError: the sample makes no legal config.
+        ConfigError: the sample yields an invalid config.
     """
     values: dict[str, Any] = {**sample, "run_dir": str(run_dir)}
     return override(base, values)

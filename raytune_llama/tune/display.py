@@ -1,4 +1,4 @@
-"""The trials of a sweep while they run: a table in a terminal, elsewhere a line a change."""
+"""Progress of a sweep's trials: a live table in a terminal, else one log line per change."""
 
 import contextlib
 import logging
@@ -22,17 +22,17 @@ MAX_ROWS = 30
 
 
 class ProgressDisplay:
-    """Shows the trials of one sweep."""
+    """Shows the progress of one sweep's trials."""
 
     def __init__(self, sweep: SweepConfig, journal: Journal) -> None:
         self._sweep, self._journal = sweep, journal
         self._live: Live | None = None
         self._drawn = 0.0
-        self._told = dict(journal.trials)
+        self._logged = dict(journal.trials)
 
     @contextlib.contextmanager
     def show(self) -> Iterator[None]:
-        """Show the sweep while the block runs."""
+        """Show the progress while the block runs."""
         if not sys.stderr.isatty():
             yield
             self._log_changes()
@@ -44,7 +44,7 @@ class ProgressDisplay:
         self._live = None
 
     def refresh(self) -> None:
-        """Show what has changed; to be called often, draws at most once a second."""
+        """Show what has changed; may be called often, redraws at most once per second."""
         now = time.monotonic()
         if now - self._drawn < REFRESH_SECONDS:
             return
@@ -56,13 +56,13 @@ class ProgressDisplay:
 
     def _log_changes(self) -> None:
         for number, trial in self._journal.trials.items():
-            if trial != self._told.get(number):
+            if trial != self._logged.get(number):
                 logger.info("%s", format_trial_line(self._sweep, trial))
-                self._told[number] = trial
+                self._logged[number] = trial
 
 
 def format_trial_line(sweep: SweepConfig, trial: TrialRecord) -> str:
-    """Return a trial in one line."""
+    """Return the status of a trial as one line."""
     value = "" if trial.value is None else f", {sweep.metric} {trial.value:.4f}"
     cause = f": {trial.cause}" if trial.cause else ""
     head = f"trial {trial.number} {trial.state}, step {trial.step}/{sweep.max_steps}{value}"
@@ -70,10 +70,10 @@ def format_trial_line(sweep: SweepConfig, trial: TrialRecord) -> str:
 
 
 def build_trial_table(sweep: SweepConfig, journal: Journal) -> Table:
-    """Return the trials as a table: those that run first, then the newest."""
+    """Return the trials as a table: running ones first, then the newest."""
     trials = sorted(journal.trials.values(), key=lambda t: (t.has_ended, -t.number))
     ended = sum(trial.has_ended for trial in trials)
-    table = Table(title=f"{sweep.sweep_dir}: {ended} trials have ended, {len(trials)} begun")
+    table = Table(title=f"{sweep.sweep_dir}: {ended} of {len(trials)} started trials have ended")
     for head in ("trial", "state", "step", sweep.metric, "to go"):
         table.add_column(head, justify="right")
     table.add_column("sample")

@@ -1,8 +1,8 @@
-"""What a sweep has done so far: an append-only record of its trials.
+"""The state of a sweep: an append-only journal of its trials.
 
-`journal.jsonl` in the sweep's directory has a line for each trial that begins, for each of its
-evaluations and for its end. It is the only memory of a sweep: a driver that is started again
-reads it, knows every result, and goes on with the trials that have no end.
+`journal.jsonl` in the sweep's directory has a line for each start of a trial, for each of its
+evaluations and for its end. It is the only state of a sweep: a restarted driver reads it, knows
+every result, and continues with the trials that have not ended.
 """
 
 import json
@@ -19,44 +19,44 @@ logger = logging.getLogger(__name__)
 JOURNAL_FILE = "journal.jsonl"
 
 TrialState = Literal["running", "finished", "stopped", "diverged", "failed"]
-"""Of a trial. Stopped: by the scheduler. Diverged: an evaluation was not finite."""
+"""State of a trial. Stopped: by the scheduler. Diverged: an evaluation was not finite."""
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """A trial as the journal knows it."""
+    """A trial as recorded in the journal."""
 
     number: int
-    """Counted from 0."""
+    """Number of the trial, counted from 0."""
 
     sample: dict[str, Any]
-    """Dotted field -> value."""
+    """Sampled values by dotted field."""
 
     state: TrialState = "running"
-    """Running: it has no end yet; a driver that goes on starts it again."""
+    """State of the trial. Running: it has not ended; a resumed sweep starts it again."""
 
     values: dict[int, float] = field(default_factory=dict)
-    """Step -> the metric of its evaluation, where it was finite."""
+    """Metric of each finite evaluation, by step."""
 
     seconds: float = 0.0
-    """Time from its first start to its newest report; pauses between drivers do not count."""
+    """Seconds from the first start to the newest report, without pauses between drivers."""
 
     cause: str | None = None
-    """Why it failed or diverged."""
+    """Why the trial failed or diverged; None if it did neither."""
 
     @property
     def step(self) -> int:
-        """The newest evaluation's step; 0 before the first."""
+        """Step of the newest evaluation; 0 before the first."""
         return max(self.values, default=0)
 
     @property
     def value(self) -> float | None:
-        """The newest evaluation's metric."""
+        """Metric of the newest evaluation; None before the first."""
         return self.values[self.step] if self.values else None
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the trial has ended."""
         return self.state != "running"
 
 
@@ -66,10 +66,10 @@ def trial_dir(sweep_dir: Place, number: int) -> Place:
 
 
 class Journal:
-    """The record of a sweep, in memory and in its directory.
+    """The journal of a sweep, in memory and in its directory.
 
-    On a local disk a line is appended and synced; in object storage, which has no append, the
-    whole file is written anew. A last line that a crash has cut is dropped.
+    On a local disk each line is appended and synced; in object storage, which has no append, the
+    full file is rewritten. A last line that a crash has truncated is dropped.
     """
 
     def __init__(self, sweep_dir: Place) -> None:
@@ -81,23 +81,23 @@ class Journal:
         text = self._place.read_bytes().decode()
         self._text = text[: text.rfind("\n") + 1]
         if len(self._text) < len(text):
-            logger.warning("%s: the last line is cut, and left out", self._place)
+            logger.warning("%s: dropped the last line, which is truncated", self._place)
             self._place.write_bytes(self._text.encode())
         for line in self._text.splitlines():
             self._apply(json.loads(line))
 
     def start(self, number: int, sample: dict[str, Any]) -> None:
-        """Note that a trial begins, with what was chosen for it."""
+        """Record that a trial starts, with its sample."""
         self._append({"event": "start", "trial": number, "sample": sample})
 
     def report(self, number: int, step: int, value: float, seconds: float) -> None:
-        """Note an evaluation of a trial."""
+        """Record an evaluation of a trial."""
         self._append(
             {"event": "report", "trial": number, "step": step, "value": value, "seconds": seconds}
         )
 
     def end(self, number: int, state: TrialState, cause: str | None = None) -> None:
-        """Note that a trial has ended, and how."""
+        """Record that a trial has ended, and how."""
         self._append({"event": "end", "trial": number, "state": state, "cause": cause})
 
     def _append(self, event: dict[str, Any]) -> None:

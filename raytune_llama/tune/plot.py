@@ -1,4 +1,4 @@
-"""The pictures of a sweep, and the page that holds them."""
+"""Plots of a sweep, and the HTML page that shows them."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ SWEEP_PLOT_FILE = "sweep.png"
 SWEEP_PAGE_FILE = "sweep.html"
 
 MIN_IMPORTANCE_TRIALS = 4
-"""Trials with a score below which nothing is said about importance."""
+"""Minimum number of trials with a score for computing importances."""
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c2127; max-width: 70rem; margin: 2rem auto;
@@ -39,12 +39,12 @@ def write_page(
     """Write `sweep.png` and, with it and the leaderboard, `sweep.html`.
 
     Args:
-        sweep: what was searched.
-        base: every trial's config without its sample.
-        trials: from the best to the worst.
+        sweep: config of the sweep.
+        base: config of every trial, without its sample.
+        trials: trials, best first.
 
     Returns:
-        The page, or None where no trial has been evaluated yet.
+        The page, or None if no trial has been evaluated yet.
     """
     if not any(trial.values for trial in trials):
         return None
@@ -58,10 +58,10 @@ def write_page(
 def field_importances(
     sweep: SweepConfig, base: AnyTrainConfig, trials: Sequence[TrialRecord]
 ) -> dict[str, float]:
-    """Return how much of the score each field of the space decides, as parts of 1.
+    """Return the importance of each field of the space for the score; importances sum to 1.
 
-    By PED-ANOVA (Watanabe, Bansal, Hutter 2023), from the trials that have a score; empty where
-    they are too few or all score alike.
+    Uses PED-ANOVA (Watanabe, Bansal, Hutter 2023) on the trials that have a score; empty if there
+    are too few or all scores are equal.
     """
     from optuna.exceptions import ExperimentalWarning
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -72,7 +72,7 @@ def field_importances(
     ]
     if len(scored) < MIN_IMPORTANCE_TRIALS or len({value for _, value in scored}) == 1:
         return {}
-    # Stopped trials count as the others here, by the score that they had.
+    # Stopped trials count like the others here, by the score that they reached.
     study = build_study(sweep.space, sweep.mode, [])
     for trial, value in scored:
         study.add_trial(
@@ -88,7 +88,7 @@ def field_importances(
 
 
 def draw_sweep(sweep: SweepConfig, base: AnyTrainConfig, trials: Sequence[TrialRecord]) -> bytes:
-    """Draw curves, parallel coordinates and importance; return a PNG."""
+    """Draw curves, parallel coordinates and importances; return a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -106,7 +106,7 @@ def draw_sweep(sweep: SweepConfig, base: AnyTrainConfig, trials: Sequence[TrialR
 
 
 def _draw_curves(axes: Any, sweep: SweepConfig, trials: Sequence[TrialRecord]) -> None:  # noqa: ANN401
-    # The best last, above the others.
+    # The best is drawn last, on top of the others.
     for position, trial in reversed(list(enumerate(trials))):
         if not trial.values:
             continue
@@ -140,7 +140,7 @@ def _draw_coordinates(
     base: AnyTrainConfig,
     trials: Sequence[TrialRecord],
 ) -> None:
-    """Draw a line a trial through its place on each field's axis, coloured by its score."""
+    """Draw one line per trial through its value on each field's axis, colored by its score."""
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
 
@@ -170,7 +170,7 @@ def _draw_coordinates(
 
 
 def _height(kind: Distribution, value: Any) -> float:  # noqa: ANN401
-    """Return where a value lies on its axis, from 0 to 1."""
+    """Return the position of a value on its axis, from 0 to 1."""
     if kind.choice is not None:
         return kind.choice_index(value) / max(len(kind.choice) - 1, 1)
     if kind.loguniform is not None:
@@ -194,7 +194,7 @@ def _ends(values: list[float]) -> list[tuple[float, str]]:
 def render_page(
     sweep: SweepConfig, base: AnyTrainConfig, trials: Sequence[TrialRecord], picture: bytes
 ) -> str:
-    """Return the page as HTML, one file without scripts."""
+    """Return the page as a single HTML file without scripts."""
     fields = list(sweep.space)
     head = ["trial", "state", sweep.metric, "at step", "seconds", *fields, "cause"]
     names = "".join(f"<th>{escape(name)}</th>" for name in head)

@@ -1,4 +1,4 @@
-"""What a sweep leaves: the leaderboard and the winner's config."""
+"""Results of a sweep: the leaderboard and the best trial's config."""
 
 import csv
 import io
@@ -13,13 +13,13 @@ from raytune_llama.tune.journal import TrialRecord, trial_dir
 LEADERBOARD_FILE = "leaderboard.csv"
 BEST_FILE = "best.yaml"
 BEST_RUN = "best"
-"""Folder of the sweep in which a run of the winner's config lies."""
+"""Subdirectory of the sweep for a run of the best trial's config."""
 
 
 def score_trial(trial: TrialRecord, base: AnyTrainConfig, mode: str) -> tuple[int, float] | None:
-    """Return the step and the metric that a trial is ranked by, or None where it has none.
+    """Return the step and the metric by which a trial is ranked, or None if it has none.
 
-    The newest evaluation, as the result is that of the last step; the best one where runs keep
+    The newest evaluation, since the result of a run is its last step; the best one if runs keep
     the best (`checkpoint.result: best`).
     """
     if not trial.values or trial.state in {"failed", "diverged"}:
@@ -34,7 +34,7 @@ def score_trial(trial: TrialRecord, base: AnyTrainConfig, mode: str) -> tuple[in
 def rank_trials(
     trials: Sequence[TrialRecord], base: AnyTrainConfig, mode: str
 ) -> list[TrialRecord]:
-    """Return the trials from the best to the worst; those without a score come last."""
+    """Return the trials, best first; those without a score come last."""
     sign = 1.0 if mode == "min" else -1.0
 
     def key(trial: TrialRecord) -> tuple[bool, float, int]:
@@ -47,7 +47,7 @@ def rank_trials(
 def write_leaderboard(
     sweep: SweepConfig, base: AnyTrainConfig, trials: Sequence[TrialRecord]
 ) -> Place:
-    """Write `leaderboard.csv`: a line a trial, the best first; return its place."""
+    """Write `leaderboard.csv` with one row per trial, best first; return its place."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     head = ["rank", "trial", "state", sweep.metric, "at_step", "last_step", "seconds"]
@@ -67,7 +67,7 @@ def write_leaderboard(
 def build_best_config(
     sweep: SweepConfig, base: AnyTrainConfig, best: TrialRecord
 ) -> AnyTrainConfig:
-    """Return the config of a run that repeats the winner, up to the step where it ended."""
+    """Return the config of a run that repeats the best trial, up to the step where it ended."""
     config = build_trial_config(base, best.sample, sweep.place / BEST_RUN)
     return override(config, {"stop_step": best.step if best.step < sweep.max_steps else None})
 
@@ -77,9 +77,9 @@ def write_best(sweep: SweepConfig, base: AnyTrainConfig, best: TrialRecord) -> P
     found = score_trial(best, base, sweep.mode)
     assert found is not None
     step, value = found
-    horizon = f"{sweep.max_steps} steps were planned, which the learning rate follows"
+    horizon = f"its learning rate schedule spans {sweep.max_steps} steps"
     head = [
-        f"The best of a sweep: trial {best.number}, {best.state} at step {best.step}; {horizon}.",
+        f"Best trial of a sweep: trial {best.number}, {best.state} at step {best.step}; {horizon}.",
         f"{sweep.metric} {value!r} at step {step}.",
         f"Run it: python jobs/{sweep.job}.py {sweep.place / BEST_FILE}",
     ]

@@ -1,4 +1,4 @@
-"""Which trials are stopped early: Tune's schedulers, and what a driver that was killed knew."""
+"""Early stopping: Tune's schedulers, and replaying the journal of an interrupted sweep to them."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from raytune_llama.tune.trial import OBJECTIVE_KEY, STEP_KEY, WORST_OBJECTIVE
 
 
 def build_scheduler(sweep: SweepConfig, base: AnyTrainConfig) -> TrialScheduler:
-    """Return Tune's scheduler, which sees steps and an objective to be made small."""
+    """Return the Tune scheduler, which gets optimizer steps and an objective to minimize."""
     config = sweep.scheduler
     grace = config.grace_steps or base.eval.every_steps or sweep.max_steps
     common: dict[str, Any] = {"time_attr": STEP_KEY, "metric": OBJECTIVE_KEY, "mode": "min"}
@@ -25,26 +25,26 @@ def build_scheduler(sweep: SweepConfig, base: AnyTrainConfig) -> TrialScheduler:
         case "asha":
             return ASHAScheduler(
                 **common,
-                # No rung at the end, where a trial has its result and nothing to save.
+                # No rung at the last step, where stopping a trial saves nothing.
                 max_t=sweep.max_steps - 1,
                 grace_period=grace,
                 reduction_factor=config.reduction_factor,
                 stop_last_trials=False,
             )
         case "median":
-            # Never pauses a trial: that would need a checkpoint of Tune's.
+            # Never pauses a trial: that would need a Tune checkpoint.
             return MedianStoppingRule(**common, grace_period=grace, min_time_slice=float("inf"))  # pyright: ignore[reportArgumentType]
         case _:
             return FIFOScheduler()
 
 
 def replay_journal(scheduler: TrialScheduler, journal: Journal, mode: str) -> None:
-    """Show a scheduler the trials that have ended; those that go on report all anew."""
+    """Report the ended trials to a scheduler; resumed ones report everything again."""
     sign = 1.0 if mode == "min" else -1.0
     nobody: Any = None
-    # The median rule refuses results of a trial that it would have stopped in this order.
+    # The median rule rejects results of a trial that it would have stopped in this order.
     is_median = isinstance(scheduler, MedianStoppingRule)
-    tell: Any = scheduler.on_trial_complete if is_median else scheduler.on_trial_result
+    report: Any = scheduler.on_trial_complete if is_median else scheduler.on_trial_result
     for trial in journal.trials.values():
         if not trial.has_ended:
             continue
@@ -54,4 +54,4 @@ def replay_journal(scheduler: TrialScheduler, journal: Journal, mode: str) -> No
         if trial.state == "diverged":
             values[trial.step + 1] = WORST_OBJECTIVE
         for step, value in values.items():
-            tell(nobody, ended, {STEP_KEY: step, OBJECTIVE_KEY: value})
+            report(nobody, ended, {STEP_KEY: step, OBJECTIVE_KEY: value})

@@ -1,4 +1,4 @@
-"""Which samples are tried, and how Tune asks for them."""
+"""Search algorithms, and the searcher that hands their samples to Tune."""
 
 import logging
 import warnings
@@ -25,19 +25,19 @@ from raytune_llama.tune.space import (
 logger = logging.getLogger(__name__)
 
 MAX_CHECKED_SAMPLES = 200
-"""Samples that are tried out before the first trial where they can't all be known."""
+"""Minimum number of random samples to check before the first trial of a `tpe` search."""
 
 
 class TrialSampler(Protocol):
-    """Chooses the sample of a trial."""
+    """Chooses the sample of each trial."""
 
     def sample(self, number: int, history: Sequence[TrialRecord]) -> TrialSample:
-        """Return the sample of the trial with this number, given all trials that have begun."""
+        """Return the sample of the trial with this number, given all started trials."""
         ...
 
 
 class RandomSampler:
-    """Independent draws; a sample depends on the seed and its number alone."""
+    """Independent draws; a sample depends only on the seed and the trial's number."""
 
     def __init__(self, space: SearchSpace, seed: int) -> None:
         self._space, self._seed = space, seed
@@ -48,7 +48,7 @@ class RandomSampler:
 
 
 class GridSampler:
-    """Every combination, in order."""
+    """Every combination of choices, in order."""
 
     def __init__(self, space: SearchSpace) -> None:
         self._points = build_grid(space)
@@ -61,10 +61,10 @@ class GridSampler:
 class TpeSampler:
     """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011).
 
-    It is made anew for each sample from the journal's trials and a seed of the trial's own: what
-    it suggests depends on what is known and on nothing that a killed driver would lose. A stopped
-    trial counts as pruned, with its evaluations; one that runs counts as bad until it ends, so
-    that trials at a time differ.
+    It is rebuilt for each sample from the journal's trials and a seed per trial: a suggestion
+    depends only on the journal, so a killed driver loses nothing. A stopped trial counts as pruned,
+    with its evaluations; a running one counts as bad until it ends, so that concurrent trials
+    differ.
     """
 
     def __init__(self, space: SearchSpace, config: SearchConfig, mode: str) -> None:
@@ -76,7 +76,7 @@ class TpeSampler:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with warnings.catch_warnings():
-            # Two of its arguments are called experimental, since 2020 and 2021.
+            # Two of its arguments have been marked experimental since 2020 and 2021.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = optuna.samplers.TPESampler(
                 n_startup_trials=self._config.startup_trials,
@@ -89,10 +89,10 @@ class TpeSampler:
 
 
 def build_sampler(sweep: SweepConfig) -> TrialSampler:
-    """Return what chooses a sweep's samples.
+    """Return the sampler of a sweep.
 
     Raises:
-        ConfigError: a grid of other values than choices.
+        ConfigError: a grid search over other distributions than choices.
     """
     match sweep.search.kind:
         case "random":
@@ -109,7 +109,7 @@ def build_study(
     history: Sequence[TrialRecord],
     sampler: Any = None,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401  # optuna is imported where it is used: it takes a second
-    """Return an Optuna study that knows a sweep's trials."""
+    """Return an Optuna study with a sweep's trials."""
     import optuna
     from optuna.trial import TrialState
 
@@ -137,7 +137,7 @@ def build_study(
 
 
 def optuna_distributions(space: SearchSpace) -> dict[str, Any]:
-    """Return Optuna's distribution of each field that is drawn."""
+    """Return Optuna's distribution for each drawn field."""
     from optuna import distributions
 
     found: dict[str, Any] = {}
@@ -155,10 +155,10 @@ def optuna_distributions(space: SearchSpace) -> dict[str, Any]:
 
 
 def count_trials(sweep: SweepConfig) -> int:
-    """Return how many trials a sweep has.
+    """Return the number of trials of a sweep.
 
     Raises:
-        ConfigError: more are asked for than a grid has points.
+        ConfigError: `num_trials` exceeds the number of grid points.
     """
     if sweep.search.kind != "grid":
         assert sweep.num_trials is not None
@@ -172,10 +172,10 @@ def count_trials(sweep: SweepConfig) -> int:
 
 
 def check_samples(sweep: SweepConfig, base: AnyTrainConfig) -> list[AnyTrainConfig]:
-    """Build the configs of the sweep's samples: all of a grid and of random draws, else many.
+    """Build the configs of a sweep's samples: all for grid and random search, random ones for TPE.
 
     Raises:
-        ConfigError: a sample makes no legal config; each mistake once, with a sample that has it.
+        ConfigError: a sample yields an invalid config; lists each mistake once, with an example.
     """
     total = count_trials(sweep)
     if sweep.search.kind == "tpe":
@@ -196,17 +196,17 @@ def check_samples(sweep: SweepConfig, base: AnyTrainConfig) -> list[AnyTrainConf
                 examples.setdefault(problem, sample)
     if examples:
         bad = total - len(configs)
-        head = f"space: {bad} of {total} samples make no legal config; narrow it so that all do"
+        head = f"space: {bad} of {total} samples yield an invalid config; narrow the space"
         raise ConfigError(
-            [head, *(f"{text} (by {format_sample(s)})" for text, s in examples.items())]
+            [head, *(f"{text} (with {format_sample(s)})" for text, s in examples.items())]
         )
     return configs
 
 
 class TrialSearcher(Searcher):
-    """What Tune asks for trials: first those without an end, then new ones.
+    """Hands trials to Tune: first unfinished ones, then new ones.
 
-    Tune's copy of a searcher's state is left empty, since the journal holds it.
+    It saves no searcher state in Tune, since the journal holds it.
     """
 
     def __init__(
@@ -215,13 +215,13 @@ class TrialSearcher(Searcher):
         journal: Journal,
         prepare: Callable[[int, TrialSample], PreparedRun | None],
     ) -> None:
-        """Begin to hand out trials.
+        """Start with the journal's unfinished trials.
 
         Args:
-            sweep: what is searched.
-            journal: of the sweep.
-            prepare: makes a trial ready to start, by its number and sample; None: it has its
-                result already. Raises ConfigError for one that can't run.
+            sweep: config of the sweep.
+            journal: journal of the sweep.
+            prepare: prepares a trial to start, from its number and sample; returns None if it
+                already has its result. Raises ConfigError if it can't run.
         """
         super().__init__()
         self._journal, self._prepare = journal, prepare
@@ -229,7 +229,7 @@ class TrialSearcher(Searcher):
         self._waiting = [t.number for t in journal.trials.values() if not t.has_ended]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:  # noqa: ARG002  # Tune's signature
-        """Return the next trial: its number, and what starts it."""
+        """Return the next trial: its number and its prepared run."""
         while self._waiting or len(self._journal.trials) < self._total:
             number = self._waiting.pop(0) if self._waiting else self._begin()
             try:
@@ -253,7 +253,7 @@ class TrialSearcher(Searcher):
         result: dict[str, Any] | None = None,
         error: bool = False,  # noqa: FBT001, FBT002  # Tune's signature
     ) -> None:
-        """Do nothing: the journal knows."""
+        """Do nothing: the journal is the state."""
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: the journal is the state."""
@@ -263,6 +263,6 @@ class TrialSearcher(Searcher):
 
 
 def count_remaining(sweep: SweepConfig, journal: Journal) -> int:
-    """Return how many trials have no end yet, those not begun included."""
+    """Return the number of trials that have not ended, those not yet started included."""
     ended = sum(trial.has_ended for trial in journal.trials.values())
     return max(count_trials(sweep), len(journal.trials)) - ended

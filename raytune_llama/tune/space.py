@@ -19,30 +19,30 @@ from pydantic import Field, JsonValue, model_validator
 from raytune_llama.config.settings import ConfigError, settings
 
 TrialSample = dict[str, Any]
-"""Dotted field -> plain value, in the order of the space."""
+"""Plain values by dotted field, in the order of the space."""
 
 
 @settings
 class Distribution:
-    """Where the values of a field come from: one of these, and `factor` with `multiple_of`."""
+    """Distribution of a field's values: exactly one kind, and `factor` with `multiple_of`."""
 
     choice: Annotated[tuple[JsonValue, ...], Field(min_length=1)] | None = None
-    """One of these values, each as likely; the only kind that `search.kind: grid` takes."""
+    """Uniform choice among these values; the only kind that `search.kind: grid` accepts."""
 
     uniform: tuple[float, float] | None = None
-    """A number between these two, each as likely."""
+    """Lower and upper bound of a uniform float."""
 
     loguniform: tuple[float, float] | None = None
-    """A number between these two, which are above 0; its logarithm is uniform."""
+    """Lower and upper bound, both above 0, of a log-uniform float."""
 
     randint: tuple[int, int] | None = None
-    """A whole number between these two, both included."""
+    """Lower and upper bound, both inclusive, of a uniform integer."""
 
     multiple_of: str | None = None
-    """Another field of the space, whose value is multiplied by `factor`; nothing is drawn."""
+    """Another field of the space whose value is multiplied by `factor`; nothing is drawn."""
 
     factor: float = 1.0
-    """What `multiple_of` is multiplied by."""
+    """Factor by which the value of `multiple_of` is multiplied."""
 
     @model_validator(mode="after")
     def _check(self) -> "Distribution":
@@ -59,30 +59,28 @@ class Distribution:
         if self.loguniform is not None and self.loguniform[0] <= 0:
             problems.append(f"loguniform: got {list(self.loguniform)}, wanted bounds above 0")
         if self.factor != 1.0 and self.multiple_of is None:
-            problems.append(f"factor: got {self.factor}, but multiple_of is not given")
+            problems.append(f"factor: got {self.factor}, but multiple_of is not set")
         if self.choice is not None and len({repr(value) for value in self.choice}) < len(
             self.choice
         ):
-            problems.append(f"choice: got {list(self.choice)}, in which a value stands twice")
+            problems.append(f"choice: got {list(self.choice)}, which has a duplicate value")
         if problems:
             raise ConfigError(problems)
         return self
 
     def choice_index(self, value: Any) -> int:  # noqa: ANN401  # of any field
-        """Return the place of a value among the choices."""
+        """Return the index of a value among the choices."""
         # By repr, since True is equal to 1.
         return [repr(choice) for choice in self.choice or ()].index(repr(value))
 
     def scaled(self, value: Any) -> float | int:  # noqa: ANN401  # of any field
-        """Return `factor` times another field's value; a whole number stays one.
+        """Return `factor` times another field's value; int if the value and the product are.
 
         Raises:
-            ConfigError: the other value is no number.
+            ConfigError: the other value is not a number.
         """
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(
-                [f"multiple_of: {self.multiple_of} is {value!r}, which has no multiples"]
-            )
+            raise ConfigError([f"multiple_of: {self.multiple_of} is {value!r}, wanted a number"])
         product = value * self.factor
         return int(product) if isinstance(value, int) and product.is_integer() else product
 
@@ -90,30 +88,30 @@ class Distribution:
 _KINDS = ("choice", "uniform", "loguniform", "randint", "multiple_of")
 
 SearchSpace = Mapping[str, Distribution]
-"""Dotted field -> distribution."""
+"""Distributions by dotted field."""
 
 
 class ValueSuggester(Protocol):
-    """What picks a value from each distribution: Optuna's trial, or the dice."""
+    """Picks a value from each distribution: an Optuna trial, or a random generator."""
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:  # noqa: ANN401
         """Return one of the choices."""
         ...
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        """Return a number between two, whose logarithm is uniform where `log`."""
+        """Return a float between the bounds, uniform or, if `log`, log-uniform."""
         ...
 
     def suggest_int(self, name: str, low: int, high: int) -> int:
-        """Return a whole number between two, both included."""
+        """Return an integer between the bounds, both inclusive."""
         ...
 
 
 class RandomSuggester:
-    """Draws at random; equal seeds draw equal values."""
+    """Draws at random; equal seeds give equal values."""
 
     def __init__(self, seed: str) -> None:
-        # A text as a seed is hashed alike by every process.
+        # A string seed is hashed identically in every process.
         self._random = random.Random(seed)  # no secret
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:  # noqa: ANN401, ARG002
@@ -121,20 +119,20 @@ class RandomSuggester:
         return self._random.choice(choices)
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:  # noqa: ARG002
-        """Return a number between two, whose logarithm is uniform where `log`."""
+        """Return a float between the bounds, uniform or, if `log`, log-uniform."""
         if not log:
             return self._random.uniform(low, high)
-        # Rounding may lead out of the bounds.
+        # Rounding may exceed the bounds.
         drawn = math.exp(self._random.uniform(math.log(low), math.log(high)))
         return min(max(drawn, low), high)
 
     def suggest_int(self, name: str, low: int, high: int) -> int:  # noqa: ARG002
-        """Return a whole number between two, both included."""
+        """Return an integer between the bounds, both inclusive."""
         return self._random.randint(low, high)
 
 
 def check_space(space: SearchSpace) -> list[str]:
-    """Return what is wrong between the fields of a space."""
+    """Return the problems between the fields of a space, such as multiples of unknown ones."""
     problems: list[str] = []
     if not space:
         problems.append("space: got no field, wanted at least one to search over")
@@ -156,7 +154,7 @@ def check_space(space: SearchSpace) -> list[str]:
 
 
 def draw_sample(space: SearchSpace, chooser: ValueSuggester) -> TrialSample:
-    """Pick a value for every field; multiples come from what was drawn."""
+    """Draw a value for every field; multiples are computed from the drawn values."""
     drawn = {
         field: _pick(field, distribution, chooser)
         for field, distribution in space.items()
@@ -169,7 +167,7 @@ def build_grid(space: SearchSpace) -> list[TrialSample]:
     """Return every combination of a space of choices; the last field changes fastest.
 
     Raises:
-        ConfigError: names each field that has other values than choices.
+        ConfigError: names each field whose distribution is not `choice`.
     """
     free = {name: kind for name, kind in space.items() if kind.multiple_of is None}
     problems = [
@@ -188,7 +186,7 @@ def build_grid(space: SearchSpace) -> list[TrialSample]:
 
 def _pick(field: str, distribution: Distribution, chooser: ValueSuggester) -> Any:  # noqa: ANN401
     if distribution.choice is not None:
-        # By position: Optuna wants choices that can be compared, and a list is none.
+        # By index: Optuna supports scalar choices only, no lists.
         positions = list(range(len(distribution.choice)))
         return distribution.choice[chooser.suggest_categorical(field, positions)]
     if distribution.randint is not None:
@@ -200,7 +198,7 @@ def _pick(field: str, distribution: Distribution, chooser: ValueSuggester) -> An
 
 
 def drawn_parameters(space: SearchSpace, sample: TrialSample) -> dict[str, Any]:
-    """Return a sample as a chooser gave it: choices by position, without multiples."""
+    """Return a sample as its suggester returned it: choices by index, without multiples."""
     return {
         field: distribution.choice_index(sample[field])
         if distribution.choice is not None
@@ -211,7 +209,7 @@ def drawn_parameters(space: SearchSpace, sample: TrialSample) -> dict[str, Any]:
 
 
 def format_sample(sample: TrialSample) -> str:
-    """Return a sample as messages show it."""
+    """Return a sample formatted for messages."""
     return ", ".join(
         f"{field}={value:.4g}" if isinstance(value, float) else f"{field}={value}"
         for field, value in sample.items()

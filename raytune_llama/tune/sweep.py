@@ -1,7 +1,8 @@
-"""The driver of a sweep: check, prepare, let Tune run the trials, sum up."""
+"""The driver of a sweep: check, prepare, run the trials with Tune, summarize."""
 
 import logging
 import os
+import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from raytune_llama.train.orchestration.nodes import (
     is_submitted_job,
     wait_for_resources,
 )
+from raytune_llama.train.orchestration.placement_group import WorkerPlacement
 from raytune_llama.train.preflight import (
     IDENTITY_FILE,
     check_identity,
@@ -52,41 +54,40 @@ from raytune_llama.tune.scheduler import build_scheduler, replay_journal
 from raytune_llama.tune.search import TrialSearcher, check_samples, count_remaining
 from raytune_llama.tune.space import TrialSample
 from raytune_llama.tune.trial import STEP_KEY, build_trainable
-from raytune_llama.tune.trial_cleanup import TrialCleanup
 
 logger = logging.getLogger(__name__)
 
 RESOLVED_SWEEP_FILE = "sweep.yaml"
 
 TRIAL_MEMORY_BYTES = 2**30
-"""Memory that a trial's driver and Ray's controller of its workers reserve."""
+"""Memory reserved per trial for its driver and Ray Train's controller, in bytes."""
 
 
 @dataclass(frozen=True)
 class SweepSummary:
-    """A sweep as it stands when its driver ends."""
+    """State of a sweep when its driver ends."""
 
     status: Literal["finished", "stopped", "failed"]
-    """Stopped: trials are left, and the same command goes on. Failed: no trial has a result."""
+    """Stopped: trials remain, and the same command resumes them. Failed: no trial has a result."""
 
     sweep_dir: Place
-    """Where everything of the sweep lies."""
+    """Directory of the sweep."""
 
     trials: tuple[TrialRecord, ...]
-    """From the best to the worst."""
+    """All trials, best first."""
 
     best_config: Place | None
-    """The winner's config."""
+    """Config file of the best trial; None if no trial has a score."""
 
     page: Place | None
-    """Its pictures."""
+    """HTML page with plots; None if no trial has been evaluated."""
 
 
 def run_sweep(sweep: SweepConfig) -> SweepSummary:
-    """Run or go on with a sweep; its trials are shown on stderr.
+    """Run or resume a sweep; its progress is shown on stderr.
 
     Raises:
-        ConfigError: the sweep, its base or the cluster do not allow it; found before any trial
+        ConfigError: the sweep, its base or the cluster does not allow it; raised before any trial
             starts.
     """
     base = _resolve(sweep)
@@ -94,12 +95,12 @@ def run_sweep(sweep: SweepConfig) -> SweepSummary:
     configs = check_samples(sweep, base)
     _check_stores(base, configs)
     data = open_inputs(configs[0]).data
-    # Trials are compared where they evaluate, so that this may not change as it may for a run.
+    # Trials are compared by their evaluations, so eval settings may not change, unlike a run's.
     known = {"sweep": identity(sweep), "base": identify(base), "eval": to_dict(base.eval)}
     check_identity(sweep.place, known, field="sweep_dir")
     journal = Journal(sweep.place)
     if count_remaining(sweep, journal):
-        # Of the sweep's directory, in which its trials have theirs.
+        # A lease on the sweep's directory, which contains the trials' directories.
         with Lease(sweep.place) as lease, connect_to_ray():
             store = _prepare(sweep, base, data)
             fence = lease.confirm()
@@ -110,7 +111,7 @@ def run_sweep(sweep: SweepConfig) -> SweepSummary:
 
 
 def _resolve(sweep: SweepConfig) -> AnyTrainConfig:
-    """Return the base with all paths absolute; its run directory is the sweep's."""
+    """Return the base config with all paths absolute; its run directory is the sweep's."""
     base = override(load_base(sweep), {"run_dir": sweep.sweep_dir})
     try:
         return resolve_places(base, in_job=is_submitted_job())
@@ -123,7 +124,7 @@ def _resolve(sweep: SweepConfig) -> AnyTrainConfig:
 
 
 def check_sweep(sweep: SweepConfig, base: AnyTrainConfig) -> None:
-    """Refuse a metric that is never reported and trials that are never evaluated.
+    """Reject a metric that is never reported, and trials that are never evaluated.
 
     Raises:
         ConfigError: names the fields.
@@ -136,29 +137,29 @@ def check_sweep(sweep: SweepConfig, base: AnyTrainConfig) -> None:
             f"metric: got {name}, wanted {EVAL_LOSS}, {EVAL_BITS_PER_BYTE} or {EVAL_LOSS}/SOURCE"
         )
     if name.startswith(EVAL_BITS_PER_BYTE) and sweep.job == "sft":
-        problems.append(f"metric: got {name}, which conversations don't have; use {EVAL_LOSS}")
+        problems.append(f"metric: got {name}, which sft runs don't report; use {EVAL_LOSS}")
     if sweep.scheduler.kind != "none":
         if every is None or every >= sweep.max_steps:
             problems.append(
                 f"max_steps: a trial has {sweep.max_steps} steps and base's eval.every_steps is "
-                f"{every}, so no evaluation could stop it; lower it by fixed.eval.every_steps, or "
-                "set scheduler.kind=none"
+                f"{every}, so no evaluation could stop it; lower it with fixed.eval.every_steps, "
+                "or set scheduler.kind=none"
             )
         elif sweep.scheduler.grace_steps is not None and sweep.scheduler.grace_steps % every:
             problems.append(
                 f"scheduler.grace_steps: got {sweep.scheduler.grace_steps}, wanted a multiple of "
-                f"base's eval.every_steps, {every}, since trials are compared where they evaluate"
+                f"base's eval.every_steps, {every}, since trials are compared by their evaluations"
             )
     if problems:
         raise ConfigError(problems)
 
 
 def _check_stores(base: AnyTrainConfig, configs: list[AnyTrainConfig]) -> None:
-    """Refuse samples that would need token stores of their own."""
+    """Reject samples that would need different token stores."""
 
     def made_from(config: AnyTrainConfig) -> dict[str, Any]:
         data = to_dict(config.encoded_data)
-        # Shares are taken from a store as it is.
+        # Source weights only change how the store is sampled.
         for source in data["sources"]:
             source.pop("weight")
         return {"data": data, "tokenizer": config.model.tokenizer_path}
@@ -168,16 +169,16 @@ def _check_stores(base: AnyTrainConfig, configs: list[AnyTrainConfig]) -> None:
     if changed:
         raise ConfigError(
             [
-                "space: its samples differ in what the token store is made from, and a sweep "
-                "tokenizes once; take it out of the space, or fix it (as model.tokenizer, where "
-                "models differ)",
+                "space: samples differ in inputs of the token store, but a sweep tokenizes once; "
+                "remove these fields from space, or set them in fixed (such as model.tokenizer "
+                "if models differ)",
                 *sorted(changed)[:4],
             ]
         )
 
 
 def _prepare(sweep: SweepConfig, base: AnyTrainConfig, data: DataInputs) -> TokenStore:
-    """Wait for the cluster and build the token store, once for all trials."""
+    """Wait for the cluster's resources and build the token store, once for all trials."""
     wait_for_resources(base.scale)
     store = prepare_data(base.encoded_data, data)
     evaluated = build_evaluation_sources(base, store)
@@ -191,7 +192,10 @@ def _prepare(sweep: SweepConfig, base: AnyTrainConfig, data: DataInputs) -> Toke
     names = {f"{EVAL_LOSS}/{source.name}" for source in evaluated if len(evaluated) > 1}
     if sweep.metric.count("/") > 1 and sweep.metric not in names:
         raise ConfigError(
-            [f"metric: got {sweep.metric}, but evaluated are {', '.join(sorted(names)) or 'all'}"]
+            [
+                f"metric: got {sweep.metric}, wanted one of the sources' metrics: "
+                f"{', '.join(sorted(names)) or 'none, with a single source'}"
+            ]
         )
     check_nodes(base)
     return store
@@ -206,7 +210,7 @@ def _run_trials(
     store: TokenStore,
     fence: Fence,
 ) -> None:
-    """Let Tune run what is left, until all trials have ended or it is interrupted."""
+    """Run the remaining trials with Tune, until all have ended or it is interrupted."""
 
     def prepare(number: int, sample: TrialSample) -> PreparedRun | None:
         config = build_trial_config(base, sample, trial_dir(sweep.place, number))
@@ -216,22 +220,22 @@ def _run_trials(
         return None if read_result(config) is not None else prepare_run(config, store, fence)
 
     num_left = count_remaining(sweep, journal)
-    # An elastic trial takes what there is, up to its most; one that fits with fewer runs alone.
+    # An elastic trial takes up to its maximum of workers; if only fewer fit, it runs alone.
     fit = max(
         1, count_worker_slots(ray.nodes(), base.scale.worker_resources) // base.scale.max_workers
     )
     at_a_time = min(fit, sweep.max_concurrent or fit, num_left)
-    logger.info("%d trials are left, %d at a time", num_left, at_a_time)
+    logger.info("%d trials remaining, at most %d concurrently", num_left, at_a_time)
     display = ProgressDisplay(sweep, journal)
     freeing = TrialCleanup(sweep.place)
     scheduler = build_scheduler(sweep, base)
     replay_journal(scheduler, journal, sweep.mode)
-    # What Tune tells of its own files, which nobody reads.
+    # Silence Tune's messages about its own files, which nobody reads.
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
     logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)
-    # Tune's own files: nothing is ever read from them, so each driver has a folder of its own.
+    # Tune's own files are never read, so each driver writes them to its own directory.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    # Its newer output prints a box whatever `verbose` says.
+    # Tune's new output engine prints a box whatever `verbose` is.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     tuner = tune.Tuner(
         tune.with_resources(
@@ -260,20 +264,20 @@ def _run_trials(
 
 
 def _driver_resources() -> tune.PlacementGroupFactory:
-    """Return what a trial reserves for its own process, apart from its workers.
+    """Return the resources of a trial's own process, besides those of its workers.
 
-    No CPU, which its workers reserve: trials that held one each could starve their own. On the
-    driver's node, whose loss ends the sweep in any case: a trial that was lost with another node
-    would leave its workers' reservations behind, where no dashboard runs to clear them away.
+    No CPU, which its workers reserve: trials that held one each could starve their own workers. On
+    the driver's node, whose loss ends the sweep in any case: a trial lost with another node would
+    leak its workers' placement group if no dashboard runs to remove it.
     """
     address = ray.util.get_node_ip_address()
     return tune.PlacementGroupFactory([{"memory": TRIAL_MEMORY_BYTES, f"node:{address}": 0.001}])
 
 
 class JournalCallback(tune.Callback):
-    """Writes what Tune's trials report and how they end into the journal; frees their workers.
+    """Records reports and ends of Tune's trials in the journal; frees their workers.
 
-    Tune stops a trial by ending its process, which cannot free anything then.
+    Tune stops a trial by killing its process, which can't free anything then.
     """
 
     def __init__(
@@ -282,7 +286,7 @@ class JournalCallback(tune.Callback):
         self._journal, self._refresh, self._free = journal, refresh, free
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:  # noqa: ANN401, ARG002
-        """Show the trials."""
+        """Refresh the progress display."""
         self._refresh()
 
     def on_trial_result(
@@ -293,7 +297,7 @@ class JournalCallback(tune.Callback):
         result: dict[str, Any],
         **info: Any,  # noqa: ANN401, ARG002
     ) -> None:
-        """Note an evaluation that the journal does not have yet."""
+        """Record an evaluation that the journal does not have yet."""
         number, value = trial.config["number"], result.get("value")
         if value is not None and result[STEP_KEY] > self._journal.trials[number].step:
             self._journal.report(number, result[STEP_KEY], value, result["seconds"])
@@ -305,10 +309,10 @@ class JournalCallback(tune.Callback):
         trial: Trial,
         **info: Any,  # noqa: ANN401, ARG002
     ) -> None:
-        """Note how a trial has ended."""
+        """Record how a trial has ended."""
         result = trial.last_result or {}
         state = result.get("state", "running")
-        # Tune ends a trial that still runs where the scheduler stops it.
+        # Tune completes a trial that is still running only if the scheduler stops it.
         state = "stopped" if state == "running" else state
         cause = result.get("cause") if state in {"failed", "diverged"} else None
         if state == "diverged" and cause is None:
@@ -323,7 +327,7 @@ class JournalCallback(tune.Callback):
         trial: Trial,
         **info: Any,  # noqa: ANN401, ARG002
     ) -> None:
-        """Note that a trial has failed for good."""
+        """Record that a trial has failed permanently."""
         cause = str(trial.get_error() or "unknown").strip().splitlines()[-1]
         self._journal.end(trial.config["number"], "failed", cause)
         self._free(trial.config["number"])
@@ -335,7 +339,7 @@ class JournalCallback(tune.Callback):
         trial: Trial,
         **info: Any,  # noqa: ANN401, ARG002
     ) -> None:
-        """Let a trial that is started again have what it had."""
+        """Free the workers of a trial that Tune restarts, so that it can reserve them again."""
         self._free(trial.config["number"])
 
 
@@ -348,3 +352,26 @@ def _sum_up(sweep: SweepConfig, base: AnyTrainConfig, journal: Journal) -> Sweep
     status = "stopped" if not is_over else "finished" if best else "failed"
     file = write_best(sweep, base, best) if best else None
     return SweepSummary(status, sweep.place, tuple(trials), file, page)
+
+
+class TrialCleanup:
+    """Cleans up ended trials, with one thread per trial that waits for its processes to end."""
+
+    def __init__(self, sweep_dir: Place) -> None:
+        self._sweep_dir = sweep_dir
+        # Not a pool: Tune pickles its callbacks before the first trial, and pools can't be pickled.
+        self._threads: list[threading.Thread] = []
+
+    def start(self, number: int) -> None:
+        """Start to free a trial's workers."""
+        # Read now: a restarted trial records other workers.
+        reserved = WorkerPlacement.read(trial_dir(self._sweep_dir, number))
+        if reserved is not None:
+            thread = threading.Thread(target=reserved.release, name=f"free-{number}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def wait(self) -> None:
+        """Wait for all started cleanups; each takes at most `END_SECONDS`."""
+        for thread in self._threads:
+            thread.join()

@@ -1,6 +1,6 @@
-"""One trial: a training run, and what it tells Tune while it runs.
+"""One trial: a training run, and its reports to Tune while it runs.
 
-This is all that a trial's process imports: the sweep's driver has checked the run.
+A trial's process imports only this module: the sweep's driver has already checked the run.
 """
 
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 
 WORST_OBJECTIVE = 1e30
-"""Objective of an evaluation that is not finite: schedulers take quantiles, which infinities
+"""Objective reported for a non-finite evaluation: schedulers take quantiles, which infinities
 break."""
 
 OBJECTIVE_KEY = "objective"
@@ -36,16 +36,16 @@ STEP_KEY = "step"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation of a run has found."""
+    """Result of one evaluation of a run."""
 
     step: int
-    """After this many optimizer steps."""
+    """Number of optimizer steps before the evaluation."""
 
     value: float | None
-    """The metric; None where it was not finite."""
+    """Value of the metric; None if not finite."""
 
     seconds: float
-    """Time that the run had spent on steps and evaluations."""
+    """Time that the run had spent on steps and evaluations, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class EvaluationReader:
     """Reads a run's evaluations from its directory."""
 
     run_dir: Place
-    """Of the run."""
+    """Directory of the run."""
 
     metric: str
-    """Name of what is read."""
+    """Name of the metric to read."""
 
     def read_evaluations(self) -> list[Evaluation]:
         """Return all evaluations so far, except the one before the first step.
@@ -73,21 +73,20 @@ class EvaluationReader:
                 continue
             if self.metric not in record:
                 names = ", ".join(name for name in record if name.startswith("eval/"))
-                raise UserError(f"metric: {self.metric} is not evaluated; there is {names}")
+                raise UserError(f"metric: {self.metric} is not evaluated; available: {names}")
             if record["step"] > 0:
                 found.append(Evaluation(int(record["step"]), record[self.metric], seconds))
         return found
 
 
 class RunThread(threading.Thread):
-    """Runs a training run beside what follows it.
+    """Trains in the background, while the run's evaluations are followed.
 
-    A thread that does not outlive its process: Tune stops a trial by ending its process, and with
-    it go the workers.
+    A daemon thread: Tune stops a trial by ending its process, and the workers end with it.
     """
 
     def __init__(self, run: PreparedRun | None) -> None:
-        """Make ready to run; None: a run that has its result already."""
+        """Set the run to launch; None: the run already has its result."""
         super().__init__(name="trial", daemon=True)
         self._launch = run
         self._error: BaseException | None = None
@@ -97,11 +96,11 @@ class RunThread(threading.Thread):
         try:
             if self._launch is not None:
                 launch(self._launch)
-        except BaseException as error:  # noqa: BLE001  # raised again by whoever waits
+        except BaseException as error:  # noqa: BLE001  # raised again by `check`
             self._error = error
 
     def check(self) -> None:
-        """Raise what the run has raised, once it has ended."""
+        """Raise the error of the run, if it has failed."""
         if self._error is not None:
             raise self._error
 
@@ -109,13 +108,13 @@ class RunThread(threading.Thread):
 def build_trainable(
     sweep_dir: Place, metric: str, mode: str, max_steps: int
 ) -> Callable[[dict[str, Any]], Iterator[dict[str, Any]]]:
-    """Return what Tune runs in a trial's process: a generator of its reports.
+    """Return the trainable that Tune runs in a trial's process: a generator of reports.
 
     Args:
-        sweep_dir: of the sweep.
-        metric: what trials are compared by.
+        sweep_dir: directory of the sweep.
+        metric: metric by which trials are compared.
         mode: "min" or "max".
-        max_steps: of a trial that is not stopped.
+        max_steps: optimizer steps of a trial that is not stopped early.
     """
 
     def run_trial(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -123,7 +122,7 @@ def build_trainable(
         run = RunThread(config["run"])
         follower = EvaluationReader(trial_dir(sweep_dir, config["number"]), metric)
         sign = 1.0 if mode == "min" else -1.0
-        # Schedulers keep every report, the last one too, and look for both of these in it.
+        # Schedulers look for both keys in every report, the last one included.
         last = {STEP_KEY: 1, OBJECTIVE_KEY: WORST_OBJECTIVE}
         try:
             for evaluation, state in follow_run(run, follower, max_steps):
@@ -139,8 +138,8 @@ def build_trainable(
         except FloatingPointError as error:
             yield {**last, "state": "diverged", "cause": str(error)}
         except (ValueError, RetriesExhaustedError) as error:
-            # Another attempt would end alike; or there were as many as are allowed.
-            logger.exception("failed")
+            # Another attempt would fail the same way, or the retries are exhausted.
+            logger.exception("trial %d failed", config["number"])
             yield {**last, "state": "failed", "cause": str(error)}
 
     return run_trial
@@ -149,10 +148,10 @@ def build_trainable(
 def follow_run(
     run: RunThread, follower: EvaluationReader, last_step: int
 ) -> Iterator[tuple[Evaluation, TrialState]]:
-    """Start a run and yield its evaluations as they come, each with the trial's state.
+    """Start a run and yield its evaluations as they appear, each with the trial's state.
 
     The last one is held back until the run has written its result: a scheduler that stopped the
-    trial for it would leave it without.
+    trial because of it would prevent the result.
 
     Raises:
         Whatever the run raises.

@@ -2,11 +2,11 @@
 
     grown = grow_byte_level(tokenizer_json, texts, num_tokens=20_000)
 
-The text is first split and merged as the tokenizer does it. What is learned are merges of its
-tokens, which come behind all of its own: a text that none of them applies to keeps its ids. Tokens
-of ASCII characters alone are not learned, so that this holds for all ASCII text.
+The text is first split and merged by the tokenizer. The learned merges combine its tokens and rank
+after all of its own: a text to which none of them applies keeps its ids. ASCII-only tokens are not
+learned, so all ASCII text keeps its ids.
 
-The training is that of `tokenizers`, on words in which each token is written as one character.
+Training is done by `tokenizers`, on words in which each token is written as one character.
 """
 
 import json
@@ -23,52 +23,52 @@ from raytune_llama.tokenizer.split_points import find_split_pattern
 
 logger = logging.getLogger(__name__)
 
-_FIRST_CODE = 0x10000  # behind it a million code points are free of surrogates
-_MORE = 1.2  # what is learned and not used has to be made up for
+_FIRST_CODE = 0x10000  # start of a million code points without surrogates
+_OVERSAMPLING = 1.2  # learn more merges than wanted, since some are dropped
 _MIN_FREQUENCY = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class GrownMerges:
-    """A grown `tokenizers` engine, and what became of the merges that were learned."""
+    """A grown `tokenizers` engine, and the numbers of merges added and dropped."""
 
     engine: dict[str, Any]
-    """Content of its tokenizer.json."""
+    """Content of the grown tokenizer.json."""
     num_new: int
-    """Tokens that were added, with ids behind all others."""
+    """Number of added tokens, whose ids follow all others."""
     num_merges: int
-    """Merges that were added: the new tokens', and new ways to tokens that were there."""
+    """Number of added merges: those of new tokens, and new ways to produce existing tokens."""
     left_out: dict[str, int]
-    """Merges that were not added, by reason: `ascii`, `ascii_part` (a merge of such a one)."""
+    """Number of dropped merges by reason: `ascii`, `ascii_part` (builds on a dropped merge)."""
 
 
 def check_byte_level(engine: dict[str, Any], name: str) -> None:
     """Refuse a tokenizer that merges can't be added to.
 
     Raises:
-        ValueError: Says why.
+        ValueError: The tokenizer is not a byte-level BPE tokenizer of a supported kind.
     """
     if engine["model"]["type"] != "BPE" or find_split_pattern(engine) is None:
         raise UserError(
-            f"{name}: neither has a tokenizer.model of SentencePiece's nor is a byte-level BPE "
-            "tokenizer of a kind that is known here (GPT-2's, SmolLM2's, Qwen's, LLaMA 3's)"
+            f"{name}: neither has a SentencePiece tokenizer.model nor is a byte-level BPE "
+            "tokenizer of a supported kind (GPT-2, SmolLM2, Qwen, LLaMA 3)"
         )
 
 
 def grow_byte_level(engine: dict[str, Any], texts: Iterable[str], num_tokens: int) -> GrownMerges:
-    """Learn merges and append them.
+    """Learn merges from text and append them to an engine.
 
     Args:
-        engine: Content of a tokenizer.json that `check_byte_level` takes; left as it is.
-        texts: What is learned from.
-        num_tokens: Tokens to add; fewer where the text has no more that occur twice.
+        engine: Content of a tokenizer.json that `check_byte_level` accepts; it is not modified.
+        texts: The text to learn from.
+        num_tokens: Number of tokens to add; fewer if no more pairs occur twice in the text.
     """
     words = _WordSpeller(Tokenizer.from_str(json.dumps(engine)))
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     spelled = list(words.spell(texts))
     trainer = trainers.BpeTrainer(
-        vocab_size=words.num_tokens + int(num_tokens * _MORE),
+        vocab_size=words.num_tokens + int(num_tokens * _OVERSAMPLING),
         min_frequency=_MIN_FREQUENCY,
         show_progress=False,
     )
@@ -79,7 +79,7 @@ def grow_byte_level(engine: dict[str, Any], texts: Iterable[str], num_tokens: in
 
 
 class _WordSpeller:
-    """Writes the words of texts with a character for each token of a tokenizer."""
+    """Writes the words of texts with one character per token of a tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -88,7 +88,7 @@ class _WordSpeller:
         self._tokens: dict[str, str] = {}
 
     def spell(self, texts: Iterable[str]) -> Iterator[str]:
-        """Yield a line of words for each text."""
+        """Yield one line of words per text."""
         normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
         for text in texts:
             plain = text if normalizer is None else normalizer.normalize_str(text)
@@ -98,7 +98,7 @@ class _WordSpeller:
     def _spell(self, word: str) -> str:
         spelled = self._cache.get(word)
         if spelled is None:
-            # Of a word of ASCII nothing is to be learned.
+            # Nothing is learned from ASCII words.
             tokens = [] if is_ascii(word) else self._tokenizer.model.tokenize(word)
             spelled = "".join(self._character(token.value) for token in tokens)
             self._cache[word] = spelled
@@ -113,7 +113,7 @@ class _WordSpeller:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that were met."""
+        """Number of distinct tokens seen so far."""
         return len(self._characters)
 
     def unspell(self, pair: list[str]) -> tuple[str, str]:
@@ -126,19 +126,19 @@ _ASCII = frozenset(byte_alphabet()[:0x80])
 
 
 def is_ascii(token: str) -> bool:
-    """Whether a token, in the byte-level alphabet, stands for ASCII characters alone."""
+    """Whether a token, in the byte-level alphabet, consists only of ASCII characters."""
     return _ASCII.issuperset(token)
 
 
 def _append(engine: dict[str, Any], pairs: list[tuple[str, str]], num_tokens: int) -> GrownMerges:
-    """Append merges until there are enough new tokens; those that ASCII text could trigger fall."""
+    """Append merges until `num_tokens` are new; drop those that ASCII text could trigger."""
     model = engine["model"]
     vocabulary: dict[str, int] = model["vocab"]
     merges: list[Any] = model["merges"]
     as_text = bool(merges) and isinstance(merges[0], str)
     known = {tuple(merge.split(" ")) if as_text else tuple(merge) for merge in merges}
     for token in engine["added_tokens"]:
-        # Else the library would move it behind the vocabulary when it reads the file again.
+        # Otherwise the library would move it to the end of the vocabulary on reloading.
         vocabulary.setdefault(token["content"], token["id"])
     next_id = max(vocabulary.values()) + 1
     left_out = {"ascii": 0, "ascii_part": 0}
@@ -159,7 +159,7 @@ def _append(engine: dict[str, Any], pairs: list[tuple[str, str]], num_tokens: in
             num_merges += 1
     if num_new < num_tokens:
         logger.warning(
-            "the text gives %d new tokens of the %d asked for: no more pairs occur %d times",
+            "the text yields only %d of the %d requested tokens: no more pairs occur %d times",
             num_new,
             num_tokens,
             _MIN_FREQUENCY,

@@ -1,9 +1,9 @@
-"""Grow a tokenizer, and the model that it belongs to, by tokens learned from text.
+"""Expand a tokenizer, and the model that it belongs to, by tokens learned from text.
 
     expand_vocabulary(ExpandVocabConfig(model="llama", target="llama-zh", sources=(...)))
 
 A tokenizer with a SentencePiece tokenizer.model gets pieces, trained here or given; a byte-level
-one gets merges. Ids of old tokens stay, and so does what the model says of them.
+one gets merges. Old tokens keep their ids and their rows in the model.
 """
 
 import copy
@@ -13,15 +13,14 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import Field, model_validator
 
 import raytune_llama
 from raytune_llama.config.errors import UserError
-from raytune_llama.config.settings import ConfigError, settings, to_dict
-from raytune_llama.data.readers.sources import SourceConfig, check_sources
+from raytune_llama.config.settings import ConfigError, to_dict
+from raytune_llama.data.readers.sources import check_sources
 from raytune_llama.model.meta.layout import check_target
 from raytune_llama.model.vocab import count_ids
 from raytune_llama.storage.files import (
@@ -39,18 +38,19 @@ from raytune_llama.tokenizer.loader import (
 )
 from raytune_llama.tokenizer.reference import ReferenceEncoder, is_sentencepiece
 from raytune_llama.vocabulary.byte_level import check_byte_level, grow_byte_level
+from raytune_llama.vocabulary.config import (
+    ExpandVocabConfig,
+)
 from raytune_llama.vocabulary.fertility import (
     Fertility,
     draw_fertility,
     measure_fertility,
     render_fertility,
 )
-from raytune_llama.vocabulary.model_growth import GrowthConfig, grow_model
+from raytune_llama.vocabulary.model_growth import grow_model
 from raytune_llama.vocabulary.parity import ParityReport, compare_libraries
 from raytune_llama.vocabulary.samples import TextSample, first_texts, sample_documents
 from raytune_llama.vocabulary.sentencepiece_merge import (
-    PieceScores,
-    PieceTraining,
     check_base,
     merge_pieces,
     read_pieces,
@@ -70,92 +70,47 @@ _PIECES = "tokenizer.model"
 _CLASSES_OF_JSON = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 
 
-@settings
-class ExpandVocabConfig:
-    """A tokenizer to grow, and the text that it is grown for."""
-
-    model: str
-    """Model directory with its tokenizer, or the directory of a tokenizer alone."""
-    target: str
-    """Directory to make, of the same kind; it must not exist, or be empty."""
-    sources: tuple[SourceConfig, ...]
-    """Text in the new language."""
-    old_sources: tuple[SourceConfig, ...] = ()
-    """Text of the kind that the model was trained on, to show that its ids stay. Empty: that is
-    not measured."""
-    pieces: str | None = None
-    """A SentencePiece model whose pieces are merged; null: one is trained on `sources`."""
-    training: PieceTraining = PieceTraining()
-    """What is learned from `sources`; without meaning where `pieces` is given."""
-    sample_mib: Annotated[int, Field(ge=1)] = 256
-    """Text to learn from: of larger corpora, ranges of 1 MiB at even distances. SentencePiece takes
-    some ten times as much memory."""
-    scores: PieceScores = "descending"
-    """How merged pieces are scored. `descending`: each below the one before it and all of the
-    base's, so that SentencePiece and tokenizers give the same ids; pieces of which they don't are
-    left out. `tied`: all 0, as the Chinese-LLaMA scripts do; with `keep_ascii` and
-    `keep_unreachable` the result is theirs."""
-    keep_ascii: bool = False
-    """Merge pieces of ASCII characters, quotes and dashes alone, too: they change the ids of
-    English text."""
-    keep_unreachable: bool = False
-    """Merge pieces, too, that a tokenizer of LLaMA's kind never makes."""
-    pad_token: str | None = None
-    """Text of a padding token to add behind all others, such as `[PAD]`; null: none is added."""
-    growth: GrowthConfig = GrowthConfig()
-    """The rows that the model gets."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "ExpandVocabConfig":
-        problems = [f"sources: {problem}" for problem in ([] if self.sources else ["name some"])]
-        if self.pad_token is not None and not self.pad_token.strip():
-            problems.append("pad_token: is blank; name a text such as [PAD], or null")
-        if problems:
-            raise ConfigError(problems)
-        return self
-
-
 @dataclass(slots=True)
 class Expansion:
-    """What was done, for the manifest."""
+    """The result of an expansion, for the manifest."""
 
     kind: str
-    """`pieces` or `merges`."""
+    """Kind of the new vocabulary entries: `pieces` or `merges`."""
     num_old_ids: int
-    """Ids of the base's tokenizer."""
+    """Number of ids of the base's tokenizer."""
     num_ids: int = 0
-    """Ids of the grown one."""
+    """Number of ids of the grown tokenizer."""
     added: dict[str, Any] = field(default_factory=dict)
-    """Tokens added and left out, by reason."""
+    """Numbers of tokens added, and of tokens dropped by reason."""
     parity: dict[str, Any] | None = None
-    """How SentencePiece and tokenizers compare; none for a byte-level tokenizer."""
+    """Comparison of SentencePiece's ids with tokenizers'; None for a byte-level tokenizer."""
     fertility: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Characters and tokens of held-out text, before and after."""
+    """Characters and tokens of held-out text, before and after, by kind of text."""
 
 
 @dataclass(frozen=True)
 class _ExpansionJob:
-    """What all steps need."""
+    """The inputs that all steps of an expansion share."""
 
     config: ExpandVocabConfig
     base: Path
-    """The base's directory."""
+    """Directory of the base."""
     grown: Path
-    """Where the grown tokenizer is written."""
+    """Directory of the grown tokenizer."""
     sample: TextSample
     """Text in the new language."""
     old_text: TextSample
-    """Text that the base knows."""
+    """Text like that the base was trained on."""
 
 
 def expand_vocabulary(config: ExpandVocabConfig) -> str:
-    """Do what a config says; return the table of fertility.
+    """Run the configured expansion; return the fertility table as text.
 
     Raises:
         ConfigError: A source or directory can't be used.
         SourceError: A file can't be read as configured.
-        ValueError: The tokenizer is of a kind that can't be grown, there is too little text, or
-            the model does not belong to it. Nothing is left behind.
+        ValueError: The tokenizer is of a kind that can't be grown, the text is too short, or the
+            model does not match it. Nothing is written then.
     """
     base, target = Path(config.model), Path(config.target)
     _check_inputs(config, base, target)
@@ -189,7 +144,7 @@ def expand_vocabulary(config: ExpandVocabConfig) -> str:
             "config": to_dict(config),
         }
         write_json_atomic(folder / OUTPUT_MANIFEST, manifest)
-    logger.info("%d ids became %d: %s", expansion.num_old_ids, expansion.num_ids, target)
+    logger.info("expanded from %d to %d ids: %s", expansion.num_old_ids, expansion.num_ids, target)
     return render_fertility(table)
 
 
@@ -201,7 +156,7 @@ def _check_inputs(config: ExpandVocabConfig, base: Path, target: Path) -> None:
         load_tokenizer(base)
         if _kind(base) == "pieces":
             check_base((base / _PIECES).read_bytes(), f"model: {base / _PIECES}")
-            _check_no_tokens_behind(base)
+            _check_no_added_tokens(base)
         else:
             check_byte_level(_engine(base), f"model: {base}")
     except (ValueError, OSError) as error:
@@ -220,7 +175,7 @@ def _check_inputs(config: ExpandVocabConfig, base: Path, target: Path) -> None:
 
 
 def _kind(base: Path) -> str:
-    """Say what a tokenizer is grown by: `pieces` or `merges`."""
+    """Return the kind of entries that a tokenizer is grown by: `pieces` or `merges`."""
     file = base / _PIECES
     return "pieces" if file.is_file() and is_sentencepiece(file.read_bytes()) else "merges"
 
@@ -229,18 +184,18 @@ def _engine(base: Path) -> dict[str, Any]:
     return json.loads(load_tokenizer(base).backend_tokenizer.to_str())
 
 
-def _check_no_tokens_behind(base: Path) -> None:
+def _check_no_added_tokens(base: Path) -> None:
     pieces = read_pieces((base / _PIECES).read_bytes(), str(base)).pieces
     num_ids = count_ids(load_tokenizer(base))
     if num_ids > len(pieces):
         raise UserError(
-            f"model: {base} has {num_ids - len(pieces)} tokens behind its {len(pieces)} pieces, "
-            "whose ids new pieces would take; start from the tokenizer without them"
+            f"model: {base} has {num_ids - len(pieces)} added tokens after its {len(pieces)} "
+            "pieces, whose ids new pieces would take; start from the tokenizer without them"
         )
 
 
 def _grow_pieces(job: _ExpansionJob, expansion: Expansion) -> None:
-    """Write the grown tokenizer; pieces to which two libraries give other ids are left out."""
+    """Write the grown tokenizer; drop pieces to which the two libraries give different ids."""
     config, base = job.config, (job.base / _PIECES).read_bytes()
     if config.pieces is not None:
         added = Path(config.pieces).read_bytes()
@@ -266,7 +221,9 @@ def _grow_pieces(job: _ExpansionJob, expansion: Expansion) -> None:
         if config.scores == "tied" or not new or num_rounds == _ROUNDS:
             break
         without |= new
-        logger.info("left out for ids that differ between libraries: %s", sorted(new))
+        logger.info(
+            "dropped pieces whose ids differ between SentencePiece and tokenizers: %s", sorted(new)
+        )
     expansion.added = {
         "tokens": merged.num_new,
         "left_out": merged.left_out,
@@ -274,7 +231,7 @@ def _grow_pieces(job: _ExpansionJob, expansion: Expansion) -> None:
         "differing": sorted(without),
     }
     logger.info(
-        "%d pieces are new; not added, by reason: %s; merging never makes %d of those offered",
+        "added %d pieces; dropped, by reason: %s; %d candidates are unreachable by merging",
         *(merged.num_new, merged.left_out, len(merged.unreachable)),
     )
     _note_parity(parity, job.base, expansion)
@@ -296,20 +253,20 @@ def _note_parity(parity: ParityReport, base: Path, expansion: Expansion) -> None
     }
     log = logger.warning if num_differing > in_base else logger.info
     log(
-        "SentencePiece and tokenizers give other ids for %d of %d texts (%.1f MB), for %d of them "
-        "without the new pieces too%s",
+        "SentencePiece and tokenizers give different ids for %d of %d texts (%.1f MB), for %d of "
+        "them also without the new pieces%s",
         *(num_differing, parity.num_texts, parity.num_bytes / 1e6, in_base),
-        "; SentencePiece's are those of this tokenizer" if num_differing else "",
+        "; SentencePiece's are the reference" if num_differing else "",
     )
 
 
 def _write_pieces(job: _ExpansionJob, model: bytes) -> None:
-    """Write a tokenizer directory with another tokenizer.model; all else is as in the base."""
+    """Write the base's tokenizer directory with another tokenizer.model."""
     _copy_settings(job)
     (job.grown / "tokenizer.json").unlink(missing_ok=True)
     config = job.grown / "tokenizer_config.json"
     values = read_json(config) if config.is_file() else {}
-    # A conversion that only tokenizer.json holds is made anew by LLaMA's own class.
+    # A conversion that exists only as tokenizer.json is redone by LLaMA's own class.
     if values.get("tokenizer_class") in _CLASSES_OF_JSON:
         values["tokenizer_class"] = "LlamaTokenizer"
     write_json_atomic(config, values)
@@ -318,7 +275,7 @@ def _write_pieces(job: _ExpansionJob, model: bytes) -> None:
 
 
 def _copy_settings(job: _ExpansionJob) -> None:
-    """Copy what lies beside a tokenizer's own files: its settings and templates."""
+    """Copy a tokenizer's settings and templates, but not its own files."""
     for file in job.base.iterdir():
         if file.is_file() and file.name not in TOKENIZER_FILES and _is_setting(file):
             shutil.copyfile(file, job.grown / file.name)
@@ -329,7 +286,7 @@ def _is_setting(file: Path) -> bool:
 
 
 def _save(grown: Path, pad_token: str | None) -> None:
-    """Write a tokenizer directory again in all its forms, with a padding token if there is one."""
+    """Save a tokenizer directory again in all its formats, with the padding token, if any."""
     tokenizer = copy.deepcopy(load_tokenizer(grown))
     if pad_token is not None:
         tokenizer.add_special_tokens({"pad_token": pad_token})
@@ -347,7 +304,7 @@ def _grow_merges(job: _ExpansionJob, expansion: Expansion) -> None:
         "left_out": merges.left_out,
     }
     logger.info(
-        "%d tokens and %d merges are new; not added, by reason: %s",
+        "added %d tokens and %d merges; dropped, by reason: %s",
         *(merges.num_new, merges.num_merges, merges.left_out),
     )
 
@@ -370,7 +327,9 @@ def _compare(job: _ExpansionJob, expansion: Expansion) -> dict[str, tuple[Fertil
         }
     if "old text" in table:
         old = expansion.fertility["old text"]
-        logger.info("%d of %d old texts get other ids", old["texts_with_other_ids"], old["texts"])
+        logger.info(
+            "%d of %d old texts get different ids", old["texts_with_other_ids"], old["texts"]
+        )
     return table
 
 

@@ -1,4 +1,4 @@
-"""How much text a token holds, before and after a vocabulary was grown: figures and a picture."""
+"""Fertility: characters per token before and after an expansion, as a table and a plot."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -9,23 +9,23 @@ from raytune_llama.tokenizer.reference import ReferenceEncoder
 
 @dataclass(frozen=True, kw_only=True)
 class Fertility:
-    """What a tokenizer makes of some text."""
+    """Size of some text in characters, bytes and tokens of a tokenizer."""
 
     num_characters: int
-    """Characters of the text."""
+    """Number of characters."""
     num_bytes: int
-    """Its bytes of UTF-8."""
+    """Number of UTF-8 bytes."""
     num_tokens: int
-    """Its tokens, without special ones."""
+    """Number of tokens, without special ones."""
 
     @property
     def characters_per_token(self) -> float:
-        """Characters that a token stands for, on average."""
+        """Mean number of characters per token; 0 without tokens."""
         return self.num_characters / self.num_tokens if self.num_tokens else 0.0
 
 
 def measure_fertility(reference: ReferenceEncoder, texts: Sequence[str]) -> Fertility:
-    """Encode texts and count."""
+    """Encode texts and return the total counts."""
     return Fertility(
         num_characters=sum(map(len, texts)),
         num_bytes=sum(len(text.encode()) for text in texts),
@@ -34,9 +34,9 @@ def measure_fertility(reference: ReferenceEncoder, texts: Sequence[str]) -> Fert
 
 
 def render_fertility(table: Mapping[str, tuple[Fertility, Fertility]]) -> str:
-    """Return a table of characters a token before and after, one line a text."""
+    """Return a table of characters per token before and after, one line per kind of text."""
     lines = [
-        f"{'text':<12}{'characters':>12}{'tokens before':>16}{'after':>12}{'chars a token':>22}"
+        f"{'text':<12}{'characters':>12}{'tokens before':>16}{'after':>12}{'chars per token':>22}"
     ]
     for name, (before, after) in table.items():
         ratio = f"{before.characters_per_token:.3f} -> {after.characters_per_token:.3f}"
@@ -48,7 +48,7 @@ def render_fertility(table: Mapping[str, tuple[Fertility, Fertility]]) -> str:
 
 
 def draw_fertility(table: Mapping[str, tuple[Fertility, Fertility]]) -> bytes:
-    """Return a PNG of characters a token before and after."""
+    """Return a PNG bar chart of characters per token before and after."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -61,7 +61,7 @@ def draw_fertility(table: Mapping[str, tuple[Fertility, Fertility]]) -> bytes:
         bars = axes.bar(places, values, width=0.38, label=label, color=("0.7", "C0")[number])
         axes.bar_label(bars, fmt="%.2f")
     axes.set_xticks(range(len(table)), list(table))
-    axes.set_ylabel("characters a token")
+    axes.set_ylabel("characters per token")
     axes.legend()
     axes.margins(y=0.12)
     buffer = io.BytesIO()

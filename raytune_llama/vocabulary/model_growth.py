@@ -1,67 +1,48 @@
-"""Write a model with the rows of a grown tokenizer, a tensor at a time.
+"""Write a model with embedding rows for a grown tokenizer, one tensor at a time.
 
     grow_model(Path("llama"), Path("grown-tokenizer"), folder, GrowthConfig())
 
-Every weight but the embedding tables is copied bit for bit, and so are the rows of old tokens: what
-the model says of them is unchanged.
+Every weight except the embedding tables is copied bit for bit, and so are the rows of old tokens:
+the model's logits for them do not change.
 """
 
 import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from torch import Tensor
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.config.settings import settings
 from raytune_llama.model.directory import rewrite_weights, write_settings
-from raytune_llama.model.tensors import open_weights
+from raytune_llama.model.tensors import ShardedWeights, open_weights
 from raytune_llama.model.vocab import (
     EMBEDDING,
     HEAD,
-    InitialRows,
     count_ids,
     initialize_new_rows,
     split_new_tokens,
 )
 from raytune_llama.storage.files import read_json
 from raytune_llama.tokenizer.loader import load_tokenizer, write_tokenizer
+from raytune_llama.vocabulary.config import GrowthConfig
 
 logger = logging.getLogger(__name__)
 
 
-@settings
-class GrowthConfig:
-    """The rows that a model gets for new tokens."""
-
-    initial_rows: InitialRows = "mean_subtokens"
-    """How they start, in the input embedding and in the output projection. `mean_subtokens`: the
-    mean of the old tokens that their text splits into; `mean`: of all old tokens; `normal`: drawn
-    around 0 with the deviation that the model's config names, as transformers did for the seeds."""
-    rows_multiple_of: Annotated[int, Field(ge=1)] = 1
-    """The number of rows is rounded up to a multiple of it; 64 or 128 suits GPUs. The surplus rows
-    start as the mean of all old tokens."""
-    seed: Annotated[int, Field(ge=0)] = 1
-    """Of `normal`."""
-    max_shard_mib: Annotated[int, Field(ge=1)] = 5120
-    """Largest safetensors file, unless one tensor is larger."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class GrownModelSummary:
-    """What was written."""
+    """Sizes and hashes of a grown model."""
 
     num_old_ids: int
-    """Ids of the model's own tokenizer."""
+    """Number of ids of the model's own tokenizer."""
     num_ids: int
-    """Ids of the grown one."""
+    """Number of ids of the grown tokenizer."""
     num_rows: int
-    """Rows of the tables."""
+    """Number of rows of the embedding tables."""
     tensors: dict[str, str]
-    """SHA256 of the bytes of each tensor."""
+    """SHA256 of each tensor's bytes, by name."""
 
 
 def grow_model(
@@ -72,30 +53,23 @@ def grow_model(
     Args:
         model: A Hugging Face model directory with its tokenizer.
         tokenizer: Directory of the grown tokenizer.
-        folder: Where to write; it must exist.
-        config: How rows start.
+        folder: Output directory; it must exist.
+        config: How to initialize the new rows.
 
     Raises:
-        ValueError: The model's files are missing or damaged, or its tables are none of a LLaMA's.
+        ValueError: The model's files are missing or damaged, or it has no LLaMA embedding.
     """
     old, new = load_tokenizer(model), load_tokenizer(tokenizer)
     num_old, num_ids = count_ids(old), count_ids(new)
     weights = open_weights(model)
-    if EMBEDDING not in weights.specs:
-        raise UserError(f"model: {model} has no {EMBEDDING}; name a LLaMA-family model")
-    num_before = weights.specs[EMBEDDING].shape[0]
-    if num_old > num_before:
-        raise UserError(
-            f"model: the tokenizer of {model} has {num_old} ids, and its embedding {num_before} "
-            "rows; put the tokenizer there that the model was trained with"
-        )
+    num_before = _count_rows(weights, model, num_old)
     num_rows = max(num_before, num_ids)
     num_rows += -num_rows % config.rows_multiple_of
-    pieces: dict[int, list[int]] = split_new_tokens(old, new)
+    subtokens: dict[int, list[int]] = split_new_tokens(old, new)
     values: dict[str, Any] = read_json(model / "config.json")
     start = partial(
         initialize_new_rows,
-        pieces=pieces,
+        subtokens=subtokens,
         method=config.initial_rows,
         std=float(values.get("initializer_range", 0.02)),
         seed=config.seed,
@@ -119,15 +93,33 @@ def grow_model(
     write_settings(model, folder, {"vocab_size": num_rows} | pad, pad)
     write_tokenizer(tokenizer, folder)
     logger.info(
-        "%s: %d ids become %d, %d rows become %d", model, num_old, num_ids, num_before, num_rows
+        "%s: grown from %d to %d ids, from %d to %d rows",
+        model,
+        num_old,
+        num_ids,
+        num_before,
+        num_rows,
     )
     return GrownModelSummary(
         num_old_ids=num_old, num_ids=num_ids, num_rows=num_rows, tensors=hashes
     )
 
 
+def _count_rows(weights: ShardedWeights, model: Path, num_old: int) -> int:
+    """Return the rows of the input embedding, which must cover the model's own tokenizer."""
+    if EMBEDDING not in weights.specs:
+        raise UserError(f"model: {model} has no {EMBEDDING}; name a LLaMA-family model")
+    num_rows = weights.specs[EMBEDDING].shape[0]
+    if num_old > num_rows:
+        raise UserError(
+            f"model: the tokenizer of {model} has {num_old} ids, but its embedding {num_rows} "
+            "rows; put the tokenizer that the model was trained with there"
+        )
+    return num_rows
+
+
 def _grown(table_VD: Tensor, num_old: int, num_rows: int) -> Tensor:
-    """Return a table with more rows, which are the mean of those of old ids."""
+    """Return the table grown to `num_rows`; new rows are the mean of the rows of old ids."""
     grown_VD = table_VD.new_empty((num_rows, *table_VD.shape[1:]))
     grown_VD[: len(table_VD)] = table_VD
     grown_VD[len(table_VD) :] = table_VD[:num_old].float().mean(dim=0)

@@ -1,7 +1,7 @@
-"""Do SentencePiece and `tokenizers` give the same ids for one tokenizer, on given texts?
+"""Compares the ids that SentencePiece and `tokenizers` give with the same tokenizer.
 
-A tokenizer.model defines its own ids; most programs that load a model use its conversion to a
-tokenizer.json. Where the two agree, it is no matter which one is used.
+A tokenizer.model defines the ids; most programs that load a model use its conversion to a
+tokenizer.json. If the two agree, either can be used.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ _BATCH_TEXTS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """How the ids of two libraries compare."""
+    """Result of comparing the ids of the two libraries."""
 
     num_texts: int
-    """Texts that were compared."""
+    """Number of texts compared."""
     num_bytes: int
-    """Their bytes of UTF-8."""
+    """Number of UTF-8 bytes of these texts."""
     differing: tuple[str, ...]
-    """Texts with other ids."""
+    """Texts whose ids differ."""
     ids: frozenset[int]
-    """Ids at the first place where a text's differ, of both."""
+    """Ids of both libraries at the first difference in each such text."""
 
 
 def compare_libraries(directory: Path, texts: Sequence[str]) -> ParityReport:

@@ -1,4 +1,4 @@
-"""Samples of corpora: whole documents, from ranges of bytes at even distances."""
+"""Corpus samples: full documents from evenly spaced byte ranges."""
 
 import logging
 from collections.abc import Iterator
@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from raytune_llama.data.build.text_corpus import choose_splits
 from raytune_llama.data.build.unit_reader import Tally, read_unit_documents
 from raytune_llama.data.build.units import plan_units
-from raytune_llama.data.filters.cleaning import Cleaner, CleaningConfig
-from raytune_llama.data.readers.sources import SourceConfig, discover_files
+from raytune_llama.data.filters.cleaning import Cleaner
+from raytune_llama.data.filters.config import CleaningConfig
+from raytune_llama.data.readers.config import SourceConfig
+from raytune_llama.data.readers.sources import discover_files
 
 logger = logging.getLogger(__name__)
 
@@ -17,30 +19,30 @@ _RANGE_BYTES = 1 << 20
 
 @dataclass(slots=True)
 class TextSample:
-    """Documents of a corpus, some of them held out."""
+    """A sample of documents from corpora, some of them held out."""
 
     texts: list[str] = field(default_factory=list)
-    """Those to learn from."""
+    """Documents to learn from."""
     held_out: list[str] = field(default_factory=list)
-    """Those to measure on, chosen by a hash of their text."""
+    """Documents to measure on, chosen by a hash of their text."""
     num_bytes: int = 0
-    """Bytes of UTF-8 of both."""
+    """Number of UTF-8 bytes of all documents."""
     corpus_bytes: int = 0
-    """Bytes of the files."""
+    """Size of the corpora's files in bytes."""
     num_bad: int = 0
-    """Rows met that can't be used."""
+    """Number of rows read that can't be used."""
 
 
 def sample_documents(
     sources: tuple[SourceConfig, ...], max_bytes: int, *, held_out: float = 0.0
 ) -> TextSample:
-    """Read documents from all over some corpora.
+    """Sample documents evenly from corpora.
 
     Args:
         sources: The corpora.
-        max_bytes: How much text; where the corpora have more, ranges of 1 MiB at even distances
-            are read, and of a file that can't be cut its beginning.
-        held_out: Share of the documents to hold out.
+        max_bytes: Bytes of text to read; of larger corpora, evenly spaced ranges of 1 MiB are read,
+            or the beginning of a file that can't be read in ranges.
+        held_out: Fraction of the documents to hold out.
 
     Raises:
         SourceError: A file cannot be read as configured.
@@ -51,7 +53,7 @@ def sample_documents(
     share = min(1.0, max_bytes / max(1, sample.corpus_bytes))
     cleaner, read = Cleaner(CleaningConfig()), 0.0
     for unit in units:
-        # What is due by now: small units are taken or passed over as a whole.
+        # Bytes due by now: small units are read in full or skipped.
         read += share * unit.num_bytes
         tally, due = Tally(), int(read) - sample.num_bytes
         if due <= 0:
@@ -78,7 +80,7 @@ def _add(sample: TextSample, texts: list[str], held_out: float) -> None:
 
 
 def first_texts(texts: list[str], max_bytes: int) -> Iterator[str]:
-    """Yield the first texts, up to a number of bytes of UTF-8."""
+    """Yield texts until they exceed a number of UTF-8 bytes."""
     for text in texts:
         if max_bytes <= 0:
             return

@@ -1,12 +1,12 @@
 """Train SentencePiece pieces and merge them into LLaMA's vocabulary, as protobuf messages.
 
-    added = train_pieces(texts, PieceTraining(num_pieces=20_000))
+    added = train_pieces(texts, PieceTraining(num_tokens=20_000))
     merged = merge_pieces(base_model_bytes, added, scores="descending")
 
-Pieces that are merged get ids behind the base's, whose own stay. SentencePiece merges the adjacent
-pair of the highest score first: scores below all of the base's leave its merges what they were, and
-unique ones leave nothing to the order in which a library meets them. With equal scores (`tied`, the
-Chinese-LLaMA scripts' zeros) libraries differ, and new pieces win over the base's own merges.
+Merged pieces get ids after the base's, which do not change. SentencePiece merges the adjacent pair
+with the highest score first: scores below all of the base's preserve its merges, and unique scores
+make the result independent of the library's order. With equal scores (`tied`, the Chinese-LLaMA
+scripts' zeros) libraries differ, and new pieces take precedence over the base's own merges.
 """
 
 import io
@@ -14,24 +14,20 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import sentencepiece
-from pydantic import Field
 
-# The classes of a protobuf module are made when it is imported: no type checker sees them.
+# The classes of a protobuf module are created on import: no type checker sees them.
 from sentencepiece.sentencepiece_model_pb2 import (
     ModelProto,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.config.settings import settings
 from raytune_llama.tokenizer.reference import PieceProto, is_sentencepiece
 from raytune_llama.tokenizer.split_points import SPACE
-
-PieceScores = Literal["descending", "tied"]
-"""How merged pieces are scored: each below the one before it, or all 0."""
+from raytune_llama.vocabulary.config import PieceScores, PieceTraining
 
 _BPE = 2
 _WESTERN = re.compile("[\0-\x7f\xa0-\xbf\u2000-\u206f]+")
@@ -39,47 +35,30 @@ _SENTENCE_CHARACTERS = 1024
 _MAX_SENTENCE_BYTES = 4 * _SENTENCE_CHARACTERS
 
 
-@settings
-class PieceTraining:
-    """What new tokens are learned from text."""
-
-    num_tokens: Annotated[int, Field(ge=300)] = 20_000
-    """Size of the vocabulary that SentencePiece trains, of which the base may have a part already;
-    for a byte-level base, the tokens that are added."""
-    model_type: Literal["bpe", "unigram"] = "bpe"
-    """SentencePiece's training. A LLaMA tokenizer merges pairs whatever trained the pieces: of
-    unigram's it can never make some. Not used for a byte-level base."""
-    character_coverage: Annotated[float, Field(gt=0, le=1)] = 0.9995
-    """Share of the text's characters that get a piece. Not used for a byte-level base, which can
-    spell all of them."""
-    num_threads: Annotated[int, Field(ge=1)] = 2
-    """Threads of SentencePiece."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class MergedPieces:
-    """A grown SentencePiece model, and what became of the pieces that were to be added."""
+    """A grown SentencePiece model, and the numbers of pieces added and dropped."""
 
     model: bytes
-    """Content of its tokenizer.model."""
+    """Content of the grown tokenizer.model."""
     num_base: int
-    """Pieces of the base, whose ids are unchanged."""
+    """Number of pieces of the base, whose ids are unchanged."""
     num_new: int
-    """Pieces behind them."""
+    """Number of added pieces, whose ids follow the base's."""
     left_out: dict[str, int]
-    """Pieces that were not added, by reason: `known`, `control` (of another type than text),
-    `ascii` (and signs that Western text has), `unreachable`, `chosen` (by the caller)."""
+    """Number of dropped pieces by reason: `known`, `control` (not of type text), `ascii` (or
+    Western punctuation), `unreachable`, `chosen` (by the caller)."""
     unreachable: tuple[str, ...]
-    """Pieces that merging pairs never makes, whether they were left out or not."""
+    """Pieces that merging pairs can never produce, whether dropped or not."""
 
 
 def train_pieces(texts: Iterable[str], training: PieceTraining) -> bytes:
     """Train a SentencePiece model and return its bytes.
 
-    Line ends separate sentences, and a long line is cut into several: SentencePiece would skip it.
+    Line ends separate sentences, and long lines are split, since SentencePiece would skip them.
 
     Raises:
-        ValueError: There is too little text for so many pieces.
+        ValueError: The text is too short for this number of pieces.
     """
     written = io.BytesIO()
     try:
@@ -97,7 +76,7 @@ def train_pieces(texts: Iterable[str], training: PieceTraining) -> bytes:
     except RuntimeError as error:
         raise UserError(
             f"training.num_tokens: SentencePiece can't train {training.num_tokens} pieces on this "
-            f"text ({error}); give more text, or ask for fewer"
+            f"text ({error}); add text, or use fewer pieces"
         ) from error
     return written.getvalue()
 
@@ -110,14 +89,16 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
                 yield line[start : start + _SENTENCE_CHARACTERS].replace("\0", " ")
 
 
-def read_pieces(content: bytes, name: str) -> Any:  # noqa: ANN401  # made when it is imported
+def read_pieces(content: bytes, name: str) -> Any:  # noqa: ANN401  # created on import
     """Parse a tokenizer.model.
 
     Raises:
-        ValueError: It is no SentencePiece model; names it.
+        ValueError: The content is not a SentencePiece model; the message starts with `name`.
     """
     if not is_sentencepiece(content):
-        raise UserError(f"{name}: is no SentencePiece model; name a tokenizer.model of that kind")
+        raise UserError(
+            f"{name}: is not a SentencePiece model; name a SentencePiece tokenizer.model"
+        )
     return ModelProto.FromString(content)
 
 
@@ -125,13 +106,13 @@ def check_base(content: bytes, name: str) -> None:
     """Refuse a base that pieces can't be merged into.
 
     Raises:
-        ValueError: Says why.
+        ValueError: The content is not a SentencePiece BPE model.
     """
     base = read_pieces(content, name)
     if base.trainer_spec.model_type != _BPE:
         raise UserError(
-            f"{name}: is no BPE model, the scores of its pieces are probabilities; pieces can be "
-            "merged into tokenizers of LLaMA's kind"
+            f"{name}: is not a BPE model, since its scores are probabilities; name a LLaMA "
+            "tokenizer, into which pieces can be merged"
         )
 
 
@@ -144,16 +125,16 @@ def merge_pieces(
     keep_unreachable: bool = False,
     without: frozenset[str] = frozenset(),
 ) -> MergedPieces:
-    """Append the pieces of one SentencePiece model to another one.
+    """Append the pieces of one SentencePiece model to another.
 
     Args:
-        base_model: Content of a tokenizer.model that `check_base` takes.
-        added_model: Content of the other one, of any kind.
-        scores: How the new pieces are scored.
-        keep_ascii: Whether to add pieces of ASCII characters and Western signs alone. They change
-            the ids of text that the base was trained on.
-        keep_unreachable: Whether to add pieces that merging never makes: rows without use.
-        without: Pieces to leave out whatever the rest says.
+        base_model: Content of a tokenizer.model that `check_base` accepts.
+        added_model: Content of the tokenizer.model to add, of any model type.
+        scores: How to score the new pieces.
+        keep_ascii: Whether to add pieces of only ASCII characters and Western punctuation. They
+            change the ids of text that the base was trained on.
+        keep_unreachable: Whether to add pieces that merging can never produce: unused rows.
+        without: Pieces to drop in any case.
     """
     base, added = ModelProto.FromString(base_model), ModelProto.FromString(added_model)
     known = {piece.piece for piece in base.pieces}
@@ -185,15 +166,15 @@ def merge_pieces(
 
 
 def _is_western(piece: str) -> bool:
-    """Whether a piece is of ASCII, or of several characters with the signs of English text."""
+    """Whether a piece is ASCII-only, or several characters of ASCII and Western punctuation."""
     text = piece.replace(SPACE, "")
     return text.isascii() or (len(text) > 1 and _WESTERN.fullmatch(text) is not None)
 
 
 def _appended(base_model: bytes, pieces: Iterable[str], scores: PieceScores) -> bytes:
     proto = ModelProto.FromString(base_model)
-    # Single characters are merged from nothing, and LLaMA's have scores of -1e9, where a float32
-    # tells no neighbours apart.
+    # Single characters result from no merge, and LLaMA's have scores near -1e9, where adjacent
+    # values are equal in float32.
     score = np.float32(min((p.score for p in proto.pieces if len(p.piece) > 1), default=0))
     for piece in pieces:
         score = min(np.float32(score - 1), np.nextafter(score, np.float32("-inf")))
@@ -203,10 +184,10 @@ def _appended(base_model: bytes, pieces: Iterable[str], scores: PieceScores) -> 
 
 
 def _find_unreachable(model: bytes, first: int) -> list[str]:
-    """Return the pieces from an id on that their own text does not become.
+    """Return the pieces with ids of `first` or more that encoding their own text does not produce.
 
-    That is exact: a merge inside of a text looks at nothing outside of it, so that a piece which is
-    made anywhere is made from its text alone.
+    This is exact: a merge depends on nothing outside the merged text, so a piece that is produced
+    anywhere is also produced from its own text.
     """
     proto = ModelProto.FromString(model)
     pieces = [piece.piece for piece in proto.pieces][first:]

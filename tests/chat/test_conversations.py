@@ -54,7 +54,7 @@ def test_system_text_is_checked_too() -> None:
     assert defect is not None
     assert (defect.reason, defect.detail) == (
         "lone_surrogate",
-        "system: half of a pair at character 0",
+        "system: lone surrogate at character 0",
     )
 
 

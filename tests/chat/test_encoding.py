@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from transformers import PreTrainedTokenizerFast
 
+from raytune_llama.chat.config import ChatConfig
 from raytune_llama.chat.conversations import Conversation, Defect
 from raytune_llama.chat.encoding import (
-    ChatConfig,
     ChatEncoder,
     EncodedConversation,
     build_chat_encoder,

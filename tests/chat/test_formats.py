@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raytune_llama.chat.config import FormatName
 from raytune_llama.chat.conversations import Conversation, Defect
-from raytune_llama.chat.formats import FormatName, KeyCounts, detect_row_format, read_row, write_row
+from raytune_llama.chat.formats import KeyCounts, detect_row_format, read_row, write_row
 from raytune_llama.storage.files import KEY_DECODER
 from tests.chat.conftest import ANSWERS, CONTENTS, CONVERSATIONS, talk
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_llama.chat.truncation import Truncation, truncate
+from raytune_llama.chat.config import Truncation
+from raytune_llama.chat.truncation import truncate
 
 BOS, EOS = 1, 2
 

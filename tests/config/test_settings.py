@@ -197,7 +197,7 @@ def test_all_mistakes_are_reported_together(path: Path) -> None:
     )
     problems = problems_of(str(path), "--fast", "lr=", "lr=[", "sources.3.kind=txt", "packed.x=1")
     starts = [
-        f"{path}:3: the key 'lr'", f"{path}:5: the key 5", "--fast: ", "lr: got no value",
+        f"{path}:3: duplicate key 'lr'", f"{path}:5: the key 5", "--fast: ", "lr: got no value",
         "lr: '[' is not YAML", "sources.3.kind: ", "packed.x: packed is 'yes'",
         "model: required", "packed: got 'yes'", "adapter: alpha: got 1.0", "sources.0.path: req",
         "sources.0.kind: got 'pdf'", "modl: no such field",
@@ -361,10 +361,10 @@ def test_help_describes_every_field_and_exits_zero(capsys: pytest.CaptureFixture
     assert caught.value.code == 0
     assert capsys.readouterr().out.endswith(describe(Run))
     lines = describe(Run).splitlines()
-    assert "model: text (required)" in lines
+    assert "model: string (required)" in lines
     assert "lr: float > 0 (default 0.0001)" in lines
     assert "micro_batch: int >= 1 or 'auto' (default \"auto\")" in lines
-    assert 'adapter.targets: list of text (default ["q_proj", "v_proj"])' in lines
+    assert 'adapter.targets: list of string (default ["q_proj", "v_proj"])' in lines
     assert "sources.N.kind: 'txt' or 'json' (default \"txt\")" in lines
     assert "save_every_steps: int or null (default null, may change on resume)" in lines
     assert "    Optimizer steps between checkpoints; null saves at the end only." in lines

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 
 from raytune_llama.config.settings import ConfigError, from_dict
-from raytune_llama.data.conversion import ConvertDataConfig, convert_data
-from raytune_llama.data.readers.conversations import (
-    ConversationCounts,
-    ConversationSource,
-    read_conversations,
-)
+from raytune_llama.data.config import ConvertDataConfig
+from raytune_llama.data.conversion import convert_data
+from raytune_llama.data.readers.config import ConversationSource
+from raytune_llama.data.readers.conversations import ConversationCounts, read_conversations
 from raytune_llama.data.readers.rows import SourceError
 
 ALPACA = [

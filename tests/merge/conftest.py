@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from raytune_llama.merge.merger import MergeConfig, merge_adapters
+from raytune_llama.merge.config import MergeConfig
+from raytune_llama.merge.merger import merge_adapters
 from tests.model.conftest import NAMES_LLAMA, piece_model
 
 __all__ = ["piece_model"]

@@ -208,14 +208,14 @@ def test_gguf_that_was_written_wrong_is_found_and_leaves_nothing(
         (
             {"intermediate_size": 48},
             {"gguf_type": "q8_0"},
-            r"gguf_type: q8_0 has blocks of 32, and",
+            r"gguf_type: q8_0 needs rows that are a multiple of 32, but",
         ),
-        ({"hidden_act": "gelu"}, {}, "knows no LLaMA with hidden_act 'gelu'"),
-        ({"attention_bias": True}, {}, r"holds model\.layers\.0\.self_attn\..*bias, for which"),
+        ({"hidden_act": "gelu"}, {}, "does not support LLaMAs with hidden_act 'gelu'"),
+        ({"attention_bias": True}, {}, r"has a tensor model\.layers\.0\.self_attn\..*bias, which"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             {},
-            "knows no LLaMA with rope_type 'dynamic'",
+            "does not support LLaMAs with rope_type 'dynamic'",
         ),
     ],
 )

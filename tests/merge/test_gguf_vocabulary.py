@@ -118,7 +118,7 @@ def test_normalizer_is_refused(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.save(str(folder / "tokenizer.json"))
-    with pytest.raises(ValueError, match="no BPE of bytes without a normalizer"):
+    with pytest.raises(ValueError, match="not a byte-level BPE without a normalizer"):
         read_vocabulary(folder, 410)
 
 

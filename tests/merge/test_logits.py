@@ -115,9 +115,9 @@ def spoil_bytes(text: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_missing, "is no file"),
-        (spoil_short, "has less than two tokens"),
-        (spoil_bytes, "is no UTF-8"),
+        (spoil_missing, "is not a file"),
+        (spoil_short, "has fewer than two tokens"),
+        (spoil_bytes, "is not UTF-8"),
     ],
 )
 def test_text_that_cannot_be_used_is_named(

@@ -17,7 +17,8 @@ from tests.merge.conftest import ALL, MakeAdapter, MakeBase
 _MERGE = """
 import re, sys, threading, time
 from pathlib import Path
-from raytune_llama.merge.merger import MergeConfig, merge_adapters
+from raytune_llama.merge.merger import (merge_adapters)
+from raytune_llama.merge.config import (MergeConfig)
 
 peak = 0
 

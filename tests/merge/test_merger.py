@@ -185,14 +185,14 @@ def spoil_kind(_: Path, adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_empty, "holds no tensor, so that it would change nothing"),
-        (spoil_zero, "they change no weight at all"),
+        (spoil_empty, "contains no tensors, so that merging it would change nothing"),
+        (spoil_zero, "they change no weight"),
         (spoil_half, r"layers\.0\.self_attn\.q_proj: A or B is missing"),
         (spoil_config, r"A is \[4, \d+\], B is \[.*\], and adapter_config.json says rank 8"),
         (spoil_pointer, "is a Git LFS pointer"),
-        (spoil_cut, r"adapter_model\.safetensors: has \d+ bytes, and its header wants"),
+        (spoil_cut, r"adapter_model\.safetensors: has \d+ bytes, but its header requires"),
         (spoil_manifest, r"model\.safetensors is not the file that .* was trained on"),
-        (spoil_kind, "type IA3, and only LORA can be merged"),
+        (spoil_kind, "peft_type IA3, but only LORA can be merged"),
     ],
 )
 def test_merge_bad_input_is_named_and_leaves_nothing(
@@ -215,9 +215,11 @@ def test_merge_adapter_of_another_base_is_refused(
     wide = make_base("wide", hidden_size=64)
     deep = make_base("deep", num_hidden_layers=3)
     base = make_base()
-    with pytest.raises(ValueError, match=r"updates model\.layers\.0.* as \[64, .*\], and it is"):
+    with pytest.raises(
+        ValueError, match=r"updates model\.layers\.0.* with shape \[64, .*\], but it has"
+    ):
         merge(base, make_adapter(wide, "of-wide"))
-    with pytest.raises(ValueError, match=r"that the base has not, the first is model\.layers\.2"):
+    with pytest.raises(ValueError, match=r"that the base does not have, first model\.layers\.2"):
         merge(base, make_adapter(deep, "of-deep"))
 
 

@@ -39,7 +39,7 @@ def test_merge_with_a_worker_that_fails_says_why_and_leaves_nothing(
         weights["model.norm.weight"].fill_(1e6)
 
     rewrite_base(base, enlarge)
-    with pytest.raises(ValueError, match="and float16 ends at 65,504"):
+    with pytest.raises(ValueError, match="float16 ends at 65,504"):
         merge(base, adapter, num_workers=2, max_shard_mib=1, dtype="float16")
     assert left_over(base) == []
 
@@ -49,5 +49,5 @@ def test_merge_of_one_file_needs_no_workers(
 ) -> None:
     base = make_base()
     merged = merge(base, make_adapter(base), num_workers=2)
-    assert "2 have one file to make" in caplog.text
+    assert "num_workers is 2, but there is only one file" in caplog.text
     assert (merged / "model.safetensors").is_file()

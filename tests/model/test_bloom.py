@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM
 
+from raytune_llama.model.config import LoraConfig
 from raytune_llama.model.llama import SummedLoss
-from raytune_llama.model.lora import LoraConfig, attach_adapter, is_tied
+from raytune_llama.model.lora import attach_adapter, is_tied
 from raytune_llama.model.loss import IGNORE_INDEX
 
 ROWS = 64

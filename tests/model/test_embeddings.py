@@ -18,14 +18,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from raytune_llama.model.config import EmbeddingsConfig, ModelConfig
 from raytune_llama.model.directory import stored_tables, write_with_trained_tables
-from raytune_llama.model.embeddings import (
-    EmbeddingsConfig,
-    check_embeddings,
-    projection_weight,
-    train_embeddings,
-)
-from raytune_llama.model.llama import ModelConfig, SummedLoss, build_empty_model, load_model
+from raytune_llama.model.embeddings import check_embeddings, projection_weight, train_embeddings
+from raytune_llama.model.llama import SummedLoss, build_empty_model, load_model
 from raytune_llama.model.lora import is_tied
 from raytune_llama.model.vocab import new_ids
 from raytune_llama.tokenizer.loader import load_tokenizer

@@ -19,9 +19,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from raytune_llama.model.config import LoraConfig, ModelConfig, Precision
 from raytune_llama.model.llama import (
-    ModelConfig,
-    Precision,
     SummedLoss,
     build_empty_model,
     check_model_directory,
@@ -29,7 +28,7 @@ from raytune_llama.model.llama import (
     choose_attention,
     load_model,
 )
-from raytune_llama.model.lora import LoraConfig, attach_adapter
+from raytune_llama.model.lora import attach_adapter
 from raytune_llama.model.loss import IGNORE_INDEX
 from raytune_llama.storage.files import sha256_file
 from tests.model.conftest import MakeModel

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from raytune_llama.config.settings import ConfigError, from_dict
+from raytune_llama.model.config import LoraConfig
 from raytune_llama.model.llama import SummedLoss, causal_lm
 from raytune_llama.model.lora import (
-    LoraConfig,
     attach_adapter,
     check_adapter_directory,
     check_adapter_fits,
@@ -328,7 +328,7 @@ def test_adapter_of_another_base_is_refused_with_both_shapes(
     modules = [name for name, _ in model.named_modules()]
     [problem] = check_adapter_fits(model, path)
     assert [part for part in [str(path), *parts] if part not in problem] == []
-    with pytest.raises(ValueError, match="is not of the model"):
+    with pytest.raises(ValueError, match="does not fit the model"):
         load_adapter(model, path)
     assert [name for name, _ in model.named_modules()] == modules
 

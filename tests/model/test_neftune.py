@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
-from raytune_llama.model.llama import SummedLoss
-from raytune_llama.model.lora import LoraConfig, attach_adapter
-from raytune_llama.model.neftune import add_noise
+from raytune_llama.model.config import LoraConfig
+from raytune_llama.model.llama import SummedLoss, add_noise
+from raytune_llama.model.lora import attach_adapter
 from tests.model.conftest import MakeModel
 
 HIDDEN = 64

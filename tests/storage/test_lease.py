@@ -23,7 +23,7 @@ import sys, time
 from pathlib import Path
 from raytune_llama.storage.place import Place
 from raytune_llama.storage.lease import Lease, LeaseTimes
-times = LeaseTimes(settle=0.3, beat=0.1, stale=1.5)
+times = LeaseTimes(settle_seconds=0.3, heartbeat_seconds=0.1, stale_seconds=1.5)
 with Lease(Place.parse(sys.argv[1], "run_dir"), times) as lease:
     print(lease.confirm().number, flush=True)
     time.sleep(600)
@@ -48,7 +48,7 @@ def on_another_machine(content: dict[str, Any]) -> None:
 def test_second_driver_is_refused_with_who_holds_it(run_dir: Place) -> None:
     with Lease(run_dir, QUICK) as first:
         fence = first.confirm()
-        with pytest.raises(ConfigError, match=r"run_dir: .* held by .*process \d+ on "):
+        with pytest.raises(ConfigError, match=r"run_dir: .* locked by .*process \d+ on "):
             Lease(run_dir, QUICK).__enter__()
         fence.check()
 
@@ -194,7 +194,7 @@ def test_driver_that_never_confirmed_leaves_nothing_behind(run_dir: Place) -> No
 
 def test_claim_that_takes_too_long_to_write_is_withdrawn(tmp_path: Path) -> None:
     run_dir = Place.local(tmp_path / "run")
-    with pytest.raises(OSError, match="takes more than"):
+    with pytest.raises(OSError, match="took more than"):
         Lease(run_dir, SLOW_DISK).__enter__()
     assert not run_dir.exists()
 

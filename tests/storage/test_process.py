@@ -9,9 +9,9 @@ from raytune_llama.storage.process import ProcessIdentity
 
 SLEEPER = """
 import sys, time
-from raytune_llama.storage.process import ProcessId
+from raytune_llama.storage.process import ProcessIdentity
 import json
-print(json.dumps(ProcessId.here().to_json()), flush=True)
+print(json.dumps(ProcessIdentity.current().to_json()), flush=True)
 time.sleep(600)
 """
 

@@ -12,10 +12,10 @@ import sentencepiece
 
 from raytune_llama.tokenizer import reference
 from raytune_llama.tokenizer.compiled import encoder as compiled
+from raytune_llama.tokenizer.config import EncoderKind
 from raytune_llama.tokenizer.encoder import (
     CHECK_INTERVAL_TEXTS,
     CheckedEncoder,
-    EncoderKind,
     SelectedEncoder,
     TokenIdMismatchError,
 )

@@ -69,11 +69,11 @@ texts = st.lists(
 @given(text=texts)
 def test_cut_of_a_text_anywhere_certain_keeps_its_ids(kind: str, text: str) -> None:
     reference = reference_of(kind)
-    cuts = reference.cuts
-    assert cuts is not None
-    places = [at for at in range(1, len(text)) if cuts.is_safe_split(text, at)]
-    parts = [part for at in places for part in (text[:at], cuts.anchor + text[at:])]
-    whole, anchor, *encoded = reference.encode_unsplit([text, cuts.anchor, *parts])
+    split_points = reference.split_points
+    assert split_points is not None
+    places = [at for at in range(1, len(text)) if split_points.is_safe_split(text, at)]
+    parts = [part for at in places for part in (text[:at], split_points.anchor + text[at:])]
+    whole, anchor, *encoded = reference.encode_unsplit([text, split_points.anchor, *parts])
     for left, right in zip(encoded[::2], encoded[1::2], strict=True):
         assert [*left, *right[len(anchor) :]] == whole.tolist()
 
@@ -81,10 +81,10 @@ def test_cut_of_a_text_anywhere_certain_keeps_its_ids(kind: str, text: str) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_cut_of_ordinary_text_finds_places(kind: str) -> None:
     """A rule that allows no cut would keep every id, and be of no use."""
-    cuts = reference_of(kind).cuts
-    assert cuts is not None
+    split_points = reference_of(kind).split_points
+    assert split_points is not None
     for text in CORPUS:
-        certain = [at for at in range(1, len(text)) if cuts.is_safe_split(text, at)]
+        certain = [at for at in range(1, len(text)) if split_points.is_safe_split(text, at)]
         assert np.diff([0, *certain, len(text)]).max() < 40
 
 
@@ -97,14 +97,14 @@ def long_text(num_characters: int) -> str:
 def test_encode_of_a_long_text_among_short_ones_equals_the_whole(kind: str) -> None:
     reference = reference_of(kind)
     given_ = ["short", long_text(2 * CHUNK_CHARACTERS + 5), "", *(["x y"] * 3)]
-    assert len(list(split_text(given_[1], reference.cuts))) == 3
+    assert len(list(split_text(given_[1], reference.split_points))) == 3
     for ids, wanted in zip(reference.encode(given_), reference.encode_unsplit(given_), strict=True):
         np.testing.assert_array_equal(ids, wanted)
 
 
 def test_cut_returns_the_text_in_bounded_stretches() -> None:
     text = long_text(3 * CHUNK_CHARACTERS)
-    stretches = list(split_text(text, reference_of("tied").cuts))
+    stretches = list(split_text(text, reference_of("tied").split_points))
     assert "".join(stretches) == text
     assert max(map(len, stretches)) <= CHUNK_CHARACTERS
 
@@ -115,7 +115,7 @@ def test_cut_without_a_certain_place_goes_on_to_the_next_one(
     """Letters in a row can be cut nowhere; what follows can."""
     run = 2 * CHUNK_CHARACTERS + 100
     text = "a" * run + " b" * CHUNK_CHARACTERS
-    stretches = list(split_text(text, reference_of("gpt2").cuts))
+    stretches = list(split_text(text, reference_of("gpt2").split_points))
     assert "".join(stretches) == text
     assert len(stretches[0]) == run
     assert max(map(len, stretches[1:])) <= CHUNK_CHARACTERS
@@ -125,7 +125,7 @@ def test_cut_without_a_certain_place_goes_on_to_the_next_one(
 def test_encode_of_a_text_too_long_to_be_encoded_whole_is_refused() -> None:
     proto = references.unigram_proto(CORPUS)
     reference = SentencePieceReference(proto, frozenset())
-    assert reference.cuts is None
+    assert reference.split_points is None
     with pytest.raises(UnsplittableTextError, match=str(MAX_CHUNK_CHARACTERS + 1)):
         reference.encode(["a " * (MAX_CHUNK_CHARACTERS // 2) + "b"])
 

@@ -14,12 +14,8 @@ from torch import Tensor
 from raytune_llama.config.settings import from_dict
 from raytune_llama.storage.lease import Fence
 from raytune_llama.storage.place import Place
-from raytune_llama.train.checkpoint.layout import (
-    CHECKPOINT_MANIFEST,
-    CheckpointConfig,
-    RunState,
-    SaveResult,
-)
+from raytune_llama.train.checkpoint.config import CheckpointConfig
+from raytune_llama.train.checkpoint.layout import CHECKPOINT_MANIFEST, RunState, SaveResult
 from raytune_llama.train.checkpoint.saver import Saver
 from raytune_llama.train.checkpoint.shards import SliceReader
 from raytune_llama.train.config import PretrainConfig

@@ -115,7 +115,7 @@ def test_pretrain_config_sensible_relations_are_accepted(fields: dict[str, Any])
         # Three steps of eight sequences.
         (
             {"data__sources": [{"path": "/a", "weight": 1}, {"path": "/b", "weight": 0.01}]},
-            "data.sources.1.weight: 0.01 of 1.01 is less than one of 24 ",
+            "data.sources.1.weight: 0.01 of 1.01 is less than one sequence per block of 24",
         ),
         (
             {

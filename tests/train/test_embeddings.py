@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from raytune_llama.merge.merger import MergeConfig, merge_adapters
+from raytune_llama.merge.config import MergeConfig
+from raytune_llama.merge.merger import merge_adapters
 from raytune_llama.model.llama import SummedLoss, causal_lm, load_model
 from raytune_llama.model.lora import is_tied
 from raytune_llama.model.vocab import new_ids

@@ -18,7 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from raytune_llama.merge.merger import MergeConfig, merge_adapters
+from raytune_llama.merge.config import MergeConfig
+from raytune_llama.merge.merger import merge_adapters
 from raytune_llama.tokenizer.loader import load_tokenizer
 from raytune_llama.train.estimate.plan import build_plan
 from raytune_llama.train.monitoring.metrics import EVAL_LOSS
@@ -186,7 +187,7 @@ def test_family_without_positions_trains_joined_and_is_refused_isolated(
         "optim__neftune_alpha": 0.1,
     }
     [problem] = problems_of(make(**fields))
-    assert problem.startswith("batch.isolate_documents: a MptForCausalLM ")
+    assert problem.startswith("batch.isolate_documents: MptForCausalLM ")
     config = make(**fields, batch__isolate_documents=False)
     assert problems_of(config) == []
     run_here(config)

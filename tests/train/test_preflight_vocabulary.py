@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from raytune_llama.model.config import LoraConfig
 from raytune_llama.model.llama import load_model
-from raytune_llama.model.lora import LoraConfig, attach_adapter
+from raytune_llama.model.lora import attach_adapter
 from raytune_llama.model.vocab import new_ids
 from raytune_llama.train.process_group import ProcessGroup
 from tests.conftest import train_tokenizer

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from raytune_llama.config.settings import ConfigError
+from raytune_llama.model.config import LLAMA_PROJECTIONS
 from raytune_llama.model.llama import build_empty_model, causal_lm
-from raytune_llama.model.lora import LLAMA_PROJECTIONS
 from raytune_llama.train.engines.ddp import DataParallelEngine
 from raytune_llama.train.engines.protocol import trained_parameters
 from raytune_llama.train.estimate.plan import build_model, plan_memory

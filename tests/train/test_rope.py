@@ -9,9 +9,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from raytune_llama.merge.merger import MergeConfig, merge_adapters
+from raytune_llama.merge.config import MergeConfig
+from raytune_llama.merge.merger import merge_adapters
+from raytune_llama.model.config import RopeScaling
 from raytune_llama.model.llama import load_model
-from raytune_llama.model.rope import RopeScaling, check_rope_scaling
+from raytune_llama.model.rope import check_rope_scaling
 from raytune_llama.train.config import PretrainConfig
 from tests.train.conftest import MakeConfig, curve, fields_of, problems_of, run_here
 from tests.train.test_families import LLAMA3_ROPE, write_family
@@ -150,11 +152,13 @@ def test_scaling_that_transformers_calls_wrong_is_refused() -> None:
     before = config.to_dict()
     scaling = RopeScaling(type="llama3", factor=2.0, low_freq_factor=4.0, high_freq_factor=1.0)
     [problem] = check_rope_scaling(config, scaling, 64)
-    assert problem.startswith("model.rope_scaling: transformers says: ")
+    assert problem.startswith("model.rope_scaling: rejected by transformers: ")
     assert "high_freq_factor" in problem
     assert config.to_dict() == before
 
 
 def test_scaling_with_a_field_of_another_kind_is_refused(make: MakeConfig) -> None:
-    with pytest.raises(ValueError, match=r"model\.rope_scaling\.beta_fast: is for yarn alone"):
+    with pytest.raises(
+        ValueError, match=r"model\.rope_scaling\.beta_fast: applies only to type yarn"
+    ):
         make(model__rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 16.0})

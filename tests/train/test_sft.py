@@ -12,8 +12,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from raytune_llama.chat.config import ChatConfig
 from raytune_llama.chat.conversations import Conversation, Turn
-from raytune_llama.chat.encoding import ChatConfig, EncodedConversation, build_chat_encoder
+from raytune_llama.chat.encoding import EncodedConversation, build_chat_encoder
 from raytune_llama.config.settings import ConfigError, from_dict
 from raytune_llama.data.store.manifest import (
     STORE_FORMAT_VERSION,
@@ -25,7 +26,8 @@ from raytune_llama.data.store.manifest import (
     write_manifest,
 )
 from raytune_llama.data.store.shards import EncodedDocuments, ShardWriter
-from raytune_llama.merge.merger import MergeConfig, merge_adapters
+from raytune_llama.merge.config import MergeConfig
+from raytune_llama.merge.merger import merge_adapters
 from raytune_llama.storage.files import OUTPUT_MANIFEST, read_json, sha256_file, write_json_atomic
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import load_tokenizer
@@ -251,7 +253,7 @@ def test_goes_on_from_an_adapter_with_its_own_settings(make_sft: MakeSft) -> Non
     assert curve(second)[0] < curve(first)[0]
     one, two = load_file(adapter_of(first)), load_file(adapter_of(second))
     assert {key: t.shape for key, t in one.items()} == {key: t.shape for key, t in two.items()}
-    with pytest.raises(ConfigError, match="lora: set lora for a new adapter, or adapter"):
+    with pytest.raises(ConfigError, match="lora: set either lora"):
         make_sft("both", adapter=str(adapter_of(first).parent))
 
 

@@ -14,9 +14,12 @@ from tests.tune.conftest import SPACE, MakeSweep
     [
         ({"space": {}}, "space: got no field"),
         ({"space": {"run_dir": {"choice": ["a"]}}}, r"space\.run_dir: the sweep sets it"),
-        ({"space": {"scale.num_workers": {"choice": [1, 2]}}}, r"space\.scale\.num_workers: says"),
+        (
+            {"space": {"scale.num_workers": {"choice": [1, 2]}}},
+            r"space\.scale\.num_workers: affects",
+        ),
         ({"fixed": {"max_steps": 3}}, r"fixed\.max_steps: the sweep sets it"),
-        ({"fixed": {"lora": {"rank": 8}}}, r"fixed\.lora\.rank: stands in the space too"),
+        ({"fixed": {"lora": {"rank": 8}}}, r"fixed\.lora\.rank: also in space"),
         ({"scheduler": {"kind": "pbt"}}, "checkpoints.*use asha, median or none"),
         ({"scheduler": {"kind": "ahsa"}}, "wanted none, asha or median"),
         ({"scheduler": {"grace_steps": 12}}, "a trial has 12 steps"),

@@ -26,11 +26,11 @@ def make(**kind: object) -> Distribution:
         ({}, "got no kind"),
         ({"uniform": [0, 1], "choice": [1]}, "got choice and uniform"),
         ({"choice": []}, "choice"),
-        ({"choice": [8, 8]}, "stands twice"),
+        ({"choice": [8, 8]}, "duplicate value"),
         ({"uniform": [1.0, 1.0]}, "a lower and a higher bound"),
         ({"randint": [5, 2]}, "a lower and a higher bound"),
         ({"loguniform": [0.0, 1.0]}, "above 0"),
-        ({"choice": [1], "factor": 2.0}, "multiple_of is not given"),
+        ({"choice": [1], "factor": 2.0}, "multiple_of is not set"),
         ({"lognormal": [0, 1]}, "loguniform"),
     ],
 )
@@ -76,7 +76,7 @@ def test_multiple_follows_the_field_it_names() -> None:
 
 def test_multiple_of_a_text_is_refused() -> None:
     space = {"a": make(choice=["x"]), "b": make(multiple_of="a", factor=2.0)}
-    with pytest.raises(ConfigError, match="no multiples"):
+    with pytest.raises(ConfigError, match="wanted a number"):
         build_grid(space)
 
 

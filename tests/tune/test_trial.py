@@ -51,7 +51,7 @@ def test_follower_reads_every_evaluation_but_the_first_with_the_time_spent(tmp_p
 def test_follower_of_a_metric_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
     write(tmp_path / "run", evaluation(0, 5.0))
     follower = EvaluationReader(Place.local(tmp_path / "run"), "eval/bits_per_byte")
-    with pytest.raises(ValueError, match="there is eval/loss, eval/loss/a"):
+    with pytest.raises(ValueError, match="available: eval/loss, eval/loss/a"):
         follower.read_evaluations()
 
 

@@ -75,7 +75,7 @@ def test_fewer_tokens_than_asked_for_are_told(caplog: pytest.LogCaptureFixture) 
     engine = json.loads(byte_level("words-3").to_str())
     grown = grow_byte_level(engine, ["天地玄黄"] * 3, 500)
     assert 0 < grown.num_new < 20
-    assert f"the text gives {grown.num_new} new tokens of the 500 asked for" in caplog.text
+    assert f"the text yields only {grown.num_new} of the 500 requested tokens" in caplog.text
 
 
 def test_ids_go_on_behind_control_tokens_that_stand_behind_the_vocabulary() -> None:
@@ -98,5 +98,5 @@ def test_merges_in_the_old_form_stay_in_it() -> None:
 
 
 def test_a_tokenizer_of_another_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="model: neither has a tokenizer"):
+    with pytest.raises(ValueError, match="model: neither has a SentencePiece tokenizer"):
         check_byte_level(llama_json_reference().engine, "model")

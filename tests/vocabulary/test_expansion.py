@@ -17,12 +17,13 @@ from sentencepiece.sentencepiece_model_pb2 import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from raytune_llama.config.settings import ConfigError, from_dict
-from raytune_llama.data.readers.sources import SourceConfig
+from raytune_llama.data.readers.config import SourceConfig
 from raytune_llama.model.vocab import check_vocabulary, new_ids
 from raytune_llama.tokenizer.loader import load_reference_encoder, load_tokenizer
 from raytune_llama.tokenizer.reference import SentencePieceReference
 from raytune_llama.vocabulary import expansion as vocabulary
-from raytune_llama.vocabulary.expansion import ExpandVocabConfig, expand_vocabulary
+from raytune_llama.vocabulary.config import ExpandVocabConfig
+from raytune_llama.vocabulary.expansion import expand_vocabulary
 from raytune_llama.vocabulary.parity import ParityReport
 from raytune_llama.vocabulary.samples import sample_documents
 from tests.tokenizer.references import corpus_pieces, pieces_proto
@@ -216,7 +217,7 @@ def test_a_tokenizer_with_tokens_behind_its_pieces_is_refused(
     tokenizer = copy.deepcopy(load_tokenizer(base))
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(base)
-    with pytest.raises(ConfigError, match=r"1 tokens behind its \d+ pieces"):
+    with pytest.raises(ConfigError, match=r"1 added tokens after its \d+ pieces"):
         expand(base, corpora)
 
 

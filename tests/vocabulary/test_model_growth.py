@@ -13,7 +13,8 @@ from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from raytune_llama.model.vocab import split_new_token
 from raytune_llama.tokenizer.loader import load_tokenizer
-from raytune_llama.vocabulary.model_growth import GrowthConfig, grow_model
+from raytune_llama.vocabulary.config import GrowthConfig
+from raytune_llama.vocabulary.model_growth import grow_model
 from tests.model.conftest import MakeModel
 
 IDS = torch.arange(3, 60)[None]
@@ -142,7 +143,7 @@ def test_a_model_smaller_than_its_own_tokenizer_is_refused(
     make_base: MakeBase, grown_tokenizer: Path, tmp_path: Path
 ) -> None:
     base = make_base(vocab_size=390)
-    with pytest.raises(ValueError, match="400 ids, and its embedding 390 rows"):
+    with pytest.raises(ValueError, match="400 ids, but its embedding 390 rows"):
         grow_model(base, grown_tokenizer, tmp_path, GrowthConfig())
 
 

@@ -14,9 +14,8 @@ from sentencepiece.sentencepiece_model_pb2 import (
 )
 
 from raytune_llama.tokenizer.reference import PieceProto
+from raytune_llama.vocabulary.config import PieceScores, PieceTraining
 from raytune_llama.vocabulary.sentencepiece_merge import (
-    PieceScores,
-    PieceTraining,
     check_base,
     merge_pieces,
     read_pieces,
@@ -184,7 +183,7 @@ def test_training_on_too_little_text_names_the_field() -> None:
 
 def test_a_base_whose_scores_are_probabilities_is_refused() -> None:
     check_base(BASE, "base")
-    with pytest.raises(ValueError, match="base: is no BPE model"):
+    with pytest.raises(ValueError, match="base: is not a BPE model"):
         check_base(unigram_proto(CORPUS), "base")
-    with pytest.raises(ValueError, match="base: is no SentencePiece model"):
+    with pytest.raises(ValueError, match="base: is not a SentencePiece model"):
         check_base(b"tokens", "base")

@@ -1,14 +1,11 @@
-"""The templates by their names in configs."""
+"""Look up templates by their names in configs."""
 
 import logging
 
 from transformers import PreTrainedTokenizerFast
 
-from raytune_llama.chat.templates.alpaca import ALPACA
-from raytune_llama.chat.templates.alpaca_inference import ALPACA_INFERENCE
-from raytune_llama.chat.templates.belle import BELLE
-from raytune_llama.chat.templates.llama2 import LLAMA2
-from raytune_llama.chat.templates.names import TemplateName
+from raytune_llama.chat.config import TemplateName
+from raytune_llama.chat.templates.formats import SPECS
 from raytune_llama.chat.templates.plain import PlainTemplate
 from raytune_llama.chat.templates.segments import Template, find_control_tokens
 from raytune_llama.chat.templates.tokenizer import TokenizerTemplate
@@ -17,39 +14,36 @@ from raytune_llama.config.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-_SPECS = {form.name: form for form in (ALPACA, ALPACA_INFERENCE, BELLE, LLAMA2)}
-
-
 def build_template(name: TemplateName, tokenizer: PreTrainedTokenizerFast) -> Template:
     """Return a template for a tokenizer from `load_tokenizer`.
 
     Raises:
-        ValueError: The tokenizer has no EOS, or no chat template that can be used.
+        ValueError: The tokenizer has no EOS, or no usable chat template.
     """
     if name == "tokenizer":
         return TokenizerTemplate(tokenizer)
-    form, controls = _SPECS[name], find_control_tokens(tokenizer)
+    form, controls = SPECS[name], find_control_tokens(tokenizer)
     if controls.bos is None and form.bos != "none":
-        logger.warning("template %s: the tokenizer has no BOS, so none is written", name)
+        logger.warning("template %s: the tokenizer has no BOS token, rendering without BOS", name)
     return PlainTemplate(form, controls)
 
 
 def check_roles(template: Template, *, num_conversations: int, num_with_system: int) -> None:
-    """Refuse a template that does not fit the roles of a corpus, before any work is done.
+    """Check that a template supports the roles of a corpus, before any work is done.
 
     Raises:
-        ValueError: Some conversations have a system's message and the template no place for it, or
-            the template needs one and some have none.
+        ValueError: Some conversations have a system message but the template does not support one,
+            or the template requires one and some have none.
     """
     without = num_conversations - num_with_system
     if num_with_system and not template.allows_system:
         raise UserError(
-            f"template: {template.name} has no place for what the system says, which is part of "
-            f"{num_with_system} of {num_conversations} conversations; name another template, or "
-            "leave it out of the data"
+            f"template: {template.name} does not support system messages, but {num_with_system} of "
+            f"{num_conversations} conversations have one; set another template, or remove the "
+            "system messages from the data"
         )
     if without and template.needs_system:
         raise UserError(
-            f"template: {template.name} needs what the system says, which {without} of "
-            f"{num_conversations} conversations lack; name another template, or add it"
+            f"template: {template.name} requires a system message, but {without} of "
+            f"{num_conversations} conversations have none; set another template, or add one"
         )

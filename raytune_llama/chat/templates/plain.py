@@ -1,4 +1,4 @@
-"""Templates that are text around what is said, with BOS before and EOS behind each answer."""
+"""Plain-text templates: fixed text around the contents, optional BOS, and EOS after each answer."""
 
 import hashlib
 import json
@@ -15,43 +15,43 @@ from raytune_llama.chat.templates.segments import (
 )
 
 BosPolicy = Literal["none", "first", "each"]
-"""Where BOS stands: nowhere, before the first exchange, or before each."""
+"""Placement of BOS: nowhere, before the first exchange, or before each exchange."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptContent:
-    """What a prompt is written from."""
+    """Contents from which a prompt is rendered."""
 
     user: str
-    """The user's content."""
+    """Content of the user's turn."""
     system: str | None
-    """What the system says; None behind the first exchange."""
+    """System message; None after the first exchange."""
     is_first_exchange: bool
-    """Whether it is the first exchange."""
+    """Whether the prompt belongs to the first exchange."""
 
 
 @dataclass(frozen=True)
 class PlainTemplateSpec:
-    """What such a template is."""
+    """Definition of a plain-text template."""
 
     name: str
-    """Its name in configs."""
+    """Name of the template in configs."""
     version: int
-    """Changes with its behaviour."""
+    """Version, incremented with each change of behavior."""
     bos: BosPolicy
-    """Where BOS stands."""
+    """Placement of BOS."""
     allows_system: bool
-    """Whether it has a place for what the system says."""
+    """Whether a conversation may have a system message."""
     write_prompt: Callable[[PromptContent], list[Segment]]
-    """Writes all between BOS and the answer, as text."""
+    """Renders everything between BOS and the answer, as text."""
 
 
 @dataclass(frozen=True)
 class PlainTemplate:
-    """See `Template`; prompt and answer are encoded apart."""
+    """A `Template` built from a spec; prompt and answer are encoded separately."""
 
     spec: PlainTemplateSpec
-    """What is written."""
+    """Definition of the template."""
     controls: ControlTokens
     """The tokenizer's BOS and EOS."""
 
@@ -76,9 +76,9 @@ class PlainTemplate:
 
     @property
     def sha256(self) -> str:
-        """Hash of name and version, and of what is written for two conversations.
+        """Hash of name, version and two rendered conversations.
 
-        The second part tells of a change of which the version does not.
+        The conversations reveal changes for which the version was not incremented.
         """
         symbols = ControlTokens(Segment("control", "BOS", 0), Segment("control", "EOS", 1))
         plain = replace(self, controls=symbols)
@@ -94,7 +94,7 @@ class PlainTemplate:
     def render(self, conversation: Conversation) -> list[Segment]:
         """See `Template.render`."""
         if conversation.system is not None and not self.allows_system:
-            raise UnrenderableError(f"template {self.name} has no place for what the system says")
+            raise UnrenderableError(f"template {self.name} does not support system messages")
         written: list[Segment] = []
         for number, turn in enumerate(conversation.turns):
             if turn.role == "assistant":
@@ -109,5 +109,5 @@ class PlainTemplate:
         return written
 
     def _needs_bos(self, *, is_first: bool) -> bool:
-        """Whether BOS stands before an exchange."""
+        """Whether BOS precedes an exchange."""
         return self.spec.bos == "each" or (is_first and self.spec.bos == "first")

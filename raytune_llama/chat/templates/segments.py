@@ -1,4 +1,4 @@
-"""What a template turns a conversation into: text and control tokens, each knowing what it is."""
+"""Segments of a rendered conversation, and the `Template` protocol that renders them."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -9,15 +9,15 @@ from raytune_llama.chat.conversations import Conversation
 from raytune_llama.config.errors import UserError
 
 SegmentKind = Literal["template", "system", "user", "assistant", "control"]
-"""What a segment is: the template's own text, somebody's content, or a control token."""
+"""Kind of a segment: template text, the content of a message by its role, or a control token."""
 
 PromptBoundary = Literal["apart", "joint"]
-"""How prompt and answer become ids: each encoded as a text of its own, as LLaMA's fine-tuning
-scripts do; or the whole stretch between two control tokens as one, as `transformers` does."""
+"""How prompt and answer are encoded. `apart`: separately, as LLaMA's fine-tuning scripts do.
+`joint`: all text between two control tokens together, as `transformers` does."""
 
 
 class UnrenderableError(UserError):
-    """A conversation that a template cannot write, or not so that its contents are found again."""
+    """A template can't render a conversation, or the contents can't be located in the result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,80 +25,80 @@ class Segment:
     """A part of a rendered conversation."""
 
     kind: SegmentKind
-    """What it is."""
+    """Kind of the segment."""
     text: str
-    """Its text; of a control token, how the token is spelled."""
+    """Text of the segment; for a control token, its spelling."""
     token_id: int | None = None
-    """Id of a control token; None for text, in which no control token is ever looked for."""
+    """Id of a control token; None for text, which is never searched for control tokens."""
     is_target: bool = False
-    """Whether the model has to say it: answers, and what ends them."""
+    """Whether the loss covers it: answers and the tokens that end them."""
 
 
 @dataclass(frozen=True, slots=True)
 class ControlTokens:
-    """The control tokens that templates of plain text use, as segments that are no targets."""
+    """Control tokens of the plain-text templates, as segments that are not targets."""
 
     bos: Segment | None
-    """Begins a text; None where the tokenizer has none."""
+    """BOS, begins a text; None if the tokenizer has none."""
     eos: Segment
-    """Ends an answer."""
+    """EOS, ends an answer."""
 
 
 class Template(Protocol):
-    """A form in which conversations are written for a model."""
+    """Renders conversations in the format that a model expects."""
 
     @property
     def name(self) -> str:
-        """The name in configs."""
+        """Name of the template in configs."""
         ...
 
     @property
     def sha256(self) -> str:
-        """Hash of its behaviour, to be stored with what was trained on it."""
+        """Hash of the template's behavior, stored with the models trained on it."""
         ...
 
     @property
     def boundary(self) -> PromptBoundary:
-        """How prompt and answer become ids."""
+        """How prompt and answer are encoded."""
         ...
 
     @property
     def allows_system(self) -> bool:
-        """Whether it has a place for what the system says."""
+        """Whether a conversation may have a system message."""
         ...
 
     @property
     def needs_system(self) -> bool:
-        """Whether it cannot write a conversation without it."""
+        """Whether a conversation must have a system message."""
         ...
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer: what serving stops at."""
+        """Ids that end an answer; serving stops at them."""
         ...
 
     def render(self, conversation: Conversation) -> list[Segment]:
-        """Write a conversation without defects.
+        """Render a conversation without defects.
 
-        Where the user speaks last, the segments end where the answer is to begin: they are the
-        beginning of what the same conversation becomes with an answer.
+        If the last turn is the user's, the segments end where the answer begins: they are a prefix
+        of the segments of the same conversation with an answer.
 
         Raises:
-            UnrenderableError: It can't be written by this template.
+            UnrenderableError: This template can't render the conversation.
         """
         ...
 
 
 def find_control_tokens(tokenizer: PreTrainedTokenizerFast) -> ControlTokens:
-    """Return the tokens that begin and end texts.
+    """Return the BOS and EOS of a tokenizer.
 
     Raises:
-        ValueError: The tokenizer has no EOS: a model that learns no end never stops.
+        ValueError: The tokenizer has no EOS, without which a model never learns to stop.
     """
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     if not isinstance(eos, int):
         raise UserError(  # the tokenizer is wrong, not an argument's type
-            f"tokenizer: {tokenizer.name_or_path} has no EOS, so no answer would ever end; set "
+            f"tokenizer: {tokenizer.name_or_path} has no EOS token, so answers never end; set "
             "eos_token in its tokenizer_config.json"
         )
     begin = None

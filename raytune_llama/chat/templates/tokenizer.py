@@ -1,12 +1,12 @@
-"""The tokenizer's own chat template, with the place of each content known, or refused.
+"""The tokenizer's own Jinja chat template, with every content located exactly.
 
-A template is a program in jinja: it may change contents, reorder or drop them. So its form is
-first rendered with a placeholder for each content, which gives the texts between them; then the
-real conversation is rendered, and must be just these texts with the contents between them, each as
-it is or without white space at its ends. What doesn't fit is not guessed.
+A template is a Jinja program: it may change contents, reorder or drop them. So it is first rendered
+with a placeholder for each content, which gives the texts between them; then the real conversation
+is rendered, and must consist of these texts and the contents, each unchanged or without whitespace
+at its ends. Anything else is rejected, not guessed.
 
-The model has to say what stands between the prompt, as the template writes it for generation, and
-the control token behind the answer. Markers for that ({% generation %}) are not needed.
+The loss covers everything from the end of the generation prompt up to and including the control
+token after the answer. The template needs no {% generation %} markers for that.
 """
 
 import hashlib
@@ -32,38 +32,38 @@ from raytune_llama.tokenizer.loader import control_token_strings
 logger = logging.getLogger(__name__)
 
 _VERSION = 1
-_DATE = "26 Jul 2024"  # what LLaMA 3's templates write where nobody tells the date
+_DATE = "26 Jul 2024"  # the default date of LLaMA 3's templates
 _PLACEHOLDER = "Content{}OfX7q9k2"
 
 Speaker = str
-"""A role, or `system`."""
+"""A `Role`, or `system`."""
 
 
 @dataclass(frozen=True, slots=True)
 class _RenderedShape:
-    """What a template writes for a sequence of speakers."""
+    """Output of a template for a sequence of speakers, without the contents."""
 
     texts: tuple[str, ...]
-    """What stands before, between and behind the contents."""
+    """Texts before, between and after the contents."""
     segments: tuple[tuple[Segment, ...], ...]
-    """The same, cut at control tokens."""
+    """The texts, split at control tokens."""
 
 
 class TokenizerTemplate:
-    """See `Template`; the stretch between two control tokens is encoded as one text."""
+    """Runs the tokenizer's own template; text between control tokens is encoded together."""
 
     name = "tokenizer"
     boundary: PromptBoundary = "joint"
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Try a tokenizer's template on conversations of every shape.
+        """Probe a tokenizer's template with conversations of several shapes.
 
         Args:
-            tokenizer: From `load_tokenizer`.
+            tokenizer: Tokenizer from `load_tokenizer`.
 
         Raises:
-            ValueError: It has no EOS or no template, or none in which the place of each content
-                can be proven, or one that writes today's date and takes no other.
+            ValueError: The tokenizer has no EOS or no template, or its template does not allow
+                contents to be located, or always writes today's date.
         """
         self._tokenizer = tokenizer
         self._controls = find_control_tokens(tokenizer)
@@ -71,8 +71,8 @@ class TokenizerTemplate:
         self._skeletons: dict[tuple[Speaker, ...], _RenderedShape] = {}
         if tokenizer.chat_template is None:
             raise UserError(
-                f"template: {tokenizer.name_or_path} has no chat template; name another template, "
-                "or put the model's chat_template.jinja there"
+                f"template: {tokenizer.name_or_path} has no chat template; set another template, "
+                "or add the model's chat_template.jinja to that directory"
             )
         text = tokenizer.get_chat_template()
         self._check_date(text)
@@ -90,7 +90,9 @@ class TokenizerTemplate:
         text = self._write(speakers, contents)
         spans = _match(text, skeleton.texts, contents)
         if spans is None:
-            raise UnrenderableError("the chat template changes its contents, not only their ends")
+            raise UnrenderableError(
+                "the chat template changes contents by more than stripping whitespace"
+            )
         written = list(skeleton.segments[0])
         for speaker, span, between in zip(speakers, spans, skeleton.segments[1:], strict=True):
             kind = speaker if speaker in ("system", "user") else "assistant"
@@ -99,7 +101,7 @@ class TokenizerTemplate:
         return written
 
     def _write(self, speakers: list[Speaker], contents: list[str]) -> str:
-        """Render a conversation; one of which the user speaks last, as a prompt."""
+        """Render a conversation, as a generation prompt if its last turn is the user's."""
         messages = [
             {"role": speaker, "content": content}
             for speaker, content in zip(speakers, contents, strict=True)
@@ -129,8 +131,8 @@ class TokenizerTemplate:
             if text.count(name) != 1 or text.index(name) < places[-1]:
                 times = text.count(name)
                 raise UnrenderableError(
-                    f"the chat template writes what the {speakers[number]} says {times} times, "
-                    "or not in order"
+                    f"the chat template renders the {speakers[number]} content of message {number} "
+                    f"{times} times, or out of order"
                 )
             places += [text.index(name), text.index(name) + len(name)]
         places.append(len(text))
@@ -141,24 +143,23 @@ class TokenizerTemplate:
                 prompt = self._write(speakers[:number], names[:number])
                 if not text.startswith(prompt) or len(prompt) > places[2 * number + 1]:
                     raise UnrenderableError(
-                        "what the chat template writes for generation is not how it begins an "
-                        "answer"
+                        "the generation prompt of the chat template is not a prefix of its answers"
                     )
                 said[number] = places[2 * number + 1] - len(prompt)
         parts = zip(texts, said, ["", *speakers], strict=True)
         segments = tuple(
-            self._cut(part, num_said, follows_answer=before == "assistant")
+            self._split(part, num_said, follows_answer=before == "assistant")
             for part, num_said, before in parts
         )
         return _RenderedShape(tuple(texts), segments)
 
-    def _cut(self, text: str, num_said: int, *, follows_answer: bool) -> tuple[Segment, ...]:
-        """Cut a template's text at control tokens.
+    def _split(self, text: str, num_said: int, *, follows_answer: bool) -> tuple[Segment, ...]:
+        """Split a template's text at control tokens.
 
         Args:
-            text: What stands between two contents.
-            num_said: How many characters at its end belong to the next answer.
-            follows_answer: Whether it ends an answer, with its first control token.
+            text: Text between two contents.
+            num_said: Number of characters at its end that belong to the next answer.
+            follows_answer: Whether it follows an answer, which its first control token ends.
         """
         head, said = text[: len(text) - num_said], text[len(text) - num_said :]
         segments: list[Segment] = []
@@ -167,7 +168,7 @@ class TokenizerTemplate:
             segments.append(self._segment(part, is_target=is_target))
             is_target = is_target and segments[-1].token_id is None
         if is_target:
-            raise UnrenderableError("the chat template ends an answer with no control token")
+            raise UnrenderableError("the chat template ends an answer without a control token")
         parts = filter(None, self._spelled.split(said))
         return (*segments, *(self._segment(part, is_target=True) for part in parts))
 
@@ -186,13 +187,13 @@ class TokenizerTemplate:
         written = self._tokenizer.apply_chat_template(messages, tokenize=False, date_string=name)
         if name not in written:
             raise UserError(
-                f"template: the chat template of {self._tokenizer.name_or_path} writes the date of "
-                "the day, so that training and serving would differ; let it take date_string"
+                f"template: the chat template of {self._tokenizer.name_or_path} writes today's "
+                "date, so training and serving would differ; make it use date_string"
             )
-        logger.info("the chat template writes a date: it is always %s", _DATE)
+        logger.info("the chat template writes a date: using the fixed date %s", _DATE)
 
     def _probe(self) -> tuple[bool, bool, frozenset[int]]:
-        """Return whether it allows and needs a system's message, and what ends its answers."""
+        """Return whether a system message is allowed, whether it is required, and the stop ids."""
         one, errors = ("user", "assistant"), []
         works: list[bool] = []
         for start in ((), ("system",)):
@@ -206,18 +207,18 @@ class TokenizerTemplate:
         if not any(works):
             raise UserError(
                 f"template: the chat template of {self._tokenizer.name_or_path} cannot be used: "
-                f"{errors[0]}; name another template"
+                f"{errors[0]}; set another template"
             )
         ends = {
-            next(segment.token_id for segment in behind if segment.token_id is not None)
+            next(segment.token_id for segment in after if segment.token_id is not None)
             for speakers, skeleton in self._skeletons.items()
-            for speaker, behind in zip(speakers, skeleton.segments[1:], strict=True)
+            for speaker, after in zip(speakers, skeleton.segments[1:], strict=True)
             if speaker == "assistant"
         }
         if self._controls.eos.token_id not in ends:
             logger.warning(
-                "the chat template ends answers with %s, and the tokenizer's EOS is %s: serving "
-                "has to stop at the former",
+                "the chat template ends answers with token ids %s, but the tokenizer's EOS is %s: "
+                "serving must stop at the former",
                 sorted(ends),
                 self._controls.eos.token_id,
             )
@@ -230,20 +231,20 @@ def _pattern(spelled: frozenset[str]) -> re.Pattern[str]:
 
 
 def _match(text: str, texts: tuple[str, ...], contents: list[str]) -> list[str] | None:
-    """Find contents in a rendered text: as they are, or without white space at their ends.
+    """Locate contents in a rendered text, unchanged or without whitespace at their ends.
 
     Returns:
-        The contents as they stand there; None where the text is anything else.
+        The contents as found in the text; None if the text does not match.
     """
-    # All ways so far, by where they have come to; the contents as they are come first.
-    ways: dict[int, list[str]] = {len(texts[0]): []} if text.startswith(texts[0]) else {}
+    # All partial matches, by their end position; unchanged contents come first.
+    matches: dict[int, list[str]] = {len(texts[0]): []} if text.startswith(texts[0]) else {}
     for content, between in zip(contents, texts[1:], strict=True):
         candidates = (content, content.strip(), content.rstrip(), content.lstrip())
         longer: dict[int, list[str]] = {}
-        for place, found in ways.items():
+        for place, found in matches.items():
             for candidate in dict.fromkeys(candidates):
                 if text.startswith(candidate + between, place):
                     end = place + len(candidate) + len(between)
                     longer.setdefault(end, [*found, candidate])
-        ways = longer
-    return ways.get(len(text))
+        matches = longer
+    return matches.get(len(text))

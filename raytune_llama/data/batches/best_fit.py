@@ -1,13 +1,13 @@
-"""Sequences of whole conversations: several in one, or one each; and the choice of every form.
+"""Sequences of complete conversations, packed or padded, and the dispatch over all sequence forms.
 
-    sequences = cut_stretch(stretch, "fitted", 512, fingerprint=store.fingerprint, seed=1)
+    sequences = cut_sequences(span, "fitted", 512, fingerprint=store.fingerprint, seed=1)
 
-- `fitted`: conversations are put together by best fit, the longest first, each where it leaves the
-  least room. None is cut, and none sees another.
-- `padded`: one conversation a sequence, numbered by their lengths, so that neighbours are about as
-  long; a batch is as long as its longest.
+- `fitted`: conversations are packed by best-fit decreasing: the longest first, each where it leaves
+  the least room. No conversation is cut, and none attends to another.
+- `padded`: one conversation per sequence, sorted by length, so that neighbors have similar lengths;
+  a batch is as long as its longest sequence.
 
-A label is trained where the store says that its token is learned. Shapes: T = tokens of a sequence.
+Labels follow the store's loss mask. Shapes: T = sequence length in tokens.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,14 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from raytune_llama.data.batches.config import EvaluationForm, SequenceForm
 from raytune_llama.data.batches.order import SampleIndex
 from raytune_llama.data.batches.packing import (
     Crops,
-    EvaluationForm,
     GroupTextsBlocks,
     IsolatedSequences,
     JoinedSequences,
     PackedSequence,
-    SequenceForm,
     SourceSequences,
     SourceSpan,
     check_index,
@@ -33,54 +32,54 @@ from raytune_llama.data.batches.packing import (
 
 @dataclass(frozen=True, eq=False)
 class WholeDocuments:
-    """Sequences of whole documents, none of which sees another."""
+    """Sequences of complete documents that do not attend to each other."""
 
     source_span: SourceSpan
-    """The documents."""
+    """Source documents to cut into sequences."""
     sequence_tokens: int
-    """T; no document is longer."""
+    """Sequence length T in tokens; no document is longer."""
     order: NDArray[np.int64]
-    """All documents of the stretch by their numbers in the split, sequence after sequence."""
+    """Document numbers in the split, grouped by sequence."""
     bounds: NDArray[np.int64]
-    """Where each sequence begins among them, and the end of the last."""
+    """Start of each sequence in `order`, and the end of the last one."""
 
     @classmethod
-    def fitted(cls, stretch: SourceSpan, sequence_tokens: int) -> Self:
-        """Put as many documents as fit into each sequence."""
-        sequence_of = best_fit(_lengths(stretch, sequence_tokens), sequence_tokens)
-        # Documents of one sequence in their own order.
+    def fitted(cls, source_span: SourceSpan, sequence_tokens: int) -> Self:
+        """Pack several documents into each sequence by best fit."""
+        sequence_of = best_fit(_lengths(source_span, sequence_tokens), sequence_tokens)
+        # A stable sort keeps the documents of a sequence in store order.
         order = np.argsort(sequence_of, kind="stable")
         bounds = np.concatenate([[0], np.cumsum(np.bincount(sequence_of))])
-        return cls(stretch, sequence_tokens, order + stretch.documents.start, bounds)
+        return cls(source_span, sequence_tokens, order + source_span.documents.start, bounds)
 
     @classmethod
-    def padded(cls, stretch: SourceSpan, sequence_tokens: int) -> Self:
-        """Give each document a sequence, the shortest first."""
-        order = np.argsort(_lengths(stretch, sequence_tokens), kind="stable")
+    def padded(cls, source_span: SourceSpan, sequence_tokens: int) -> Self:
+        """Put each document into a sequence of its own, the shortest first."""
+        order = np.argsort(_lengths(source_span, sequence_tokens), kind="stable")
         bounds = np.arange(len(order) + 1)
-        return cls(stretch, sequence_tokens, order + stretch.documents.start, bounds)
+        return cls(source_span, sequence_tokens, order + source_span.documents.start, bounds)
 
     @property
     def num_sequences(self) -> int:
-        """Sequences of the stretch."""
+        """Number of sequences per epoch."""
         return len(self.bounds) - 1
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents."""
+        """Number of tokens in all documents."""
         return len(self.source_span.tokens)
 
     @property
     def num_read_tokens(self) -> int:
-        """All tokens."""
+        """Number of tokens read per epoch: all of them."""
         return self.num_tokens
 
     def read(self, sample: SampleIndex) -> PackedSequence:
-        """Put the documents of a sequence together."""
+        """Read one sequence by concatenating its documents."""
         return _concatenate_documents(self.source_span, self._members(sample.index))
 
     def documents(self, sample: SampleIndex) -> list[int]:
-        """Return the documents of a sequence, in its order."""
+        """Return the document numbers of a sequence, in its order."""
         return self._members(sample.index).tolist()
 
     def _members(self, index: int) -> NDArray[np.int64]:
@@ -90,16 +89,16 @@ class WholeDocuments:
 
 
 def best_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """Put items into bins by best fit decreasing: the longest first, where it leaves least room.
+    """Pack items into bins by best-fit decreasing: longest first, where it leaves the least room.
 
-    Uses at most 11/9 of the least number of bins, and one more (Johnson 1974, SIAM J. Comput. 3).
+    Uses at most 11/9 of the optimal number of bins, plus one (Johnson 1974, SIAM J. Comput. 3).
 
     Args:
-        lengths: Of each item, from 1 to `capacity`.
-        capacity: Of a bin.
+        lengths: Length of each item, from 1 to `capacity`.
+        capacity: Capacity of a bin.
 
     Returns:
-        The bin of each item, from 0.
+        Bin index of each item, from 0.
     """
     bin_of = np.empty(len(lengths), dtype=np.int64)
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
@@ -121,16 +120,16 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
     return bin_of
 
 
-def _lengths(stretch: SourceSpan, sequence_tokens: int) -> NDArray[np.int64]:
-    documents = np.arange(stretch.documents.start, stretch.documents.stop + 1)
-    lengths = np.diff(stretch.split.token_starts(documents))
+def _lengths(source_span: SourceSpan, sequence_tokens: int) -> NDArray[np.int64]:
+    documents = np.arange(source_span.documents.start, source_span.documents.stop + 1)
+    lengths = np.diff(source_span.split.token_starts(documents))
     assert lengths.max(initial=0) <= sequence_tokens, "conversations are cut when they are encoded"
     return lengths
 
 
-def _concatenate_documents(stretch: SourceSpan, documents: NDArray[np.int64]) -> PackedSequence:
-    """Return documents as one sequence, none of which sees another."""
-    split = stretch.split
+def _concatenate_documents(source_span: SourceSpan, documents: NDArray[np.int64]) -> PackedSequence:
+    """Concatenate documents to one sequence in which they do not attend to each other."""
+    split = source_span.split
     spans = split.token_starts(np.stack([documents, documents + 1], axis=1).ravel()).reshape(-1, 2)
     ids = [split.tokens(start, stop) for start, stop in spans.tolist()]
     starts = np.cumsum([len(some) for some in ids])[:-1]
@@ -139,41 +138,46 @@ def _concatenate_documents(stretch: SourceSpan, documents: NDArray[np.int64]) ->
         return PackedSequence(flat, flat[1:], starts)
     masks = [split.targets(start, stop) for start, stop in spans.tolist()]
     targets = np.concatenate(masks)[1:]
-    targets[starts - 1] = False  # a document's first token follows from nothing
+    targets[starts - 1] = False  # a document's first token cannot be predicted
     return PackedSequence(flat, flat[1:], starts, targets)
 
 
 def cut_evaluation_sequences(
-    stretch: SourceSpan, form: EvaluationForm, sequence_tokens: int
+    source_span: SourceSpan, form: EvaluationForm, sequence_tokens: int
 ) -> SourceSequences:
-    """Cut a stretch into the sequences that it is evaluated by."""
+    """Cut a source span into its evaluation sequences."""
     match form:
         case "isolated":
-            return IsolatedSequences(stretch, sequence_tokens)
+            return IsolatedSequences(source_span, sequence_tokens)
         case "joined":
-            return JoinedSequences(stretch, sequence_tokens)
+            return JoinedSequences(source_span, sequence_tokens)
         case "fitted":
-            return WholeDocuments.fitted(stretch, sequence_tokens)
+            return WholeDocuments.fitted(source_span, sequence_tokens)
 
 
 def cut_sequences(
-    stretch: SourceSpan, form: SequenceForm, sequence_tokens: int, *, fingerprint: str, seed: int
+    source_span: SourceSpan,
+    form: SequenceForm,
+    sequence_tokens: int,
+    *,
+    fingerprint: str,
+    seed: int,
 ) -> SourceSequences:
-    """Cut a stretch into sequences.
+    """Cut a source span into sequences.
 
     Args:
-        stretch: What a source has in a split.
-        form: How it is cut.
-        sequence_tokens: T.
-        fingerprint: The token store's; with `seed` it decides where crops start.
-        seed: The run's.
+        source_span: Part of a split that belongs to one source.
+        form: Sequence form; see `packing.py`.
+        sequence_tokens: Sequence length T in tokens.
+        fingerprint: Fingerprint of the token store; decides the crops together with `seed`.
+        seed: Seed of the run.
     """
     match form:
         case "crops":
-            return Crops(stretch, sequence_tokens, fingerprint, seed)
+            return Crops(source_span, sequence_tokens, fingerprint, seed)
         case "seed_blocks":
-            return GroupTextsBlocks.from_span(stretch, sequence_tokens)
+            return GroupTextsBlocks.from_span(source_span, sequence_tokens)
         case "padded":
-            return WholeDocuments.padded(stretch, sequence_tokens)
+            return WholeDocuments.padded(source_span, sequence_tokens)
         case packed:
-            return cut_evaluation_sequences(stretch, packed, sequence_tokens)
+            return cut_evaluation_sequences(source_span, packed, sequence_tokens)

@@ -1,6 +1,6 @@
-"""Which validation sequences are evaluated, and the bytes of text that they account for.
+"""Select the validation sequences to evaluate, and count the text bytes that they cover.
 
-Every source is evaluated apart, so that each has a loss of its own, and always in packed form.
+Each source is evaluated separately, so that it gets its own loss, and always in a packed form.
 """
 
 from collections.abc import Iterator, Sequence
@@ -8,52 +8,47 @@ from dataclasses import dataclass
 
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.data.batches.best_fit import cut_evaluation_sequences
-from raytune_llama.data.batches.mixture import MixedSource, source_names
-from raytune_llama.data.batches.order import SampleIndex, apportion
-from raytune_llama.data.batches.packing import (
-    EvaluationForm,
-    JoinedSequences,
-    SourceSequences,
-    find_source_spans,
-)
+from raytune_llama.data.batches.config import EvaluationForm, MixedSource, apportion, source_names
+from raytune_llama.data.batches.order import SampleIndex
+from raytune_llama.data.batches.packing import JoinedSequences, SourceSequences, find_source_spans
 from raytune_llama.data.batches.step_batches import MicroBatch, num_micro_batches, stack_sequences
 from raytune_llama.data.store.token_store import TokenSplit
 
 
 @dataclass(frozen=True)
 class EvaluationSource:
-    """The part of a source's validation text that is evaluated: sequences at even distances."""
+    """Evaluated subset of a source's validation sequences, evenly spaced."""
 
     name: str
-    """Of the source."""
+    """Name of the source."""
     sequences: SourceSequences
-    """All of the source's."""
+    """All validation sequences of the source."""
     num_evaluated: int
-    """How many of them are evaluated; from 1 to all."""
+    """Number of sequences to evaluate, from 1 to all."""
 
     def sequence_index(self, number: int) -> int:
-        """Return which of the source's sequences is evaluated as number `number`."""
+        """Return the index in `sequences` of the `number`-th evaluated sequence, from 0."""
         return number * self.sequences.num_sequences // self.num_evaluated
 
     @property
     def num_bytes(self) -> float | None:
-        """Bytes of text that the evaluated sequences account for; of a cut document its share.
+        """Text bytes covered by the evaluated sequences; a cut document counts by its share.
 
-        All sequences of a source account for all of its text. None for conversations, of which
-        not every token is a target.
+        All sequences together cover all text of the source. None for conversations, in which not
+        every token is a target.
         """
         if not isinstance(self.sequences, JoinedSequences):
             return None
         split = self.sequences.source_span.split
-        total, known = 0.0, range(0)
+        total, merged = 0.0, range(0)
         for number in range(self.num_evaluated):
             span = self.sequences.covered_range(self.sequence_index(number))
-            if span.start == known.stop:
-                known = range(known.start, span.stop)
+            if span.start == merged.stop:
+                merged = range(merged.start, span.stop)
                 continue
-            total += split.bytes_between(known.start, known.stop)
-            known = span
-        return total + split.bytes_between(known.start, known.stop)
+            total += split.bytes_between(merged.start, merged.stop)
+            merged = span
+        return total + split.bytes_between(merged.start, merged.stop)
 
 
 def select_evaluation_sources(
@@ -63,25 +58,25 @@ def select_evaluation_sources(
     sequence_tokens: int,
     max_sequences: int | None,
 ) -> tuple[EvaluationSource, ...]:
-    """Choose what is evaluated: of each source its share of the sequences, at least one.
+    """Divide the evaluated sequences among the sources in proportion, at least one per source.
 
     Args:
-        configs: The sources.
-        split: The validation split.
-        form: Whether documents see each other.
-        sequence_tokens: T.
-        max_sequences: Evaluated sequences over all sources; None: all.
+        configs: Configured sources.
+        split: Validation split.
+        form: Sequence form, which decides whether documents attend to each other.
+        sequence_tokens: Sequence length T in tokens.
+        max_sequences: Maximum number of evaluated sequences over all sources; None: all.
 
     Returns:
-        The sources that have a sequence; empty where none has.
+        The sources with at least one validation sequence; may be empty.
 
     Raises:
-        ConfigError: There are more such sources than sequences to evaluate.
+        ConfigError: `max_sequences` is less than the number of such sources.
     """
     names = source_names(configs)
     cut = {
-        source: cut_evaluation_sequences(stretch, form, sequence_tokens)
-        for source, stretch in find_source_spans(split).items()
+        source: cut_evaluation_sequences(span, form, sequence_tokens)
+        for source, span in find_source_spans(split).items()
     }
     found = {source: sequences for source, sequences in cut.items() if sequences.num_sequences}
     if not found:
@@ -91,13 +86,13 @@ def select_evaluation_sources(
         raise ConfigError(
             [
                 f"eval.max_sequences: got {max_sequences}, but {len(counts)} sources have "
-                f"validation text; evaluate at least {len(counts)} sequences"
+                f"validation text; set it to at least {len(counts)}, or to null for all sequences"
             ]
         )
     if max_sequences is None or max_sequences >= sum(counts):
         evaluated = counts
     else:
-        # One each, and the rest by what is left of each: no source gets more than it has.
+        # One per source, the rest in proportion to the remainders: none gets more than it has.
         rest = apportion([count - 1 for count in counts], max_sequences - len(counts))
         evaluated = [1 + extra for extra in rest]
     return tuple(
@@ -109,10 +104,10 @@ def select_evaluation_sources(
 def read_evaluation_batches(
     source: EvaluationSource, *, micro_batch_sequences: int, rank: int, world_size: int
 ) -> Iterator[MicroBatch]:
-    """Stream one worker's share of what is evaluated of a source.
+    """Stream one worker's micro-batches of a source's evaluated sequences.
 
-    Every worker gets the same number of micro-batches, with filler where sequences are missing:
-    a forward pass of a partitioned model is collective.
+    Every worker gets the same number of micro-batches, padded with filler sequences, because the
+    forward pass of a sharded model is collective.
     """
     mine = range(rank, source.num_evaluated, world_size)
     count = num_micro_batches(source.num_evaluated, micro_batch_sequences, world_size)

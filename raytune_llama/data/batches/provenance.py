@@ -1,4 +1,4 @@
-"""Which text a step sees: from its positions back to sources, documents and places in files."""
+"""Trace the data of a training step back to its sources, documents and file offsets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,27 +11,27 @@ from raytune_llama.data.store.token_store import TokenSplit, TokenStore
 
 @dataclass(frozen=True)
 class Provenance:
-    """Answers for a run which text stood where; reads what it is asked for, and nothing before."""
+    """Maps positions of a run to documents; computes only what is queried."""
 
     store: TokenStore
-    """What the run trains on."""
+    """Token store that the run trains on."""
     split: TokenSplit
-    """The side of it that the sources are cut from."""
+    """Split that the sources are cut from."""
     sources: Sequence[TrainingSource]
-    """All with sequences, as the plan counts them."""
+    """All sources with sequences, in the plan's order."""
     plan: BatchPlan
-    """The order of the run."""
+    """Batch plan of the run."""
 
     def of_step(self, step: int) -> list[dict[str, Any]]:
-        """Return the samples of a whole step, of all workers, as JSON data.
+        """Return the samples of a step, over all workers, as JSON data.
 
-        Each has its `position`, the name of its `source`, its `index` there and the source's
-        `epoch`, and the `documents` that it has tokens of: the `number` of each in the split, its
-        `file` (its number where the store names none) and its `offset` there, in bytes where text
-        is concerned, in rows of a Parquet file.
+        Each sample has its `position`, the name of its `source`, its `index` in the source, the
+        source's `epoch`, and its `documents`: the `number` of each in the split, its `file` (name,
+        or index if the store records no name) and its `offset` in the file, in bytes, or in rows
+        for Parquet.
 
         Args:
-            step: From 0.
+            step: Optimizer step, from 0.
         """
         return [self._sample(position) for position in self.plan.positions(step, 0, 1)]
 

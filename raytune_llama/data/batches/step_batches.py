@@ -1,9 +1,9 @@
-"""Which sequences a worker sees at which step, and their tensors.
+"""Dataloader: the micro-batch tensors of each worker and step.
 
 The sample at a position is a pure function of (store fingerprint, seed, position): there is no
-iterator to save, and a run resumes from its step number alone, on any number of workers.
+iterator state to save, and a run resumes from its step number alone, on any number of workers.
 
-Shapes: B = sequences of a micro-batch, T = tokens of a sequence.
+Shapes: B = sequences per micro-batch, T = sequence length in tokens.
 """
 
 import math
@@ -16,38 +16,38 @@ import torch
 
 from raytune_llama.config.errors import UserError
 from raytune_llama.data.batches import packing
+from raytune_llama.data.batches.config import block_quotas
 from raytune_llama.data.batches.order import (
     EpochOrder,
     GroupedOrder,
     MixedOrder,
     Order,
     SampleIndex,
-    block_quotas,
 )
 from raytune_llama.data.batches.packing import SourceSequences
 
 _PADDED_MULTIPLE = 8
-"""Padded lengths are a multiple of it, which suits matrix units."""
+"""Padded lengths are rounded up to a multiple of it, which suits tensor cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """The order of a whole run as numbers; independent of the number of workers."""
+    """Batch sizes and sequence order of a run; independent of the number of workers."""
 
     sequence_tokens: int
-    """T."""
+    """Sequence length T in tokens."""
     sequences_per_step: int
-    """Sequences of one optimizer step, over all workers."""
+    """Number of sequences per optimizer step, over all workers."""
     micro_batch_sequences: int
-    """Sequences of one forward pass of one worker."""
+    """Number of sequences per micro-batch, which is one forward pass of one worker."""
     seed: int
-    """Decides the order together with the store's fingerprint."""
+    """Seed of the order, together with the store's fingerprint."""
     order: Order
-    """Which sequence of which source stands at a position."""
+    """Order of the sequences of all sources."""
     total_positions: int
-    """Sequences of the whole run; positions run on across epochs."""
+    """Number of sequences in the run; positions continue across epochs."""
     is_padded: bool = False
-    """Whether a micro-batch is only as long as its longest sequence."""
+    """Whether a micro-batch is padded only to its longest sequence."""
 
     @classmethod
     def create(
@@ -66,20 +66,19 @@ class BatchPlan:
         """Plan a run, bounded by steps or by epochs (part of one is allowed).
 
         Args:
-            source_sequences: Sequences of an epoch of each source.
-            sequence_tokens: T.
-            sequences_per_step: Of an optimizer step, over all workers.
-            micro_batch_sequences: Of one forward pass of one worker.
-            seed: Decides the order.
-            weights: Shares of the sources, relative to each other; None sees every sequence once
-                an epoch.
-            max_steps: Steps of the run.
-            num_epochs: Passes over all sequences.
-            is_padded: Sequences have lengths of their own, and are numbered by them.
+            source_sequences: Number of sequences per epoch of each source.
+            sequence_tokens: Sequence length T in tokens.
+            sequences_per_step: Number of sequences per optimizer step, over all workers.
+            micro_batch_sequences: Number of sequences per micro-batch.
+            seed: Seed of the order.
+            weights: Relative weight of each source; None: every sequence once per epoch.
+            max_steps: Number of optimizer steps.
+            num_epochs: Number of passes over all sequences.
+            is_padded: Whether sequences vary in length and are sorted by it.
 
         Raises:
-            ValueError: Not exactly one of the two bounds is given, weights are given with epochs,
-                a number is not positive, there is no source, or a weight is too small.
+            UserError: Not exactly one of the two bounds is given, weights are given with epochs,
+                a number is not positive, no source is given, or a weight is too small.
         """
         if (max_steps is None) == (num_epochs is None):
             raise UserError(
@@ -111,34 +110,34 @@ class BatchPlan:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the run; the last one may have fewer sequences."""
+        """Number of optimizer steps in the run; the last one may have fewer sequences."""
         return -(-self.total_positions // self.sequences_per_step)
 
     def positions(self, step: int, rank: int, world_size: int) -> range:
-        """The positions that a worker takes in a step."""
+        """Return the positions of a worker's sequences in a step."""
         start = step * self.sequences_per_step
         stop = min(start + self.sequences_per_step, self.total_positions)
         return range(start + rank, stop, world_size)
 
     def sample(self, position: int, fingerprint: str) -> SampleIndex:
-        """The sequence at a position, in a store with this fingerprint."""
+        """Return the sequence at a position, for a store with this fingerprint."""
         return self.order.sample(position, fingerprint, self.seed)
 
     def num_micro_batches(self, world_size: int) -> int:
-        """Forward passes of every worker in every step, also in a partial last one."""
+        """Return the number of micro-batches per worker and step, including a partial last step."""
         return num_micro_batches(self.sequences_per_step, self.micro_batch_sequences, world_size)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The tensors of one forward pass; int64 on the CPU."""
+    """Tensors of one forward pass, int64 on the CPU, shape (B, T)."""
 
     ids_BT: torch.Tensor
-    """Input ids."""
+    """Input ids, shape (B, T)."""
     labels_BT: torch.Tensor
-    """The id that follows each input (already shifted), or -100."""
+    """Next id of each input (already shifted), or -100; shape (B, T)."""
     positions_BT: torch.Tensor
-    """Position ids."""
+    """Position ids, which restart at 0 at each isolated document; shape (B, T)."""
 
 
 @dataclass(frozen=True)
@@ -146,35 +145,35 @@ class StepBatch:
     """One worker's share of an optimizer step."""
 
     step: int
-    """Which step, from 0."""
+    """Optimizer step, from 0."""
     micro_batches: tuple[MicroBatch, ...]
-    """The same number on every worker."""
+    """Micro-batches for gradient accumulation, the same number on every worker."""
     positions: tuple[int, ...]
-    """The positions of the real sequences, in the order of the rows."""
+    """Positions of the real sequences, in row order."""
     num_filler_sequences: int
-    """Rows without target tokens that only fill the shape."""
+    """Number of rows without targets that only fill the shape."""
     source_sequences: tuple[int, ...]
-    """Real sequences of each source, this worker's."""
+    """Number of real sequences per source on this worker."""
     source_targets: tuple[int, ...]
-    """Target tokens of each source, this worker's."""
+    """Number of target tokens per source on this worker."""
     num_tokens: int
-    """Real input tokens, this worker's: targets, and what is read but not learned."""
+    """Number of input tokens on this worker without padding, targets or not."""
 
 
 @dataclass(frozen=True)
 class StepTotal:
-    """What all workers together take in an optimizer step."""
+    """Counts of an optimizer step over all workers."""
 
     source_sequences: tuple[int, ...]
-    """Real sequences of each source."""
+    """Number of real sequences per source."""
     source_targets: tuple[int, ...]
-    """Target tokens of each source."""
+    """Number of target tokens per source."""
     num_tokens: int
-    """Real input tokens."""
+    """Number of input tokens without padding."""
 
     @property
     def num_targets(self) -> int:
-        """Target tokens of the step."""
+        """Number of target tokens in the step."""
         return sum(self.source_targets)
 
 
@@ -190,12 +189,12 @@ def read_steps(
     """Stream one worker's batches from a step to the end of the run.
 
     Args:
-        sources: The sequences of each source that the plan counts.
-        fingerprint: The token store's.
-        plan: The run's order.
-        rank: This worker's number.
+        sources: Sequences of each source, in the plan's order.
+        fingerprint: Fingerprint of the token store.
+        plan: Batch plan of the run.
+        rank: Rank of this worker.
         world_size: Number of workers.
-        start_step: First step read.
+        start_step: First step to read, for resuming.
     """
     assert tuple(source.num_sequences for source in sources) == plan.order.source_sequences
     num_rows = plan.num_micro_batches(world_size) * plan.micro_batch_sequences
@@ -223,7 +222,7 @@ def read_steps(
 
 
 def num_micro_batches(num_sequences: int, micro_batch_sequences: int, world_size: int) -> int:
-    """Count the forward passes that every worker makes so that all sequences are seen."""
+    """Return the number of micro-batches per worker that cover all sequences."""
     largest_share = -(-num_sequences // world_size)
     return -(-largest_share // micro_batch_sequences)
 
@@ -239,7 +238,7 @@ def _stack(rows: list[packing.PackedSequence], plan: BatchPlan) -> MicroBatch:
 def stack_sequences(
     sequences: Sequence[packing.PackedSequence], micro_batch_sequences: int, sequence_tokens: int
 ) -> MicroBatch:
-    """Make a micro-batch of at most its number of sequences, with filler where some are missing."""
+    """Stack sequences into a micro-batch; `FILLER` rows replace missing sequences."""
     rows = [*sequences, *[packing.FILLER] * (micro_batch_sequences - len(sequences))]
     arrays = np.empty((3, micro_batch_sequences, sequence_tokens), dtype=np.int64)
     for number, row in enumerate(rows):
@@ -250,7 +249,7 @@ def stack_sequences(
 def _check_positive(**numbers: float | None) -> None:
     for name, number in numbers.items():
         if number is not None and number <= 0:
-            raise UserError(f"{name}: got {number}, wanted numbers above 0")
+            raise UserError(f"{name}: got {number}, wanted a number above 0")
 
 
 def _build_order(
@@ -266,11 +265,11 @@ def _build_order(
     if weights is None:
         return EpochOrder(tuple(source_sequences))
     if max_steps is None:
-        raise UserError("num_epochs: has no meaning with weights; use max_steps")
+        raise UserError("num_epochs: cannot be used with weights; set max_steps instead")
     quotas = block_quotas(weights, total_positions)
     if len(weights) != len(source_sequences) or not all(quotas):
         raise UserError(
             f"weights: {tuple(weights)} give {len(source_sequences)} sources {quotas} of "
-            f"{sum(quotas)} sequences, wanted at least one each"
+            f"{sum(quotas)} sequences, wanted at least one per source"
         )
     return MixedOrder(tuple(source_sequences), quotas)

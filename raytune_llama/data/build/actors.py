@@ -1,16 +1,14 @@
-"""Units of work on Ray: actors of Ray Data that encode, and what is told while they do."""
+"""Encode work units on Ray Data actors, and log progress."""
 
 import json
 import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pydantic
-import ray
-import ray.data
 
 from raytune_llama.data.build.unit_encoder import (
     UnitReader,
@@ -25,6 +23,9 @@ from raytune_llama.data.readers.ranges import HashingReader
 from raytune_llama.data.readers.rows import RowBatch, SourceError
 from raytune_llama.data.readers.sources import SourceFile
 
+if TYPE_CHECKING:
+    import ray
+
 logger = logging.getLogger(__name__)
 
 _LOG_SECONDS = 5.0
@@ -33,16 +34,18 @@ _SAMPLE_BYTES = 4 << 20
 
 
 class EncodingActor:
-    """Ray Data actor: encodes one unit a call; a problem of the user's files is returned as data.
+    """Ray Data actor that encodes one unit per call and returns source-file problems as data.
 
-    An exception would reach the driver wrapped in Ray's own, without the chance to tell it from a
-    defect of ours, and the problems of other files would be lost.
+    An exception would reach the driver wrapped in Ray's own, indistinguishable from a bug of this
+    package, and the problems of other files would be lost.
     """
 
     def __init__(
         self, reader: "ray.ObjectRef[UnitReader]", plan: BuildPlan, units: list[WorkUnit]
     ) -> None:
-        # In Ray's shared memory the tables of a fast engine are there once for all of a node.
+        # In Ray's object store, so that a node holds a fast engine's tables only once.
+        import ray
+
         self._reader = ray.get(reader)
         self._plan = plan
         self._units = units
@@ -70,7 +73,7 @@ class EncodingActor:
     def _stop(self) -> None:
         try:
             self._plan.stop_file.write_bytes(b"")
-        except OSError as error:  # a full disk, of which the problem speaks: others meet it too
+        except OSError as error:  # a full disk: the problem says so, and other units hit it too
             logger.warning("%s cannot be written: %s", self._plan.stop_file, error)
 
 
@@ -87,17 +90,17 @@ def run_units(
     num_workers: int,
     num_free: int,
 ) -> list[UnitRecord]:
-    """Run all units in actors; return their records in unit order.
+    """Encode all units on actors and return their records in unit order.
 
     Args:
-        units: What to encode.
-        plan: What they have in common.
-        reader: What turns rows into ids.
-        num_workers: Actors, one CPU each.
-        num_free: CPUs that are free now; more actors are started as the cluster grows.
+        units: Units to encode.
+        plan: Build plan shared by all units.
+        reader: Turns rows into token ids.
+        num_workers: Maximum number of actors, one CPU each.
+        num_free: CPUs free now; more actors start as the cluster grows.
 
     Raises:
-        SourceError: Units have failed; their problems, all of them.
+        SourceError: Units have failed; lists the problems of all of them.
     """
     logger.info(
         "encoding %d files in %d units with %d workers in %s",
@@ -109,6 +112,8 @@ def run_units(
     records: dict[int, UnitRecord] = {}
     problems: dict[int, str] = {}
     progress = _Progress(units)
+    import ray
+
     kwargs = {"reader": ray.put(reader), "plan": plan, "units": units}
     for row in _run_actors(len(units), kwargs, num_workers, num_free):
         if row["problem"]:
@@ -118,7 +123,7 @@ def run_units(
             records[row["unit"]] = record
             progress.add(units[row["unit"]], record, reused=row["reused"])
     if problems:
-        # A full disk stops every unit with the same words.
+        # A full disk stops every unit with the same message.
         raise SourceError("\n".join(dict.fromkeys(line for _, line in sorted(problems.items()))))
     assert len(records) == len(units), "a unit was lost"
     return [records[unit.index] for unit in units]
@@ -127,14 +132,16 @@ def run_units(
 def _run_actors(
     num_units: int, kwargs: dict[str, Any], num_workers: int, num_free: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield the result rows of all units as they are done."""
+    """Yield the result row of each unit as it finishes."""
     with quiet_ray_data():
+        import ray.data
+
         dataset = ray.data.from_items(
             [{"unit": number} for number in range(num_units)], override_num_blocks=num_units
         ).map_batches(
             EncodingActor,
             fn_constructor_kwargs=kwargs,
-            # More workers than CPUs are asked for only where a cluster can grow to them.
+            # Start no more actors than free CPUs; the pool grows if the cluster autoscales.
             compute=ray.data.ActorPoolStrategy(
                 min_size=min(num_workers, num_free), max_size=num_workers
             ),
@@ -146,7 +153,7 @@ def _run_actors(
 
 
 def read_sample_texts(files: list[SourceFile]) -> list[str]:
-    """Read the beginning of some files, evenly over the corpus: up to 4 MiB of documents."""
+    """Read up to 4 MiB of documents from the heads of files spread evenly over the corpus."""
     step = max(1, len(files) // _SAMPLE_FILES)
     chosen = files[::step]
     texts: list[str] = []
@@ -163,7 +170,7 @@ def read_sample_texts(files: list[SourceFile]) -> list[str]:
 
 
 def read_head_rows(file: SourceFile) -> Iterator[RowBatch]:
-    """Stream the rows of a file (of a Parquet file, its first row group) from its beginning."""
+    """Stream a file's rows from its beginning; of a Parquet file, only the first row group."""
     with file.place.open() as opened:
         stop = len(file.row_group_bytes[:1]) or file.status.num_bytes
         part = OpenRange(file.place, opened, 0, stop, HashingReader(opened, 0, 0))
@@ -171,7 +178,7 @@ def read_head_rows(file: SourceFile) -> Iterator[RowBatch]:
 
 
 class _Progress:
-    """Logs how far the work is, at most every few seconds."""
+    """Progress logger, rate-limited to one line per `_LOG_SECONDS`."""
 
     def __init__(self, units: list[WorkUnit]) -> None:
         self._num_units = len(units)
@@ -203,5 +210,5 @@ class _Progress:
                 self._tokens,
                 self._bad,
                 speed / 1e6,
-                f"{self._left_bytes / speed:.0f} s to go" if speed else "time to go not known",
+                f"{self._left_bytes / speed:.0f} s left" if speed else "time left unknown",
             )

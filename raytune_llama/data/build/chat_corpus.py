@@ -1,11 +1,11 @@
-"""Conversations of JSON files as token ids with a mask, unit by unit, on any number of workers.
+"""Encode conversations from JSON files as token ids with a loss mask, unit by unit.
 
-    corpus = open_chats(config, tokenizer)            # on the driver: files, formats, template
-    reader = corpus.reader(text_encoder)              # picklable, for the workers
+    corpus = open_chat_corpus(config, tokenizer)      # on the driver: files, formats, template
+    reader = corpus.build_reader(text_encoder)        # picklable, for the workers
     for documents in reader.read(unit, plan, tally, quarantine): ...
 
-A bad row is counted and written down, as with text. A file of another format than its source's
-first row is an error: somebody has mixed up two sets.
+A bad row is counted and quarantined, as with text. A file whose format differs from its source's
+first row is an error: two data sets were probably mixed up.
 """
 
 import json
@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from raytune_llama.chat.config import FormatName
 from raytune_llama.chat.conversations import Conversation, Defect
 from raytune_llama.chat.encoding import ChatEncoder, EncodedConversation, build_chat_encoder
-from raytune_llama.chat.formats import FormatName, KeyCounts, detect_row_format, read_row
+from raytune_llama.chat.formats import KeyCounts, detect_row_format, read_row
 from raytune_llama.chat.templates.choice import build_template
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.data.build.actors import read_head_rows
@@ -46,35 +47,35 @@ _SNIFFED_ROWS = 1000
 _SAMPLE_BYTES = 4 << 20
 
 DROP_REASONS = ("too_long", "no_target")
-"""Reasons that are no mistakes of a file: such rows are left out, and in no quarantine."""
+"""Drop reasons that are no defect of a file: such rows are skipped, not quarantined."""
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How the rows of a source are read."""
+    """Row format of a source and its options."""
 
     name: FormatName
-    """Their format."""
+    """Name of the format."""
     input_separator: str
-    """As `ConversationSource.input_separator`."""
+    """Text between instruction and input; see `ConversationSource.input_separator`."""
 
 
 @dataclass(frozen=True)
 class ChatCorpus:
-    """Conversations that are going to be encoded; see `preparation.Corpus`."""
+    """Conversations to encode; implements `preparation.Corpus`."""
 
     config: ChatDataConfig
-    """What was asked for."""
+    """Data settings of the job."""
     tokenizer: PreTrainedTokenizerFast
-    """What makes ids."""
+    """Tokenizer that defines the ids and the chat template."""
     files: list[SourceFile]
-    """Those that are trained on, then those for evaluation alone."""
+    """Training files, followed by evaluation-only files."""
     formats: tuple[RowFormat, ...]
-    """Of each source, those for evaluation last."""
+    """Row format of each source, evaluation-only sources last."""
 
     @property
     def fingerprint_inputs(self) -> dict[str, Any]:
-        """All but files and tokenizer that decides the documents."""
+        """Inputs that decide the documents, besides the files and the tokenizer."""
         chat = self.config.chat
         return {
             "validation_sources": len(self.config.validation),
@@ -89,7 +90,7 @@ class ChatCorpus:
         }
 
     def sample_texts(self) -> list[str]:
-        """Read what is said at the beginning of some files, for the choice of an encoder."""
+        """Read messages from the heads of some files, to select an encoder."""
         step = max(1, len(self.files) // 32)
         texts: list[str] = []
         left = _SAMPLE_BYTES
@@ -104,18 +105,18 @@ class ChatCorpus:
         return texts
 
     def build_reader(self, encoder: TextEncoder) -> "ChatUnitReader":
-        """Return what reads units on the workers."""
+        """Build the unit reader for the workers."""
         num_trained = len(self.config.sources)
         chat = build_chat_encoder(self.tokenizer, self.config.chat, encoder)
         return ChatUnitReader(chat, self.formats, num_trained)
 
 
 def open_chat_corpus(config: ChatDataConfig, tokenizer: PreTrainedTokenizerFast) -> ChatCorpus:
-    """Find the files of all sources, and the format of each.
+    """List the files of all sources and detect the row format of each source.
 
     Raises:
-        ConfigError: A source matches no file, mixes formats, or has none that is known; or the
-            tokenizer cannot write conversations. All such problems, with their fields.
+        ConfigError: A source matches no file, mixes formats or has no known one, or the tokenizer
+            has no usable chat template; lists all such problems with their field paths.
     """
     problems: list[str] = []
     try:
@@ -129,7 +130,7 @@ def open_chat_corpus(config: ChatDataConfig, tokenizer: PreTrainedTokenizerFast)
     files = [file for file in trained if _identity(file) not in names]
     if len(files) < len(trained):
         logger.info(
-            "%d files of data.sources are those of data.validation: not trained on",
+            "%d files are in both data.sources and data.validation: not trained on",
             len(trained) - len(files),
         )
     every = (*config.sources, *config.validation)
@@ -144,8 +145,8 @@ def open_chat_corpus(config: ChatDataConfig, tokenizer: PreTrainedTokenizerFast)
 
 
 def _field(config: ChatDataConfig, number: int) -> str:
-    behind = number - len(config.sources)
-    return f"data.sources.{number}" if behind < 0 else f"data.validation.{behind}"
+    index = number - len(config.sources)
+    return f"data.sources.{number}" if index < 0 else f"data.validation.{index}"
 
 
 def _identity(file: SourceFile) -> str:
@@ -179,9 +180,9 @@ def _find(
 def _find_format(
     source: ChatSourceConfig, field: str, files: list[SourceFile], problems: list[str]
 ) -> FormatName | None:
-    """Return the format of a source by the first rows of each file; None with a problem."""
+    """Detect the format of a source from the first rows of its files; None adds a problem."""
     found: FormatName | None = None if source.format == "auto" else source.format
-    first = "format says so"
+    first = "set by `format`"
     for file in files:
         named = _sniff(file)
         if named is None or named == found:
@@ -190,19 +191,19 @@ def _find_format(
             found, first = named, f"{file.place} is"
         elif source.format == "auto":
             problems.append(
-                f"{field}.path: {file.place} is of the format {named}, but {found} is the "
-                f"source's ({first}); give each format a source of its own"
+                f"{field}.path: {file.place} has the format {named}, but its source has {found} "
+                f"({first}); use one source per format"
             )
             return None
     if not files:
         problems.append(
-            f"{field}.path: no file of {source.path} is left, for all are data.validation's; name "
-            "other files"
+            f"{field}.path: all files of {source.path} are also in data.validation, none is left "
+            "to train on; name other files"
         )
     elif found is None:
         problems.append(
-            f"{field}.format: no row of {source.path} is of a known format; name it if the rows "
-            "are damaged. Known are alpaca (instruction, output), conversations, messages and "
+            f"{field}.format: no known row format found in {source.path}; set it if the first rows "
+            "are damaged. Known formats: alpaca (instruction, output), conversations, messages, "
             "completion (prompt, completion)"
         )
     return found
@@ -229,19 +230,19 @@ def _read(row: ObjectRow, row_format: RowFormat, counts: KeyCounts) -> Conversat
 
 
 class ChatUnitReader:
-    """Reads units of conversations; picklable. See `unit_encoder.UnitReader`."""
+    """Picklable reader of conversation units; implements `unit_encoder.UnitReader`."""
 
     has_targets = True
 
     def __init__(
         self, encoder: ChatEncoder, formats: tuple[RowFormat, ...], num_trained: int
     ) -> None:
-        """Hold what all units need.
+        """Store what all units share.
 
         Args:
-            encoder: Makes the ids.
-            formats: Of each source.
-            num_trained: Sources that are trained on; those behind them are for evaluation.
+            encoder: Renders and tokenizes conversations.
+            formats: Row format of each source.
+            num_trained: Number of training sources; later ones are evaluation-only.
         """
         self._encoder = encoder
         self._formats = formats
@@ -250,31 +251,31 @@ class ChatUnitReader:
     def read(
         self, unit: WorkUnit, plan: BuildPlan, tally: Tally, quarantine: QuarantineWriter
     ) -> Iterator[EncodedDocuments]:
-        """Stream the conversations of a unit, and account for every row.
+        """Stream the encoded conversations of a unit, accounting for every row.
 
         Raises:
-            SourceError: As `read_unit_documents`, or a row is of another format than its source.
+            SourceError: As in `read_unit_documents`, or a row's format differs from its source's.
         """
-        for number, piece, batch in read_byte_ranges(unit, plan.files, tally, quarantine):
+        for number, byte_range, batch in read_byte_ranges(unit, plan.files, tally, quarantine):
             tally.skipped["blank"] += len(batch.texts)
             rows = batch.objects
             for start in range(0, len(rows), _BATCH_CONVERSATIONS):
                 some = rows[start : start + _BATCH_CONVERSATIONS]
                 bad: list[BadRow] = []
-                made = self._encode(some, piece, plan, tally, bad)
-                quarantine_rows(bad, tally, quarantine, plan.files[piece.file], number)
+                made = self._encode(some, byte_range, plan, tally, bad)
+                quarantine_rows(bad, tally, quarantine, plan.files[byte_range.file], number)
                 if made is not None:
                     yield made
 
     def _encode(
         self,
         rows: Sequence[ObjectRow],
-        piece: ByteRange,
+        byte_range: ByteRange,
         plan: BuildPlan,
         tally: Tally,
         bad: list[BadRow],
     ) -> EncodedDocuments | None:
-        file = plan.files[piece.file]
+        file = plan.files[byte_range.file]
         keys = KeyCounts()
         usable: list[tuple[ObjectRow, Conversation]] = []
         for row in rows:
@@ -298,14 +299,14 @@ class ChatUnitReader:
         tally.events["truncated"] += sum(made.num_cut > 0 for *_, made in kept)
         tally.events["cut_tokens"] += sum(made.num_cut for *_, made in kept)
         tally.events["split_boundaries"] += sum(made.num_splits for *_, made in kept)
-        said = [_said(conversation) for _, conversation, _ in kept]
+        split_texts = [_split_text(conversation) for _, conversation, _ in kept]
         return EncodedDocuments(
-            file=piece.file,
+            file=byte_range.file,
             ids=np.concatenate([made.ids for *_, made in kept]),
             lengths=np.array([len(made.ids) for *_, made in kept], dtype=np.int64),
             num_bytes=np.array([_num_bytes(conversation) for _, conversation, _ in kept]),
             offsets=np.array([row.offset for row, *_ in kept], dtype=np.int64),
-            is_validation=self._is_validation(said, file, plan),
+            is_validation=self._is_validation(split_texts, file, plan),
             targets=np.concatenate([made.targets for *_, made in kept]),
         )
 
@@ -316,23 +317,23 @@ class ChatUnitReader:
             found = detect_row_format(row.value)
             if found not in (None, row_format.name):
                 raise SourceError(
-                    f"{file.place}: byte {row.offset}: the row is of the format {found}, its "
-                    f"source's is {row_format.name}; give each format a source of its own: "
+                    f"{file.place}: byte {row.offset}: the row has the format {found}, but its "
+                    f"source has {row_format.name}; use one source per format: "
                     f"{excerpt(json.dumps(row.value, ensure_ascii=False))}"
                 )
         return read
 
     def _is_validation(
-        self, said: list[str], file: SourceFile, plan: BuildPlan
+        self, split_texts: list[str], file: SourceFile, plan: BuildPlan
     ) -> "np.ndarray[Any, np.dtype[np.bool_]]":
         if file.source >= self._num_trained:
-            return np.ones(len(said), dtype=np.bool_)
-        sides = choose_splits(said, plan.validation_fraction)
-        return sides.get("validation", np.zeros(len(said), dtype=np.bool_))
+            return np.ones(len(split_texts), dtype=np.bool_)
+        sides = choose_splits(split_texts, plan.validation_fraction)
+        return sides.get("validation", np.zeros(len(split_texts), dtype=np.bool_))
 
 
-def _said(conversation: Conversation) -> str:
-    """Return what decides on which side a conversation goes: equal ones stay together."""
+def _split_text(conversation: Conversation) -> str:
+    """Return the text that decides a conversation's split: equal conversations stay together."""
     return json.dumps(
         [conversation.system, *[turn.content for turn in conversation.turns]], ensure_ascii=False
     )

@@ -1,17 +1,17 @@
-"""Duplicates left out of a store: one more pass over the corpus, before the one that encodes.
+"""Deduplication pass: mark duplicate documents before the encoding pass, which drops them.
 
     counts = mark_duplicates(units, plan, num_workers)
     kept = DuplicateFilter(unit, plan).keep(documents, tally)
 
-The first pass reads and cleans each unit as the second one will, and keeps no text, but signatures
-of 16 to some 130 bytes a document. Reading twice costs less than an encoding that is thrown away,
-and than a copy of the corpus. What lies in `BuildPlan.duplicates_dir`:
+This pass reads and cleans each unit exactly as the encoding pass will, but keeps only signatures,
+16 to about 130 bytes per document. Reading twice costs less than encoding documents that are then
+dropped, or than copying the corpus. Contents of `BuildPlan.duplicates_dir`:
 
-    signatures/00000.arrow   the signatures of a unit
-    signed/00000.json        which unit, and which state of its files, they are of
-    dropped/00000.arrow      which of its documents are left out
+    signatures/00000.arrow   signatures of a unit's documents
+    signed/00000.json        key of the unit and its files' state that the signatures belong to
+    dropped/00000.arrow      documents of the unit that are dropped
 
-As with units, what is there and whole is not made again.
+As with units, complete outputs of an earlier run are reused.
 """
 
 import hashlib
@@ -38,25 +38,26 @@ from raytune_llama.storage.place import Place
 def mark_duplicates(
     units: list[WorkUnit], plan: BuildPlan, num_workers: int | None
 ) -> DuplicateCounts | None:
-    """Find the documents that are left out, for `DuplicateFilter`; Ray must be initialised.
+    """Find the duplicate documents for `DuplicateFilter`; Ray must be initialized.
 
     Args:
         units: All units.
-        plan: What they have in common; `plan.work` is this job's alone.
-        num_workers: Tasks at a time, a CPU each; None: as many as the cluster has CPUs.
+        plan: Build plan shared by all units; its work directory belongs to this job alone.
+        num_workers: Maximum number of concurrent tasks, one CPU each; None: one per CPU of the
+            cluster.
 
     Returns:
-        What was found; None where no duplicates are looked for.
+        Counts of the duplicates found; None if deduplication is off.
 
     Raises:
-        SourceError: A file cannot be read as configured, a disk is full, or a task ended its
-            process too often; the problems of all tasks.
+        SourceError: A file cannot be read as configured, a disk is full, or a task crashed its
+            process too often; lists the problems of all tasks.
     """
     if not plan.has_deduplication:
         return None
     folder = plan.duplicates_dir
     attempts = folder / "attempts"
-    attempts.delete()  # a new run is a new chance
+    attempts.delete()  # attempts are counted per run
     try:
         sign = partial(_sign_unit, units, plan)
         run_tasks("signatures", sign, len(units), attempts, num_workers=num_workers)
@@ -72,7 +73,7 @@ def mark_duplicates(
 
 
 class DuplicateFilter:
-    """Takes the documents of a unit, in their order, without those that are duplicates."""
+    """Filter that drops duplicates from a unit's documents, which must be passed in order."""
 
     def __init__(self, unit: WorkUnit, plan: BuildPlan) -> None:
         is_on = plan.has_deduplication
@@ -80,7 +81,7 @@ class DuplicateFilter:
         self._num_seen = 0
 
     def keep(self, documents: DocumentBatch, tally: Tally) -> DocumentBatch:
-        """Return the documents that are kept; the others are counted by reason."""
+        """Return the documents to keep, counting dropped ones by reason in `tally`."""
         if self._dropped is None:
             return documents
         first, self._num_seen = self._num_seen, self._num_seen + len(documents.texts)
@@ -90,9 +91,9 @@ class DuplicateFilter:
 
 
 def work_key(unit: WorkUnit, plan: BuildPlan) -> str:
-    """Identify what a unit becomes: its files' state, and which of its documents are left out.
+    """Return a key of everything a unit's output depends on: its files and its dropped documents.
 
-    An earlier file that has changed may bring back, or take away, documents of this one.
+    A change in an earlier file may add or remove duplicates in this unit.
     """
     if not plan.has_deduplication:
         return unit.key
@@ -109,7 +110,7 @@ def _dropped(plan: BuildPlan) -> Place:
 
 
 def _sign_unit(units: list[WorkUnit], plan: BuildPlan, index: int) -> Mapping[str, int]:
-    """Write the signatures of a unit, unless they are there."""
+    """Write the signatures of a unit, or reuse those of an earlier run."""
     unit = units[index]
     file = signature_file(_signatures(plan), unit.index)
     record = plan.duplicates_dir / "signed" / f"{unit.index:05d}.json"
@@ -133,7 +134,7 @@ def _sign_unit(units: list[WorkUnit], plan: BuildPlan, index: int) -> Mapping[st
 
 
 def _texts(unit: WorkUnit, plan: BuildPlan) -> Iterator[list[str]]:
-    # Bad rows are for the pass that encodes to write down, and to refuse.
+    # The encoding pass quarantines bad rows and fails if there are too many.
     for documents in read_unit_documents(unit, plan.files, Tally(), None, Cleaner(plan.cleaning)):
         if plan.stop_file.exists():
             raise UnitStoppedError

@@ -1,8 +1,8 @@
-"""Hashes of source files, and how to know them without reading hundreds of gigabytes again.
+"""Content hashes of source files, cached so that unchanged files are not read again.
 
-A store's fingerprint holds the hash of each file's content. It falls out of the building; to see
-later whether the store still fits its sources, their sizes and times are compared with those of
-that day, and only a file that looks different is read.
+A store's fingerprint includes the hash of each source file, computed while the store is built. To
+check later whether the store still matches its sources, file sizes and versions are compared with
+those recorded at build time, and only files that differ are hashed again.
 """
 
 import logging
@@ -23,38 +23,39 @@ from raytune_llama.storage.place import Place
 logger = logging.getLogger(__name__)
 
 HASHES_NAME = ".source-files.json"
-"""Lies in the store, but is no part of it: it may be lost, and then all files are read again."""
+"""Name of the hash cache in the store directory; if it is lost, all files are hashed again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HashedFile:
-    """A file as it was when its content was hashed."""
+    """State of a file when its content was hashed."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
 
     num_bytes: int
-    """Its size."""
+    """File size in bytes."""
     version: str
-    """`FileStatus.version`."""
+    """`FileStatus.version` of the file."""
     sha256: str
-    """`content_sha256` of its blocks."""
+    """`content_sha256` of the file's blocks."""
 
 
 @dataclass(frozen=True)
 class SourceHashes:
-    """The source files whose content is known, by source and name."""
+    """Known content hashes of source files."""
 
     files: dict[str, HashedFile]
+    """Hashed files by `<source index>/<name>`."""
 
     @classmethod
     def from_records(
         cls, files: list[SourceFile], units: list[WorkUnit], records: list[UnitRecord]
     ) -> Self:
-        """Put the hashes together that the units of a store have made."""
+        """Combine the block hashes in the records of a store's units."""
         digests: dict[int, list[str]] = {}
         for unit, record in zip(units, records, strict=True):
-            for piece, found in zip(unit.byte_ranges, record.pieces, strict=True):
-                digests.setdefault(piece.file, []).extend(found.digests)
+            for byte_range, found in zip(unit.byte_ranges, record.pieces, strict=True):
+                digests.setdefault(byte_range.file, []).extend(found.digests)
         return cls(
             {
                 _key(file): _to_hashed_file(file, content_sha256(digests[index]))
@@ -64,7 +65,7 @@ class SourceHashes:
 
     @classmethod
     def read(cls, store: Place) -> Self:
-        """Read what a store remembers; nothing where that is missing or damaged."""
+        """Read the hash cache of a store; empty if it is missing or damaged."""
         place = store / HASHES_NAME
         if not place.exists():
             return cls({})
@@ -72,20 +73,20 @@ class SourceHashes:
             adapter = pydantic.TypeAdapter(dict[str, HashedFile])
             return cls(adapter.validate_json(place.read_bytes()))
         except pydantic.ValidationError:
-            logger.warning("%s is damaged: all source files are read again", place)
+            logger.warning("%s is damaged: hashing all source files again", place)
             return cls({})
 
     def write(self, store: Place) -> None:
-        """Remember the files beside a store's shards."""
+        """Write the hash cache into the store directory."""
         (store / HASHES_NAME).write_json({key: asdict(file) for key, file in self.files.items()})
 
     def fingerprint_inputs(self, files: list[SourceFile]) -> list[dict[str, Any]]:
-        """Return what the files add to a fingerprint; settings that a format ignores do not."""
+        """Return the files' fingerprint inputs, without settings that their format ignores."""
         return [_inputs(file, self.files[_key(file)]) for file in files]
 
 
 def hash_files(files: list[SourceFile], seen: SourceHashes) -> SourceHashes:
-    """Return the hashes of all files; read those that look different from when they were seen."""
+    """Return the hashes of all files, hashing only those that changed since `seen`."""
     known = {_key(file): _unchanged(file, seen.files) for file in files}
     unknown = [file for file in files if known[_key(file)] is None]
     if unknown:

@@ -1,10 +1,10 @@
-"""Build a token store from corpora: plan on the driver, encode in Ray Data actors, publish.
+"""Build a token store from corpora: plan on the driver, encode on Ray Data actors, publish.
 
-    inputs = open_data(config.data, Path(config.tokenizer))    # lists and looks at files, once
+    inputs = open_data(config.data, Path(config.tokenizer))    # lists and inspects files, once
     store = prepare_data(config.data, inputs)
 
-The work is done unit by unit (`unit_encoder.py`). Running the same command again after any crash
-skips the units that are done, and publishes the same bytes as an undisturbed run.
+The work is split into units (`unit_encoder.py`). Running the same command again after a crash
+resumes after the finished units and publishes the same bytes as an uninterrupted run.
 """
 
 import contextlib
@@ -17,17 +17,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import ray
 from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.config.settings import ConfigError
-from raytune_llama.data.batches.mixture import source_names
-from raytune_llama.data.build.actors import read_sample_texts, run_units
+from raytune_llama.data.batches.config import source_names
+from raytune_llama.data.build.actors import run_units
 from raytune_llama.data.build.chat_corpus import open_chat_corpus
 from raytune_llama.data.build.duplicates_pass import mark_duplicates
 from raytune_llama.data.build.file_hashes import SourceHashes, hash_files
 from raytune_llama.data.build.publication import build_manifest, check_counts, publish
-from raytune_llama.data.build.text_corpus import TextUnitReader
+from raytune_llama.data.build.text_corpus import TextCorpus
 from raytune_llama.data.build.unit_encoder import UnitReader, UnitRecord
 from raytune_llama.data.build.units import BuildPlan, WorkUnit, plan_units
 from raytune_llama.data.config import AnyDataConfig, DataConfig
@@ -53,73 +52,46 @@ _MIB = 1 << 20
 
 
 class Corpus(Protocol):
-    """What a store is made from, found and looked into on the driver."""
+    """Source documents of a store, listed and inspected on the driver."""
 
     @property
     def files(self) -> list[SourceFile]:
-        """All source files, in the order of the store."""
+        """All source files, in store order."""
         ...
 
     @property
     def fingerprint_inputs(self) -> dict[str, Any]:
-        """All but files and tokenizer that decides the documents."""
+        """Inputs that decide the documents, besides the files and the tokenizer."""
         ...
 
     def sample_texts(self) -> list[str]:
-        """Return some of its text, for the choice of an encoder."""
+        """Read some text, to select an encoder."""
         ...
 
     def build_reader(self, encoder: TextEncoder) -> UnitReader:
-        """Return what reads units on the workers."""
+        """Build the unit reader for the workers."""
         ...
-
-
-@dataclass(frozen=True)
-class TextCorpus:
-    """Documents of plain text; see `Corpus`."""
-
-    config: DataConfig
-    """What was asked for."""
-    files: list[SourceFile]
-    """All source files."""
-
-    @property
-    def fingerprint_inputs(self) -> dict[str, Any]:
-        """All but files and tokenizer that decides the documents."""
-        config = self.config
-        return {
-            "cleaning": config.cleaning.fingerprint_inputs,
-            "duplicates": config.duplicates.fingerprint_inputs,
-        }
-
-    def sample_texts(self) -> list[str]:
-        """Read the beginning of some files."""
-        return read_sample_texts(self.files)
-
-    def build_reader(self, encoder: TextEncoder) -> TextUnitReader:
-        """Return what reads units on the workers."""
-        return TextUnitReader(encoder)
 
 
 @dataclass(frozen=True)
 class DataInputs:
-    """What a token store is made from, opened."""
+    """Opened inputs of a token store."""
 
     tokenizer: PreTrainedTokenizerFast
-    """What defines the ids."""
+    """Tokenizer that defines the ids."""
     corpus: Corpus
-    """The files, listed, and what the beginning of each says of it."""
+    """Listed source files, with the format and encoding detected from the head of each."""
 
 
 def open_data(config: AnyDataConfig, tokenizer_path: Path) -> DataInputs:
-    """List the sources and look at the beginning of each file; needs no Ray.
+    """List the source files and inspect the head of each; needs no Ray.
 
     Args:
-        config: What to encode, and where to.
+        config: Data settings of the job.
         tokenizer_path: Directory of the tokenizer, needed on the driver's node only.
 
     Raises:
-        ConfigError: Problems of the config, all of them, with field paths.
+        ConfigError: The config has problems; lists all of them with their field paths.
     """
     tokenizer, corpus, problems = _look(config, tokenizer_path)
     if tokenizer is None or corpus is None or problems:
@@ -130,25 +102,24 @@ def open_data(config: AnyDataConfig, tokenizer_path: Path) -> DataInputs:
 def prepare_data(
     config: AnyDataConfig, inputs: DataInputs, start_ray: Callable[[], object] | None = None
 ) -> TokenStore:
-    """Return the token store that a config describes; build it if it is not there.
+    """Return the token store that a config describes; build it if it does not exist.
 
-    Nothing counts as a store at `store_dir` before all of it is there.
+    `store_dir` does not count as a store until it is complete.
 
     Args:
-        config: What to encode, and where to.
-        inputs: What `open_data` returned for it.
-        start_ray: Initialises Ray; called once there is something to build, while the encoder is
-            chosen beside it. None: Ray is initialised.
+        config: Data settings of the job.
+        inputs: Result of `open_data` for this config.
+        start_ray: Initializes Ray; called only if there is something to build, while the encoder is
+            being selected. None: Ray is already initialized.
 
     Returns:
-        The store, open.
+        The open store.
 
     Raises:
-        ConfigError: Other things are at `store_dir`, or another job is building there.
-        StoreError: There is a store already, made from other inputs, or damaged.
-        SourceError: A file cannot be read as configured, too many rows are bad, or there is too
-            little text.
-        NoSpaceError: A disk is full; the same command goes on once there is room.
+        ConfigError: `store_dir` holds something else, or another job is building there.
+        StoreError: A store exists that is damaged or was built from other inputs.
+        SourceError: A file cannot be read as configured, too many rows are bad, there is too
+            little text, or a disk is full (free space and run the same command to resume).
     """
     tokenizer, corpus = inputs.tokenizer, inputs.corpus
     store_dir = Place.parse(config.store_dir, "data.store_dir")
@@ -161,7 +132,7 @@ def prepare_data(
         with ThreadPoolExecutor(max_workers=1) as pool:
             choice = pool.submit(select_encoder, tokenizer, corpus.sample_texts(), config.engine)
             if start_ray is not None:
-                start_ray()  # not on the thread: Ray's processes end with the one that starts them
+                start_ray()  # not on the pool's thread: Ray's processes would exit with it
         mark_duplicates(units, plan, config.num_workers)
         reader = corpus.build_reader(choice.result().encoder)
         records = _run(units, plan, reader, config.num_workers)
@@ -177,8 +148,8 @@ def prepare_data(
 def _plan(
     config: AnyDataConfig, encoding: dict[str, Any], files: list[SourceFile], store_dir: Place
 ) -> BuildPlan:
-    """Return what all units share; refuse a store directory where other things are."""
-    # The work directory is named by what all units share: mending one file keeps the others' work.
+    """Return the plan shared by all units; raise ConfigError if `store_dir` is occupied."""
+    # The work directory's name depends on no file: fixing one keeps the units of the others.
     layout = {**encoding, "range_mib": config.range_mib}
     work = store_dir.with_name(f"{store_dir.name}.partial-{fingerprint_of(layout)[:12]}")
     _check_free(store_dir, work)
@@ -197,10 +168,10 @@ def _plan(
 
 
 def _check_free(store_dir: Place, work: Place) -> None:
-    """Refuse to build a store where other things are: there they would be deleted, or stay.
+    """Raise ConfigError if `store_dir` holds something else, which publishing would delete or keep.
 
-    In object storage, where nothing can be renamed, a store is built in place: what is there is
-    its own once its work directory is.
+    Object storage has no rename, so a store is built in place there: files in `store_dir` are this
+    store's own if its work directory exists.
     """
     if store_dir.is_local:
         is_free = not store_dir.exists()
@@ -209,8 +180,8 @@ def _check_free(store_dir: Place, work: Place) -> None:
     if not is_free:
         raise ConfigError(
             [
-                f"data.store_dir: {store_dir} exists and is no token store; delete it or choose "
-                "another place"
+                f"data.store_dir: {store_dir} exists but is not a token store; delete it or choose "
+                "another directory"
             ]
         )
 
@@ -218,7 +189,7 @@ def _check_free(store_dir: Place, work: Place) -> None:
 def _look(
     config: AnyDataConfig, tokenizer_path: Path
 ) -> tuple[PreTrainedTokenizerFast | None, Corpus | None, list[str]]:
-    """Open tokenizer and corpus as far as they can be, and list what is wrong."""
+    """Open the tokenizer and the corpus, each None if it fails, and list all problems."""
     problems: list[str] = []
     try:
         problem = check_place(Place.parse(config.store_dir, "data.store_dir"), "data.store_dir")
@@ -257,8 +228,8 @@ def _open_text_corpus(config: DataConfig) -> TextCorpus:
 
 
 def _encoding_inputs(config: AnyDataConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """What decides the documents of a store, of text or of conversations."""
-    # A template writes the ends of conversations by itself.
+    """Return the fingerprint inputs that text and chat stores have in common."""
+    # A chat template writes its own BOS and EOS.
     bos, eos = (config.bos, config.eos) if isinstance(config, DataConfig) else (False, False)
     return {
         "format_version": STORE_FORMAT_VERSION,
@@ -274,7 +245,7 @@ def _encoding_inputs(config: AnyDataConfig, tokenizer: PreTrainedTokenizerFast) 
 
 
 def _reuse(config: StoreConfig, encoding: dict[str, Any], files: list[SourceFile]) -> TokenStore:
-    """Open a store that is there, if it is the one that would be built."""
+    """Open an existing store after checking that it is the one that would be built."""
     store = open_store(config)
     seen = hash_files(files, SourceHashes.read(store.place))
     inputs = encoding | {"sources": seen.fingerprint_inputs(files)}
@@ -290,6 +261,8 @@ def _run(
     reader: UnitReader,
     num_workers: int | None,
 ) -> list[UnitRecord]:
+    import ray
+
     free = max(1, int(ray.available_resources().get("CPU", 0)))
     workers = min(len(units), num_workers or free)
     return run_units(units, plan, reader, num_workers=workers, num_free=free)
@@ -297,9 +270,9 @@ def _run(
 
 @contextlib.contextmanager
 def _exclusive(plan: BuildPlan) -> Iterator[None]:
-    """Make the work directory ready for this job alone; it stays when the block raises.
+    """Create and lock the work directory for this job; it is kept if the block raises.
 
-    Object storage knows no locks: two jobs there do the same work twice, with the same bytes.
+    Object storage has no locks: two jobs there do the same work twice and write the same bytes.
     """
     with contextlib.ExitStack() as stack:
         if plan.work_dir.is_local:
@@ -310,12 +283,15 @@ def _exclusive(plan: BuildPlan) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ConfigError(
-                    [f"data.store_dir: another job is building it in {plan.work_dir}; wait for it"]
+                    [
+                        f"data.store_dir: another job is building this store in {plan.work_dir}; "
+                        "wait for it to finish"
+                    ]
                 ) from error
         else:
-            # Before the first shard: from now on, what lies in `store_dir` is this job's.
+            # Before the first shard: from now on, the files in `store_dir` are this job's.
             (plan.work_dir / "begun").write_bytes(b"")
-        # A new run is a new chance: attempts and failures are those of one run.
+        # Attempts and failures are counted per run.
         plan.stop_file.delete()
         for place in plan.units_dir.files():
             if place.name.endswith(".attempts"):
@@ -325,13 +301,13 @@ def _exclusive(plan: BuildPlan) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _space_for(plan: BuildPlan) -> Iterator[None]:
-    """Turn a full disk into an error that says what to do."""
+    """Turn a full disk (ENOSPC) into a SourceError that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise SourceError(
-            f"no space left for {error.filename or plan.work_dir} while the store was put together"
-            "; make room and run the same command again: what is done is kept"
+            f"no space left for {error.filename or plan.work_dir} while publishing the store; free "
+            "space and run the same command to resume: finished work is kept"
         ) from error

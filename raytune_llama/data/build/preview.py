@@ -1,4 +1,4 @@
-"""Some documents of a corpus as the tokens that training will see, to look at before it starts."""
+"""Preview of a corpus: some documents as the tokens that training will see."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from raytune_llama.data.readers.sources import SourceFile
 from raytune_llama.tokenizer.loader import encode_text
 
 _RESET, _CONTROL, _DIM = "\x1b[0m", "\x1b[1;97;45m", "\x1b[2;4m"
-_COLOURS = ("\x1b[30;48;5;153m", "\x1b[30;48;5;229m", "\x1b[30;48;5;157m")
-_MAX_TOKENS = 400  # shown of one document
+_COLORS = ("\x1b[30;48;5;153m", "\x1b[30;48;5;229m", "\x1b[30;48;5;157m")
+_MAX_TOKENS = 400  # shown per document
 _MAX_GROUP = 8  # tokens that can make up one character
 
 
 @dataclass(frozen=True)
 class _Shown:
-    """Tokens that stand for one piece of text."""
+    """Text decoded from one token, or from several that form whole characters only together."""
 
     text: str
     num_tokens: int
@@ -29,22 +29,22 @@ class _Shown:
 
 
 def render_preview(
-    config: DataConfig, tokenizer_path: Path, *, num_documents: int, colour: bool
+    config: DataConfig, tokenizer_path: Path, *, num_documents: int, color: bool
 ) -> str:
     """Return the first documents of each source with their token boundaries.
 
-    Control tokens stand out by their names. The first token of a document is underlined: it is
-    never a target, since nothing comes before it. A dot for each token but one follows a piece of
-    text that only several tokens make up.
+    Control tokens are shown by name. With colors, the first token of a document is underlined: it
+    is never a target, as nothing precedes it. Text that needs n tokens for whole characters is
+    followed by n - 1 dots.
 
     Args:
-        config: The sources, and what is put around a document.
+        config: Sources, and whether BOS and EOS are added.
         tokenizer_path: Directory of the tokenizer.
-        num_documents: Documents of each source.
-        colour: Whether to colour tokens as terminals do; else "|" stands between them.
+        num_documents: Number of documents per source.
+        color: Whether to mark tokens with ANSI colors; otherwise "|" separates them.
 
     Raises:
-        ConfigError: Problems of the config, all of them.
+        ConfigError: The config has problems; lists all of them.
     """
     inputs = open_data(config, tokenizer_path)
     tokenizer, files = inputs.tokenizer, inputs.corpus.files
@@ -57,7 +57,7 @@ def render_preview(
                 f"source {number}, {file.name} at byte {offset}: {len(text.encode())} bytes, "
                 f"{len(ids)} tokens"
             )
-            lines.append(_render(ids, tokenizer, colour=colour))
+            lines.append(_render(ids, tokenizer, color=color))
             lines.append("")
     return "\n".join(lines)
 
@@ -72,25 +72,25 @@ def _documents(files: list[SourceFile]) -> Iterator[tuple[SourceFile, int, str]]
 
 def _with_ends(ids: list[int], tokenizer: PreTrainedTokenizerFast, config: DataConfig) -> list[int]:
     ends = (tokenizer.bos_token_id, config.bos), (tokenizer.eos_token_id, config.eos)
-    before, behind = ([id_] if isinstance(id_, int) and wanted else [] for id_, wanted in ends)
-    return [*before, *ids, *behind]
+    before, after = ([id_] if isinstance(id_, int) and wanted else [] for id_, wanted in ends)
+    return [*before, *ids, *after]
 
 
-def _render(ids: list[int], tokenizer: PreTrainedTokenizerFast, *, colour: bool) -> str:
+def _render(ids: list[int], tokenizer: PreTrainedTokenizerFast, *, color: bool) -> str:
     parts: list[str] = []
     for number, shown in enumerate(_grouped(ids[:_MAX_TOKENS], tokenizer)):
         text = shown.text.replace("\n", "\\n").replace("\t", "\\t") + "." * (shown.num_tokens - 1)
-        if not colour:
+        if not color:
             parts.append(f"[{text}]" if shown.is_control else text)
             continue
-        style = _CONTROL if shown.is_control else _COLOURS[number % len(_COLOURS)]
+        style = _CONTROL if shown.is_control else _COLORS[number % len(_COLORS)]
         parts.append(f"{style}{_DIM if number == 0 else ''}{text}{_RESET}")
-    more = f" ... {len(ids) - _MAX_TOKENS} tokens more" if len(ids) > _MAX_TOKENS else ""
-    return ("" if colour else "|").join(parts) + more
+    more = f" ... {len(ids) - _MAX_TOKENS} more tokens" if len(ids) > _MAX_TOKENS else ""
+    return ("" if color else "|").join(parts) + more
 
 
 def _grouped(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> Iterator[_Shown]:
-    """Put tokens together until they are whole characters."""
+    """Group tokens until they decode to whole characters."""
     control = set(tokenizer.all_special_ids)
     start = 0
     while start < len(ids):
@@ -109,6 +109,6 @@ def _grouped(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> Iterator[_Sh
 
 
 def _text(ids: list[int], start: int, stop: int, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Decode some tokens behind those before them: alone, the first one can lose a space."""
+    """Decode tokens [start, stop) in context: decoded alone, the first one can lose a space."""
     before = str(tokenizer.decode(ids[:start]))
     return str(tokenizer.decode(ids[:stop]))[len(before) :]

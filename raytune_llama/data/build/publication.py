@@ -1,4 +1,4 @@
-"""From finished units to a token store: the manifest, the quarantine file, and the last write."""
+"""Publish finished units as a token store: quarantine file, report, and the manifest last."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ from raytune_llama.storage.place import Place
 logger = logging.getLogger(__name__)
 
 QUARANTINE_NAME = "quarantine.jsonl"
-"""Rows that cannot be used: source, file, line, byte offset, reason and detail."""
+"""Name of the file of unusable rows: source, file, line, byte offset, reason and detail."""
 
 _NUM_SHOWN = 10
 
@@ -42,7 +42,7 @@ _NUM_SHOWN = 10
 def build_manifest(
     inputs: dict[str, Any], units: list[WorkUnit], plan: BuildPlan, records: list[UnitRecord]
 ) -> Manifest:
-    """Sum up the records of all units, and write the quarantine file beside the shards."""
+    """Sum up the records of all units and write the quarantine file next to the shards."""
     rows = sum((record.rows for record in records), RowCounts())
     assert rows.is_balanced, f"rows were lost: {rows}"
     lengths = np.array([record.lengths for record in records], dtype=np.int64).sum(axis=0)
@@ -66,48 +66,52 @@ def build_manifest(
 def check_counts(
     manifest: Manifest, plan: BuildPlan, validation_fraction: float, max_bad_fraction: float
 ) -> None:
-    """Refuse a store that could not be trained on, or not be evaluated as asked.
+    """Check that the store can be used for training, and for evaluation if configured.
 
     Raises:
-        SourceError: Too many rows are in quarantine (the first reasons are listed), there is no
-            text, or a split that was asked for is empty.
+        SourceError: Too many rows are in quarantine (the first are listed), there is no text, or a
+            configured split is empty.
     """
     rows = manifest.rows
     bad = ", ".join(f"{count} {reason}" for reason, count in rows.quarantined.items())
     if rows.num_quarantined > max_bad_fraction * rows.total:
         raise SourceError(
-            f"data.max_bad_fraction: {rows.num_quarantined} of {rows.total} rows cannot be used "
-            f"({bad}), more than {max_bad_fraction:.2%}; mend them, leave files out, or allow "
-            f"more. All are listed in {plan.store_dir / QUARANTINE_NAME}; the first ones:\n  "
+            f"data.max_bad_fraction: {rows.num_quarantined} of {rows.total} rows are unusable "
+            f"({bad}), more than {max_bad_fraction:.2%}; fix them, drop files, or raise the limit. "
+            f"All are listed in {plan.store_dir / QUARANTINE_NAME}; first ones:\n  "
             + "\n  ".join(_first_bad_rows(plan))
         )
     if rows.num_quarantined:
         logger.warning(
-            "%d of %d rows are in %s: %s", rows.num_quarantined, rows.total, QUARANTINE_NAME, bad
+            "%d of %d rows are unusable, see %s: %s",
+            rows.num_quarantined,
+            rows.total,
+            QUARANTINE_NAME,
+            bad,
         )
     skipped = ", ".join(f"{count} {reason}" for reason, count in rows.skipped.items() if count)
     if skipped:
-        logger.info("rows left out: %s", skipped)
+        logger.info("rows skipped: %s", skipped)
     if rows.events:
         met = ", ".join(f"{count} {name}" for name, count in rows.events.items())
-        logger.info("met in rows: %s", met)
+        logger.info("events in rows: %s", met)
     if rows.aliased:
-        logger.info("%d rows have their text under another name of its field", rows.aliased)
+        logger.info("%d rows have their text under an alias of its field", rows.aliased)
     _check_splits(manifest, validation_fraction, skipped or "none")
 
 
 def _check_splits(manifest: Manifest, validation_fraction: float, skipped: str) -> None:
     train, validation = manifest.splits["train"], manifest.splits["validation"]
     if not train.documents and not validation.documents:
-        raise SourceError(f"data.sources: no document has any text (rows left out: {skipped})")
-    # A missing split is an error, not a warning: it would surface only at the first evaluation, on
-    # machines that cost more. It happens to small corpora alone, so that little work is lost.
+        raise SourceError(f"data.sources: no document has any text (rows skipped: {skipped})")
+    # An empty split is an error, not a warning: it would surface only at the first evaluation, on
+    # expensive machines. Only small corpora are affected, so little work is lost.
     for split, name in ((train, "train"), (validation, "validation")):
         if not split.documents and (name == "train" or validation_fraction > 0):
             total = train.documents + validation.documents
             raise SourceError(
                 f"data.validation_fraction: {validation_fraction} of {total} documents leaves none "
-                f"for {name}; choose another fraction, or split the text into more documents"
+                f"for the {name} split; change the fraction, or split the text into more documents"
             )
 
 
@@ -118,7 +122,7 @@ def publish(
     store_dir: Place,
     source_names: list[str],
 ) -> None:
-    """Turn the collected shards into the store; its manifest is written last."""
+    """Publish the collected shards as the store; its manifest is written last."""
     listed = {shard.name for split in manifest.splits.values() for shard in split.shards}
     if manifest.quarantine:
         listed.add(manifest.quarantine.name)
@@ -140,7 +144,7 @@ def publish(
             name,
             split.documents,
             split.tokens,
-            f", {sum(targets)} of them learned" if targets else "",
+            f", {sum(targets)} of them loss targets" if targets else "",
             split.text_bytes / 1e6,
         )
 
@@ -148,7 +152,7 @@ def publish(
 def _write_quarantine(
     units: list[WorkUnit], plan: BuildPlan, records: list[UnitRecord]
 ) -> QuarantineFile | None:
-    """Join the units' bad rows, with lines numbered through each file."""
+    """Merge the units' bad rows, converting their line numbers to those of the whole file."""
     target = plan.store_dir / QUARANTINE_NAME
     rows = _quarantined_rows(units, plan, records)
     first = next(rows, None)
@@ -174,9 +178,9 @@ def _quarantined_rows(
     lines_before: dict[int, int] = {}
     for unit, record in zip(units, records, strict=True):
         starts: list[int] = []
-        for piece, found in zip(unit.byte_ranges, record.pieces, strict=True):
-            starts.append(lines_before.get(piece.file, 0))
-            lines_before[piece.file] = starts[-1] + found.lines
+        for byte_range, found in zip(unit.byte_ranges, record.pieces, strict=True):
+            starts.append(lines_before.get(byte_range.file, 0))
+            lines_before[byte_range.file] = starts[-1] + found.lines
         if record.quarantine is None:
             continue
         for line in quarantine_place(unit, plan).read_bytes().decode().split("\n")[:-1]:

@@ -1,15 +1,18 @@
-"""Documents of plain text, read, cleaned and encoded, unit by unit.
+"""Read, clean and encode plain-text documents, unit by unit.
 
-for documents in TextReader(encoder).read(unit, plan, tally, quarantine): ...
+for documents in TextUnitReader(encoder).read(unit, plan, tally, quarantine): ...
 """
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raytune_llama.data.build.actors import read_sample_texts
 from raytune_llama.data.build.duplicates_pass import DuplicateFilter
 from raytune_llama.data.build.unit_reader import (
     DocumentBatch,
@@ -18,8 +21,10 @@ from raytune_llama.data.build.unit_reader import (
     read_unit_documents,
 )
 from raytune_llama.data.build.units import BuildPlan, WorkUnit
+from raytune_llama.data.config import DataConfig
 from raytune_llama.data.filters.cleaning import Cleaner
 from raytune_llama.data.readers.rows import SourceError
+from raytune_llama.data.readers.sources import SourceFile
 from raytune_llama.data.store.manifest import SplitName
 from raytune_llama.data.store.shards import EncodedDocuments
 from raytune_llama.tokenizer.encoder import TokenIdMismatchError
@@ -33,7 +38,7 @@ _BATCH_BYTES = 2 << 20
 
 
 class TextUnitReader:
-    """Reads units of text; picklable. See `unit_encoder.UnitReader`."""
+    """Picklable reader of text units; implements `unit_encoder.UnitReader`."""
 
     has_targets = False
 
@@ -43,7 +48,7 @@ class TextUnitReader:
     def read(
         self, unit: WorkUnit, plan: BuildPlan, tally: Tally, quarantine: QuarantineWriter
     ) -> Iterator[EncodedDocuments]:
-        """Stream the documents of a unit, and account for every row."""
+        """Stream the encoded documents of a unit, accounting for every row."""
         duplicates = DuplicateFilter(unit, plan)
         for documents in read_unit_documents(
             unit, plan.files, tally, quarantine, Cleaner(plan.cleaning)
@@ -55,7 +60,7 @@ class TextUnitReader:
 def _encode_batch(
     documents: DocumentBatch, plan: BuildPlan, encoder: TextEncoder, tally: Tally
 ) -> EncodedDocuments:
-    """Encode a batch; a text that becomes no token is counted and left out."""
+    """Encode a batch; a text that yields no tokens is counted and dropped."""
     encoded = _encode(documents, plan, encoder, tally)
     lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
     has_tokens = lengths > 0
@@ -75,7 +80,7 @@ def _encode_batch(
 def _encode(
     documents: DocumentBatch, plan: BuildPlan, encoder: TextEncoder, tally: Tally
 ) -> list[NDArray[np.uint32]]:
-    """Encode a batch; a text that is too long to encode is counted, and has no ids."""
+    """Encode a batch; a text that cannot be split for encoding is counted and gets no ids."""
     place = plan.files[documents.file].place
     try:
         return encoder.encode(documents.texts)
@@ -89,15 +94,15 @@ def _encode(
         try:
             encoded += encoder.encode([text])
         except UnsplittableTextError as error:
-            logger.warning("%s: byte %d: left out: %s", place, offset, error)
+            logger.warning("%s: byte %d: document skipped: %s", place, offset, error)
             tally.skipped["uncuttable"] += 1
-            tally.skipped["no_tokens"] -= 1  # which the caller counts for all that have none
+            tally.skipped["no_tokens"] -= 1  # the caller adds 1 for every text without tokens
             encoded.append(np.empty(0, dtype=np.uint32))
     return encoded
 
 
 def _batched(documents: DocumentBatch) -> Iterator[DocumentBatch]:
-    """Cut documents so that a batch is worth a call and yet fits in memory."""
+    """Split documents into batches large enough to amortize a call, in bounded memory."""
     ends = np.cumsum(documents.num_bytes)
     start = num_bytes = 0
     while start < len(documents.texts):
@@ -119,10 +124,13 @@ def _slice(documents: DocumentBatch, start: int, stop: int) -> DocumentBatch:
 def choose_splits(
     texts: list[str], validation_fraction: float
 ) -> dict[SplitName, NDArray[np.bool_]]:
-    """Say which documents go to each split, by their texts alone: equal texts stay together.
+    """Assign documents to splits by their texts alone, so that equal texts stay together.
 
-    A text is for validation where the first 64 bits of its SHA-256, as a share of their range,
-    are below the fraction.
+    A text goes to validation if the first 64 bits of its SHA-256, scaled to [0, 1), are below
+    `validation_fraction`.
+
+    Returns:
+        A boolean mask over `texts` per split; only `train` if the fraction is 0.
     """
     if not validation_fraction:
         return {"train": np.ones(len(texts), dtype=bool)}
@@ -130,3 +138,30 @@ def choose_splits(
     below = (sha256(text.encode()).digest()[:8] < bound for text in texts)
     validation = np.fromiter(below, dtype=bool, count=len(texts))
     return {"train": ~validation, "validation": validation}
+
+
+@dataclass(frozen=True)
+class TextCorpus:
+    """Plain-text documents; implements `Corpus`."""
+
+    config: DataConfig
+    """Data settings of the job."""
+    files: list[SourceFile]
+    """All source files, in store order."""
+
+    @property
+    def fingerprint_inputs(self) -> dict[str, Any]:
+        """Inputs that decide the documents, besides the files and the tokenizer."""
+        config = self.config
+        return {
+            "cleaning": config.cleaning.fingerprint_inputs,
+            "duplicates": config.duplicates.fingerprint_inputs,
+        }
+
+    def sample_texts(self) -> list[str]:
+        """Read the heads of some files, to select an encoder."""
+        return read_sample_texts(self.files)
+
+    def build_reader(self, encoder: TextEncoder) -> TextUnitReader:
+        """Build the unit reader for the workers."""
+        return TextUnitReader(encoder)

@@ -1,13 +1,13 @@
-"""One work unit of building a token store: pieces of source files become shards and a record.
+"""Encode one work unit of a token store: byte ranges of source files to shards and a record.
 
-A unit depends on nothing but its files and the plan, so that its bytes are the same on whatever
-worker, in whatever order and after however many restarts. The work directory holds
+The output of a unit depends only on its files and the plan, so its bytes are the same on any
+worker, in any order and after any number of restarts. The work directory holds
 
-    store/train-00000.arrow ...     what becomes the store (in object storage: lies there already)
+    store/train-00000.arrow ...     shards of the future store (object storage: written in place)
     units/00000.json                record of a finished unit: hashes and counts
-    units/00000.quarantine.jsonl    its bad rows
-    units/00000.attempts            a byte for each time that it was begun and not finished
-    stop                            some unit has failed: the others give up
+    units/00000.quarantine.jsonl    bad rows of the unit
+    units/00000.attempts            one byte per attempt that did not finish
+    stop                            exists if a unit has failed: the others stop
 """
 
 import contextlib
@@ -39,75 +39,75 @@ from raytune_llama.storage.place import Place
 logger = logging.getLogger(__name__)
 
 MAX_UNIT_ATTEMPTS = 3
-"""A unit that ended its process this often is refused: Ray would restart it for ever."""
+"""Maximum number of attempts per unit; without it Ray would restart a crashing unit forever."""
 
 NUM_LENGTH_BINS = 40
-"""Powers of two that the histogram of lengths knows."""
+"""Number of bins, one per power of two, in the histogram of document lengths."""
 
 
 class DiskFullError(SourceError):
-    """A disk is full."""
+    """No space is left on a disk; running the same command again resumes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitQuarantine:
-    """The bad rows of a unit."""
+    """File with the bad rows of a unit."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
 
     sha256: str
-    """Hash of the file."""
+    """SHA-256 of the file."""
     file_bytes: int
-    """Its size."""
+    """File size in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitRecord:
-    """What a finished unit has written."""
+    """Files and counts of a finished unit."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
 
     key: str
     """`work_key` of the unit."""
     shards: dict[SplitName, Shard | None]
-    """Its shard in each split; None when no document went there."""
+    """Shard of the unit per split; None if the split got no document."""
     rows: RowCounts
-    """What became of its rows."""
+    """Row counts by outcome."""
     pieces: list[ByteRangeRecord]
-    """One for each piece."""
+    """One record per byte range of the unit, in its order."""
     quarantine: UnitQuarantine | None
-    """Its file of bad rows; None when there are none."""
+    """File of bad rows; None if there are none."""
     lengths: list[int]
-    """Documents by the power of two of their tokens."""
+    """Histogram of document lengths: bin n counts documents of 2**n to 2**(n + 1) - 1 tokens."""
 
 
 class UnitReader(Protocol):
-    """What turns the rows of a unit into token ids; picklable."""
+    """Picklable reader that turns the rows of a unit into token ids."""
 
     @property
     def has_targets(self) -> bool:
-        """Whether documents say which of their tokens are learned."""
+        """Whether documents come with a loss mask over their tokens."""
         ...
 
     def read(
         self, unit: WorkUnit, plan: BuildPlan, tally: Tally, quarantine: QuarantineWriter
     ) -> Iterator[EncodedDocuments]:
-        """Stream the documents of a unit that are kept, and account for every other row.
+        """Stream the kept documents of a unit, counting every other row in `tally`.
 
         Raises:
-            SourceError: A file cannot be read as configured, was changed, or is something else
-                than the config says.
+            SourceError: A file cannot be read as configured, was changed during the read, or does
+                not have the configured format.
         """
         ...
 
 
 def quarantine_place(unit: WorkUnit, plan: BuildPlan) -> Place:
-    """Where the bad rows of a unit are."""
+    """Return the location of the file with a unit's bad rows."""
     return plan.units_dir / f"{unit.index:05d}.quarantine.jsonl"
 
 
 def finished_record(unit: WorkUnit, plan: BuildPlan) -> UnitRecord | None:
-    """Return the record of a unit if it and the files it lists are whole."""
+    """Return the record of a finished unit; None if it or a file it lists is missing or damaged."""
     place = _record_place(unit, plan)
     if not place.exists():
         return None
@@ -129,8 +129,8 @@ def _is_whole(place: Place, wanted: Shard | UnitQuarantine) -> bool:
     status = place.status()
     if status is None or status.num_bytes != wanted.file_bytes:
         return False
-    # Shards are synced only when the store is published: after a power cut one may be torn. An
-    # upload is never torn, and hashing it would mean to download it.
+    # Shards are synced only when the store is published, so a power cut may leave a torn one. An
+    # upload is atomic, and hashing it would need a download.
     return not place.is_local or sha256_file(place.path) == wanted.sha256
 
 
@@ -138,9 +138,9 @@ def encode_unit(unit: WorkUnit, plan: BuildPlan, reader: UnitReader) -> UnitReco
     """Encode a unit and write its shards and its record.
 
     Raises:
-        SourceError: A file cannot be read as configured, was changed meanwhile, or has ended
-            the process too often.
-        NoSpaceError: A disk is full; what other units have done stays.
+        SourceError: A file cannot be read as configured, was changed during the read, or has
+            crashed the process too often.
+        DiskFullError: A disk is full; finished units are kept.
         UnitStoppedError: Another unit has failed.
     """
     attempts = plan.units_dir / f"{unit.index:05d}.attempts"
@@ -163,13 +163,13 @@ def _record_place(unit: WorkUnit, plan: BuildPlan) -> Place:
 
 
 def _count_attempt(attempts: Place, unit: WorkUnit, plan: BuildPlan) -> None:
-    """Note in storage that a unit is begun; refuse it when it has been too often."""
+    """Record the start of an attempt in storage; raise SourceError after too many attempts."""
     done = attempts.read_bytes() if attempts.exists() else b""
     if len(done) >= MAX_UNIT_ATTEMPTS:
         raise SourceError(
-            f"{_name(unit, plan)}: encoding it ended the process {len(done)} times (out of "
-            "memory, a crash of the tokenizer, or lost machines); look into the workers' logs, or "
-            "leave the file out"
+            f"{_name(unit, plan)}: encoding it crashed the process {len(done)} times (out of "
+            "memory, a tokenizer crash, or lost nodes); check the workers' logs, or remove the "
+            "file from the sources"
         )
     attempts.write_bytes(done + b".")
 
@@ -178,7 +178,7 @@ def _name(unit: WorkUnit, plan: BuildPlan) -> str:
     first, more = unit.byte_ranges[0], len(unit.byte_ranges) - 1
     name = f"{plan.files[first.file].place}"
     if more:
-        return f"{name} and {more} files behind it"
+        return f"{name} and {more} more files"
     kind = "row groups" if plan.files[first.file].options.format == "parquet" else "bytes"
     return f"{name}, {kind} {first.start} to {first.stop}"
 
@@ -186,14 +186,14 @@ def _name(unit: WorkUnit, plan: BuildPlan) -> str:
 def _no_space(unit: WorkUnit, plan: BuildPlan, error: OSError) -> str:
     where = error.filename or plan.store_dir
     return (
-        f"no space left for {where} while {_name(unit, plan)} ({unit.num_bytes:,} bytes of text) "
-        "was encoded; make room and run the same command again: what is done is kept"
+        f"no space left for {where} while encoding {_name(unit, plan)} ({unit.num_bytes:,} bytes "
+        "of text); free space and run the same command to resume: finished work is kept"
     )
 
 
 @contextlib.contextmanager
 def _scratch(plan: BuildPlan) -> Iterator[Path]:
-    """Yield where shards are written: the store itself, or a local folder to upload from."""
+    """Yield the directory to write shards to: the store, or a temporary one to upload from."""
     if plan.store_dir.is_local:
         yield plan.store_dir.path
         return
@@ -227,7 +227,7 @@ def _encode_into(folder: Path, unit: WorkUnit, plan: BuildPlan, reader: UnitRead
             for split, side in zip(SPLITS, sides, strict=True):
                 if side.any():
                     writers[split].write_documents(documents.filter(side))
-            # The power of two below: an exact one for all lengths, unlike a logarithm's.
+            # floor(log2(length)), exact for all lengths, unlike np.log2.
             powers = np.frexp(documents.lengths)[1] - 1
             lengths += np.bincount(powers, minlength=NUM_LENGTH_BINS)
     tally.documents = sum(writer.shard.documents for writer in writers.values() if writer.shard)
@@ -253,7 +253,7 @@ def _unit_quarantine(file: Path) -> UnitQuarantine | None:
 
 
 def _upload(folder: Path, unit: WorkUnit, plan: BuildPlan, record: UnitRecord) -> None:
-    """Bring the files of a unit to object storage."""
+    """Upload the files of a unit to object storage; no-op for a local store."""
     if plan.store_dir.is_local:
         return
     for shard in record.shards.values():

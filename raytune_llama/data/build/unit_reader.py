@@ -1,6 +1,6 @@
-"""The documents of one unit of work: its rows, without what is blank, bad or filtered out.
+"""Read the documents of a work unit: its rows, minus blank, bad and filtered-out ones.
 
-Every row is counted where it ends up, so that the tally balances.
+Every row is counted once, so that the tally balances.
 """
 
 import errno
@@ -24,50 +24,50 @@ from raytune_llama.data.readers.rows import BadRow, RowBatch, SourceError
 from raytune_llama.data.readers.sources import SourceFile
 from raytune_llama.data.store.manifest import RowCounts
 
-_ABORT_BAD_ROWS = 1000  # so many bad rows, and more bad ones than good: the file is something else
+_ABORT_BAD_ROWS = 1000  # more bad rows than this, and than good ones: not the configured format
 _FIRST_REASONS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByteRangeRecord:
-    """What was met in a piece of a file."""
+    """Hashes and line count of a byte range."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
 
     digests: list[str]
-    """Hash of each block that the piece hashes."""
+    """Hash of each block in the range's hashed bytes."""
     lines: int
-    """Lines that start in it, to number those of the next piece."""
+    """Number of lines that start in the range, to number the lines of the next one."""
 
 
 @dataclass(slots=True)
 class DocumentBatch:
-    """Documents one after the other; the lists go together."""
+    """Consecutive documents of one file, as parallel lists."""
 
     file: int
-    """Index of the source file that all are from."""
+    """Index of the source file."""
     texts: list[str]
-    """As they are encoded."""
+    """Text of each document, as it will be encoded."""
     offsets: list[int]
-    """Where each starts in the file."""
+    """Offset of each document in the file: bytes, or rows for Parquet."""
     num_bytes: list[int]
-    """UTF-8 bytes of each text."""
+    """Size of each text in UTF-8 bytes."""
 
-    def filter(self, which: Sequence[bool]) -> "DocumentBatch":
-        """Return those for which `which`, as long as the lists, is true."""
-        if all(which):
+    def filter(self, mask: Sequence[bool]) -> "DocumentBatch":
+        """Return the documents for which `mask` is true; it has one value per document."""
+        if all(mask):
             return self
         return DocumentBatch(
             self.file,
-            list(compress(self.texts, which)),
-            list(compress(self.offsets, which)),
-            list(compress(self.num_bytes, which)),
+            list(compress(self.texts, mask)),
+            list(compress(self.offsets, mask)),
+            list(compress(self.num_bytes, mask)),
         )
 
 
 @dataclass(slots=True)
 class Tally:
-    """What became of the rows of a unit; filled while it is read."""
+    """Mutable row counts of a unit by outcome, updated while it is read."""
 
     total: int = 0
     documents: int = 0
@@ -82,7 +82,7 @@ class Tally:
         return RowCounts(
             total=self.total,
             documents=self.documents,
-            # Without reasons of which there was none.
+            # Unary plus drops reasons with a count of 0.
             skipped=dict(sorted((+self.skipped).items())),
             quarantined=dict(sorted(self.quarantined.items())),
             aliased=self.aliased,
@@ -91,7 +91,7 @@ class Tally:
 
 
 class QuarantineWriter:
-    """Write bad rows to a local file, a JSON object a line; without any there is no file."""
+    """Writer of bad rows to a local JSON Lines file, which is created at the first bad row."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -100,7 +100,7 @@ class QuarantineWriter:
         self.first: list[str] = []
 
     def write(self, row: BadRow, file: SourceFile, piece: int) -> None:
-        """Append a row; its line is counted from the start of the piece of its unit."""
+        """Append a row; its line number counts from the start of the unit's byte range `piece`."""
         if self._file is None:
             self._file = self._path.open("w")
         place = {"source": file.source, "file": file.name, "piece": piece}
@@ -128,54 +128,54 @@ def read_unit_documents(
     quarantine: QuarantineWriter | None,
     cleaner: Cleaner,
 ) -> Iterator[DocumentBatch]:
-    """Stream the documents of a unit, and account for every row.
+    """Stream the documents of a unit, accounting for every row.
 
     Args:
-        unit: What to read.
+        unit: Work unit to read.
         files: All source files.
-        tally: Counts rows, blank and bad ones; the caller counts what it does with the rest.
-        quarantine: Takes the bad rows; None where they were taken in an earlier pass.
-        cleaner: Normalises texts, and says which of them are left out.
+        tally: Gets the counts of all, blank, bad and filtered rows; the caller counts the rest.
+        quarantine: Gets the bad rows; None in a pass that does not record them.
+        cleaner: Normalizes texts and decides which ones to drop.
 
     Raises:
-        SourceError: A file cannot be read as configured, was changed since it was listed, or is
-            something else than the config says: most of its rows are bad.
+        SourceError: A file cannot be read as configured, was changed since it was listed, or has
+            mostly bad rows, so that it probably has another format than configured.
     """
-    for _, piece, batch in read_byte_ranges(unit, files, tally, quarantine):
-        yield _clean(_without_blank(batch, piece.file, tally), cleaner, tally)
+    for _, byte_range, batch in read_byte_ranges(unit, files, tally, quarantine):
+        yield _clean(_without_blank(batch, byte_range.file, tally), cleaner, tally)
 
 
 def read_byte_ranges(
     unit: WorkUnit, files: list[SourceFile], tally: Tally, quarantine: QuarantineWriter | None
 ) -> Iterator[tuple[int, ByteRange, RowBatch]]:
-    """Stream the rows of a unit, with the piece that they are of and its number.
+    """Stream the rows of a unit as (index of the byte range in the unit, byte range, rows).
 
     Args:
-        unit: What to read.
+        unit: Work unit to read.
         files: All source files.
-        tally: Counts rows and bad ones; the caller counts what it does with the rest.
-        quarantine: Takes the bad rows; None where they were taken in an earlier pass.
+        tally: Gets the counts of all and of bad rows; the caller counts the rest.
+        quarantine: Gets the bad rows; None in a pass that does not record them.
 
     Raises:
-        SourceError: As `read_unit_documents`.
+        SourceError: As in `read_unit_documents`.
     """
-    for number, piece in enumerate(unit.byte_ranges):
-        file = files[piece.file]
+    for number, byte_range in enumerate(unit.byte_ranges):
+        file = files[byte_range.file]
         try:
-            for batch in _read_byte_range(piece, number, file, tally, quarantine):
-                yield number, piece, batch
+            for batch in _read_byte_range(byte_range, number, file, tally, quarantine):
+                yield number, byte_range, batch
             status = file.place.status()
         except OSError as error:
-            if error.errno == errno.ENOSPC:  # not of this file, but of one that is written
+            if error.errno == errno.ENOSPC:  # from writing the quarantine, not from this file
                 raise
             problem = f"{file.place}: cannot be read: {error.strerror or error}"
             raise SourceError(problem) from error
         if status is None or status.version != file.status.version:
-            raise SourceError(f"{file.place} was changed while it was read; run again")
+            raise SourceError(f"{file.place} was changed while it was being read; run again")
 
 
 def _read_byte_range(
-    piece: ByteRange,
+    byte_range: ByteRange,
     number: int,
     file: SourceFile,
     tally: Tally,
@@ -183,9 +183,9 @@ def _read_byte_range(
 ) -> Iterator[RowBatch]:
     lines = 0
     with file.place.open() as opened:
-        reader = HashingReader(opened, piece.hash_start, piece.hash_stop)
-        part = OpenRange(file.place, opened, piece.start, piece.stop, reader)
-        for batch in read_rows(part, file.options):
+        reader = HashingReader(opened, byte_range.hash_start, byte_range.hash_stop)
+        opened_range = OpenRange(file.place, opened, byte_range.start, byte_range.stop, reader)
+        for batch in read_rows(opened_range, file.options):
             lines += batch.num_lines
             tally.total += batch.num_rows
             tally.aliased += batch.num_alias_rows
@@ -201,10 +201,10 @@ def quarantine_rows(
     file: SourceFile,
     piece: int,
 ) -> None:
-    """Count bad rows of a piece of a unit and write them down.
+    """Count bad rows and write them to the quarantine; `piece` indexes the unit's byte ranges.
 
     Raises:
-        SourceError: So many are bad that the file must be something else.
+        SourceError: Most rows so far are bad, so the file probably has another format.
     """
     for row in rows:
         tally.quarantined[row.reason] += 1
@@ -233,15 +233,15 @@ def _check_bad_rows(tally: Tally, file: SourceFile, quarantine: QuarantineWriter
     if quarantine is not None and bad > _ABORT_BAD_ROWS and 2 * bad > tally.total:
         listed = "\n  ".join(quarantine.first)
         raise SourceError(
-            f"{file.place}: {bad} of its first {tally.total} rows cannot be used; check format, "
-            f"encoding and text_field of its source. The first ones:\n  {listed}"
+            f"{file.place}: {bad} of its first {tally.total} rows are unusable; check format, "
+            f"encoding and text_field of its source. First ones:\n  {listed}"
         )
 
 
 def _without_blank(batch: RowBatch, file: int, tally: Tally) -> DocumentBatch:
     documents = DocumentBatch(file, batch.texts, batch.offsets, batch.num_bytes)
     are_space = list(map(str.isspace, batch.texts))
-    if "" not in batch.texts and True not in are_space:  # told without a loop of Python's
+    if "" not in batch.texts and True not in are_space:  # fast path without a Python loop
         return documents
     has_text = [
         bool(text) and not is_space for text, is_space in zip(batch.texts, are_space, strict=True)

@@ -1,15 +1,14 @@
-"""How a corpus is cut into units of work, ranges of large files and runs of small ones.
+"""Plan the work units of a corpus: byte ranges of large files, and groups of small files.
 
-A unit becomes at most one shard in each split. Units depend on the files and on `range_bytes`
-alone; the documents and their order depend on neither.
+A unit produces at most one shard per split. Units depend only on the files and on `range_bytes`;
+the documents and their order do not depend on how the units are cut.
 """
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from raytune_llama.data.filters.cleaning import CleaningConfig
-from raytune_llama.data.filters.signatures import DuplicatesConfig
+from raytune_llama.data.filters.config import CleaningConfig, DuplicatesConfig
 from raytune_llama.data.readers.ranges import HASH_BLOCK_BYTES
 from raytune_llama.data.readers.sources import SourceFile
 from raytune_llama.data.store.manifest import fingerprint_of
@@ -17,123 +16,123 @@ from raytune_llama.storage.place import Place
 
 
 class UnitStoppedError(Exception):
-    """A unit gave up because another one has failed."""
+    """A unit was stopped because another one has failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildPlan:
-    """What all units have in common."""
+    """Settings and locations shared by all units of a build."""
 
     work_dir: Place
-    """The work directory, on storage that all nodes share."""
+    """Work directory, on storage shared by all nodes."""
     store_dir: Place
-    """Where the shards are collected."""
+    """Directory in which the shards are collected."""
     files: list[SourceFile]
     """All source files."""
     bos_id: int | None
-    """Id before each document, if any."""
+    """Id put before each document; None: no id."""
     eos_id: int | None
-    """Id behind each document, if any."""
+    """Id put after each document; None: no id."""
     dtype: Literal["uint16", "uint32"]
-    """Type of the ids in the shards."""
+    """Dtype of the ids in the shards."""
     validation_fraction: float
-    """Share of the documents that go to the validation split."""
+    """Fraction of documents that go to the validation split."""
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)
-    """What is done to texts before they are encoded."""
+    """Text normalization and document filters, applied before encoding."""
     duplicates_config: DuplicatesConfig = field(default_factory=DuplicatesConfig)
-    """Which documents are left out for others."""
+    """Deduplication settings."""
 
     @property
     def has_deduplication(self) -> bool:
-        """Whether any are looked for."""
+        """Whether duplicate documents are dropped."""
         return bool(self.duplicates_config.fingerprint_inputs)
 
     @property
     def duplicates_dir(self) -> Place:
-        """Where it is found out which documents are left out for others."""
+        """Directory of the deduplication pass."""
         return self.work_dir / "duplicates"
 
     @property
     def units_dir(self) -> Place:
-        """Where the records of units are."""
+        """Directory of the unit records."""
         return self.work_dir / "units"
 
     @property
     def stop_file(self) -> Place:
-        """Exists when some unit has failed."""
+        """File that exists once a unit has failed."""
         return self.work_dir / "stop"
 
 
 @dataclass(frozen=True)
 class ByteRange:
-    """A part of a file that one unit reads."""
+    """Range of a file that one unit reads."""
 
     file: int
-    """Index among the source files."""
+    """Index of the source file."""
     start: int
     """First byte; for Parquet, first row group."""
     stop: int
-    """End, not in it."""
+    """End, exclusive; bytes, or row groups for Parquet."""
     hash_start: int
-    """First byte that the unit hashes: those of the piece, but for Parquet a share of the file."""
+    """First byte to hash; differs from `start` for Parquet, whose ranges share the file's bytes."""
     hash_stop: int
-    """End, not in it."""
+    """End of the bytes to hash, exclusive."""
 
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """Pieces of one source that are read one after the other."""
+    """Consecutive byte ranges of one source, encoded by one task."""
 
     index: int
-    """Its place in the order of the store."""
+    """Position of the unit in store order."""
     source: int
     """Index of the configured source."""
     byte_ranges: tuple[ByteRange, ...]
-    """In source order."""
+    """Byte ranges in source order."""
     num_bytes: int
-    """Bytes to read, for progress."""
+    """Number of bytes to read, for progress."""
     key: str = field(compare=False)
-    """Identifies the unit and the state of its files, to recognise its finished work."""
+    """Hash of the unit and of its files' state, to recognize finished work."""
 
 
 def plan_units(files: list[SourceFile], range_bytes: int) -> list[WorkUnit]:
-    """Cut files into units of about `range_bytes`, a multiple of `HASH_BLOCK_BYTES`."""
+    """Split files into units of about `range_bytes`, a multiple of `HASH_BLOCK_BYTES`."""
     assert range_bytes % HASH_BLOCK_BYTES == 0
     units: list[WorkUnit] = []
     held: list[ByteRange] = []
     for index, file in enumerate(files):
-        pieces = list(_byte_ranges(index, file, range_bytes))
-        is_large = len(pieces) > 1 or file.status.num_bytes >= range_bytes
+        ranges = list(_byte_ranges(index, file, range_bytes))
+        is_large = len(ranges) > 1 or file.status.num_bytes >= range_bytes
         others = held and files[held[0].file].source != file.source
         if held and (is_large or others or _num_bytes(held) >= range_bytes):
             units.append(_work_unit(len(units), held, files))
             held = []
         if is_large:
-            units += [_work_unit(len(units) + n, [piece], files) for n, piece in enumerate(pieces)]
+            units += [_work_unit(len(units) + n, [each], files) for n, each in enumerate(ranges)]
         else:
-            held += pieces
+            held += ranges
     if held:
         units.append(_work_unit(len(units), held, files))
     return units
 
 
-def _num_bytes(pieces: list[ByteRange]) -> int:
-    return sum(piece.hash_stop - piece.hash_start for piece in pieces)
+def _num_bytes(ranges: list[ByteRange]) -> int:
+    return sum(each.hash_stop - each.hash_start for each in ranges)
 
 
-def _work_unit(index: int, pieces: list[ByteRange], files: list[SourceFile]) -> WorkUnit:
+def _work_unit(index: int, ranges: list[ByteRange], files: list[SourceFile]) -> WorkUnit:
     parts: list[dict[str, Any]] = [
         {
-            "piece": asdict(piece),
-            "name": files[piece.file].name,
-            "version": files[piece.file].status.version,
-            "options": asdict(files[piece.file].options),
+            "piece": asdict(each),
+            "name": files[each.file].name,
+            "version": files[each.file].status.version,
+            "options": asdict(files[each.file].options),
         }
-        for piece in pieces
+        for each in ranges
     ]
-    source = files[pieces[0].file].source
+    source = files[ranges[0].file].source
     key = fingerprint_of({"index": index, "source": source, "parts": parts})
-    return WorkUnit(index, source, tuple(pieces), _num_bytes(pieces), key)
+    return WorkUnit(index, source, tuple(ranges), _num_bytes(ranges), key)
 
 
 def _byte_ranges(index: int, file: SourceFile, range_bytes: int) -> Iterator[ByteRange]:
@@ -149,7 +148,7 @@ def _byte_ranges(index: int, file: SourceFile, range_bytes: int) -> Iterator[Byt
 
 
 def _parquet_ranges(index: int, file: SourceFile, range_bytes: int) -> Iterator[ByteRange]:
-    """Group row groups; share the bytes of the file among the groups to be hashed."""
+    """Batch row groups into ranges, and divide the file's bytes among them for hashing."""
     groups: list[range] = []
     start = held = 0
     for number, size in enumerate(file.row_group_bytes):

@@ -1,129 +1,48 @@
-"""Which documents of a corpus are worth training on, by rules on their text alone.
+"""Quality filters: which documents of a corpus are worth training on, by rules on their text.
 
     cleaner = Cleaner(CleaningConfig(normalization="NFC", min_characters=20))
     for document, cleaned in zip(batch, cleaner.clean_all(batch), strict=True):
         if cleaned.reason: counts[cleaned.reason] += 1
 
 Each rule is off by default. A dropped document has one reason: the first rule that it breaks, in
-the order of `Cleaner.reasons`. The rules of repetition are those of MassiveText (arXiv:2112.11446,
-table A1), with other units where theirs fit English alone: their words are ours (`words.py`), of
-which a Chinese character is one; shares are of the characters that count, so that none exceeds 1.
+the order of `Cleaner.reasons`. The repetition rules are those of MassiveText (arXiv:2112.11446,
+table A1), adapted where their units fit only English: words are those of `words.py`, where a
+Chinese character is one; shares are of the characters that are counted, so that none exceeds 1.
 """
 
 import functools
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 
-from raytune_llama.config.settings import ConfigError, settings, to_dict
+from raytune_llama.data.filters.config import CleaningConfig
 from raytune_llama.data.filters.words import (
     BATCH_CHARACTERS,
     CJK_FLAG,
     LETTER_FLAG,
     SPACE_FLAG,
     SYMBOL_FLAG,
-    UNICODE_VERSION,
     WordArrays,
     batch_texts,
     find_words,
 )
-
-CLEANING_VERSION = 1
-"""Version of what the rules mean; part of the fingerprint."""
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 _LINE_END = re.compile(r"\n")
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
 _POSITION_MASK = np.uint64(BATCH_CHARACTERS - 1)
 
 
-@settings
-class NgramRule:
-    """A bound on what n words in a row may make up of a document."""
-
-    words: Annotated[int, Field(ge=1, le=100)]
-    """n: words in a row. A Chinese character, a kana or a Thai letter is a word by itself."""
-    max_share: Share
-    """Share of the characters of all words; a document with more is dropped."""
-
-
-@settings
-class CleaningConfig:
-    """Rules that drop documents, and the normalization before them. Null or empty: off."""
-
-    normalization: Literal["NFC", "NFKC"] | None = None
-    """Unicode normalization of every text. NFC changes how a character is written, not what is
-    seen. NFKC also turns full-width letters, digits and punctuation into ASCII's, circled numbers
-    into numbers and the like: in Chinese text, the commas too."""
-    min_characters: Annotated[int, Field(ge=1)] | None = None
-    """Shorter documents are dropped: code points, white space included."""
-    max_characters: Annotated[int, Field(ge=1)] | None = None
-    """Longer documents are dropped: code points, white space included."""
-    max_symbol_share: Share | None = None
-    """Symbols among the characters that are not white space. A symbol is what is neither letter,
-    mark nor number: punctuation, emoji, control characters, U+FFFD."""
-    min_cjk_share: Share | None = None
-    """Chinese, Japanese and Korean characters among the letters; without a letter the share is
-    0. Punctuation and digits are not letters."""
-    max_cjk_share: Share | None = None
-    """The same, from above."""
-    max_repeated_line_share: Share | None = None
-    """Lines that stood in the document before, among its lines that are not blank. White space at
-    their ends doesn't count."""
-    max_repeated_line_characters: Share | None = None
-    """Characters in such lines, among those of all lines."""
-    max_repeated_paragraph_share: Share | None = None
-    """Paragraphs that stood in the document before, among its paragraphs. They are separated by
-    blank lines."""
-    max_repeated_paragraph_characters: Share | None = None
-    """Characters in such paragraphs, among those of all paragraphs."""
-    top_ngrams: tuple[NgramRule, ...] = ()
-    """For each n, the characters in all occurrences of the n words in a row that make up the most,
-    if they occur twice: MassiveText has 2: 0.2, 3: 0.18, 4: 0.16."""
-    repeated_ngrams: tuple[NgramRule, ...] = ()
-    """For each n, the characters that belong to n words in a row that stood in the document before:
-    MassiveText has 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "CleaningConfig":
-        problems = [
-            f"min_{name}: {least} is more than max_{name}, {most}; every document would be dropped"
-            for name, least, most in (
-                ("characters", self.min_characters, self.max_characters),
-                ("cjk_share", self.min_cjk_share, self.max_cjk_share),
-            )
-            if least is not None and most is not None and least > most
-        ]
-        for name, rules in (("top", self.top_ngrams), ("repeated", self.repeated_ngrams)):
-            lengths = [rule.words for rule in rules]
-            if lengths != sorted(set(lengths)):
-                problems.append(
-                    f"{name}_ngrams: the numbers of words are {lengths}; list each once, ascending"
-                )
-        if problems:
-            raise ConfigError(problems)
-        return self
-
-    @property
-    def fingerprint_inputs(self) -> dict[str, Any]:
-        """What decides the result, as plain JSON data; empty when nothing is on."""
-        rules = {name: value for name, value in to_dict(self).items() if value not in (None, [])}
-        return {"version": CLEANING_VERSION, "unicode": UNICODE_VERSION, **rules} if rules else {}
-
-
 class CleanedText(NamedTuple):
-    """What became of a document."""
+    """The result of cleaning a document."""
 
     text: str
-    """Its text, normalized if that is on."""
+    """Text of the document, normalized if that is on."""
     reason: str | None
-    """Why it is dropped, one of `Cleaner.reasons`; None: it is kept."""
+    """Why the document is dropped, one of `Cleaner.reasons`; None: it is kept."""
 
 
 class Cleaner:
@@ -134,11 +53,11 @@ class Cleaner:
         self.reasons: tuple[str, ...] = tuple(
             reason for check in _CHECKS for reason, _ in check([], config)
         )
-        """The reasons of the rules that are on, in the order in which they are tried."""
+        """Reasons of the rules that are on, in the order in which they are applied."""
 
     @property
     def is_enabled(self) -> bool:
-        """Whether it can change a text, or leave one out."""
+        """Whether cleaning can change or drop a text."""
         return bool(self.reasons) or self._config.normalization is not None
 
     def clean(self, text: str) -> CleanedText:
@@ -146,14 +65,14 @@ class Cleaner:
         return self.clean_all([text])[0]
 
     def clean_all(self, texts: Sequence[str]) -> list[CleanedText]:
-        """Clean documents; none of them has an influence on another.
+        """Clean documents, each independently of the others.
 
         Args:
-            texts: Their texts. Beside them, about 100 bytes of memory are used for each character
-                of the longest text, up to `BATCH_CHARACTERS` of them.
+            texts: Texts of the documents. Uses about 100 bytes of extra memory per character of the
+                longest text, for up to `BATCH_CHARACTERS` characters.
 
         Returns:
-            A result for each, in their order.
+            One result per document, in order.
         """
         if self._config.normalization is not None:
             texts = _normalized(texts, self._config.normalization)
@@ -170,8 +89,8 @@ class Cleaner:
 def _normalized(texts: Sequence[str], form: Literal["NFC", "NFKC"]) -> list[str]:
     if form == "NFKC":
         texts = _mapped(texts)
-    # What is normalized already, and that is nearly all, is only looked at. Nothing composes with
-    # the end of a line, so that a character which has to be changed costs no more than its line.
+    # Text that is normalized already, as nearly all is, is only checked. Nothing composes with a
+    # line end, so that a character that has to change costs no more than its line.
     return [
         "\n".join([unicodedata.normalize(form, line) for line in text.split("\n")])
         for text in texts
@@ -179,20 +98,20 @@ def _normalized(texts: Sequence[str], form: Literal["NFC", "NFKC"]) -> list[str]
 
 
 def _mapped(texts: Sequence[str]) -> list[str]:
-    """Replace characters by their own normalization where it is one character.
+    """Replace each character by its own normalization if that is a single character.
 
-    The normalization of the whole stays the same, and Python's, which is slow where anything
-    changes (18 MB/s on Chinese text with full-width punctuation), finds nothing left to do.
+    The normalization of the text stays the same, and Python's, which is slow if anything changes
+    (18 MB/s on Chinese text with full-width punctuation), has nothing left to do.
     """
     table = _compatible_codes()
     mapped = [""] * len(texts)
     changeable = ["" if text.isascii() else text.replace("\u2026", "...") for text in texts]
-    for piece in batch_texts(changeable):
-        data = table.take(piece.codes).astype("<u4", copy=False).tobytes()
-        whole = data.decode("utf-32-le", "surrogatepass")
-        starts = piece.starts.tolist()
-        for index, start, stop in zip(piece.text.tolist(), starts, starts[1:], strict=False):
-            mapped[index] += whole[start:stop]
+    for batch in batch_texts(changeable):
+        data = table.take(batch.codes).astype("<u4", copy=False).tobytes()
+        joined = data.decode("utf-32-le", "surrogatepass")
+        starts = batch.starts.tolist()
+        for index, start, stop in zip(batch.text.tolist(), starts, starts[1:], strict=False):
+            mapped[index] += joined[start:stop]
     return [new or text for new, text in zip(mapped, texts, strict=True)]
 
 
@@ -207,7 +126,7 @@ def _compatible_codes() -> NDArray[np.uint32]:
 
 
 _Broken = Iterator[tuple[str, NDArray[np.bool_]]]
-"""A reason, and for each text whether it breaks that rule; only for rules that are on."""
+"""Reasons of the rules that are on, each with an array of whether a text breaks the rule."""
 
 
 def _check_lengths(texts: Sequence[str], config: CleaningConfig) -> _Broken:
@@ -225,9 +144,9 @@ def _check_characters(texts: Sequence[str], config: CleaningConfig) -> _Broken:
     if not flags:
         return
     counts = {flag: np.zeros(len(texts), dtype=np.int64) for flag in flags}
-    for piece in batch_texts(texts):
+    for batch in batch_texts(texts):
         for flag, count in counts.items():
-            count[piece.text] += piece.count(flag)
+            count[batch.text] += batch.count(flag)
     if config.max_symbol_share is not None:
         visible = np.array([len(text) for text in texts], dtype=np.int64) - counts[SPACE_FLAG]
         yield "symbols", _shares(counts[SYMBOL_FLAG], visible) > config.max_symbol_share
@@ -264,7 +183,7 @@ def _check_lines(texts: Sequence[str], config: CleaningConfig) -> _Broken:
 
 
 def _repeated_shares(text: str, end: re.Pattern[str]) -> tuple[float, float]:
-    """Return the share of the parts of a text that stood there before, by number and by length."""
+    """Return the share of repeated parts in a text, by count and by characters."""
     parts = [part for part in map(str.strip, end.split(text)) if part]
     first = set(parts)
     num_characters = sum(map(len, parts))
@@ -282,21 +201,21 @@ def _check_ngrams(texts: Sequence[str], config: CleaningConfig) -> _Broken:
     totals = np.zeros(len(texts))
     tops = {n: np.zeros(len(texts)) for n in top}
     repeats = {n: np.zeros(len(texts)) for n in repeated}
-    for piece in batch_texts(texts):
-        words = find_words(piece)
-        num_texts = len(piece.text)
-        piece_totals = _sums_by_text(words, np.arange(len(words.text)), num_texts)
-        totals[piece.text] += piece_totals
+    for batch in batch_texts(texts):
+        words = find_words(batch)
+        num_texts = len(batch.text)
+        batch_totals = _sums_by_text(words, np.arange(len(words.text)), num_texts)
+        totals[batch.text] += batch_totals
         candidates = np.arange(len(words.text))
         for n in sorted({*top, *repeated}):
-            # n words that come again begin with fewer words that come again: few are left.
+            # A repeated n-gram begins with a repeated shorter one, so that few candidates are left.
             candidates, is_first = _recurring(words, n, candidates)
             if n in tops:
                 most = _top_characters(words, n, candidates, is_first, num_texts)
-                tops[n][piece.text] += np.minimum(most, piece_totals)
+                tops[n][batch.text] += np.minimum(most, batch_totals)
             if n in repeats:
                 covered = _covered(words, n, candidates[~is_first])
-                repeats[n][piece.text] += _sums_by_text(words, covered, num_texts)
+                repeats[n][batch.text] += _sums_by_text(words, covered, num_texts)
     for n, bound in top.items():
         yield f"top_{n}_gram", _shares(tops[n], totals) > bound
     for n, bound in repeated.items():
@@ -306,20 +225,21 @@ def _check_ngrams(texts: Sequence[str], config: CleaningConfig) -> _Broken:
 def _recurring(
     words: WordArrays, n: int, candidates: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Find the n words in a row that occur more than once in their text.
+    """Find the n-grams that occur more than once in their text.
 
     Args:
-        words: The words of a piece.
-        n: How many in a row.
-        candidates: Where those may begin that are looked at.
+        words: The words of a batch.
+        n: Number of words per n-gram.
+        candidates: First words of the n-grams to check.
 
     Returns:
-        Where they begin, equal ones together and ascending, and which are the first of their kind.
+        First words of the repeated n-grams, equal n-grams together and ascending, and whether each
+        is the first of its kind.
     """
     starts = candidates[candidates + n <= len(words.text)]
     starts = starts[words.text[starts] == words.text[starts + n - 1]]
-    # Sorting values is ten times as fast as sorting indices, so that both share 64 bits: two
-    # different rows of a text agree in the 44 bits of the hash about once in 2**44 pairs.
+    # Sorting values is ten times as fast as sorting indices, so hash and index share 64 bits: two
+    # different n-grams of a text agree in the 44 bits of the hash about once in 2**44 pairs.
     keys = words.hash_ngrams(starts, starts + n)
     keys &= ~_POSITION_MASK
     keys |= starts.astype(np.uint64)
@@ -340,7 +260,7 @@ def _top_characters(
     is_first: NDArray[np.bool_],
     num_texts: int,
 ) -> NDArray[np.float64]:
-    """Return the characters of the n words in a row that make up the most of each text."""
+    """Return the number of characters of the n-gram that covers the most of each text."""
     firsts = np.flatnonzero(is_first)
     counts = np.diff(firsts, append=len(starts))
     sums = np.concatenate([[0], np.cumsum(words.num_characters)])
@@ -351,7 +271,7 @@ def _top_characters(
 
 
 def _covered(words: WordArrays, n: int, starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the words that belong to some of the n words in a row that begin at `starts`."""
+    """Return the words that belong to any of the n-grams that begin at `starts`."""
     size = len(words.text) + 1
     depth = np.cumsum(np.bincount(starts, minlength=size) - np.bincount(starts + n, minlength=size))
     return np.flatnonzero(depth[:-1])
@@ -360,16 +280,16 @@ def _covered(words: WordArrays, n: int, starts: NDArray[np.int64]) -> NDArray[np
 def _sums_by_text(
     words: WordArrays, places: NDArray[np.int64], num_texts: int
 ) -> NDArray[np.float64]:
-    """Add up the characters of some words for each text."""
+    """Sum the characters of some words per text."""
     sums = np.bincount(
         words.text[places], weights=words.num_characters[places], minlength=num_texts
     )
     return sums.astype(np.float64, copy=False)
 
 
-def _shares(parts: NDArray[Any], wholes: NDArray[Any]) -> NDArray[np.float64]:
-    """Divide; a part of nothing is 0."""
-    return parts / np.maximum(wholes, 1)
+def _shares(parts: NDArray[Any], totals: NDArray[Any]) -> NDArray[np.float64]:
+    """Divide; a share of nothing is 0."""
+    return parts / np.maximum(totals, 1)
 
 
 _NO = np.zeros(1, dtype=np.bool_)

@@ -1,20 +1,20 @@
-"""The steps of finding duplicates: a task reads files of the steps before and writes one.
+"""Steps of the search for duplicates: a task reads files of earlier steps and writes one.
 
-A document is a number, `unit << 32 | its place in the unit`, so that numbers are in source order.
-The signature files are cut into chunks of documents, and what has to meet is sent to a partition:
+A document's id is `unit << 32 | its index in the unit`, so that ids are in source order. The
+signature files are split into chunks of documents, and equal hashes are sent to one partition:
 
-    texts/rows     by chunk       hashes of its texts, for each partition of hashes
-    texts/matched  by partition   documents whose text came before, for each chunk
-    bands/rows     by chunk       hashes of its bands, for each partition of hashes
-    bands/matched  by partition   similar pairs, for each chunk
-    pairs/N/small, pairs/N/large  by chunk   round N of joining pairs to groups
+    texts/rows     per chunk       hashes of its texts, for each partition of hashes
+    texts/matched  per partition   documents with the text of an earlier one, for each chunk
+    bands/rows     per chunk       hashes of its bands, for each partition of hashes
+    bands/matched  per partition   similar pairs, for each chunk
+    pairs/N/small, pairs/N/large  per chunk   round N of joining pairs to groups
 
-A file has a stretch for each reader (`shuffle.py`). A chunk decides what it can alone, and sends on
-only the first document of each hash: a hash that all documents share arrives once for each chunk.
+A file has a range of rows per reader (`shuffle.py`). A chunk resolves what it can alone, and sends
+only the first document of each hash: a hash that all documents share arrives once per chunk.
 
 Pairs (later, earlier) are joined by small-star and large-star steps (Kiveris et al., Connected
-Components in MapReduce and Beyond, SoCC 2014), until each document is the later one of one pair at
-most. A step makes no more pairs than it got.
+Components in MapReduce and Beyond, SoCC 2014), until each document is the later one of at most one
+pair. A step outputs no more pairs than it reads.
 """
 
 from collections.abc import Callable
@@ -25,65 +25,66 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raytune_llama.data.filters.config import DuplicatesConfig
 from raytune_llama.data.filters.shuffle import (
     ShuffleRows,
     Uint64Array,
     read_shuffle_rows,
     write_shuffle_rows,
 )
-from raytune_llama.data.filters.signatures import DuplicatesConfig, signature_file, signature_schema
+from raytune_llama.data.filters.signatures import signature_file, signature_schema
 from raytune_llama.storage.place import Place
 
 UNIT_BITS = 32
-"""Bits of a document's number that are its place in the unit."""
+"""Bits of a document's id that are its index in the unit."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of documents that one task reads: some units, or a part of one."""
+    """A range of documents that one task reads: several units, or a part of one."""
 
     first_unit: int
-    """Where it begins."""
+    """First unit."""
     stop_unit: int
-    """Behind its last unit."""
+    """End of the units, exclusive."""
     first_batch: int
-    """The first record batch that it takes of its units."""
+    """First record batch to read from each unit."""
     stop_batch: int
-    """Behind the last one; a unit may have less."""
+    """End of the record batches, exclusive; a unit may have fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeduplicationPlan:
-    """What all tasks know."""
+    """Plan of a search for duplicates, shared by all its tasks."""
 
     signatures: Place
-    """The signature files."""
+    """Folder of the signature files."""
     work: Place
-    """Where the files of the steps go."""
+    """Folder of the files of the steps."""
     config: DuplicatesConfig
     """What to look for."""
     batch_documents: int
     """Rows of every record batch of a signature file but its last."""
     chunks: tuple[Chunk, ...]
-    """In source order; every document is in one."""
+    """Chunks in source order; every document is in exactly one."""
     num_partitions: int
-    """Of hashes."""
+    """Number of partitions of hashes."""
 
     def file(self, step: str, index: int) -> Place:
-        """Name the file that a step makes of a chunk or partition."""
+        """Return the path of the file that a step writes for a chunk or partition."""
         return self.work / f"{step}/{index:06d}.rows"
 
     def num_files(self, step: str) -> int:
-        """Return how many files a step makes."""
+        """Return the number of files that a step writes."""
         return self.num_partitions if step.endswith("matched") else len(self.chunks)
 
     def read_all(self, step: str, reader: int, num_columns: int) -> tuple[Uint64Array, ...]:
-        """Read what all files of a step have for a partition or chunk."""
+        """Read the rows for a partition or chunk from all files of a step."""
         files = [self.file(step, index) for index in range(self.num_files(step))]
         return read_shuffle_rows(files, reader, self._num_readers(step), num_columns)
 
     def read_own(self, step: str, index: int, num_columns: int) -> tuple[Uint64Array, ...]:
-        """Read what a chunk has decided alone: the last reader of its file."""
+        """Read the rows that a chunk has resolved alone, those of the last reader of its file."""
         num_readers = self._num_readers(step)
         return read_shuffle_rows(
             [self.file(step, index)], num_readers - 1, num_readers, num_columns
@@ -106,9 +107,9 @@ class DeduplicationPlan:
 
 
 def send_texts(plan: DeduplicationPlan, index: int) -> ShuffleRows:
-    """Send the texts of a chunk to the partitions of their hashes, each once.
+    """Send the text hashes of a chunk to their partitions, each hash once.
 
-    The last reader is the chunk itself: the documents whose text came before in the chunk.
+    The last reader is the chunk itself, for documents whose text occurred earlier in the chunk.
     """
     documents, hashes = _read_chunk(plan, index, "hash")
     order, is_repeated = _repeated((hashes[:, 0], hashes[:, 1]))
@@ -120,9 +121,9 @@ def send_texts(plan: DeduplicationPlan, index: int) -> ShuffleRows:
 
 
 def match_texts(plan: DeduplicationPlan, index: int) -> ShuffleRows:
-    """Find the documents of a partition whose text came before, in a chunk before."""
+    """Find the documents of a partition whose text occurred in an earlier chunk."""
     documents, high, low = plan.read_all("texts/rows", index, 3)
-    # The files are in source order: so are the documents of one hash, as sorting is stable.
+    # The files are in source order, and so are the documents of a hash, as sorting is stable.
     order, is_repeated = _repeated((high, low))
     later = np.sort(documents[order][is_repeated])
     counts = {"exact_duplicates": len(later)}
@@ -130,7 +131,7 @@ def match_texts(plan: DeduplicationPlan, index: int) -> ShuffleRows:
 
 
 def exact_duplicates(plan: DeduplicationPlan, index: int) -> Uint64Array:
-    """Return the documents of a chunk whose text came before, ascending."""
+    """Return the documents of a chunk whose text occurred before, ascending."""
     if not plan.config.exact:
         return np.empty(0, dtype=np.uint64)
     own = plan.read_own("texts/rows", index, 3)[0]
@@ -139,10 +140,10 @@ def exact_duplicates(plan: DeduplicationPlan, index: int) -> Uint64Array:
 
 
 def send_bands(plan: DeduplicationPlan, index: int) -> ShuffleRows:
-    """Send the bands of a chunk to the partitions of their hashes, each once.
+    """Send the band hashes of a chunk to their partitions, each hash once.
 
-    Exact duplicates are left out: they follow the first document of their text. The last reader is
-    the chunk itself: the pairs that it has found.
+    Exact duplicates are skipped: they follow the first document of their text. The last reader is
+    the chunk itself, for the pairs that it has found.
     """
     documents, bands = _read_chunk(plan, index, "bands")
     num_documents = len(documents)
@@ -163,7 +164,7 @@ def send_bands(plan: DeduplicationPlan, index: int) -> ShuffleRows:
 
 
 def match_bands(plan: DeduplicationPlan, index: int) -> ShuffleRows:
-    """Find the pairs of documents that share a band of a partition."""
+    """Find the pairs of documents that share a band in a partition."""
     documents, hashes = plan.read_all("bands/rows", index, 2)
     order, is_repeated = _repeated((hashes,))
     later, earlier = join_pairs(*_pairs(documents[order], is_repeated))
@@ -172,10 +173,10 @@ def match_bands(plan: DeduplicationPlan, index: int) -> ShuffleRows:
 
 
 def join_small(plan: DeduplicationPlan, index: int, *, number: int) -> ShuffleRows:
-    """Join the pairs whose later document is in a chunk; each goes on to both its documents.
+    """Join the pairs whose later document is in a chunk, and send each pair to both documents.
 
-    `branched` counts the documents with more than one earlier one. Where there is none, each group
-    is a tree, and its root the only one that is not the later of a pair.
+    `branched` counts the documents with more than one earlier neighbor. If there are none, each
+    group is a tree, and its root the only document that is not the later one of a pair.
     """
     if number == 0:
         own = plan.read_own("bands/rows", index, 2)
@@ -192,7 +193,7 @@ def join_small(plan: DeduplicationPlan, index: int, *, number: int) -> ShuffleRo
 
 
 def join_large(plan: DeduplicationPlan, index: int, *, number: int) -> ShuffleRows:
-    """Tie the later neighbours of each document of a chunk to its earliest one."""
+    """Link the later neighbors of each document of a chunk to its earliest one."""
     nodes, neighbors = plan.read_all(f"pairs/{number}/small", index, 2)
     later, earlier = _large_star(nodes, neighbors)
     counts = {"pairs": len(later)}
@@ -203,9 +204,9 @@ def near_duplicates(plan: DeduplicationPlan, index: int, last_step: str | None) 
     """Return the documents of a chunk that are similar to an earlier one, ascending.
 
     Args:
-        plan: The plan.
-        index: The chunk.
-        last_step: The small step that found no branch; None: nothing was looked for.
+        plan: Plan of the search.
+        index: Index of the chunk.
+        last_step: The last small step, which found no branch; None: near duplicates are off.
     """
     if last_step is None:
         return np.empty(0, dtype=np.uint64)
@@ -214,11 +215,11 @@ def near_duplicates(plan: DeduplicationPlan, index: int, last_step: str | None) 
 
 
 def join_pairs(later: Uint64Array, earlier: Uint64Array) -> tuple[Uint64Array, Uint64Array]:
-    """Tie each document of some pairs to the first of its group, and only to that.
+    """Link each document of some pairs to the first of its group, and only to that.
 
     Args:
-        later: [P] A document of each pair.
-        earlier: [P] A document before it.
+        later: [P] Later document of each pair.
+        earlier: [P] Earlier document of each pair.
 
     Returns:
         Distinct pairs, ascending.
@@ -239,10 +240,10 @@ def run_step(
     find: Callable[[DeduplicationPlan, int], ShuffleRows],
     index: int,
 ) -> dict[str, int]:
-    """Make one file of a step, if it is not there; its bytes depend on nothing but its inputs.
+    """Write one file of a step unless it exists; its bytes depend only on its inputs.
 
     Returns:
-        The counts of what is in it.
+        The counts of the file.
     """
     return write_shuffle_rows(plan.file(step, index), partial(find, plan, index))
 
@@ -250,7 +251,7 @@ def run_step(
 def _read_chunk(
     plan: DeduplicationPlan, index: int, column: str
 ) -> tuple[Uint64Array, Uint64Array]:
-    """Return the documents of a chunk, [D], and the 64-bit numbers of a column, [D, N]."""
+    """Return the documents of a chunk, [D], and the 64-bit integers of a column, [D, N]."""
     chunk = plan.chunks[index]
     schema = signature_schema(plan.config)
     place = schema.get_field_index(column)
@@ -272,7 +273,7 @@ def _read_chunk(
 
 
 def _as_numbers(column: pa.Array, width: int) -> Uint64Array:
-    """View values of fixed size as `width` 64-bit numbers each, [D, N]."""
+    """View values of fixed size as `width` 64-bit integers each, [D, N]."""
     if isinstance(column, pa.FixedSizeListArray):
         return column.flatten().to_numpy().reshape(-1, width)
     data = np.frombuffer(column.buffers()[1], dtype=np.uint64)
@@ -280,7 +281,7 @@ def _as_numbers(column: pa.Array, width: int) -> Uint64Array:
 
 
 def _repeated(keys: tuple[Uint64Array, ...]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Sort rows by their keys, equal ones in their order, and mark all but the first of equals."""
+    """Sort rows by their keys (stable), and mark all but the first of equal ones."""
     order = np.lexsort(keys)
     is_repeated = np.zeros(len(order), dtype=np.bool_)
     is_repeated[1:] = True
@@ -293,7 +294,7 @@ def _repeated(keys: tuple[Uint64Array, ...]) -> tuple[NDArray[np.int64], NDArray
 def _pairs(
     documents: Uint64Array, is_repeated: NDArray[np.bool_]
 ) -> tuple[Uint64Array, Uint64Array]:
-    """Pair each repeated document with the one before it that is not."""
+    """Pair each repeated document with the last one before it that is not repeated."""
     firsts = documents[~is_repeated]
     places = np.cumsum(~is_repeated) - 1
     return documents[is_repeated], firsts[places[is_repeated]]
@@ -313,7 +314,7 @@ def _is_first(values: Uint64Array) -> NDArray[np.bool_]:
 
 
 def _small_star(later: Uint64Array, earlier: Uint64Array) -> tuple[Uint64Array, Uint64Array]:
-    """Tie each document, and its earlier neighbours, to the earliest of them; pairs ascend."""
+    """Link each document and its earlier neighbors to the earliest of them; needs sorted pairs."""
     is_first = _is_first(later)
     least = earlier[is_first][np.cumsum(is_first) - 1]
     rest = ~is_first
@@ -324,7 +325,7 @@ def _small_star(later: Uint64Array, earlier: Uint64Array) -> tuple[Uint64Array, 
 
 
 def _large_star(nodes: Uint64Array, neighbors: Uint64Array) -> tuple[Uint64Array, Uint64Array]:
-    """Tie the later neighbours of each node to the earliest of it and its neighbours."""
+    """Link the later neighbors of each node to the earliest of it and its neighbors."""
     order = np.argsort(nodes, kind="stable")
     nodes, neighbors = nodes[order], neighbors[order]
     is_first = _is_first(nodes)

@@ -1,15 +1,15 @@
-"""Which documents of a store are duplicates of an earlier one; on Ray Data, in bounded memory.
+"""Find the documents of a store that duplicate an earlier one, on Ray Data, in bounded memory.
 
     counts = find_duplicates(signatures, num_units, config, dropped)
     marks = read_dropped(dropped, unit)
     reason = marks.reason(ordinal)
 
-Documents travel through files, in the steps of `duplicate_steps.py`; a task holds one chunk or one
-partition of them, and the driver holds the plan and counts. Each file is a function of its inputs
-alone, so that the result is the same for any number of workers, and a job that is started again
-makes only what is missing. (Ray Data's own keyed shuffle begins anew after a crash, and calls a
-function for each group, or cuts groups where it cuts blocks.) One thing is not bounded by
-`ShuffleSizes`: a group of similar documents meets in one task, with about 100 bytes a document.
+Tasks exchange documents through files, in the steps of `duplicate_steps.py`; a task holds one chunk
+or one partition, and the driver holds the plan and counts. Each file is a function of its inputs
+alone, so that the result is the same for any number of workers, and a restarted job computes only
+the missing files. (Ray Data's own keyed shuffle restarts from scratch after a crash, and calls a
+function per group, or splits groups at block boundaries.) One thing is not bounded by
+`ShuffleSizes`: one task holds an entire group of similar documents, about 100 bytes per document.
 """
 
 import functools
@@ -29,6 +29,7 @@ import pyarrow as pa
 import pydantic
 from numpy.typing import NDArray
 
+from raytune_llama.data.filters.config import DuplicatesConfig
 from raytune_llama.data.filters.duplicate_steps import (
     UNIT_BITS,
     Chunk,
@@ -44,12 +45,7 @@ from raytune_llama.data.filters.duplicate_steps import (
     send_texts,
 )
 from raytune_llama.data.filters.shuffle import ShuffleRows, Uint64Array, upload_on_success
-from raytune_llama.data.filters.signatures import (
-    HASH_BYTES,
-    DuplicatesConfig,
-    read_batch_layout,
-    signature_file,
-)
+from raytune_llama.data.filters.signatures import HASH_BYTES, read_batch_layout, signature_file
 from raytune_llama.data.filters.tasks import run_tasks
 from raytune_llama.data.store.manifest import MANIFEST_NAME, StoreError, fingerprint_of
 from raytune_llama.storage.place import Place
@@ -57,51 +53,51 @@ from raytune_llama.storage.place import Place
 logger = logging.getLogger(__name__)
 
 DUPLICATE_REASONS: Final = ("exact_duplicate", "near_duplicate")
-"""Why a document is dropped: its text came before; it is similar to one that came before."""
+"""Why a document is dropped: an earlier document has the same text, or is similar."""
 
-_NUM_THREADS = 32  # that open files: in object storage, each takes some round trips
-_VERSION = 1  # of the files that are left behind by a crash
+_NUM_THREADS = 32  # to open files: in object storage, each takes some round trips
+_VERSION = 1  # of the intermediate files, which remain after a crash
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShuffleSizes:
-    """How much a task holds in memory; the result does not depend on it."""
+    """Sizes that bound the memory of a task; the result does not depend on them."""
 
     chunk_batches: int = 16
-    """Record batches of signatures that are read together: 2**18 documents, which with 14 bands
-    take 200 MB while they are sorted."""
+    """Record batches of signatures per chunk: 2**18 documents, which with 14 bands take 200 MB
+    while they are sorted."""
     partition_rows: int = 1 << 22
-    """Hashes that are compared together, on average; they take 200 MB while they are sorted."""
+    """Average number of hashes per partition; they take 200 MB while they are sorted."""
 
 
 _DEFAULT_SIZES = ShuffleSizes()
 
 TaskRunner = Callable[[str, Callable[[int], Mapping[str, int]], int, Place], Counter[str]]
-"""`run_tasks`, or what does the same: name, task, number of tasks, folder for attempts."""
+"""`run_tasks` or an equivalent: name, task, number of tasks, folder for attempts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicateCounts:
-    """What was found."""
+    """Counts of a finished search for duplicates."""
 
     documents: int
-    """Documents with a signature."""
+    """Number of documents with a signature."""
     dropped: dict[str, int]
-    """How many are dropped, by reason."""
+    """Number of dropped documents by reason."""
 
 
 @dataclass(frozen=True)
 class DroppedDocuments:
-    """The documents of a unit that are dropped."""
+    """The dropped documents of a unit."""
 
     reason_codes: bytes
-    """For each document up to the last that is dropped: 0, or 1 + the index of its reason."""
+    """One code per document up to the last dropped one: 0, or 1 + the index of its reason."""
 
     def reason(self, ordinal: int) -> str | None:
-        """Tell why a document is dropped, None if it is kept.
+        """Return why a document is dropped, or None if it is kept.
 
         Args:
-            ordinal: Its place among the documents of which signatures were written, from 0.
+            ordinal: Index of the document among those with signatures, from 0.
         """
         mark = self.reason_codes[ordinal] if ordinal < len(self.reason_codes) else 0
         return DUPLICATE_REASONS[mark - 1] if mark else None
@@ -116,22 +112,22 @@ def find_duplicates(
     num_workers: int | None = None,
     sizes: ShuffleSizes = _DEFAULT_SIZES,
 ) -> DuplicateCounts:
-    """Find the documents that are dropped, and write a file of them for each unit.
+    """Find the documents to drop, and write a file of them per unit.
 
-    Ray must be initialised. If all was done before for these signatures, only the counts are read.
+    Ray must be initialized. If the result for these signatures exists, only its counts are read.
 
     Args:
-        signatures: Where `write_signatures` has written the files of all units.
-        num_units: How many units there are.
-        config: What to look for: that of the signatures.
-        dropped: A folder for nothing else, on storage that all nodes share. Until all is done it
-            also holds the files of the steps, 24 bytes a document and 16 for each of its bands.
-        num_workers: Tasks at a time, a CPU each; null: as many as the cluster has CPUs.
-        sizes: Memory of a task.
+        signatures: Folder to which `write_signatures` has written the files of all units.
+        num_units: Number of units.
+        config: What to look for, the same as for the signatures.
+        dropped: Dedicated folder on storage that all nodes share. Until the search is done, it also
+            holds the intermediate files: 24 bytes per document, and 16 per document and band.
+        num_workers: Concurrent tasks, with one CPU each; None: one per CPU of the cluster.
+        sizes: Sizes that bound the memory of a task.
 
     Raises:
         StoreError: A signature file is missing or was made with other settings, a disk is full, or
-            a task ended its process too often.
+            the process of a task died too often.
     """
     run = partial(run_tasks, num_workers=num_workers)
     return find_duplicates_with(run, signatures, num_units, config, dropped, sizes=sizes)
@@ -146,7 +142,7 @@ def find_duplicates_with(
     *,
     sizes: ShuffleSizes = _DEFAULT_SIZES,
 ) -> DuplicateCounts:
-    """Do the same without Ray, by whatever runs tasks as `run_tasks` does."""
+    """Like `find_duplicates`, with any task runner, so that Ray is not required."""
     assert num_units > 0, "no documents to compare"
     statuses = _statuses(signatures, num_units)
     inputs = {"version": _VERSION, "duplicates": config.fingerprint_inputs, "sizes": asdict(sizes)}
@@ -172,7 +168,7 @@ def find_duplicates_with(
 
 
 def dropped_file(dropped: Place, unit: int) -> Place:
-    """Name the file with the documents of a unit that are dropped."""
+    """Return the path of the file with the dropped documents of a unit."""
     return dropped / f"{unit:05d}.arrow"
 
 
@@ -187,27 +183,27 @@ def read_dropped(dropped: Place, unit: int) -> DroppedDocuments:
 
 
 def _statuses(signatures: Place, num_units: int) -> dict[str, list[Any]]:
-    """Return size and version of each signature file, in the order of the units."""
-    there = {place.name: status for place, status in signatures.files().items()}
+    """Return size and version of each signature file, in unit order."""
+    found = {place.name: status for place, status in signatures.files().items()}
     names = [signature_file(signatures, unit).name for unit in range(num_units)]
-    missing = [name for name in names if name not in there]
+    missing = [name for name in names if name not in found]
     if missing:
         raise StoreError(
-            f"{signatures}: {len(missing)} of {num_units} signature files are missing, the first "
-            f"is {missing[0]}; run again to write them"
+            f"{signatures}: {len(missing)} of {num_units} signature files are missing, first "
+            f"{missing[0]}; run again to write them"
         )
-    return {name: [there[name].num_bytes, there[name].version] for name in names}
+    return {name: [found[name].num_bytes, found[name].version] for name in names}
 
 
 def _prepare_folder(dropped: Place, work: Place) -> None:
-    """Make the folder ready: what is left of other signatures is deleted, of these it is used."""
+    """Prepare the folder: delete leftovers of other signatures, keep those of the current ones."""
     marker = work / "begun"
     if not marker.exists():
         for place in [*dropped.files(), *dropped.folders()]:
-            if _OURS.fullmatch(place.name):
+            if _OWN_NAMES.fullmatch(place.name):
                 place.delete()
         marker.write_bytes(b"")
-    # A new run is a new chance.
+    # A new run resets the attempt counts.
     (work / "attempts").delete()
 
 
@@ -218,14 +214,16 @@ def _plan(
     file_bytes: Sequence[int],
     sizes: ShuffleSizes,
 ) -> DeduplicationPlan:
-    """Cut the documents into chunks and the hashes into partitions, by what the files say."""
+    """Split documents into chunks and hashes into partitions, from the headers of the files."""
     files = [signature_file(signatures, unit) for unit in range(len(file_bytes))]
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
         num_batches, batch_documents = zip(
             *threads.map(partial(read_batch_layout, config=config), files), strict=True
         )
     if len(set(batch_documents)) > 1:
-        raise StoreError(f"{signatures}: the files differ in their batches; delete them, run again")
+        raise StoreError(
+            f"{signatures}: the files differ in batch_documents; delete them and run again"
+        )
     document_bytes = HASH_BYTES * config.exact + 8 * (config.near.bands if config.near else 0)
     num_documents = [
         min(batches * batch_documents[0], num_bytes // document_bytes)
@@ -245,12 +243,12 @@ def _plan(
 def _chunks(
     num_documents: Sequence[int], batch_documents: int, chunk_batches: int
 ) -> tuple[Chunk, ...]:
-    """Group small units, and cut large ones.
+    """Group small units, and split large ones.
 
     Args:
-        num_documents: Documents of each unit, at most.
-        batch_documents: Documents of a record batch.
-        chunk_batches: Record batches of a chunk.
+        num_documents: Upper bound on the documents of each unit.
+        batch_documents: Documents per record batch.
+        chunk_batches: Record batches per chunk.
     """
     limit = chunk_batches * batch_documents
     chunks: list[Chunk] = []
@@ -270,7 +268,7 @@ def _chunks(
 
 
 def _find(run: TaskRunner, plan: DeduplicationPlan, dropped: Place) -> DuplicateCounts:
-    """Run all steps; each begins when the one before is done."""
+    """Run all steps, one after the other."""
     counts: dict[str, Counter[str]] = {}
     attempts = plan.work / "attempts"
 
@@ -291,9 +289,9 @@ def _find(run: TaskRunner, plan: DeduplicationPlan, dropped: Place) -> Duplicate
             if not make(last_step, partial(join_small, number=number))["branched"]:
                 break
             make(f"pairs/{number}/large", partial(join_large, number=number))
-    stretches = _group_by_unit(plan.chunks)
-    write = partial(_write_dropped, plan, dropped, last_step, stretches)
-    found = run("dropped", write, len(stretches), attempts)
+    groups = _group_by_unit(plan.chunks)
+    write = partial(_write_dropped, plan, dropped, last_step, groups)
+    found = run("dropped", write, len(groups), attempts)
     return DuplicateCounts(
         documents=next(iter(counts.values()))["documents"],
         dropped={reason: found[reason] for reason in DUPLICATE_REASONS},
@@ -310,18 +308,18 @@ def _write_dropped(
     plan: DeduplicationPlan,
     dropped: Place,
     last_step: str | None,
-    stretches: list[list[int]],
+    groups: list[list[int]],
     index: int,
 ) -> dict[str, int]:
-    """Write the files of the units in some chunks."""
-    chunks = [plan.chunks[chunk] for chunk in stretches[index]]
+    """Write the files of the units in one group of chunks."""
+    chunks = [plan.chunks[chunk] for chunk in groups[index]]
     counts: Counter[str] = Counter()
     # Many units in one chunk, or one unit in many chunks: each chunk is read once.
     marked = functools.lru_cache(maxsize=1)(partial(_marked, plan, last_step))
     for unit in range(chunks[0].first_unit, chunks[0].stop_unit):
         file = dropped_file(dropped, unit)
         with upload_on_success(file) as path, pa.ipc.new_file(str(path), _DROPPED_SCHEMA) as writer:
-            for chunk in stretches[index]:
+            for chunk in groups[index]:
                 documents, marks = marked(chunk)
                 start, stop = np.searchsorted(
                     documents, np.array([unit, unit + 1], np.uint64) << UNIT_BITS
@@ -329,8 +327,8 @@ def _write_dropped(
                 ordinals = documents[start:stop] & ((1 << UNIT_BITS) - 1)
                 columns = [pa.array(ordinals.astype(np.int64)), pa.array(marks[start:stop])]
                 writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_DROPPED_SCHEMA))
-                numbers = np.bincount(marks[start:stop], minlength=len(DUPLICATE_REASONS))
-                counts.update(dict(zip(DUPLICATE_REASONS, numbers.tolist(), strict=True)))
+                totals = np.bincount(marks[start:stop], minlength=len(DUPLICATE_REASONS))
+                counts.update(dict(zip(DUPLICATE_REASONS, totals.tolist(), strict=True)))
     return dict(counts)
 
 
@@ -353,4 +351,4 @@ _DROPPED_SCHEMA = pa.schema(
     metadata={"reasons": json.dumps(DUPLICATE_REASONS)},
 )
 
-_OURS = re.compile(r"work-[0-9a-f]{12}|\d{5,}\.arrow|" + re.escape(MANIFEST_NAME))
+_OWN_NAMES = re.compile(r"work-[0-9a-f]{12}|\d{5,}\.arrow|" + re.escape(MANIFEST_NAME))

@@ -1,9 +1,9 @@
-"""Files of 64-bit numbers, sorted by who reads them: how rows get from many tasks to many others.
+"""Shuffle files: rows of 64-bit integers, sorted by reader, from many tasks to many others.
 
-Each task writes one file, and each reader takes its own stretch of every file. A file holds, as
-little-endian 64-bit numbers, the first row of each reader and the number of rows; then the rows,
-for each reader column after column; then its counts as JSON and the length of that. (An Arrow file
-with a record batch a reader takes ten times as long to open, which is what a shuffle does most.)
+Each task writes one file, and each reader reads its own range of every file. A file holds, as
+little-endian 64-bit integers, the first row of each reader and the number of rows; then the rows,
+column by column per reader; then its counts as JSON and the length of that. (An Arrow file with a
+record batch per reader takes ten times as long to open, which a shuffle does most of the time.)
 """
 
 import contextlib
@@ -22,28 +22,28 @@ from numpy.typing import NDArray
 from raytune_llama.storage.place import Place
 
 Uint64Array = NDArray[np.uint64]
-"""Whatever is shuffled."""
+"""An array of the 64-bit integers that are shuffled."""
 
 _STORED = np.dtype("<u8")
-_NUM_THREADS = 16  # that read files: in object storage, each takes two round trips
+_NUM_THREADS = 16  # to read files: in object storage, each takes two round trips
 
 
 @dataclass(frozen=True)
 class ShuffleRows:
-    """What a task found."""
+    """Rows that a task sends to readers."""
 
     columns: tuple[Uint64Array, ...]
-    """Of equal length."""
+    """Columns of equal length."""
     reader: NDArray[np.int64]
-    """The reader of each row; rows of the same keep their order."""
+    """Reader of each row; rows of the same reader keep their order."""
     num_readers: int
-    """How many readers there are."""
+    """Number of readers."""
     counts: dict[str, int]
-    """What there is to tell about it."""
+    """Counts to report, by name."""
 
 
 def write_shuffle_rows(file: Place, find: Callable[[], ShuffleRows]) -> dict[str, int]:
-    """Write what a task finds, if it is not there yet; return its counts."""
+    """Compute and write the rows of a task unless the file exists; return their counts."""
     if file.exists():
         return _read_counts(file)
     rows = find()
@@ -55,13 +55,13 @@ def write_shuffle_rows(file: Place, find: Callable[[], ShuffleRows]) -> dict[str
 def read_shuffle_rows(
     files: Sequence[Place], reader: int, num_readers: int, num_columns: int
 ) -> tuple[Uint64Array, ...]:
-    """Read what some files have for a reader, one file after the other.
+    """Read the rows of one reader from several files, in file order.
 
     Args:
-        files: The files.
-        reader: Which stretch of them.
-        num_readers: How many stretches they have.
-        num_columns: How many columns they have.
+        files: Files written by `write_shuffle_rows`.
+        reader: Index of the reader.
+        num_readers: Number of readers of the files.
+        num_columns: Number of columns of the files.
     """
     header_bytes = (num_readers + 1) * _STORED.itemsize
 
@@ -82,7 +82,7 @@ def read_shuffle_rows(
 
 @contextlib.contextmanager
 def upload_on_success(file: Place) -> Iterator[Path]:
-    """Yield a path to write to; the file appears at its place when the block has succeeded."""
+    """Yield a local path to write to; upload the file when the block succeeds."""
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, file.name)
         yield path
@@ -90,7 +90,7 @@ def upload_on_success(file: Place) -> Iterator[Path]:
 
 
 def _write_rows(path: Path, rows: ShuffleRows) -> None:
-    # Small integers are sorted by their digits, in linear time.
+    # Numpy sorts 16-bit integers by radix, in linear time.
     small = np.uint16 if rows.num_readers <= 1 << 16 else np.uint32
     order = np.argsort(rows.reader.astype(small), kind="stable")
     bounds = np.searchsorted(rows.reader[order], np.arange(rows.num_readers + 1))
@@ -116,5 +116,5 @@ def _numbers(source: pa.NativeFile, begin: int, count: int) -> Uint64Array:
         return np.empty(0, dtype=np.uint64)
     source.seek(begin)
     data = source.read(count * _STORED.itemsize)
-    assert len(data) == count * _STORED.itemsize, "a file is whole where it is there"
+    assert len(data) == count * _STORED.itemsize, "an existing file is complete"
     return np.frombuffer(data, dtype=_STORED).astype(np.uint64, copy=False)

@@ -1,25 +1,25 @@
-"""What two documents are compared by: a hash of the text, and MinHash bands of its words.
+"""Signatures that documents are compared by: a hash of the text, and MinHash bands of its words.
 
     num_documents = write_signatures(folder, unit, batches_of_texts, config)
 
-A signature decides alone, whatever machine makes it: two texts are exact duplicates if their hashes
-are equal, and near duplicates if one of their bands is. `duplicates.py` finds them.
+Signatures are the same on every machine, and nothing else is compared: two texts are exact
+duplicates if their hashes are equal, and near duplicates if at least one band is equal.
+`duplicates.py` finds them.
 
-A document is the set of its shingles, which are `shingle_words` words in a row (`words.py`: a
-Chinese character is one); case, punctuation and white space don't count. Two documents are similar
-by s = shared shingles / all shingles of both. MinHash draws `bands` x `rows` numbers of each. One
-number agrees with probability s, all rows of a band with s ** rows, and at least one band with
-1 - (1 - s ** rows) ** bands, which rises steeply around (1 / bands) ** (1 / rows). So of the pairs
-of a similarity, and of the documents beside their copy with every 100th, 33rd or 20th word
-replaced, this share is found:
+A document is the set of its shingles, the n-grams of `shingle_words` words (`words.py`: a Chinese
+character is one); case, punctuation and white space are ignored. The similarity of two documents is
+s = shared shingles / all shingles of both. MinHash computes `bands` x `rows` values per document.
+One value agrees with probability s, all rows of a band with s ** rows, and at least one band with
+1 - (1 - s ** rows) ** bands, which rises steeply around (1 / bands) ** (1 / rows). Share of pairs
+found, by similarity, and for a document and its copy with every 100th, 33rd or 20th word replaced:
 
     bands  rows  s = 0.5   0.6   0.7   0.8   0.9    1 in 100   1 in 33   1 in 20
       14     8      0.05  0.21  0.56  0.92  1.00      1.00       0.78      0.30
       20     5      0.47  0.80  0.98  1.00  1.00      1.00       1.00      0.88
        9    13      0.00  0.01  0.08  0.40  0.93      0.95       0.20      0.02
 
-Nothing is verified afterwards: that takes all numbers of both documents at one place, four times
-the bands' bytes, through one more shuffle. Whoever wants fewer wrong pairs raises `rows` instead.
+Matches are not verified: that needs all values of both documents in one place, four times the
+bytes of the bands, and one more shuffle. For fewer false positives, raise `rows` instead.
 """
 
 import functools
@@ -28,26 +28,18 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import Field
 
-from raytune_llama.config.settings import settings, to_dict
-from raytune_llama.data.filters.words import (
-    UNICODE_VERSION,
-    TextBatch,
-    batch_texts,
-    find_words,
-    mix_bits,
+from raytune_llama.data.filters.config import (
+    DuplicatesConfig,
+    NearDuplicatesConfig,
 )
+from raytune_llama.data.filters.words import TextBatch, batch_texts, find_words, mix_bits
 from raytune_llama.data.store.manifest import StoreError
 from raytune_llama.storage.place import Place
-
-SIGNATURES_VERSION = 1
-"""Version of what signatures mean; part of the fingerprint."""
 
 HASH_BYTES = 16
 """Of an exact duplicate: two of 10**12 different texts agree with probability 10**-15."""
@@ -59,52 +51,12 @@ _EMPTY = np.iinfo(np.uint32).max
 _ROW_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
-@settings
-class NearDuplicatesConfig:
-    """Near duplicates by MinHash: documents that share most of their words in order."""
-
-    shingle_words: Annotated[int, Field(ge=1, le=100)] = 5
-    """Words in a row that are compared as one; a Chinese character is a word. Fewer: long documents
-    are similar because of common phrases. A document of fewer words is one shingle."""
-    bands: Annotated[int, Field(ge=1, le=256)] = 14
-    """Chances of a pair to be found. A document takes 8 bytes a band for as long as the search
-    lasts, and 16 more in its shuffle."""
-    rows: Annotated[int, Field(ge=1, le=64)] = 8
-    """Numbers that must agree in a band; more make a pair rarer. With 14 bands of 8 rows, 56 % of
-    the pairs are found that share 0.7 of their shingles, 92 % at 0.8, 5 % at 0.5."""
-    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
-    """Of the hash functions."""
-
-    def detection_probability(self, similarity: float) -> float:
-        """Return the share of pairs of a similarity (shared / all shingles) that are found."""
-        return 1 - (1 - similarity**self.rows) ** self.bands
-
-
-@settings
-class DuplicatesConfig:
-    """Duplicates over all documents of a store: the first in source order is kept."""
-
-    exact: bool = False
-    """Drop documents whose text is that of an earlier one, to the character."""
-    near: NearDuplicatesConfig | None = None
-    """Drop documents that are similar to an earlier one, also over a chain of similar documents in
-    between. Null: off."""
-
-    @property
-    def fingerprint_inputs(self) -> dict[str, Any]:
-        """What decides the result, as plain JSON data; empty when nothing is on."""
-        rules: dict[str, Any] = {"exact": True} if self.exact else {}
-        if self.near is not None:
-            rules |= {"near": to_dict(self.near), "unicode": UNICODE_VERSION}
-        return {"version": SIGNATURES_VERSION, **rules} if rules else {}
-
-
 def compute_signatures(texts: Sequence[str], config: DuplicatesConfig) -> pa.RecordBatch:
-    """Return the signatures of documents, one row each.
+    """Return the signatures of documents, one row per document.
 
     Returns:
-        `hash`, 16 bytes, if exact duplicates are looked for; `bands`, a fixed-size list of 64-bit
-        hashes, if near ones are.
+        Column `hash`, 16 bytes, if `exact` is on; column `bands`, a fixed-size list of 64-bit
+        hashes, if `near` is on.
     """
     columns: list[pa.Array] = []
     if config.exact:
@@ -118,7 +70,7 @@ def compute_signatures(texts: Sequence[str], config: DuplicatesConfig) -> pa.Rec
 
 
 def signature_schema(config: DuplicatesConfig, batch_documents: int = BATCH_DOCUMENTS) -> pa.Schema:
-    """Return the columns of a signature file; the metadata says what it was made with."""
+    """Return the schema of a signature file; its metadata records the settings."""
     fields: list[pa.Field] = []
     if config.exact:
         fields.append(pa.field("hash", pa.binary(HASH_BYTES), nullable=False))
@@ -130,15 +82,15 @@ def signature_schema(config: DuplicatesConfig, batch_documents: int = BATCH_DOCU
 
 
 def signature_file(folder: Place, unit: int) -> Place:
-    """Name the signature file of a work unit; where it is there, it is whole."""
+    """Return the path of the signature file of a work unit; an existing file is complete."""
     return folder / f"{unit:05d}.arrow"
 
 
 def read_batch_layout(file: Place, config: DuplicatesConfig) -> tuple[int, int]:
-    """Return the record batches of a signature file, and the rows of each but the last.
+    """Return the number of record batches of a signature file, and the rows of each but the last.
 
     Raises:
-        StoreError: It was made with another config or by another version.
+        StoreError: The file was made with other settings or by another version.
     """
     with file.open() as source:
         reader = pa.ipc.open_file(source)
@@ -160,16 +112,16 @@ def write_signatures(
     *,
     batch_documents: int = BATCH_DOCUMENTS,
 ) -> int:
-    """Write the signatures of a work unit: one row a document, in order.
+    """Write the signatures of a work unit: one row per document, in order.
 
     Args:
-        folder: Where the signature files of all units are.
-        unit: Place of the unit among all units; units are in source order.
-        batches: The texts of its documents in their order, a bounded number at a time. The place of
-            a document among them, from 0, is what `read_dropped` tells later.
-        config: What to look for; something must be on.
-        batch_documents: Rows of every record batch but the last, the same for all units; it has no
-            influence on what is found.
+        folder: Folder of the signature files of all units.
+        unit: Index of the unit among all units, which are in source order.
+        batches: The texts of its documents in order, a bounded number at a time. The index of a
+            document among them, from 0, is its ordinal in `DroppedDocuments.reason`.
+        config: What to look for; `exact` or `near` must be on.
+        batch_documents: Rows of every record batch but the last, the same for all units; does not
+            affect the result.
 
     Returns:
         The number of documents.
@@ -188,17 +140,17 @@ def write_signatures(
 
 
 def _regrouped(batches: Iterable[pa.RecordBatch], num_rows: int) -> Iterator[pa.RecordBatch]:
-    """Join and cut record batches; only the last one may be shorter than `num_rows`."""
+    """Regroup record batches to `num_rows` rows each; only the last one may be shorter."""
     pending: list[pa.RecordBatch] = []
     for batch in batches:
         pending.append(batch)
         if sum(part.num_rows for part in pending) < num_rows:
             continue
         joined = pa.concat_batches(pending)
-        whole = joined.num_rows // num_rows * num_rows
-        for start in range(0, whole, num_rows):
+        stop = joined.num_rows // num_rows * num_rows
+        for start in range(0, stop, num_rows):
             yield joined.slice(start, num_rows)
-        pending = [joined.slice(whole)]
+        pending = [joined.slice(stop)]
     if any(part.num_rows for part in pending):
         yield pa.concat_batches(pending)
 
@@ -208,7 +160,7 @@ def _bands_type(near: NearDuplicatesConfig) -> pa.DataType:
 
 
 def _digest(text: str, num_bytes: int) -> bytes:
-    # Half a surrogate pair is for others to refuse.
+    # Lone surrogates are rejected elsewhere.
     data = text.encode("utf-8", "surrogatepass")
     return hashlib.blake2b(data, digest_size=num_bytes).digest()
 
@@ -218,7 +170,7 @@ def _band_hashes(texts: Sequence[str], near: NearDuplicatesConfig) -> NDArray[np
     minima = _minima(texts, near)
     hashes = np.empty((len(texts), near.bands), dtype=np.uint64)
     for band in range(near.bands):
-        # The number of the band goes in, so that equal hashes are of the same band.
+        # The band's index is hashed too, so that equal hashes are of the same band.
         sums = np.full(len(texts), band + 1, dtype=np.uint64)
         for row in minima[band * near.rows : (band + 1) * near.rows]:
             sums *= _ROW_FACTOR
@@ -228,24 +180,24 @@ def _band_hashes(texts: Sequence[str], near: NearDuplicatesConfig) -> NDArray[np
 
 
 def _minima(texts: Sequence[str], near: NearDuplicatesConfig) -> NDArray[np.uint32]:
-    """Return the least value of each hash function over the shingles of each text, [K, T]."""
+    """Return the minimum of each hash function over the shingles of each text, [K, T]."""
     factors = _factors(near)
     minima = np.full((len(factors), len(texts)), _EMPTY, dtype=np.uint32)
     has_shingles = np.zeros(len(texts), dtype=np.bool_)
-    for piece in batch_texts(texts):
-        shingles, counts = _shingles(piece, near.shingle_words)
+    for batch in batch_texts(texts):
+        shingles, counts = _shingles(batch, near.shingle_words)
         filled = counts > 0
         if not filled.any():
             continue
         starts = (np.cumsum(counts) - counts)[filled]
-        texts_T = piece.text[filled]
+        texts_T = batch.text[filled]
         has_shingles[texts_T] = True
         product = np.empty_like(shingles)
         least = np.empty((len(factors), len(texts_T)), dtype=np.uint32)
         for factor, row in zip(factors, least, strict=True):
             np.multiply(shingles, factor, out=product)
             np.minimum.reduceat(product, starts, out=row)
-        # A text that was cut comes more than once.
+        # A text that was split occurs more than once.
         minima[:, texts_T] = np.minimum(minima[:, texts_T], least)
     for index in np.flatnonzero(~has_shingles).tolist():
         # Without words, two texts are similar only if they are equal.
@@ -254,14 +206,14 @@ def _minima(texts: Sequence[str], near: NearDuplicatesConfig) -> NDArray[np.uint
     return minima
 
 
-def _shingles(piece: TextBatch, num_words: int) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Hash the shingles of a piece, and count those of each of its texts.
+def _shingles(batch: TextBatch, num_words: int) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Hash the shingles of a batch, and count those of each of its texts.
 
     The hashes are as good as random, so that multiplying them by an odd number, which permutes the
-    32-bit numbers, is as good as drawing a new hash function, and far faster.
+    32-bit integers, is as good as drawing a new hash function, and far faster.
     """
-    words = find_words(piece)
-    bounds = np.searchsorted(words.text, np.arange(len(piece.text) + 1))
+    words = find_words(batch)
+    bounds = np.searchsorted(words.text, np.arange(len(batch.text) + 1))
     num_in_text = np.diff(bounds)
     counts = np.where(num_in_text > 0, np.maximum(num_in_text - num_words + 1, 1), 0)
     places = np.arange(len(words.text)) - np.repeat(bounds[:-1], num_in_text)
@@ -272,7 +224,7 @@ def _shingles(piece: TextBatch, num_words: int) -> tuple[NDArray[np.uint32], NDA
 
 @functools.cache
 def _factors(near: NearDuplicatesConfig) -> NDArray[np.uint32]:
-    """Draw the odd factors that make the hash functions; numpy's generators may change."""
+    """Draw the odd factors of the hash functions, without numpy's generators, which may change."""
     digests = (
         hashlib.blake2b(f"{near.seed}:{number}".encode(), digest_size=4).digest()
         for number in range(near.bands * near.rows)

@@ -1,4 +1,4 @@
-"""Numbered tasks on Ray Data that leave their results in files and return counts."""
+"""Run numbered tasks on Ray Data that write their results to files and return counts."""
 
 import errno
 import json
@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 import pyarrow as pa
-import ray.data
 
 from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.data.store.manifest import StoreError
@@ -18,17 +17,19 @@ from raytune_llama.storage.place import Place
 logger = logging.getLogger(__name__)
 
 MAX_TASK_ATTEMPTS = 3
-"""A task that ended its process this often is refused: Ray would start it again for ever."""
+"""A task fails after its process has died this often; Ray alone would retry it forever."""
 
 _RESULT_SCHEMA = pa.schema({"counts": pa.string(), "problem": pa.string()})
 
 
 def quiet_ray_data() -> AbstractContextManager[object]:
-    """Let Ray Data show no progress of its own in a block: ours says more."""
+    """Disable Ray Data's own progress output in a block; ours says more."""
+    import ray.data
+
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Ray Data sets its loggers' levels when it is imported: what setup_logging did is undone.
+    # Importing Ray Data resets its loggers' levels, which undoes setup_logging.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     return ray.data.DataContext.current(context)
@@ -44,19 +45,21 @@ def run_tasks(
 ) -> Counter[str]:
     """Run the tasks 0 to `num_tasks - 1` and return the sums of their counts.
 
-    Ray must be initialised. A task whose process dies is run again.
+    Ray must be initialized. A task whose process dies is retried.
 
     Args:
-        name: What they do, for the log; no other tasks with the same `attempts` have it.
-        run: A task, picklable; it must give the same result when it is run again.
-        num_tasks: How many there are.
-        attempts: A folder that all nodes see, for what is begun and not finished.
-        num_workers: Tasks at a time, a CPU each; null: as many as there are CPUs.
+        name: Name of the tasks for the log, unique within `attempts`.
+        run: Task to run with its number; picklable and idempotent.
+        num_tasks: Number of tasks.
+        attempts: Folder on shared storage for the attempt counts of unfinished tasks.
+        num_workers: Concurrent tasks, with one CPU each; None: one per CPU of the cluster.
 
     Raises:
-        StoreError: Tasks raised it or `SourceError`, found a full disk, or ended their process too
-            often; the problems of all of them.
+        StoreError: Tasks raised it or `SourceError`, the disk was full, or the process of a task
+            died too often; the message has the problems of all tasks.
     """
+    import ray.data
+
     started = time.monotonic()
     sums: Counter[str] = Counter()
     problems: list[str] = []
@@ -64,7 +67,7 @@ def run_tasks(
         dataset = ray.data.from_items(
             [{"task": number} for number in range(num_tasks)], override_num_blocks=num_tasks
         ).map_batches(
-            # Tasks and not actors, as there is nothing to load that would be kept between them.
+            # Tasks instead of actors, as there is no state to keep between them.
             _Task(run, attempts / name.replace("/", "-")),
             compute=ray.data.TaskPoolStrategy(num_workers and min(num_workers, num_tasks)),
             batch_size=1,
@@ -83,7 +86,7 @@ def run_tasks(
 
 
 class _Task:
-    """What Ray runs; a problem of the user's is returned as data, since Ray would wrap it."""
+    """Callable that Ray runs; user errors are returned as data, since Ray would wrap them."""
 
     def __init__(self, run: Callable[[int], Mapping[str, int]], attempts: Place) -> None:
         self._run = run
@@ -100,7 +103,9 @@ class _Task:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            problem = f"{self._attempts.parent.parent}: {error}; make room there and run again"
+            problem = (
+                f"{self._attempts.parent.parent}: {error}; free disk space there and run again"
+            )
         row = {"counts": json.dumps(dict(counts)), "problem": problem}
         return pa.Table.from_pylist([row], schema=_RESULT_SCHEMA)
 
@@ -110,8 +115,8 @@ class _Task:
         num_attempts = status.num_bytes if status else 0
         if num_attempts >= MAX_TASK_ATTEMPTS:
             raise StoreError(
-                f"{attempt}: the task ended its process {num_attempts} times (out of memory, or "
-                "lost machines); look into the workers' logs, then run again"
+                f"{attempt}: the process of the task died {num_attempts} times (out of memory, or "
+                "lost nodes); check the worker logs, then run again"
             )
         attempt.write_bytes(b"." * (num_attempts + 1))
         counts = self._run(number)

@@ -1,34 +1,30 @@
 """Characters and words of many texts at once, as arrays.
 
-    for piece in cut_pieces(texts):
-        words = find_words(piece)
-        pairs = words.hash_runs(starts, starts + 2)
+    for batch in batch_texts(texts):
+        words = find_words(batch)
+        pairs = words.hash_ngrams(starts, starts + 2)
 
 A word here is a character of a script that is written without spaces (Chinese, kana, Thai, ...),
 or a run of other letters, marks and digits; white space, punctuation and symbols only separate
-words. So "人民 Daily 1998" has four words, and n words in a row mean about as much in Chinese as in
-English, without a dictionary. Upper and lower case are the same.
+words. So "人民 Daily 1998" has four words, and an n-gram means about as much in Chinese as in
+English, without a dictionary. Case is ignored.
 
-Everything is a function of one text alone, whatever texts stand beside it, and of the version of
-the Unicode tables (`UNICODE_VERSION`), which is that of the Python.
+Results for a text depend only on that text, not on others in its batch, and on the version of the
+Unicode tables (`UNICODE_VERSION`), which is that of the Python interpreter.
 """
 
 import functools
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-UNICODE_VERSION: Final = unicodedata.unidata_version
-"""Decides what is a letter, a symbol, a space; part of every fingerprint that depends on it."""
-
 BATCH_CHARACTERS = 1 << 20
-"""Bounds the memory: a longer text is cut, and nothing is seen across the cut."""
+"""Maximum size of a batch; a longer text is split, and nothing is found across the split."""
 
-_GROUP_CHARACTERS = 1 << 16  # of short texts, so that the arrays stay in the processor's cache
+_GROUP_CHARACTERS = 1 << 16  # per batch of short texts, so that the arrays stay in the CPU cache
 
 SPACE_FLAG, SYMBOL_FLAG, LETTER_FLAG, CJK_FLAG, WORD_FLAG, SINGLE_WORD_FLAG = (
     1 << bit for bit in range(6)
@@ -36,7 +32,7 @@ SPACE_FLAG, SYMBOL_FLAG, LETTER_FLAG, CJK_FLAG, WORD_FLAG, SINGLE_WORD_FLAG = (
 """Flags of a character: white space; neither space, letter, mark nor number; letter; Chinese,
 Japanese or Korean; part of a word; a word by itself."""
 
-# By blocks, since Python does not know the scripts.
+# Listed by block, since unicodedata does not have scripts.
 _HAN = [(0x2E80, 0x2FDF), (0x3005, 0x3007), (0x3021, 0x3029), (0x3038, 0x303B), (0x3400, 0x4DBF)]
 _HAN += [(0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFD)]
 _KANA = [(0x3040, 0x30FF), (0x31F0, 0x31FF), (0xFF66, 0xFF9F), (0x1B000, 0x1B16F)]
@@ -47,7 +43,7 @@ _HANGUL += [(0xFFA0, 0xFFDC)]
 _NO_SPACES = [(0x0E00, 0x0EFF), (0x0F00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF)]
 _NUM_CODES = 0x110000
 
-# Of the polynomial hash modulo 2**64; odd, so that it has an inverse.
+# Base of the polynomial hash modulo 2**64; odd, so that it has an inverse.
 _BASE = 0x9E3779B97F4A7C15
 _MIX = np.uint64(0xD6E8FEB86659FD93)
 _SHIFT = np.uint64(32)
@@ -55,7 +51,7 @@ _SHIFT = np.uint64(32)
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Some texts, or a part of one that is longer than `BATCH_CHARACTERS`."""
+    """Several texts, or a part of one that is longer than `BATCH_CHARACTERS`."""
 
     text: NDArray[np.int64]
     """[T] Index of each text among all, ascending."""
@@ -78,23 +74,23 @@ class TextBatch:
 
 @dataclass(frozen=True)
 class WordArrays:
-    """The words of a piece."""
+    """The words of a batch of texts."""
 
     text: NDArray[np.int64]
-    """[W] Place of the word's text in the piece, ascending."""
+    """[W] Index of each word's text in the batch, ascending."""
     num_characters: NDArray[np.int64]
-    """[W] Length of the word."""
+    """[W] Length of each word."""
     prefixes: NDArray[np.uint64]
-    """[W + 1] Hash of all words before each."""
+    """[W + 1] Hash of all words before each word, and of all."""
 
     def hash_ngrams(
         self, starts: NDArray[np.int64], stops: NDArray[np.int64]
     ) -> NDArray[np.uint64]:
-        """Hash runs of words, [R]: equal runs have equal hashes, wherever they stand.
+        """Hash n-grams of words, [R]: equal n-grams have equal hashes, wherever they occur.
 
         Args:
-            starts: [R] First word of each run.
-            stops: [R] Word behind each run.
+            starts: [R] First word of each n-gram.
+            stops: [R] End of each n-gram, exclusive.
         """
         inverses = _powers()[1]
         sums = self.prefixes.take(stops) - self.prefixes.take(starts)
@@ -102,9 +98,9 @@ class WordArrays:
 
 
 def batch_texts(texts: Sequence[str]) -> Iterator[TextBatch]:
-    """Group texts into pieces of at most `BATCH_CHARACTERS`.
+    """Group texts into batches of at most `BATCH_CHARACTERS`.
 
-    A longer text is cut at the multiples of that, so that where it is cut depends on nothing else.
+    A longer text is split at multiples of it, so that the splits depend on nothing else.
     """
     bounds = np.zeros(len(texts) + 1, dtype=np.int64)
     np.cumsum(list(map(len, texts)), out=bounds[1:])
@@ -123,23 +119,23 @@ def batch_texts(texts: Sequence[str]) -> Iterator[TextBatch]:
         first = stop
 
 
-def find_words(piece: TextBatch) -> WordArrays:
-    """Find the words of a piece."""
-    is_word = (piece.flags & (WORD_FLAG | SINGLE_WORD_FLAG)) != 0
-    breaks = ~is_word | ((piece.flags & SINGLE_WORD_FLAG) != 0)
+def find_words(batch: TextBatch) -> WordArrays:
+    """Find the words of a batch of texts."""
+    is_word = (batch.flags & (WORD_FLAG | SINGLE_WORD_FLAG)) != 0
+    breaks = ~is_word | ((batch.flags & SINGLE_WORD_FLAG) != 0)
     begins = is_word.copy()
     begins[1:] &= breaks[1:] | breaks[:-1]
-    firsts = piece.starts[:-1][piece.starts[:-1] < len(begins)]
+    firsts = batch.starts[:-1][batch.starts[:-1] < len(begins)]
     begins[firsts] = is_word[firsts]
     starts = np.flatnonzero(begins)
     powers, inverses = _powers()
-    terms = folded_codes().take(piece.codes).astype(np.uint64)
+    terms = folded_codes().take(batch.codes).astype(np.uint64)
     terms += np.uint64(1)
     terms *= powers[: len(terms)]
     terms *= is_word
     sums = np.zeros(len(terms) + 1, dtype=np.uint64)
     np.cumsum(terms, out=sums[1:])
-    # Behind a word come only characters that add nothing, until the next one begins.
+    # The characters between a word and the next one add nothing.
     bounds = np.append(starts, len(terms))
     hashes = mix_bits(np.diff(sums.take(bounds)) * inverses.take(starts))
     hashes *= powers[: len(hashes)]
@@ -147,7 +143,7 @@ def find_words(piece: TextBatch) -> WordArrays:
     np.cumsum(hashes, out=prefixes[1:])
     lengths = np.zeros(len(terms) + 1, dtype=np.int64)
     np.cumsum(is_word, out=lengths[1:])
-    counts = np.diff(np.searchsorted(starts, piece.starts))
+    counts = np.diff(np.searchsorted(starts, batch.starts))
     return WordArrays(
         text=np.repeat(np.arange(len(counts)), counts),
         num_characters=np.diff(lengths.take(bounds)),
@@ -156,7 +152,7 @@ def find_words(piece: TextBatch) -> WordArrays:
 
 
 def mix_bits(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Spread every bit over all others: a bijection of 64-bit numbers."""
+    """Spread every bit over all others: a bijection of 64-bit integers."""
     hashes = (hashes ^ (hashes >> _SHIFT)) * _MIX
     hashes = (hashes ^ (hashes >> _SHIFT)) * _MIX
     return hashes ^ (hashes >> _SHIFT)
@@ -182,7 +178,7 @@ def character_flags() -> NDArray[np.uint8]:
 
 @functools.cache
 def folded_codes() -> NDArray[np.uint32]:
-    """Return the lower-case code point of every code point that has just one."""
+    """Return the lowercase of every code point, or itself if that is not a single one."""
     folded = np.arange(_NUM_CODES, dtype=np.uint32)
     for code in range(_NUM_CODES):
         lower = chr(code).lower()
@@ -203,7 +199,7 @@ def _powers() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
 
 
 def _text_batch(first: int, starts: NDArray[np.int64], text: str) -> TextBatch:
-    # Half a surrogate pair is for others to refuse: here it is a symbol.
+    # Lone surrogates are rejected elsewhere; here they are symbols.
     data = text.encode("utf-32-le", "surrogatepass")
     codes = np.frombuffer(data, dtype="<u4").astype(np.uint32, copy=False)
     return TextBatch(

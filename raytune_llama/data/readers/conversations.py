@@ -1,43 +1,24 @@
-"""Conversations of JSON files, whatever their format, streamed, with a place for every bad row.
+"""Stream the conversations of JSON files in any known format, with the location of every bad row.
 
     for row in read_conversations((ConversationSource(path="alpaca.json"),), counts): ...
 
-A source is of one format: rows of two are most likely two files that somebody mixed up.
+A source has one format: rows in two formats are most likely two files mixed up by mistake.
 """
 
 import heapq
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
 
-from pydantic import Field
-
+from raytune_llama.chat.config import FormatName
 from raytune_llama.chat.conversations import Conversation, Defect
-from raytune_llama.chat.formats import FormatName, KeyCounts, detect_row_format, read_row
-from raytune_llama.config.settings import PLACEMENT, ConfigError, settings
+from raytune_llama.chat.formats import KeyCounts, detect_row_format, read_row
+from raytune_llama.config.settings import ConfigError
+from raytune_llama.data.readers.config import ConversationSource, SourceConfig
 from raytune_llama.data.readers.documents import OpenRange, read_rows
-from raytune_llama.data.readers.encodings import Encoding
 from raytune_llama.data.readers.ranges import HashingReader
 from raytune_llama.data.readers.rows import BadRow, ObjectRow, SourceError, excerpt
-from raytune_llama.data.readers.sources import SourceConfig, SourceFile, discover_files
-
-
-@settings
-class ConversationSource:
-    """Conversations in JSON files."""
-
-    path: Annotated[Annotated[str, Field(min_length=1)], PLACEMENT]
-    """File, folder (read recursively, without hidden files) or glob of JSON and JSON-lines files,
-    local or `s3://...`, `gs://...`."""
-    format: Literal["auto"] | FormatName = "auto"
-    """How rows become conversations. `auto`: by the first row of a known format; a later row of
-    another one is an error."""
-    encoding: Encoding = "auto"
-    """As for text: by a mark, else UTF-8 or plainly GB18030."""
-    input_separator: str = "\n"
-    """What stands between instruction and input of an `alpaca` row: a line break, as
-    Chinese-LLaMA-Alpaca trains, or nothing, as CALM converts."""
+from raytune_llama.data.readers.sources import SourceFile, discover_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,41 +26,41 @@ class ConversationRow:
     """A row of a file."""
 
     number: int
-    """Which row of all sources it is, from 1; bad rows count, blank lines don't."""
+    """Number of the row over all sources, from 1; bad rows count, blank lines do not."""
     source: int
-    """Index of its source."""
+    """Index of the row's source."""
     file: str
-    """Its file, relative to its source."""
+    """Path of the row's file, relative to its source."""
     line: int
-    """The line that it starts in, from 1."""
+    """Line in which the row starts, from 1."""
     conversation: Conversation | Defect | BadRow
-    """What it holds; or why it is no conversation, or no row."""
+    """The conversation; or why the row is not one, or cannot be parsed."""
 
 
 @dataclass(slots=True)
 class ConversationCounts:
-    """What was met while rows were read."""
+    """Counts collected while rows are read."""
 
     files: Counter[str] = field(default_factory=Counter)
-    """Files by the format of their rows."""
+    """Number of files by the format of their rows."""
     blank_lines: int = 0
-    """Lines without a row."""
+    """Number of blank lines."""
     keys: KeyCounts = field(default_factory=KeyCounts)
-    """Names of fields that are aliases, or have no meaning."""
+    """Counts of field names that are aliases, ignored or repeated."""
 
 
 def find_conversation_files(sources: tuple[ConversationSource, ...]) -> list[SourceFile]:
     """List the files of all sources, in source order and by name within a source.
 
     Raises:
-        ConfigError: As `discover_files`, or a file holds no JSON.
+        ConfigError: See `discover_files`; or a file is not JSON.
     """
     files = discover_files(
         tuple(SourceConfig(path=source.path, encoding=source.encoding) for source in sources)
     )
     problems = [
-        f"sources.{file.source}.path: {file.place} is {file.options.format}, conversations are "
-        "read from json and jsonl; name such files with a glob"
+        f"sources.{file.source}.path: {file.place} is {file.options.format}, but conversations are "
+        "read from json and jsonl; select such files with a glob"
         for file in files
         if file.options.format not in ("json", "jsonl")
     ]
@@ -91,16 +72,16 @@ def find_conversation_files(sources: tuple[ConversationSource, ...]) -> list[Sou
 def read_conversations(
     sources: tuple[ConversationSource, ...], counts: ConversationCounts
 ) -> Iterator[ConversationRow]:
-    """Stream the rows of all sources in their order, good ones and bad ones.
+    """Stream the rows of all sources in order, valid and bad ones.
 
     Args:
-        sources: What the config names.
-        counts: What is met is added here.
+        sources: Sources in the config.
+        counts: Counts to update.
 
     Raises:
-        ConfigError: As `find_conversation_files`.
-        SourceError: A source mixes formats, with file and line of the row that does, or no row of
-            it is of a known one; or a file cannot be read, or was changed meanwhile.
+        ConfigError: See `find_conversation_files`.
+        SourceError: A source mixes formats (the message has file and line), or has no row in a
+            known format; or a file cannot be read, or changes while it is read.
     """
     number = 0
     files = find_conversation_files(sources)
@@ -114,15 +95,15 @@ def read_conversations(
                 yield ConversationRow(number, index, file.name, row.line, read)
         if sniffer.format is None and any(file.status.num_bytes for file in own):
             raise SourceError(
-                f"sources.{index}.format: no row of {source.path} is of a known format; name it if "
-                "the rows are damaged. Known are alpaca (instruction, output), conversations, "
-                "messages and completion (prompt, completion)"
+                f"sources.{index}.format: no row of {source.path} is in a known format: alpaca "
+                "(instruction, output), conversations, messages or completion (prompt, "
+                "completion); set format if the rows are damaged"
             )
         counts.files[sniffer.format or "empty"] += len(own)
 
 
 class _Sniffer:
-    """Reads the rows of a source, and sees to it that all are of one format."""
+    """Reads the rows of a source and checks that all are in one format."""
 
     def __init__(self, source: ConversationSource) -> None:
         self.format: FormatName | None = None if source.format == "auto" else source.format
@@ -133,20 +114,20 @@ class _Sniffer:
         """Read a row in the source's format.
 
         Raises:
-            SourceError: It is of another one.
+            SourceError: The row is in another format.
         """
         found = detect_row_format(row.value)
         if self.format is None:
             if found is None:
-                return Defect("unknown_format", f"there are: {excerpt(str([*row.value]))}")
+                return Defect("unknown_format", f"fields are {excerpt(str([*row.value]))}")
             self.format, self._first = found, f"{file.place}, line {row.line} is {found}"
         separator = self._source.input_separator
         read = read_row(row.value, self.format, keys, input_separator=separator)
         is_other = isinstance(read, Defect) and read.reason == "missing_field"
         if is_other and found not in (None, self.format):
             raise SourceError(
-                f"{file.place}: line {row.line}: the row is {found}, but {self._first}; give each "
-                "format a source of its own"
+                f"{file.place}: line {row.line}: the row is {found}, but {self._first}; use a "
+                "separate source per format"
             )
         return read
 
@@ -164,7 +145,7 @@ def _read_file(file: SourceFile, counts: ConversationCounts) -> Iterator[ObjectR
         problem = f"{file.place}: cannot be read: {error.strerror or error}"
         raise SourceError(problem) from error
     if status is None or status.version != file.status.version:
-        raise SourceError(f"{file.place} was changed while it was read; run again")
+        raise SourceError(f"{file.place} was changed while it was being read; run again")
 
 
 def _offset(row: ObjectRow | BadRow) -> int:

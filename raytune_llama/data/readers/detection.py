@@ -1,4 +1,4 @@
-"""What the beginning of a file says about it: encoding, kind of JSON, columns of Parquet."""
+"""Detect a file's format from its beginning: encoding, JSON or JSON Lines, Parquet columns."""
 
 import json
 from dataclasses import dataclass, replace
@@ -7,7 +7,8 @@ from typing import Literal, Self
 import pyarrow as pa
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.data.readers.encodings import HEAD_BYTES, Encoding, TextEncoding, detect_encoding
+from raytune_llama.data.readers.config import Encoding
+from raytune_llama.data.readers.encodings import HEAD_BYTES, TextEncoding, detect_encoding
 from raytune_llama.data.readers.parquet import open_parquet
 from raytune_llama.data.readers.rows import Compression, FileFormat, excerpt
 from raytune_llama.storage.place import FileStatus, Place
@@ -19,23 +20,23 @@ FORMATS_BY_SUFFIX: dict[str, FileFormat] = {
     "ndjson": "jsonl",
     "parquet": "parquet",
 }
-"""Formats by the suffix of a file."""
+"""File format by file name suffix."""
 
 _COMPRESSIONS: dict[str, Compression] = {"gz": "gzip", "bz2": "bz2", "zst": "zstd"}
 
 
 @dataclass(frozen=True)
 class FileKind:
-    """How a file is read, as far as its name and the config say."""
+    """Format and compression of a file, from its name and the config."""
 
     format: FileFormat
-    """Its format."""
+    """Format of the file."""
     compression: Compression
-    """How it is compressed."""
+    """Compression of the file."""
 
     @classmethod
     def from_name(cls, name: str, declared: Literal["auto"] | FileFormat) -> Self | None:
-        """Decide by the suffixes of a name; None where they say nothing."""
+        """Return the kind for the suffixes of a file name; None if they are unknown."""
         parts = name.lower().split(".")
         compression = _COMPRESSIONS.get(parts[-1], "none")
         suffix = parts[-2] if compression != "none" and len(parts) > 1 else parts[-1]
@@ -45,16 +46,16 @@ class FileKind:
 
 @dataclass(frozen=True)
 class DetectedFormat:
-    """What is known of a file before it is read."""
+    """What is known about a file before it is read."""
 
     kind: FileKind
-    """How to parse it; JSON as its first bytes say."""
+    """Format and compression; `json` or `jsonl` as its first bytes show."""
     encoding: TextEncoding
-    """Of its text."""
+    """Encoding of the text."""
     row_group_bytes: tuple[int, ...] = ()
-    """Size of each row group of a Parquet file."""
+    """Compressed size of each row group, in bytes; empty unless Parquet."""
     notes: tuple[str, ...] = ()
-    """What a person should know: something was recognised that nobody declared."""
+    """Warnings about properties that were detected and not declared."""
 
 
 def detect_format(
@@ -66,16 +67,16 @@ def detect_format(
     is_format_declared: bool,
     text_fields: tuple[str, ...],
 ) -> DetectedFormat:
-    """Look into the beginning of a file (the footer of Parquet).
+    """Detect the format of a file from its beginning (for Parquet, from its footer).
 
     Raises:
-        ValueError: The file is not what the config or its name says; names it and the next step.
-        OSError: It cannot be read.
+        ValueError: The file contradicts the config or its name; says which file and how to fix it.
+        OSError: The file cannot be read.
     """
     with place.open() as file:
         if kind.format == "parquet":
             if kind.compression != "none":
-                raise UserError(f"{place}: Parquet compresses by itself; decompress the file")
+                raise UserError(f"{place}: Parquet is compressed internally; decompress the file")
             return _inspect_parquet(file, place, text_fields)
         head = _read_head(file, place, status, kind.compression)
     try:
@@ -84,17 +85,17 @@ def detect_format(
         raise UserError(f"{place}: {error}") from error
     notes: list[str] = []
     if encoding.is_guessed:
-        notes.append(f"read as {encoding.codec}, by its bytes; set encoding if that is wrong")
+        notes.append(f"encoding {encoding.codec} guessed from its bytes; set encoding if wrong")
     if kind.format in ("json", "jsonl"):
         text = head[encoding.bom_bytes :].decode(encoding.codec, errors="replace")
         found = _json_kind(text, kind.format)
         if found != kind.format and is_format_declared:
             raise UserError(
-                f"{place}: format is {kind.format}, but it begins with "
+                f"{place}: format is {kind.format}, but the file begins with "
                 f"{excerpt(text.lstrip()[:40])!r}; set format to {found} or auto"
             )
         if found != kind.format:
-            notes.append(f"read as {found}, by its first bytes")
+            notes.append(f"format {found} detected from its first bytes")
             kind = replace(kind, format=found)
     return DetectedFormat(kind, encoding, notes=tuple(notes))
 
@@ -123,16 +124,16 @@ def _read_head(
     try:
         return pa.CompressedInputStream(file, compression).read(HEAD_BYTES)
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{place}: not {compression} as its name says ({error})") from error
+        raise UserError(f"{place}: not {compression}, as its suffix says ({error})") from error
 
 
 def _json_kind(text: str, kind: FileFormat) -> FileFormat:
-    """Tell lines of objects from one array, or one object over several lines, by the beginning."""
+    """Distinguish JSON Lines from one array, or one object over several lines."""
     text = text.lstrip("\ufeff \t\r\n")
     if text.startswith("["):
         return "json"
     if kind == "jsonl" or not text.startswith("{"):
-        return kind  # a first line that is broken is a bad row like any other
+        return kind  # a malformed first line is a bad row like any other
     first, _, rest = text.partition("\n")
     try:
         json.loads(first)

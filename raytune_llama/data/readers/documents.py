@@ -1,9 +1,10 @@
-"""The rows of one file, or of a range of it, whatever its format; streamed in bounded memory.
+"""Stream the rows of a file, or of a range of it, in any format and in bounded memory.
 
     with place.open() as file:
-        for batch in read_rows(RangeOfFile(place, file, start, stop), options): ...
+        reader = HashingReader(file, start, stop)
+        for batch in read_rows(OpenRange(place, file, start, stop, reader), options): ...
 
-Nothing is repaired or dropped: what cannot be used comes as a bad row with a reason.
+Nothing is repaired or dropped: an unusable row is yielded as a bad row with a reason.
 """
 
 import codecs
@@ -34,18 +35,18 @@ _SHORT_BYTES = 256 << 10
 
 @dataclass(frozen=True)
 class OpenRange:
-    """A part of a file that is open; `start` and `stop` are row groups in Parquet, else bytes."""
+    """A range of an open file, in row groups for Parquet and in bytes for other formats."""
 
     place: Place
-    """The file."""
+    """Location of the file."""
     file: pa.NativeFile
-    """Open for reading at any offset."""
+    """The open file, seekable."""
     start: int
     """First byte or row group."""
     stop: int
-    """End, not in it."""
+    """End of the range, exclusive."""
     reader: HashingReader
-    """Reads and hashes the part's bytes; stands at `start` but for Parquet."""
+    """Reader that hashes the range's bytes, positioned at `start`; unused for Parquet rows."""
 
     def error(self, problem: str) -> SourceError:
         """Return an error that names the file."""
@@ -53,10 +54,11 @@ class OpenRange:
 
 
 def read_rows(part: OpenRange, options: ReadOptions) -> Iterator[RowBatch]:
-    """Stream the rows that start in a part of a file, in their order, blank ones too.
+    """Stream the rows that start in a range of a file, in file order, including blank ones.
 
     Raises:
-        SourceError: The file is not what `options` say, or is compressed and damaged; names it.
+        SourceError: The file does not match `options`, or its compressed data is damaged; the
+            message names the file.
         OSError: The file cannot be read.
     """
     if options.format == "parquet":
@@ -66,7 +68,7 @@ def read_rows(part: OpenRange, options: ReadOptions) -> Iterator[RowBatch]:
         text = _open_text(part, options)
         yield from read_json_stream(text.reader, options, str(part.place), text.start)
     elif options.format == "jsonl":
-        # By map and not in a loop, whose variable would keep a large line while it is encoded.
+        # `map` and no loop, whose variable would keep a large line alive while it is encoded.
         yield from map(partial(_rows_of_json_lines, options=options), _read_lines(part, options))
     elif options.document == "line":
         yield from map(_rows_of_lines, _read_lines(part, options))
@@ -78,7 +80,7 @@ def read_rows(part: OpenRange, options: ReadOptions) -> Iterator[RowBatch]:
 
 @dataclass(frozen=True)
 class _Text:
-    """The bytes of a text file without compression and mark."""
+    """The decompressed bytes of a text file, without its byte order mark."""
 
     reader: ByteReader
     start: int
@@ -86,12 +88,12 @@ class _Text:
 
 
 def _open_text(part: OpenRange, options: ReadOptions) -> _Text:
-    """Undo what keeps bytes from being cut into lines; the reader stands behind the mark."""
+    """Decompress and transcode as needed; return a reader positioned after the BOM."""
     reader: ByteReader = part.reader
     codec, mark_bytes = options.encoding, options.bom_bytes
     if options.compression != "none":
         reader = _Decompressed(part, options)
-    # JSON is scanned as characters; in UTF-16 the bytes of a line end stand in other characters.
+    # JSON is scanned as characters; in UTF-16 the byte of a line end occurs in other characters.
     if codec.startswith("utf-16") or (options.format == "json" and codec != "utf-8"):
         reader, codec = TranscodingReader(reader, codec), "utf-8"
         mark_bytes = len(codecs.BOM_UTF8) if mark_bytes else 0
@@ -103,7 +105,7 @@ def _open_text(part: OpenRange, options: ReadOptions) -> _Text:
 
 
 class _Decompressed:
-    """Reads a compressed file; its end is an error when it comes too early."""
+    """Reader of a compressed file that raises an error if the file is truncated."""
 
     def __init__(self, part: OpenRange, options: ReadOptions) -> None:
         self._part = part
@@ -111,16 +113,18 @@ class _Decompressed:
         self._stream = pa.CompressedInputStream(raw, options.compression)
 
     def read(self, num_bytes: int, /) -> bytes:
-        """Return some of the next bytes; none behind the end only."""
+        """Return up to `num_bytes` of the next bytes; empty only at the end of the file."""
         try:
             return self._stream.read(num_bytes)
         except (OSError, pa.ArrowInvalid) as error:
-            # How many rows are lost cannot be known, so that no share of bad rows would be true.
-            raise self._part.error(f"damaged or cut off ({error}); fetch it again") from error
+            # The number of lost rows is unknown, so any share of bad rows would be wrong.
+            raise self._part.error(
+                f"damaged or truncated ({error}); download the file again"
+            ) from error
 
 
 def _read_lines(part: OpenRange, options: ReadOptions) -> Iterator[TextLines]:
-    """Stream the decoded lines that start in a part."""
+    """Stream the decoded lines that start in a range."""
     at_line_start = is_line_start(part.file, part.start)
     text = _open_text(part, options)
     blocks = read_line_blocks(
@@ -134,7 +138,7 @@ def _read_lines(part: OpenRange, options: ReadOptions) -> Iterator[TextLines]:
 
 
 class _Decoder:
-    """Decodes blocks one after the other, and numbers their lines."""
+    """Decodes consecutive blocks and numbers their lines."""
 
     def __init__(self, codec: str, options: ReadOptions) -> None:
         self._codec = codec
@@ -167,9 +171,9 @@ def _rows_of_lines(lines: TextLines) -> RowBatch:
 
 
 def _read_paragraphs(part: OpenRange, options: ReadOptions) -> Iterator[RowBatch]:
-    """Stream the paragraphs whose first line starts in a part, also where they end behind it."""
+    """Stream the paragraphs whose first line starts in a range, even if they end after it."""
     open_paragraph: _Paragraph | None = None
-    skipping = None  # whether the lines here belong to a paragraph of the part before
+    skipping = None  # whether the lines belong to a paragraph of the previous range
     end = part.start
     for lines in _read_lines(part, options):
         batch = RowBatch(num_lines=len(lines.texts))
@@ -198,12 +202,12 @@ def _read_paragraphs(part: OpenRange, options: ReadOptions) -> Iterator[RowBatch
 
 
 def _blanks(lines: TextLines) -> list[bool]:
-    """Say which lines end a paragraph: a line that cannot be decoded belongs to one."""
+    """Return which lines are blank and end a paragraph; an undecodable line is not blank."""
     return [number not in lines.bad and not text.strip() for number, text in enumerate(lines.texts)]
 
 
 def _read_after(part: OpenRange, start: int, options: ReadOptions) -> Iterator[TextLines]:
-    """Stream the lines behind a part, a little at a time."""
+    """Stream the lines after a range, in small reads."""
     part.file.seek(start)
     blocks = read_line_blocks(
         _ShortReads(part.file),
@@ -224,7 +228,7 @@ class _ShortReads:
 
 
 class _Paragraph:
-    """Lines of one document."""
+    """The lines of one document, up to the next blank line."""
 
     def __init__(self, lines: TextLines, number: int, options: ReadOptions) -> None:
         self.offset = lines.offsets[number]
@@ -235,7 +239,7 @@ class _Paragraph:
         self.bad: BadRow | None = None
 
     def append(self, lines: TextLines, number: int) -> None:
-        """Add a line; one that cannot be used spoils the document, which is then not kept."""
+        """Add a line; an unusable line makes the document a bad row and drops its text."""
         self.num_bytes += lines.num_bytes[number] + 1
         reason: BadRowReason | conversations.DefectReason | None = None
         detail = ""
@@ -252,7 +256,7 @@ class _Paragraph:
 
 
 def _close(paragraph: _Paragraph | None, batch: RowBatch) -> None:
-    """Append a paragraph, if there is one."""
+    """Append a finished paragraph to a batch; do nothing for None."""
     if paragraph is None:
         return
     batch.num_rows += 1
@@ -263,45 +267,45 @@ def _close(paragraph: _Paragraph | None, batch: RowBatch) -> None:
 
 
 def _follows_text(file: pa.NativeFile, start: int, options: ReadOptions) -> bool:
-    """Whether the line before the one at `start` is not blank; only its end may be read."""
+    """Whether the line before the one at `start` is not blank; may read only its end."""
     end, tail = start - 1, b""
     while end > 0:
         begin = max(0, end - _SHORT_BYTES)
         file.seek(begin)
         tail = file.read(end - begin) + tail
         line = tail.rpartition(b"\n")[2]
-        is_whole = b"\n" in tail or begin == 0
-        # Bytes that are no text are not blank; those of a character that is cut say nothing.
-        errors = "replace" if is_whole else "ignore"
+        is_complete = b"\n" in tail or begin == 0
+        # Undecodable bytes are not blank, but those of a truncated character are ignored.
+        errors = "replace" if is_complete else "ignore"
         if line.decode(options.encoding, errors=errors).strip():
             return True
-        if is_whole:
+        if is_complete:
             return False
         end = begin
     return False
 
 
 def _read_single_document(part: OpenRange, options: ReadOptions) -> RowBatch:
-    """Read a file that is one document."""
+    """Read a file as a single document."""
     text = _open_text(part, options)
-    pieces: list[bytes] = []
+    chunks: list[bytes] = []
     num_bytes = 0
     while data := text.reader.read(READ_BYTES):
         num_bytes += len(data)
         if num_bytes <= options.max_document_bytes:
-            pieces.append(data)
+            chunks.append(data)
     batch = RowBatch(num_rows=1)
     reason: BadRowReason | None = None
     detail = f"{num_bytes} bytes, max_document_bytes is {options.max_document_bytes}"
     if num_bytes > options.max_document_bytes:
         batch.bad.append(BadRow(1, text.start, "too_long", detail))
         return batch
-    data = b"".join(pieces)
+    data = b"".join(chunks)
     try:
         document = data.decode(text.codec).replace("\r\n", "\n").removesuffix("\n")
     except UnicodeDecodeError as error:
         detail = f"byte 0x{data[error.start]:02x} at offset {text.start + error.start}"
-        detail += f" is not {text.codec}"
+        detail += f" is not valid {text.codec}"
         batch.bad.append(BadRow(1, text.start, "invalid_bytes", detail))
         return batch
     reason, detail, num_bytes = check_text(document, options.max_document_bytes)

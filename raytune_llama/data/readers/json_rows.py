@@ -1,4 +1,4 @@
-"""Rows of text in JSON: lines of objects, and one array (or objects in a row) read as a stream."""
+"""Parse rows of text from JSON Lines, and from an array or sequence of objects as a stream."""
 
 import codecs
 import json
@@ -20,16 +20,16 @@ from raytune_llama.storage.files import KEY_DECODER, RepeatedKeys
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
-# Where a row can begin behind one that is broken: on a line of its own, or behind another object.
+# Where a row can begin after a broken one: on its own line, or after another object.
 _NEXT_ROW = re.compile(r"\n[ \t]*(?=\{)|\}[ \t\r\n]*,[ \t\r\n]*(?=\{)")
 _UNDECODED = re.compile("[\udc80-\udcff]")
 _PART_CHARACTERS = 1 << 20
 _BATCH_ROWS = 1024
-_NEAR_END_CHARACTERS = 32  # an escape or a number that is cut fails at most this far from the end
+_NEAR_END_CHARACTERS = 32  # a truncated escape or number fails at most this far from the end
 
 
 def add_json_lines(batch: RowBatch, lines: TextLines, options: ReadOptions) -> None:
-    """Append the rows of some lines, an object each; a blank line is a blank row."""
+    """Append the rows of some lines, one object per line; a blank line is a blank row."""
     for number, text in enumerate(lines.texts):
         offset, line = lines.offsets[number], lines.first_line + number
         batch.num_rows += 1
@@ -48,9 +48,9 @@ def add_json_lines(batch: RowBatch, lines: TextLines, options: ReadOptions) -> N
 
 
 def add_row(batch: RowBatch, row: object, line: int, offset: int, options: ReadOptions) -> None:
-    """Append the text of one parsed row, or say why it has none; does not count the row.
+    """Append the text of one parsed row, or a bad row if it has none; does not count the row.
 
-    Where no field is asked for, the row itself is appended.
+    If `text_fields` is empty, the object itself is appended.
     """
     if isinstance(row, dict) and not options.text_fields:
         batch.objects.append(ObjectRow(line, offset, row))
@@ -67,10 +67,10 @@ def add_row(batch: RowBatch, row: object, line: int, offset: int, options: ReadO
             wanted = " or ".join(map(repr, options.text_fields))
             reason, detail = (
                 "missing_field",
-                f"no field {wanted}; there are: {excerpt(str([*row]))}",
+                f"no field {wanted}; fields are {excerpt(str([*row]))}",
             )
         elif isinstance(row, RepeatedKeys) and name in row.repeated:
-            reason, detail = "duplicate_key", f"field {name!r} stands there twice"
+            reason, detail = "duplicate_key", f"field {name!r} occurs more than once"
         elif value is None:
             reason, detail = "null_field", f"field {name!r} is null"
         elif not isinstance(value, str):
@@ -87,12 +87,12 @@ def add_row(batch: RowBatch, row: object, line: int, offset: int, options: ReadO
 
 
 def check_text(text: str, max_bytes: int) -> tuple[BadRowReason | None, str, int]:
-    """Return why a text cannot be used (None where it can), the detail, and its UTF-8 bytes."""
+    """Return why a text is unusable (None if usable), details, and its UTF-8 length in bytes."""
     try:
         num_bytes = count_bytes(text)
     except UnicodeEncodeError as error:
-        place = f"half of a surrogate pair at character {error.start}: {excerpt(text)}"
-        return "lone_surrogate", place, 0
+        detail = f"lone surrogate at character {error.start}: {excerpt(text)}"
+        return "lone_surrogate", detail, 0
     if "\0" in text:
         return "nul", excerpt(text), 0
     if num_bytes > max_bytes:
@@ -103,17 +103,16 @@ def check_text(text: str, max_bytes: int) -> tuple[BadRowReason | None, str, int
 def read_json_stream(
     reader: ByteReader, options: ReadOptions, name: str, offset: int
 ) -> Iterator[RowBatch]:
-    """Stream the rows of one array, or of objects one after the other, in bounded memory.
+    """Stream the rows of one array, or of a sequence of objects, in bounded memory.
 
-    Behind a row that is broken the reader goes on where the next object can begin: on a line of
-    its own, or behind the end of an object and a comma. A file that ends within the array adds a
-    bad row.
+    After a broken row, reading resumes where the next object can begin: on its own line, or after
+    the end of an object and a comma. A file that ends within the array adds a bad row.
 
     Args:
-        reader: UTF-8; bytes that are none make a bad row.
-        options: How to read it.
-        name: Of the file, for the error message.
-        offset: Where the reader stands: behind a mark.
+        reader: Reader of UTF-8; invalid bytes make a bad row.
+        options: How to read the file.
+        name: Name of the file, for error messages.
+        offset: Byte offset of the reader, after the byte order mark.
 
     Raises:
         SourceError: The file begins with neither an array nor an object.
@@ -126,7 +125,7 @@ def read_json_stream(
     if first not in "[{":
         raise SourceError(
             f"{name}: it begins with {excerpt(stream.rest()[:40])!r}, wanted a JSON array or "
-            "object; set format, or leave the file out"
+            "object; set format, or exclude the file"
         )
     is_array = first == "["
     if is_array:
@@ -142,24 +141,24 @@ def read_json_stream(
 
 
 def _is_over(stream: "_Stream", batch: RowBatch, *, is_array: bool) -> bool:
-    """Go to the next value; where there is none, check how the file ends."""
+    """Advance to the next value; if there is none, check how the file ends."""
     stream.skip(_BETWEEN if is_array else _SPACE)
     following = stream.peek()
     if not is_array:
         return not following
     line, offset = stream.line, stream.offset
     reason: BadRowReason = "truncated"
-    detail = "the file ends within its array"
+    detail = "the file ends inside its array"
     if following == "]":
         stream.advance(1)
         stream.skip(_SPACE)
         if not stream.peek():
             return True
-        reason, detail = "invalid_json", f"behind the array stands {excerpt(stream.rest())}"
+        reason, detail = "invalid_json", f"data after the array: {excerpt(stream.rest())}"
         line, offset = stream.line, stream.offset
     elif following:
         return False
-    # A row that is cut by the end of the file has told it already.
+    # A row truncated by the end of the file has been reported already.
     if not (batch.bad and batch.bad[-1].reason == "truncated"):
         batch.num_rows += 1
         batch.bad.append(BadRow(line, offset, reason, detail))
@@ -167,17 +166,17 @@ def _is_over(stream: "_Stream", batch: RowBatch, *, is_array: bool) -> bool:
 
 
 def _add_value(stream: "_Stream", batch: RowBatch, options: ReadOptions) -> None:
-    """Parse the value at which a stream stands, and go behind it."""
+    """Parse the value at the position of a stream, and advance past it."""
     line, offset = stream.line, stream.offset
     batch.num_rows += 1
     try:
-        value, bytes_of_none = stream.parse()
+        value, undecodable = stream.parse()
     except _BrokenRowError as error:
         batch.bad.append(BadRow(line, offset, error.reason, error.detail))
-        stream.resynchronise()
+        stream.resynchronize()
         return
-    if bytes_of_none:
-        detail = f"bytes that are no text: {excerpt(bytes_of_none)}"
+    if undecodable:
+        detail = f"undecodable bytes: {excerpt(undecodable)}"
         batch.bad.append(BadRow(line, offset, "invalid_bytes", detail))
     else:
         add_row(batch, value, line, offset, options)
@@ -193,7 +192,7 @@ class _BrokenRowError(Exception):
 
 
 class _Stream:
-    """A window of decoded text that slides over a file; bytes that are no text are kept in it."""
+    """A sliding window of decoded text over a file; keeps undecodable bytes as surrogates."""
 
     def __init__(self, reader: ByteReader, offset: int, max_value_bytes: int) -> None:
         self.line = 1
@@ -212,11 +211,11 @@ class _Stream:
         return self._text[self._position : self._position + 1]
 
     def rest(self) -> str:
-        """Return what is held from here on."""
+        """Return the buffered text from the current position."""
         return self._text[self._position :]
 
     def advance(self, num_characters: int) -> None:
-        """Go on within what is held; what lies far behind is held no more."""
+        """Advance within the buffered text; drop the consumed part once it is long."""
         end = self._position + num_characters
         self.line += self._text.count("\n", self._position, end)
         for start in range(self._position, end, _PART_CHARACTERS):
@@ -227,7 +226,7 @@ class _Stream:
             self._text, self._position = self._text[end:], 0
 
     def skip(self, pattern: re.Pattern[str]) -> None:
-        """Pass all that a pattern matches."""
+        """Skip everything that a pattern matches."""
         while self.peek():
             match = pattern.match(self._text, self._position)
             if match is None or match.end() == self._position:
@@ -235,11 +234,11 @@ class _Stream:
             self.advance(match.end() - self._position)
 
     def parse(self) -> tuple[object, bytes]:
-        """Pass one value; return it with the beginning of what in it is no text, if anything is.
+        """Consume one value; return it with its first undecodable bytes, empty if it has none.
 
         Raises:
-            _BrokenRowError: It is no JSON, too long, or cut by the end of the file; nothing is
-                passed.
+            _BrokenRowError: The value is invalid JSON, too long, or truncated by the end of the
+                file; nothing is consumed.
         """
         while True:
             try:
@@ -254,10 +253,10 @@ class _Stream:
                 detail = f"{error.msg}: {excerpt(self.rest())}"
                 raise _BrokenRowError("truncated" if is_cut else "invalid_json", detail) from error
             except RecursionError as error:
-                detail = f"nested too deep: {excerpt(self.rest())}"
+                detail = f"nested too deeply: {excerpt(self.rest())}"
                 raise _BrokenRowError("invalid_json", detail) from error
             if end == len(self._text) and not self._at_end:
-                self._fill()  # a number could go on
+                self._fill()  # a number could continue
                 continue
             found = _UNDECODED.search(self._text, self._position, end)
             start = found.start() if found else 0
@@ -265,11 +264,11 @@ class _Stream:
             self.advance(end - self._position)
             return value, undecoded.encode(errors="surrogateescape")
 
-    def resynchronise(self) -> None:
-        """Pass a broken row: up to where the next one can begin, or to the end of the file."""
+    def resynchronize(self) -> None:
+        """Skip a broken row: up to where the next one can begin, or to the end of the file."""
         self.advance(1)
         while (match := _NEXT_ROW.search(self._text, self._position)) is None:
-            # What stands between an object and the next may be cut by the end of the window.
+            # The separator between two objects may be cut by the end of the window.
             keep = self._text.rfind("}", max(self._position, len(self._text) - READ_BYTES))
             last = max(self._text.rfind("\n", self._position), keep)
             self.advance((last if last > 0 else len(self._text)) - self._position)
@@ -285,7 +284,7 @@ class _Stream:
             raise _BrokenRowError("too_long", detail)
 
     def _fill(self) -> bool:
-        """Read on, twice as much for a value that is long; False at the end of the file."""
+        """Read more, doubling the buffer for a long value; return False at the end of the file."""
         if self._at_end:
             return False
         held = self._text[self._position :]
@@ -297,5 +296,5 @@ class _Stream:
 
 
 def _kind(value: object) -> str:
-    names = {dict: "an object", list: "an array", str: "a text", bool: "a boolean"}
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
     return "null" if value is None else names.get(type(value), "a number")

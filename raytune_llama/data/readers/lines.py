@@ -1,7 +1,7 @@
-r"""Decoded lines of a text file, with their places; what cannot be decoded is told apart.
+r"""Decode the lines of a text file, with their offsets; undecodable lines become bad rows.
 
-Lines end with "\n" only, and a "\r" before it is dropped: U+2028, form feeds and the like, which
-`str.splitlines` cuts at, are part of the text.
+Lines end with "\n" only, and a "\r" before it is dropped: U+2028, form feeds and the like, at which
+`str.splitlines` splits, are part of the text.
 """
 
 import contextlib
@@ -16,30 +16,30 @@ _PART_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class TextLines:
-    """Some lines one after the other; the lists go together."""
+    """Consecutive lines, in parallel lists."""
 
     first_line: int
-    """Number of the first one, from 1 at the start of what is read."""
+    """Number of the first line, counted from 1 at the start of the range that is read."""
     texts: list[str]
-    """Without their ends; empty where a line cannot be used."""
+    """Lines without line ends; empty for an unusable line."""
     offsets: list[int]
-    """Where each starts."""
+    """Byte offset of each line."""
     num_bytes: list[int]
-    """UTF-8 bytes of each text."""
+    """UTF-8 length of each text, in bytes."""
     bad: dict[int, BadRow]
-    """The lines that cannot be used, by their place in the lists."""
+    """Unusable lines, by index into the lists."""
     end: int
-    """Offset behind the last one."""
+    """Byte offset of the end of the last line."""
 
 
 def decode_lines(block: LineBlock, codec: str, first_line: int, max_line_bytes: int) -> TextLines:
-    """Decode a block of lines; one line that is not text spoils no other.
+    """Decode a block of lines; an undecodable line does not affect the others.
 
     Args:
-        block: Whole lines, or one that was too long to hold.
-        codec: In which no byte of a longer character is that of a line end.
+        block: Complete lines, or one that was too long to hold.
+        codec: Codec whose multi-byte characters do not contain the byte of a line end.
         first_line: Number of the first line.
-        max_line_bytes: A longer line is not used.
+        max_line_bytes: Limit above which a line becomes a bad row.
     """
     if block.overlong_bytes:
         bad = _too_long(first_line, block.offset, block.overlong_bytes, max_line_bytes)
@@ -48,7 +48,7 @@ def decode_lines(block: LineBlock, codec: str, first_line: int, max_line_bytes: 
         return TextLines(first_line, [line], [block.offset], [count_bytes(line)], {}, block.end)
     raws = block.data.split(b"\n")
     if not raws[-1]:
-        raws.pop()  # what is behind the last line end
+        raws.pop()  # empty, after the last line end
     sizes = list(map(len, raws))
     offsets = list(accumulate(chain([block.offset], (size + 1 for size in sizes[:-1]))))
     text = None
@@ -67,7 +67,7 @@ def decode_lines(block: LineBlock, codec: str, first_line: int, max_line_bytes: 
 
 
 def _decode_one(block: LineBlock, codec: str, max_line_bytes: int) -> str | None:
-    """Decode a block of one line without a copy of it, which may be large; None where it is bad."""
+    """Decode a block of one line without copying it, as it may be large; None if it is bad."""
     body = memoryview(block.data)
     if block.data.endswith(b"\n"):
         body = body[:-1]
@@ -81,7 +81,7 @@ def _decode_one(block: LineBlock, codec: str, max_line_bytes: int) -> str | None
 
 
 def count_bytes(text: str) -> int:
-    """Count the bytes of a text in UTF-8, a part at a time."""
+    """Return the UTF-8 length of a text in bytes, without encoding all of it at once."""
     return sum(
         len(text[start : start + _PART_CHARACTERS].encode())
         for start in range(0, len(text), _PART_CHARACTERS)
@@ -119,5 +119,5 @@ def _too_long(line: int, offset: int, num_bytes: int, max_bytes: int) -> BadRow:
 
 def _not_decodable(line: int, offset: int, raw: bytes, error: UnicodeDecodeError) -> BadRow:
     byte = raw[error.start]
-    detail = f"byte 0x{byte:02x} at offset {offset + error.start} is not {error.encoding}: "
+    detail = f"byte 0x{byte:02x} at offset {offset + error.start} is not valid {error.encoding}: "
     return BadRow(line, offset, "invalid_bytes", detail + excerpt(raw))

@@ -1,4 +1,4 @@
-"""Files below a path, a folder or a glob, on a local disk or in object storage."""
+"""List the files of a path, folder or glob, on a local disk or in object storage."""
 
 import glob
 import os
@@ -9,18 +9,18 @@ from raytune_llama.config.errors import UserError
 from raytune_llama.storage.place import FileStatus, Place
 
 ListedFile = tuple[Place, str, FileStatus]
-"""A file, its name relative to what was asked for, and what is known of it."""
+"""A file, its name relative to the listed folder, and its size and version."""
 
 
 def list_files(place: Place, field: str) -> list[ListedFile]:
-    """List the files that a path, folder or glob names, by their relative names.
+    """List the files of a path, folder or glob, sorted by relative name.
 
     Args:
-        place: What was asked for.
-        field: The config field that holds it, for the error message.
+        place: Path, folder or glob.
+        field: Config field that holds it, for error messages.
 
     Raises:
-        ValueError: There is none, or the place cannot be listed.
+        ValueError: No file matches, or the place cannot be listed.
     """
     try:
         listed = _list_local(place.path) if place.is_local else _list_remote(place)
@@ -51,24 +51,24 @@ def _listed(path: Path, name: str) -> ListedFile:
     place = Place.local(path)
     status = place.status()
     if status is None:
-        raise FileNotFoundError(f"{path} is a link to nothing, or no file")
+        raise FileNotFoundError(f"{path} is a broken link, or not a file")
     return place, name, status
 
 
 def _glob_root(pattern: Path) -> Path:
-    """Return the folder above the first part of a pattern that has a wildcard."""
+    """Return the folder above the first component of a pattern that has a wildcard."""
     parts = pattern.parts
     plain = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     return Path(*parts[:plain])
 
 
 def _walk(folder: Path) -> list[Path]:
-    """List all files below a folder but hidden ones; links to folders are followed once."""
+    """List all files below a folder except hidden ones; follow each linked folder once."""
     files: list[Path] = []
     visited: set[str] = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
-        if real in visited:  # a link to a folder above would never end
+        if real in visited:  # a link to a parent folder would loop forever
             folders.clear()
             continue
         visited.add(real)
@@ -98,20 +98,20 @@ def _list_remote(place: Place) -> list[ListedFile]:
 
 
 def _pattern(text: str) -> re.Pattern[str]:
-    """Translate a glob; a match that is a folder stands for all files below it."""
-    pieces: list[str] = []
+    """Translate a glob to a regex; a matching folder includes all files below it."""
+    parts: list[str] = []
     for token in re.findall(r"\*\*/|\*\*|\*|\[!?[^\]]+\]|.", text):
         match token:
             case "**/":
-                pieces.append("(?:[^/]+/)*")
+                parts.append("(?:[^/]+/)*")
             case "**":
-                pieces.append(".*")
+                parts.append(".*")
             case "*":
-                pieces.append("[^/]*")
+                parts.append("[^/]*")
             case "[" | "]":
-                pieces.append(re.escape(token))
+                parts.append(re.escape(token))
             case _ if len(token) > 1:
-                pieces.append(token.replace("[!", "[^", 1))
+                parts.append(token.replace("[!", "[^", 1))
             case _:
-                pieces.append(re.escape(token))
-    return re.compile("".join(pieces) + "(?:/.*)?")
+                parts.append(re.escape(token))
+    return re.compile("".join(parts) + "(?:/.*)?")

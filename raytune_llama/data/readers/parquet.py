@@ -1,4 +1,4 @@
-"""Rows of text in a Parquet file, by row group."""
+"""Read rows of text from a Parquet file, by row group."""
 
 from collections.abc import Iterator
 
@@ -13,10 +13,10 @@ _BATCH_ROWS = 1024
 
 
 def open_parquet(file: pa.NativeFile, place: Place, text_fields: tuple[str, ...]) -> pq.ParquetFile:
-    """Open a Parquet file that has the column with the text.
+    """Open a Parquet file and check that it has a text column.
 
     Raises:
-        SourceError: It is no Parquet file, or has no such column of strings.
+        SourceError: The file is not Parquet, or has no such column of strings.
     """
     try:
         parquet = pq.ParquetFile(file)
@@ -27,7 +27,7 @@ def open_parquet(file: pa.NativeFile, place: Place, text_fields: tuple[str, ...]
     if column is None:
         wanted = " or ".join(map(repr, text_fields))
         raise SourceError(
-            f"{place}: no field {wanted}; there are: {', '.join(schema.names[:20]) or 'none'}. Set "
+            f"{place}: no field {wanted}; fields are {', '.join(schema.names[:20]) or 'none'}; set "
             "text_field to one of them"
         )
     kind = schema.field(column).type
@@ -44,7 +44,7 @@ def open_parquet(file: pa.NativeFile, place: Place, text_fields: tuple[str, ...]
 def read_parquet_rows(
     parquet: pq.ParquetFile, options: ReadOptions, row_groups: range
 ) -> Iterator[RowBatch]:
-    """Stream the rows of some row groups; a group that cannot be read is one bad row for each."""
+    """Stream the rows of some row groups; the rows of an unreadable group are all bad rows."""
     names = parquet.schema_arrow.names
     column = next(name for name in options.text_fields if name in names)
     row = sum(parquet.metadata.row_group(group).num_rows for group in range(row_groups.start))
@@ -64,13 +64,14 @@ def _rows_of(column: pa.Array, name: str, first_row: int, options: ReadOptions) 
     batch = RowBatch(num_rows=len(column), num_lines=len(column))
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    # As bytes, since Parquet does not check that a string is UTF-8.
+    # Read as bytes, since Parquet does not check that a string is UTF-8.
     for number, data in enumerate(column.cast(pa.large_binary()).to_pylist()):
         row = first_row + number
         try:
             value = None if data is None else data.decode()
         except UnicodeDecodeError as error:
-            detail = f"byte 0x{error.object[error.start]:02x} is not utf-8: {excerpt(error.object)}"
+            byte = error.object[error.start]
+            detail = f"byte 0x{byte:02x} is not valid utf-8: {excerpt(error.object)}"
             batch.bad.append(BadRow(number + 1, row, "invalid_bytes", detail))
             continue
         add_row(batch, {name: value}, number + 1, row, options)

@@ -1,11 +1,11 @@
-r"""Lines of a byte range of a file, read once, in bounded memory, hashed on the way.
+r"""Read the lines of a byte range of a file once, in bounded memory, hashing the bytes as well.
 
-A file is cut into ranges at any byte. A range owns the lines that start in it: its reader looks
-one byte back to see whether a line starts at its first byte, and reads on behind its end until
-its last line is whole. So ranges of any size give the same lines, each exactly once.
+A file is split into ranges at any byte. A range owns the lines that start in it: its reader looks
+one byte back to see whether a line starts at its first byte, and continues past its end until its
+last line is complete. So ranges of any size give the same lines, each exactly once.
 
-The hash of a file is made of the SHA-256 of its blocks of 1 MiB, so that ranges which start at
-such blocks can be hashed apart, by whoever reads them.
+The hash of a file is computed from the SHA-256 of its 1 MiB blocks, so that ranges aligned to these
+blocks can be hashed independently, by their readers.
 """
 
 import hashlib
@@ -16,31 +16,31 @@ from typing import Protocol
 import pyarrow as pa
 
 HASH_BLOCK_BYTES = 1 << 20
-"""Blocks that are hashed one by one; the size of a range is a multiple of it."""
+"""Size of a hashed block; range sizes are multiples of it."""
 
 READ_BYTES = 8 << 20
-"""Bytes asked for at once."""
+"""Bytes requested per read."""
 
-_BEHIND_BYTES = 256 << 10  # asked for at once behind a range: most lines end soon
+_PAST_END_BYTES = 256 << 10  # per read past the end of a range: most lines end soon
 
 
 class ByteReader(Protocol):
-    """What lines are read from."""
+    """Source of bytes from which lines are read."""
 
     def read(self, num_bytes: int, /) -> bytes:
-        """Return some of the next bytes, at most so many; none behind the end only."""
+        """Return up to `num_bytes` of the next bytes; empty only at the end of the file."""
         ...
 
 
 def content_sha256(block_digests: Iterable[str]) -> str:
-    """Return the hash of a file from the hashes of its blocks, all hex."""
+    """Return the hash of a file from the hashes of its blocks, all in hex."""
     return hashlib.sha256("".join(block_digests).encode()).hexdigest()
 
 
 class HashingReader:
-    """Reads a file from `start` on, also behind `stop`, and hashes what lies in [start, stop)."""
+    """Reader from `start` to the end of the file that hashes the bytes in [start, stop)."""
 
-    closed = False  # what pyarrow asks of a file of Python's before it reads it
+    closed = False  # pyarrow checks this before it reads a Python file object
 
     def __init__(self, file: pa.NativeFile, start: int, stop: int) -> None:
         self.position = start
@@ -51,7 +51,7 @@ class HashingReader:
         self._block_bytes = 0
 
     def read(self, num_bytes: int = READ_BYTES, /) -> bytes:
-        """Return some of the next bytes; none behind the end of the file only."""
+        """Return up to `num_bytes` of the next bytes; empty only at the end of the file."""
         # Others may have read elsewhere in the same file.
         self._file.seek(self.position)
         data: bytes = self._file.read(num_bytes)
@@ -60,10 +60,10 @@ class HashingReader:
         return data
 
     def close(self) -> None:
-        """Do nothing, as the file is for others to close; pyarrow's decompressors call this."""
+        """Do nothing: the file's owner closes it, but pyarrow's decompressors call this."""
 
     def digests(self) -> list[str]:
-        """Return the hash of each block of the range; reads what was not read yet."""
+        """Return the hash of each block of the range, after reading the rest of the range."""
         while self.position < self._stop and self.read():
             pass
         if self._block_bytes:
@@ -87,18 +87,18 @@ class HashingReader:
 
 @dataclass(frozen=True, slots=True)
 class LineBlock:
-    r"""Whole lines one after the other, or one line that is too long to be held."""
+    """Consecutive complete lines, or one line that is too long to hold."""
 
     offset: int
-    """Where the first one starts in the file."""
+    """Byte offset of the first line in the file."""
     data: bytes
-    r"""The lines, each with its "\n", but perhaps the last one of the file; empty when too long."""
+    r"""The lines, each with its "\n" except perhaps the last of the file; empty if overlong."""
     overlong_bytes: int = 0
-    """Length of a line that is longer than allowed, which is all of the block; else 0."""
+    """Length of the one line of the block if it exceeds the limit, in bytes; else 0."""
 
     @property
     def end(self) -> int:
-        """Offset behind the block."""
+        """Byte offset of the end of the block."""
         return self.offset + (len(self.data) or self.overlong_bytes)
 
 
@@ -113,15 +113,15 @@ def is_line_start(file: pa.NativeFile, start: int) -> bool:
 def read_line_blocks(
     reader: ByteReader, start: int, stop: int | None, *, at_line_start: bool, max_line_bytes: int
 ) -> Iterator[LineBlock]:
-    """Stream the lines that start in a range, with those behind it that are needed to end them.
+    """Stream the lines that start in a range, reading past its end to complete the last one.
 
     Args:
-        reader: Stands at `start`.
-        start: Offset of the range.
-        stop: Its end; None: the end of the file.
-        at_line_start: Whether a line starts at `start`; else the reader skips to the next one.
-        max_line_bytes: A line that is longer by more than one read comes as a block without data,
-            which bounds the memory.
+        reader: Reader positioned at `start`.
+        start: Byte offset of the range.
+        stop: End of the range, exclusive; None: the end of the file.
+        at_line_start: Whether a line starts at `start`; if not, its rest is skipped.
+        max_line_bytes: Limit on the line length, which bounds memory: a line that exceeds it by
+            more than one read is yielded as a block without data.
     """
     lines = _LineReader(reader, start, stop, max_line_bytes)
     if not at_line_start:
@@ -130,7 +130,7 @@ def read_line_blocks(
 
 
 class _LineReader(Iterator[LineBlock]):
-    """Cuts a stream of bytes into blocks of whole lines; keeps no block that it has given."""
+    """Splits a stream of bytes into blocks of complete lines; keeps no yielded block."""
 
     def __init__(
         self, reader: ByteReader, start: int, stop: int | None, max_line_bytes: int
@@ -150,42 +150,42 @@ class _LineReader(Iterator[LineBlock]):
         return block
 
     def skip_line(self, *, only_here: bool = False) -> int:
-        """Drop everything up to the end of the present line; return how many bytes that were.
+        """Drop everything up to the end of the current line; return the number of bytes dropped.
 
         Args:
-            only_here: Stop at the end of the range: no line that starts in it comes behind.
+            only_here: Stop at the end of the range, after which none of its lines starts.
         """
         skipped = 0
         while (end := self._held.find(b"\n")) < 0:
             skipped += len(self._held)
             self._drop(len(self._held))
-            is_behind = self._stop is not None and self._offset >= self._stop
-            if (only_here and is_behind) or not self._fill():
+            is_past_end = self._stop is not None and self._offset >= self._stop
+            if (only_here and is_past_end) or not self._fill():
                 return skipped
         self._drop(end + 1)
         return skipped + end + 1
 
     def _next_block(self) -> LineBlock | None:
-        pieces, num_bytes = [self._held], len(self._held)
-        while (end := pieces[-1].rfind(b"\n") + 1) == 0:
+        parts, num_bytes = [self._held], len(self._held)
+        while (end := parts[-1].rfind(b"\n") + 1) == 0:
             if num_bytes > self._max:
                 return self._overlong(num_bytes)
             self._held = b""
             if not self._fill(num_bytes):
                 break
-            pieces.append(self._held)
+            parts.append(self._held)
             num_bytes += len(self._held)
         if not num_bytes:
             return None
-        data = b"".join(pieces)
-        whole = num_bytes - len(pieces[-1]) + end if end else num_bytes
+        data = b"".join(parts)
+        length = num_bytes - len(parts[-1]) + end if end else num_bytes
         offset = self._offset
-        if self._stop is not None and offset + whole > self._stop:
-            # The last line that starts before `stop` ends at the first line end from there on.
-            whole = data.find(b"\n", self._stop - 1 - offset) + 1 or whole
+        if self._stop is not None and offset + length > self._stop:
+            # The last line that starts before `stop` ends at the first line end at or after it.
+            length = data.find(b"\n", self._stop - 1 - offset) + 1 or length
         self._held = data
-        self._drop(whole)
-        return LineBlock(offset, data[:whole])
+        self._drop(length)
+        return LineBlock(offset, data[:length])
 
     def _overlong(self, num_bytes: int) -> LineBlock:
         offset = self._offset
@@ -198,10 +198,10 @@ class _LineReader(Iterator[LineBlock]):
         self._offset += num_bytes
 
     def _fill(self, pending: int = 0) -> bool:
-        """Read on into the empty buffer; False at the end of the file."""
+        """Read more into the empty buffer; return False at the end of the file."""
         position = self._offset + pending
         inside = self._stop is None or position < self._stop
-        wanted = READ_BYTES if inside else max(_BEHIND_BYTES, pending)
+        wanted = READ_BYTES if inside else max(_PAST_END_BYTES, pending)
         if inside and self._stop is not None:
             wanted = min(wanted, self._stop - position)
         self._held = self._reader.read(wanted)

@@ -1,19 +1,18 @@
-"""What is read from a corpus: rows of text with their places, and rows that cannot be used."""
+"""Types of what is read from a corpus: rows of text with their offsets, and bad rows."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from raytune_llama.chat import conversations
 from raytune_llama.config.errors import UserError
+from raytune_llama.data.readers.config import DocumentMode
 
 FileFormat = Literal["txt", "json", "jsonl", "parquet"]
-"""How a file is parsed; `json` is one array, or objects one after the other."""
+"""File formats; `json` is one array of objects, or a sequence of objects."""
 
 Compression = Literal["none", "gzip", "bz2", "zstd"]
-"""How a file is compressed."""
+"""Compression formats."""
 
-DocumentMode = Literal["line", "file", "blank_line"]
-"""What a document of a txt file is."""
 
 BadRowReason = Literal[
     "invalid_bytes",
@@ -29,13 +28,13 @@ BadRowReason = Literal[
     "duplicate_key",
     "damaged",
 ]
-"""Why a row is in quarantine."""
+"""Reasons for which a row is quarantined."""
 
 _EXCERPT_CHARACTERS = 200
 
 
 class SourceError(UserError):
-    """A file of a corpus that cannot be read as configured, or a corpus that is too bad to use."""
+    """A corpus file that cannot be read as configured, or a corpus with too many bad rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,24 +42,24 @@ class ReadOptions:
     """How to read a file; part of a store's fingerprint."""
 
     format: FileFormat
-    """Its format."""
+    """Format of the file."""
     compression: Compression = "none"
-    """How it is compressed."""
+    """Compression of the file."""
     encoding: str = "utf-8"
-    """Python's name of the codec of its text; not used for Parquet."""
+    """Python codec name of the text; unused for Parquet."""
     bom_bytes: int = 0
-    """Length of the byte order mark at its start."""
+    """Length of the byte order mark at the start of the file, in bytes."""
     document: DocumentMode = "line"
-    """What a document is; used for txt only."""
+    """Unit that is one document; used for txt only."""
     text_fields: tuple[str, ...] = ("text",)
-    """Names of the field with the text, the first one that a row has counts; not used for txt.
-    Empty for JSON of which each object is wanted as it is."""
+    """Names of the text field, in order of preference; unused for txt. Empty: each JSON object is
+    returned as it is."""
     max_document_bytes: int = 256 * 2**20
-    """A longer row goes to quarantine unread."""
+    """Maximum size of a document, in bytes; longer rows are quarantined unread."""
 
     @property
     def is_splittable(self) -> bool:
-        """Whether parts of the file can be read apart."""
+        """Whether ranges of the file can be read independently."""
         by_lines = self.format == "jsonl" or (self.format == "txt" and self.document != "file")
         one_byte_line_end = not self.encoding.startswith("utf-16")
         plain = self.compression == "none"
@@ -72,48 +71,49 @@ class BadRow:
     """A row that is kept out of the store."""
 
     line: int
-    """Its line, from 1 at the start of what is read (a range of a file); for Parquet, its row."""
+    """Line of the row, counted from 1 at the start of the range that is read; for Parquet, its row
+    in the batch."""
     offset: int
-    """Byte at which it starts in the file, after decompression (and, for UTF-16, in UTF-8); for
+    """Byte offset of the row in the file, after decompression (and, for UTF-16, in UTF-8); for
     Parquet, its row from 0."""
     reason: BadRowReason | conversations.DefectReason
-    """Why."""
+    """Why the row cannot be used."""
     detail: str
-    """What exactly, for a person: some bytes of it, the fields that it has."""
+    """Human-readable details, such as an excerpt of the row or the names of its fields."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectRow:
-    """A JSON object that is a row as it is."""
+    """A row that is returned as a JSON object."""
 
     line: int
-    """As in `BadRow`."""
+    """Line of the row, see `BadRow`."""
     offset: int
-    """As in `BadRow`."""
+    """Byte offset of the row, see `BadRow`."""
     value: dict[str, Any]
-    """The object; one with a key that stands in it twice is `RepeatedKeys`."""
+    """The object; a `RepeatedKeys` if it has a key more than once."""
 
 
 @dataclass(slots=True)
 class RowBatch:
-    """Rows in their order; the lists go together."""
+    """Rows in file order; `texts`, `offsets` and `num_bytes` are parallel lists."""
 
     texts: list[str] = field(default_factory=list)
-    """Each without its line end; blank ones too."""
+    """Texts without line ends, including blank ones."""
     offsets: list[int] = field(default_factory=list)
-    """Byte at which it (for JSON: its object) starts; as in `BadRow`."""
+    """Byte offset of each row (for JSON: of its object), see `BadRow`."""
     num_bytes: list[int] = field(default_factory=list)
-    """UTF-8 bytes of the text."""
+    """UTF-8 length of each text, in bytes."""
     objects: list[ObjectRow] = field(default_factory=list)
-    """Rows instead of texts, where `text_fields` is empty."""
+    """Rows as JSON objects, instead of `texts`, if `text_fields` is empty."""
     bad: list[BadRow] = field(default_factory=list)
-    """Rows between them that cannot be used."""
+    """Unusable rows."""
     num_rows: int = 0
-    """Rows that were met, counted apart from the lists: usable and bad ones."""
+    """Number of rows read, usable and bad; not derived from the lists."""
     num_lines: int = 0
-    """Lines that start in what was read, whatever rows they belong to."""
+    """Number of lines that start in the range read, whatever rows they belong to."""
     num_alias_rows: int = 0
-    """Rows whose text was under another name than the first of `text_fields`."""
+    """Number of rows whose text was in a field other than the first of `text_fields`."""
 
     def add(self, text: str, offset: int, num_bytes: int) -> None:
         """Append a usable row."""
@@ -123,7 +123,7 @@ class RowBatch:
 
 
 def excerpt(data: bytes | str) -> str:
-    """Return the beginning of a row in a form that is legal in any file."""
+    """Return the beginning of a row, escaped so that it can be written to any text file."""
     if isinstance(data, bytes):
         data = data[: 4 * _EXCERPT_CHARACTERS].decode(errors="backslashreplace")
     short = data[:_EXCERPT_CHARACTERS]

@@ -1,64 +1,30 @@
-"""Corpora: which files a config names, and how each of them has to be read.
+"""Corpora: the files that a config names, and how to read each of them.
 
-A source is a file, a folder (all files below it but hidden ones) or a glob, on a local disk or in
-object storage. Its files come in the order of their names, so that the same folder is the same
-corpus on every machine.
+A source is a file, a folder (all files below it except hidden ones) or a glob, on a local disk or
+in object storage. Its files are sorted by name, so that the same folder is the same corpus on every
+machine.
 """
 
 import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
-from pydantic import Field
-
-from raytune_llama.config.settings import PLACEMENT, ConfigError, settings
+from raytune_llama.config.settings import ConfigError
+from raytune_llama.data.readers.config import SourceConfig
 from raytune_llama.data.readers.detection import (
     FORMATS_BY_SUFFIX,
     DetectedFormat,
     FileKind,
     detect_format,
 )
-from raytune_llama.data.readers.encodings import Encoding
 from raytune_llama.data.readers.listing import list_files
-from raytune_llama.data.readers.rows import DocumentMode, ReadOptions
+from raytune_llama.data.readers.rows import ReadOptions
 from raytune_llama.storage.place import FileStatus, Place
 
 logger = logging.getLogger(__name__)
 
-_NUM_THREADS = 16  # object storage answers one request in tens of milliseconds
-
-
-@settings
-class SourceConfig:
-    """One corpus of text."""
-
-    path: Annotated[str, PLACEMENT]
-    """File, folder (read recursively, without hidden files) or glob (`**` for any depth), local or
-    `s3://...`, `gs://...`. A store is identified by the content and the relative names of the
-    files, not by this path."""
-    format: Literal["auto", "txt", "json", "jsonl", "parquet"] = "auto"
-    """`auto` goes by the suffix of each file, before one of .gz, .bz2 and .zst, and for JSON by
-    its first bytes. `json` is one array of objects, or objects one after the other; one task
-    reads the whole file. `jsonl` has an object on each line and is read in ranges."""
-    document: DocumentMode = "line"
-    """What a document of a txt file is: a `line`, the whole `file`, or a paragraph that ends at a
-    `blank_line`."""
-    encoding: Encoding = "auto"
-    """Of txt and JSON files. `auto`: by a mark at the start, else UTF-8, unless the text is
-    plainly GB18030 (GBK), which is then logged for each file and stands in the manifest."""
-    text_field: str = "text"
-    """The field of a JSON object, or the column of a Parquet file, that holds the text."""
-    text_aliases: tuple[str, ...] = ()
-    """Other names that this field has in some rows; rows read under them are counted."""
-    weight: Annotated[float, Field(gt=0)] | None = None
-    """Share of the run's sequences, relative to the other sources' weights; for all sources or for
-    none. Null: every sequence once an epoch. It is the run's, a token store does not depend on
-    it."""
-    name: Annotated[Annotated[str, Field(pattern=r"^[\w.-]+$")] | None, PLACEMENT] = None
-    """Name in metrics and manifests, of letters, digits, `_`, `.` and `-`; no two sources have the
-    same. Null: the last part of the path, without suffix and wildcards."""
+_NUM_THREADS = 16  # a request to object storage takes tens of milliseconds
 
 
 @dataclass(frozen=True)
@@ -66,17 +32,17 @@ class SourceFile:
     """One file of a corpus and how to read it."""
 
     source: int
-    """Index of the configured source that it belongs to."""
+    """Index of the configured source that the file belongs to."""
     place: Place
-    """Where it is."""
+    """Location of the file."""
     name: str
-    """Relative to its source, with "/" between folders."""
+    """Path of the file relative to its source, with "/" between folders."""
     status: FileStatus
-    """Its size, and what tells that it was written again."""
+    """Size of the file, and a version that changes when it is rewritten."""
     options: ReadOptions
-    """How to read it."""
+    """How to read the file."""
     row_group_bytes: tuple[int, ...] = ()
-    """Size of each row group of a Parquet file."""
+    """Compressed size of each row group, in bytes; empty unless Parquet."""
 
 
 def discover_files(
@@ -84,15 +50,15 @@ def discover_files(
 ) -> list[SourceFile]:
     """List the files of all sources, in source order and by name within a source.
 
-    The beginning of each file is read, to recognise its encoding and its kind of JSON.
+    Reads the beginning of each file to detect its encoding, and JSON or JSON Lines.
 
     Args:
-        sources: What the config names.
-        max_document_bytes: A longer document goes to quarantine unread.
+        sources: Sources in the config.
+        max_document_bytes: Maximum size of a document; longer ones are quarantined unread.
 
     Raises:
-        ConfigError: A source matches no file, a file is of an unknown format, named twice, or
-            cannot be opened, or all are empty; all such problems at once, each with its field.
+        ConfigError: A source matches no file, a file has an unknown format, is listed twice or
+            cannot be opened, or all are empty; reports all problems together, each with its field.
     """
     problems: list[str] = []
     found: list[tuple[int, Place, str, FileStatus]] = []
@@ -131,10 +97,10 @@ def discover_files(
 
 
 def check_sources(sources: tuple[SourceConfig, ...]) -> list[str]:
-    """List what is wrong with the sources, by the beginning of their files only.
+    """Check the sources, reading only the beginning of their files.
 
     Returns:
-        One line a problem, starting with the field's path. Empty when there is none.
+        One line per problem, starting with the path of the field. Empty if there is none.
     """
     try:
         discover_files(sources)
@@ -149,25 +115,27 @@ def _source_number(problem: str) -> int:
 
 
 def _kind_of(source: SourceConfig, place: Place, number: int) -> tuple[FileKind | None, str | None]:
-    """Decide by its name how a file is read, or say why that is not possible."""
+    """Return the format of a file from its name, or the problem with it."""
     field = f"sources.{number}"
     kind = FileKind.from_name(place.name, source.format)
     problem = None
     if kind is None:
         problem = (
-            f"{field}.format: cannot tell the format of {place} by its suffix; wanted one of "
+            f"{field}.format: unknown suffix of {place}; wanted one of "
             f"{', '.join('.' + suffix for suffix in FORMATS_BY_SUFFIX)}: set format, or narrow "
             "path with a glob"
         )
     elif kind.format == "txt" and (source.text_field != "text" or source.text_aliases):
         problem = (
-            f"{field}.text_field: {place} is plain text and has no fields; drop text_field and "
+            f"{field}.text_field: {place} is plain text and has no fields; remove text_field and "
             "text_aliases"
         )
     elif kind.format != "txt" and source.document != "line":
-        problem = f"{field}.document: {place} is {kind.format}, where a row is a document; drop it"
+        problem = (
+            f"{field}.document: {place} is {kind.format}, where each row is a document; remove it"
+        )
     elif kind.format == "parquet" and source.encoding != "auto":
-        problem = f"{field}.encoding: {place} is Parquet, whose text is UTF-8; drop it"
+        problem = f"{field}.encoding: {place} is Parquet, whose text is UTF-8; remove it"
     return (None if problem else kind), problem
 
 
@@ -176,7 +144,7 @@ def _inspect(
     file: tuple[int, Place, str, FileStatus],
     kind: FileKind,
 ) -> DetectedFormat | str:
-    """Look into a file; return a line about what is wrong with it instead of raising."""
+    """Detect the format of a file; return the problem with it instead of raising."""
     number, place, _, status = file
     source = sources[number]
     try:

@@ -1,4 +1,4 @@
-"""What a token store is made of and what is in it: `manifest.json` and the fingerprint."""
+"""Manifest of a token store (`manifest.json`): its inputs, their fingerprint, and its content."""
 
 import hashlib
 import json
@@ -13,19 +13,19 @@ from raytune_llama.config.settings import find_differences
 from raytune_llama.storage.place import Place
 
 STORE_FORMAT_VERSION = 3
-"""Version of the directory's layout; part of the fingerprint."""
+"""Version of the store layout; part of the fingerprint."""
 
 MANIFEST_NAME = "manifest.json"
-"""Written last: a directory without it is no token store."""
+"""File name of the manifest, which is written last: a directory without it is no token store."""
 
 SplitName = Literal["train", "validation"]
-"""The two sides of a store."""
+"""Name of a split of a store."""
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
 """All splits, in the order of the manifest."""
 
 REBUILD_HINT = "delete the store and run prepare_data again"
-"""The next step in every message about a damaged store."""
+"""Remedy given in error messages about a damaged store."""
 
 _MAX_DIFFERENCES = 12
 
@@ -36,26 +36,26 @@ class StoreError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A shard as the manifest lists it."""
+    """Manifest entry of a shard."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
 
     name: str
     """File name inside the store."""
     source: int
-    """Index of the configured source that its documents are from."""
+    """Index of the configured source of its documents."""
     sha256: str
-    """Hash of the file."""
+    """SHA-256 of the file."""
     file_bytes: int
-    """Size of the file."""
+    """File size in bytes."""
     documents: int
-    """Rows."""
+    """Number of documents, one per row."""
     tokens: int
-    """Token ids over all rows."""
+    """Number of token ids."""
     text_bytes: int
-    """UTF-8 bytes of the text over all rows."""
+    """Size of the text in UTF-8 bytes."""
     targets: int | None = None
-    """Tokens that are learned; None: all."""
+    """Number of loss-target tokens; None: the store has no loss mask, all tokens are targets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +65,13 @@ class SplitManifest:
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
 
     documents: int
-    """Documents with at least one token."""
+    """Number of documents, each with at least one token."""
     tokens: int
-    """Length of the flat token stream."""
+    """Length of the flat token stream in tokens."""
     text_bytes: int
-    """UTF-8 bytes of the text."""
+    """Size of the text in UTF-8 bytes."""
     shards: list[Shard]
-    """In the order of the stream."""
+    """Shards in stream order."""
 
     @classmethod
     def from_shards(cls, shards: Iterable[Shard]) -> Self:
@@ -87,27 +87,27 @@ class SplitManifest:
 
 @dataclass(frozen=True, kw_only=True)
 class RowCounts:
-    """Rows of the sources; `total` is counted apart and is the sum of all others."""
+    """Counts of source rows: `total` is `documents` plus skipped and quarantined rows."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
 
     total: int = 0
-    """Rows that were read."""
+    """Number of rows read, counted independently of the outcomes."""
     documents: int = 0
-    """Rows that are documents of the store."""
+    """Number of rows that became documents of the store."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Usable rows that were left out on purpose, by reason: blank, too short, twice there."""
+    """Number of usable rows dropped on purpose, by reason, such as blank, too short, duplicate."""
     quarantined: dict[str, int] = field(default_factory=dict)
-    """Rows that cannot be used, by reason."""
+    """Number of unusable rows, by reason."""
     aliased: int = 0
-    """Documents (and skipped rows) whose text was under another name of its field."""
+    """Number of documents and skipped rows whose text was under an alias of its field."""
     events: dict[str, int] = field(default_factory=dict)
-    """What else was met, by name: conversations that were cut, tokens that they lack, names of
-    fields that are aliases or mean nothing. Counts of such things, not of rows."""
+    """Counts of other events, by name: truncated conversations, tokens cut from them, fields read
+    under an alias, ignored or repeated. They count occurrences, not rows."""
 
     @property
     def num_quarantined(self) -> int:
-        """Rows in quarantine."""
+        """Number of rows in quarantine."""
         return sum(self.quarantined.values())
 
     @property
@@ -128,40 +128,40 @@ class RowCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class QuarantineFile:
-    """The file with the rows that cannot be used, a JSON object a line."""
+    """Manifest entry of the JSON Lines file with the unusable rows."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
 
     name: str
     """File name inside the store."""
     sha256: str
-    """Hash of the file."""
+    """SHA-256 of the file."""
     file_bytes: int
-    """Size of the file."""
+    """File size in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a store is made of and what is in it; `manifest.json`."""
+    """Inputs and content of a token store, as in `manifest.json`."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
 
     format_version: int
-    """Layout of the directory."""
+    """Version of the store layout, `STORE_FORMAT_VERSION`."""
     fingerprint: str
     """`fingerprint_of(inputs)`: equal stores have equal fingerprints."""
     inputs: dict[str, Any]
-    """Everything that decides the store's bytes, in clear."""
+    """All inputs that decide the store's bytes, as plain JSON data."""
     token_dtype: Literal["uint16", "uint32"]
-    """The smallest type that holds the vocabulary."""
+    """Smallest dtype that holds all ids of the vocabulary."""
     splits: dict[SplitName, SplitManifest]
-    """All splits, also empty ones."""
+    """All splits, including empty ones."""
     rows: RowCounts
-    """What became of every row of the sources."""
+    """Source row counts by outcome."""
     quarantine: QuarantineFile | None
-    """The file that lists the rows in quarantine; None when there are none."""
+    """File of the quarantined rows; None if there are none."""
     lengths: list[int]
-    """Documents by length: the n-th number counts those of 2**n to 2**(n + 1) - 1 tokens."""
+    """Histogram of document lengths: bin n counts documents of 2**n to 2**(n + 1) - 1 tokens."""
 
 
 def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
@@ -175,20 +175,20 @@ def fingerprint_of(inputs: Mapping[str, Any]) -> str:
 
 
 def token_dtype(vocabulary_size: int) -> Literal["uint16", "uint32"]:
-    """Return the smallest type that holds the ids 0 to `vocabulary_size - 1`."""
+    """Return the smallest dtype that holds the ids 0 to `vocabulary_size - 1`."""
     return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
 
 
 def check_fingerprint(path: Place, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse a store that was made from other inputs than the config describes now.
+    """Check that a store was built from the inputs that the config describes now.
 
     Args:
-        path: The store, for the message.
-        stored: The inputs in its manifest.
-        wanted: The inputs that a new store would have.
+        path: Location of the store, for the message.
+        stored: Inputs in the store's manifest.
+        wanted: Inputs that a new store would have.
 
     Raises:
-        StoreError: They differ; each difference is listed as `field: old -> new`.
+        StoreError: The inputs differ; each difference is listed as `field: old -> new`.
     """
     if fingerprint_of(stored) == fingerprint_of(wanted):
         return
@@ -198,16 +198,16 @@ def check_fingerprint(path: Place, stored: Mapping[str, Any], wanted: Mapping[st
         lines = [*lines[:_MAX_DIFFERENCES], f"... and {more} more"]
     listed = "\n  ".join(lines)
     raise StoreError(
-        f"{path} was made from other inputs (stored -> wanted):\n  {listed}\n"
-        "Undo the change, choose another store_dir, or delete this one to build it anew."
+        f"{path} was built from other inputs (stored -> wanted):\n  {listed}\n"
+        "Undo the change, choose another store_dir, or delete this store to rebuild it."
     )
 
 
 def read_manifest(file: Place) -> Manifest:
-    """Read and check a manifest.
+    """Read and validate a manifest.
 
     Raises:
-        StoreError: It is damaged or of another format version; names the file.
+        StoreError: The file is damaged or has another format version; names the file.
     """
     data = file.read_bytes()
     try:
@@ -216,7 +216,7 @@ def read_manifest(file: Place) -> Manifest:
         raise StoreError(f"{file}: not a manifest ({error}); {REBUILD_HINT}") from error
     if version != STORE_FORMAT_VERSION:
         raise StoreError(
-            f"{file}: format_version is {version!r}, this version reads "
+            f"{file}: got format_version {version!r}, this release reads "
             f"{STORE_FORMAT_VERSION}; {REBUILD_HINT}"
         )
     try:
@@ -224,17 +224,17 @@ def read_manifest(file: Place) -> Manifest:
     except pydantic.ValidationError as error:
         raise StoreError(f"{file}: not a manifest ({error}); {REBUILD_HINT}") from error
     if manifest.fingerprint != fingerprint_of(manifest.inputs):
-        raise StoreError(f"{file}: the fingerprint is not that of its inputs; {REBUILD_HINT}")
+        raise StoreError(f"{file}: the fingerprint does not match the inputs; {REBUILD_HINT}")
     return manifest
 
 
 def write_manifest(place: Place, manifest: Manifest) -> None:
-    """Write a manifest as JSON; equal manifests are equal bytes."""
+    """Write a manifest as JSON; equal manifests give equal bytes."""
     place.write_json(asdict(manifest))
 
 
 def _indexed(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    """Turn lists into mappings by index, so that a difference names the one element."""
+    """Turn lists into mappings by index, so that a difference names a single element."""
     if isinstance(value, Mapping):
         return {key: _indexed(item) for key, item in value.items()}
     if isinstance(value, list):

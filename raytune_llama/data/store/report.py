@@ -1,4 +1,4 @@
-"""A page about a token store: what is in it, and what was left out. One file, no scripts."""
+"""HTML report of a token store: content and dropped rows. A single file without scripts."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -6,7 +6,7 @@ from html import escape
 from raytune_llama.data.store.manifest import SPLITS, Manifest, Shard
 
 REPORT_NAME = "report.html"
-"""File name inside a store; not listed in its manifest, since the manifest says it all."""
+"""File name inside a store; not listed in the manifest, from which it is rendered."""
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c2127; max-width: 60rem; margin: 2rem auto;
@@ -22,27 +22,27 @@ td.bar div { background: #3b7dd8; height: .9rem; min-width: 1px; }
 
 
 def render_report(manifest: Manifest, source_names: Sequence[str]) -> str:
-    """Return the page as HTML; equal manifests and names give equal pages.
+    """Render the report as HTML; equal manifests and names give equal pages.
 
     Args:
-        manifest: Of the store.
-        source_names: Of the configured sources, in their order.
+        manifest: Manifest of the store.
+        source_names: Names of the configured sources, in store order.
     """
     rows = manifest.rows
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     sections = [
         _section("Splits", _splits(manifest)),
         _section("Sources", _sources(shards, source_names)),
-        _section("Length of documents", _lengths(manifest.lengths)),
-        _section("Rows left out on purpose", _reasons(rows.skipped, rows.total)),
-        _section("Rows in quarantine", _reasons(rows.quarantined, rows.total), "bad"),
-        *([_section("What else was met", _events(rows.events))] if rows.events else []),
-        _section("Made from", _inputs(manifest)),
+        _section("Document lengths", _lengths(manifest.lengths)),
+        _section("Skipped rows", _reasons(rows.skipped, rows.total)),
+        _section("Quarantined rows", _reasons(rows.quarantined, rows.total), "bad"),
+        *([_section("Other events", _events(rows.events))] if rows.events else []),
+        _section("Inputs", _inputs(manifest)),
     ]
     summary = (
         f"{rows.total:,} rows were read: {rows.documents:,} became documents, "
-        f"{sum(rows.skipped.values()):,} were left out on purpose, {rows.num_quarantined:,} are in "
-        f"quarantine. In {rows.aliased:,} rows the text had another name."
+        f"{sum(rows.skipped.values()):,} were skipped, {rows.num_quarantined:,} are in "
+        f"quarantine. In {rows.aliased:,} rows the text was under an alias of its field."
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -59,7 +59,7 @@ def _section(title: str, body: str, kind: str = "") -> str:
 
 
 def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table; the last cell of a row is the width of a bar where it ends with %%."""
+    """Return a table as HTML; a cell that ends with %% becomes a bar of that width."""
     names = "".join(f"<th>{escape(name)}</th>" for name in head)
     lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
     return f"<table><thead><tr>{names}</tr></thead><tbody>\n{lines}</tbody></table>"
@@ -71,12 +71,12 @@ def _cell(text: str) -> str:
     return f"<td>{escape(text)}</td>"
 
 
-def _bar(part: float, whole: float) -> str:
-    return f"{100 * part / whole if whole else 0:.2f}%%"
+def _bar(part: float, total: float) -> str:
+    return f"{100 * part / total if total else 0:.2f}%%"
 
 
 def _splits(manifest: Manifest) -> str:
-    head = ["split", "documents", "tokens", "bytes of text", "bytes a token", "shards"]
+    head = ["split", "documents", "tokens", "bytes of text", "bytes per token", "shards"]
     splits = {name: manifest.splits[name] for name in SPLITS}
     return _table(
         head,
@@ -105,7 +105,7 @@ def _sources(shards: list[Shard], names: Sequence[str]) -> str:
         share = f"{tokens / total:.1%}" if total else "-"
         numbers = [f"{documents:,}", f"{tokens:,}", _ratio(text_bytes, tokens), share]
         rows.append([name, *numbers, _bar(tokens, total)])
-    return _table(["source", "documents", "tokens", "bytes a token", "share of tokens", ""], rows)
+    return _table(["source", "documents", "tokens", "bytes per token", "share of tokens", ""], rows)
 
 
 def _lengths(lengths: list[int]) -> str:
@@ -117,7 +117,7 @@ def _lengths(lengths: list[int]) -> str:
         for power, count in enumerate(lengths)
         if power >= first
     ]
-    return _table(["tokens, without those around a document", "documents", ""], rows)
+    return _table(["tokens, without BOS and EOS", "documents", ""], rows)
 
 
 def _reasons(counts: dict[str, int], total: int) -> str:
@@ -132,7 +132,7 @@ def _reasons(counts: dict[str, int], total: int) -> str:
 
 
 def _events(events: dict[str, int]) -> str:
-    return _table(["", "times"], [[name, f"{count:,}"] for name, count in events.items()])
+    return _table(["event", "count"], [[name, f"{count:,}"] for name, count in events.items()])
 
 
 def _inputs(manifest: Manifest) -> str:
@@ -144,9 +144,9 @@ def _inputs(manifest: Manifest) -> str:
     ]
     more = len(manifest.inputs.get("sources", [])) - 200
     if more > 0:
-        rows.append([f"and {more:,} files more", "see manifest.json"])
+        rows.append([f"and {more:,} more files", "see manifest.json"])
     return _table(["", ""], rows)
 
 
-def _ratio(part: int, whole: int) -> str:
-    return f"{part / whole:.2f}" if whole else "-"
+def _ratio(part: int, total: int) -> str:
+    return f"{part / total:.2f}" if total else "-"

@@ -18,44 +18,43 @@ _BATCH_DOCUMENTS = 1 << 16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedDocuments:
-    """Documents of one file as token ids; the arrays go together."""
+    """Documents of one file as token ids, in parallel arrays."""
 
     file: int
     """Index of the source file."""
     ids: NDArray[np.integer]
-    """Their token ids one after the other."""
+    """Concatenated token ids of all documents."""
     lengths: NDArray[np.int64]
-    """How many each has, at least one."""
+    """Number of tokens per document, at least 1."""
     num_bytes: NDArray[np.int64]
-    """UTF-8 bytes of each one's text."""
+    """Size of each document's text in UTF-8 bytes."""
     offsets: NDArray[np.int64]
-    """Where each starts in the file."""
+    """Offset of each document in the file: bytes, or rows for Parquet."""
     is_validation: NDArray[np.bool_]
-    """Whether it is for the validation split."""
+    """Whether each document goes to the validation split."""
     targets: NDArray[np.bool_] | None = None
-    """Which of `ids` are learned; None: all."""
+    """Loss mask over `ids`, true for targets; None: all are targets."""
 
-    def filter(self, which: NDArray[np.bool_]) -> "EncodedDocuments":
-        """Return those for which `which`, one value a document, is true."""
-        if which.all():
+    def filter(self, mask: NDArray[np.bool_]) -> "EncodedDocuments":
+        """Return the documents for which `mask` is true; it has one value per document."""
+        if mask.all():
             return self
-        of_ids = np.repeat(which, self.lengths)
+        of_ids = np.repeat(mask, self.lengths)
         return EncodedDocuments(
             self.file,
             self.ids[of_ids],
-            self.lengths[which],
-            self.num_bytes[which],
-            self.offsets[which],
-            self.is_validation[which],
+            self.lengths[mask],
+            self.num_bytes[mask],
+            self.offsets[mask],
+            self.is_validation[mask],
             None if self.targets is None else self.targets[of_ids],
         )
 
 
 class ShardWriter:
-    """Write documents to one shard; the file appears under its name when the block succeeds.
+    """Context manager that writes one shard; the file is renamed into place on success.
 
-    `shard` is its entry for the manifest afterwards, or None when there was no document: then no
-    file is written.
+    Afterwards `shard` is its manifest entry, or None if no document, and so no file, was written.
     """
 
     def __init__(
@@ -68,15 +67,15 @@ class ShardWriter:
         eos_id: int | None = None,
         has_targets: bool = False,
     ) -> None:
-        """Begin a shard; no file is made before there is a document.
+        """Prepare a shard; no file is created before the first documents are flushed.
 
         Args:
-            path: Where it appears.
-            dtype: Type of its ids.
-            source: Index of the configured source that all documents are from.
-            bos_id: Put before each document, if given.
-            eos_id: Put behind each document, if given.
-            has_targets: Whether documents say which of their tokens are learned.
+            path: Final path of the shard.
+            dtype: Dtype of the ids.
+            source: Index of the configured source of all documents.
+            bos_id: Id to put before each document; None: no id.
+            eos_id: Id to put after each document; None: no id.
+            has_targets: Whether documents come with a loss mask.
         """
         self.shard: Shard | None = None
         self._path = path
@@ -102,18 +101,18 @@ class ShardWriter:
         self.write_documents(EncodedDocuments(file, np.array(ids), lengths, sizes, offsets, no))
 
     def write_documents(self, documents: "EncodedDocuments") -> None:
-        """Append documents of one file, whichever split they are meant for."""
+        """Append documents of one file; `is_validation` is ignored."""
         if not len(documents.lengths):
             return
         ids, lengths, dtype = documents.ids, documents.lengths, self._dtype
         assert lengths.min() > 0, "a document without tokens cannot be found in the flat stream"
-        assert ids.max() <= np.iinfo(dtype).max, "an id is beyond the vocabulary"
+        assert ids.max() <= np.iinfo(dtype).max, "an id exceeds the dtype"
         assert (documents.targets is not None) == self._has_targets
         flat, longer = _with_ends(ids, lengths, *self._ends, dtype)
         columns = [flat, longer, documents.num_bytes]
         columns += [np.full(len(lengths), documents.file, dtype=np.int32), documents.offsets]
         if documents.targets is not None:
-            assert self._ends == (None, None), "ends are no part of a mask"
+            assert self._ends == (None, None), "a loss mask does not cover BOS and EOS"
             columns.append(documents.targets.view(np.uint8))
         self._held.append(columns)
         self._held_tokens += len(flat)
@@ -183,14 +182,14 @@ def _with_ends(
     eos_id: int | None,
     dtype: np.dtype[np.unsignedinteger],
 ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
-    """Put an id before and behind each document; return all ids and the new lengths."""
-    before, behind = int(bos_id is not None), int(eos_id is not None)
-    if not before + behind:
+    """Add BOS and EOS, if given, to each document; return all ids and the new lengths."""
+    before, after = int(bos_id is not None), int(eos_id is not None)
+    if not before + after:
         return ids.astype(dtype, copy=False), lengths
-    longer = lengths + before + behind
-    if len(lengths) == 1:  # it may be large
+    longer = lengths + before + after
+    if len(lengths) == 1:  # a single document may be large
         result = np.empty(longer[0], dtype=dtype)
-        result[:before], result[longer[0] - behind :] = bos_id or 0, eos_id or 0
+        result[:before], result[longer[0] - after :] = bos_id or 0, eos_id or 0
         result[before : before + lengths[0]] = ids
         return result, longer
     stops = np.cumsum(longer)
@@ -209,6 +208,6 @@ def _with_ends(
 def _schema(dtype: str, *, has_targets: bool) -> pa.Schema:
     ids = pa.large_list(pa.field("item", pa.type_for_alias(dtype), nullable=False))
     columns = {"tokens": ids, "num_bytes": pa.int64(), "source": pa.int32(), "offset": pa.int64()}
-    if has_targets:  # a byte each: bits could not be viewed without a copy
+    if has_targets:  # one byte per token: Arrow's bit-packed booleans have no zero-copy view
         columns["targets"] = pa.large_list(pa.field("item", pa.uint8(), nullable=False))
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])

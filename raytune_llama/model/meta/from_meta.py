@@ -1,7 +1,7 @@
-"""Meta's `consolidated.*.pth` to a Hugging Face directory, one tensor in memory at a time.
+"""Convert Meta's `consolidated.*.pth` to a model directory, one tensor in memory at a time.
 
-Nothing in a .pth file is run. The target appears when it is whole; its manifest names the hashes of
-what it was made from, and keeps what transformers has no place for.
+No code in a .pth file is run. The target appears only when complete; its manifest holds the hashes
+of the source files, and the values that transformers has no field for.
 """
 
 import logging
@@ -24,10 +24,10 @@ from raytune_llama.model.meta.layout import (
     build_llama_config,
     check_target,
     expected_shape,
+    find_published_name,
     meta_tensors,
     to_half_split_rows,
 )
-from raytune_llama.model.meta.originals import find_published_name
 from raytune_llama.model.tensors import TensorSpec, WeightsWriter, load_pickled
 from raytune_llama.storage.files import (
     OUTPUT_MANIFEST,
@@ -39,10 +39,8 @@ from raytune_llama.storage.files import (
 
 logger = logging.getLogger(__name__)
 
-"""Of a model directory."""
-
 TOKENIZER = "tokenizer.model"
-"""SentencePiece's model, in both forms."""
+"""File name of the SentencePiece model, in both formats."""
 
 LLAMA_TOKENIZER = {
     "tokenizer_class": "LlamaTokenizer",
@@ -53,8 +51,8 @@ LLAMA_TOKENIZER = {
     "add_eos_token": False,
     "legacy": True,
 }
-"""A tokenizer_config.json that names the class which knows how LLaMA's SentencePiece model splits
-text."""
+"""Content of a tokenizer_config.json for the class that splits text as LLaMA's SentencePiece model
+does."""
 
 _FORMAT = 1
 
@@ -67,14 +65,14 @@ def convert_to_huggingface(
     max_shard_bytes: int,
     require_originals: bool = False,
 ) -> None:
-    """Write a directory that plain transformers loads.
+    """Write a model directory that plain transformers loads.
 
     Args:
-        source: Directory with `consolidated.*.pth`, `params.json` and `loader.model`, which may
-            also lie in the directory above, as Meta has it.
-        target: Directory to make; it must not exist or be empty.
-        max_position_embeddings: Tokens of context, which the files don't tell.
-        max_shard_bytes: Largest safetensors file, unless one tensor is larger.
+        source: Directory with `consolidated.*.pth`, `params.json` and `tokenizer.model`, which
+            may also be in the parent directory, as Meta ships it.
+        target: Output directory; it must be new or empty.
+        max_position_embeddings: Context length in tokens, which the files do not record.
+        max_shard_bytes: Maximum size of a safetensors file, unless one tensor is larger.
         require_originals: Refuse weight files whose hash was not published.
 
     Raises:
@@ -110,18 +108,20 @@ def convert_to_huggingface(
             "tensors": written,
         }
         write_json_atomic(folder / OUTPUT_MANIFEST, manifest)
-    logger.info("%d shards of %s became %s: %d tensors", len(paths), source, target, len(specs))
+    logger.info(
+        "converted %d shards of %s to %s: %d tensors", len(paths), source, target, len(specs)
+    )
 
 
 class MetaWeights:
-    """The weights of Meta's files under transformers' names and in its order of rows."""
+    """The weights of Meta's files under transformers' names and in its row order."""
 
     def __init__(self, paths: list[Path], params: MetaParams) -> None:
-        """Map the files of a model.
+        """Memory-map the files of a model.
 
         Args:
             paths: All shards, in order.
-            params: What params.json says of them.
+            params: The content of params.json.
 
         Raises:
             ValueError: A file is damaged, or shapes contradict `params` or each other.
@@ -129,7 +129,7 @@ class MetaWeights:
         self._paths = paths
         self._shards = [load_pickled(path) for path in paths]
         _check_names(paths, self._shards, params)
-        vocabulary = _whole_shape(self._shards, MetaTensor("output.weight", "", 0))[0]
+        vocabulary = _full_shape(self._shards, MetaTensor("output.weight", "", 0))[0]
         self._tensors = {tensor.hf_name: tensor for tensor in meta_tensors(params)}
         self.specs: dict[str, TensorSpec] = {
             name: _spec(self._shards, tensor, params, vocabulary)
@@ -141,7 +141,7 @@ class MetaWeights:
         return _join(self._shards, self._tensors[name], self._paths)
 
     def rope_frequencies(self) -> dict[str, str] | None:
-        """Keep the frequencies, which transformers has no place for, for the way back."""
+        """Return the dtype and hex bytes of the rotary frequencies, for converting back, if any."""
         values = self._shards[0].get(ROPE_FREQUENCIES)
         if values is None:
             return None
@@ -150,10 +150,10 @@ class MetaWeights:
 
 
 def open_meta(source: Path) -> MetaWeights:
-    """Open a directory of Meta's.
+    """Open a directory in Meta's format.
 
     Raises:
-        ValueError: A file is missing or damaged, or they contradict each other.
+        ValueError: A file is missing or damaged, or files contradict each other.
     """
     return MetaWeights(_find_shards(source), _read_params(source))
 
@@ -161,7 +161,9 @@ def open_meta(source: Path) -> MetaWeights:
 def _find_shards(source: Path) -> list[Path]:
     found = sorted(source.glob("consolidated.*.pth"))
     if not found:
-        raise UserError(f"source: {source} has no consolidated.*.pth; name a directory of Meta's")
+        raise UserError(
+            f"source: {source} has no consolidated.*.pth; name a directory in Meta's format"
+        )
     wanted = [f"consolidated.{number:02d}.pth" for number in range(len(found))]
     missing = sorted(set(wanted) - {path.name for path in found})
     if missing:
@@ -174,7 +176,7 @@ def _read_json_object(path: Path) -> dict[str, Any]:
         raise UserError(f"source: {path} is missing; fetch it")
     content = read_json(path)
     if not isinstance(content, dict):
-        raise UserError(f"source: {path} is no JSON object; fetch it again")  # a file
+        raise UserError(f"source: {path} is not a JSON object; fetch it again")
     return content
 
 
@@ -192,7 +194,7 @@ def _find_tokenizer(source: Path) -> Path:
         if path.is_file():
             return path
     raise UserError(
-        f"source: neither {source} nor the directory above has {TOKENIZER}; put it there"
+        f"source: neither {source} nor its parent directory has {TOKENIZER}; put it there"
     )
 
 
@@ -203,8 +205,8 @@ def _check_originals(hashes: Mapping[str, str], *, require: bool) -> None:
             logger.info("%s is the original file: %s", name, find_published_name(digest))
     if unknown and require:
         raise UserError(
-            f"require_originals: {', '.join(unknown)}: SHA256 {hashes[unknown[0]]} is none that "
-            "was published; fetch the files again, or do without the comparison"
+            f"require_originals: {', '.join(unknown)}: SHA256 {hashes[unknown[0]]} is not a "
+            "published one; fetch the files again, or set require_originals=false"
         )
 
 
@@ -213,14 +215,14 @@ def _check_names(paths: list[Path], shards: list[dict[str, Tensor]], params: Met
     for path, shard in zip(paths, shards, strict=True):
         missing, other = wanted - set(shard), set(shard) - wanted - {ROPE_FREQUENCIES}
         if missing or other:
-            what = f"lacks {min(missing)}" if missing else f"holds {min(other)}, unknown to us"
+            what = f"lacks {min(missing)}" if missing else f"holds the unknown tensor {min(other)}"
             raise UserError(
-                f"source: {path} {what}; params.json speaks of {params.n_layers} layers of a "
-                "LLaMA 1 or 2: are both of one model?"
+                f"source: {path} {what}, but params.json describes {params.n_layers} layers of "
+                "a LLaMA 1 or 2; check that both belong to the same model"
             )
 
 
-def _whole_shape(shards: list[dict[str, Tensor]], tensor: MetaTensor) -> tuple[int, ...]:
+def _full_shape(shards: list[dict[str, Tensor]], tensor: MetaTensor) -> tuple[int, ...]:
     shape = list(shards[0][tensor.name].shape)
     if tensor.axis is not None:
         shape[tensor.axis] = sum(shard[tensor.name].shape[tensor.axis] for shard in shards)
@@ -230,12 +232,12 @@ def _whole_shape(shards: list[dict[str, Tensor]], tensor: MetaTensor) -> tuple[i
 def _spec(
     shards: list[dict[str, Tensor]], tensor: MetaTensor, params: MetaParams, vocabulary: int
 ) -> TensorSpec:
-    shape, dtype = _whole_shape(shards, tensor), shards[0][tensor.name].dtype
+    shape, dtype = _full_shape(shards, tensor), shards[0][tensor.name].dtype
     wanted = expected_shape(tensor, params, vocabulary)
     if shape != wanted:
         raise UserError(
-            f"source: {tensor.name} is {list(shape)} over {len(shards)} shards, and params.json "
-            f"speaks of {list(wanted)}; it is of another model, or shards are missing"
+            f"source: {tensor.name} is {list(shape)} over {len(shards)} shards, but params.json "
+            f"requires {list(wanted)}; it is for another model, or shards are missing"
         )
     return TensorSpec(dtype, shape)
 
@@ -246,14 +248,14 @@ def _join(shards: list[dict[str, Tensor]], tensor: MetaTensor, paths: list[Path]
         for path, part in zip(paths, parts, strict=True):
             if not torch.equal(part, parts[0]):
                 raise UserError(
-                    f"source: {tensor.name} of {path} is not that of {paths[0].name}, and all "
-                    "shards have the same; they are of different models"
+                    f"source: {tensor.name} of {path} differs from that of {paths[0].name}, but "
+                    "must be the same in all shards; they belong to different models"
                 )
         return parts[0].clone()
-    whole = torch.cat(parts, dim=tensor.axis)
+    full = torch.cat(parts, dim=tensor.axis)
     if tensor.num_rotated_heads is None:
-        return whole
-    return to_half_split_rows(whole, tensor.num_rotated_heads)
+        return full
+    return to_half_split_rows(full, tensor.num_rotated_heads)
 
 
 def _write_tokenizer_config(folder: Path, max_position_embeddings: int) -> None:

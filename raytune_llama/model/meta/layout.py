@@ -1,9 +1,9 @@
-"""Meta's form of a LLaMA: params.json, and how each tensor is named, turned and cut into shards.
+"""Meta's format of a LLaMA: params.json, and how each tensor is named, permuted and sharded.
 
-Meta rotates neighbouring pairs of a head's dimensions, transformers its two halves. So the rows of
-wq and wk stand in another order there; nothing is computed, and both ways are exact.
+Meta rotates adjacent pairs of a head's dimensions, transformers its two halves. The rows of wq and
+wk are therefore in another order; conversion only permutes them, and is exact in both directions.
 
-Facts: https://github.com/meta-llama/llama (model.py, LLaMA 1 and 2), and transformers'
+Sources: https://github.com/meta-llama/llama (model.py, LLaMA 1 and 2), and transformers'
 `convert_llama_weights_to_hf.py`.
 """
 
@@ -22,34 +22,34 @@ from raytune_llama.config.errors import UserError
 
 PARAMS = "params.json"
 ROPE_FREQUENCIES = "rope.freqs"
-"""A constant that each of Meta's shards carries, and transformers computes."""
+"""Name of a constant that each of Meta's shards stores, and transformers computes."""
 
 _PUBLISHED_SHARDS = {4096: 1, 5120: 2, 6656: 4, 8192: 8}
-"""Files by width, of 7B, 13B, 33B and 65B or 70B."""
+"""Number of files by model width: 7B, 13B, 33B, and 65B or 70B."""
 _MULTIPLES = (256, 4096, 1024, 512, 128, 64, 32, 16)
 _CONFIG = pydantic.ConfigDict(extra="forbid")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class MetaParams:
-    """What params.json holds."""
+    """The content of params.json."""
 
     dim: int
     """Width of the model."""
     n_layers: int
-    """Layers."""
+    """Number of layers."""
     n_heads: int
-    """Heads of queries."""
+    """Number of query heads."""
     n_kv_heads: int | None = None
-    """Heads of keys and values; None: as many."""
+    """Number of key-value heads; None: the number of query heads."""
     vocab_size: int = -1
-    """Rows of the embedding; -1 leaves it to the tokenizer."""
+    """Number of embedding rows; -1: the size of the tokenizer."""
     multiple_of: int = 256
-    """The width of the feed-forward layer is rounded up to a multiple of it."""
+    """The feed-forward width is rounded up to a multiple of this value."""
     ffn_dim_multiplier: float | None = None
-    """That width is multiplied by it before."""
+    """Factor of the feed-forward width before rounding; None: 1."""
     norm_eps: float = 1e-5
-    """Of the norms."""
+    """Epsilon of the RMS norms."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     max_seq_len: int | None = None
@@ -59,12 +59,12 @@ class MetaParams:
 
     @property
     def num_kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of key-value heads."""
         return self.n_kv_heads or self.n_heads
 
     @property
     def head_dim(self) -> int:
-        """Dimensions of a head."""
+        """Number of dimensions per head."""
         return self.dim // self.n_heads
 
     @property
@@ -76,23 +76,23 @@ class MetaParams:
         return -(-width // self.multiple_of) * self.multiple_of
 
     def rope_frequencies(self, dtype: torch.dtype) -> Tensor:
-        """Return the rotary frequencies, [head_dim / 2]."""
+        """Return the rotary frequencies, shape (head_dim / 2,)."""
         exponents = torch.arange(0, self.head_dim, 2)[: self.head_dim // 2].float()
         return (1.0 / (self.rope_theta ** (exponents / self.head_dim))).to(dtype)
 
 
 @dataclass(frozen=True)
 class MetaTensor:
-    """A weight under both its names."""
+    """A weight in both formats."""
 
     name: str
-    """Meta's."""
+    """Name in Meta's format."""
     hf_name: str
-    """transformers'."""
+    """Name in transformers."""
     axis: int | None
-    """Along which shards cut it; None: each has all of it."""
+    """Axis along which it is sharded; None: each shard has a full copy."""
     num_rotated_heads: int | None = None
-    """Heads whose rows stand in another order there."""
+    """Number of heads whose rows the formats order differently; None: the row order is the same."""
 
 
 def meta_tensors(params: MetaParams) -> Iterator[MetaTensor]:
@@ -117,7 +117,7 @@ def meta_tensors(params: MetaParams) -> Iterator[MetaTensor]:
 
 
 def expected_shape(tensor: MetaTensor, params: MetaParams, vocabulary: int) -> tuple[int, ...]:
-    """Return the shape of a whole weight."""
+    """Return the shape of an unsharded weight."""
     dim, kv_dim = params.dim, params.num_kv_heads * params.head_dim
     kind = tensor.name.removesuffix(".weight").rpartition(".")[2]
     shapes: dict[str, tuple[int, ...]] = {
@@ -135,35 +135,35 @@ def expected_shape(tensor: MetaTensor, params: MetaParams, vocabulary: int) -> t
 
 
 def to_half_split_rows(weight: Tensor, num_heads: int) -> Tensor:
-    """Bring the rows of wq or wk from Meta's order into transformers'."""
+    """Permute the rows of wq or wk from Meta's order to transformers'."""
     rows, columns = weight.shape
     pairs = weight.view(num_heads, rows // num_heads // 2, 2, columns)
     return pairs.transpose(1, 2).reshape(rows, columns)
 
 
 def to_interleaved_rows(weight: Tensor, num_heads: int) -> Tensor:
-    """Do the reverse of `to_half_split_rows`."""
+    """Permute the rows of wq or wk from transformers' order to Meta's."""
     rows, columns = weight.shape
     halves = weight.view(num_heads, 2, rows // num_heads // 2, columns)
     return halves.transpose(1, 2).reshape(rows, columns)
 
 
 def shard_ranges(length: int, num_shards: int) -> list[tuple[int, int]]:
-    """Return where each shard's part of an axis starts and stops; the last one takes the rest."""
+    """Return the start and stop of each shard along an axis; the last takes the remainder."""
     each = length // num_shards
     starts = [number * each for number in range(num_shards)]
     return list(zip(starts, [*starts[1:], length], strict=True))
 
 
 def count_published_shards(params: MetaParams) -> int:
-    """Return into how many files Meta cut a model of this width; 1 for widths it never had."""
+    """Return the number of files that Meta published for this width; 1 if it published none."""
     return _PUBLISHED_SHARDS.get(params.dim, 1)
 
 
 def build_llama_config(
     params: MetaParams, vocabulary: int, max_position_embeddings: int
 ) -> LlamaConfig:
-    """Return transformers' config of a model."""
+    """Return transformers' config of a model with these params."""
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=vocabulary,
@@ -183,10 +183,10 @@ def build_llama_config(
 
 
 def build_meta_params(config: LlamaConfig) -> MetaParams:
-    """Return what Meta's params.json says of a model of transformers'.
+    """Return the params.json of a model, from its transformers config.
 
     Raises:
-        ValueError: Meta's form cannot say what the config does.
+        ValueError: Meta's format cannot express the config.
     """
     values: dict[str, Any] = config.to_dict()
     rope = values.get("rope_parameters") or {}
@@ -194,15 +194,19 @@ def build_meta_params(config: LlamaConfig) -> MetaParams:
     if values.get("model_type") != "llama":
         problems.append(f"model_type: got {values.get('model_type')!r}, wanted 'llama'")
     if rope.get("rope_type", "default") != "default":
-        problems.append(f"rope_parameters: {rope['rope_type']!r} cannot be said in params.json")
+        problems.append(
+            f"rope_parameters: {rope['rope_type']!r} cannot be expressed in params.json"
+        )
     problems += [
-        f"{name}: Meta's form has no biases"
+        f"{name}: Meta's format has no biases"
         for name in ("attention_bias", "mlp_bias")
         if values.get(name)
     ]
     heads, dim = config.num_attention_heads, config.hidden_size
     if (values.get("head_dim") or dim // heads) * heads != dim:
-        problems.append(f"head_dim: {heads} heads of {values['head_dim']} are not {dim} together")
+        problems.append(
+            f"head_dim: {heads} heads of {values['head_dim']} do not add up to hidden_size {dim}"
+        )
     if problems:
         raise UserError("\n".join(problems))
     kv_heads = config.num_key_value_heads or heads
@@ -218,40 +222,58 @@ def build_meta_params(config: LlamaConfig) -> MetaParams:
 
 
 def _width_fields(dim: int, intermediate: int) -> dict[str, Any]:
-    """Return fields from which Meta's code computes a width of the feed-forward layer."""
+    """Return the fields from which Meta's code computes this feed-forward width."""
     for multiple in _MULTIPLES:
         for multiplier in (None, 1.3):
             fields = {"multiple_of": multiple, "ffn_dim_multiplier": multiplier}
             if MetaParams(dim=dim, n_layers=1, n_heads=1, **fields).intermediate == intermediate:
                 return fields
-    # Half a row more, so that rounding down always ends where it should.
+    # Half a row extra, so that rounding down gives the exact width.
     multiplier = (intermediate + 0.5) / (2 * (4 * dim) // 3)
     return {"multiple_of": 1, "ffn_dim_multiplier": multiplier}
 
 
 def check_num_shards(params: MetaParams, num_shards: int) -> list[str]:
-    """Return why a model cannot be cut into so many shards; empty where it can."""
-    numbers = {
+    """Return why a model cannot be split into this number of shards; empty if it can."""
+    counts = {
         "heads": params.n_heads,
-        "heads of keys and values": params.num_kv_heads,
+        "key-value heads": params.num_kv_heads,
         "feed-forward dimensions": params.intermediate,
         "dimensions": params.dim,
     }
     return [
-        f"num_shards: {number} {name} cannot be shared by {num_shards}; the largest number that "
-        f"works is {math.gcd(*numbers.values())}"
-        for name, number in numbers.items()
+        f"num_shards: {number} {name} cannot be split into {num_shards} shards; the largest number "
+        f"that works is {math.gcd(*counts.values())}"
+        for name, number in counts.items()
         if number % num_shards
     ]
 
 
 def check_target(target: Path) -> None:
-    """Refuse a target that holds anything; an empty directory makes room for it.
+    """Refuse a target that is not empty, and remove one that is.
 
     Raises:
-        ValueError: It is not empty.
+        ValueError: The target exists and is not empty.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"target: {target} exists and is not empty; choose another place")
+        raise UserError(f"target: {target} exists and is not empty; choose another directory")
     if target.is_dir():
         target.rmdir()
+
+
+_ORIGINALS = {
+    "700df0d3013b703a806d2ae7f1bfb8e59814e3d06ae78be0c66368a50059f33d": "LLaMA 7B, file 1 of 1",
+    "745bf4e29a4dd6f411e72976d92b452da1b49168a4f41c951cfcc8051823cf08": "LLaMA 13B, file 1 of 2",
+    "d5ccbcc465c71c0de439a5aeffebe8344c68a519bce70bc7f9f92654ee567085": "LLaMA 13B, file 2 of 2",
+    "e23294a58552d8cdec5b7e8abb87993b97ea6eced4178ff2697c02472539d067": "LLaMA 33B, file 1 of 4",
+    "4e077b7136c7ae2302e954860cf64930458d3076fcde9443f4d0e939e95903ff": "LLaMA 33B, file 2 of 4",
+    "24a87f01028cbd3a12de551dcedb712346c0b5cbdeff1454e0ddf2df9b675378": "LLaMA 33B, file 3 of 4",
+    "1adfcef71420886119544949767f6a56cb6339b4d5fcde755d80fe68b49de93b": "LLaMA 33B, file 4 of 4",
+    "0087155d6df07106c1d910bfeb6aab1be8e612dfbf2b56ddfb4ccbde7dbd50d0": "LLaMA 7B of transformers",
+    "461bc5e50200db7813ff99cc0b9316c48ccbd6aaaa31bf8cf7bee0b64bc3eda3": "LLaMA 7B of transformers",
+}
+
+
+def find_published_name(sha256: str) -> str | None:
+    """Return the name of the published file with this hash, or None."""
+    return _ORIGINALS.get(sha256)

@@ -1,7 +1,7 @@
-"""A Hugging Face directory to Meta's `consolidated.*.pth`, one tensor in memory at a time.
+"""Convert a model directory to Meta's `consolidated.*.pth`, one tensor in memory at a time.
 
-Each shard is first a file of plain bytes, from a map of which PyTorch then writes the real one: it
-writes a dictionary only as a whole.
+PyTorch saves a dictionary only in one call, so each shard is first written as a raw file, which is
+memory-mapped and saved.
 """
 
 import json
@@ -42,29 +42,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MetaModelSpec:
-    """How a model is said in Meta's form."""
+    """A model to be written in Meta's format."""
 
     config: LlamaConfig
-    """transformers' settings."""
+    """The model's transformers config."""
     params: MetaParams
-    """Meta's."""
+    """The model's params.json."""
     tensors: list[MetaTensor]
     """All weights, in transformers' order."""
     kept: Mapping[str, Any]
-    """What was kept of the files that the model was made from; empty for others."""
+    """Values kept from the Meta files that the model was converted from; empty if it was not."""
 
 
 def convert_to_meta(source: Path, target: Path, *, num_shards: int) -> None:
-    """Write `consolidated.*.pth`, `params.json` and `loader.model`.
+    """Write `consolidated.*.pth`, `params.json` and `tokenizer.model`.
 
     Args:
-        source: Directory of a LLaMA of transformers'.
-        target: Directory to make; it must not exist or be empty.
-        num_shards: Files, 1, 2, 4 or 8 in what Meta published.
+        source: Model directory of a LLaMA.
+        target: Output directory; it must be new or empty.
+        num_shards: Number of files; Meta published 1, 2, 4 or 8.
 
     Raises:
-        ValueError: Meta's form cannot hold the model, or not in so many shards; files are missing
-            or damaged; the target is not empty.
+        ValueError: Meta's format cannot hold the model, or not in this number of shards; files are
+            missing or damaged; the target is not empty.
     """
     check_target(target)
     weights = open_weights(source, what="source")
@@ -78,7 +78,7 @@ def convert_to_meta(source: Path, target: Path, *, num_shards: int) -> None:
     with publish_directory(target) as folder:
         write_meta(folder, weights, form, num_shards=num_shards)
         copy_tokenizer_model(source, folder)
-    logger.info("%s became %d shards in %s", source, num_shards, target)
+    logger.info("converted %s to %d shards in %s", source, num_shards, target)
 
 
 def plan_meta(
@@ -89,17 +89,17 @@ def plan_meta(
     where: str,
     kept: Mapping[str, Any] | None = None,
 ) -> MetaModelSpec:
-    """Find out how a model is said in Meta's form.
+    """Plan how to write a model in Meta's format.
 
     Args:
-        specs: Its weights, under transformers' names.
-        config: Its settings.
-        num_shards: Files to cut it into.
-        where: The config field and what it names, for errors.
-        kept: What a model directory's manifest has under `converted_from`.
+        specs: The model's weights, under transformers' names.
+        config: The model's config.
+        num_shards: Number of files to write.
+        where: The config field and its value, for errors.
+        kept: The model manifest's `converted_from`, if any.
 
     Raises:
-        ValueError: Meta's form cannot hold the model, or not in so many shards.
+        ValueError: Meta's format cannot hold the model, or not in this number of shards.
     """
     params = MetaParams(**kept["params"]) if kept else build_meta_params(config)
     problems = check_num_shards(params, num_shards)
@@ -130,7 +130,7 @@ def write_meta(folder: Path, weights: Weights, form: MetaModelSpec, *, num_shard
 
 
 def copy_tokenizer_model(source: Path, folder: Path) -> None:
-    """Copy `loader.model`; say so where there is none."""
+    """Copy `tokenizer.model`; log a warning if it does not exist."""
     if (source / TOKENIZER).is_file():
         shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
     else:
@@ -146,13 +146,13 @@ def _read_config(source: Path) -> LlamaConfig:
     config = AutoConfig.from_pretrained(source, local_files_only=True)
     if not isinstance(config, LlamaConfig):
         raise UserError(  # the directory is wrong, not an argument's type
-            f"source: {source} is a {config.model_type}, and Meta's form holds LLaMA 1 and 2 alone"
+            f"source: {source} is a {config.model_type}, but Meta's format holds only LLaMA 1 and 2"
         )
     return config
 
 
 def _kept(source: Path) -> dict[str, Any]:
-    """Return what was kept of the files that a directory was made from; nothing for others."""
+    """Return the values kept from the Meta files that a directory was converted from, if any."""
     kept = dict(read_manifest(source).get("converted_from") or {})
     if kept.get(ROPE_FREQUENCIES) is None:
         kept.pop(ROPE_FREQUENCIES, None)
@@ -172,12 +172,12 @@ def _check_weights(
         wanted = expected_shape(tensor, params, config.vocab_size)
         if spec is None or spec.shape != wanted:
             got = "missing" if spec is None else list(spec.shape)
-            raise UserError(f"{where}: {name} is {got}, its config wants {list(wanted)}")
+            raise UserError(f"{where}: {name} is {got}, but its config requires {list(wanted)}")
     known = {_source_name(tensor, config) for tensor in tensors}
     other = sorted(name for name in set(specs) - known if not name.endswith("rotary_emb.inv_freq"))
     if other and not (config.tie_word_embeddings and other == ["lm_head.weight"]):
         raise UserError(
-            f"{where} holds {len(other)} tensors that Meta's form has no place for, the first is "
+            f"{where} holds {len(other)} tensors that Meta's format has no place for, the first is "
             f"{other[0]}"
         )
 
@@ -189,13 +189,13 @@ def _source_name(tensor: MetaTensor, config: LlamaConfig) -> str:
 
 
 _Place = tuple[int, torch.dtype, tuple[int, ...]]
-"""Where a tensor lies in a raw file: offset, type, shape."""
+"""Place of a tensor in a raw file: byte offset, dtype, shape."""
 
 
 def _write_shard_files(
     weights: Weights, config: LlamaConfig, tensors: list[MetaTensor], files: list[Path]
 ) -> list[dict[str, _Place]]:
-    """Write every shard's part of every tensor into its raw file; return where they lie."""
+    """Write every shard's part of every tensor into its raw file; return their places."""
     layouts: list[dict[str, _Place]] = [{} for _ in files]
     with ExitStack() as stack:
         opened = [stack.enter_context(file.open("wb")) for file in files]
@@ -208,19 +208,19 @@ def _write_shard_files(
     return layouts
 
 
-def _parts(whole: Tensor, tensor: MetaTensor, num_shards: int) -> Iterator[Tensor]:
+def _parts(full: Tensor, tensor: MetaTensor, num_shards: int) -> Iterator[Tensor]:
     if tensor.num_rotated_heads is not None:
-        whole = to_interleaved_rows(whole, tensor.num_rotated_heads)
+        full = to_interleaved_rows(full, tensor.num_rotated_heads)
     for number in range(num_shards):
         if tensor.axis is None:
-            yield whole
+            yield full
         else:
-            start, stop = shard_ranges(whole.shape[tensor.axis], num_shards)[number]
-            yield whole.narrow(tensor.axis, start, stop - start)
+            start, stop = shard_ranges(full.shape[tensor.axis], num_shards)[number]
+            yield full.narrow(tensor.axis, start, stop - start)
 
 
 def _mapped(file: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """Map a part of a raw file, so that PyTorch writes it without holding a shard in memory."""
+    """Memory-map a part of a raw file, so that PyTorch saves it without loading the shard."""
     num_bytes = int(np.prod(shape)) * dtype.itemsize
     data = np.memmap(file, dtype=np.uint8, mode="c", offset=offset, shape=(num_bytes,))
     return torch.from_numpy(data).view(dtype).reshape(shape)

@@ -1,8 +1,8 @@
-"""An adapter directory becomes updates of the base's layers, or a model of its own.
+"""From an adapter directory to LoRA factors of the base's layers, or to a merged model.
 
-What an adapter's files mean is PEFT's to say: it builds the adapter around a skeleton of the base
-without weights, and its factors are read from there. Those that change more than linear layers
-(tables trained whole, a grown vocabulary, DoRA, other positions) are merged into a copy.
+PEFT defines what an adapter's files mean: it builds the adapter around a skeleton of the base
+without weights, and the factors are read from there. Adapters that change more than linear layers
+(fully trained embeddings, a grown vocabulary, DoRA, other RoPE settings) are merged into a copy.
 """
 
 import copy
@@ -44,10 +44,10 @@ from raytune_llama.tokenizer.loader import load_tokenizer
 logger = logging.getLogger(__name__)
 
 _MERGED_TOLERANCE = 1e-3
-"""Between logits of the merged copy and of PEFT's, relative to the largest."""
+"""Largest difference of the merged copy's logits from PEFT's, relative to the largest logit."""
 
 _ONE_AT_A_TIME = threading.Lock()
-"""transformers and PEFT change torch for the whole process while they build a model."""
+"""Serializes loading: transformers and PEFT patch torch process-wide while they build a model."""
 
 
 @dataclass(frozen=True)
@@ -55,46 +55,46 @@ class LoadedAdapter:
     """An adapter, checked and in memory."""
 
     served: ServedModel
-    """Its name, tokenizer, template and model: the base, or a copy of its own."""
+    """Name, tokenizer, template and model: the base model, or a merged copy."""
 
     updates: Mapping[str, LoraLayerWeights] | None
-    """Of the base's linear layers, by name; None: it is merged into a copy."""
+    """LoRA factors by the name of the base's linear layer; None: merged into a copy."""
 
 
 class AdapterLoader:
-    """Loads adapters for one base. Does not touch the base's model, which is being used."""
+    """Loads adapters for one base model, without touching the base model, which is in use."""
 
     def __init__(self, config: ServedModelConfig, base: ServedModel) -> None:
-        """Name the base.
+        """Prepare to load adapters.
 
         Args:
-            config: of the base.
-            base: as it was loaded.
+            config: config of the base model.
+            base: the loaded base model.
         """
         self._config, self._base, self._path = config, base, Path(config.path)
-        # While there are no adapters in it.
+        # Copied before any adapter is attached.
         self._settings = copy.deepcopy(base.model.config)
         self._num_rows = num_embedding_rows(base.model)
         self._dtype, self._device = base.model.dtype, base.model.device
-        # Hashed once, since the model in memory is what was there at the start.
+        # Hashed once, since the base in memory was loaded from the files at startup.
         self._sha256 = functools.cache(sha256_file)
 
     def load(self, folder: Path, name: str) -> LoadedAdapter:
-        """Check an adapter and load it; takes as long as its files are large.
+        """Verify an adapter and load it; takes time in proportion to its size.
 
         Args:
-            folder: with the files.
-            name: what requests call the model with the adapter.
+            folder: local directory with the adapter's files.
+            name: name of the model with the adapter in requests.
 
         Raises:
-            ValueError: it is damaged, made for another base, or can't be served.
+            ValueError: the adapter is damaged, made for another base, or can't be served.
             OSError: a file can't be read.
         """
         try:
             with _ONE_AT_A_TIME:
                 return self._load(folder, name)
         except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            # What PEFT and transformers say of files that are not whole.
+            # Raised by PEFT and transformers for incomplete files.
             raise UserError(f"{folder} can't be read as an adapter: {error}") from error
 
     def _load(self, folder: Path, name: str) -> LoadedAdapter:
@@ -116,12 +116,13 @@ class AdapterLoader:
         served = replace(self._base, name=name, tokenizer=tokenizer, chat=chat)
         settings_ = cast("peft.LoraConfig", peft.PeftConfig.from_pretrained(str(folder)))
         if settings_.peft_type != "LORA":
-            raise UserError(f"{folder} is of PEFT's type {settings_.peft_type}, wanted LORA")
+            raise UserError(f"{folder} has PEFT type {settings_.peft_type}, wanted LORA")
         settings_.inference_mode = True
         state = load_file(folder / ADAPTER_WEIGHTS)
         broken = [key for key, tensor in state.items() if not tensor.isfinite().all()]
         if broken or not state:
-            raise UserError(f"{folder}: {broken[0] if broken else 'every tensor'} is missing")
+            problem = f"{broken[0]} has NaN or infinite values" if broken else "it has no tensors"
+            raise UserError(f"{folder}: {problem}")
         is_plain = len(tokenizer) == len(self._base.tokenizer) and not read_model_settings(folder)
         updates = self._read_updates(settings_, state, folder) if is_plain else None
         if updates is not None:
@@ -131,7 +132,7 @@ class AdapterLoader:
         return LoadedAdapter(replace(served, model=model, max_context=limit), None)
 
     def _check(self, folder: Path) -> None:
-        """Refuse what is not whole, or was made for another base."""
+        """Reject an adapter that is incomplete, or was made for another base."""
         problem = check_adapter_directory(folder)
         problems = [problem] if problem else []
         if not problems and self._config.verify:
@@ -140,20 +141,22 @@ class AdapterLoader:
             raise UserError("; ".join(problems))
         wanted = read_manifest(folder).get("base")
         if not wanted:
-            logger.warning("%s does not say which base it was made for: shapes alone tell", folder)
+            logger.warning(
+                "%s does not record its base model: only tensor shapes are checked", folder
+            )
         for file, digest in sorted((wanted or {}).items()):
             path = self._path / Path(file).name
             found = self._sha256(path) if path.is_file() else None
             if found == digest:
                 continue
             if path.suffix == ".json":
-                # Its meaning may be the same; a merge does not compare it either.
-                logger.warning("%s was made for another %s than the base's", folder, file)
+                # Its content may be equivalent; a merge does not compare it either.
+                logger.warning("%s was made for a base with another %s", folder, file)
                 continue
             raise UserError(
-                f"{folder} was made for a base whose {file} has SHA256 {digest[:16]}, and "
+                f"{folder} was made for a base whose {file} has SHA256 {digest[:16]}, but "
                 f"{self._base.name} has {found[:16] if found else 'no such file'}; serve it with "
-                "that base"
+                "its own base"
             )
         if has_tokenizer(folder) and has_tokenizer(self._path):
             foreign = describe_tokenizer_mismatch(self._path, folder)
@@ -163,7 +166,7 @@ class AdapterLoader:
     def _read_updates(
         self, settings_: peft.LoraConfig, state: Mapping[str, Tensor], folder: Path
     ) -> dict[str, LoraLayerWeights] | None:
-        """Return an adapter's updates, or None where it does more than that."""
+        """Return an adapter's LoRA factors, or None if it changes more than linear layers."""
         settings_ = copy.deepcopy(settings_)
         with torch.device("meta"):
             skeleton = type(self._base.model)(copy.deepcopy(self._settings))
@@ -180,7 +183,7 @@ class AdapterLoader:
         updates: dict[str, LoraLayerWeights] = {}
         for name, module in attached.get_base_model().named_modules():
             if isinstance(module, PeftLinear):
-                # PEFT computes in single precision, whatever the base's is.
+                # PEFT computes in float32, whatever the base's dtype.
                 a_RI = state[f"base_model.model.{name}.lora_A.weight"].float()
                 b_RO = state[f"base_model.model.{name}.lora_B.weight"].float().T
                 scaled_RO = (b_RO * module.scaling["default"]).contiguous()
@@ -190,10 +193,10 @@ class AdapterLoader:
         return updates
 
     def _compare(self, folder: Path, attached: PeftModel, state: Mapping[str, Tensor]) -> None:
-        """Refuse files that lack a tensor, or hold one that has no place."""
-        asked = peft.get_peft_model_state_dict(attached, save_embedding_layers=False)
-        wanted = {key: tuple(tensor.shape) for key, tensor in asked.items()}
-        # PEFT may write whole tables that it was not asked to train.
+        """Reject files with missing or unexpected tensors."""
+        expected = peft.get_peft_model_state_dict(attached, save_embedding_layers=False)
+        wanted = {key: tuple(tensor.shape) for key, tensor in expected.items()}
+        # PEFT may save full embeddings that were not trained.
         stored = {
             key: tuple(tensor.shape)
             for key, tensor in state.items()
@@ -211,7 +214,7 @@ class AdapterLoader:
     def _merge(
         self, folder: Path, settings_: peft.LoraConfig, state: Mapping[str, Tensor], num_ids: int
     ) -> PreTrainedModel:
-        """Return a copy of the base with the adapter merged in; computed in single precision."""
+        """Return a copy of the base with the adapter merged in, computed in float32."""
         config = AutoConfig.from_pretrained(self._path, local_files_only=True)
         apply_rope_settings(config, read_model_settings(folder))
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -232,7 +235,7 @@ class AdapterLoader:
         if is_grown and not (all(kept) or (was_tied and any(kept))):
             raise UserError(
                 f"{folder} has a tokenizer of {num_ids} ids and the base {self._num_rows} rows, "
-                "but the adapter holds no tables for them"
+                "but the adapter holds no embeddings for them"
             )
         ids_1T = torch.arange(min(num_ids, 16)).unsqueeze(0)
         with torch.inference_mode():
@@ -243,12 +246,12 @@ class AdapterLoader:
             error = (merged(input_ids=ids_1T).logits - wanted).abs().max() / wanted.abs().max()
         if not error <= _MERGED_TOLERANCE:
             raise UserError(
-                f"{folder} can't be merged into a copy of {self._base.name}: logits are off by "
-                f"{float(error):.1e}; merge it beforehand"
+                f"{folder} can't be merged into a copy of {self._base.name}: its logits have a "
+                f"relative error of {float(error):.1e}; merge it with jobs/merge.py instead"
             )
         num_bytes = sum(p.numel() for p in merged.parameters()) * self._dtype.itemsize
         logger.warning(
-            "%s changes more than linear layers: it takes a whole copy of the base, %.2f GiB",
+            "%s changes more than linear layers: it needs a full copy of the base, %.2f GiB",
             folder,
             num_bytes / 2**30,
         )
@@ -258,7 +261,7 @@ class AdapterLoader:
 
 
 def _is_plain(module: PeftLinear) -> bool:
-    """Whether what an adapter adds to a linear layer is a product of two factors."""
+    """Whether the adapter of a linear layer is a plain product of two factors."""
     return (
         isinstance(module.get_base_layer(), nn.Linear)
         and not module.lora_variant

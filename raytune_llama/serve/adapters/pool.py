@@ -1,8 +1,8 @@
 """Which adapters are in memory, who uses them, and which version a request gets.
 
-A request keeps the version that it begins with. When another lies in the registry, requests get
-the old one until the new one is loaded, then the new one; the old one goes with its last request.
-Everything here runs on one event loop; only reading runs in threads.
+A request keeps the version that it starts with. When the registry has a new one, requests get the
+old one until the new one is loaded, then the new one; the old one is dropped after its last
+request. Everything here runs on one event loop; only reading files runs in threads.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SHOWN_NAMES = 20
 _NUM_ATTEMPTS = 3
-"""Times that an adapter is read which is written meanwhile."""
+"""Maximum reads of an adapter that is being written meanwhile."""
 
 
 @dataclass(eq=False)
@@ -40,22 +40,22 @@ class _Version:
 
     listed: RegisteredAdapter
     key: int
-    """The engine's."""
+    """Key of the adapter in the engine."""
 
     loading: "asyncio.Task[CompletionService]" = field(init=False)
     num_users: int = 0
     last_use: int = 0
     is_retired: bool = False
-    """No further request gets it."""
+    """Whether no further request gets this version."""
 
     @property
     def problem(self) -> BaseException | None:
-        """Why it could not be loaded."""
+        """Why loading failed; None if it succeeded or is still running."""
         if not self.loading.done():
             return None
         with suppress(asyncio.CancelledError):
             return self.loading.exception()
-        return EngineError("loading was ended")
+        return EngineError("loading was canceled")
 
 
 @dataclass(eq=False)
@@ -64,11 +64,11 @@ class _Slot:
 
     current: _Version
     newer: _Version | None = None
-    """Being loaded, to take its place."""
+    """Version that is being loaded to replace the current one."""
 
 
 class AdapterPool:
-    """Answers for a base and its adapters."""
+    """Answers requests for a base model and its adapters."""
 
     def __init__(
         self,
@@ -81,39 +81,39 @@ class AdapterPool:
         make_stepper: Callable[[ServedModel], BatchScheduler],
         max_adapters: int,
     ) -> None:
-        """Begin with no adapter in memory.
+        """Start without adapters in memory.
 
         Args:
-            base: answers where no adapter is asked for.
-            registry: where adapters lie.
-            loader: loads them.
-            engine: of the base.
-            make_answerer: answers with an adapter, by its key.
-            make_stepper: steps a copy of the base that an adapter was merged into.
-            max_adapters: in memory at a time; old versions in use come on top.
+            base: answers requests without an adapter.
+            registry: lists and fetches the adapters.
+            loader: loads adapters.
+            engine: engine of the base model.
+            make_answerer: creates the service for an attached adapter, by its key.
+            make_stepper: creates the scheduler for a copy of the base with a merged adapter.
+            max_adapters: maximum adapters in memory; old versions in use come on top.
         """
         self._base, self._registry, self._loader, self._engine = base, registry, loader, engine
         self._make_answerer, self._make_stepper = make_answerer, make_stepper
         self._max_adapters = max_adapters
         self._slots: dict[str, _Slot] = {}
-        # What was wrong with a version, so that it is not read again for every request.
+        # Version and error of the last failure, so that it is not read again for every request.
         self._failed: dict[str, tuple[str, str]] = {}
         self._keys, self._uses = itertools.count(), itertools.count()
 
     @property
     def names(self) -> frozenset[str]:
-        """The adapters that are in memory, or being loaded."""
+        """Names of the adapters in memory or being loaded."""
         return frozenset(self._slots)
 
     async def respond(
         self, request: ChatRequest | CompletionRequest
     ) -> AsyncGenerator[int | OutputDelta, None]:
-        """Yield what `CompletionService.respond` yields, by the adapter that a request names.
+        """Yield what `CompletionService.respond` yields, with the adapter that a request names.
 
         Raises:
-            UnknownModelError: there is no such adapter.
-            RequestError: it can't be used, or the request can't be answered.
-            BusyError: as many adapters are in use as may be in memory, or too much waits.
+            UnknownModelError: the adapter does not exist.
+            InvalidRequestError: the adapter can't be used, or the request can't be answered.
+            BusyError: all adapters in memory are in use, or too many requests are waiting.
             EngineError: the registry can't be read, or the engine has failed.
         """
         _, colon, name = request.model.partition(":")
@@ -128,26 +128,26 @@ class AdapterPool:
 
     @asynccontextmanager
     async def _use(self, name: str) -> AsyncIterator[CompletionService]:
-        """Hold a version of an adapter in memory."""
+        """Hold a version of an adapter in memory while the block runs."""
         names = await asyncio.to_thread(self._registry.list)
         listed = names.get(name)
         if listed is None:
             self._forget(name)
             known = ", ".join(sorted(names)[:_SHOWN_NAMES]) or "none"
             more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-            raise UnknownModelError(f"no adapter {name!r}; there is {known}{more}", "model")
+            raise UnknownModelError(f"no adapter {name!r}; available: {known}{more}", "model")
         version = self._choose(listed)
         version.num_users += 1
         version.last_use = next(self._uses)
         try:
-            # Others wait for it too, so that one that goes away must not end it.
+            # Other requests wait for it too: one that is canceled must not cancel the loading.
             yield await asyncio.shield(version.loading)
         finally:
             version.num_users -= 1
             self._drop_unused(version)
 
     def _choose(self, listed: RegisteredAdapter) -> _Version:
-        """Return the version that a request gets, which may be still to come."""
+        """Return the version that a request gets, which may still be loading."""
         slot = self._slots.get(listed.name)
         version, problem = self._failed.get(listed.name, (None, ""))
         is_failed = version == listed.version
@@ -172,7 +172,7 @@ class AdapterPool:
         return version
 
     def _settle(self, version: _Version) -> None:
-        """Look at what loading has come to."""
+        """Handle the end of a version's loading."""
         name, problem = version.listed.name, version.problem
         slot = self._slots.get(name)
         if slot is not None and slot.newer is version:
@@ -181,17 +181,21 @@ class AdapterPool:
                 old, slot.current = slot.current, version
                 self._retire(old)
             else:
-                logger.error("%s stays as it was, for its new version fails: %s", name, problem)
+                logger.error(
+                    "adapter %s: its new version can't be loaded, so the old one stays in use: %s",
+                    name,
+                    problem,
+                )
         elif slot is not None and slot.current is version and problem is not None:
             del self._slots[name]
-        # It may have been retired before it was there.
+        # It may have been retired while it was loading.
         self._drop_unused(version)
 
     async def _load(self, version: _Version) -> CompletionService:
-        """Read an adapter and give it to the engine."""
+        """Load an adapter and attach it to the engine."""
         name = version.listed.name
         try:
-            # What is read may be newer than what was listed.
+            # The version that is read may be newer than the one listed.
             version.listed, loaded = await asyncio.to_thread(self._read, version.listed)
         except _UnfitError as error:
             self._failed[name] = error.version, f"adapter {name}: {error}"
@@ -206,7 +210,7 @@ class AdapterPool:
         return self._make_answerer(loaded.served, version.key)
 
     def _read(self, listed: RegisteredAdapter) -> tuple[RegisteredAdapter, LoadedAdapter]:
-        """Read an adapter; where it is written in the meantime, again."""
+        """Read an adapter; retry if it is written meanwhile."""
         for _ in range(_NUM_ATTEMPTS):
             loaded, problem = None, ""
             try:
@@ -214,23 +218,25 @@ class AdapterPool:
                     try:
                         loaded = self._loader.load(folder, f"{self._base.name}:{listed.name}")
                     except ValueError as error:
-                        # Clients are told of adapters, and not of folders.
+                        # Clients see names of adapters, not directories.
                         problem = str(error).replace(str(folder), listed.name)
             except OSError as error:
                 logger.warning("%s can't be read: %s", listed.place, error)
-                raise RegistryError(f"the adapter {listed.name} can't be read now") from error
-            found = self._registry.list(anew=True).get(listed.name)
+                raise RegistryError(
+                    f"the adapter {listed.name} can't be read; retry later"
+                ) from error
+            found = self._registry.list(refresh=True).get(listed.name)
             if found is None:
-                raise RegistryError(f"the adapter {listed.name} is not there any more")
+                raise RegistryError(f"the adapter {listed.name} was removed")
             if found.version == listed.version:
                 if loaded is None:
                     raise _UnfitError(problem, listed.version)
                 return listed, loaded
             listed = found
-        raise RegistryError(f"the adapter {listed.name} is being written; try again")
+        raise RegistryError(f"the adapter {listed.name} is being written; retry later")
 
     def _make_room(self) -> None:
-        """Let the adapter go that was not used for longest, where as many are there as may be."""
+        """Evict the least recently used idle adapter if the memory limit is reached."""
         if len(self._slots) < self._max_adapters:
             return
         idle = [
@@ -239,13 +245,13 @@ class AdapterPool:
             if not slot.current.num_users and slot.newer is None and slot.current.loading.done()
         ]
         if not idle:
-            raise BusyError(f"all {self._max_adapters} adapters that may be in memory are in use")
+            raise BusyError(f"all {self._max_adapters} adapters in memory are in use; retry later")
         _, name = min(idle)
-        logger.info("%s leaves the memory for another adapter", name)
+        logger.info("adapter %s: evicted to make room for another", name)
         self._forget(name)
 
     def _forget(self, name: str) -> None:
-        """Give an adapter to no further request."""
+        """Retire an adapter: no further request gets it."""
         slot = self._slots.pop(name, None)
         for version in (slot.current, slot.newer) if slot is not None else ():
             if version is not None:
@@ -256,7 +262,7 @@ class AdapterPool:
         self._drop_unused(version)
 
     def _drop_unused(self, version: _Version) -> None:
-        """Take a retired version out of the engine, once nobody uses it."""
+        """Detach a retired version from the engine once no request uses it."""
         is_idle = version.is_retired and not version.num_users and version.loading.done()
         if is_idle and version.problem is None:
             version.is_retired = False
@@ -267,7 +273,7 @@ class AdapterPool:
 
 
 class _UnfitError(ValueError):
-    """A version that can't be used."""
+    """A version of an adapter can't be used."""
 
     def __init__(self, message: str, version: str) -> None:
         super().__init__(message, version)

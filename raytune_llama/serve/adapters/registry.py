@@ -1,10 +1,10 @@
-"""The folder of adapters: what lies there now, by name, and in which version.
+"""The directory of adapters: which exist now, by name, and in which version.
 
-    registry = Registry(Place.parse("s3://bucket/adapters", "adapters_dir"))
+    registry = AdapterRegistry(Place.parse("s3://bucket/adapters", "adapters_dir"))
     found = registry.list().get("poet")
 
-A request's name is looked up in the list and never becomes a path. The list is read at most once a
-second.
+A request's name is looked up in the listing and never becomes a path. The directory is listed at
+most once per second.
 """
 
 import hashlib
@@ -30,18 +30,18 @@ logger = logging.getLogger(__name__)
 PEFT_CONFIG_FILE = "adapter_config.json"
 MAX_NAME_CHARACTERS = 256
 LISTING_TTL_SECONDS = 1.0
-"""How long a list is taken for what is there."""
+"""How long a listing counts as current."""
 
 SETTLED_SECONDS = 2.0
-"""How long files in object storage have to stay as they are to be taken for the last of their
-second: servers tell times of writing in whole seconds, so that two can look alike."""
+"""How long files in object storage must stay unchanged to count as settled: servers report
+modification times in whole seconds, so two writes within a second can look alike."""
 
 _FOREIGN = (".bin", ".pt", ".pth")
-"""Ends of files that are never read: pickles."""
+"""Suffixes of files that are never read: pickles."""
 
 
 class RegistryError(EngineError):
-    """The registry can't be read now; the base and what is in memory go on."""
+    """The registry can't be read now; the base and loaded adapters continue to work."""
 
 
 @dataclass(frozen=True)
@@ -49,43 +49,43 @@ class RegisteredAdapter:
     """An adapter of the registry."""
 
     name: str
-    """Of its folder."""
+    """Name of the adapter, which is its directory's."""
 
     place: Place
-    """Its folder."""
+    """Directory of the adapter."""
 
     files: tuple[tuple[str, FileStatus], ...]
-    """What lies in it, by name."""
+    """Files of the adapter, by name."""
 
     is_settled: bool = True
-    """Whether a file that is written again from now on looks different. What was loaded before is
-    then loaded once more."""
+    """Whether any later write is certain to look different. An adapter loaded before it settled is
+    loaded again."""
 
     @property
     def version(self) -> str:
-        """Changes when any of its files is written again, comes or goes, and when it is settled."""
+        """Hash that changes when a file is rewritten, added or removed, and on settling."""
         return hashlib.sha256(repr((self.files, self.is_settled)).encode()).hexdigest()[:16]
 
 
 class AdapterRegistry:
-    """A folder with a folder for each adapter. May be used by several threads."""
+    """A directory with one subdirectory per adapter. Thread-safe."""
 
     def __init__(self, root: Place) -> None:
-        """Name the folder, which is not read yet."""
+        """Set the directory, which is not read yet."""
         self._root = root
         self._lock = threading.Lock()
         self._listed: dict[str, RegisteredAdapter] = {}
         self._read_at: float | None = None
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._changed: dict[str, tuple[object, float]] = {}
 
     @classmethod
     def from_path(cls, adapters_dir: str) -> "AdapterRegistry":
-        """Open what a config names.
+        """Open the directory that a config names.
 
         Raises:
-            ConfigError: it is no place, its bucket can't be reached, or a local folder is not
-                there.
+            ConfigError: the path is invalid, its bucket can't be reached, or a local directory
+                does not exist.
         """
         try:
             root = Place.parse(adapters_dir, "adapters_dir")
@@ -93,37 +93,39 @@ class AdapterRegistry:
             raise ConfigError([str(error)]) from error
         problem = check_place(root, "adapters_dir")
         if problem is None and root.is_local and not root.is_dir():
-            problem = f"adapters_dir: there is no folder {root}; make it, adapters may come later"
+            problem = f"adapters_dir: {root} does not exist; create it, adapters may be added later"
         if problem is not None:
             raise ConfigError([problem])
         return cls(root)
 
-    def list(self, *, anew: bool = False) -> Mapping[str, RegisteredAdapter]:
-        """Return the adapters by name, as they were at most a second ago; may take a while.
+    def list(self, *, refresh: bool = False) -> Mapping[str, RegisteredAdapter]:
+        """Return the adapters by name, from a listing at most a second old; may block.
 
         Args:
-            anew: read the folder now, whatever is known of it.
+            refresh: list the directory now, even if the last listing is current.
 
         Raises:
-            RegistryError: the folder can't be read, and never could.
+            RegistryError: the directory can't be read, and never could.
         """
         with self._lock:
             now = time.monotonic()
             is_fresh = self._read_at is not None and now - self._read_at < LISTING_TTL_SECONDS
-            if is_fresh and not anew:
+            if is_fresh and not refresh:
                 return self._listed
             try:
                 self._listed = self._read()
             except (OSError, pa.ArrowException) as error:
                 if self._read_at is None:
-                    raise RegistryError("the adapters' folder can't be read now") from error
-                logger.warning("%s can't be read, and is taken as it was: %s", self._root, error)
+                    raise RegistryError(
+                        "the directory of adapters can't be read; retry later"
+                    ) from error
+                logger.warning("%s can't be read, using the last listing: %s", self._root, error)
             self._read_at = time.monotonic()
             return self._listed
 
     @contextmanager
     def fetch(self, listed: RegisteredAdapter) -> Iterator[Path]:
-        """Yield a local folder with an adapter's files; a copy of it goes with the block.
+        """Yield a local directory with an adapter's files; a download is deleted after the block.
 
         Raises:
             RegistryError: a file can't be read.
@@ -142,7 +144,9 @@ class AdapterRegistry:
                     list(pool.map(download, names))
             except (OSError, pa.ArrowException) as error:
                 logger.warning("%s can't be fetched: %s", listed.place, error)
-                raise RegistryError(f"the adapter {listed.name} can't be fetched now") from error
+                raise RegistryError(
+                    f"the adapter {listed.name} can't be fetched; retry later"
+                ) from error
             yield Path(folder)
 
     def _read(self) -> dict[str, RegisteredAdapter]:
@@ -151,9 +155,9 @@ class AdapterRegistry:
             if PEFT_CONFIG_FILE not in files or folder.name.startswith("."):
                 continue
             if not _is_name(folder.name):
-                if folder.name not in self._told:
-                    logger.warning("%s: its name can't be one of an adapter", folder)
-                self._told.add(folder.name)
+                if folder.name not in self._warned:
+                    logger.warning("%s: skipped, its name is not valid for an adapter", folder)
+                self._warned.add(folder.name)
                 continue
             found = tuple(sorted(files.items()))
             listed[folder.name] = RegisteredAdapter(
@@ -172,7 +176,7 @@ class AdapterRegistry:
         return now - since >= SETTLED_SECONDS
 
     def _folders(self) -> dict[Place, dict[str, FileStatus]]:
-        """Return what lies in each folder; in object storage with one listing for all."""
+        """Return the files of each subdirectory; in object storage with a single listing."""
         if self._root.is_local:
             return {
                 folder: {file.name: status for file, status in folder.files().items()}
@@ -186,6 +190,6 @@ class AdapterRegistry:
 
 
 def _is_name(name: str) -> bool:
-    """Whether a folder's name may stand behind a model's and its colon."""
+    """Whether a directory's name can be the adapter in `model:adapter`."""
     is_plain = name.isprintable() and not set(name) & set(" /\\:")
     return is_plain and 0 < len(name) <= MAX_NAME_CHARACTERS

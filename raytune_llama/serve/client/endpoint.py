@@ -1,8 +1,8 @@
-"""A client of any OpenAI endpoint: lists its models, and streams answers of chats.
+"""A client for any OpenAI-compatible endpoint: lists models and streams chat completions.
 
 with closing(ChatClient("http://127.0.0.1:8000/v1", key=None)) as client:
-for item in client.stream({"model": "merged", "messages": [...]}):
-...
+    for item in client.stream({"model": "merged", "messages": [...]}):
+        ...
 """
 
 import json
@@ -20,44 +20,44 @@ _MAX_SHOWN = 300
 
 
 class EndpointError(Exception):
-    """The endpoint can't be reached, has failed, or has broken off an answer; try again later."""
+    """The endpoint can't be reached, has failed or dropped the connection; retry later."""
 
 
 class RequestRejectedError(UserError):
-    """The endpoint refuses what it is asked, as with a wrong key or an unknown model."""
+    """The endpoint rejected the request, for example for a wrong key or an unknown model."""
 
 
 @dataclass(frozen=True)
 class StreamEnd:
-    """What is told behind an answer's text."""
+    """End of a streamed response."""
 
     finish_reason: str | None
-    """Why it has ended: `stop`, `length`; None: the endpoint does not say."""
+    """Why generation ended, such as `stop` or `length`; None if the endpoint does not report it."""
 
     prompt_tokens: int | None
-    """None: the endpoint does not count."""
+    """Number of prompt tokens; None if the endpoint does not report it."""
 
     completion_tokens: int | None
-    """None: the endpoint does not count."""
+    """Number of completion tokens; None if the endpoint does not report it."""
 
 
 class ChatClient:
-    """Asks one endpoint. Errors name its address, never the key."""
+    """Client of one endpoint. Errors contain its address, never the key."""
 
     def __init__(self, url: str, key: str | None, *, timeout_seconds: float = 300.0) -> None:
-        """Make a client; nothing is asked yet.
+        """Create a client; it does not connect yet.
 
         Args:
-            url: of the API, up to `/v1`.
-            key: sent with each request; None: none is.
-            timeout_seconds: silence of the endpoint after which a request has failed.
+            url: base URL of the API, up to `/v1`.
+            key: API key sent with each request; None: no key.
+            timeout_seconds: seconds without data from the endpoint after which a request fails.
 
         Raises:
-            RefusedError: the key can't be sent in a header.
+            RequestRejectedError: the key can't be sent in a header.
         """
         if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
             raise RequestRejectedError(
-                "OPENAI_API_KEY has a space or a sign that no key has; copy it again"
+                "OPENAI_API_KEY contains a space or a character that no API key has; copy it again"
             )
         self._url = url.rstrip("/")
         self._http = httpx2.Client(
@@ -70,35 +70,36 @@ class ChatClient:
         self._http.close()
 
     def list_models(self) -> list[str]:
-        """Return the names of the models, `model:adapter` among them.
+        """Return the names of the models, `model:adapter` included.
 
         Raises:
-            EndpointError: there is no answer, or none in OpenAI's form.
-            RefusedError: the endpoint refuses to tell.
+            EndpointError: there is no response, or none in OpenAI's format.
+            RequestRejectedError: the endpoint rejected the request.
         """
-        with self._told():
+        with self._translate_errors():
             response = self._http.get(f"{self._url}/models")
             self._check(response)
             try:
                 return [str(card["id"]) for card in response.json()["data"]]
             except (ValueError, KeyError, TypeError) as error:
-                raise EndpointError(f"{self._url}/models is no list of OpenAI's form") from error
+                text = f"{self._url}/models returned no model list in OpenAI's format"
+                raise EndpointError(text) from error
 
     def stream(self, request: Mapping[str, Any]) -> Generator[str | StreamEnd]:
-        """Yield the pieces of a chat's answer as they come, and its end.
+        """Yield the text of a chat completion as it arrives, then its end.
 
-        A caller that closes the iterator ends the request.
+        Closing the generator cancels the request.
 
         Args:
-            request: fields of `/chat/completions`; those of streams are added.
+            request: fields of `/chat/completions`; `stream` and `stream_options` are added.
 
         Raises:
-            EndpointError: there is no answer, or it is broken off.
-            RefusedError: the endpoint refuses the request.
+            EndpointError: there is no response, or it was interrupted.
+            RequestRejectedError: the endpoint rejected the request.
         """
         body = {**request, "stream": True, "stream_options": {"include_usage": True}}
         with (
-            self._told(),
+            self._translate_errors(),
             self._http.stream("POST", f"{self._url}/chat/completions", json=body) as response,
         ):
             if not response.is_success:
@@ -121,39 +122,39 @@ class ChatClient:
                 usage = chunk.get("usage") or usage
                 choice: dict[str, Any] = (chunk["choices"] or [{"delta": {}}])[0]
                 finish = choice.get("finish_reason") or finish
-                piece = choice["delta"].get("content")
+                text = choice["delta"].get("content")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 shown = event.data[:_MAX_SHOWN]
-                raise EndpointError(f"{self._url} sent no chunk of an answer: {shown}") from error
-            if piece:
-                yield piece
-        raise EndpointError(f"{self._url}: the connection ended before the answer did")
+                raise EndpointError(f"{self._url} sent an invalid chunk: {shown}") from error
+            if text:
+                yield text
+        raise EndpointError(f"{self._url}: connection closed before the response was complete")
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Put what goes wrong on the way in words."""
+    def _translate_errors(self) -> Iterator[None]:
+        """Raise transport errors as `EndpointError`."""
         try:
             yield
         except httpx2.ConnectError as error:
             raise EndpointError(f"{self._url} can't be reached: {error}") from error
         except httpx2.TimeoutException as error:
-            raise EndpointError(f"{self._url} is silent for too long ({error})") from error
+            raise EndpointError(f"{self._url}: request timed out ({error})") from error
         except httpx2.RequestError as error:
-            raise EndpointError(f"{self._url}: the answer broke off: {error}") from error
+            raise EndpointError(f"{self._url}: connection lost: {error}") from error
 
     def _check(self, response: httpx2.Response) -> None:
-        """Raise what a status means."""
+        """Raise the error that a response's status means."""
         status = response.status_code
         if response.is_success:
             return
         try:
-            said = str(response.json()["error"]["message"])
+            message = str(response.json()["error"]["message"])
         except (ValueError, KeyError, TypeError):
-            # Not OpenAI's form, as from a proxy in between.
-            said = response.text.strip()[:_MAX_SHOWN] or response.reason_phrase
-        text = f"{self._url} answers {status}: {said}"
+            # Not in OpenAI's format, for example from a proxy.
+            message = response.text.strip()[:_MAX_SHOWN] or response.reason_phrase
+        text = f"{self._url} returned {status}: {message}"
         if status == 401:
-            text += "\nset the environment variable OPENAI_API_KEY to a key of this endpoint"
+            text += "\nset the environment variable OPENAI_API_KEY to an API key of this endpoint"
         wait = response.headers.get("retry-after")
         if wait:
             text += f"\ntry again {f'in {wait} s' if wait.isdecimal() else f'after {wait}'}"

@@ -1,15 +1,13 @@
-"""A chat in a terminal, or one question from a pipe, with any OpenAI endpoint."""
+"""Chat with any OpenAI-compatible endpoint, in a terminal or with one question from a pipe."""
 
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
-
-from raytune_llama.config.settings import ConfigError, settings
+from raytune_llama.serve.client.config import TerminalConfig
 from raytune_llama.serve.client.endpoint import (
     ChatClient,
     EndpointError,
@@ -19,77 +17,26 @@ from raytune_llama.serve.client.endpoint import (
 from raytune_llama.storage.files import json_bytes
 
 EXIT_INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C, as in shells."""
 
 HELP = """\
-/clear        begin a new conversation
-/system TEXT  tell the model how to answer; without TEXT, nothing
-/model NAME   ask another model; without NAME, show which there are
-/usage        show the counts of the last answer
-/save FILE    write the conversation as JSON
-/help         show this
-Ctrl-C stops an answer. Ctrl-C or Ctrl-D at the prompt ends. Begin a message that starts with / with
-a space."""
-
-
-@settings
-class TerminalConfig:
-    """A chat with an endpoint; its key is in the environment variable OPENAI_API_KEY."""
-
-    url: str = "http://127.0.0.1:8000/v1"
-    """Address of the API, up to /v1."""
-
-    model: Annotated[str, Field(min_length=1)] | None = None
-    """Model, or model:adapter; null: the endpoint's only one, or one chosen from its list."""
-
-    system: str | None = None
-    """How the model is to answer; null: as its template says."""
-
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    """0: always the likeliest token. Null, here and below: the endpoint's own."""
-
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Part of the probability that is drawn from."""
-
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    """How many of the likeliest tokens are drawn from; not every endpoint knows it."""
-
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    """Above 1: tokens that are there already become less likely; not every endpoint knows it."""
-
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """New tokens of an answer, at most."""
-
-    seed: int | None = None
-    """The same seed gives the same answer, where the endpoint keeps to it."""
-
-    usage: bool = False
-    """Show tokens and speed after each answer, on stderr."""
-
-    timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
-    """Silence of the endpoint after which an answer is given up."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "TerminalConfig":
-        try:
-            parts = urlsplit(self.url)
-            is_url = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # brackets that don't close, a port that is none
-            is_url, parts = False, urlsplit("")
-        if not is_url:
-            raise ConfigError([f"url: got {self.url!r}, wanted such as http://127.0.0.1:8000/v1"])
-        if parts.username or parts.password:
-            raise ConfigError(["url: has a password; set OPENAI_API_KEY instead"])
-        return self
+/clear        start a new conversation
+/system TEXT  set the system message; without TEXT, remove it
+/model NAME   switch to another model; without NAME, list the models
+/usage        show the token counts of the last response
+/save FILE    save the conversation as JSON
+/help         show this help
+Ctrl-C stops a response. Ctrl-C or Ctrl-D at the prompt exits. To send a message that starts with /,
+put a space before it."""
 
 
 class Chat:
-    """A conversation, its model, and the settings of its answers."""
+    """A conversation with its model and sampling parameters."""
 
     def __init__(self, client: ChatClient, config: TerminalConfig, model: str) -> None:
         self.model, self.system = model, config.system
         self.turns: list[dict[str, str]] = []
-        self.counts = "no answer yet"
+        self.counts = "no response yet"
         self._client = client
         names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_tokens", "seed")
         given = {name: getattr(config, name) for name in names}
@@ -97,16 +44,16 @@ class Chat:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The conversation as it is sent."""
+        """Messages to send, system message included."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return system + self.turns
 
     def ask(self, question: str) -> Generator[str]:
-        """Yield the answer's pieces; keep question and answer, where anything came.
+        """Yield the response's text as it arrives; record question and response if any arrived.
 
         Raises:
-            EndpointError: there is no answer, or it is broken off.
-            RefusedError: the endpoint refuses the request.
+            EndpointError: there is no response, or it was interrupted.
+            RequestRejectedError: the endpoint rejected the request.
         """
         asked = {"role": "user", "content": question}
         request: dict[str, Any] = {"model": self.model, "messages": [*self.messages, asked]}
@@ -124,42 +71,42 @@ class Chat:
                     yield item
         finally:
             if not ends:
-                self.counts = "no counts: the answer was broken off"
+                self.counts = "no token counts: the response was interrupted"
             if came or ends:
                 self.turns += [asked, {"role": "assistant", "content": came}]
 
 
 def _counts(end: StreamEnd, start: float, first: float, now: float) -> str:
     if end.prompt_tokens is None or end.completion_tokens is None:
-        facts = ["the endpoint does not count tokens"]
+        facts = ["the endpoint does not report token counts"]
     else:
-        facts = [f"tokens: {end.prompt_tokens} read, {end.completion_tokens} written"]
+        facts = [f"tokens: {end.prompt_tokens} prompt, {end.completion_tokens} completion"]
         if end.completion_tokens > 1 and first and now > first:
             facts.append(f"{(end.completion_tokens - 1) / (now - first):.3g} tokens/s")
-    facts += [f"first after {first - start:.2f} s"] if first else []
-    facts += ["cut off at the limit of tokens"] if end.finish_reason == "length" else []
+    facts += [f"first token after {first - start:.2f} s"] if first else []
+    facts += ["truncated at the token limit"] if end.finish_reason == "length" else []
     return ", ".join(facts)
 
 
 def run_chat(
     config: TerminalConfig, key: str | None, source: TextIO, out: TextIO, notes: TextIO
 ) -> int:
-    """Chat until the user ends; or answer once, where questions or answers are no terminal's.
+    """Chat until the user exits; if `source` or `out` is not a terminal, send one question.
 
     Args:
-        config: what is asked, and how.
-        key: of the endpoint.
-        source: questions; standard input, where it is a terminal.
-        out: answers, and nothing else where it is no terminal.
-        notes: everything else that is said.
+        config: endpoint and sampling parameters.
+        key: API key of the endpoint; None: no key.
+        source: input with the question; standard input if interactive.
+        out: output of the responses, and of nothing else if it is not a terminal.
+        notes: output of warnings, errors and usage.
 
     Returns:
-        Exit status: 0; 1 where the endpoint has failed; 2 where it refused; `EXIT_INTERRUPTED`.
+        Exit status: 0; 1 if the endpoint failed; 2 if it rejected the request; `EXIT_INTERRUPTED`.
     """
     parts = urlsplit(config.url)
     is_near = (parts.hostname or "") in {"localhost", "127.0.0.1", "::1"}
     if key is not None and parts.scheme == "http" and not is_near:
-        notes.write(f"warning: the key goes to {parts.hostname} in clear; use https\n")
+        notes.write(f"warning: the API key is sent to {parts.hostname} unencrypted; use https\n")
     try:
         with closing(ChatClient(config.url, key, timeout_seconds=config.timeout_seconds)) as client:
             if not (source.isatty() and out.isatty()):
@@ -181,9 +128,9 @@ def _answer_once(
         model = config.model or _only_model(client)
         chat = Chat(client, config, model)
         show: Callable[[str], str] = _visible if out.isatty() else str
-        with closing(chat.ask(question)) as pieces:
-            for piece in pieces:
-                out.write(show(piece))
+        with closing(chat.ask(question)) as chunks:
+            for chunk in chunks:
+                out.write(show(chunk))
                 out.flush()
     except KeyboardInterrupt:
         notes.write("\nstopped\n")
@@ -200,9 +147,9 @@ def _read_question(source: TextIO) -> str:
         question = source.read().strip()
         question.encode()  # Python reads wrong bytes as lone surrogates in some locales
     except UnicodeError as error:
-        raise RequestRejectedError(f"stdin is no UTF-8 text: {error}") from error
+        raise RequestRejectedError(f"stdin is not UTF-8 text: {error}") from error
     if not question:
-        raise RequestRejectedError("stdin holds no question")
+        raise RequestRejectedError("stdin contains no question")
     return question
 
 
@@ -210,13 +157,13 @@ def _only_model(client: ChatClient) -> str:
     names = client.list_models()
     if len(names) != 1:
         raise RequestRejectedError(
-            f"model: set it to one of: {', '.join(names) or '(there is none)'}"
+            f"model: set it to one of: {', '.join(names) or '(none available)'}"
         )
     return names[0]
 
 
 class _Terminal:
-    """A chat with a person at a terminal."""
+    """Interactive chat at a terminal."""
 
     def __init__(
         self, client: ChatClient, config: TerminalConfig, out: TextIO, notes: TextIO
@@ -224,8 +171,8 @@ class _Terminal:
         self._client, self._config, self._out, self._notes = client, config, out, notes
 
     def run(self) -> int:
-        """Chat until the user ends."""
-        # Not in every build of Python; `input` does without.
+        """Chat until the user exits; return the exit status."""
+        # Not in every build of Python; `input` works without it.
         with suppress(ImportError):
             import readline  # noqa: F401  # lets `input` edit lines and recall them
         try:
@@ -248,7 +195,7 @@ class _Terminal:
     def _choose(self) -> str:
         names = self._client.list_models()
         if not names:
-            raise RequestRejectedError("the endpoint has no model")
+            raise RequestRejectedError("the endpoint has no models")
         if len(names) == 1:
             return names[0]
         for number, name in enumerate(names, start=1):
@@ -262,9 +209,9 @@ class _Terminal:
 
     def _answer(self, chat: Chat, question: str) -> None:
         try:
-            with closing(chat.ask(question)) as pieces:
-                for piece in pieces:
-                    self._out.write(_visible(piece))
+            with closing(chat.ask(question)) as chunks:
+                for chunk in chunks:
+                    self._out.write(_visible(chunk))
                     self._out.flush()
             self._say("")
         except KeyboardInterrupt:
@@ -280,10 +227,10 @@ class _Terminal:
         match name:
             case "clear":
                 chat.turns.clear()
-                self._say("a new conversation")
+                self._say("started a new conversation")
             case "system":
                 chat.system = value or None
-                self._say("from the next answer on" if value else "no system message any more")
+                self._say("system message set" if value else "system message removed")
             case "model":
                 self._switch(chat, value)
             case "usage":
@@ -293,7 +240,7 @@ class _Terminal:
             case "help":
                 self._say(HELP)
             case _:
-                self._say(f"no command /{name}\n{HELP}")
+                self._say(f"unknown command /{name}\n{HELP}")
 
     def _switch(self, chat: Chat, value: str) -> None:
         try:
@@ -303,16 +250,16 @@ class _Terminal:
             return
         if value in names:
             chat.model = value
-            self._say(f"{value} from the next answer on")
+            self._say(f"switched to {value}")
             return
         if value:
-            self._say(f"no model {value}; there is")
+            self._say(f"unknown model {value}; available models:")
         for name in names:
             self._say(f"{'*' if name == chat.model else ' '} {name}")
 
     def _save(self, chat: Chat, value: str) -> None:
         if not value:
-            self._say("write /save FILE")
+            self._say("usage: /save FILE")
             return
         path = Path(value).expanduser()
         try:
@@ -321,13 +268,13 @@ class _Terminal:
         except OSError as error:
             self._say(f"not saved: {error}")
             return
-        self._say(f"{len(chat.messages)} messages: {path}")
+        self._say(f"saved {len(chat.messages)} messages to {path}")
 
 
 def _visible(text: str) -> str:
-    """Return text without what a terminal obeys: a model's control characters are shown, not done.
+    """Return text with its control characters escaped, so that a terminal does not execute them.
 
-    An escape sequence could rewrite the screen or reach the clipboard.
+    A model's escape sequence could rewrite the screen or access the clipboard.
     """
     return "".join(
         one if one in "\n\t" or one.isprintable() or one > "\x9f" else f"\\x{ord(one):02x}"

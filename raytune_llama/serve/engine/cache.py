@@ -1,11 +1,11 @@
-"""A key and value cache whose rows belong to different sequences.
+"""A KV cache whose rows belong to different sequences.
 
-Shapes: S slots, N rows of a pass, Q new tokens of a row, L columns a pass sees, H key heads, D size
-of a head.
+Shapes: S slots, N rows per pass, Q new tokens per row, L columns that a pass sees, H key heads, D
+head size.
 
-`transformers`' own caches grow all rows together. Here a row is a slot: sequences of any lengths
-stand side by side, each begins in column 0, and one that ends leaves its row to another. A pass
-works on neighbouring rows, so that it copies nothing.
+`transformers`' own caches grow all rows together. Here a row is a slot: sequences of any length
+lie side by side, each starts in column 0, and one that ends frees its row for another. A pass
+works on adjacent rows, so that it copies nothing.
 """
 
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ from transformers.cache_utils import CacheLayerMixin
 
 @dataclass
 class CacheView:
-    """What a pass sees of the cache."""
+    """The part of the cache that a forward pass sees."""
 
     first: int = 0
-    """Its first row."""
+    """Index of the pass's first row."""
 
     positions_NQ: Tensor | None = None
     """Column in which each new token's key and value are stored: its position."""
 
     num_columns: int = 0
-    """L: beyond the last position of any row."""
+    """L: number of columns that the pass sees, up to the last position of any row."""
 
 
 class SlotLayer(CacheLayerMixin):
@@ -39,7 +39,7 @@ class SlotLayer(CacheLayerMixin):
         self._window, self._num_slots = window, num_slots
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room, once the first pass has shown heads, sizes, type and device."""
+        """Allocate, once the first pass has shown the number of heads, sizes, dtype and device."""
         shape = (self._num_slots, key_states.shape[1], 0)
         self.keys = key_states.new_zeros((*shape, key_states.shape[3]))
         self.values = value_states.new_zeros((*shape, value_states.shape[3]))
@@ -52,7 +52,7 @@ class SlotLayer(CacheLayerMixin):
         *args: object,  # noqa: ARG002
         **kwargs: object,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values, (N, H, Q, D); return what the pass sees, (N, H, L, D)."""
+        """Store new keys and values, (N, H, Q, D); return all that the pass sees, (N, H, L, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         window, num_rows = self._window, len(key_states)
@@ -79,7 +79,7 @@ class SlotLayer(CacheLayerMixin):
         have = self._stored()[0].shape[2]
         if num_columns <= have:
             return
-        # Zeros, since what a mask leaves out is still multiplied. Doubling keeps the copies few.
+        # Zeros, since masked values are still multiplied. Doubling keeps the copies few.
         wanted = max(num_columns, 2 * have)
         self.keys, self.values = (
             torch.cat([old, old.new_zeros((*old.shape[:2], wanted - have, old.shape[3]))], dim=2)
@@ -87,28 +87,28 @@ class SlotLayer(CacheLayerMixin):
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
-        """Return how many columns a mask has, and the first of them."""
+        """Return the number of columns of a mask, and the index of the first."""
         return self._window.num_columns, 0
 
     def get_seq_length(self) -> int:
-        """Return the columns before the new ones of the longest row."""
+        """Return the number of cached tokens of the longest row, without the new ones."""
         positions_NQ = self._window.positions_NQ
         return 0 if positions_NQ is None else self._window.num_columns - positions_NQ.shape[1]
 
     def get_max_length(self) -> int:
-        """Return that there is no limit."""
+        """Return -1: there is no limit."""
         return -1
 
 
 class SlotCache(Cache):
-    """The cache of a model's layers, which all see the same window."""
+    """The KV cache of a model's layers, which all see the same window."""
 
     def __init__(self, config: PreTrainedConfig, num_slots: int) -> None:
-        """Make an empty cache.
+        """Create an empty cache.
 
         Args:
-            config: of the model.
-            num_slots: S, sequences at a time.
+            config: config of the model.
+            num_slots: S, the maximum number of sequences in the cache.
         """
         self.window = CacheView()
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
@@ -116,7 +116,7 @@ class SlotCache(Cache):
         super().__init__(layers=layers)
 
     def set_view(self, first: int, positions_NQ: Tensor, num_columns: int) -> None:
-        """Set what the next pass sees: rows from `first` on, and columns up to the longest."""
+        """Set what the next pass sees: rows starting at `first`, and `num_columns` columns."""
         window = self.window
         window.first, window.positions_NQ, window.num_columns = first, positions_NQ, num_columns
 

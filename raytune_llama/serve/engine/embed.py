@@ -1,9 +1,9 @@
-"""Vectors of texts: the mean of the model's last hidden states, of length 1.
+"""Embeddings of texts: the mean of the model's last hidden states, normalized to length 1.
 
-Shapes: N texts of a pass, T tokens of the longest, D size of the hidden state.
+Shapes: N texts per pass, T tokens of the longest text, D hidden size.
 
-The work is cut into passes of a bounded number of tokens, so that others' answers go on between two
-of them. The cache of those answers is never touched.
+The work is split into passes of a bounded number of tokens, so that generation continues between
+two passes. The KV cache of running sequences is never touched.
 """
 
 import inspect
@@ -22,13 +22,13 @@ from raytune_llama.serve.engine.protocol import Vectors
 
 @dataclass(frozen=True)
 class EmbeddingOutput:
-    """What a pass has made."""
+    """The result of one pass."""
 
     key: Hashable
-    """Of the job, as `add` was told."""
+    """Key of the job, as given to `add`."""
 
     vectors: Vectors
-    """Of the job's next texts, in their order."""
+    """Embeddings of the job's next texts, in input order."""
 
     is_last: bool
     """Whether the job is done."""
@@ -36,7 +36,7 @@ class EmbeddingOutput:
 
 @dataclass
 class _Reading:
-    """A text that is longer than a pass, as far as it is read."""
+    """Progress within a text that is longer than one pass."""
 
     cache: DynamicCache
     total_D: Tensor
@@ -51,7 +51,7 @@ class _EmbeddingJob:
 
 
 class Embedder:
-    """The texts that a model is to make vectors of. Not for several threads at a time."""
+    """The queue of embedding jobs of one model. Not thread-safe."""
 
     def __init__(
         self,
@@ -61,12 +61,12 @@ class Embedder:
         pass_tokens: int = 256,
         before_pass: Callable[[], None] = lambda: None,
     ) -> None:
-        """Begin without any text.
+        """Start without any job.
 
         Args:
             model: a causal LM, in evaluation mode.
-            max_context: tokens of a text, at most.
-            pass_tokens: tokens of a pass, filling included, at most.
+            max_context: maximum tokens per text.
+            pass_tokens: maximum tokens per pass, padding included.
             before_pass: called before each pass.
         """
         self._before_pass = before_pass
@@ -79,17 +79,17 @@ class Embedder:
 
     @property
     def num_jobs(self) -> int:
-        """Jobs that are not done."""
+        """Number of unfinished jobs."""
         return len(self._jobs)
 
     def check(self, texts: Sequence[tuple[int, ...]]) -> None:
-        """Refuse what can't be done; may be called by any thread.
+        """Reject invalid texts; may be called from any thread.
 
         Raises:
             ValueError: there is no text, or one is empty or longer than the context.
         """
         if not texts:
-            raise UserError("got no text")
+            raise UserError("got no text, wanted at least one")
         for number, ids in enumerate(texts):
             if not 1 <= len(ids) <= self._max_context:
                 raise UserError(
@@ -97,21 +97,21 @@ class Embedder:
                 )
 
     def add(self, key: Hashable, texts: Sequence[tuple[int, ...]]) -> None:
-        """Take a job in: the ids of some texts.
+        """Queue a job: the token ids of some texts.
 
         Raises:
-            ValueError: as `check`.
+            ValueError: see `check`.
         """
         self.check(texts)
         self._jobs.append(_EmbeddingJob(key, deque(texts)))
 
     def remove(self, key: Hashable) -> None:
-        """Let a job go; nothing where it is done."""
+        """Drop a job; does nothing if it is done."""
         self._jobs = deque(job for job in self._jobs if job.key != key)
 
     @torch.inference_mode()
     def step(self) -> list[EmbeddingOutput]:
-        """Make one pass for one job; the jobs take turns between two texts or batches of them."""
+        """Run one pass for one job; jobs take turns between texts or batches of texts."""
         if not self._jobs:
             return []
         job = self._jobs[0]
@@ -120,7 +120,7 @@ class Embedder:
         if not job.texts:
             self._jobs.popleft()
         elif job.reading is None:
-            # Not within a text: there is one cache at a time.
+            # Not within a long text: at most one cache exists at a time.
             self._jobs.rotate(-1)
         if vectors_ND is None:
             return []
@@ -128,7 +128,7 @@ class Embedder:
         return [EmbeddingOutput(job.key, normed_ND.cpu().numpy(), not job.texts)]
 
     def _pass(self, job: _EmbeddingJob) -> Tensor | None:
-        """Return the means of a job's next texts, (N, D), or None where a long one goes on."""
+        """Return the means of a job's next texts, (N, D), or None if a long one continues."""
         if len(job.texts[0]) > self._pass_tokens:
             return self._read_on(job)
         batch: list[tuple[int, ...]] = []
@@ -141,10 +141,10 @@ class Embedder:
         return self._means(batch)
 
     def _means(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
-        """Return the mean hidden state of each text, (N, D), all read in one pass."""
+        """Return the mean hidden state of each text, (N, D), computed in one pass."""
         lengths_N = torch.tensor([len(ids) for ids in batch], device=self._device)
         rows = [torch.tensor(ids) for ids in batch]
-        # Filled behind the end, which no token before it sees; with an id that every model has.
+        # Right-padded, which causal attention never sees, with id 0, which every model has.
         ids_NT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self._device)
         columns_T = torch.arange(ids_NT.shape[1], device=self._device)
         mask_NT = columns_T < lengths_N.unsqueeze(1)
@@ -155,19 +155,19 @@ class Embedder:
         return total_ND / lengths_N.unsqueeze(1)
 
     def _read_on(self, job: _EmbeddingJob) -> Tensor | None:
-        """Read a piece of a long text; return its mean, (1, D), where that was the last one."""
+        """Read the next chunk of a long text; return its mean, (1, D), after the last chunk."""
         ids = job.texts[0]
         if job.reading is None:
             job.reading = _Reading(DynamicCache(), torch.zeros(()))
         reading = job.reading
         start = reading.num_read
-        piece = ids[start : start + self._pass_tokens]
-        end = start + len(piece)
+        chunk = ids[start : start + self._pass_tokens]
+        end = start + len(chunk)
         options: dict[str, Any] = {}
         if self._passes_positions:
             options["position_ids"] = torch.arange(start, end, device=self._device).unsqueeze(0)
         states_1TD = self._model(
-            input_ids=torch.tensor([piece], device=self._device),
+            input_ids=torch.tensor([chunk], device=self._device),
             attention_mask=torch.ones(1, end, dtype=torch.long, device=self._device),
             past_key_values=reading.cache,
             use_cache=True,

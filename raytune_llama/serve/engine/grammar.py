@@ -1,9 +1,9 @@
-"""Answers of a given form: which tokens may come next so that it is kept.
+"""Constrained decoding: which tokens may come next so that an answer keeps its format.
 
-The form is a JSON schema, or text and calls of tools (`serve/tools.py`) whose arguments keep
-theirs.
+The format is a JSON schema, or text and tool calls (`chat/tools.py`) whose arguments follow their
+schemas.
 
-The work is llguidance's. A mask of all tokens takes it well under a millisecond.
+llguidance does the work: a mask over the full vocabulary takes it well under a millisecond.
 
 Shapes: V tokens.
 """
@@ -35,7 +35,7 @@ MAX_SCHEMA_CHARACTERS = 100_000
 MAX_KEPT_GRAMMARS = 32
 
 _LAYOUT: Any = {
-    # As Python writes JSON. Where any white space may come, a small model writes nothing else.
+    # As Python writes JSON. Where free whitespace is allowed, a small model writes nothing else.
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
@@ -44,64 +44,63 @@ _LAYOUT: Any = {
 
 @dataclass(frozen=True)
 class ToolCallFormat:
-    """What an answer with tools may be: text and then calls, either of which may be missing."""
+    """Format of an answer with tools: text, then tool calls; either may be missing."""
 
     schemas: Sequence[tuple[str, dict[str, Any]]]
-    """Names of the functions that may be called, and the schemas of their arguments; at least one.
-    """
+    """Names of the callable functions and the JSON schemas of their arguments; at least one."""
 
     must_call: bool = False
-    """Whether there is no text, and at least one call."""
+    """Whether the answer has no text and at least one call."""
 
     is_single: bool = False
-    """Whether there is one call at most."""
+    """Whether at most one call is allowed."""
 
     text_schema: dict[str, Any] | None = None
-    """What the text keeps, which then has no calls behind it; None: any text."""
+    """JSON schema of the text, which then has no calls after it; None: any text."""
 
 
 class Grammar:
-    """A form, and how far a sequence has come in it."""
+    """A grammar, and the position of one sequence in it."""
 
     def __init__(self, matcher: llguidance.LLMatcher, num_tokens: int, lark: str) -> None:
         self._matcher, self._num_tokens = matcher, num_tokens
         self.lark = lark
-        """The grammar as llguidance reads it, for engines that keep it themselves."""
+        """The grammar in llguidance's Lark syntax, for engines that enforce it themselves."""
 
     def allowed_tokens(self) -> Tensor:
-        """Return which tokens may come next; an end of the text where the form is whole."""
+        """Return the mask of tokens allowed next, (V,); stop tokens once the format is complete."""
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         bits = np.unpackbits(packed, bitorder="little")[: self._num_tokens]
         return torch.from_numpy(bits.astype(np.bool_))
 
     def advance(self, token: int) -> None:
-        """Go on by a token.
+        """Consume a token.
 
         Raises:
-            ValueError: it may not come there.
+            ValueError: the token is not allowed here.
         """
         if not self._matcher.consume_token(token):
             raise UserError(f"token {token} breaks the grammar: {self._matcher.get_error()}")
 
     def copy(self) -> "Grammar":
-        """Return another that stands where this one does."""
+        """Return an independent copy at the same position."""
         return Grammar(self._matcher.deep_copy(), self._num_tokens, self.lark)
 
 
 class GrammarCompiler:
-    """Makes grammars for one tokenizer."""
+    """Compiles grammars for one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop_ids: frozenset[int]) -> None:
-        """Read the tokenizer, which takes a second for a large one.
+        """Read the tokenizer, which takes about a second for a large vocabulary.
 
         Args:
-            tokenizer: of the model.
+            tokenizer: tokenizer of the model.
             stop_ids: tokens that end an answer; at least one.
         """
         self._num_tokens = len(tokenizer)
-        # Clients send the same tools again and again. What is kept is never gone on by itself.
+        # Clients send the same tools again and again. Cached matchers are copied, never advanced.
         self._matcher = lru_cache(MAX_KEPT_GRAMMARS)(self._new_matcher)
-        # Added tokens such as <tool_call> stand for no text in llguidance: they must be named.
+        # Added tokens such as <tool_call> have no text in llguidance: rules name them by id.
         self._added = {
             token.content: id_
             for id_, token in tokenizer.added_tokens_decoder.items()
@@ -116,12 +115,12 @@ class GrammarCompiler:
         """Return the grammar of a JSON schema.
 
         Raises:
-            ValueError: it is no schema, uses what is not supported, or is too large.
+            ValueError: the schema is invalid, uses an unsupported feature, or is too large.
         """
         text = json.dumps(schema)
         if len(text) > MAX_SCHEMA_CHARACTERS:
             raise UserError(
-                f"the schema has {len(text)} characters, more than {MAX_SCHEMA_CHARACTERS}"
+                f"the schema has {len(text)} characters, wanted at most {MAX_SCHEMA_CHARACTERS}"
             )
         return self._build(f"start: {_json_rule(schema)}", "the schema")
 
@@ -129,13 +128,13 @@ class GrammarCompiler:
         """Return the grammar of answers with tools.
 
         Raises:
-            ValueError: a schema is none, uses what is not supported, or is too large; the text
-                names the function.
+            ValueError: a schema is invalid, uses an unsupported feature, or is too large; the
+                message names the function.
         """
         try:
-            return self._build(self._lark(form), "the form")
+            return self._build(self._lark(form), "the tool call format")
         except ValueError:
-            # Which one it is shows where each is tried alone.
+            # Compile each schema alone to find the one at fault.
             for name, schema in form.schemas:
                 try:
                     self.compile_schema(schema)
@@ -157,7 +156,7 @@ class GrammarCompiler:
         return matcher
 
     def _lark(self, form: ToolCallFormat) -> str:
-        """Write the grammar of answers with tools; see llguidance's docs/syntax.md."""
+        """Return the Lark grammar of answers with tools; see llguidance's docs/syntax.md."""
         opening, closing = self._marker(TOOL_CALL_OPEN_TAG), self._marker(TOOL_CALL_CLOSE_TAG)
         rules = [f"opening: {opening}", f"closing: {closing}"]
         calls = [f"call_{number}" for number in range(len(form.schemas))]
@@ -165,20 +164,20 @@ class GrammarCompiler:
             start = json.dumps(CALL_START + name + CALL_MIDDLE)
             rules.append(f"{call}: {start} {_json_rule(schema)} {json.dumps(CALL_END)}")
         more = "" if form.is_single else ' ("\\n" opening call closing)*'
-        rules += [f"call: {' | '.join(calls)}", f"behind: call closing{more}"]
+        rules += [f"call: {' | '.join(calls)}", f"tail: call closing{more}"]
         if form.must_call:
-            rules.append("start: opening behind")
+            rules.append("start: opening tail")
         elif form.text_schema is not None:
-            rules.append(f"start: {_json_rule(form.text_schema)} | opening behind")
+            rules.append(f"start: {_json_rule(form.text_schema)} | opening tail")
         else:
             rules += self._prose_rules()
         return "\n".join(["%llguidance {}", *rules])
 
     def _prose_rules(self) -> list[str]:
-        """Return the rules of any text, and of any text before calls."""
+        """Return the rules for free text, alone or before calls."""
         rules = [
-            "start: prose | head behind",
-            # Ends at the first marker, and TEXT with it: what is lazy goes before what is greedy.
+            "start: prose | head tail",
+            # Lazy: ends at the first marker, and TEXT with it, as lazy lexemes win over greedy.
             f"text_head[lazy]: /(.|\\n)*{TOOL_CALL_OPEN_TAG}/",
             r"TEXT: /(.|\n)+/",
         ]
@@ -196,7 +195,7 @@ class GrammarCompiler:
         return rules
 
     def _marker(self, text: str) -> str:
-        """Return what lets a marker through, as a token of its own or spelled."""
+        """Return the pattern that matches a marker, as a single token or spelled out."""
         token = self._added.get(text)
         return json.dumps(text) if token is None else f"<[{token}]> | {json.dumps(text)}"
 

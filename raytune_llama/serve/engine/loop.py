@@ -1,4 +1,4 @@
-"""The engine around a transformers model: the steps of all requests, in a thread of its own."""
+"""The engine around a transformers model: one step loop for all requests, in its own thread."""
 
 import asyncio
 import itertools
@@ -18,21 +18,21 @@ from raytune_llama.serve.errors import BusyError, EngineError
 logger = logging.getLogger(__name__)
 
 _EngineOutput = TokenOutput | EmbeddingOutput
-"""What the thread tells of a request."""
+"""Item that the engine thread delivers to a request."""
 
 
 class TransformersEngine:
-    """Our own step loop around a transformers model, in a thread of its own."""
+    """Runs a step loop around a transformers model in its own thread."""
 
     def __init__(self, stepper: BatchScheduler, *, max_waiting: int) -> None:
         """Start the thread.
 
         Args:
-            stepper: around the model; from here on the thread's alone.
-            max_waiting: requests that may wait for a slot; as many may wait for vectors.
+            stepper: scheduler around the model; only the thread uses it from here on.
+            max_waiting: maximum requests waiting for a slot; also of those for embeddings.
         """
         self._stepper, self._max_waiting = stepper, max_waiting
-        # Adapters that are merged into a copy of the model.
+        # Schedulers of adapters that are merged into a copy of the model.
         self._own: dict[Hashable, BatchScheduler] = {}
         self._attaching: set[Future[None]] = set()
         self._embedder = stepper.build_embedder()
@@ -46,14 +46,14 @@ class TransformersEngine:
         self._thread.start()
 
     async def generate(self, generation: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
-        """Yield a request's tokens; see `Engine`."""
+        """Yield a request's tokens; see `InferenceEngine`."""
         self.check_health()
         stepper = self._own.get(generation.adapter, self._stepper)
         if stepper is not self._stepper:
             generation = replace(generation, adapter=None)
         stepper.check(generation)
         if stepper.num_waiting + len(self._todo) >= self._max_waiting:
-            raise BusyError(f"{self._max_waiting} requests are waiting already")
+            raise BusyError(f"queue full: {self._max_waiting} requests are waiting; retry later")
         key = next(self._keys)
         async with aclosing(
             self._follow(
@@ -67,11 +67,11 @@ class TransformersEngine:
                 yield item
 
     async def embed(self, texts: Sequence[tuple[int, ...]]) -> AsyncGenerator[Vectors, None]:
-        """Yield texts' vectors; see `Engine`."""
+        """Yield the embeddings of texts; see `InferenceEngine`."""
         self.check_health()
         self._embedder.check(texts)
         if self._embedder.num_jobs + len(self._todo) >= self._max_waiting:
-            raise BusyError(f"{self._max_waiting} requests are waiting already")
+            raise BusyError(f"queue full: {self._max_waiting} requests are waiting; retry later")
         key = next(self._keys)
         async with aclosing(
             self._follow(
@@ -87,18 +87,18 @@ class TransformersEngine:
     async def _follow(
         self, key: Hashable, *, start: Callable[[], None], stop: Callable[[], None]
     ) -> AsyncGenerator[_EngineOutput, None]:
-        """Yield what the thread tells of a request, from its start to its last item.
+        """Yield the items that the thread delivers for a request, up to its last.
 
-        `stop` is called in the thread where the caller goes away before.
+        `stop` is called in the thread if the caller leaves before the last item.
         """
         loop = asyncio.get_running_loop()
-        told: asyncio.Queue[_EngineOutput | EngineError] = asyncio.Queue()
-        self._listeners[key] = lambda item: loop.call_soon_threadsafe(told.put_nowait, item)
+        items: asyncio.Queue[_EngineOutput | EngineError] = asyncio.Queue()
+        self._listeners[key] = lambda item: loop.call_soon_threadsafe(items.put_nowait, item)
         self._do(start)
         is_over = False
         try:
             while not is_over:
-                item = await told.get()
+                item = await items.get()
                 if isinstance(item, EngineError):
                     is_over = True
                     raise item
@@ -107,22 +107,22 @@ class TransformersEngine:
         finally:
             self._listeners.pop(key, None)
             if not is_over:
-                # The caller has gone: what it held is free before the next pass.
+                # The caller has left: free its slot before the next pass.
                 self._do(stop)
 
     async def attach(
         self, key: Hashable, adapter: Mapping[str, LoraLayerWeights] | BatchScheduler
     ) -> None:
-        """Take an adapter in between two steps; requests may name it afterwards.
+        """Attach an adapter between two steps; requests may name it afterwards.
 
         Args:
-            key: its own; never one that was there before.
-            adapter: its updates of the model's layers, which run in one batch with the base; or
-                steps of a model of its own, which run by turns with it.
+            key: unique key of the adapter, never reused.
+            adapter: LoRA factors of the model's layers, which run in one batch with the base; or
+                the scheduler of a merged copy, which takes turns with it.
 
         Raises:
-            EngineError: there is no memory for it, which harms nothing else; or the engine has
-                failed.
+            EngineError: out of memory for the adapter, which affects nothing else; or the engine
+                has failed.
         """
         self.check_health()
         done: Future[None] = Future()
@@ -140,7 +140,7 @@ class TransformersEngine:
                 done.set_result(None)
 
         self._do(attach)
-        # The thread may have ended since, and told those that it knew of.
+        # The thread may have ended meanwhile, and failed only the futures that it knew of.
         if self._failure is not None and not done.done():
             raise self._failure
         try:
@@ -149,7 +149,7 @@ class TransformersEngine:
             self._attaching.discard(done)
 
     def detach(self, key: Hashable) -> None:
-        """Let an adapter go before the next step; no request has it any more."""
+        """Detach an adapter before the next step; no request may use it any more."""
 
         def detach() -> None:
             if self._own.pop(key, None) is None:
@@ -158,19 +158,19 @@ class TransformersEngine:
         self._do(detach)
 
     def check_health(self) -> None:
-        """Raise EngineError where nothing can be generated any more."""
+        """Raise EngineError if the engine can't generate any more."""
         if self._failure is not None:
             raise self._failure
 
     def close(self) -> None:
-        """End the thread; what still runs ends with an EngineError."""
+        """Stop the thread; running requests end with an EngineError."""
         with self._wake:
             self._is_closed = True
             self._wake.notify()
         self._thread.join()
 
     def _do(self, action: Callable[[], None]) -> None:
-        """Let the thread do something between two passes."""
+        """Queue an action that the thread runs between two passes."""
         with self._wake:
             self._todo.append(action)
             self._wake.notify()
@@ -181,8 +181,8 @@ class TransformersEngine:
                 pass
             failure = EngineError("the engine was closed")
         except BaseException as error:
-            # Whoever waits must hear of it: a thread's error reaches nobody else.
-            logger.exception("the engine has failed")
+            # Passed on to all waiting requests, which would not see an exception in a thread.
+            logger.exception("the engine thread has failed; all its requests end with an error")
             failure = EngineError(f"the engine has failed: {error!r}")
             failure.__cause__ = error
         self._failure = failure
@@ -193,7 +193,7 @@ class TransformersEngine:
                 done.set_exception(failure)
 
     def _work(self) -> bool:
-        """Do what is asked, then a pass of each kind; wait where there is nothing. False: over."""
+        """Run queued actions, then a pass per busy worker; wait if idle. Return False if closed."""
         with self._wake:
             while not (self._todo or self._is_closed or self._busy()):
                 self._wake.wait()
@@ -210,7 +210,7 @@ class TransformersEngine:
         return True
 
     def _busy(self) -> list[BatchScheduler | Embedder]:
-        """Return those that have something to do."""
+        """Return the schedulers and the embedder that have work to do."""
         steppers = (self._stepper, *self._own.values())
         busy: list[BatchScheduler | Embedder] = [
             s for s in steppers if s.num_running or s.num_waiting

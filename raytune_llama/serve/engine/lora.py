@@ -1,13 +1,13 @@
-"""Low-rank adapters of which each row of a pass may have another, or none.
+"""Batched LoRA: each row of a pass may use a different adapter, or none.
 
-Shapes: N rows of a pass, Q new tokens of a row, I and O features in and out of a layer, R ranks of
-all adapters of a layer one behind the other.
+Shapes: N rows per pass, Q new tokens per row, I and O input and output features of a layer, R
+concatenated ranks of all adapters of a layer.
 
 A layer holds the factors of all its adapters as two matrices. A pass multiplies with all of them
-and leaves out what is another row's, so that it costs two small products whatever the number of
+and masks each row's foreign ranks, so that it costs two small products whatever the number of
 adapters in it. Rows of the base get exactly zero added. PEFT's own mixed batches gather, multiply
-and scatter once an adapter and layer: with three adapters on 30 layers that took 75 % of a step
-more on a CPU, and this takes 20 %.
+and scatter once per adapter and layer: with three adapters on 30 layers that added 75 % to the
+time per step on a CPU, and this adds 20 %.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -20,12 +20,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 RankOwners = tuple[Hashable, ...]
-"""Whose each of a layer's R ranks is."""
+"""Adapter key of each of a layer's R ranks."""
 
 
 @dataclass(frozen=True)
 class LoraLayerWeights:
-    """An adapter's update of one linear layer: x becomes W x + B A x."""
+    """An adapter's LoRA factors of one linear layer: W x becomes W x + B A x."""
 
     a_RI: Tensor
     b_RO: Tensor
@@ -33,7 +33,7 @@ class LoraLayerWeights:
 
 
 class _RowAdapters:
-    """What a pass has in its rows; all layers see the same one."""
+    """The adapters of a pass's rows, shared by all layers."""
 
     def __init__(self) -> None:
         self.adapters: tuple[Hashable | None, ...] = ()
@@ -48,9 +48,9 @@ class _RowAdapters:
     def select(
         self, layout: RankOwners, device: torch.device
     ) -> tuple[slice, Tensor | None] | None:
-        """Return which ranks of a layer the rows need, and which of these each does not.
+        """Return the ranks of a layer that the rows need, and each row's mask of foreign ones.
 
-        None where no row has an adapter there; no mask where all ranks are every row's.
+        None if no row has an adapter in this layer; no mask if every row uses all these ranks.
         """
         if layout not in self._found:
             self._found[layout] = self._select(layout, device)
@@ -71,7 +71,7 @@ class _RowAdapters:
 
 
 class _LoraLinear(nn.Module):
-    """A linear layer with the adapters of all rows."""
+    """A linear layer with the LoRA factors of all attached adapters."""
 
     def __init__(self, base: nn.Linear, rows: _RowAdapters) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class _LoraLinear(nn.Module):
         self._a_RI = self._b_RO = base.weight.new_empty(0)
 
     def stack(self, adapters: dict[Hashable, LoraLayerWeights]) -> "_Stacked":
-        """Return all factors as two matrices, on the layer's device."""
+        """Return the factors of all adapters as two matrices, on the layer's device."""
         device = self.base.weight.device
         return _Stacked(
             adapters,
@@ -92,9 +92,9 @@ class _LoraLinear(nn.Module):
         )
 
     def set_factors(self, stacked: "_Stacked") -> None:
-        """Use other factors from the next pass on."""
+        """Use these factors from the next pass on."""
         self._layout, self._a_RI, self._b_RO = stacked.layout, stacked.a_RI, stacked.b_RO
-        # Views: nothing is in memory twice.
+        # Views, so that no factor is in memory twice.
         ends = {key: len(list(ranks)) for key, ranks in groupby(stacked.layout)}
         sizes = [ends[key] for key in stacked.adapters]
         pairs = zip(stacked.a_RI.split(sizes), stacked.b_RO.split(sizes), strict=True)
@@ -103,13 +103,13 @@ class _LoraLinear(nn.Module):
         )
 
     def forward(self, inputs_NQI: Tensor) -> Tensor:
-        """Return W x, and B A x more in the rows with an adapter, (N, Q, O)."""
+        """Return W x, plus B A x in rows with an adapter, (N, Q, O)."""
         outputs_NQO = self.base(inputs_NQI)
         found = self._rows.select(self._layout, outputs_NQO.device)
         if found is None:
             return outputs_NQO
         ranks, foreign_N1R = found
-        # In the factors' own precision, as PEFT does.
+        # In the factors' dtype, as PEFT does.
         low_NQR = functional.linear(inputs_NQI.to(self._a_RI.dtype), self._a_RI[ranks])
         if foreign_N1R is not None:
             low_NQR.masked_fill_(foreign_N1R, 0.0)
@@ -125,13 +125,13 @@ class _Stacked:
 
 
 class LoraLayers:
-    """The adapters of a model; without any the model is as it was."""
+    """The adapters attached to a model; without any, the model is unchanged."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Begin without adapters.
+        """Start without adapters.
 
         Args:
-            model: whose linear layers are replaced in place as adapters come and go.
+            model: model whose linear layers are replaced in place as adapters come and go.
         """
         self._model = model
         self._rows = _RowAdapters()
@@ -140,15 +140,15 @@ class LoraLayers:
 
     @property
     def keys(self) -> frozenset[Hashable]:
-        """The adapters that are attached."""
+        """Keys of the attached adapters."""
         return frozenset(self._keys)
 
     def attach(self, key: Hashable, updates: Mapping[str, LoraLayerWeights]) -> None:
-        """Add an adapter; where that fails, nothing has changed.
+        """Attach an adapter; if that fails, nothing has changed.
 
         Args:
-            key: its own.
-            updates: by the names of the model's linear layers, as they are without adapters.
+            key: unique key of the adapter.
+            updates: LoRA factors by the names that linear layers have without adapters.
         """
         assert key not in self._keys
         stacked: dict[str, tuple[_LoraLinear, _Stacked]] = {}
@@ -167,7 +167,7 @@ class LoraLayers:
         self._keys.add(key)
 
     def detach(self, key: Hashable) -> None:
-        """Take an adapter away; no row of the next pass may have it."""
+        """Detach an adapter; no row of the next pass may use it."""
         self._keys.discard(key)
         for name, layer in list(self._layers.items()):
             if key not in layer.adapters:
@@ -180,6 +180,6 @@ class LoraLayers:
                 del self._layers[name]
 
     def set_row_adapters(self, adapters: Sequence[Hashable | None]) -> None:
-        """Set the adapter of each row of the next pass; None: the base alone."""
+        """Set the adapter of each row of the next pass; None: the base model only."""
         assert self._keys.issuperset(set(adapters) - {None})
         self._rows.set_adapters(tuple(adapters))

@@ -1,4 +1,4 @@
-"""What every engine is asked and answers: the protocol. No torch here: the gateway needs none."""
+"""The protocol of engines: requests and outputs. Imports no torch: the gateway needs none."""
 
 from collections.abc import AsyncGenerator, Hashable, Sequence
 from dataclasses import dataclass
@@ -12,102 +12,102 @@ if TYPE_CHECKING:
 
 
 Vectors = NDArray[np.float32]
-"""Vectors of texts, (N, D): N texts, D hidden size."""
+"""Embeddings of texts, (N, D): N texts, D hidden size."""
 
 EngineFinishReason = Literal["stop", "length"]
-"""Why a sequence has ended: at a token that ends it, or at its limit."""
+"""Why a sequence has ended: at a stop token, or at its length limit."""
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a sequence's tokens are chosen."""
+    """Sampling parameters of a sequence."""
 
     temperature: float = 1.0
-    """Logits are divided by it; 0: always the likeliest token."""
+    """Divisor of the logits; 0: greedy decoding."""
 
     top_p: float = 1.0
-    """Only the likeliest tokens that together have this probability are drawn from."""
+    """Nucleus sampling: only the most likely tokens with this total probability are sampled."""
 
     top_k: int | None = None
-    """Only so many of the likeliest tokens are drawn from; None: all."""
+    """Number of most likely tokens to sample from; None: all."""
 
     repetition_penalty: float = 1.0
-    """Logits of tokens that the sequence has already are divided by it where positive, else
-    multiplied (Keskar et al. 2019)."""
+    """Penalty for tokens that the sequence already has: divides positive logits and multiplies
+    negative ones (Keskar et al. 2019)."""
 
     seed: int | None = None
-    """Equal seeds draw equal tokens; None: each request draws anew."""
+    """Seed of the sampler: equal seeds give equal tokens; None: a random seed per request."""
 
     num_logprobs: int | None = None
-    """How many of the likeliest tokens' log-probabilities are told beside the chosen one's; None:
-    no log-probability at all."""
+    """Number of most likely tokens whose log-probabilities are returned besides the sampled
+    token's; None: no log-probabilities."""
 
 
 class Constraint(Protocol):
-    """What restricts a sequence's tokens, one after the other."""
+    """Restricts which tokens a sequence may sample next."""
 
     def allowed_tokens(self) -> "Tensor":
-        """Return which tokens may come next, (V,) of booleans; at least one may."""
+        """Return the boolean mask of tokens allowed next, (V,); at least one is."""
         ...
 
     def advance(self, token: int) -> None:
-        """Go on by a token that may come."""
+        """Consume a token, which must be allowed."""
         ...
 
     def copy(self) -> Self:
-        """Return another that stands where this one does."""
+        """Return an independent copy at the same position."""
         ...
 
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A token that was chosen."""
+    """A sampled token."""
 
     token: int
-    """Its id."""
+    """Token id."""
 
     logprob: float | None = None
-    """Natural logarithm of its probability, before temperature and cuts; None: not asked for."""
+    """Natural log-probability, before temperature, top-p and top-k; None: not requested."""
 
     top_logprobs: tuple[tuple[int, float], ...] = ()
-    """Ids and log-probabilities of the likeliest tokens, the likeliest first."""
+    """Ids and log-probabilities of the most likely tokens, in descending order."""
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """What is asked of the model: ids in, ids out."""
+    """A generation request: token ids in, token ids out."""
 
     prompt: tuple[int, ...]
-    """Token ids; at least one."""
+    """Token ids of the prompt; at least one."""
 
     sampling: SamplingOptions
-    """How tokens are chosen."""
+    """Sampling parameters."""
 
     max_tokens: int
-    """New tokens, at most."""
+    """Maximum number of new tokens."""
 
     stop_ids: frozenset[int] = frozenset()
-    """Tokens that end the sequence; such a token is told too."""
+    """Tokens that end the sequence; the stop token itself is yielded too."""
 
     constraint: Constraint | None = None
-    """What restricts the tokens; each sequence goes on by a copy of its own."""
+    """Restricts the tokens; each sequence advances its own copy. None: no restriction."""
 
     adapter: Hashable | None = None
-    """Key of an adapter that the engine has; None: the base alone."""
+    """Key of an attached adapter; None: the base model only."""
 
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """A sequence's next token."""
+    """The next token of a sequence."""
 
     key: Hashable
-    """Of the sequence, as `add` was told."""
+    """Key of the sequence, as given to `add`."""
 
     sampled: SampledToken
-    """The token."""
+    """The sampled token."""
 
     finish_reason: EngineFinishReason | None
-    """Set with the last token."""
+    """Why the sequence has ended, set with its last token; None before."""
 
     @property
     def is_last(self) -> bool:
@@ -116,36 +116,36 @@ class TokenOutput:
 
 
 class InferenceEngine(Protocol):
-    """Generates for many requests at a time."""
+    """Generates tokens and embeddings for many requests concurrently."""
 
     def generate(self, generation: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
-        """Yield a request's tokens as they come, the last one with its finish.
+        """Yield a request's tokens as they are sampled, the last one with its finish reason.
 
-        A caller that ends the iteration before frees what the request holds.
+        A caller that closes the generator early frees the request's slot.
 
         Raises:
-            BusyError: as many wait as may.
-            ValueError: the prompt does not fit.
+            BusyError: too many requests are waiting.
+            ValueError: the prompt does not fit the context.
             EngineError: the engine has failed.
         """
         ...
 
     def embed(self, texts: Sequence[tuple[int, ...]]) -> AsyncGenerator[Vectors, None]:
-        """Yield the vectors of texts in their order, some at a time, between others' tokens.
+        """Yield the embeddings of texts in order, some at a time, interleaved with generation.
 
-        A caller that ends the iteration before ends the work.
+        A caller that closes the generator early cancels the work.
 
         Raises:
-            BusyError: as many wait as may.
-            ValueError: a text is empty or does not fit.
+            BusyError: too many requests are waiting.
+            ValueError: a text is empty or does not fit the context.
             EngineError: the engine has failed.
         """
         ...
 
     def check_health(self) -> None:
-        """Raise EngineError where nothing can be generated any more."""
+        """Raise EngineError if the engine can't generate any more."""
         ...
 
     def close(self) -> None:
-        """End; what still runs ends with an EngineError."""
+        """Stop the engine; running requests end with an EngineError."""
         ...

@@ -1,4 +1,4 @@
-"""From logits to the next token of each sequence.
+"""Sampling: from logits to the next token of each sequence.
 
 Shapes: N sequences, V vocabulary rows.
 """
@@ -14,14 +14,14 @@ from raytune_llama.serve.engine.protocol import Constraint, SampledToken, Sampli
 
 @dataclass
 class Sampler:
-    """Chooses the tokens of one sequence."""
+    """Samples the tokens of one sequence."""
 
     sampling: SamplingOptions
     seen: set[int]
-    """Ids that the sequence has, its prompt included."""
+    """Token ids in the sequence so far, prompt included."""
 
     constraint: Constraint | None = None
-    """What restricts the tokens; None: nothing does."""
+    """Restricts the tokens; None: no restriction."""
 
     generator: torch.Generator = field(init=False)
 
@@ -33,15 +33,15 @@ class Sampler:
             self.generator.manual_seed(self.sampling.seed)
 
     def sample(self, logits_V: Tensor) -> SampledToken:
-        """Choose the next token.
+        """Sample the next token.
 
         Args:
-            logits_V: float32; tokens that are never generated have -inf.
+            logits_V: logits in float32; -inf for tokens that are never generated.
         """
         sampling = self.sampling
         raw_V = logits_V
         if sampling.repetition_penalty != 1.0 and self.seen:
-            logits_V = self._penalised(logits_V)
+            logits_V = self._penalized(logits_V)
         if self.constraint is not None:
             logits_V = _restricted(logits_V, self.constraint.allowed_tokens())
         token = int(logits_V.argmax()) if sampling.temperature == 0 else self._draw(logits_V)
@@ -55,7 +55,7 @@ class Sampler:
         likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         return SampledToken(token, float(logprobs_V[token]), likeliest)
 
-    def _penalised(self, logits_V: Tensor) -> Tensor:
+    def _penalized(self, logits_V: Tensor) -> Tensor:
         ids = torch.tensor(sorted(self.seen), device=logits_V.device)
         had = logits_V[ids]
         penalty = self.sampling.repetition_penalty
@@ -64,13 +64,13 @@ class Sampler:
     def _draw(self, logits_V: Tensor) -> int:
         sampling = self.sampling
         num_kept = min(sampling.top_k or len(logits_V), len(logits_V))
-        # On the CPU, whose generators give equal numbers on every machine.
+        # On the CPU, whose generators are reproducible across machines.
         kept, ids = logits_V.topk(num_kept) if sampling.top_k else logits_V.sort(descending=True)
-        # The likeliest is 0 first: by a tiny temperature others become -inf, and none becomes inf.
+        # Shifted to a maximum of 0: with a tiny temperature others become -inf, and none inf.
         below = kept.double().cpu() - float(kept[0])
         weights = (below / sampling.temperature).softmax(0)
         if sampling.top_p < 1.0:
-            # The token that crosses the line is kept.
+            # The token that crosses the threshold is kept.
             before = weights.cumsum(0) - weights
             weights = weights.masked_fill(before >= sampling.top_p, 0.0)
         place = torch.multinomial(weights, 1, generator=self.generator)
@@ -78,7 +78,7 @@ class Sampler:
 
 
 def _restricted(logits_V: Tensor, allowed: Tensor) -> Tensor:
-    """Return the logits with -inf for what may not come; rows beyond the tokens never may."""
+    """Return the logits with -inf for disallowed tokens and rows beyond the vocabulary."""
     restricted_V = torch.full_like(logits_V, -torch.inf)
     places = allowed.nonzero().squeeze(1).to(logits_V.device)
     restricted_V[places] = logits_V[places]
@@ -86,7 +86,7 @@ def _restricted(logits_V: Tensor, allowed: Tensor) -> Tensor:
 
 
 def sample_batch(logits_NV: Tensor, choosers: Sequence[Sampler]) -> list[SampledToken]:
-    """Choose the next token of every sequence; those that only want the likeliest, together."""
+    """Sample the next token of every sequence; plain greedy ones with a single argmax."""
     plain = [chooser.sampling == SamplingOptions(temperature=0) for chooser in choosers]
     simple = [p and c.constraint is None for p, c in zip(plain, choosers, strict=True)]
     likeliest = logits_NV.argmax(1).tolist() if any(simple) else []

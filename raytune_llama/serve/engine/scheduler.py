@@ -1,9 +1,9 @@
-"""Continuous batching: one pass of the model gives every running sequence its next token.
+"""Continuous batching: one forward pass gives every running sequence its next token.
 
-Shapes: N sequences, Q new tokens of a row, L columns, V vocabulary rows.
+Shapes: N sequences, Q new tokens per row, L columns, V vocabulary rows.
 
-Sequences join and leave between two passes. Between them comes one that reads prompts: a piece of a
-long one, so that it does not hold up those that are being answered, or several short ones together.
+Sequences join and leave between two passes. Decode and prefill passes alternate; a prefill reads
+a chunk of a long prompt, so that running sequences are not delayed, or several short prompts.
 """
 
 import inspect
@@ -30,12 +30,12 @@ class _SequenceState:
     generation: EngineRequest
     sampler: Sampler
     num_stored: int = 0
-    """Tokens whose keys and values are in the cache."""
+    """Number of tokens whose keys and values are in the cache."""
     generated: list[int] = field(default_factory=list)
 
 
 class BatchScheduler:
-    """The sequences that a model is working on. Not for several threads at a time."""
+    """Schedules the sequences of one model. Not thread-safe."""
 
     def __init__(
         self,
@@ -46,15 +46,15 @@ class BatchScheduler:
         num_tokens: int | None = None,
         prefill_tokens: int = 256,
     ) -> None:
-        """Begin without any sequence.
+        """Start without any sequence.
 
         Args:
             model: a causal LM, in evaluation mode.
-            num_slots: sequences at a time; more wait.
-            max_context: tokens of a sequence, prompt and answer, at most.
-            num_tokens: ids of the tokenizer; rows beyond are never generated. None: all rows are.
-            prefill_tokens: tokens of prompts, padding included, that are read between two tokens
-                of the others.
+            num_slots: maximum number of running sequences; more wait.
+            max_context: maximum tokens per sequence, prompt and answer.
+            num_tokens: vocabulary size of the tokenizer; logit rows beyond it are never generated.
+                None: all rows are.
+            prefill_tokens: maximum prompt tokens per prefill pass, padding included.
         """
         self._model, self._device = model, model.device
         self._num_slots, self._max_context = num_slots, max_context
@@ -63,41 +63,41 @@ class BatchScheduler:
         self._lora = LoraLayers(model)
         accepted = inspect.signature(model.forward).parameters
         self._passes_positions = "position_ids" in accepted
-        # The place in the list is the row in the cache.
+        # The index in the list is the row in the cache.
         self._decoding: list[_SequenceState] = []
         self._prefilling: _SequenceState | None = None
         self._waiting: deque[_SequenceState] = deque()
 
     @property
     def num_running(self) -> int:
-        """Sequences that have a slot."""
+        """Number of sequences that have a slot."""
         return len(self._decoding) + (self._prefilling is not None)
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait for one."""
+        """Number of sequences waiting for a slot."""
         return len(self._waiting)
 
     def attach(self, key: Hashable, updates: Mapping[str, LoraLayerWeights]) -> None:
-        """Take an adapter in, which sequences name from now on; see `LoraLayers.attach`."""
+        """Attach an adapter, which sequences may name from now on; see `LoraLayers.attach`."""
         self._lora.attach(key, updates)
 
     def detach(self, key: Hashable) -> None:
-        """Let an adapter go; no sequence has it any more."""
+        """Detach an adapter; no sequence may use it any more."""
         self._lora.detach(key)
 
     def build_embedder(self) -> Embedder:
-        """Return what makes vectors of texts with the same model, in passes of the same bound."""
+        """Return an embedder on the same model, with passes of at most `prefill_tokens` tokens."""
         return Embedder(
             self._model,
             max_context=self._max_context,
             pass_tokens=self._prefill_tokens,
-            # Rows of texts have no adapter, whatever the rows of the pass before had.
+            # Embeddings use no adapter, whatever the rows of the previous pass used.
             before_pass=lambda: self._lora.set_row_adapters(()),
         )
 
     def check(self, generation: EngineRequest) -> None:
-        """Refuse what can't be answered; may be called by any thread.
+        """Reject an invalid request; may be called from any thread.
 
         Raises:
             ValueError: the prompt is empty, or leaves no room for a token.
@@ -107,7 +107,7 @@ class BatchScheduler:
             raise UserError(f"got a prompt of {length} tokens, wanted 1 to {self._max_context - 1}")
 
     def add(self, key: Hashable, generation: EngineRequest) -> None:
-        """Take a sequence in.
+        """Queue a sequence.
 
         Raises:
             ValueError: the prompt is empty, or leaves no room for a token.
@@ -119,7 +119,7 @@ class BatchScheduler:
 
     @torch.inference_mode()
     def remove(self, key: Hashable) -> None:
-        """Let a sequence go, wherever it is; nothing where it has ended."""
+        """Remove a sequence, waiting or running; does nothing if it has ended."""
         for sequence in [s for s in self._waiting if s.key == key]:
             self._waiting.remove(sequence)
         if self._prefilling is not None and self._prefilling.key == key:
@@ -129,16 +129,16 @@ class BatchScheduler:
 
     @torch.inference_mode()
     def step(self) -> list[TokenOutput]:
-        """Give every sequence that is answered its next token, and read prompts."""
-        # Those that decode come first: a prompt that ends here is told its first token only.
+        """Sample the next token of every running sequence, then prefill prompts."""
+        # Decode first: a sequence whose prefill ends in this step gets only its first token.
         steps = self._decode()
         return steps + self._prefill()
 
     def _decode(self) -> list[TokenOutput]:
         if not self._decoding:
             return []
-        pieces = [sequence.generated[-1:] for sequence in self._decoding]
-        logits_NV = self._forward(pieces, self._decoding, first=0)
+        chunks = [sequence.generated[-1:] for sequence in self._decoding]
+        logits_NV = self._forward(chunks, self._decoding, first=0)
         steps = self._choose(logits_NV, self._decoding)
         self._free_ended(steps, first=0)
         return steps
@@ -147,15 +147,15 @@ class BatchScheduler:
         reading, first = self._next_prompts(), len(self._decoding)
         if not reading:
             return []
-        pieces = [
+        chunks = [
             sequence.generation.prompt[sequence.num_stored :][: self._prefill_tokens]
             for sequence in reading
         ]
-        logits_NV = self._forward(pieces, reading, first=first)
-        # One that goes on is alone.
-        goes_on = reading[0].num_stored < len(reading[0].generation.prompt)
-        self._prefilling = reading[0] if goes_on else None
-        if goes_on:
+        logits_NV = self._forward(chunks, reading, first=first)
+        # A prompt that needs another pass is alone in this one.
+        is_partial = reading[0].num_stored < len(reading[0].generation.prompt)
+        self._prefilling = reading[0] if is_partial else None
+        if is_partial:
             return []
         steps = self._choose(logits_NV, reading)
         self._decoding += reading
@@ -163,13 +163,13 @@ class BatchScheduler:
         return steps
 
     def _next_prompts(self) -> list[_SequenceState]:
-        """Return whose prompts are read next: a long one's, or as many as fit, in their order."""
+        """Return the sequences to prefill next: one long prompt, or as many as fit, in order."""
         if self._prefilling is not None:
             return [self._prefilling]
         found: list[_SequenceState] = []
         longest = 0
         while self._waiting and len(self._decoding) + len(found) < self._num_slots:
-            # They are padded to the longest.
+            # Prompts are padded to the longest.
             longest = max(longest, len(self._waiting[0].generation.prompt))
             if found and longest * (len(found) + 1) > self._prefill_tokens:
                 break
@@ -177,16 +177,16 @@ class BatchScheduler:
         return found
 
     def _forward(
-        self, pieces: Sequence[Sequence[int]], sequences: Sequence[_SequenceState], *, first: int
+        self, chunks: Sequence[Sequence[int]], sequences: Sequence[_SequenceState], *, first: int
     ) -> Tensor:
-        """Store each sequence's new tokens; return the logits behind the last, (N, V) in float32.
+        """Store each sequence's new tokens; return the logits of the last, (N, V) in float32.
 
-        Rows are padded behind their tokens: what is stored there is not seen, and overwritten by
-        the tokens that come. Rows of several tokens begin in the same column, as causal masks do.
+        Rows are right-padded: the padding's keys and values are masked, and overwritten by later
+        tokens. Rows of several tokens start in the same column, as causal masks do.
         """
-        counts = [len(piece) for piece in pieces]
+        counts = [len(chunk) for chunk in chunks]
         longest = max(counts)
-        ids_NQ = self._tensor([[*p, *[0] * (longest - len(p))] for p in pieces])
+        ids_NQ = self._tensor([[*c, *[0] * (longest - len(c))] for c in chunks])
         start_N1 = self._tensor([[sequence.num_stored] for sequence in sequences])
         positions_NQ = start_N1 + torch.arange(longest, device=self._device)
         num_columns = max(sequence.num_stored for sequence in sequences) + longest
@@ -236,7 +236,7 @@ class BatchScheduler:
             self._free(row)
 
     def _free(self, row: int) -> None:
-        """Give up a row; the last ones move up, so that rows in use stay neighbours."""
+        """Free a row; the last ones move up, so that rows in use stay adjacent."""
         last = len(self._decoding) - 1
         if row != last:
             moved = self._decoding[last]

@@ -1,11 +1,11 @@
-"""The engine on vLLM, for GPUs: the same ids in and out, by its own batching and kernels.
+"""The engine on vLLM, for GPUs: the same ids in and out, with vLLM's batching and kernels.
 
-Written against the sources of vLLM 0.29.0 and tried with a stand-in of their signatures alone: it
-has never run on a GPU. vLLM is imported where an engine is started, so that everything else goes
+Written against the sources of vLLM 0.29.0 and tested only with a stub of their signatures: it has
+never run on a GPU. vLLM is imported when an engine is started, so that everything else works
 without it (`pip install raytune_llama[vllm]`).
 
-What differs from `TransformersEngine`: seeds draw other tokens than its own, and a temperature
-below 0.01 that is not 0 counts as 0.01. A form is kept by the same library, llguidance.
+Differences from `TransformersEngine`: equal seeds give other tokens, and a temperature below 0.01
+that is not 0 counts as 0.01. Grammars are enforced by the same library, llguidance.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ EngineName = Literal["transformers", "vllm"]
 
 
 def has_vllm() -> bool:
-    """Return whether vLLM is installed; it is not imported."""
+    """Return whether vLLM is installed, without importing it."""
     return importlib.util.find_spec("vllm") is not None
 
 
@@ -45,27 +45,27 @@ def choose_engine(
     has_adapters: bool,
     is_installed: bool,
 ) -> EngineName:
-    """Return which engine answers.
+    """Return which engine to use.
 
     Args:
-        wanted: by the config; auto: vLLM where it can.
+        wanted: engine in the config; auto: vLLM if it can serve the model.
         has_gpu: whether the replica has a GPU.
-        has_adapters: whether the model has a folder of adapters.
-        is_installed: whether vLLM is there.
+        has_adapters: whether the model has a directory of adapters.
+        is_installed: whether vLLM is installed.
 
     Raises:
-        ConfigError: vLLM is wanted, and can't answer; all that is in its way.
+        ConfigError: vLLM is configured but can't be used; lists every reason.
     """
     problems: list[str] = []
     if not is_installed:
         problems.append("replicas.engine: vllm is not installed; pip install raytune_llama[vllm]")
     if not has_gpu:
         problems.append(
-            "replicas.engine: vllm needs a GPU; set replicas.use_gpu=true where there is one"
+            "replicas.engine: vllm needs a GPU; set replicas.use_gpu=true on nodes that have one"
         )
     if has_adapters:
         problems.append(
-            "replicas.engine: vllm serves no adapters here; merge them, or set transformers"
+            "replicas.engine: vllm can't serve adapters here; merge them, or set transformers"
         )
     if wanted == "vllm" and problems:
         raise ConfigError(problems)
@@ -73,7 +73,7 @@ def choose_engine(
 
 
 class VllmEngine:
-    """vLLM's engine behind the protocol of ours."""
+    """vLLM's engine with the interface of `InferenceEngine`."""
 
     def __init__(
         self,
@@ -91,31 +91,30 @@ class VllmEngine:
 
         Args:
             model_dir: model directory; safetensors only.
-            dtype: of the weights.
-            num_slots: sequences at a time; more wait.
-            max_waiting: requests that may wait beside them.
-            max_context: tokens of a sequence, prompt and answer, at most.
-            num_tokens: ids of the tokenizer; rows beyond are never generated.
-            num_rows: of the embedding.
-            prefill_tokens: longest piece of a prompt that is read between two tokens of the others;
-                None: as vLLM sees fit.
+            dtype: dtype of the weights.
+            num_slots: maximum number of running sequences; more wait.
+            max_waiting: maximum number of waiting requests.
+            max_context: maximum tokens per sequence, prompt and answer.
+            num_tokens: vocabulary size of the tokenizer; rows beyond it are never generated.
+            num_rows: number of embedding rows.
+            prefill_tokens: maximum prompt tokens per pass; None: vLLM's default.
         """
         from vllm.config import StructuredOutputsConfig  # pyright: ignore[reportMissingImports]
         from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
         from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
 
         self._max_context, self._max_open = max_context, num_slots + max_waiting
-        # A list of all is sent with each request, so only where there are rows that must not come.
+        # The full list is sent with each request, so only if some rows must not be generated.
         self._allowed = list(range(num_tokens)) if num_tokens < num_rows else None
         self._names, self._prefix = itertools.count(), uuid.uuid4().hex
         self._num_open, self._is_closed = 0, False
         arguments = AsyncEngineArgs(
             model=model_dir,
-            # Never `auto`, by which vLLM halves the precision of what is stored in float32.
+            # Never `auto`, with which vLLM loads float32 weights in half precision.
             dtype=str(dtype).removeprefix("torch."),
             max_model_len=max_context,
             max_num_seqs=num_slots,
-            # The pieces of prompts and one token of each running sequence make a pass.
+            # A pass holds chunks of prompts and one token per running sequence.
             max_num_batched_tokens=prefill_tokens and prefill_tokens + num_slots,
             enable_chunked_prefill=True,
             load_format="safetensors",
@@ -128,7 +127,7 @@ class VllmEngine:
         self._engine: Any = AsyncLLM.from_engine_args(arguments)
 
     async def generate(self, generation: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
-        """Yield a request's tokens; see `Engine`."""
+        """Yield a request's tokens; see `InferenceEngine`."""
         from vllm.exceptions import VLLMClientError  # pyright: ignore[reportMissingImports]
         from vllm.inputs import tokens_input  # pyright: ignore[reportMissingImports]
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError  # pyright: ignore[reportMissingImports]
@@ -138,10 +137,12 @@ class VllmEngine:
         if not 1 <= length < self._max_context:
             raise UserError(f"got a prompt of {length} tokens, wanted 1 to {self._max_context - 1}")
         if self._num_open >= self._max_open:
-            raise BusyError(f"{self._max_open} requests are running or waiting already")
+            raise BusyError(
+                f"queue full: {self._max_open} requests are running or waiting; retry later"
+            )
         if generation.adapter is not None:
             raise UserError(
-                "adapters are not served on vLLM; merge the adapter, or set "
+                "adapters are not supported on vLLM; merge the adapter, or set "
                 "replicas.engine=transformers"
             )
         parameters = self._parameters(generation)
@@ -164,43 +165,43 @@ class VllmEngine:
             self._num_open -= 1
 
     async def embed(self, texts: Sequence[tuple[int, ...]]) -> AsyncGenerator[Vectors, None]:
-        """Refuse: vLLM makes vectors with an engine started for that alone.
+        """Refuse: vLLM computes embeddings only with an engine started for that.
 
         Raises:
-            RequestError: always.
+            InvalidRequestError: always.
         """
         for _ in texts:
             raise InvalidRequestError(
-                "vectors are not made on vLLM; set replicas.engine=transformers"
+                "embeddings are not supported on vLLM; set replicas.engine=transformers"
             )
             yield
 
     def check_health(self) -> None:
-        """Raise EngineError where nothing can be generated any more."""
+        """Raise EngineError if the engine can't generate any more."""
         if self._is_closed:
             raise EngineError("the engine was closed")
         if self._engine.errored:
             raise EngineError(f"the engine has failed: {self._engine.dead_error}")
 
     def close(self) -> None:
-        """End; what still runs ends with an EngineError."""
+        """Stop the engine; running requests end with an EngineError."""
         self._is_closed = True
         self._engine.shutdown()
 
     def _parameters(self, generation: EngineRequest) -> Any:  # noqa: ANN401  # vLLM's
-        """Return vLLM's settings of a request."""
+        """Return vLLM's sampling parameters of a request."""
         from vllm.sampling_params import (  # pyright: ignore[reportMissingImports]
             RequestOutputKind,
             SamplingParams,
             StructuredOutputsParams,
         )
 
-        form = None
+        structured = None
         if generation.constraint is not None:
             if not isinstance(generation.constraint, Grammar):
                 kind = type(generation.constraint).__name__
-                raise UserError(f"vLLM keeps grammars alone, and no {kind}")
-            form = StructuredOutputsParams(grammar=generation.constraint.lark)
+                raise UserError(f"vLLM supports grammar constraints only, got {kind}")
+            structured = StructuredOutputsParams(grammar=generation.constraint.lark)
         sampling = generation.sampling
         return SamplingParams(
             temperature=sampling.temperature,
@@ -212,29 +213,29 @@ class VllmEngine:
             stop_token_ids=sorted(generation.stop_ids),
             max_tokens=min(generation.max_tokens, self._max_context - len(generation.prompt)),
             allowed_token_ids=self._allowed,
-            structured_outputs=form,
+            structured_outputs=structured,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
 
 
 def _seed(seed: int | None) -> int | None:
-    """Return a seed that vLLM takes for one: to it, -1 is none."""
+    """Return a seed that vLLM accepts as one: it takes -1 for no seed."""
     return 2**63 - 1 if seed == -1 else seed
 
 
 def _steps(key: str, output: Any, sampling: SamplingOptions) -> Iterator[TokenOutput]:  # noqa: ANN401  # vLLM's
-    """Yield the tokens of one of vLLM's answers, which may hold several."""
+    """Yield the tokens of one of vLLM's outputs, which may hold several."""
     finish = _finish(output.finish_reason)
     tokens = list(output.token_ids)
     if finish is not None and not tokens:
-        raise EngineError("vLLM has ended a sequence without its last token")
+        raise EngineError("vLLM ended a sequence without its last token")
     for place, token in enumerate(tokens):
         choice = SampledToken(token)
         if sampling.num_logprobs is not None:
             found = output.logprobs[place]
             ranked = sorted((one.rank, other, one.logprob) for other, one in found.items())
-            # The chosen token is told beside the likeliest, whatever its rank.
+            # vLLM adds the sampled token to the most likely ones, whatever its rank.
             likeliest = tuple(
                 (other, value) for rank, other, value in ranked if rank <= sampling.num_logprobs
             )
@@ -243,13 +244,13 @@ def _steps(key: str, output: Any, sampling: SamplingOptions) -> Iterator[TokenOu
 
 
 def _finish(reason: str | None) -> EngineFinishReason | None:
-    """Return vLLM's reason as ours.
+    """Return our finish reason for vLLM's.
 
     Raises:
-        EngineError: it has ended a sequence for a reason of its own.
+        EngineError: vLLM ended the sequence for another reason.
     """
     match reason:
         case None | "stop" | "length":
             return reason
         case _:
-            raise EngineError(f"vLLM has ended a sequence: {reason}")
+            raise EngineError(f"vLLM ended a sequence with finish reason {reason}")

@@ -1,4 +1,4 @@
-"""From a request to the text of its answers, part by part; knows tokens, and no HTTP."""
+"""From a request to the text of its answers, streamed as deltas. Knows tokens, not HTTP."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Hashable, Sequence
@@ -28,26 +28,26 @@ from raytune_llama.serve.protocol.tools import NamedTool
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A request, ready for the engine."""
+    """A tokenized request, ready for the engine."""
 
     ids: tuple[int, ...]
-    """Token ids."""
+    """Token ids of the prompt."""
 
     generation: EngineRequest
-    """Of the first answer; others draw from other seeds."""
+    """Engine request of the first answer; further answers use other seeds."""
 
     num_choices: int
-    """Answers."""
+    """Number of answers."""
 
     stops: tuple[str, ...]
-    """Texts that end an answer."""
+    """Stop strings."""
 
     must_call: bool | None = None
-    """Whether answers are calls of tools alone; None: there are no tools."""
+    """Whether answers are tool calls only; None: the request has no tools."""
 
 
 class CompletionService:
-    """Makes prompts of requests, and text of what the engine generates."""
+    """Turns requests into prompts, and generated tokens into text."""
 
     def __init__(
         self,
@@ -56,21 +56,21 @@ class CompletionService:
         defaults: SamplingDefaults,
         adapter: Hashable | None = None,
     ) -> None:
-        """Answer for a model, with an adapter that the engine has, by its key."""
+        """Serve a model, with the attached adapter of this key or, if None, without."""
         self._served, self._engine, self._defaults = served, engine, defaults
         self._adapter = adapter
         self._grammars = GrammarCompiler(served.tokenizer, served.stop_ids)
 
     @property
     def name(self) -> str:
-        """What requests call the model."""
+        """Name of the model in requests."""
         return self._served.name
 
     def prepare_chat(self, request: ChatRequest) -> PreparedRequest:
-        """Write a conversation by the model's template.
+        """Render a conversation with the model's chat template and tokenize it.
 
         Raises:
-            RequestError: the model has no template, the conversation does not fit it, or the
+            InvalidRequestError: the model has no template, the conversation does not fit it, or the
                 prompt leaves no room for an answer.
         """
         chat = self._served.chat
@@ -95,7 +95,7 @@ class CompletionService:
         return replace(prompt, generation=generation, must_call=must_call)
 
     def _constraint(self, request: ChatRequest) -> Grammar | None:
-        """Return what an answer's form is kept by; None where it may be any text."""
+        """Return the grammar that answers must follow; None: any text."""
         schema = request.response_format.kept if request.response_format else None
         if not request.shown_tools:
             if schema is None:
@@ -119,10 +119,11 @@ class CompletionService:
             raise InvalidRequestError(f"tools: {error}", "tools") from error
 
     def prepare_completion(self, request: CompletionRequest) -> PreparedRequest:
-        """Encode a text as a document's beginning, control tokens in it as text; or take ids.
+        """Tokenize a text as the start of a document, control tokens in it as text; or take ids.
 
         Raises:
-            RequestError: an id is none of the tokenizer's, or the prompt leaves no room.
+            InvalidRequestError: an id is outside the vocabulary, or the prompt leaves no room for
+                an answer.
         """
         tokenizer = self._served.tokenizer
         if isinstance(request.prompt, str):
@@ -133,7 +134,8 @@ class CompletionService:
             beyond = [token for token in ids if token >= len(tokenizer)]
             if beyond:
                 raise InvalidRequestError(
-                    f"{beyond[0]} is no token of {self._served.name}", "prompt"
+                    f"token id {beyond[0]} is outside the vocabulary of {self._served.name}",
+                    "prompt",
                 )
         return self._prompt(request, ids, request.max_tokens, request.logprobs, "prompt")
 
@@ -147,11 +149,11 @@ class CompletionService:
     ) -> PreparedRequest:
         room = self._served.max_context - len(ids)
         if not ids:
-            raise InvalidRequestError("the prompt has no token", param)
+            raise InvalidRequestError("the prompt has no tokens", param)
         if room < 1:
             raise InvalidRequestError(
-                f"the prompt has {len(ids)} tokens, and {self._served.name} takes "
-                f"{self._served.max_context} with the answer",
+                f"the prompt has {len(ids)} tokens, but the context length of "
+                f"{self._served.name} is {self._served.max_context} tokens, including the answer",
                 param,
             )
         defaults = self._defaults
@@ -171,19 +173,19 @@ class CompletionService:
     async def respond(
         self, request: ChatRequest | CompletionRequest
     ) -> AsyncGenerator[int | OutputDelta, None]:
-        """Yield a request's number of prompt tokens, then the parts of all its answers.
+        """Yield the number of prompt tokens, then the deltas of all answers.
 
         Raises:
-            UnknownModelError: the request names an adapter, and not this one.
-            RequestError: the request can't be answered; before the first item.
-            BusyError: as many requests wait as may.
+            UnknownModelError: the request names another adapter than this one.
+            InvalidRequestError: the request can't be answered; before the first item.
+            BusyError: too many requests are waiting.
             EngineError: the engine has failed.
         """
         _, *adapter = request.model.partition(":")
         if adapter != list(self.name.partition(":")[1:]):
             raise UnknownModelError(f"{self.name} has no adapter {adapter[1]!r}", "model")
         if isinstance(request, ChatRequest):
-            # A hundred tools take a second: others' parts are told meanwhile.
+            # In a thread, so that other streams continue: a hundred tools take a second.
             prompt = await asyncio.to_thread(self.prepare_chat, request)
         else:
             prompt = self.prepare_completion(request)
@@ -193,12 +195,12 @@ class CompletionService:
                 yield part
 
     async def generate(self, prompt: PreparedRequest) -> AsyncGenerator[OutputDelta, None]:
-        """Yield the parts of all answers as they come.
+        """Yield the deltas of all answers as they are generated.
 
-        A caller that ends the iteration frees all that the request holds.
+        A caller that closes the generator early frees the request's slots.
 
         Raises:
-            BusyError: as many requests wait as may.
+            BusyError: too many requests are waiting.
             EngineError: the engine has failed.
         """
         if prompt.num_choices == 1:
@@ -206,22 +208,22 @@ class CompletionService:
                 async for part in parts:
                     yield part
             return
-        told: asyncio.Queue[OutputDelta | BaseException | None] = asyncio.Queue()
+        deltas: asyncio.Queue[OutputDelta | BaseException | None] = asyncio.Queue()
 
         async def run(index: int) -> None:
             try:
                 async with aclosing(self._one(prompt, index)) as parts:
                     async for part in parts:
-                        told.put_nowait(part)
-                told.put_nowait(None)
+                        deltas.put_nowait(part)
+                deltas.put_nowait(None)
             except (RuntimeError, ValueError) as error:
-                told.put_nowait(error)
+                deltas.put_nowait(error)
 
         tasks = [asyncio.create_task(run(index)) for index in range(prompt.num_choices)]
         try:
             num_open = len(tasks)
             while num_open:
-                item = await told.get()
+                item = await deltas.get()
                 if isinstance(item, BaseException):
                     raise item
                 if item is None:
@@ -234,7 +236,7 @@ class CompletionService:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _one(self, prompt: PreparedRequest, index: int) -> AsyncGenerator[OutputDelta, None]:
-        """Yield the parts of one answer."""
+        """Yield the deltas of one answer."""
         generation = prompt.generation
         if index and generation.sampling.seed is not None:
             seed = generation.sampling.seed + index
@@ -258,7 +260,7 @@ class CompletionService:
         return (OutputToken(self.token_text(choice.token), choice.logprob, likeliest),)
 
     def token_text(self, token: int) -> str:
-        """Return what a token decodes to alone, control tokens by name."""
+        """Return the text of a token decoded alone, control tokens included."""
         text = self._served.tokenizer.decode([token], skip_special_tokens=False)
         assert isinstance(text, str)
         return text

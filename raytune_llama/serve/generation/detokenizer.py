@@ -1,4 +1,4 @@
-"""From tokens that come one by one to text that can be sent."""
+"""Incremental detokenization: from streamed tokens to text that can be sent."""
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
@@ -10,9 +10,9 @@ from raytune_llama.tokenizer.loader import control_token_ids
 
 
 class IncrementalDetokenizer:
-    """Decodes a growing sequence of tokens; what was told is never taken back.
+    """Decodes a growing sequence of tokens; emitted text is never revised.
 
-    The parts together are what the tokenizer makes of all tokens at once, without control tokens.
+    Concatenated, the parts equal the decoding of all tokens at once, without control tokens.
     """
 
     def __init__(
@@ -21,27 +21,27 @@ class IncrementalDetokenizer:
         *,
         shown: AbstractSet[int] = frozenset(),
     ) -> None:
-        """Begin with no token.
+        """Start without tokens.
 
         Args:
-            tokenizer: of the model.
-            shown: control tokens that are text all the same.
+            tokenizer: tokenizer of the model.
+            shown: control tokens to decode as text.
         """
         self._tokenizer = tokenizer
         self._skips_control = not shown
         self._hidden = control_token_ids(tokenizer) - shown if shown else frozenset()
         self._tokens: list[int] = []
-        # Decoding looks back: a piece's text depends on the one before it.
-        self._context_start = self._told_end = 0
+        # Decoding needs context: a token's text depends on the token before it.
+        self._context_start = self._emitted_end = 0
 
     def push(self, token: int) -> str:
-        """Take a token; return the text that is now certain, which may be empty."""
+        """Add a token; return the text that is now final, which may be empty."""
         if token not in self._hidden:
             self._tokens.append(token)
         return self._certain(is_last=False)
 
     def finish(self) -> str:
-        """Return the text that was held back; nothing comes behind it."""
+        """Return the held-back text, once no more input follows."""
         return self._certain(is_last=True)
 
     def _decode(self, tokens: Sequence[int]) -> str:
@@ -54,32 +54,32 @@ class IncrementalDetokenizer:
         return text
 
     def _certain(self, *, is_last: bool) -> str:
-        """Return the text of the newest tokens, or nothing where a character is not whole yet."""
-        known = self._decode(self._tokens[self._context_start : self._told_end])
+        """Return the text of the newest tokens, or nothing while a character is incomplete."""
+        known = self._decode(self._tokens[self._context_start : self._emitted_end])
         text = self._decode(self._tokens[self._context_start :])
-        # Bytes that are no character may stand before the beginning of one: all of them wait.
+        # Invalid bytes may precede an incomplete character: all of them are held back.
         if not is_last and (text.endswith(REPLACEMENT) or len(text) <= len(known)):
             return ""
-        self._context_start, self._told_end = self._told_end, len(self._tokens)
+        self._context_start, self._emitted_end = self._emitted_end, len(self._tokens)
         return text[len(known) :]
 
 
 class StopStringFilter:
-    """Cuts a text that comes in pieces before the stop string that is whole first."""
+    """Cuts a streamed text before the stop string that is complete first."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """Begin with no text; no stop string is empty."""
+        """Start without text; no stop string may be empty."""
         assert all(stops)
         self._stops, self._held = tuple(stops), ""
         self.is_stopped = False
-        """Whether a stop string has come."""
+        """Whether a stop string has been found."""
 
     def push(self, text: str) -> str:
-        """Take what comes next; return what can't become part of a stop string any more."""
+        """Add text; return the text that can no longer become part of a stop string."""
         if self.is_stopped:
             return ""
         text = self._held + text
-        # The one that is whole first, however the text is cut into tokens.
+        # The one that is complete first, however the text is split into tokens.
         found = [(p + len(stop), p) for stop in self._stops if (p := text.find(stop)) >= 0]
         if found:
             self.is_stopped, self._held = True, ""
@@ -89,12 +89,12 @@ class StopStringFilter:
         return text[: len(text) - kept]
 
     def finish(self) -> str:
-        """Return the text that was held back; nothing comes behind it."""
+        """Return the held-back text, once no more input follows."""
         held, self._held = self._held, ""
         return held
 
     def _open_length(self, text: str) -> int:
-        """Return the length of the longest end of a text that begins a stop string."""
+        """Return the length of the longest suffix of a text that begins a stop string."""
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops):

@@ -1,4 +1,4 @@
-"""From a request to the vectors of its texts; knows tokens, and no HTTP."""
+"""From a request to the embeddings of its texts. Knows tokens, not HTTP."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -12,24 +12,24 @@ from raytune_llama.serve.protocol.embeddings import MAX_INPUT_TOKENS, EmbeddingR
 
 
 class EmbeddingService:
-    """Makes token ids of requests for vectors, and lets the engine make the vectors."""
+    """Tokenizes embedding requests, and has the engine compute the embeddings."""
 
     def __init__(self, served: ServedModel, engine: InferenceEngine) -> None:
         self._served, self._engine = served, engine
 
     def tokenize(self, request: EmbeddingRequest) -> list[tuple[int, ...]]:
-        """Return the ids of a request's texts; a text is read as a prompt of a completion is.
+        """Return the token ids of a request's texts, tokenized as prompts of completions are.
 
         Raises:
-            RequestError: a text does not fit the context, an id is none of the tokenizer's, there
-                are too many tokens, or vectors of another size are asked for.
+            InvalidRequestError: a text does not fit the context, an id is outside the vocabulary,
+                there are too many tokens, or the dimensions differ from the model's.
         """
         served = self._served
         size = served.model.config.get_text_config().hidden_size
         if request.dimensions not in {None, size}:
             raise InvalidRequestError(
-                f"dimensions: got {request.dimensions}, but the vectors of {served.name} have "
-                f"{size} numbers and can't be cut; leave the field out",
+                f"dimensions: got {request.dimensions}, but embeddings of {served.name} have "
+                f"{size} dimensions and can't be shortened; omit the field",
                 "dimensions",
             )
         texts: list[tuple[int, ...]] = []
@@ -44,8 +44,8 @@ class EmbeddingService:
         total = sum(map(len, texts))
         if total > MAX_INPUT_TOKENS:
             raise InvalidRequestError(
-                f"input: the texts have {total} tokens together, wanted at most "
-                f"{MAX_INPUT_TOKENS}; send them in several requests",
+                f"input: the texts have {total} tokens in total, wanted at most "
+                f"{MAX_INPUT_TOKENS}; split them into several requests",
                 "input",
             )
         return texts
@@ -58,27 +58,29 @@ class EmbeddingService:
             )
         beyond = next((token for token in ids if token >= len(served.tokenizer)), None)
         if beyond is not None:
-            raise InvalidRequestError(f"{where}: {beyond} is no token of {served.name}", where)
+            raise InvalidRequestError(
+                f"{where}: token id {beyond} is outside the vocabulary of {served.name}", where
+            )
         return tuple(ids)
 
     async def respond(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
-        """Yield a request's number of tokens, then its texts' vectors, some at a time, in order.
+        """Yield the number of tokens, then the texts' embeddings, some at a time, in order.
 
-        A caller that ends the iteration ends the work.
+        A caller that closes the generator early cancels the work.
 
         Raises:
-            RequestError: the request can't be answered; before the first item.
-            BusyError: as many requests wait as may.
+            InvalidRequestError: the request can't be answered; before the first item.
+            BusyError: too many requests are waiting.
             EngineError: the engine has failed.
         """
         name = request.model
         if name.partition(":")[2]:
             raise InvalidRequestError(
-                f"model: got {name}, but vectors are made by the base alone: name "
+                f"model: got {name}, but embeddings are computed by the base model only; use "
                 f"{name.partition(':')[0]}",
                 "model",
             )
-        # Thousands of texts take seconds: others' parts are told meanwhile.
+        # In a thread, so that other streams continue: thousands of texts take seconds.
         texts = await asyncio.to_thread(self.tokenize, request)
         yield sum(map(len, texts))
         async with aclosing(self._engine.embed(texts)) as made:
@@ -87,7 +89,7 @@ class EmbeddingService:
 
 
 def _listed(request: EmbeddingRequest) -> tuple[list[str] | list[list[int]], bool]:
-    """Return a request's texts or their ids, and whether these stood in a list."""
+    """Return a request's texts or token ids, and whether they came in a list."""
     match request.input:
         case str() as text:
             return [text], False

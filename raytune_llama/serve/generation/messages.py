@@ -1,4 +1,4 @@
-"""From a request's messages and tools to the conversation that a template writes."""
+"""From a request's messages and tools to the conversation that a chat template renders."""
 
 import json
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from raytune_llama.serve.protocol.tools import Tool
 def build_conversation(
     messages: Sequence[Message], tools: Sequence[Tool], *, allows_system: bool
 ) -> Conversation:
-    """Return what templates write; only the first message may be the system's.
+    """Return the conversation to render; only the first message may be a system message.
 
-    Tools are told behind what the system says. A template that has no place for that gets them at
-    the beginning of the first user's turn: so they work with every template, and no text of a user
-    comes before them. Results of calls are a user's turn, with the user's text behind them where
-    it follows at once.
+    Tool definitions are appended to the system message. A template without system messages gets
+    them at the start of the first user turn: so they work with every template, and no user text
+    comes before them. Tool results become a user turn, followed by the user's text if that comes
+    next.
 
     Args:
-        messages: at least one.
-        tools: those that are shown.
-        allows_system: whether the template has a place for what the system says.
+        messages: messages of the request; at least one.
+        tools: tools shown to the model.
+        allows_system: whether the template supports a system message.
 
     Raises:
-        ValueError: a message stands where it can't; the text names it.
+        ValueError: a message is out of place; the error names it.
     """
     system = messages[0].text if messages[0].role in {"system", "developer"} else None
     reader = _Reader()
@@ -37,7 +37,7 @@ def build_conversation(
     reader.end()
     turns = reader.turns
     if tools:
-        # As they came: what was left out is not written.
+        # As received: unset fields are not written.
         written = write_tools(
             [json.dumps(tool.model_dump(exclude_unset=True), ensure_ascii=False) for tool in tools]
         )
@@ -50,20 +50,20 @@ def build_conversation(
 
 @dataclass
 class _Reader:
-    """The turns so far, and the calls that wait for their results."""
+    """The turns so far, and the tool calls whose results are pending."""
 
     turns: list[Turn] = field(default_factory=list)
     caller: int = 0
-    """Number of the message with the calls."""
+    """Index of the message with the pending calls."""
     results: dict[str, str | None] = field(default_factory=dict)
-    """By the calls' ids, in the calls' order; None: to come."""
+    """Results by call id, in the order of the calls; None: pending."""
 
     def read(self, number: int, message: Message) -> None:
-        """Take a message in."""
+        """Add a message."""
         if message.role == "tool":
             self._read_result(number, message)
             return
-        before = self._told_results()
+        before = self._take_results()
         match message.role:
             case "user":
                 text = f"{before}\n{message.text}" if before else message.text
@@ -73,11 +73,14 @@ class _Reader:
                     self.turns.append(Turn("user", before))
                 self.turns.append(Turn("assistant", self._read_calls(number, message)))
             case role:
-                raise UserError(f"messages: message {number + 1} has the role {role}")
+                raise UserError(
+                    f"messages: message {number + 1} has the role {role}, which only the first "
+                    "message may have"
+                )
 
     def end(self) -> None:
-        """Write what is left."""
-        before = self._told_results()
+        """Add a turn for the last results."""
+        before = self._take_results()
         if before:
             self.turns.append(Turn("user", before))
 
@@ -86,11 +89,11 @@ class _Reader:
         self.caller = number
         self.results = {call.id: None for call in calls}
         if len(self.results) < len(calls):
-            raise UserError(f"messages.{number}.tool_calls: two calls have one id")
+            raise UserError(f"messages.{number}.tool_calls: two calls have the same id")
         for place, call in enumerate(calls):
             if not _is_object(call.function.arguments):
                 where = f"messages.{number}.tool_calls.{place}.function.arguments"
-                raise UserError(f"{where}: is no object in JSON")
+                raise UserError(f"{where}: is not a JSON object")
         return write_calls(
             message.text, [(call.function.name, call.function.arguments) for call in calls]
         )
@@ -101,21 +104,21 @@ class _Reader:
         if name not in self.results:
             known = ", ".join(map(repr, self.results)) or "none"
             raise UserError(
-                f"messages.{number}.tool_call_id: {name!r} is no call of the assistant's message "
-                f"before; its calls are: {known}"
+                f"messages.{number}.tool_call_id: {name!r} is no call of the preceding "
+                f"assistant message; its calls are: {known}"
             )
         if self.results[name] is not None:
             raise UserError(f"messages.{number}.tool_call_id: {name!r} has a result already")
         self.results[name] = message.text
 
-    def _told_results(self) -> str:
-        """Return the results, all there, in the order of the calls."""
+    def _take_results(self) -> str:
+        """Return the text of all results, in the order of the calls, and clear them."""
         texts = [text for text in self.results.values() if text is not None]
         missing = [name for name, text in self.results.items() if text is None]
         if missing:
             raise UserError(
-                f"messages.{self.caller}.tool_calls: {missing[0]!r} has no result; a message of "
-                "the role tool has to follow for each call"
+                f"messages.{self.caller}.tool_calls: {missing[0]!r} has no result; each call "
+                "must be followed by a message with role tool"
             )
         self.results = {}
         return write_results(texts)

@@ -1,4 +1,4 @@
-"""A model directory that can be served: checked, loaded, with the template it was tuned with."""
+"""A servable model directory: checked and loaded with the chat template it was tuned with."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from raytune_llama.chat.encoding import ChatConfig, ChatEncoder, build_chat_encoder
-from raytune_llama.chat.templates.names import TemplateName
+from raytune_llama.chat.config import ChatConfig, TemplateName
+from raytune_llama.chat.encoding import ChatEncoder, build_chat_encoder
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.model.lineage import check_tokenizer_hash, find_chat_template
 from raytune_llama.model.llama import DTYPES, check_model_directory
@@ -34,26 +34,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model in memory."""
+    """A model in memory, with its tokenizer and chat template."""
 
     name: str
-    """What requests call it."""
+    """Name of the model in requests."""
 
     model: PreTrainedModel
-    """In evaluation mode."""
+    """The causal LM, in evaluation mode."""
 
     tokenizer: PreTrainedTokenizerFast
-    """Its own."""
+    """Tokenizer of the model."""
 
     chat: ChatEncoder | None
-    """Makes prompts of conversations; None where the model has no template."""
+    """Encodes conversations as prompts; None if the model has no chat template."""
 
     max_context: int
-    """Tokens of a request, prompt and answer."""
+    """Maximum tokens per request, prompt and answer."""
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: the template's and the model's own."""
+        """Tokens that end an answer, from the template, the generation config and the tokenizer."""
         own = self.model.generation_config.eos_token_id if self.model.generation_config else None
         ends: set[int] = {own} if isinstance(own, int) else set(own or ())
         eos = self.tokenizer.eos_token_id
@@ -63,44 +63,44 @@ class ServedModel:
 
     @cached_property
     def longest_token(self) -> int:
-        """Characters of the longest token."""
+        """Number of characters of the longest token."""
         return max(map(len, self.tokenizer.get_vocab()), default=1)
 
     def check_size(self, texts: Sequence[str], param: str) -> None:
-        """Refuse texts that can't fit before they are encoded, which takes a second for a megabyte.
+        """Reject texts that can't fit before they are tokenized, which takes a second per megabyte.
 
         Args:
-            texts: of one prompt.
-            param: the field that they stand in.
+            texts: texts of one prompt.
+            param: request field with the texts.
 
         Raises:
-            RequestError: they have more characters than a whole context of the longest token.
+            InvalidRequestError: more characters than a full context of the longest token.
         """
         num_characters = sum(map(len, texts))
         if num_characters > self.max_context * self.longest_token:
             raise InvalidRequestError(
-                f"{param}: got {num_characters} characters, and {self.name} takes "
-                f"{self.max_context} tokens",
+                f"{param}: got {num_characters} characters, but the context length of "
+                f"{self.name} is {self.max_context} tokens",
                 param,
             )
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of documents' beginnings: BOS where there is one, then plain text."""
+        """Return the token ids of texts as starts of documents: BOS if defined, then plain text."""
         bos = self.tokenizer.bos_token_id
         begin = [bos] if isinstance(bos, int) else []
         return [begin + ids for ids in encode_text(self.tokenizer, texts)]
 
 
 def load_served_model(config: ServedModelConfig, device: torch.device) -> ServedModel:
-    """Load a model to serve it.
+    """Load a model for serving.
 
     Args:
-        config: of the model.
-        device: where its weights go; `meta`: they are not read, for an engine that has them itself.
+        config: config of the model.
+        device: device of the weights; `meta`: not read, for an engine that loads them itself.
 
     Raises:
-        ConfigError: the directory is no whole model, not what its manifest says, or the template
-            is another than it was tuned with; all that is wrong.
+        ConfigError: the directory is incomplete or differs from its manifest, or the template
+            is not the one it was tuned with; lists every problem.
     """
     path = Path(config.path)
     problems = [text.replace("model.path", "path", 1) for text in check_model_directory(path)]
@@ -131,15 +131,15 @@ def load_served_model(config: ServedModelConfig, device: torch.device) -> Served
         )
     _refuse_windows(model, path)
     if num_embedding_rows(model) < len(tokenizer):
-        raise ConfigError([f"path: {path} has fewer rows than its tokenizer has ids"])
+        raise ConfigError([f"path: {path} has fewer embedding rows than its tokenizer has ids"])
     limit = context_tokens(config, model)
-    logger.info("%s: %s, %d tokens of context", path, model.dtype, limit)
+    logger.info("%s: %s, context length %d tokens", path, model.dtype, limit)
     nn.Module.to(model.eval(), device)
     return ServedModel(config.served_name, model, tokenizer, chat, limit)
 
 
 def _outline(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """Return a model without weights."""
+    """Return the model without weights, on the meta device."""
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     stored = getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
@@ -150,10 +150,10 @@ def _outline(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
 
 
 def context_tokens(config: ServedModelConfig, model: PreTrainedModel) -> int:
-    """Return how many tokens a request may have.
+    """Return the maximum number of tokens per request.
 
     Raises:
-        ConfigError: the config wants more than the model has positions for.
+        ConfigError: `max_context` exceeds the model's number of positions.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
     limit = config.max_context or positions or getattr(model.config, "seq_length", None) or 2048
@@ -163,20 +163,20 @@ def context_tokens(config: ServedModelConfig, model: PreTrainedModel) -> int:
 
 
 def check_files(path: Path) -> list[str]:
-    """Return which files of a model directory are not those that its manifest names."""
+    """Return the problems of files that are missing or differ from the directory's manifest."""
     file = path / OUTPUT_MANIFEST
     if not file.is_file():
-        logger.warning("%s has no %s: its files can't be checked", path, OUTPUT_MANIFEST)
+        logger.warning("%s has no %s: its files can't be verified", path, OUTPUT_MANIFEST)
         return []
     problems: list[str] = []
     for name, wanted in read_json(file).get("files", {}).items():
         found = sha256_file(path / name) if (path / name).is_file() else None
         if found is None:
-            problems.append(f"path: {path} lacks {name}, which its manifest names")
+            problems.append(f"path: {path} lacks {name}, which its manifest lists")
         elif found != wanted:
             problems.append(
-                f"path: {path / name} is not what it was made as (SHA256 {found[:16]}, wanted "
-                f"{wanted[:16]}); make the directory anew"
+                f"path: {path / name} differs from its manifest (SHA256 {found[:16]}, wanted "
+                f"{wanted[:16]}); create the directory again"
             )
     recorded = check_tokenizer_hash(path)
     return problems + ([f"path: {recorded}"] if recorded else [])
@@ -190,21 +190,23 @@ def load_chat_encoder(
     wanted: TemplateName | None = None,
     allow_other: bool = False,
 ) -> ChatEncoder | None:
-    """Return what makes prompts of conversations, or None where there is no template.
+    """Return the encoder of conversations, or None if there is no chat template.
 
     Args:
-        tokenizer: of the model or adapter.
-        where: its directory.
-        recorded: what `find_chat_template` has found there.
-        wanted: what is used instead of the recorded one.
-        allow_other: whether it may be another than the recorded one.
+        tokenizer: tokenizer of the model or adapter.
+        where: directory of the model or adapter.
+        recorded: template that `find_chat_template` found in that directory.
+        wanted: template to use instead of the recorded one.
+        allow_other: whether the template may differ from the recorded one.
 
     Raises:
         ConfigError: the template can't be used, or is not the recorded one.
     """
     name = wanted or (recorded["template"] if recorded else None)
     if name is None and not tokenizer.chat_template:
-        logger.warning("%s has no chat template: it completes texts, and answers no chats", where)
+        logger.warning(
+            "%s has no chat template: chat completions are not available, only completions", where
+        )
         return None
     try:
         chat = build_chat_encoder(tokenizer, ChatConfig(template=name or "tokenizer"))
@@ -215,16 +217,18 @@ def load_chat_encoder(
         raise ConfigError(
             [
                 f"template: {chat.template.name} (SHA256 {sha256[:16]}) is not what {where} was "
-                f"tuned with: {recorded['template']} ({recorded['template_sha256'][:16]}); leave "
-                "the field out, or set allow_other_template=true"
+                f"tuned with: {recorded['template']} ({recorded['template_sha256'][:16]}); omit "
+                "the field, or set allow_other_template=true"
             ]
         )
     return chat
 
 
 def _refuse_windows(model: PreTrainedModel, path: Path) -> None:
-    """Refuse layers that see a sliding window: rows of a batch begin in one column each."""
+    """Reject layers with sliding-window attention, which the slotted KV cache does not support."""
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         others = ", ".join(sorted(kinds - {"full_attention"}))
-        raise ConfigError([f"path: {path} has layers of {others}; only full attention is served"])
+        raise ConfigError(
+            [f"path: {path} has layers of {others}; only full_attention is supported"]
+        )

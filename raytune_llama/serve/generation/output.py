@@ -1,4 +1,4 @@
-"""The parts in which a model's answers come. Imports nothing heavy: the gateway needs no torch."""
+"""The deltas of streamed answers. Imports nothing heavy: the gateway needs no torch."""
 
 from dataclasses import dataclass
 
@@ -6,46 +6,46 @@ from raytune_llama.chat.tools import ToolCallChunk
 from raytune_llama.serve.protocol.chat import FinishReason
 
 REPLACEMENT = "\ufffd"
-"""What a decoder writes for bytes that are no character, and for those whose rest is to come."""
+"""Character that a decoder emits for invalid bytes, and for an incomplete character."""
 
 
 @dataclass(frozen=True)
 class OutputToken:
-    """A token of an answer, as log-probabilities name it."""
+    """A token of an answer with its log-probability."""
 
     text: str
-    """What it decodes to alone."""
+    """Text of the token decoded alone."""
 
     logprob: float
-    """Natural logarithm of its probability."""
+    """Natural logarithm of the token's probability."""
 
     top_logprobs: tuple[tuple[str, float], ...] = ()
-    """The likeliest tokens in its place."""
+    """Texts and log-probabilities of the most likely tokens at this position."""
 
 
 @dataclass(frozen=True)
 class OutputDelta:
-    """A piece of one of a request's answers."""
+    """A streamed part of one answer of a request."""
 
     index: int
-    """Of the answer."""
+    """Index of the answer."""
 
     text: str
-    """What is new; may be empty."""
+    """New text; may be empty."""
 
     num_tokens: int
-    """Tokens generated since the part before."""
+    """Number of tokens generated since the previous delta."""
 
     tokens: tuple[OutputToken, ...] = ()
-    """The new tokens, where log-probabilities were asked for."""
+    """New tokens with log-probabilities, if requested."""
 
     finish_reason: FinishReason | None = None
-    """Set with the answer's last part."""
+    """Why the answer has ended, set with its last delta; None before."""
 
     calls: tuple[ToolCallChunk, ...] = ()
-    """What is new of its calls of tools; they come behind all text."""
+    """New parts of the answer's tool calls, which come after all text."""
 
 
 def text_bytes(text: str) -> list[int] | None:
-    """Return a token's bytes, or None where it is a part of a character."""
+    """Return the bytes of a token's text, or None if it holds only part of a character."""
     return None if REPLACEMENT in text else list(text.encode())

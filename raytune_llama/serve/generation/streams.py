@@ -1,4 +1,4 @@
-"""From the tokens of an answer, one by one, to its text and calls."""
+"""From the streamed tokens of an answer to its text and tool calls."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -15,21 +15,21 @@ from raytune_llama.serve.generation.detokenizer import IncrementalDetokenizer, S
 
 
 class CompletionDecoder:
-    """Text and calls of an answer whose tokens come one by one."""
+    """Decodes the streamed tokens of an answer into text and tool calls."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], *, must_call: bool | None
     ) -> None:
-        """Begin without any token.
+        """Start without tokens.
 
         Args:
-            tokenizer: of the model.
-            stops: texts that end the answer's text; in calls none is looked for.
-            must_call: whether the answer is calls of tools alone; None: there are no tools.
+            tokenizer: tokenizer of the model.
+            stops: stop strings of the answer's text; tool calls are not searched for them.
+            must_call: whether the answer is tool calls only; None: the request has no tools.
         """
         self._cutter = StopStringFilter(stops)
         self._parser = None if must_call is None else ToolCallParser(must_call=must_call)
-        # Where they are tokens of their own, these may be control tokens, which are not shown.
+        # If these are single tokens, they may be control tokens, which are hidden by default.
         added = tokenizer.added_tokens_decoder if self._parser else {}
         shown = {
             id_
@@ -40,7 +40,7 @@ class CompletionDecoder:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a stop string has come."""
+        """Whether a stop string has been found."""
         return self._cutter.is_stopped
 
     @property
@@ -49,23 +49,23 @@ class CompletionDecoder:
 
     @property
     def finish_reason(self) -> Literal["stop", "tool_calls"]:
-        """Why an answer that is whole has ended."""
+        """Finish reason of an answer that has not hit its length limit."""
         return "tool_calls" if self._num_calls and not self.is_stopped else "stop"
 
     def push(self, token: int | None, *, is_last: bool) -> tuple[str, tuple[ToolCallChunk, ...]]:
-        """Take a token, None for one that does no more than end the answer.
+        """Add a token; None for a token that only ends the answer.
 
         Returns:
-            The text and the pieces of calls that are now certain; all calls come behind all text.
+            The text and the tool call chunks that are now final; calls come after all text.
         """
         text = "" if token is None else self._stream.push(token)
         if is_last:
             text += self._stream.finish()
-        pieces: list[ToolCallChunk] = []
+        chunks: list[ToolCallChunk] = []
         if self._parser is not None:
-            text, pieces = self._parser.push(text)
+            text, chunks = self._parser.push(text)
             text += self._parser.finish() if is_last else ""
-        told = self._cutter.push(text)
+        final = self._cutter.push(text)
         if is_last or self._num_calls:
-            told += self._cutter.finish()
-        return told, () if self.is_stopped else tuple(pieces)
+            final += self._cutter.finish()
+        return final, () if self.is_stopped else tuple(chunks)

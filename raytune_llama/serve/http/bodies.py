@@ -1,4 +1,4 @@
-"""JSON from strangers: what is deep, ambiguous or no JSON at all is refused before it is used."""
+"""Strict JSON request bodies: too deep, ambiguous or invalid JSON is rejected before it is used."""
 
 import json
 import math
@@ -14,124 +14,129 @@ from fastapi.routing import APIRoute
 from raytune_llama.config.errors import UserError
 from raytune_llama.serve.http.refusals import ApiError, build_api_error
 
-# Linear in the text, whatever it is: a string that has no end runs to the end of the text.
+# Linear time on any input: an unterminated string extends to the end of the text.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MAX_SHOWN_CHARACTERS = 64
 
 
-def read_json(body: bytes, max_depth: int) -> Any:  # noqa: ANN401  # it is any JSON
-    """Return what a JSON text says.
+def read_json(body: bytes, max_depth: int) -> Any:  # noqa: ANN401  # any JSON value
+    """Parse a JSON body.
 
-    Stricter than Python's parser, as RFC 8259 recommends: UTF-8 alone, no NaN or Infinity, no
-    number beyond float64, no key twice in an object, no half of a surrogate pair.
+    Stricter than Python's parser, as RFC 8259 recommends: only UTF-8, no NaN or Infinity, no
+    number beyond float64, no duplicate keys in an object, no lone surrogates.
 
     Args:
-        body: the text.
-        max_depth: of objects and lists within one another.
+        body: JSON text, encoded.
+        max_depth: maximum nesting of objects and arrays.
 
     Raises:
-        ValueError: it is no such text.
+        ValueError: the body is not valid JSON under these rules.
     """
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"the body is not UTF-8: byte {error.start} can't be read") from error
+        message = f"Invalid request body: not UTF-8 (invalid byte at position {error.start})"
+        raise UserError(message) from error
     depth = measure_depth(body)
     if depth > max_depth:
-        raise UserError(f"the body is {depth} objects and lists deep, more than {max_depth}")
+        raise UserError(
+            f"Invalid request body: JSON nested {depth} levels deep, maximum {max_depth}"
+        )
     try:
         value = json.loads(
             text,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-            object_pairs_hook=_without_doubles,
+            parse_constant=_reject_constant,
+            parse_float=_parse_finite_float,
+            object_pairs_hook=_reject_duplicate_keys,
         )
     except json.JSONDecodeError as error:
-        raise UserError(f"the body is no JSON: {error}") from error
+        raise UserError(f"Could not parse the JSON body of the request: {error}") from error
     if _SURROGATE.search(body):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise UserError("the body has half of a surrogate pair") from error
+            raise UserError("Invalid request body: lone surrogate in a string") from error
     return value
 
 
 def measure_depth(body: bytes) -> int:
-    """Return how many brackets are open at a time in a JSON text, those in strings left out."""
+    """Return the maximum nesting depth of a JSON text, ignoring brackets inside strings."""
     brackets = np.frombuffer(_STRING.sub(b"", body).translate(None, _NO_BRACKETS), dtype=np.uint8)
     is_open = (brackets == ord("[")) | (brackets == ord("{"))
     depths = np.where(is_open, 1, -1).cumsum(dtype=np.int32)
     return int(depths.max(initial=0))
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise UserError(f"the body has {name}, which is no JSON")
+def _reject_constant(name: str) -> NoReturn:
+    raise UserError(f"Invalid request body: {name} is not valid JSON")
 
 
-def _finite(text: str) -> float:
+def _parse_finite_float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise UserError(f"the body has the number {text[:_MAX_SHOWN_CHARACTERS]}, too large")
+        shown = text[:_MAX_SHOWN_CHARACTERS]
+        raise UserError(f"Invalid request body: number {shown} is too large for float64")
     return value
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        doubled = next(name for name in found if names.count(name) > 1)
-        raise UserError(f"the body has {doubled[:_MAX_SHOWN_CHARACTERS]!r} twice in an object")
+        duplicate = next(name for name in found if names.count(name) > 1)
+        shown = duplicate[:_MAX_SHOWN_CHARACTERS]
+        raise UserError(f"Invalid request body: duplicate key {shown!r} in an object")
     return found
 
 
 def build_route_class(max_depth: int) -> type[APIRoute]:
-    """Return the kind of route that reads bodies by `read_json`.
+    """Return a route class whose request bodies are parsed by `read_json`.
 
     Args:
-        max_depth: of objects and lists within one another.
+        max_depth: maximum nesting of objects and arrays.
     """
 
     class StrictRequest(Request):
-        """A request whose body is read by `read_json`."""
+        """A request whose body is parsed by `read_json`."""
 
-        async def json(self) -> Any:  # noqa: ANN401  # as Starlette's
+        async def json(self) -> Any:  # noqa: ANN401  # like Starlette's
             try:
                 return read_json(await self.body(), max_depth)
             except ValueError as error:
                 raise build_api_error(400, str(error)) from error
 
     class StrictRoute(APIRoute):
-        """A route that asks for JSON in UTF-8."""
+        """A route that requires a JSON body in UTF-8."""
 
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
 
-            async def strictly(request: Request) -> Response:
+            async def handle_strictly(request: Request) -> Response:
                 if request.method == "POST":
                     _check_type(request)
                 return await handle(StrictRequest(request.scope, request.receive))
 
-            return strictly
+            return handle_strictly
 
     return StrictRoute
 
 
 def _check_type(request: Request) -> None:
-    """Refuse a body that says it is no JSON, or not in UTF-8.
+    """Reject a Content-Type other than JSON in UTF-8.
 
     Raises:
-        Refusal: it does.
+        ApiError: status 400.
     """
     got = request.headers.get("content-type", "")
     kind, _, rest = got.lower().partition(";")
     charset = rest.partition("charset=")[2].strip(' "')
     if kind.strip() != "application/json" or charset not in {"", "utf-8", "utf8"}:
-        raise _no_json(got)
+        raise _unsupported_content_type(got)
 
 
-def _no_json(got: str) -> ApiError:
+def _unsupported_content_type(got: str) -> ApiError:
     shown = repr(got[:_MAX_SHOWN_CHARACTERS]) if got else "none"
-    message = f"Content-Type: got {shown}, wanted application/json in UTF-8"
+    message = f"Invalid Content-Type header ({shown}), expected application/json in UTF-8"
     return build_api_error(400, message, code="unsupported_content_type")

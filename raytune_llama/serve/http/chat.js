@@ -2,30 +2,30 @@
 const at = (id) => document.getElementById(id);
 const [log, text, model, key, system, problem] =
   ["log", "text", "model", "key", "system", "problem"].map(at);
-// Beside the page, whatever the prefix that it is served under.
+// Relative to the page, whatever prefix it is served under.
 const API = location.pathname.replace(/\/?$/, "/") + "v1/";
 const JSON_NUMBER = /^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$/;
 
-/** What is shown to the user as it stands. */
+/** An error whose message is shown to the user. */
 class Problem extends Error {}
 
 /** The conversation: {role, text, model, note, isBad}, in order. */
 let turns = [];
-/** The AbortController of the answer that is coming, or null. */
+/** AbortController of the response in progress, or null. */
 let running = null;
-/** Whether the next frame draws the answer. */
+/** Whether a frame that draws the response is scheduled. */
 let isDrawing = false;
-/** Number of the newest request for the list of models; answers to older ones are dropped. */
+/** Number of the latest model list request; responses to older ones are dropped. */
 let newestList = 0;
 
 // ---- The endpoint ----
 
-/** Ask the endpoint; `body` is JSON, or undefined for GET. */
+/** Send a request to the endpoint; `body` is JSON, or undefined for GET. */
 async function ask(path, body, signal) {
   const headers = body === undefined ? {} : { "Content-Type": "application/json" };
   const secret = key.value.trim();
   if (!/^[\x21-\x7e]*$/.test(secret)) {
-    throw new Problem("The key has a space or a sign beyond ASCII; copy it again.");
+    throw new Problem("The API key contains a space or a non-ASCII character; copy it again.");
   }
   if (secret) headers.Authorization = `Bearer ${secret}`;
   const method = body === undefined ? "GET" : "POST";
@@ -39,26 +39,26 @@ async function ask(path, body, signal) {
   return response;
 }
 
-/** Put a refusal in words: OpenAI's error body, or what else there is. */
+/** Return the Problem of an error response: OpenAI's error body, or whatever text it has. */
 async function problemOf(response) {
   const body = await response.text().catch(() => "");
-  let said = body.trim().slice(0, 300) || response.statusText || "no reason given";
+  let message = body.trim().slice(0, 300) || response.statusText || "no reason given";
   try {
-    said = String(JSON.parse(body).error.message);
-  } catch { /* Not OpenAI's form, as from a proxy in between: shown as it came. */ }
+    message = String(JSON.parse(body).error.message);
+  } catch { /* Not in OpenAI's format, for example from a proxy: shown as received. */ }
   if (response.status === 401) {
     openSettings(true);
     key.focus();
-    const what = key.value ? "does not take this key" : "asks for a key";
-    return new Problem(`The endpoint ${what}: enter one under Settings. (401: ${said})`);
+    const what = key.value ? "rejected this API key" : "requires an API key";
+    return new Problem(`The endpoint ${what}: enter one under Settings. (401: ${message})`);
   }
   const wait = response.headers.get("Retry-After");
   const when = /^\d+$/.test(wait ?? "") ? `in ${wait} s` : `after ${wait}`;
-  const what = response.status === 429 ? "The endpoint is busy" : "The endpoint refused";
-  return new Problem(`${what} (${response.status}): ${said}${wait ? `\nTry again ${when}.` : ""}`);
+  const what = response.status === 429 ? "Too many requests" : "Request failed";
+  return new Problem(`${what} (${response.status}): ${message}${wait ? `\nTry again ${when}.` : ""}`);
 }
 
-/** Yield the data of a stream's server-sent events. */
+/** Yield the data of a response's server-sent events. */
 async function* eventsOf(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -80,16 +80,16 @@ async function loadModels() {
     const chosen = model.value;
     model.replaceChildren(...list.data.map((card) => new Option(card.id, card.id)));
     if (list.data.some((card) => card.id === chosen)) model.value = chosen;
-    tell("");
+    showProblem("");
   } catch (error) {
-    if (number === newestList) tell(error.message);
+    if (number === newestList) showProblem(error.message);
   }
   at("title").textContent = model.value || "Chat";
 }
 
-/** The request for the next answer. Numbers go as they are typed: a seed may have 64 bits. */
+/** Body of the next request. Numbers are sent as typed: a seed may have 64 bits. */
 function requestBody() {
-  if (!model.value) throw new Problem("There is no model to ask.");
+  if (!model.value) throw new Problem("No model is available.");
   const messages = turns.map((turn) => ({ role: turn.role, content: turn.text }));
   if (system.value.trim()) messages.unshift({ role: "system", content: system.value });
   const asked = { model: model.value, messages, stream: true };
@@ -98,7 +98,7 @@ function requestBody() {
   for (const input of document.querySelectorAll("[data-field]")) {
     const value = input.value.trim();
     if (value && !JSON_NUMBER.test(value)) {
-      throw new Problem(`${input.dataset.field}: ${value} is no number; write it like 0.7 or 40.`);
+      throw new Problem(`${input.dataset.field}: ${value} is not a number; enter for example 0.7 or 40.`);
     }
     if (value) fields += `,"${input.dataset.field}":${value}`;
   }
@@ -106,13 +106,13 @@ function requestBody() {
 }
 
 /**
- * Let the model answer the conversation.
- * Where nothing comes, the conversation is as `before`, and the question is in the composer again.
+ * Request the model's response to the conversation.
+ * If none arrives, restore the conversation `before`, and the question in the composer.
  */
 async function answer(before, question) {
   const mine = (running = new AbortController());
   const turn = { role: "assistant", text: "", model: model.value, note: "", isBad: false };
-  tell("");
+  showProblem("");
   try {
     const body = requestBody();
     turns.push(turn);
@@ -123,14 +123,14 @@ async function answer(before, question) {
   } catch (error) {
     if (running !== mine) return; // The conversation was cleared.
     const isStopped = mine.signal.aborted;
-    const said = error instanceof Problem ? error.message : `The connection broke: ${error.message}`;
+    const message = error instanceof Problem ? error.message : `Connection lost: ${error.message}`;
     if (turn.text) {
-      turn.note = isStopped ? "Stopped." : `Broken off. ${said}`;
+      turn.note = isStopped ? "Stopped." : `Interrupted. ${message}`;
       turn.isBad = !isStopped;
     } else {
       turns = before;
       if (question && !text.value) text.value = question;
-      tell(isStopped ? "" : said);
+      showProblem(isStopped ? "" : message);
     }
   }
   if (running !== mine) return;
@@ -138,7 +138,7 @@ async function answer(before, question) {
   render();
 }
 
-/** Take an answer in as it comes; return what is to be noted about it. */
+/** Add a streamed response to a turn as it arrives; return the note below it. */
 async function receive(response, turn, began) {
   let first = 0, last = 0, usage = null, finish = "";
   for await (const data of eventsOf(response)) {
@@ -154,23 +154,23 @@ async function receive(response, turn, began) {
       add(turn, choice.delta.content);
     }
   }
-  throw new Problem("The connection broke before the answer was whole.");
+  throw new Problem("The connection was closed before the response was complete.");
 }
 
-/** Say how an answer came: counts, speed, wait. */
+/** Return the note of a response: token counts, throughput, time to first token. */
 function noteOf(usage, finish, began, first, last) {
   const facts = [];
-  if (finish === "length") facts.push("cut off at the limit of tokens");
-  if (usage) facts.push(`tokens: ${usage.prompt_tokens} read, ${usage.completion_tokens} written`);
+  if (finish === "length") facts.push("truncated at the token limit");
+  if (usage) facts.push(`tokens: ${usage.prompt_tokens} prompt, ${usage.completion_tokens} completion`);
   if (usage?.completion_tokens > 1 && last > first) {
     const rate = (usage.completion_tokens - 1) / ((last - first) / 1000);
     facts.push(`${rate.toPrecision(3)} tokens/s`);
   }
-  if (first) facts.push(`first after ${((first - began) / 1000).toFixed(2)} s`);
+  if (first) facts.push(`first token after ${((first - began) / 1000).toFixed(2)} s`);
   return facts.join(" \u00b7 ");
 }
 
-// ---- What is seen; text from anywhere is only ever put in as text ----
+// ---- Rendering; text of any origin is only ever inserted as text ----
 
 function element(name, className, content) {
   const made = document.createElement(name);
@@ -186,19 +186,19 @@ function button(name, act) {
   return made;
 }
 
-function tell(message) {
+function showProblem(message) {
   problem.textContent = message;
   problem.hidden = !message;
 }
 
-/** Add a piece to the answer that is coming; however many come, each frame is drawn once. */
-function add(turn, piece) {
-  turn.text += piece;
+/** Append text to the response in progress; it is drawn at most once per frame. */
+function add(turn, delta) {
+  turn.text += delta;
   if (!isDrawing) requestAnimationFrame(draw);
   isDrawing = true;
 }
 
-/** Show what has come, and follow it unless the reader has scrolled up. */
+/** Show the text so far, and scroll with it unless the user has scrolled up. */
 function draw() {
   isDrawing = false;
   const shown = log.querySelector(".coming .text");
@@ -218,7 +218,7 @@ function render() {
   if (turns.length) return;
   const empty = element("div", "", element("strong", "", "What would you like to ask?"));
   empty.id = "empty";
-  empty.append("Answers are a model's and may be wrong.");
+  empty.append("Responses are generated by a model and may be wrong.");
   log.replaceChildren(empty);
 }
 
@@ -230,7 +230,7 @@ function show(turn, index) {
   const shown = element("div", "text", turn.text);
   shown.dir = "auto";
   made.append(shown);
-  const note = turn.note || (isAnswer && !turn.text && !running ? "An empty answer." : "");
+  const note = turn.note || (isAnswer && !turn.text && !running ? "Empty response." : "");
   const foot = element("div", "foot", note ? element("span", turn.isBad ? "bad" : "", note) : "");
   foot.append(button("Edit", () => edit(made, index)));
   if (isLast && isAnswer) foot.append(button("Regenerate", regenerate));
@@ -238,7 +238,7 @@ function show(turn, index) {
   return made;
 }
 
-/** Edit a turn in its place: an answer is replaced, a question is asked again from there. */
+/** Edit a turn in place: a response is replaced, a question is sent again from there. */
 function edit(made, index) {
   const { role, text: old } = turns[index];
   const form = element("form", "edit", ""), field = element("textarea", "", "");
@@ -262,9 +262,9 @@ function edit(made, index) {
   field.focus();
 }
 
-// ---- What the user does ----
+// ---- User actions ----
 
-/** Act on Enter, but neither with Shift nor while an input method composes. */
+/** Act on Enter, but not with Shift or while an input method composes. */
 function onEnter(event, act) {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
@@ -291,7 +291,7 @@ function clear() {
   running?.abort();
   running = null;
   turns = [];
-  tell("");
+  showProblem("");
   render();
   text.focus();
 }
@@ -301,7 +301,7 @@ function openSettings(isOpen) {
   at("menu").setAttribute("aria-expanded", String(isOpen));
 }
 
-/** sessionStorage, or nothing where the browser forbids it. */
+/** Get or set the API key in sessionStorage; empty if the browser forbids it. */
 function remembered(value) {
   try {
     if (value !== undefined) sessionStorage.setItem("key", value);

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what every route may answer, as it is."""
+"""The OpenAPI document, with the actual responses of every route."""
 
 from typing import Any
 
@@ -8,26 +8,26 @@ from raytune_llama.serve.http.request_guard import PUBLIC_PATHS
 from raytune_llama.serve.protocol.chat import ErrorResponse
 
 _MEANINGS = {
-    400: "The request is not one, or can't be answered",
-    401: "No key, or none that is let in",
-    404: "No such model",
-    408: "The request did not arrive in time",
-    413: "The request is too large",
-    429: "As many requests wait as may; try again later",
-    431: "The request has too many headers",
-    503: "The model can't answer now; try again later",
-    504: "The answer was not whole in time",
+    400: "Invalid request",
+    401: "Missing or incorrect API key",
+    404: "Model not found",
+    408: "Timed out waiting for the request body",
+    413: "Request body too large",
+    429: "Rate limit exceeded, or too many queued requests; retry later",
+    431: "Request headers too large",
+    503: "Model overloaded or unavailable; retry later",
+    504: "Request timed out",
 }
 
 READ_ERROR_STATUSES = (400, 401, 431)
-"""Statuses of routes that ask nothing of a model."""
+"""Error statuses of routes that do not run a model."""
 
 MODEL_ERROR_STATUSES = (*READ_ERROR_STATUSES, 404, 408, 413, 429, 503, 504)
-"""Statuses of routes that let a model answer."""
+"""Error statuses of routes that run a model."""
 
 
 def describe_error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return what FastAPI's `responses` are for a route that may refuse with these statuses."""
+    """Return FastAPI's `responses` argument for a route that may fail with these statuses."""
     return {
         status: {"model": ErrorResponse, "description": _MEANINGS[status]} for status in statuses
     }
@@ -35,7 +35,7 @@ def describe_error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The answer; with `stream` events, one a chunk",
+        "description": "The completion; with `stream`, one server-sent event per chunk",
         "content": {
             "text/event-stream": {
                 "schema": {
@@ -47,17 +47,17 @@ STREAM: dict[int | str, dict[str, Any]] = {
         },
     }
 }
-"""What a route that streams answers beside JSON; the schema is that of an event."""
+"""Event-stream response of a route that can stream; the schema is that of one event."""
 
 
 class DescribedApp(FastAPI):
-    """An application whose document says what it does, where FastAPI's says what is usual."""
+    """A FastAPI application whose OpenAPI document lists its actual error statuses."""
 
     needs_keys: bool = False
-    """Whether routes but the open ones ask for a key."""
+    """Whether all routes except the public ones require an API key."""
 
     def openapi(self) -> dict[str, Any]:
-        """Return the document."""
+        """Return the OpenAPI document."""
         if self.openapi_schema is None:
             document = super().openapi()
             operations = [
@@ -66,7 +66,7 @@ class DescribedApp(FastAPI):
                 for operation in methods.values()
             ]
             for path, operation in operations:
-                # FastAPI's status of a request that does not fit; here it is 400.
+                # FastAPI's status for an invalid request; here it is 400.
                 operation["responses"].pop("422", None)
                 if self.needs_keys and path not in PUBLIC_PATHS:
                     operation["security"] = [{"key": []}]

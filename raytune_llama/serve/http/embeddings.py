@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings`: texts in, vectors out."""
+"""Route `POST /v1/embeddings`: embedding vectors of texts."""
 
 import base64
 import json
@@ -22,18 +22,18 @@ from raytune_llama.serve.protocol.embeddings import (
 )
 
 _CLIENT_GONE = 499
-"""As nginx calls it; nobody is there to read it."""
+"""nginx's status for a closed client connection; it reaches only the metrics."""
 
 
 class EmbeddingBackend(Protocol):
-    """A model that makes vectors."""
+    """A model that computes embeddings."""
 
     def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
-        """Yield the texts' number of tokens, then their vectors, some at a time, in order.
+        """Yield the total number of input tokens, then batches of vectors in input order.
 
         Raises:
-            RequestError: the request can't be answered; before the first item.
-            BusyError: as many requests wait as may; before the first vectors.
+            InvalidRequestError: the request is invalid; before the first item.
+            BusyError: too many requests are queued; before the first vectors.
             EngineError: the model has failed.
         """
         ...
@@ -42,12 +42,12 @@ class EmbeddingBackend(Protocol):
 def add_embeddings(
     app: FastAPI, backend_of: Callable[[str], EmbeddingBackend], limits: RequestLimits
 ) -> None:
-    """Add the route.
+    """Register the route.
 
     Args:
-        app: where.
-        backend_of: returns a model by its name, or raises what the client is told.
-        limits: bounds on every request.
+        app: application to extend.
+        backend_of: returns the backend of a model name, or raises the client's error.
+        limits: limits of every request.
     """
 
     @app.post(
@@ -56,37 +56,37 @@ def add_embeddings(
         responses=describe_error_responses(*MODEL_ERROR_STATUSES),
     )
     async def embed(request: EmbeddingRequest, connection: Request) -> Response:
-        """Make a vector of each text."""
+        """Create an embedding vector for each input text."""
         items = enforce_timeouts(backend_of(request.model).embed(request), limits)
-        made: list[Vectors] = []
+        batches: list[Vectors] = []
         async with aclosing(items):
             num_tokens = await anext(items)
             assert isinstance(num_tokens, int)
             async for vectors in items:
                 assert not isinstance(vectors, int)
-                made.append(vectors)
+                batches.append(vectors)
                 if await connection.is_disconnected():
                     return Response(status_code=_CLIENT_GONE)
-        pieces = _pieces(np.concatenate(made), num_tokens, request)
-        return StreamingResponse(pieces, media_type="application/json")
+        chunks = _encode_list(np.concatenate(batches), num_tokens, request)
+        return StreamingResponse(chunks, media_type="application/json")
 
 
-def _pieces(vectors: Vectors, num_tokens: int, request: EmbeddingRequest) -> Iterator[bytes]:
-    """Yield an `EmbeddingList` vector by vector: as one text it could have hundreds of megabytes.
+def _encode_list(vectors: Vectors, num_tokens: int, request: EmbeddingRequest) -> Iterator[bytes]:
+    """Yield an `EmbeddingList` vector by vector: as one string it could be hundreds of megabytes.
 
-    A plain iterator: it is run beside the event loop, which goes on.
+    A plain iterator: Starlette runs it in a thread, so that the event loop is not blocked.
     """
     usage = EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)
     frame = EmbeddingList(data=[], model=request.model, usage=usage).model_dump()
     frame.pop("data")
     yield json.dumps(frame).encode()[:-1] + b', "data": ['
     for index, vector in enumerate(vectors):
-        item = Embedding(index=index, embedding=_written(vector, request.encoding_format))
+        item = Embedding(index=index, embedding=_encode_vector(vector, request.encoding_format))
         yield (b", " if index else b"") + item.model_dump_json().encode()
     yield b"]}"
 
 
-def _written(vector: Vectors, form: str) -> list[float] | str:
+def _encode_vector(vector: Vectors, form: str) -> list[float] | str:
     if form == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
     return vector.tolist()

@@ -1,4 +1,4 @@
-"""A stream of server-sent events that lets go of what it tells of when it ends, however it ends."""
+"""A server-sent event stream that closes its generator when the response ends, however it ends."""
 
 from collections.abc import AsyncGenerator
 
@@ -10,10 +10,10 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events as they come.
+    """Streams server-sent events as they are produced.
 
-    Starlette leaves a stream whose client has gone to the garbage collector, which may come much
-    later; until then a model would go on.
+    Starlette leaves the generator of a disconnected client to the garbage collector, which may run
+    much later; until then the model would continue to generate.
     """
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
@@ -21,7 +21,7 @@ class EventStream(StreamingResponse):
         self._events = events
 
     async def stream_response(self, send: Send) -> None:
-        """Send the events; close what makes them."""
+        """Send the events, then close their generator."""
         try:
             await super().stream_response(send)
         finally:

@@ -1,4 +1,4 @@
-"""API keys: who may ask. Only their hashes are kept, and none is ever logged."""
+"""API keys. Only their SHA-256 hashes are stored, and no key is ever logged."""
 
 import hashlib
 import hmac
@@ -13,92 +13,94 @@ from raytune_llama.config.settings import ConfigError
 
 KEY_BYTES = 32
 ENVIRONMENT_NAME = "RAYTUNE_LLAMA_API_KEYS"
-"""Variable that holds hashes of keys, with commas or white space between them."""
+"""Environment variable with the hashes of keys, separated by commas or whitespace."""
 
 _HEX_DIGITS = 64
 
 
 @dataclass(frozen=True)
 class ApiKeys:
-    """The keys that are let in; empty: everyone is."""
+    """The accepted API keys; if empty, no key is required."""
 
     hashes: tuple[bytes, ...] = ()
-    """SHA256 of each."""
+    """SHA-256 hash of each key."""
 
     def find(self, key: str) -> str | None:
-        """Return a name of a key that is let in, the beginning of its hash; None: it is not.
+        """Return the name of an accepted key, the first 8 hex digits of its hash; otherwise None.
 
-        All keys are compared, each in constant time: how long it takes tells nothing.
+        All keys are compared, each in constant time, so that the duration reveals nothing.
         """
         digest = hashlib.sha256(key.encode()).digest()
         found = [known for known in self.hashes if hmac.compare_digest(known, digest)]
         return found[0].hex()[:8] if found else None
 
     def __add__(self, other: "ApiKeys") -> "ApiKeys":
-        """Return the keys of both."""
+        """Return the union of both sets of keys."""
         return ApiKeys(tuple(dict.fromkeys(self.hashes + other.hashes)))
 
 
 def _hash_of(text: str) -> bytes | None:
-    """Return the hash that is written in hexadecimal; None: none is."""
+    """Parse a SHA-256 hash in hexadecimal; None if the text is not one."""
     text = text.lower()
     is_hash = len(text) == _HEX_DIGITS and not set(text) - set("0123456789abcdef")
     return bytes.fromhex(text) if is_hash else None
 
 
 def keys_from_environment(environment: Mapping[str, str]) -> ApiKeys:
-    """Return the keys whose SHA256 hashes an environment has; none where it has no variable.
+    """Return the keys whose hashes are in the environment variable; none if it is not set.
 
     Raises:
-        ConfigError: the variable holds something else than hashes, as a plain key is.
+        ConfigError: the variable is empty or has an entry that is not a hash, such as a plain key.
     """
     texts = [text for text in re.split(r"[,\s]+", environment.get(ENVIRONMENT_NAME, "")) if text]
     hashes = [_hash_of(text) for text in texts]
-    # Not shown: they may be keys.
+    # The entries are not shown: they may be keys.
     problems = [
-        f"{ENVIRONMENT_NAME}: entry {number} is no SHA256 in hexadecimal; write the hash of the "
-        "key there, never the key"
+        f"{ENVIRONMENT_NAME}: entry {number} is not a SHA-256 hash in hexadecimal; set it to the "
+        "hash of the key, never to the key itself"
         for number, one in enumerate(hashes, start=1)
         if one is None
     ]
     if ENVIRONMENT_NAME in environment and not texts:
-        problems.append(f"{ENVIRONMENT_NAME}: has no key; unset it, or write hashes there")
+        problems.append(f"{ENVIRONMENT_NAME}: is empty; unset it, or set it to hashes of keys")
     if problems:
         raise ConfigError(problems)
     return ApiKeys(tuple(one for one in hashes if one is not None))
 
 
 def load_keys(path: Path | None, environment: Mapping[str, str]) -> ApiKeys:
-    """Return the keys of a file, None: no file, and those of an environment.
+    """Return the keys of a file (None: no file) and of an environment.
 
     Raises:
-        ConfigError: the file can't be read, holds no hash, or one of both holds something else.
+        ConfigError: the file can't be read or contains no hash, or an entry of either is not one.
     """
     found = keys_from_environment(environment)
     return found if path is None else read_keys(path) + found
 
 
 def read_keys(path: Path) -> ApiKeys:
-    """Read a file of SHA256 hashes, one a line in hexadecimal; `#` begins a remark.
+    """Read a file of SHA-256 hashes in hexadecimal, one per line; `#` starts a comment.
 
     Raises:
-        ConfigError: the file can't be read, holds no hash, or a line is none, as a plain key is.
+        ConfigError: the file can't be read, contains no hash, or has a line that is not a hash,
+            such as a plain key.
     """
     try:
         hashes = _read_hashes(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"keys_file: {path} can't be read: {error}"]) from error
     if not hashes:
-        raise ConfigError([f"keys_file: {path} has no key; nobody could ask anything"])
+        raise ConfigError([f"keys_file: {path} contains no hash; all requests would be rejected"])
     return ApiKeys(hashes)
 
 
 def _read_hashes(path: Path) -> tuple[bytes, ...]:
-    """Return the hashes of a file, maybe none.
+    """Return the hashes in a file, possibly none.
 
     Raises:
-        ConfigError: a line is none.
-        OSError: the file can't be read; or UnicodeDecodeError.
+        ConfigError: a line is not a hash.
+        OSError: the file can't be read.
+        UnicodeDecodeError: the file is not UTF-8.
     """
     hashes: list[bytes] = []
     problems: list[str] = []
@@ -110,10 +112,10 @@ def _read_hashes(path: Path) -> tuple[bytes, ...]:
         if found is not None:
             hashes.append(found)
         else:
-            # Not shown: it may be a key.
+            # The line is not shown: it may be a key.
             problems.append(
-                f"keys_file: {path}:{number} is no SHA256 in hexadecimal; write the hash of the "
-                "key there, never the key"
+                f"keys_file: {path}:{number} is not a SHA-256 hash in hexadecimal; write the hash "
+                "of the key, never the key itself"
             )
     if problems:
         raise ConfigError(problems)
@@ -121,29 +123,29 @@ def _read_hashes(path: Path) -> tuple[bytes, ...]:
 
 
 def make_key() -> tuple[str, str]:
-    """Return a new key and the line for the file of hashes."""
+    """Return a new key and its SHA-256 hash in hexadecimal, the line for the keys file."""
     key = f"sk-{secrets.token_urlsafe(KEY_BYTES)}"
     return key, hashlib.sha256(key.encode()).hexdigest()
 
 
 def append_hash(path: Path, line: str, name: str = "") -> None:
-    """Write a hash below those of a file, which only its owner may read from then on.
+    """Append a hash to a keys file and make the file readable by its owner only.
 
     Args:
-        path: of the file; made where it is not there.
-        line: as `make_key` returns it.
-        name: whose key it is, written as a remark.
+        path: keys file; created if missing.
+        line: hash as returned by `make_key`.
+        name: owner of the key, written as a comment.
 
     Raises:
-        ConfigError: the file has a line that is no hash: it is another file, or holds a key.
+        ConfigError: a line of the file is not a hash: it is another file, or contains a key.
     """
     if path.exists():
         _read_hashes(path)
-    remark = f"  # {' '.join(name.split())}" if name.strip() else ""
+    comment = f"  # {' '.join(name.split())}" if name.strip() else ""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "r+b") as file:
         os.fchmod(descriptor, 0o600)
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         begin = "" if file.read(1) in {b"", b"\n"} else "\n"
-        file.write(f"{begin}{line}{remark}\n".encode())
+        file.write(f"{begin}{line}{comment}\n".encode())

@@ -1,7 +1,7 @@
-"""What the endpoint measures, in Prometheus' terms, and the sum over several gateways.
+"""Prometheus metrics of the endpoint, and their sum over all gateways.
 
-Each gateway counts for itself; the counts of all are added where they are read, so that it does not
-matter which gateway is asked.
+Each gateway counts for itself; the sum is computed when it is read, so that every gateway returns
+the same.
 """
 
 import time
@@ -20,13 +20,13 @@ from raytune_llama.serve.generation.output import OutputDelta
 from raytune_llama.serve.http.timeouts import QueueTimeoutError, RequestTimeoutError
 
 FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Seconds."""
+"""Bucket bounds of the time to first token, in seconds."""
 
 TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
-"""Seconds a token."""
+"""Bucket bounds of the time per output token, in seconds."""
 
 REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-"""Seconds."""
+"""Bucket bounds of the request duration, in seconds."""
 
 _MODEL = ("model", "adapter")
 KNOWN_ROUTES = (
@@ -37,15 +37,15 @@ KNOWN_ROUTES = (
     "/health",
     "/metrics",
 )
-"""Routes that are counted by name."""
+"""Routes with their own value of the label `route`; all others count as `other`."""
 
 
 class ServeMetrics:
-    """The counts of one gateway."""
+    """Metrics of one gateway."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        """What is counted."""
+        """Prometheus registry of all these metrics."""
 
         def name(text: str) -> str:
             return f"raytune_llama_{text}"
@@ -59,46 +59,46 @@ class ServeMetrics:
         )
         self.finished_requests = Counter(
             name("answers"),
-            "Requests to models by how they ended",
+            "Model requests by outcome",
             (*_MODEL, "outcome"),
             registry=one,
         )
         self.prompt_tokens = Counter(
-            name("prompt_tokens"), "Tokens of prompts", _MODEL, registry=one
+            name("prompt_tokens"), "Prompt tokens processed", _MODEL, registry=one
         )
         self.completion_tokens = Counter(
             name("completion_tokens"), "Tokens generated", _MODEL, registry=one
         )
         self.running_requests = Gauge(
-            name("requests_running"), "Requests whose answer has begun", _MODEL, registry=one
+            name("requests_running"), "Requests that are generating tokens", _MODEL, registry=one
         )
         self.waiting_requests = Gauge(
-            name("requests_waiting"), "Requests before their first token", _MODEL, registry=one
+            name("requests_waiting"), "Requests waiting for their first token", _MODEL, registry=one
         )
         self.time_to_first_token = Histogram(
             name("time_to_first_token_seconds"),
-            "From a request to its first token",
+            "Time from a request to its first token",
             _MODEL,
             buckets=FIRST_TOKEN_BUCKETS,
             registry=one,
         )
         self.time_per_output_token = Histogram(
             name("time_per_output_token_seconds"),
-            "Between two tokens of an answer, its mean",
+            "Mean time per output token of a choice, after the first token",
             _MODEL,
             buckets=TOKEN_BUCKETS,
             registry=one,
         )
         self.request_seconds = Histogram(
             name("request_seconds"),
-            "From a request to its last token",
+            "Time from a request to its last token",
             _MODEL,
             buckets=REQUEST_BUCKETS,
             registry=one,
         )
 
     def families(self) -> list[Metric]:
-        """Return what was counted until now; can be pickled."""
+        """Return a picklable snapshot of all metrics."""
         return list(self.registry.collect())
 
 
@@ -111,7 +111,7 @@ class _Families(Collector):
 
 
 def sum_families(gateways: Iterable[Sequence[Metric]]) -> list[Metric]:
-    """Return the sum of what several gateways have counted, sample by sample."""
+    """Return the sum of several gateways' metrics, sample by sample."""
     sums: dict[str, tuple[Metric, dict[tuple[str, tuple[tuple[str, str], ...]], float]]] = {}
     for families in gateways:
         for family in families:
@@ -119,7 +119,7 @@ def sum_families(gateways: Iterable[Sequence[Metric]]) -> list[Metric]:
                 family.name, (Metric(family.name, family.documentation, family.type), {})
             )[1]
             for sample in family.samples:
-                # When a counter was made says nothing about a sum.
+                # Creation times of counters have no sum.
                 if sample.name.endswith("_created"):
                     continue
                 key = (sample.name, tuple(sorted(sample.labels.items())))
@@ -132,46 +132,46 @@ def sum_families(gateways: Iterable[Sequence[Metric]]) -> list[Metric]:
 
 
 def render_exposition(families: Sequence[Metric]) -> bytes:
-    """Return what Prometheus reads, in its text format."""
+    """Return metrics in Prometheus' text exposition format."""
     registry = CollectorRegistry()
     registry.register(_Families(families))
     return generate_latest(registry)
 
 
 class RequestMetricsRecorder:
-    """Counts one request's answers as they pass."""
+    """Records the metrics of one request while its output passes through."""
 
-    def __init__(self, meter: ServeMetrics, model: str) -> None:
-        """Begin.
+    def __init__(self, metrics: ServeMetrics, model: str) -> None:
+        """Start the request's timer.
 
         Args:
-            meter: where it is counted.
-            model: name of a model that there is, or `model:adapter`.
+            metrics: metrics to update.
+            model: name of a served model, or `model:adapter`.
         """
         base, _, adapter = model.partition(":")
-        self._meter, self._base = meter, base
-        # The adapter's name is the caller's until the model has taken it: no label before.
+        self._metrics, self._base = metrics, base
+        # The adapter's name is client input until the model has accepted it: no label before that.
         self._wanted, self._adapter = adapter, ""
         self._start = time.perf_counter()
-        # First and last time and count of tokens, by answer.
+        # Times of the first and the last delta and number of tokens, by choice index.
         self._times: dict[int, tuple[float, float, int]] = {}
 
     async def record(
         self, items: AsyncGenerator[int | OutputDelta, None]
     ) -> AsyncGenerator[int | OutputDelta, None]:
-        """Yield what a backend yields."""
-        meter, outcome = self._meter, "gone"
-        gauge = meter.waiting_requests.labels(self._base, "")
+        """Yield the backend's items unchanged, and record them."""
+        metrics, outcome = self._metrics, "gone"
+        gauge = metrics.waiting_requests.labels(self._base, "")
         gauge.inc()
         try:
             async with aclosing(items):
                 async for item in items:
                     if isinstance(item, int):
                         self._adapter = self._wanted
-                        meter.prompt_tokens.labels(self._base, self._adapter).inc(item)
-                    elif self._take(item):
+                        metrics.prompt_tokens.labels(self._base, self._adapter).inc(item)
+                    elif self._record_delta(item):
                         gauge.dec()
-                        gauge = meter.running_requests.labels(self._base, self._adapter)
+                        gauge = metrics.running_requests.labels(self._base, self._adapter)
                         gauge.inc()
                     yield item
             outcome = "ok"
@@ -191,54 +191,54 @@ class RequestMetricsRecorder:
             gauge.dec()
             self._end(outcome)
 
-    def _take(self, part: OutputDelta) -> bool:
-        """Count a part; return whether it is the first."""
+    def _record_delta(self, delta: OutputDelta) -> bool:
+        """Record a delta; return whether it is the request's first."""
         now = time.perf_counter()
         is_first = not self._times
         if is_first:
-            self._meter.time_to_first_token.labels(self._base, self._adapter).observe(
+            self._metrics.time_to_first_token.labels(self._base, self._adapter).observe(
                 now - self._start
             )
-        self._meter.completion_tokens.labels(self._base, self._adapter).inc(part.num_tokens)
-        first, _, count = self._times.get(part.index, (now, now, 0))
-        self._times[part.index] = (first, now, count + part.num_tokens)
+        self._metrics.completion_tokens.labels(self._base, self._adapter).inc(delta.num_tokens)
+        first, _, count = self._times.get(delta.index, (now, now, 0))
+        self._times[delta.index] = (first, now, count + delta.num_tokens)
         return is_first
 
     def _end(self, outcome: str) -> None:
         labels = (self._base, self._adapter)
-        self._meter.finished_requests.labels(*labels, outcome).inc()
+        self._metrics.finished_requests.labels(*labels, outcome).inc()
         for first, last, count in self._times.values():
             if count > 1:
-                self._meter.time_per_output_token.labels(*labels).observe(
+                self._metrics.time_per_output_token.labels(*labels).observe(
                     (last - first) / (count - 1)
                 )
         if outcome == "ok":
-            self._meter.request_seconds.labels(*labels).observe(time.perf_counter() - self._start)
+            self._metrics.request_seconds.labels(*labels).observe(time.perf_counter() - self._start)
 
 
 class HttpMetricsMiddleware:
-    """Counts what is asked over HTTP, by route and status, refusals too."""
+    """Counts HTTP requests by route and status, rejected ones included."""
 
-    def __init__(self, app: ASGIApp, meter: ServeMetrics) -> None:
-        self._app, self._meter = app, meter
+    def __init__(self, app: ASGIApp, metrics: ServeMetrics) -> None:
+        self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on and note its answer's status."""
+        """Forward a request and count the status of its response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # Only known routes become labels: what callers make up must not fill the memory.
+        # Only known routes become labels: paths that clients make up must not grow memory.
         route = next((r for r in KNOWN_ROUTES if scope["path"].startswith(r)), "other")
-        # 499: the client had gone before its answer began.
+        # 499: the client disconnected before the response began.
         status = 499
 
-        async def noted(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, send_and_note)
         finally:
-            self._meter.http_requests.labels(route, str(status)).inc()
+            self._metrics.http_requests.labels(route, str(status)).inc()

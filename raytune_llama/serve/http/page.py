@@ -1,6 +1,6 @@
-"""The chat page at `/`: sent as one file, under a policy that lets nothing else run.
+"""The chat page at `/`: a single file, with a content security policy that runs nothing else.
 
-The page itself holds no secret and needs no key; whatever it asks the API does.
+The page itself contains no secret and needs no API key; its API requests do.
 """
 
 import base64
@@ -26,12 +26,12 @@ def add_page(app: FastAPI) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        """Send the page."""
+        """Return the chat page."""
         return HTMLResponse(html, headers=headers)
 
 
 def join_page(folder: Path) -> str:
-    """Return the page of a folder with its style and script within it."""
+    """Return a folder's chat page with its style and script inlined."""
     html, css, js = (
         (folder / f"chat.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
     )
@@ -41,10 +41,10 @@ def join_page(folder: Path) -> str:
 
 
 def content_policy(html: str) -> str:
-    """Return the policy under which a page runs its own script and style, known by their hashes.
+    """Return a content security policy that allows only the page's own script and style, by hash.
 
-    It talks to the server that it came from and to nobody else, and a browser that knows trusted
-    types refuses to take any text for HTML.
+    The page may connect only to its own server, and browsers that support Trusted Types refuse to
+    parse any string as HTML.
     """
     allowed = {
         "default-src": "'none'",
@@ -62,7 +62,7 @@ def content_policy(html: str) -> str:
 
 
 def _hash_of(html: str, tag: str) -> str:
-    """Return the source expression of a page's only inline element of a kind."""
+    """Return the CSP source expression of a page's only inline element with a tag."""
     found = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
     assert len(found) == 1, tag
     digest = base64.b64encode(hashlib.sha256(found[0].encode()).digest()).decode()

@@ -1,9 +1,9 @@
-"""How much each key may ask for, over all gateways together.
+"""Rate limits per API key, shared by all gateways.
 
-    books = LocalBooks(KeyLimits(requests_per_minute=60), meter)
+    rate_limiter = LocalRateLimitClient(KeyLimits(requests_per_minute=60), metrics)
 
-A gateway asks before it passes a request on, and tells when the answer has ended. What stands in
-for several gateways is in `raytune_llama.serve.gateway`.
+A gateway requests admission before it forwards a request, and releases it after the response. The
+client for several gateways is in `raytune_llama.serve.gateway`.
 """
 
 import time
@@ -19,13 +19,13 @@ from raytune_llama.serve.config import KeyLimits
 from raytune_llama.serve.http.metrics import ServeMetrics, sum_families
 
 GATEWAY_TIMEOUT_SECONDS = 15.0
-"""A gateway that was not heard of for so long has ended, and what it held is free."""
+"""Seconds without a message after which a gateway counts as dead and its requests as ended."""
 
 ANONYMOUS_KEY = "anybody"
-"""Stands for the key where none is asked for."""
+"""Key name of requests without an accepted API key."""
 
 KEY_NAME = "raytune_llama.key"
-"""Entry of a request's ASGI scope: the name of the key it came with."""
+"""Entry of a request's ASGI scope with the name of its API key."""
 
 
 @dataclass
@@ -42,21 +42,21 @@ class _GatewayState:
 
 
 class RateLimiter:
-    """What every key has asked for, and what all gateways have counted."""
+    """Rate limiter over all gateways; it also holds their metrics."""
 
     def __init__(self, limits: KeyLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin with nothing asked.
+        """Create a rate limiter without any requests.
 
         Args:
-            limits: of every key.
-            clock: seconds.
+            limits: limits of every key.
+            clock: returns the time in seconds.
         """
         self._limits, self._clock = limits, clock
         self._buckets: dict[str, _Bucket] = {}
         self._gateways: dict[str, _GatewayState] = defaultdict(lambda: _GatewayState(clock()))
 
     def admit(self, gateway: str, key: str) -> float | None:
-        """Take a request of a key in; return seconds to wait where it may not be yet, or None."""
+        """Admit a request of a key and return None, or return the seconds to wait."""
         now = self._clock()
         here = self._mark_seen(gateway, now)
         limits = self._limits
@@ -79,22 +79,22 @@ class RateLimiter:
         return None
 
     def release(self, gateway: str, key: str) -> None:
-        """Note that a request which was taken in has ended."""
+        """Record the end of an admitted request."""
         running = self._mark_seen(gateway, self._clock()).running
         running[key] = max(0, running[key] - 1)
 
     def push(self, gateway: str, families: Sequence[Metric]) -> None:
-        """Take what a gateway has counted since it began."""
+        """Store a gateway's metrics, counted since it started."""
         self._mark_seen(gateway, self._clock()).families = families
 
     def families(self) -> list[Metric]:
-        """Return what all gateways have counted, those that have ended too."""
+        """Return the sum of all gateways' metrics, dead gateways included."""
         now = self._clock()
         counted: list[Sequence[Metric]] = []
         for one in self._gateways.values():
-            # What a gateway holds at the moment is gone with it; what it has counted is not.
-            lives = self._is_alive(one, now)
-            counted.append([f for f in one.families if lives or f.type != "gauge"])
+            # A dead gateway's gauges are void; its counters and histograms are not.
+            is_alive = self._is_alive(one, now)
+            counted.append([f for f in one.families if is_alive or f.type != "gauge"])
         return sum_families(counted)
 
     def _mark_seen(self, gateway: str, now: float) -> _GatewayState:
@@ -109,67 +109,67 @@ class RateLimiter:
 
 
 class RateLimitClient(Protocol):
-    """The ledger as a gateway sees it."""
+    """A gateway's interface to the rate limiter."""
 
     async def admit(self, key: str) -> float | None:
-        """Take a request of a key in; return seconds to wait where it may not be yet, or None."""
+        """Admit a request of a key and return None, or return the seconds to wait."""
         ...
 
     def release(self, key: str) -> None:
-        """Note that a request which was taken in has ended."""
+        """Record the end of an admitted request."""
         ...
 
     async def families(self) -> list[Metric]:
-        """Return what all gateways have counted."""
+        """Return the sum of all gateways' metrics."""
         ...
 
 
 class LocalRateLimitClient:
-    """The ledger of one gateway that stands alone."""
+    """Rate limiter of a single gateway, in its own process."""
 
-    def __init__(self, limits: KeyLimits, meter: ServeMetrics) -> None:
-        self._ledger, self._meter = RateLimiter(limits), meter
+    def __init__(self, limits: KeyLimits, metrics: ServeMetrics) -> None:
+        self._rate_limiter, self._metrics = RateLimiter(limits), metrics
 
     async def admit(self, key: str) -> float | None:
-        """Take a request in; see `RateLimitClient`."""
-        return self._ledger.admit("", key)
+        """Admit a request; see `RateLimitClient`."""
+        return self._rate_limiter.admit("", key)
 
     def release(self, key: str) -> None:
-        """Note a request's end."""
-        self._ledger.release("", key)
+        """Record the end of a request."""
+        self._rate_limiter.release("", key)
 
     async def families(self) -> list[Metric]:
-        """Return what was counted."""
-        return self._meter.families()
+        """Return this gateway's metrics."""
+        return self._metrics.families()
 
 
 class RateLimitMiddleware:
-    """Asks the ledger before a request is passed on; plain ASGI, inside of what checks keys."""
+    """Enforces the rate limits; plain ASGI, runs after the middleware that checks keys."""
 
     def __init__(
-        self, app: ASGIApp, books: RateLimitClient, refuse: Callable[[float], ASGIApp]
+        self, app: ASGIApp, rate_limiter: RateLimitClient, reject: Callable[[float], ASGIApp]
     ) -> None:
-        """Stand before an application.
+        """Wrap an application.
 
         Args:
-            app: what is passed on to.
-            books: the ledger.
-            refuse: makes the answer to one who must wait so many seconds.
+            app: the wrapped application.
+            rate_limiter: admits or rejects requests.
+            reject: builds the response to a rejected request from the seconds to wait.
         """
-        self._app, self._books, self._refuse = app, books, refuse
+        self._app, self._rate_limiter, self._reject = app, rate_limiter, reject
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
-        # What only reads costs nothing.
+        """Forward a request, or reject it with 429."""
+        # Only POST requests count.
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         key = scope.get(KEY_NAME, ANONYMOUS_KEY)
-        wait = await self._books.admit(key)
+        wait = await self._rate_limiter.admit(key)
         if wait is not None:
-            await self._refuse(wait)(scope, receive, send)
+            await self._reject(wait)(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
         finally:
-            self._books.release(key)
+            self._rate_limiter.release(key)

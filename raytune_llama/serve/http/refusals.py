@@ -1,4 +1,4 @@
-"""What goes wrong, told in OpenAI's form."""
+"""Errors in OpenAI's format."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from raytune_llama.serve.protocol.chat import ErrorBody, ErrorResponse
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1
-"""What a client that was refused for load is told to wait."""
+"""Default of the header Retry-After for 429 and 503, in seconds."""
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _MAX_PROBLEMS = 8
@@ -29,7 +29,7 @@ _MAX_MESSAGE_CHARACTERS = 2000
 
 
 class ApiError(HTTPException):
-    """A status with OpenAI's body."""
+    """HTTP error with OpenAI's error body."""
 
     def __init__(
         self, status: int, body: ErrorBody, headers: Mapping[str, str] | None = None
@@ -45,14 +45,14 @@ def build_api_error(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> ApiError:
-    """Return a refusal.
+    """Return an error with OpenAI's body.
 
     Args:
-        status: of HTTP.
-        message: what is wrong; a client's own words in it are cut where they are long.
-        param: the field at fault.
-        code: OpenAI's name of what is wrong, where it has one.
-        headers: beside those that the status asks for.
+        status: HTTP status.
+        message: what is wrong; long messages, which may quote the client, are truncated.
+        param: the invalid field.
+        code: OpenAI's error code, if one applies.
+        headers: additional headers; Retry-After is set for 429 and 503.
     """
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     retry = {"Retry-After": str(RETRY_SECONDS)} if status in {429, 503} else {}
@@ -62,14 +62,14 @@ def build_api_error(
     return ApiError(status, body, {**retry, **(headers or {})})
 
 
-def build_error_response(refusal: ApiError) -> JSONResponse:
-    """Return the answer that tells a refusal."""
-    content = ErrorResponse(error=refusal.body).model_dump()
-    return JSONResponse(content, refusal.status_code, headers=refusal.headers)
+def build_error_response(error: ApiError) -> JSONResponse:
+    """Return the HTTP response for an error."""
+    content = ErrorResponse(error=error.body).model_dump()
+    return JSONResponse(content, error.status_code, headers=error.headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Let whatever goes wrong be told in OpenAI's form."""
+    """Register handlers that return every error in OpenAI's format."""
 
     def on(kind: type[Exception], make: Callable[[Any], ApiError]) -> None:
         async def handle(_: Request, error: Exception) -> JSONResponse:
@@ -77,8 +77,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
         app.add_exception_handler(kind, handle)
 
-    on(RequestValidationError, _of_validation)
-    on(HTTPException, _of_status)
+    on(RequestValidationError, _from_validation_error)
+    on(HTTPException, _from_http_exception)
     on(InvalidRequestError, lambda error: build_api_error(400, error.message, error.param))
     on(
         UnknownModelError,
@@ -87,14 +87,18 @@ def add_error_handlers(app: FastAPI) -> None:
     on(BusyError, lambda error: build_api_error(429, str(error), code="rate_limit_exceeded"))
     on(EngineError, lambda error: build_api_error(503, str(error)))
     on(QueueTimeoutError, lambda error: build_api_error(503, str(error), code="queue_timeout"))
-    # Clients of OpenAI's ask again by themselves where this header does not stop them.
-    once = {"X-Should-Retry": "false"}
-    on(RequestTimeoutError, lambda error: build_api_error(504, str(error), None, "timeout", once))
-    # Starlette raises it again, so that the server logs it.
-    on(Exception, lambda _: build_api_error(500, "the server has failed; its log says why"))
+    # OpenAI's clients retry by themselves unless this header is set.
+    no_retry = {"X-Should-Retry": "false"}
+    on(
+        RequestTimeoutError,
+        lambda error: build_api_error(504, str(error), None, "timeout", no_retry),
+    )
+    # Starlette re-raises it, so that the server logs it.
+    text = "The server had an error while processing your request"
+    on(Exception, lambda _: build_api_error(500, text))
 
 
-def _of_validation(error: RequestValidationError) -> ApiError:
+def _from_validation_error(error: RequestValidationError) -> ApiError:
     problems = error.errors()[:_MAX_PROBLEMS]
     text = "; ".join(
         f"{_path(one) or 'body'}: {one['msg'].removeprefix('Value error, ')}" for one in problems
@@ -103,11 +107,11 @@ def _of_validation(error: RequestValidationError) -> ApiError:
 
 
 def _path(one: Mapping[str, Any]) -> str:
-    """Return the field at fault, with dots."""
+    """Return the dotted path of the invalid field."""
     return ".".join(str(part) for part in one["loc"] if part not in {"body", "path"})[:256]
 
 
-def _of_status(error: HTTPException) -> ApiError:
+def _from_http_exception(error: HTTPException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     return build_api_error(error.status_code, error.detail, headers=error.headers)

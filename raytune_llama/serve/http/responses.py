@@ -1,4 +1,4 @@
-"""OpenAI's answers, made of the parts that a model's answers come in."""
+"""Builds OpenAI's responses and chunks from a model's output deltas."""
 
 import time
 import uuid
@@ -37,35 +37,35 @@ from raytune_llama.serve.protocol.tools import (
 
 @dataclass
 class ChoiceAccumulator:
-    """One of a request's answers, as far as it has come."""
+    """One of a request's `n` choices, as generated so far."""
 
     text: str = ""
     deltas: list[OutputDelta] = field(default_factory=list)
     finish_reason: FinishReason = "stop"
     calls: list[ToolCall] = field(default_factory=list)
 
-    def add(self, part: OutputDelta) -> None:
-        """Take a part in."""
-        self.text += part.text
-        self.deltas.append(part)
-        self.finish_reason = part.finish_reason or self.finish_reason
-        for piece in part.calls:
-            if piece.id is not None and piece.name is not None:
-                function = CalledFunction(name=piece.name, arguments="")
-                self.calls.append(ToolCall(id=piece.id, function=function))
-            self.calls[piece.index].function.arguments += piece.arguments
+    def add(self, delta: OutputDelta) -> None:
+        """Append a delta."""
+        self.text += delta.text
+        self.deltas.append(delta)
+        self.finish_reason = delta.finish_reason or self.finish_reason
+        for chunk in delta.calls:
+            if chunk.id is not None and chunk.name is not None:
+                function = CalledFunction(name=chunk.name, arguments="")
+                self.calls.append(ToolCall(id=chunk.id, function=function))
+            self.calls[chunk.index].function.arguments += chunk.arguments
 
 
 @dataclass
 class TokenCounts:
-    """Tokens of a request."""
+    """Number of prompt and completion tokens of a request."""
 
     prompt: int = 0
     completion: int = 0
 
     @property
     def usage(self) -> Usage:
-        """As OpenAI tells them."""
+        """Counts in OpenAI's format."""
         return Usage(
             prompt_tokens=self.prompt,
             completion_tokens=self.completion,
@@ -74,18 +74,18 @@ class TokenCounts:
 
 
 class ChatResponseBuilder:
-    """Answers of `/v1/chat/completions`."""
+    """Builds the responses of `/v1/chat/completions`."""
 
     def __init__(self, request: ChatRequest) -> None:
         self._model, self._wants_logprobs = request.model, request.logprobs
-        # An answer that has calls alone has no text, not an empty one.
+        # A message that has only tool calls has null content, not an empty string.
         self._begin = Delta(role="assistant", content=None if request.shown_tools else "")
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
 
     def build_response(
         self, answers: Sequence[ChoiceAccumulator], counts: TokenCounts
     ) -> BaseModel:
-        """Return the answer to a request that is not streamed."""
+        """Return the response to a request that is not streamed."""
         choices = [
             ChatChoice(
                 index=index,
@@ -107,14 +107,14 @@ class ChatResponseBuilder:
         )
 
     def build_first_chunks(self, num_choices: int) -> Iterator[BaseModel]:
-        """Yield the chunks before the first part."""
+        """Yield the chunks that precede the first delta."""
         for index in range(num_choices):
             yield self._chunk(index, self._begin)
 
     def build_chunk(self, part: OutputDelta) -> BaseModel:
-        """Return the chunk of a part."""
+        """Return the chunk of a delta."""
         has_text = part.text or (part.tokens and not part.calls)
-        calls = [_call_delta(piece) for piece in part.calls]
+        calls = [_call_delta(chunk) for chunk in part.calls]
         delta = Delta(content=part.text if has_text else None, tool_calls=calls or None)
         chunk = self._chunk(part.index, delta)
         chunk.choices[0].logprobs = self._logprobs([part])
@@ -122,7 +122,7 @@ class ChatResponseBuilder:
         return chunk
 
     def build_usage_chunk(self, counts: TokenCounts) -> BaseModel:
-        """Return the chunk with the counts."""
+        """Return the last chunk, with the token counts."""
         return self._chunk(None, Delta(), counts.usage)
 
     def _chunk(self, index: int | None, delta: Delta, usage: Usage | None = None) -> ChatChunk:
@@ -138,24 +138,24 @@ class ChatResponseBuilder:
 
 
 class CompletionResponseBuilder:
-    """Answers of `/v1/completions`."""
+    """Builds the responses of `/v1/completions`."""
 
     def __init__(self, request: CompletionRequest, prompt_text: str = "") -> None:
-        """Begin an answer.
+        """Create a builder for one request.
 
         Args:
-            request: what is answered.
-            prompt_text: what the answer begins with, where `echo` asks for it.
+            request: request to respond to.
+            prompt_text: prompt echoed before each completion; empty without `echo`.
         """
         self._model, self._wants_logprobs = request.model, request.logprobs is not None
         self._prompt_text = prompt_text
         self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
-        self._told: dict[int, int] = {}
+        self._num_sent_characters: dict[int, int] = {}
 
     def build_response(
         self, answers: Sequence[ChoiceAccumulator], counts: TokenCounts
     ) -> BaseModel:
-        """Return the answer to a request that is not streamed."""
+        """Return the response to a request that is not streamed."""
         choices = [
             CompletionChoice(
                 index=index,
@@ -168,16 +168,16 @@ class CompletionResponseBuilder:
         return self._completion(choices, counts.usage)
 
     def build_first_chunks(self, num_choices: int) -> Iterator[BaseModel]:
-        """Yield the chunks before the first part."""
+        """Yield the chunks that precede the first delta."""
         for index in range(num_choices if self._prompt_text else 0):
-            self._told[index] = len(self._prompt_text)
+            self._num_sent_characters[index] = len(self._prompt_text)
             choice = CompletionChoice(index=index, text=self._prompt_text, finish_reason=None)
             yield self._completion([choice])
 
     def build_chunk(self, part: OutputDelta) -> BaseModel:
-        """Return the chunk of a part."""
-        start = self._told.get(part.index, 0)
-        self._told[part.index] = start + len(part.text)
+        """Return the chunk of a delta."""
+        start = self._num_sent_characters.get(part.index, 0)
+        self._num_sent_characters[part.index] = start + len(part.text)
         choice = CompletionChoice(
             index=part.index,
             text=part.text,
@@ -187,7 +187,7 @@ class CompletionResponseBuilder:
         return self._completion([choice])
 
     def build_usage_chunk(self, counts: TokenCounts) -> BaseModel:
-        """Return the chunk with the counts."""
+        """Return the last chunk, with the token counts."""
         return self._completion([], counts.usage)
 
     def _completion(
@@ -214,15 +214,15 @@ class CompletionResponseBuilder:
 
 
 ResponseBuilder = ChatResponseBuilder | CompletionResponseBuilder
-"""Of either kind of answer."""
+"""Response builder of either endpoint."""
 
 
-def _call_delta(piece: ToolCallChunk) -> ToolCallDelta:
+def _call_delta(chunk: ToolCallChunk) -> ToolCallDelta:
     return ToolCallDelta(
-        index=piece.index,
-        id=piece.id,
-        type=None if piece.id is None else "function",
-        function=FunctionDelta(name=piece.name, arguments=piece.arguments),
+        index=chunk.index,
+        id=chunk.id,
+        type=None if chunk.id is None else "function",
+        function=FunctionDelta(name=chunk.name, arguments=chunk.arguments),
     )
 
 

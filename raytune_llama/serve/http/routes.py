@@ -1,8 +1,8 @@
-"""OpenAI's API over HTTP: requests in, answers or streams of them out. Knows no model and no Ray.
+"""OpenAI's API over HTTP: the application, its routes and middleware. Needs neither torch nor Ray.
 
-Every route but `/health` and the chat page asks for a key where there are keys. What goes wrong is
-told in OpenAI's form. A stream's first part is awaited before its status is sent, so that a refusal
-has its own.
+If API keys are configured, every route but `/health` and the chat page requires one. Errors have
+OpenAI's format. A stream's first delta is awaited before its status is sent, so that an error has a
+status of its own.
 """
 
 import logging
@@ -73,22 +73,22 @@ logger = logging.getLogger(__name__)
 
 
 class ModelBackend(EmbeddingBackend, Protocol):
-    """A model that answers."""
+    """A model that generates text and computes embeddings."""
 
     def answer(
         self, request: ChatRequest | CompletionRequest
     ) -> AsyncGenerator[int | OutputDelta, None]:
-        """Yield the prompt's number of tokens, then the parts of all answers.
+        """Yield the number of prompt tokens, then the output deltas of all choices.
 
         Raises:
-            RequestError: the request can't be answered; before the first item.
-            BusyError: as many requests wait as may; before the first part.
+            InvalidRequestError: the request is invalid; before the first item.
+            BusyError: too many requests are queued; before the first delta.
             EngineError: the model has failed.
         """
         ...
 
     async def adapters(self) -> Sequence[str]:
-        """Return the names of the adapters that may stand behind the model's and a colon.
+        """Return the names of the model's adapters, as in `model:adapter`.
 
         Raises:
             EngineError: they can't be listed.
@@ -96,7 +96,7 @@ class ModelBackend(EmbeddingBackend, Protocol):
         ...
 
     async def check(self) -> None:
-        """Raise EngineError where the model can't answer."""
+        """Raise EngineError if the model can't serve requests."""
         ...
 
 
@@ -105,43 +105,45 @@ def build_http_app(
     keys: ApiKeys,
     limits: RequestLimits | None = None,
     *,
-    meter: ServeMetrics | None = None,
-    books: RateLimitClient | None = None,
+    metrics: ServeMetrics | None = None,
+    rate_limiter: RateLimitClient | None = None,
 ) -> FastAPI:
     """Build the application.
 
     Args:
-        backends: models by the names that requests use.
-        keys: who may ask.
-        limits: bounds on every request; None: the defaults.
-        meter: what counts; None: one that is made here.
-        books: what admits requests and adds counts up; None: this gateway stands alone, and no
-            key is limited.
+        backends: models by their names in requests.
+        keys: accepted API keys.
+        limits: limits of every request; None: the defaults.
+        metrics: metrics to update; None: new ones.
+        rate_limiter: admits requests and sums the metrics of all gateways; None: that of a single
+            gateway, without limits.
     """
     limits = limits or RequestLimits()
-    meter = meter or ServeMetrics()
-    books = books or LocalRateLimitClient(KeyLimits(), meter)
+    metrics = metrics or ServeMetrics()
+    rate_limiter = rate_limiter or LocalRateLimitClient(KeyLimits(), metrics)
     app = DescribedApp(title="raytune_llama", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.needs_keys = bool(keys.hashes)
     app.router.route_class = build_route_class(limits.json_depth)
     add_error_handlers(app)
-    _add_middleware(app, keys, limits, meter, books)
-    _add_monitoring(app, backends, books)
+    _add_middleware(app, keys, limits, metrics, rate_limiter)
+    _add_monitoring(app, backends, rate_limiter)
     add_page(app)
 
     def backend_of(name: str) -> ModelBackend:
-        # What stands behind the colon is the backend's to know.
+        # The part after the colon is the backend's to resolve.
         base = name.partition(":")[0]
         if base not in backends:
             known = ", ".join(backends)
-            raise UnknownModelError(f"no model {base!r}; there is {known}", "model")
+            raise UnknownModelError(
+                f"The model `{base}` does not exist. Available models: {known}", "model"
+            )
         return backends[base]
 
     def counted(
         request: ChatRequest | CompletionRequest,
     ) -> AsyncGenerator[int | OutputDelta, None]:
         items = enforce_timeouts(backend_of(request.model).answer(request), limits)
-        return RequestMetricsRecorder(meter, request.model).record(items)
+        return RequestMetricsRecorder(metrics, request.model).record(items)
 
     _add_models(app, backends, backend_of)
     _add_answers(app, counted)
@@ -152,12 +154,12 @@ def build_http_app(
 def _add_models(
     app: FastAPI, backends: Mapping[str, ModelBackend], backend_of: Callable[[str], ModelBackend]
 ) -> None:
-    """Add the routes that tell what there is."""
+    """Register the routes that list and describe the models."""
     created = int(time.time())
 
     @app.get("/v1/models", responses=describe_error_responses(*READ_ERROR_STATUSES, 503))
     async def models() -> ModelList:
-        """List the models."""
+        """List the available models, adapters included."""
         return ModelList(
             data=[
                 ModelCard(id=name, created=created)
@@ -170,9 +172,11 @@ def _add_models(
         "/v1/models/{name}", responses=describe_error_responses(*READ_ERROR_STATUSES, 404, 503)
     )
     async def model(name: str) -> ModelCard:
-        """Describe a model."""
+        """Retrieve a model by its name."""
         if name not in await _names(name.partition(":")[0], backend_of(name)):
-            raise UnknownModelError(f"no model {name!r}; /v1/models lists all", "model")
+            raise UnknownModelError(
+                f"The model `{name}` does not exist. GET /v1/models lists all models.", "model"
+            )
         return ModelCard(id=name, created=created)
 
 
@@ -180,99 +184,107 @@ def _add_answers(
     app: FastAPI,
     counted: Callable[[ChatRequest | CompletionRequest], AsyncGenerator[int | OutputDelta, None]],
 ) -> None:
-    """Add the routes that answer.
+    """Register the routes that generate text.
 
     Args:
-        app: where they go.
-        counted: asks the model that a request names.
+        app: application to extend.
+        counted: runs a request on its model and records its metrics.
     """
-    answers = STREAM | describe_error_responses(*MODEL_ERROR_STATUSES)
+    responses = STREAM | describe_error_responses(*MODEL_ERROR_STATUSES)
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=answers)
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=responses)
     async def chat(request: ChatRequest) -> Response:
-        """Answer a conversation."""
+        """Create a model response for a conversation."""
         return await _respond(counted(request), request, ChatResponseBuilder(request))
 
-    @app.post("/v1/completions", response_model=Completion, responses=answers)
+    @app.post("/v1/completions", response_model=Completion, responses=responses)
     async def complete(request: CompletionRequest) -> Response:
-        """Go on with a text."""
+        """Create a completion of a prompt."""
         echoed = request.prompt if request.echo and isinstance(request.prompt, str) else ""
-        shape = CompletionResponseBuilder(request, echoed)
-        return await _respond(counted(request), request, shape)
+        builder = CompletionResponseBuilder(request, echoed)
+        return await _respond(counted(request), request, builder)
 
 
 def _add_middleware(
-    app: FastAPI, keys: ApiKeys, limits: RequestLimits, meter: ServeMetrics, books: RateLimitClient
+    app: FastAPI,
+    keys: ApiKeys,
+    limits: RequestLimits,
+    metrics: ServeMetrics,
+    rate_limiter: RateLimitClient,
 ) -> None:
-    """Add what stands before the routes; the last one added is the first one asked."""
-    app.add_middleware(RateLimitMiddleware, books=books, refuse=_build_rate_limit_response)
+    """Register the middleware; the last one added is the first to see a request."""
+    app.add_middleware(
+        RateLimitMiddleware, rate_limiter=rate_limiter, reject=_build_rate_limit_response
+    )
     app.add_middleware(RequestGuardMiddleware, keys=keys, limits=limits)
     if limits.allow_origins:
-        # Before the guard: browsers ask without a key whether they may ask.
+        # Before the guard: browsers send CORS preflight requests without a key.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=limits.allow_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    app.add_middleware(HttpMetricsMiddleware, meter=meter)
+    app.add_middleware(HttpMetricsMiddleware, metrics=metrics)
 
 
 def _build_rate_limit_response(seconds: float) -> JSONResponse:
-    after = {"Retry-After": str(math.ceil(seconds))}
-    text = "this key asks for more than it may"
+    wait = math.ceil(seconds)
+    message = f"Rate limit exceeded for this API key. Please try again in {wait}s."
+    headers = {"Retry-After": str(wait)}
     return build_error_response(
-        build_api_error(429, text, code="rate_limit_exceeded", headers=after)
+        build_api_error(429, message, code="rate_limit_exceeded", headers=headers)
     )
 
 
 def _add_monitoring(
-    app: FastAPI, backends: Mapping[str, ModelBackend], books: RateLimitClient
+    app: FastAPI, backends: Mapping[str, ModelBackend], rate_limiter: RateLimitClient
 ) -> None:
-    """Add the routes by which the endpoint is watched."""
+    """Register the routes for health checks and metrics."""
 
     @app.get("/health", response_class=Response, responses=describe_error_responses(503))
     async def health() -> Response:
-        """Say whether every model can answer."""
+        """Check that every model can serve requests."""
         for backend in backends.values():
             await backend.check()
         return Response(status_code=200)
 
     text = {"schema": {"type": "string"}}
-    told: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": text}}}
+    exposition: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": text}}}
 
     @app.get(
         "/metrics",
         response_class=Response,
-        responses=told | describe_error_responses(*READ_ERROR_STATUSES),
+        responses=exposition | describe_error_responses(*READ_ERROR_STATUSES),
     )
     async def metrics() -> Response:
-        """Tell what all gateways have counted, as Prometheus reads it."""
-        return Response(render_exposition(await books.families()), media_type=CONTENT_TYPE_LATEST)
+        """Return the metrics of all gateways in Prometheus' text format."""
+        families = await rate_limiter.families()
+        return Response(render_exposition(families), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _names(base: str, backend: ModelBackend) -> list[str]:
-    """Return what requests may call a model, with its adapters."""
+    """Return the names of a model and of its adapters in requests."""
     return [base, *(f"{base}:{name}" for name in await backend.adapters())]
 
 
 async def _respond(
     items: AsyncGenerator[int | OutputDelta, None],
     request: ChatRequest | CompletionRequest,
-    shape: ResponseBuilder,
+    builder: ResponseBuilder,
 ) -> Response:
     counts = TokenCounts(prompt=_prompt_tokens(await anext(items)))
     if not request.stream:
-        answers = [ChoiceAccumulator() for _ in range(request.n)]
+        choices = [ChoiceAccumulator() for _ in range(request.n)]
         async with aclosing(items):
             async for item in items:
                 part = _part(item)
-                answers[part.index].add(part)
+                choices[part.index].add(part)
                 counts.completion += part.num_tokens
-        return _json(shape.build_response(answers, counts))
-    # Refusals for load come with the first part, and must have their own status.
+        return _json(builder.build_response(choices, counts))
+    # Overload errors come with the first delta, and must have a status of their own.
     first = _part(await anext(items))
-    events = _events(first, items, request, shape, counts)
+    events = _events(first, items, request, builder, counts)
     return EventStream(events)
 
 
@@ -280,28 +292,28 @@ async def _events(
     first: OutputDelta,
     items: AsyncGenerator[int | OutputDelta, None],
     request: ChatRequest | CompletionRequest,
-    shape: ResponseBuilder,
+    builder: ResponseBuilder,
     counts: TokenCounts,
 ) -> AsyncGenerator[bytes, None]:
-    """Yield server-sent events; closing them ends the answers."""
+    """Yield server-sent events; closing the generator stops the generation."""
     async with aclosing(items):
-        for chunk in shape.build_first_chunks(request.n):
+        for chunk in builder.build_first_chunks(request.n):
             yield _event(chunk)
         counts.completion += first.num_tokens
-        yield _event(shape.build_chunk(first))
+        yield _event(builder.build_chunk(first))
         try:
             async for item in items:
                 part = _part(item)
                 counts.completion += part.num_tokens
-                # What changes nothing for the client is not sent.
+                # Deltas without any change for the client are not sent.
                 if part.text or part.calls or part.tokens or part.finish_reason:
-                    yield _event(shape.build_chunk(part))
+                    yield _event(builder.build_chunk(part))
         except (RequestTimeoutError, BusyError, EngineError) as error:
-            # The status is sent already.
+            # The status has already been sent.
             yield _event(ErrorResponse(error=ErrorBody(message=str(error), type="server_error")))
             return
         if request.stream_options is not None and request.stream_options.include_usage:
-            yield _event(shape.build_usage_chunk(counts))
+            yield _event(builder.build_usage_chunk(counts))
         yield b"data: [DONE]\n\n"
 
 
@@ -309,8 +321,8 @@ def _event(chunk: BaseModel) -> bytes:
     return b"data: " + chunk.model_dump_json(exclude_none=False).encode() + b"\n\n"
 
 
-def _json(answer: BaseModel) -> Response:
-    return Response(answer.model_dump_json(), media_type="application/json")
+def _json(body: BaseModel) -> Response:
+    return Response(body.model_dump_json(), media_type="application/json")
 
 
 def _prompt_tokens(item: int | OutputDelta) -> int:

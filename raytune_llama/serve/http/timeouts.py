@@ -1,4 +1,4 @@
-"""How long an answer may take, from its request to its last token."""
+"""Time limits of a response, from the request to the last token."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -10,25 +10,25 @@ from raytune_llama.serve.config import RequestLimits
 T = TypeVar("T")
 
 NUM_WAITED_FOR = 2
-"""Items of an answer that `queue_seconds` is for: the prompt's size and the first part."""
+"""Number of items that `queue_seconds` applies to: the prompt token count and the first delta."""
 
 
 class QueueTimeoutError(RuntimeError):
-    """No token of an answer came in time; try again later."""
+    """No token was generated in time; retry later."""
 
 
 class RequestTimeoutError(RuntimeError):
-    """An answer was not whole in time."""
+    """A response was not complete in time."""
 
 
 async def enforce_timeouts(
     items: AsyncGenerator[T, None], limits: RequestLimits
 ) -> AsyncGenerator[T, None]:
-    """Yield the items of an answer, and close it where they take too long.
+    """Yield the items of a response; close it if they take too long.
 
     Raises:
-        QueueTimeoutError: the first ones did not come in `queue_seconds`.
-        AnswerTimeoutError: the last one did not come in `request_seconds`.
+        QueueTimeoutError: the first items did not arrive within `queue_seconds`.
+        RequestTimeoutError: the last item did not arrive within `request_seconds`.
     """
     begin, num_items = asyncio.get_running_loop().time(), 0
     async with aclosing(items):
@@ -45,7 +45,9 @@ async def enforce_timeouts(
                 if not timer.expired():
                     raise
                 if is_first:
-                    raise QueueTimeoutError(f"no token came in {seconds:g} s") from error
-                raise RequestTimeoutError(f"the answer took more than {seconds:g} s") from error
+                    text = f"No token generated within {seconds:g} s. Please try again later."
+                    raise QueueTimeoutError(text) from error
+                text = f"Request timed out after {seconds:g} s"
+                raise RequestTimeoutError(text) from error
             num_items += 1
             yield item

@@ -1,7 +1,7 @@
-"""OpenAI's requests and answers, as far as they are served, every number bounded.
+"""OpenAI's chat and completion requests and responses, every number bounded.
 
-Fields that OpenAI has and that change nothing here are refused rather than ignored, but for those
-that clients always send (`user`, `metadata`, `store`). No value is converted: "3" is no number.
+Fields of OpenAI's API that have no effect here are rejected rather than ignored, except those that
+clients always send (`user`, `metadata`, `store`). Values are not coerced: "3" is not a number.
 """
 
 from typing import Annotated, Any, Literal
@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.serve.protocol.strict import StrictModel
 from raytune_llama.serve.protocol.tools import (
     MAX_CALLS,
     MAX_TOOLS,
+    StrictModel,
     Tool,
     ToolCall,
     ToolCallDelta,
@@ -26,7 +26,7 @@ MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
 MAX_MESSAGES = 4096
 MAX_TOKENS = 1_000_000
-"""A bound on the number alone; the model's context bounds what is generated."""
+"""Bound on the number itself; the model's context bounds the generated tokens."""
 
 ANY_OBJECT = {"type": "object"}
 """Schema of `response_format: {"type": "json_object"}`."""
@@ -35,24 +35,24 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class GenerationRequest(StrictModel):
-    """What every kind of generation may be asked for."""
+    """Fields that chat and completion requests share."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
     """Name of a model, or `model:adapter`."""
 
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    """New tokens, at most; null: what the context has room for."""
+    """Maximum number of generated tokens; null: limited only by the context."""
 
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Not OpenAI's; vLLM and others have it."""
+    """Not in OpenAI's API; vLLM and others support it."""
 
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] | None = None
-    """Not OpenAI's; vLLM and others have it."""
+    """Not in OpenAI's API; vLLM and others support it."""
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    """Answers, each drawn on its own."""
+    """Number of choices, sampled independently."""
 
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
@@ -65,7 +65,7 @@ class GenerationRequest(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
-            raise UserError("stream_options: only with stream=true")
+            raise UserError("stream_options: only allowed when stream=true")
         return self
 
     @property
@@ -75,35 +75,35 @@ class GenerationRequest(StrictModel):
 
 
 class StreamOptions(StrictModel):
-    """How a stream is told."""
+    """Options of a streamed response."""
 
     include_usage: bool = False
-    """Send a last chunk with the counts."""
+    """Whether to send a last chunk with the token counts."""
 
 
 class TextPart(StrictModel):
-    """A part of a message's content; pictures and sound are not served."""
+    """A text part of a message's content; images and audio are not supported."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(StrictModel):
-    """A turn of a conversation."""
+    """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=256)] | None = None
     message: str | None = None
-    """The older name of `content` in the servers of the Chinese-LLaMA scripts."""
+    """Older name of `content` in the servers of the Chinese-LLaMA scripts."""
 
     name: Annotated[str, Field(max_length=64)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MAX_CALLS)] | None = None
-    """An assistant's."""
+    """Tool calls that the assistant has made."""
 
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    """Of the call that a tool's message is the result of."""
+    """ID of the tool call that a tool message is the result of."""
 
-    # Clients send answers back as they were; what is not served is null or empty in these.
+    # Clients send responses back unchanged; unsupported fields must be null or empty.
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -113,33 +113,33 @@ class Message(StrictModel):
     def _check(self) -> "Message":
         num_texts = (self.content is not None) + (self.message is not None)
         if num_texts > 1 or (num_texts == 0 and self.tool_calls is None):
-            raise UserError("content: got neither or both of content and message, wanted one")
+            raise UserError("content: got neither or both of content and message, expected one")
         if self.tool_calls is not None and self.role != "assistant":
-            raise UserError("tool_calls: only in an assistant's message")
+            raise UserError("tool_calls: only allowed in messages with role=assistant")
         if (self.tool_call_id is not None) != (self.role == "tool"):
-            raise UserError("tool_call_id: goes with role=tool, and with it alone")
+            raise UserError("tool_call_id: required with role=tool, not allowed otherwise")
         return self
 
     @property
     def text(self) -> str:
-        """The content as one text."""
+        """Content as a single string."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content if self.content is not None else self.message or ""
 
 
 class JsonSchema(StrictModel):
-    """A form that an answer keeps."""
+    """JSON schema that the response follows."""
 
     name: Annotated[str, Field(max_length=64)]
     description: Annotated[str, Field(max_length=4096)] | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: bool | None = None
-    """Accepted; the schema is always kept."""
+    """Accepted; the schema is always enforced."""
 
 
 class ResponseFormat(StrictModel):
-    """The form of an answer."""
+    """Format of the response."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -147,31 +147,31 @@ class ResponseFormat(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise UserError("json_schema: goes with type=json_schema, and with it alone")
+            raise UserError("json_schema: required with type=json_schema, not allowed otherwise")
         return self
 
     @property
     def kept(self) -> dict[str, Any] | None:
-        """The schema that an answer keeps; None: any text is one."""
+        """Schema that the response follows; None: any text."""
         if self.type == "text":
             return None
         return self.json_schema.schema_ if self.json_schema else ANY_OBJECT
 
 
 class ChatRequest(GenerationRequest):
-    """`POST /v1/chat/completions`."""
+    """Body of `POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    """OpenAI's newer name of `max_tokens`."""
+    """OpenAI's newer name of `max_tokens`; set only one of them."""
 
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
-    """null: auto where there are tools."""
+    """Whether tools are called; null: `auto` if `tools` is given."""
 
     parallel_tool_calls: bool | None = None
-    """Whether an answer may have several calls; null: it may."""
+    """Whether a response may have several tool calls; null: true."""
 
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -179,38 +179,39 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise UserError("top_logprobs: only with logprobs=true")
+            raise UserError("top_logprobs: only allowed when logprobs=true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise UserError("max_tokens: only one of max_tokens and max_completion_tokens")
+            message = "max_tokens: not allowed together with max_completion_tokens"
+            raise UserError(message)
         says_parallel = self.parallel_tool_calls is not None
         check_tools(self.tools, self.tool_choice, says_parallel=says_parallel)
         return self
 
     @property
     def shown_tools(self) -> list[Tool]:
-        """The tools that the model is told of."""
+        """Tools that the prompt describes to the model."""
         return [] if self.tool_choice == "none" else self.tools or []
 
     @property
     def must_call(self) -> bool:
-        """Whether an answer is calls of tools alone."""
+        """Whether the response has to consist of tool calls only."""
         return self.tool_choice not in (None, "none", "auto")
 
 
 class CompletionRequest(GenerationRequest):
-    """`POST /v1/completions`."""
+    """Body of `POST /v1/completions`."""
 
     prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    """A text, or token ids."""
+    """Prompt to complete: a string or token IDs."""
 
     echo: bool = False
-    """Begin the answer with the prompt."""
+    """Whether to begin each completion with the prompt."""
 
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
 class Usage(BaseModel):
-    """Counts of tokens."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -221,7 +222,7 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class TokenLogprob(BaseModel):
-    """A token and how likely it was."""
+    """A token and its log probability."""
 
     token: str
     logprob: float
@@ -229,31 +230,31 @@ class TokenLogprob(BaseModel):
 
 
 class ContentLogprob(TokenLogprob):
-    """A token of an answer, and the likeliest in its place."""
+    """A generated token and the most likely tokens at its position."""
 
     top_logprobs: list[TokenLogprob]
 
 
 class ChoiceLogprobs(BaseModel):
-    """The tokens of an answer."""
+    """Log probabilities of a choice's tokens."""
 
     content: list[ContentLogprob]
     refusal: None = None
 
 
 class AnswerMessage(BaseModel):
-    """What the model says."""
+    """Message generated by the model."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
-    """null: only calls."""
+    """Text of the message; null if it has only tool calls."""
 
     refusal: None = None
     tool_calls: Annotated[list[ToolCall] | None, Field(exclude_if=is_absent)] = None
 
 
 class ChatChoice(BaseModel):
-    """One of `n` answers."""
+    """One of the `n` choices of a chat completion."""
 
     index: int
     message: AnswerMessage
@@ -262,7 +263,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """Answer to a chat request."""
+    """Response to a chat completion request."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -274,7 +275,7 @@ class ChatCompletion(BaseModel):
 
 
 class Delta(BaseModel):
-    """What a chunk adds."""
+    """Message fields that a chunk adds."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -282,7 +283,7 @@ class Delta(BaseModel):
 
 
 class ChunkChoice(BaseModel):
-    """What a chunk adds to one of `n` answers."""
+    """Delta of one of the `n` choices."""
 
     index: int
     delta: Delta
@@ -291,7 +292,7 @@ class ChunkChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """A part of a streamed answer."""
+    """Chunk of a streamed chat completion."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -303,7 +304,7 @@ class ChatChunk(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """The tokens of a completion, in the older form."""
+    """Log probabilities of a completion's tokens, in the legacy format."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -312,7 +313,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One of `n` completions, or what a chunk adds to it."""
+    """One of the `n` choices of a completion, or its delta in a chunk."""
 
     index: int
     text: str
@@ -321,7 +322,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """Answer to a completion request, or a part of it where it is streamed."""
+    """Response to a completion request, or one chunk of it if streamed."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -333,7 +334,7 @@ class Completion(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model that is served."""
+    """A served model or adapter."""
 
     id: str
     object: Literal["model"] = "model"
@@ -342,14 +343,14 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All of them."""
+    """List of all served models and adapters."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class ErrorBody(BaseModel):
-    """What is wrong, in OpenAI's form."""
+    """Error in OpenAI's format."""
 
     message: str
     type: str
@@ -358,6 +359,6 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Answer to a request that was refused or has failed."""
+    """Response to a request that was rejected or has failed."""
 
     error: ErrorBody

@@ -1,40 +1,40 @@
-"""OpenAI's requests for vectors of texts, and the answers."""
+"""OpenAI's embedding requests and responses."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.serve.protocol.strict import StrictModel
+from raytune_llama.serve.protocol.tools import StrictModel
 
 MAX_INPUTS = 2048
 MAX_INPUT_TOKENS = 300_000
-"""Of a request, all its texts together."""
+"""Maximum number of tokens of a request, summed over its inputs."""
 
 InputTokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
 def _check_input(value: Any) -> Any:  # noqa: ANN401  # any JSON value
-    """Refuse what is no input; a union's own errors would name all its forms, and no index."""
+    """Reject invalid input; a union's own errors would list all its variants, and no index."""
     if isinstance(value, str):
         texts: list[Any] = [value]
     elif not isinstance(value, list) or not value:
-        raise UserError("wanted a text, token ids, or a list of either, not empty")
+        raise UserError("expected a string, a list of token IDs, or a non-empty list of either")
     else:
         texts = [value] if _is_id(value[0]) else value
     if len(texts) > MAX_INPUTS:
-        raise UserError(f"got {len(texts)} texts, wanted at most {MAX_INPUTS}")
+        raise UserError(f"got {len(texts)} inputs, expected at most {MAX_INPUTS}")
     is_text = isinstance(texts[0], str)
     for number, text in enumerate(texts):
         where = f"input.{number}" if texts is value else "input"
         if is_text != isinstance(text, str) or not isinstance(text, str | list):
-            raise UserError(f"{where}: wanted all texts, or all lists of token ids")
+            raise UserError(f"{where}: expected all strings or all lists of token IDs")
         if not text:
-            raise UserError(f"{where}: is empty")
+            raise UserError(f"{where}: must not be empty")
         wrong = [place for place, token in enumerate(text) if not (is_text or _is_id(token))]
         if wrong:
-            raise UserError(f"{where}.{wrong[0]}: wanted a token id, a whole number from 0 on")
+            raise UserError(f"{where}.{wrong[0]}: expected a token ID, a non-negative integer")
     return value
 
 
@@ -43,7 +43,7 @@ def _is_id(value: object) -> bool:
 
 
 class EmbeddingRequest(StrictModel):
-    """`POST /v1/embeddings`."""
+    """Body of `POST /v1/embeddings`."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
     """Name of a model."""
@@ -55,37 +55,37 @@ class EmbeddingRequest(StrictModel):
         | Annotated[list[InputTokenIds], Field(min_length=1, max_length=MAX_INPUTS)],
         BeforeValidator(_check_input),
     ]
-    """A text, texts, a text's token ids, or those of texts."""
+    """A string, a list of strings, a list of token IDs, or a list of such lists."""
 
     encoding_format: Literal["float", "base64"] = "float"
-    """base64: of the numbers in single precision, the lowest byte first."""
+    """Encoding of the vectors; base64: of their little-endian float32 bytes."""
 
     dimensions: Annotated[int, Field(ge=1)] | None = None
-    """Only the model's own number: its vectors can't be cut."""
+    """Must be the model's own number of dimensions; its vectors can't be shortened."""
 
     user: Annotated[str, Field(max_length=512)] | None = None
 
 
 class Embedding(BaseModel):
-    """The vector of a text."""
+    """Embedding vector of one input."""
 
     object: Literal["embedding"] = "embedding"
     index: int
-    """The text's place in the request."""
+    """Index of the input in the request."""
 
     embedding: list[float] | str
-    """Of length 1, in the form that was asked for."""
+    """Vector of norm 1, in the requested encoding."""
 
 
 class EmbeddingUsage(BaseModel):
-    """Counts of tokens."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class EmbeddingList(BaseModel):
-    """Answer to a request for vectors."""
+    """Response to an embedding request."""
 
     object: Literal["list"] = "list"
     data: list[Embedding]

@@ -1,89 +1,94 @@
-"""Tools in OpenAI's chat requests, and calls of them in answers."""
+"""Tools in OpenAI's chat requests, and tool calls in responses."""
 
 from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.serve.protocol.strict import StrictModel
 
 MAX_TOOLS = 128
 MAX_CALLS = 128
-"""Of a message."""
+"""Maximum number of tool calls per message."""
 
 MAX_SCHEMA_DEPTH = 32
-"""Objects and lists within one another in a function's parameters."""
+"""Maximum nesting of objects and arrays in a function's parameters."""
 
 MAX_TOOLS_CHARACTERS = 100_000
-"""Of all tools together, written as JSON."""
+"""Maximum number of characters of all tools together, as JSON."""
 
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
+class StrictModel(BaseModel):
+    """Base class of request models. Unknown fields are rejected, and "3" is not a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
 class Function(StrictModel):
-    """What a model may call."""
+    """A function that the model may call."""
 
     name: ToolName
     description: Annotated[str, Field(max_length=16_384)] | None = None
     parameters: dict[str, Any] | None = None
-    """JSON schema of the arguments, an object's; null: there are none."""
+    """JSON schema of the arguments, of type object; null: no arguments."""
 
     strict: bool | None = None
-    """Accepted; the schema is always kept."""
+    """Accepted; the schema is always enforced."""
 
     @model_validator(mode="after")
     def _check(self) -> "Function":
         kind = (self.parameters or {}).get("type", "object")
         if kind != "object":
-            raise UserError(f"parameters: the type is {kind!r}, wanted 'object'")
+            raise UserError(f"parameters: got type {kind!r}, expected 'object'")
         if _is_deeper(self.parameters, MAX_SCHEMA_DEPTH):
-            raise UserError(f"parameters: deeper than {MAX_SCHEMA_DEPTH}")
+            raise UserError(f"parameters: nested more than {MAX_SCHEMA_DEPTH} levels deep")
         return self
 
     @property
     def schema_(self) -> dict[str, Any]:
-        """The schema of the arguments."""
+        """JSON schema of the arguments."""
         if self.parameters is None:
             return {"type": "object", "properties": {}, "additionalProperties": False}
         return {"type": "object", **self.parameters}
 
 
 class Tool(StrictModel):
-    """A tool; there are only functions."""
+    """A tool; only functions are supported."""
 
     type: Literal["function"]
     function: Function
 
 
 class FunctionName(StrictModel):
-    """Names a function."""
+    """Name of a function."""
 
     name: ToolName
 
 
 class NamedTool(StrictModel):
-    """A tool that has to be called."""
+    """Tool choice of one function, which has to be called."""
 
     type: Literal["function"]
     function: FunctionName
 
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
-"""Whether tools are called: never, as the model likes, at least one, or this one."""
+"""Whether tools are called: never, if the model decides so, at least one, or this one."""
 
 
 class CalledFunction(StrictModel):
-    """A function and its arguments."""
+    """Function of a tool call and its arguments."""
 
     name: ToolName
     arguments: str
-    """An object in JSON; in an answer that was cut, its beginning."""
+    """JSON object; truncated if the response reached its token limit."""
 
 
 class ToolCall(StrictModel):
-    """A call that the assistant has made."""
+    """Tool call that the assistant has made."""
 
     id: Annotated[str, Field(min_length=1, max_length=256)]
     type: Literal["function"] = "function"
@@ -91,19 +96,19 @@ class ToolCall(StrictModel):
 
 
 def is_absent(value: object) -> bool:
-    """Whether a field is left out of what is sent, as OpenAI leaves it out."""
+    """Whether a field is omitted from the response, as in OpenAI's API."""
     return value is None
 
 
 class FunctionDelta(BaseModel):
-    """What a chunk adds to a call's function."""
+    """Delta of a tool call's function."""
 
     name: Annotated[str | None, Field(exclude_if=is_absent)] = None
     arguments: str = ""
 
 
 class ToolCallDelta(BaseModel):
-    """What a chunk adds to a call; its first chunk names it."""
+    """Delta of a tool call; its first chunk has the ID and the function's name."""
 
     index: int
     id: Annotated[str | None, Field(exclude_if=is_absent)] = None
@@ -114,30 +119,30 @@ class ToolCallDelta(BaseModel):
 def check_tools(
     tools: Sequence[Tool] | None, choice: ToolChoice | None, *, says_parallel: bool
 ) -> None:
-    """Refuse tools that don't fit together.
+    """Reject inconsistent tool fields.
 
     Raises:
-        ValueError: two have one name, they are too large together, the tool that has to be called
-            is none of them, or something is said of tools where there are none.
+        ValueError: two tools have the same name, all together are too large, `choice` is not one of
+            them, or `choice` or `parallel_tool_calls` is given without tools.
     """
     if tools is None:
         if choice is not None or says_parallel:
             name = "parallel_tool_calls" if choice is None else "tool_choice"
-            raise UserError(f"{name}: only with tools")
+            raise UserError(f"{name}: only allowed when tools are specified")
         return
     names = Counter(tool.function.name for tool in tools)
     name, count = names.most_common(1)[0]
     if count > 1:
-        raise UserError(f"tools: {name} is there {count} times")
+        raise UserError(f"tools: got {count} functions named {name}, names must be unique")
     size = sum(len(tool.model_dump_json(exclude_unset=True)) for tool in tools)
     if size > MAX_TOOLS_CHARACTERS:
-        raise UserError(f"tools: {size} characters, more than {MAX_TOOLS_CHARACTERS}")
+        raise UserError(f"tools: got {size} characters, expected at most {MAX_TOOLS_CHARACTERS}")
     if isinstance(choice, NamedTool) and choice.function.name not in names:
-        raise UserError(f"tool_choice: {choice.function.name} is none of the tools")
+        raise UserError(f"tool_choice: function {choice.function.name} not found in tools")
 
 
 def _is_deeper(value: object, limit: int) -> bool:
-    """Whether objects and lists stand in one another more than `limit` times."""
+    """Whether objects and arrays are nested more than `limit` levels deep."""
     level: list[object] = [value]
     for _ in range(limit + 1):
         inner: list[object] = []

@@ -1,7 +1,7 @@
-"""A fast engine for byte-pair vocabularies: the merge rules of a reference, run in machine code.
+"""A fast BPE engine: the merge rules of a reference, compiled to machine code.
 
-It is ours, since no library gives SentencePiece's ids where scores are equal, and merged
-vocabularies are full of these. numba compiles it: kept by many, with wheels for all platforms.
+No library reproduces SentencePiece's ids for pieces of equal score, which merged vocabularies are
+full of. The compiler is numba: widely maintained, with wheels for all platforms.
 On Chinese and English text it is 4 to 8 times as fast as SentencePiece (`benchmarks/encoders.py`).
 """
 
@@ -23,18 +23,18 @@ from raytune_llama.tokenizer.reference import (
 from raytune_llama.tokenizer.split_points import SPACE, encode_in_chunks
 
 REVISION = 1
-"""To be counted up with each change of the kernel."""
+"""Increment with each change of the kernel."""
 
 
 class SegmentCache(NamedTuple):
-    """The ids of segments seen; of fixed size."""
+    """Fixed-size cache of the ids of segments."""
 
     slots: np.ndarray
-    """int32: a hash table of places in `pool`, -1 where free."""
+    """int32: hash table of offsets in `pool`; -1 marks a free slot."""
     pool: np.ndarray
-    """int32: for each entry the numbers of its code points and ids, and these."""
+    """int32: per entry, the counts of its code points and ids, then both."""
     used: np.ndarray
-    """int64: entries and places in `pool` in use, and how many entries there may be."""
+    """int64: entries used, values of `pool` used, and the maximum number of entries."""
 
 
 def _empty_cache(entries: int) -> SegmentCache:
@@ -46,25 +46,25 @@ def _empty_cache(entries: int) -> SegmentCache:
 
 
 class CompiledEncoder:
-    """Encodes texts as a reference does, and leaves to it the few that the kernel can't tell."""
+    """Encodes texts as a reference does, and passes the few texts it can't handle to it."""
 
     name = "compiled"
 
     def __init__(self, reference: ReferenceEncoder, memo_entries: int = 1 << 17) -> None:
-        """Turn a reference into tables.
+        """Build the kernel tables of a reference.
 
         Args:
-            reference: What to encode like.
-            memo_entries: How many segments are remembered, at 80 bytes each; when they are full,
-                all are forgotten.
+            reference: Encoder whose ids are reproduced.
+            memo_entries: Size of the segment cache, at 80 bytes per entry; a full cache is
+                cleared.
 
         Raises:
-            ValueError: The reference is of a kind that the kernel knows nothing of; says why.
+            ValueError: The kernel does not support the reference; the message names the reason.
         """
         self.version = compiled_version()
-        self.cuts = reference.cuts
+        self.split_points = reference.split_points
         self.num_apart = 0
-        """How many texts were left to the reference."""
+        """Number of texts passed to the reference."""
         self._reference = reference
         self._vocabulary, self._boundaries = build_tables(reference)
         self._memo = _empty_cache(memo_entries)
@@ -84,7 +84,7 @@ class CompiledEncoder:
         self._memo = _empty_cache(state["_memo"])
 
     def _read_engine(self, engine: dict[str, Any]) -> None:
-        """Note what a `tokenizers` engine does before it splits a text."""
+        """Read the steps of a `tokenizers` engine that come before splitting."""
         self._normal_form = engine["normalizer"] == {"type": "NFC"}
         self._strings = tuple(
             token["content"] for token in engine["added_tokens"] if not token["special"]
@@ -98,10 +98,10 @@ class CompiledEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `TextEncoder.encode`."""
-        return encode_in_chunks(texts, self.cuts, self.encode_unsplit)
+        return encode_in_chunks(texts, self.split_points, self.encode_unsplit)
 
     def encode_unsplit(self, texts: Sequence[str], _: int = 0) -> list[np.ndarray]:
-        """Encode texts at once: memory grows with their sum."""
+        """Encode texts as one batch: memory grows with their total length."""
         joined, lengths = self._join(texts)
         codes = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
         starts = np.zeros(len(texts) + 1, np.int64)
@@ -113,12 +113,12 @@ class CompiledEncoder:
         num = kernel.split(codes, starts, self._boundaries, stops[1:], apart)
         stops = stops[: num + 1]
         ids, ends = np.empty(4 * len(codes), np.int32), np.zeros(len(stops), np.int32)
-        left_out = np.zeros(len(stops), bool)
+        skipped = np.zeros(len(stops), bool)
         self._forget_if_full()
-        segments = (ids, ends[1:], left_out[1:])
+        segments = (ids, ends[1:], skipped[1:])
         kernel.encode(codes, stops[1:], self._vocabulary, self._memo, *segments)
-        # A segment that was left out ends behind the start of its text.
-        apart[np.searchsorted(starts, stops[left_out]) - 1] = True
+        # A skipped segment ends after the start of its text.
+        apart[np.searchsorted(starts, stops[skipped]) - 1] = True
         bounds = ends[np.searchsorted(stops, starts)].tolist()
         ids = ids[: bounds[-1]].astype(np.uint32)
         encoded = [ids[start:end] for start, end in pairwise(bounds)]
@@ -135,7 +135,7 @@ class CompiledEncoder:
         return encoded
 
     def _join(self, texts: Sequence[str]) -> tuple[str, np.ndarray]:
-        """Join texts, with a space before each where the tokenizer puts one; return the lengths."""
+        """Join texts, with the space that the tokenizer prepends to each; return the lengths."""
         if self._spaced and not self._unless_spaced and all(texts):
             return " " + " ".join(texts), _lengths(texts) + 1
         if self._spaced:
@@ -144,7 +144,7 @@ class CompiledEncoder:
         return "".join(texts), _lengths(texts)
 
     def _needs_reference(self, text: str) -> bool:
-        """Whether a text needs what the kernel does not do."""
+        """Whether a text contains something that the kernel can't handle."""
         if any(string in text for string in self._strings):
             return True
         return self._normal_form and not unicodedata.is_normalized("NFC", text)
@@ -161,5 +161,5 @@ def _lengths(texts: Sequence[str]) -> np.ndarray:
 
 
 def compiled_version() -> str:
-    """Return the version of the engine: ours and the compiler's."""
+    """Return the version of the engine: its revision and numba's version."""
     return f"{REVISION} (numba {version('numba')})"

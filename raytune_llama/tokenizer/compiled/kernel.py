@@ -1,17 +1,16 @@
-"""Byte-pair merging in machine code: what `encoder.py` runs, compiled by numba at the first call.
+"""The BPE kernel that `encoder.py` runs, compiled by numba at the first call.
 
-Texts are an array of code points. They are split into words, where the tokenizer does so, and these
-into segments between which nothing merges, since no piece of the vocabulary holds the two
-characters (or bytes, where these are merged) side by side. Each segment is spelled in symbols, and
-of all adjacent pairs that the vocabulary can merge the one of lowest rank is merged first, the
-leftmost of several: SentencePiece's rule for pieces of equal score as well as that of `tokenizers`.
-A memo keeps the ids of segments seen.
+Texts are an array of code points. They are split into words, if the tokenizer does so, and words
+into segments: no merge crosses a segment boundary, since no piece of the vocabulary has the two
+characters (or bytes, if merging starts from bytes) next to each other. Each segment is spelled in
+symbols, and the adjacent pair of lowest rank is merged first, the leftmost of several: the rule of
+`tokenizers`, and of SentencePiece for pieces of equal score. A memo caches the ids of segments.
 
-Arrays are passed one by one: numba copies a tuple of them, and counts references, at each call.
-All functions are in this file: numba's cache on disk knows of changes of one file alone.
+Arrays are passed one by one: numba copies a tuple of arrays, and counts references, at each call.
+All functions are in this file: numba's disk cache detects changes in this file only.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202, PLR0917  # numba finds the types, and knows no keywords
+# ruff: noqa: ANN001, ANN201, ANN202, PLR0917  # numba infers types, has no keywords
 
 import numpy as np
 from numba import njit
@@ -23,9 +22,9 @@ OTHER, LETTER, NUMBER, SPACE, NEWLINE, UNKNOWN = range(6)
 """Classes of code points: `SplitTables.classes`."""
 
 MAX_SYMBOLS = 2048
-"""A segment of more symbols is left to the reference: merging takes the square of its length."""
+"""A longer segment is passed to the reference: merging is quadratic in its length."""
 
-_MAX_REMEMBERED = 32
+_MAX_MEMO_CODES = 32
 _NEVER = np.int32(2**31 - 1)
 _FREE = np.uint64(2**64 - 1)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -38,22 +37,22 @@ _inlined = njit(inline="always")
 def _jit(function):
     try:
         return njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # no folder to keep the machine code in: each process compiles, in seconds
+    except RuntimeError:  # no writable cache folder: each process compiles, in seconds
         return njit(nogil=True)(function)
 
 
 @_jit
-def encode(codes, stops, vocabulary, memo, out, ends, left_out):
+def encode(codes, stops, vocabulary, memo, out, ends, skipped):
     """Encode segments.
 
     Args:
         codes: uint32, the code points of all segments.
-        stops: int32, where each segment ends.
+        stops: int32, the end of each segment.
         vocabulary: `VocabularyTables`.
-        memo: `SegmentCache`, changed.
-        out: int32, at least four for each code point: receives the ids.
-        ends: int32, one a segment: receives where its ids end.
-        left_out: bool, one a segment: set where the ids can't be told here.
+        memo: `SegmentCache`, updated in place.
+        out: int32, at least four per code point: receives the ids.
+        ends: int32, one per segment: receives the end of its ids.
+        skipped: bool, one per segment: set where the kernel can't encode it.
     """
     pairs, pair_ranks, merged, ids, spelling, byte_ids, by_bytes = vocabulary
     slots, pool, used = memo
@@ -64,7 +63,7 @@ def encode(codes, stops, vocabulary, memo, out, ends, left_out):
         num, slot = -1, -1
         if stop - start == 1 and not by_bytes:
             num = _write_character(codes[start], spelling, ids, byte_ids, out, at)
-        elif stop - start <= _MAX_REMEMBERED:
+        elif stop - start <= _MAX_MEMO_CODES:
             slot = _slot(codes, start, stop, slots, pool)
             num = _recall(slots[slot], pool, out, at)
         if num < 0:
@@ -75,13 +74,13 @@ def encode(codes, stops, vocabulary, memo, out, ends, left_out):
                 slots[slot] = _remember(codes, start, stop, out, at, num, pool, used)
         at += max(num, 0)
         ends[segment] = at
-        left_out[segment] = num < 0
+        skipped[segment] = num < 0
         start = stop
 
 
 @_jit
 def _write(symbols, num, ids, byte_ids, out, at):
-    """Write the ids of symbols; return how many, or -1 if `num` is that."""
+    """Write the ids of `num` symbols; return the number of ids, or -1 if `num` is -1."""
     written = at
     for index in range(num):
         id_ = ids[symbols[index]]
@@ -95,7 +94,7 @@ def _write(symbols, num, ids, byte_ids, out, at):
 
 @_jit
 def _spell(codes, start, stop, spelling, by_bytes, symbols):
-    """Write the symbols of a segment; return how many, -1 for too many or an unknown one."""
+    """Write the symbols of a segment; return their number, -1 if too many or one is unknown."""
     num = 0
     for index in range(start, stop):
         if num > MAX_SYMBOLS - 4:
@@ -114,7 +113,7 @@ def _spell(codes, start, stop, spelling, by_bytes, symbols):
 
 @_jit
 def _merge(symbols, ranks, num, pairs, pair_ranks, merged):
-    """Merge the first `num` symbols in place until nothing merges; return how many are left."""
+    """Merge the first `num` symbols in place until no pair merges; return how many are left."""
     for index in range(num - 1):
         ranks[index] = _rank(symbols[index], symbols[index + 1], pairs, pair_ranks)
     while num > 1:
@@ -144,7 +143,7 @@ def _rank(left, right, pairs, pair_ranks):
 
 @_inlined
 def _find(left, right, pairs):
-    """Return the place of a pair in its table, or -1."""
+    """Return the slot of a pair in the hash table, or -1."""
     mask = pairs.shape[0] - 1
     key = (np.uint64(left) << np.uint64(32)) | np.uint64(right)
     place = np.int64(((key * _GOLDEN) >> np.uint64(32)) & np.uint64(mask))
@@ -157,9 +156,9 @@ def _find(left, right, pairs):
 
 @_jit
 def fill_pairs(merges, pairs, pair_ranks, merged):
-    """Enter merges (int64 rows of left, right, rank, symbol) into an empty hash table.
+    """Insert merges (int64 rows of left, right, rank, symbol) into an empty hash table.
 
-    Of equal pairs the last one stays.
+    The last of equal pairs wins.
     """
     mask = pairs.shape[0] - 1
     for index in range(merges.shape[0]):
@@ -174,7 +173,7 @@ def fill_pairs(merges, pairs, pair_ranks, merged):
 
 @_inlined
 def _slot(codes, start, stop, slots, pool):
-    """Return where in the memo's hash table a segment is, or is to be."""
+    """Return the slot of a segment in the memo's hash table, or the free slot for it."""
     key = np.uint64(stop - start)
     for index in range(start, stop):
         key = (key ^ np.uint64(codes[index])) * _MIX
@@ -199,7 +198,7 @@ def _equal(codes, start, stop, entry, pool):
 
 @_inlined
 def _recall(entry, pool, out, at):
-    """Write the ids of an entry of the memo; return how many, -1 if there is no entry."""
+    """Write the ids of a memo entry; return their number, -1 if there is no entry."""
     if entry < 0:
         return -1
     num = pool[entry + 1]
@@ -211,7 +210,7 @@ def _recall(entry, pool, out, at):
 
 @_jit
 def _remember(codes, start, stop, out, at, num_ids, pool, used):
-    """Add an entry to the memo; return its place in the pool, or -1 if it is full."""
+    """Add an entry to the memo; return its offset in the pool, or -1 if it is full."""
     entry, num = used[1], stop - start
     if used[0] == used[2] or entry + 2 + num + num_ids > pool.shape[0]:
         return -1
@@ -245,7 +244,7 @@ def _write_bytes(code, byte_ids, out, at):
 
 @_jit
 def _utf8(code, out, at):
-    """Write the bytes of a code point to `out[at:]`; return how many."""
+    """Write the UTF-8 bytes of a code point to `out[at:]`; return their number."""
     code = np.int32(code)
     if code < 0x80:
         out[at] = code
@@ -263,14 +262,14 @@ def split(codes, starts, boundaries, stops, apart):
     """Split texts into segments.
 
     Args:
-        codes: uint32, the code points of texts that lie one behind the other.
-        starts: int64, where each text starts, and the end of the last.
+        codes: uint32, the code points of the texts, concatenated.
+        starts: int64, the start of each text, and the end of the last.
         boundaries: `SplitTables`.
-        stops: int32, as many as codes: receives where each segment ends; a text ends one, too.
-        apart: bool, one a text: set where a text holds a character of unknown class.
+        stops: int32, one per code point: receives the end of each segment; none spans two texts.
+        apart: bool, one per text: set if it has a character of unknown class.
 
     Returns:
-        How many segments there are.
+        The number of segments.
     """
     pattern, classes, rows, columns, joined = boundaries
     num = 0
@@ -283,7 +282,7 @@ def split(codes, starts, boundaries, stops, apart):
                 word = end
             while at < word:
                 at += 1
-                # The first bit, which stands for no pair, is 0.
+                # The first bit belongs to no pair and is 0.
                 bit = rows[codes[at - 1]] + columns[codes[at]] if at < word else 0
                 if not (joined[bit >> 3] >> (bit & 7)) & 1:
                     stops[num] = at
@@ -302,7 +301,7 @@ def _word_end(codes, start, end, classes, pattern):
 def _gpt2_end(codes, start, end, classes, digits):
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+.
 
-    With `digits`, each of these is a word for itself, and ends the text to the pattern.
+    With `digits`, each digit is its own word, and the pattern sees the text as ending there.
     """
     stop = _contraction_end(codes, start, end, 0)
     if stop > start:
@@ -312,9 +311,9 @@ def _gpt2_end(codes, start, end, classes, digits):
         return start + 1
     word = start
     if codes[start] == 0x20 and start + 1 < end:
-        behind = np.int64(classes[codes[start + 1]])
-        if not (digits and behind == NUMBER):
-            word, kind = start + 1, behind
+        following = np.int64(classes[codes[start + 1]])
+        if not (digits and following == NUMBER):
+            word, kind = start + 1, following
     if kind == UNKNOWN:
         return -1
     if kind not in (SPACE, NEWLINE):
@@ -332,14 +331,14 @@ def _modern_end(codes, start, end, classes, most_digits):
     if stop > start:
         return stop
     kind = np.int64(classes[codes[start]])
-    behind = np.int64(classes[codes[start + 1]] if start + 1 < end else NUMBER)
-    if UNKNOWN in (kind, behind):
+    following = np.int64(classes[codes[start + 1]] if start + 1 < end else NUMBER)
+    if UNKNOWN in (kind, following):
         return -1
-    if kind == LETTER or (behind == LETTER and kind in (OTHER, SPACE)):
+    if kind == LETTER or (following == LETTER and kind in (OTHER, SPACE)):
         return _run_end(codes, start + 1, end, classes, LETTER)
     if kind == NUMBER:
         return min(_run_end(codes, start, end, classes, NUMBER), start + most_digits)
-    if kind == OTHER or (codes[start] == 0x20 and behind == OTHER):
+    if kind == OTHER or (codes[start] == 0x20 and following == OTHER):
         stop = _run_end(codes, start + 1, end, classes, OTHER)
         return _run_end(codes, stop, end, classes, NEWLINE)
     # \s*[\r\n]+ before \s+(?!\S)|\s+: up to the last line break, if there is one.
@@ -353,7 +352,7 @@ def _modern_end(codes, start, end, classes, most_digits):
 def _contraction_end(codes, start, end, low):
     """Return the end of 's, 't, 're, 've, 'm, 'll or 'd at `start`, or `start`.
 
-    `low` is the bit that makes ASCII letters small, or 0 where case matters.
+    `low` is the bit that makes ASCII letters lowercase, or 0 to match case.
     """
     if codes[start] != _APOSTROPHE or start + 1 >= end:
         return start
@@ -388,6 +387,6 @@ def _space_end(codes, start, end, classes):
 
 @_jit
 def _blank_end(codes, start, end, classes):
-    r"""\s+(?!\S)|\s+: the last of several spaces belongs to the word behind."""
+    r"""\s+(?!\S)|\s+: the last of several spaces belongs to the next word."""
     stop = _space_end(codes, start, end, classes)
     return stop - 1 if stop < end and stop - start > 1 else stop

@@ -1,4 +1,4 @@
-"""Turn a vocabulary into the tables of the merging kernel."""
+"""Turn a vocabulary into the lookup tables of the BPE kernel."""
 
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -46,55 +46,55 @@ _LONG_S = 0x17F
 
 
 class VocabularyTables(NamedTuple):
-    """What merges; read-only. A symbol is what merging handles: a byte, a character or a piece."""
+    """Read-only merge tables. A symbol is the unit of merging: a byte, a character or a piece."""
 
     pairs: np.ndarray
-    """uint64, a hash table of `left symbol << 32 | right symbol`, 2**64 - 1 where free."""
+    """uint64: hash table of `left symbol << 32 | right symbol`; 2**64 - 1 marks a free slot."""
     pair_ranks: np.ndarray
-    """int32: when the pair in the same place is merged; the lower, the earlier."""
+    """int32: rank of the pair in the same slot; lower ranks merge first."""
     merged: np.ndarray
-    """int32: the symbol that it becomes."""
+    """int32: the symbol that the pair in the same slot merges into."""
     ids: np.ndarray
-    """int32: a symbol's id, or -1 - code point of a character that is written in bytes."""
+    """int32: id of each symbol, or -1 - code point for a character that falls back to bytes."""
     spelling: np.ndarray
-    """int32: the symbol of each code point, or of each byte; -1 where there is none."""
+    """int32: symbol of each code point, or of each byte; -1 if it has none."""
     byte_ids: np.ndarray
-    """int32: the ids of the 256 bytes; unused if a segment is spelled in bytes anyway."""
+    """int32: ids of the 256 bytes, for byte fallback; empty if `by_bytes`."""
     by_bytes: bool
-    """Whether a segment is spelled in bytes rather than characters."""
+    """Whether merging starts from bytes rather than characters."""
 
 
 class SplitTables(NamedTuple):
-    """Where texts are split; read-only."""
+    """Read-only tables of where texts are split."""
 
     pattern: int
-    """What makes words: `kernel.NO_WORDS`, `kernel.GPT2`, ..."""
+    """Pattern that splits a text into words: `kernel.NO_WORDS`, `kernel.GPT2`, ..."""
     classes: np.ndarray
-    """uint8: `kernel.LETTER` and so on for each code point; unused without words."""
+    """uint8: class of each code point, such as `kernel.LETTER`; empty with `NO_WORDS`."""
     rows: np.ndarray
-    """int32: for each code point, where its row in `joined` begins."""
+    """int32: start of each code point's row in `joined`."""
     columns: np.ndarray
-    """int32: for each code point, its column in `joined`."""
+    """int32: column of each code point in `joined`."""
     joined: np.ndarray
-    """uint8, a bit a pair, the first one 0: whether some piece holds the two side by side."""
+    """uint8: one bit per pair, set if the two are adjacent in some piece; the first bit is 0."""
 
 
 KernelTables = tuple[VocabularyTables, SplitTables]
 
 MergeRule = tuple[int, int, int, int]
-"""Left symbol, right symbol, rank (lowest first), the symbol that they become."""
+"""Left symbol, right symbol, rank (lowest first), symbol that they merge into."""
 
 
 def build_tables(reference: ReferenceEncoder) -> KernelTables:
-    """Return the tables of a reference.
+    """Return the kernel tables of a reference encoder.
 
     Raises:
-        ValueError: It is of a kind that the kernel knows nothing of; says what it is.
+        ValueError: The kernel does not support its kind; the message names the reason.
     """
     tables = _build_tables(reference)
     for array in (*tables[0], *tables[1]):
         if isinstance(array, np.ndarray):
-            # As they are in shared memory: numba compiles apart for arrays that can be written.
+            # As arrays in shared memory are: numba compiles a separate version for writable arrays.
             array.setflags(write=False)
     return tables
 
@@ -104,28 +104,30 @@ def _build_tables(reference: ReferenceEncoder) -> KernelTables:
         return _piece_tables(reference.proto)
     engine = reference.engine
     model = engine["model"]
-    if reference.cuts is None or model["type"] != "BPE":
-        raise UserError("its tokenizer.json splits or merges text in a way that is not known here")
+    if reference.split_points is None or model["type"] != "BPE":
+        raise UserError(
+            "unsupported tokenizer.json: its model, normalizer, pre-tokenizer or added tokens"
+        )
     return _llama_tables(engine) if is_whole_text_bpe(engine) else _byte_tables(engine)
 
 
-def _piece_tables(proto: Any) -> KernelTables:  # noqa: ANN401  # made when protobuf is imported
+def _piece_tables(proto: Any) -> KernelTables:  # noqa: ANN401  # created at import time by protobuf
     pieces = {
         piece.piece: (id_, piece.score)
         for id_, piece in enumerate(proto.pieces)
         if piece.type == PieceProto.NORMAL
     }
     if not is_plain_merging(proto) or SPACE not in pieces:
-        raise UserError("its SentencePiece model does more than merge characters as they are")
+        raise UserError("unsupported SentencePiece model: not plain BPE on unchanged characters")
     if any(piece.type == PieceProto.USER_DEFINED for piece in proto.pieces):
-        raise UserError("its SentencePiece model has user-defined pieces")
+        raise UserError("unsupported SentencePiece model: it has user-defined pieces")
     symbols = {piece: symbol for symbol, piece in enumerate(pieces)}
     ids = [id_ for id_, _ in pieces.values()]
-    # Characters of which only longer pieces are known merge, and are written in bytes if not.
+    # Characters that occur only in longer pieces can merge, and fall back to bytes if they do not.
     for character in sorted({*"".join(pieces)} - symbols.keys()):
         symbols[character] = len(ids)
         ids.append(-1 - ord(character))
-    # Pieces of equal score have equal ranks: of these the leftmost in the text is merged first.
+    # Pieces of equal score have equal ranks: the leftmost in the text is merged first.
     ranks = {
         score: rank for rank, score in enumerate(sorted({s for _, s in pieces.values()})[::-1])
     }
@@ -145,7 +147,7 @@ def _llama_tables(engine: dict[str, Any]) -> KernelTables:
     merges = _merges(engine["model"])
     byte_ids = {vocabulary[f"<0x{byte:02X}>"] for byte in range(256)}
     if any(left in byte_ids or right in byte_ids for left, right, _, _ in merges):
-        raise UserError("its tokenizer.json merges bytes of characters that are not known")
+        raise UserError("unsupported tokenizer.json: it merges byte-fallback tokens")
     return _character_tables(merges, ids, vocabulary, vocabulary)
 
 
@@ -153,7 +155,7 @@ def _byte_tables(engine: dict[str, Any]) -> KernelTables:
     vocabulary: dict[str, int] = engine["model"]["vocab"]
     kind = find_split_pattern(engine)
     if kind is None:
-        raise UserError("its tokenizer.json splits text by a pattern that is not known here")
+        raise UserError("unsupported tokenizer.json: unknown split pattern")
     alphabet = byte_alphabet()
     return (
         VocabularyTables(
@@ -205,7 +207,7 @@ def _character_tables(
 
 
 def _pair_table(merges: list[MergeRule]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the hash table of pairs, at most half full, and what lies beside it."""
+    """Return the hash table of pairs, at most half full, with their ranks and merged symbols."""
     size = 1 << max(8, (2 * len(merges)).bit_length())
     table = (
         np.full(size, 2**64 - 1, np.uint64),
@@ -217,12 +219,12 @@ def _pair_table(merges: list[MergeRule]) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _joined_characters(pieces: Iterable[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return rows, columns and bits that tell which characters some piece holds side by side."""
+    """Return `SplitTables` rows, columns and bits of the characters adjacent in some piece."""
     pairs = adjacent_character_pairs(list(pieces))
     rows, columns = np.zeros(_NUM_CODES, np.int32), np.zeros(_NUM_CODES, np.int32)
     lefts, rights = sorted({pair[0] for pair in pairs}), sorted({pair[1] for pair in pairs})
     width = len(rights) + 1
-    # Row and column 0 are those of characters that stand in no pair.
+    # Row and column 0 belong to characters that are in no pair.
     rows[[ord(left) for left in lefts]] = width * np.arange(1, len(lefts) + 1)
     columns[[ord(right) for right in rights]] = np.arange(1, width)
     bits = np.zeros(width * (len(lefts) + 1), bool)
@@ -233,7 +235,7 @@ def _joined_characters(pieces: Iterable[str]) -> tuple[np.ndarray, np.ndarray, n
 def _joined_bytes(
     alphabet: Mapping[str, int], vocabulary: Iterable[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the same for the last byte of a character and the first of the next one."""
+    """Return rows, columns and bits for the last byte of a character and the first of the next."""
     codes = np.arange(_NUM_CODES, dtype=np.int32)
     lasts = np.where(codes < 0x80, codes, 0x80 | codes & 0x3F)
     leads = (0xC0 | codes >> 6, 0xE0 | codes >> 12, 0xF0 | codes >> 18)
@@ -250,24 +252,24 @@ def _joined_bytes(
 
 @lru_cache
 def _classes(*, any_case: bool) -> np.ndarray:
-    """Return the class of each code point, by the categories that patterns ask for."""
+    """Return the class of each code point, by the Unicode categories that split patterns use."""
     classes = np.zeros(_NUM_CODES, np.uint8)
     for code in range(_NUM_CODES):
         category = unicodedata.category(chr(code))
         if category[0] in "LN":
             classes[code] = kernel.LETTER if category[0] == "L" else kernel.NUMBER
         elif category == "Cn":
-            # Another version of Unicode may know it.
+            # Newer versions of Unicode may define it.
             classes[code] = kernel.UNKNOWN
     classes[list(_WHITE_SPACE)] = kernel.SPACE
     classes[[ord("\r"), ord("\n")]] = kernel.NEWLINE
     if any_case:
-        classes[_LONG_S] = kernel.UNKNOWN  # a small s to a pattern that ignores case
+        classes[_LONG_S] = kernel.UNKNOWN  # matches s in a case-insensitive pattern
     return classes
 
 
 def byte_alphabet() -> list[str]:
-    """Return the character by which a byte-level vocabulary spells each byte."""
+    """Return the character that represents each byte in a byte-level vocabulary."""
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in plain else next(others)) for byte in range(256)]

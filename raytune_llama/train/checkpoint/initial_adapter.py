@@ -1,6 +1,6 @@
-"""What a run's adapter started from, stored with the run where its result is made of it (PiSSA).
+"""Initial values of a run's adapter, stored with the run if its result depends on them (PiSSA).
 
-A resumed run, on whatever machine, goes on from the same bits as it started with.
+A run resumed on any machine continues from the same bits that it started with.
 """
 
 import logging
@@ -26,35 +26,35 @@ _FILE = "initial.safetensors"
 def initial_factors(
     run_dir: Place, attached: PeftModel, workers: ProcessGroup
 ) -> dict[str, Tensor]:
-    """Return what the adapter of a run starts from, the same on each worker; collective.
+    """Return the initial factors of a run's adapter, the same on every worker; collective.
 
-    The first worker of the run's first start computes and stores it, all others read it.
+    Rank 0 computes and stores them at the run's first start; every worker reads the stored file.
 
     Args:
-        run_dir: of the run.
-        attached: base and adapter, whole, on the CPU.
-        workers: all of them.
+        run_dir: directory of the run.
+        attached: base model with the adapter, full weights, on the CPU.
+        workers: all workers of the run.
 
     Raises:
-        CheckpointError: it is damaged, or the run has checkpoints and it is gone.
+        CheckpointError: the file is damaged, or the run has checkpoints and the file is missing.
     """
     if workers.is_rank_zero:
         _store_once(run_dir, attached)
-    # Where the first worker fails, the others fail here.
+    # If rank 0 fails, the other workers fail here.
     workers.barrier()
     with node_folder(workers) as copies:
         return read_initial_factors(run_dir, copies)
 
 
 def read_initial_factors(run_dir: Place, copies: Path) -> dict[str, Tensor]:
-    """Read what the adapter of a run started from.
+    """Read the initial factors of a run's adapter.
 
     Args:
-        run_dir: of the run.
-        copies: local folder for a copy, where the run is in object storage.
+        run_dir: directory of the run.
+        copies: local folder for a copy, if the run is in object storage.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the file is damaged.
     """
     place = _place(run_dir)
     entry = (place / OUTPUT_MANIFEST).read_json()["files"][_FILE]
@@ -63,8 +63,8 @@ def read_initial_factors(run_dir: Place, copies: Path) -> dict[str, Tensor]:
     )
     if sha256_file(path) != entry["sha256"]:
         raise CheckpointError(
-            f"{place / _FILE}: its content does not fit its hash, and the run cannot go on "
-            "without what it started from; restore it from a backup, or use another run_dir"
+            f"{place / _FILE}: its content does not match its SHA256, and the run cannot resume "
+            "without the initial adapter; restore it from a backup, or use another run_dir"
         )
     return load_file(path)
 
@@ -79,8 +79,8 @@ def _store_once(run_dir: Place, attached: PeftModel) -> None:
         return
     if list_checkpoints(run_dir):
         raise CheckpointError(
-            f"{place} is gone, and the run's checkpoints cannot be gone on from without what it "
-            "started from; restore it from a backup, or use another run_dir"
+            f"{place} is missing, and the run's checkpoints cannot be resumed without the initial "
+            "adapter; restore it from a backup, or use another run_dir"
         )
     tensors = principal_factors(attached)
     with publish_place(place, last=OUTPUT_MANIFEST) as folder:
@@ -88,4 +88,4 @@ def _store_once(run_dir: Place, attached: PeftModel) -> None:
         path = folder / _FILE
         entry = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         write_json_atomic(folder / OUTPUT_MANIFEST, {"format": 1, "files": {_FILE: entry}})
-    logger.info("%d tensors that the adapter starts from: %s", len(tensors), place)
+    logger.info("stored %d tensors of the initial adapter in %s", len(tensors), place)

@@ -1,17 +1,17 @@
-"""Checkpoints of a run: parameters in slices by name, whatever the workers and the strategy.
+"""Checkpoint format: slices of parameters by name, independent of world size and strategy.
 
 A checkpoint is a directory `step-00000100/` with safetensors files and a `manifest.json`. Each
-worker has written what it holds: `weight`, `exp_avg` and `exp_avg_sq` of stretches of parameters,
-in the flat order of the whole tensor. The manifest tells of every parameter its shape and in which
-files its stretches lie, which together are the whole; it has the size and the SHA256 of every file
-and of itself, and the rest of the state as JSON. Nothing is pickled.
+worker writes what it holds: `weight`, `exp_avg` and `exp_avg_sq` of slices of parameters, in the
+order of the flattened full tensor. The manifest lists the shape of every parameter and the files
+of its slices, which together cover it; the size and SHA256 of every file; a SHA256 of itself; and
+the rest of the state as JSON. Nothing is pickled.
 
-Its files are written under another name (`unfinished_place`), which is then changed: so it is there
-whole or not at all. In object storage, which has no rename, it is there once its manifest is, which
-is uploaded last. Since bits can still be lost, a reader trusts only hashes that fit.
+A checkpoint is written under a temporary name (`unfinished_place`) and then renamed, so it exists
+completely or not at all. Object storage has no rename: there it exists once its manifest does,
+which is uploaded last. Since bits can still be lost, a reader trusts only matching hashes.
 
-Here is what it is, how it is found, checked and deleted; `saver.py` writes it, `restore.py`
-reads it, and `shards.py` knows the files that a worker writes.
+This module defines the format and lists, checks and deletes checkpoints; `saver.py` writes them,
+`restore.py` loads them, and `shards.py` handles the files of one worker.
 """
 
 import hashlib
@@ -21,15 +21,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, model_validator
+from typing import Any
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.config.settings import ConfigError, settings
 from raytune_llama.storage.files import sha256_file
 from raytune_llama.storage.place import Place
 from raytune_llama.storage.transfers import is_published, local_copy
+from raytune_llama.train.checkpoint.config import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 
@@ -43,133 +41,101 @@ _DIGEST = "sha256"
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be trusted, does not fit the run, or could not be written."""
-
-
-@settings
-class CheckpointConfig:
-    """When a run is saved, and what is kept."""
-
-    every_steps: Annotated[int, Field(ge=1)] = 200
-    """Optimizer steps between checkpoints. One more is written at the end and on SIGTERM."""
-
-    keep_last: Annotated[int, Field(ge=1)] = 2
-    """Newest checkpoints kept."""
-
-    background: bool = True
-    """Training goes on from a copy of the state in host memory while it is written; false: training
-    stands still until it is, without a copy."""
-
-    max_failed_saves: Annotated[int, Field(ge=1)] = 3
-    """The run ends after so many checkpoints in a row that could not be written, on a full disk
-    say; the next due step tries again. At the end of the run the last one must be written."""
-
-    keep_best: bool = True
-    """Also save and keep the step with the lowest `eval/loss`."""
-
-    result: Literal["last", "best"] = "last"
-    """Whose weights become the result of the run: those of its last step, or of the best that was
-    kept."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "CheckpointConfig":
-        if self.result == "best" and not self.keep_best:
-            raise ConfigError(["result: best is not kept; set keep_best=true, or use last"])
-        return self
+    """A checkpoint is damaged, does not match the run, or could not be written."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """All of a run's state that is no tensor."""
+    """State of a run other than tensors."""
 
     step: int = 0
-    """Optimizer steps done; the next step's batch follows from it alone."""
+    """Number of optimizer steps done; it alone determines the next step's batch."""
 
     tokens: int = 0
-    """Target tokens trained on."""
+    """Number of target tokens trained on."""
 
     source_sequences: list[int] = field(default_factory=list)
-    """Sequences trained on, of each source that has any; empty before the first step."""
+    """Number of sequences trained on, per source that has any; empty before the first step."""
 
     source_targets: list[int] = field(default_factory=list)
-    """Target tokens trained on, of each such source; they sum up to `tokens`."""
+    """Number of target tokens trained on, per source as above; their sum is `tokens`."""
 
     num_skipped_steps: int = 0
-    """Steps that moved no weight since half-precision gradients overflowed."""
+    """Number of steps skipped because half-precision gradients overflowed."""
 
     num_bad_steps: int = 0
-    """Steps that moved no weight since their loss or gradient was not finite."""
+    """Number of steps skipped because the loss or gradient was not finite (bad steps)."""
 
     num_bad_in_row: int = 0
-    """Such steps since the last that moved weights."""
+    """Number of bad steps since the last applied step."""
 
     num_undone_steps: int = 0
-    """Good steps that were taken back by going back to a checkpoint; what they read is counted in
-    all that is counted here, and not read again."""
+    """Number of good steps undone by rollbacks. What they read stays in the counts here, and is not
+    read again."""
 
     rollback_step: int | None = None
-    """The newest checkpoint but for those of a stop, where a bad step may go back to: a run that
-    was stopped goes back to where one that was not does. If it could not be written, the newest
-    before it takes its place."""
+    """Step of the checkpoint that a bad step may roll back to: the newest not saved at a stop, so
+    that a stopped run rolls back as an uninterrupted one does. If it could not be written, the
+    newest before it takes its place."""
 
     seconds: float = 0.0
-    """Time spent training, evaluating and saving, over all starts of the run."""
+    """Seconds spent training, evaluating and saving, over all starts of the run."""
 
     best_step: int | None = None
-    """Step with the lowest evaluation loss so far."""
+    """Step with the lowest evaluation loss so far; None before the first evaluation."""
 
     best_loss: float | None = None
-    """That loss, in nats a token."""
+    """Evaluation loss of `best_step`, in nats per token."""
 
 
 @dataclass(frozen=True)
 class SaveResult:
-    """What became of one checkpoint."""
+    """Outcome of saving one checkpoint."""
 
     step: int
-    """Whose state it has."""
+    """Optimizer step of the checkpoint."""
 
     stall_seconds: float
-    """How long training stood still for it."""
+    """Seconds that training waited for the save."""
 
     write_seconds: float
-    """From its beginning until it was there for readers; 0 where it is not."""
+    """Seconds from the start of the save until it was published; 0 if it failed."""
 
     problem: str | None
-    """Why it is not there; None where it is."""
+    """Why the save failed; None if it succeeded."""
 
 
 def checkpoint_path(run_dir: Place, step: int) -> Place:
-    """Return where the checkpoint of a step lies."""
+    """Return the directory of a step's checkpoint."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def unfinished_place(run_dir: Place, step: int, attempt: str) -> Place:
-    """Return where the files of a checkpoint are written; in object storage, where they will be.
+    """Return where a checkpoint's files are written: in object storage, its final place.
 
     Args:
-        run_dir: of the run.
-        step: of the checkpoint.
-        attempt: names this saving of it; its files have it in their names.
+        run_dir: directory of the run.
+        step: optimizer step of the checkpoint.
+        attempt: id of this save, which is part of the names of its files.
     """
     target = checkpoint_path(run_dir, step)
     return target.with_name(f".{target.name}.{attempt}.tmp") if run_dir.is_local else target
 
 
 def seal_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a manifest with its format and with a hash of all of it."""
+    """Return a manifest with its format version and a hash of its content."""
     content = {"format": CHECKPOINT_FORMAT_VERSION, **manifest}
     return {**content, _DIGEST: _digest(content)}
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
-    """Hash all of a manifest but its own hash."""
+    """Return the SHA256 of a manifest without its own hash."""
     content = {key: value for key, value in manifest.items() if key != _DIGEST}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def list_checkpoints(run_dir: Place) -> list[Place]:
-    """Return the run's finished checkpoints, oldest first, trusted or not."""
+    """Return the run's finished checkpoints, oldest first, intact or not."""
     return [
         path
         for path in (run_dir / "checkpoints").folders()
@@ -180,13 +146,13 @@ def list_checkpoints(run_dir: Place) -> list[Place]:
 def check_checkpoint(
     path: Place, copies: Path, *, share: int = 0, num_shares: int = 1
 ) -> str | None:
-    """Return why a checkpoint cannot be trusted, or None: sizes and hashes of files are compared.
+    """Check the sizes and hashes of a checkpoint's files; return what is wrong, or None.
 
     Args:
         path: The checkpoint.
-        copies: Local folder for copies of its files, where it is in object storage.
-        share: Which of its files to read, from 0; the manifest is always read.
-        num_shares: Into how many shares its files are dealt out; 1: read all of them.
+        copies: Local folder for copies of its files, if it is in object storage.
+        share: Index of the share of its files to read, from 0; the manifest is always read.
+        num_shares: Number of shares that its files are divided into; 1: read all of them.
 
     Raises:
         OSError: Object storage cannot be reached.
@@ -196,7 +162,7 @@ def check_checkpoint(
     except ValueError as error:
         problem = str(error)
     except OSError as error:
-        # A disk that cannot be read has lost the file; a server that does not answer has not.
+        # A read error of a disk means that the file is lost; an unreachable server does not.
         if not path.is_local and not isinstance(error, FileNotFoundError):
             raise
         problem = str(error)
@@ -206,7 +172,7 @@ def check_checkpoint(
 def _find_damage(path: Place, copies: Path, share: int, num_shares: int) -> str | None:
     manifest = (path / CHECKPOINT_MANIFEST).read_json()
     if not isinstance(manifest, dict) or manifest.get(_DIGEST) != _digest(manifest):
-        return f"the content of {CHECKPOINT_MANIFEST} does not fit its hash"
+        return f"the content of {CHECKPOINT_MANIFEST} does not match its SHA256"
     if manifest["format"] != CHECKPOINT_FORMAT_VERSION:
         return f"format {manifest['format']}, wanted {CHECKPOINT_FORMAT_VERSION}"
     for name, entry in sorted(manifest["files"].items())[share::num_shares]:
@@ -216,16 +182,16 @@ def _find_damage(path: Place, copies: Path, share: int, num_shares: int) -> str 
         if status.num_bytes != entry["bytes"]:
             return f"{name} has {status.num_bytes} bytes, not {entry['bytes']}"
         if sha256_file(local_file_path(path, name, entry, copies)) != entry["sha256"]:
-            return f"the content of {name} does not fit its hash"
+            return f"the content of {name} does not match its SHA256"
     return None
 
 
 def local_file_path(path: Place, name: str, entry: Mapping[str, Any], copies: Path) -> Path:
-    """Return a local path to a checkpoint's file: where it is, or of object storage a checked copy.
+    """Return a local path to a checkpoint's file: its own, or a verified copy from object storage.
 
     Args:
         path: The checkpoint.
-        name: Of the file.
+        name: Name of the file.
         entry: The manifest's entry of the file.
         copies: Local folder for copies.
     """
@@ -235,21 +201,21 @@ def local_file_path(path: Place, name: str, entry: Mapping[str, Any], copies: Pa
 
 
 def mark_damaged(path: Place) -> Place:
-    """Rename a damaged checkpoint, so that the run can save that step again."""
+    """Rename a damaged checkpoint, so that the run can save that step again; return its place."""
     aside = path.with_name(f"{path.name}{DAMAGED_SUFFIX}")
     path.move(aside, first=CHECKPOINT_MANIFEST)
     return aside
 
 
 def delete_old_checkpoints(run_dir: Place, config: CheckpointConfig, state: RunState) -> None:
-    """Delete all but the newest `keep_last`, the best one and that where a bad step goes back to.
+    """Delete all checkpoints but the newest `keep_last`, the best one and the rollback target.
 
-    That is the one of `rollback_step`, or where it could not be written the newest before it.
+    The target is that of `rollback_step` or, if it could not be written, the newest before it.
 
     Args:
-        run_dir: of the run.
-        config: says what is kept.
-        state: of the newest checkpoint, which is there.
+        run_dir: directory of the run.
+        config: which checkpoints to keep.
+        state: state of the newest checkpoint, which must exist.
     """
     paths = list_checkpoints(run_dir)
     kept = set(paths[-config.keep_last :])
@@ -261,13 +227,13 @@ def delete_old_checkpoints(run_dir: Place, config: CheckpointConfig, state: RunS
     for path in paths:
         if path not in kept:
             path.delete()
-            logger.info("checkpoint: %s deleted", path.name)
+            logger.info("deleted old checkpoint %s", path.name)
 
 
 def delete_unfinished(run_dir: Place) -> None:
-    """Delete what is left of checkpoints whose writing has failed or was killed."""
+    """Delete the remains of checkpoints whose write failed or was killed."""
     for path in (run_dir / "checkpoints").folders():
         is_half = _NAME.fullmatch(path.name) and not is_published(path, CHECKPOINT_MANIFEST)
         if is_half or _UNFINISHED.fullmatch(path.name):
             path.delete()
-            logger.info("checkpoint: %s, which was never finished, deleted", path.name)
+            logger.info("deleted unfinished checkpoint %s", path.name)

@@ -1,10 +1,10 @@
-"""Saving a run while it goes on: a copy of the state, and a thread that writes it.
+"""Saving a run while training continues: copy the state, and write it in a background thread.
 
 Every worker copies its slices to host memory, which is all that training waits for, and its thread
-writes them. The first worker's thread waits for what the others say in small files that they have
-written, joins it in the manifest and publishes the checkpoint; threads exchange nothing over the
-process group, which is training's. Whether a checkpoint was published, the workers agree on when
-the next one is due, or at the end.
+writes them. Rank 0's thread waits for the other workers' part manifests (small files next to their
+slices), merges them and publishes the checkpoint; threads never use the process group, which is
+reserved for training. The workers agree on whether a checkpoint was published when the next one is
+due, or at the end.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ from torch import Tensor
 from raytune_llama.storage.files import move_directory
 from raytune_llama.storage.place import Place
 from raytune_llama.storage.transfers import is_published
+from raytune_llama.train.checkpoint.config import CheckpointConfig
 from raytune_llama.train.checkpoint.layout import (
     CHECKPOINT_MANIFEST,
-    CheckpointConfig,
     CheckpointError,
     RunState,
     SaveResult,
@@ -43,53 +43,53 @@ from raytune_llama.train.process_group import ProcessGroup
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 10.0
-"""How long a worker that fails waits for the others' parts of the checkpoint on its way."""
+"""Seconds that a failing worker waits for the other workers' parts of a pending checkpoint."""
 
 _POLL_SECONDS = (0.01, 1.0)
-"""Between two looks for the others' parts, at first and at most."""
+"""Seconds between polls for the other workers' parts: initial and maximum."""
 
 
 @dataclass
 class _PendingCheckpoint:
-    """One checkpoint on its way."""
+    """A checkpoint that is being written."""
 
     name: str
-    """The same on all workers."""
+    """Id of this save, the same on all workers."""
 
     state: RunState
     scalars: dict[str, float]
     shapes: dict[str, list[int]]
     folder: Place
-    """Where its files are written."""
+    """Folder that its files are written to."""
 
     started: float = field(default_factory=time.perf_counter)
     stall_seconds: float = 0.0
     write_seconds: float = 0.0
 
     abandoned: threading.Event = field(default_factory=threading.Event)
-    """Some worker's part will never be there."""
+    """Set if some worker's part will never be written."""
 
     part: "Future[dict[str, Any]] | None" = None
-    """What this worker has written."""
+    """Result of writing this worker's part: its manifest."""
 
     published: "Future[None] | None" = None
-    """On the first worker, that all is."""
+    """Result of publishing the checkpoint; on rank 0 only."""
 
 
 class SaveLog(Protocol):
-    """Who is told what saving takes."""
+    """Receiver of the durations and outcomes of saves."""
 
     def saving(self) -> contextlib.AbstractContextManager[None]:
-        """Surround the time in which training stands still."""
+        """Return a context manager for the time in which training waits."""
         ...
 
     def saved(self, result: SaveResult) -> None:
-        """Learn what became of a checkpoint; every worker does."""
+        """Record the outcome of a checkpoint; called on every worker."""
         ...
 
 
 class Saver(contextlib.AbstractContextManager["Saver"]):
-    """Takes checkpoints of a run; every worker has one and calls the same methods."""
+    """Saves checkpoints of a run; every worker has one and calls the same methods."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
 
     def __enter__(self) -> Self:
         if self._workers.is_rank_zero:
-            # What a killed process left of its last checkpoint may be what fills the disk.
+            # The remains of a killed process's last checkpoint may be what fills the disk.
             self._clean_up()
         return self
 
@@ -122,7 +122,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         """Wait for the last checkpoint, which must be written unless the run has failed anyway.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: the last checkpoint could not be written.
         """
         try:
             if kind is not None:
@@ -136,10 +136,10 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
             self._pool.shutdown(wait=False)
 
     def save(self, state: RunState) -> None:
-        """Take a checkpoint, after the last one is written; collective.
+        """Save a checkpoint, after the previous one is written; collective.
 
         Raises:
-            CheckpointError: `max_failed_saves` in a row could not be written.
+            CheckpointError: `max_failed_saves` consecutive saves failed.
         """
         with self._report.saving():
             self.finish()
@@ -150,10 +150,10 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
                 self.finish()
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is there, or has failed; collective.
+        """Wait until the pending checkpoint is published or has failed; collective.
 
         Raises:
-            CheckpointError: `max_failed_saves` in a row could not be written.
+            CheckpointError: `max_failed_saves` consecutive saves failed.
         """
         attempt, self._last = self._last, None
         if attempt is None:
@@ -169,16 +169,18 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
             return
         self._num_failed += 1
         self._failure = (
-            f"{self._num_failed} checkpoints in a row could not be written to {self._run_dir}, the "
-            f"last of step {attempt.state.step}: {problem}; mend that and run the same command, "
-            "which goes on from the newest checkpoint"
+            f"checkpoints could not be written to {self._run_dir} (failures in a row: "
+            f"{self._num_failed}, the last at step {attempt.state.step}): {problem}; fix that and "
+            "run the same command again to resume from the newest checkpoint"
         )
         if self._workers.is_rank_zero:
-            logger.error("checkpoint of step %d was not written: %s", attempt.state.step, problem)
+            logger.error(
+                "checkpoint of step %d could not be written: %s", attempt.state.step, problem
+            )
             self._clean_up()
         if self._num_failed >= self._config.max_failed_saves:
             raise CheckpointError(self._failure)
-        # None writes anew before the first has made room.
+        # No worker writes again before rank 0 has freed space.
         self._workers.barrier()
 
     def _start_save(self, state: RunState) -> _PendingCheckpoint:
@@ -198,7 +200,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         return attempt
 
     def _copied(self, slices: Iterable[StateSlice]) -> list[StateSlice]:
-        """Copy slices into host memory, which is kept for the next time: new pages are slow."""
+        """Copy slices into host buffers, which are reused: allocating new pages is slow."""
         copies: list[StateSlice] = []
         for each in slices:
             key = (each.name, each.start)
@@ -215,7 +217,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
     def _write_part(
         self, attempt: _PendingCheckpoint, slices: Iterable[StateSlice]
     ) -> dict[str, Any]:
-        """Write this worker's slices, and let the first worker know; in the thread."""
+        """Write this worker's slices and, unless on rank 0, their part manifest; in the thread."""
         rank = self._workers.rank
         stem = f"state-{attempt.name}-{rank:05d}"
         try:
@@ -223,13 +225,13 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
             if not self._workers.is_rank_zero:
                 (attempt.folder / _part_name(attempt, rank)).write_json(part)
         except OSError:
-            # Whatever else writes to a full disk needs the room at once.
+            # If the disk is full, other writers need the space at once.
             _delete_files(attempt.folder, stem)
             raise
         return part
 
     def _publish(self, attempt: _PendingCheckpoint, part: "Future[dict[str, Any]]") -> None:
-        """Wait for all parts and let the checkpoint appear; in the first worker's thread."""
+        """Wait for all parts and publish the checkpoint; in rank 0's thread."""
         parts = [part.result(), *self._other_parts(attempt)]
         step = attempt.state.step
         target = checkpoint_path(self._run_dir, step)
@@ -248,7 +250,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         if self._workers.fence is not None:
             self._workers.fence.check()
         if is_published(target, CHECKPOINT_MANIFEST):
-            # Equal steps of a run are equal: the one that is there stays.
+            # A step of a run always has the same content: the existing checkpoint stays.
             _delete_files(attempt.folder, f"state-{attempt.name}")
             if self._run_dir.is_local:
                 attempt.folder.delete()
@@ -259,7 +261,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         attempt.write_seconds = time.perf_counter() - attempt.started
         num_bytes = sum(entry["bytes"] for entry in joined["files"].values())
         logger.info(
-            "checkpoint: step %d, %.1f MiB in %.1f s, %s",
+            "saved checkpoint of step %d: %.1f MiB in %.1f s, %s",
             step,
             num_bytes / 2**20,
             attempt.write_seconds,
@@ -287,7 +289,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
             pause = min(2 * pause, longest)
 
     def _agree(self, attempt: _PendingCheckpoint) -> str | None:
-        """Wait for the threads; return why there is no checkpoint, the same on all workers."""
+        """Wait for the threads; return on all workers why the save failed, or None; collective."""
         assert attempt.part is not None
         mine = _problem_of(attempt.part)
         name = f"worker {self._workers.rank}: " if self._workers.world_size > 1 else ""
@@ -299,7 +301,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         return self._workers.broadcast(found[0] if found else last)
 
     def _abandon_last(self) -> None:
-        """Give the checkpoint on its way a chance, when training has failed; no collective."""
+        """Wait a little for the pending checkpoint after training failed; not collective."""
         if self._last is None:
             return
         assert self._last.part is not None
@@ -320,7 +322,7 @@ def _host_memory(like: Tensor) -> Tensor:
 
 
 def _delete_files(folder: Place, stem: str) -> None:
-    """Delete the files whose names begin so, as far as that is possible."""
+    """Delete the files whose names begin with `stem`, ignoring I/O errors."""
     with contextlib.suppress(OSError):
         for file in folder.files():
             if file.name.startswith(stem):
@@ -332,7 +334,7 @@ def _part_name(attempt: _PendingCheckpoint, rank: int) -> str:
 
 
 def _problem_of(future: "Future[Any]") -> str | None:
-    """Return why something was not written, or None; any other error is raised."""
+    """Return why a write failed, or None; errors of any other kind are raised."""
     error = future.exception()
     if error is None:
         return None

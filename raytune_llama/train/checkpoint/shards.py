@@ -1,9 +1,8 @@
-"""The files of a checkpoint: slices of parameters as one worker writes them, and reading ranges.
+"""The files of a checkpoint: each worker writes slices of parameters, a reader reads any range.
 
 A file is a safetensors file of bounded size, with the tensors `weight/<key>`, `exp_avg/<key>` and
-`exp_avg_sq/<key>` of each of its slices. Files of several workers become one checkpoint by their
-entries in its manifest, which `merge_worker_manifests` makes of what every worker says that it has
-written.
+`exp_avg_sq/<key>` of each of its slices. `merge_worker_manifests` merges the entries of all
+workers' files into the manifest of one checkpoint.
 """
 
 import contextlib
@@ -24,26 +23,26 @@ from raytune_llama.train.checkpoint.layout import CheckpointError, local_file_pa
 from raytune_llama.train.engines.protocol import STATE_KEYS, StateKey, StateSlice
 
 FILE_BYTES = 2 * 2**30
-"""Most that a file holds; free space that a worker needs in TMPDIR to save to object storage."""
+"""Maximum bytes of a file; also the free TMPDIR bytes per worker to save to object storage."""
 
 _BLOCK_BYTES = 8 * 2**20
-_NUMBER_BYTES = len(STATE_KEYS) * torch.float32.itemsize
+_ELEMENT_BYTES = len(STATE_KEYS) * torch.float32.itemsize
 
 
 def write_slices(slices: Iterable[StateSlice], folder: Place, stem: str) -> dict[str, Any]:
-    """Write slices into files of bounded size, and return what lies where.
+    """Write slices into files of bounded size, and return their locations.
 
     Args:
-        slices: read one file's worth at a time.
-        folder: where the files appear, synced; made where it is not there.
-        stem: how their names begin.
+        slices: slices to write, consumed one file's worth at a time.
+        folder: where the files are written and synced; created if missing.
+        stem: prefix of the file names.
 
     Returns:
-        `tensors`: of each parameter its slices, each with `file`, `key`, `start` and `stop`;
-        `files`: of each file its `bytes` and `sha256`.
+        `tensors`: the slices of each parameter, each with `file`, `key`, `start` and `stop`;
+        `files`: the `bytes` and `sha256` of each file.
 
     Raises:
-        OSError: they cannot be written; files that were written before stay.
+        OSError: a write failed; files written before it remain.
     """
     tensors: dict[str, list[dict[str, Any]]] = {}
     files: dict[str, dict[str, Any]] = {}
@@ -59,8 +58,8 @@ def write_slices(slices: Iterable[StateSlice], folder: Place, stem: str) -> dict
 
 
 def _groups(slices: Iterable[StateSlice]) -> Iterator[list[StateSlice]]:
-    """Pack slices into groups of the size of a file, and cut those that are larger."""
-    most = max(FILE_BYTES // _NUMBER_BYTES, 1)
+    """Group slices into files of at most `FILE_BYTES`, splitting those that are larger."""
+    most = max(FILE_BYTES // _ELEMENT_BYTES, 1)
     group: list[StateSlice] = []
     room = most
     for each in slices:
@@ -97,7 +96,7 @@ def _write_local(slices: Sequence[StateSlice], path: Path) -> dict[str, Any]:
     digest, num_bytes = hashlib.sha256(), 0
     with path.open("xb") as file:
         for block in _blocks(slices):
-            # Both let other threads run: training goes on.
+            # Both release the GIL, so training continues.
             file.write(block)
             digest.update(block)
             num_bytes += len(block)
@@ -107,7 +106,7 @@ def _write_local(slices: Sequence[StateSlice], path: Path) -> dict[str, Any]:
 
 
 def _blocks(slices: Sequence[StateSlice]) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a safetensors file."""
+    """Yield the bytes of a safetensors file in blocks."""
     tensors: dict[str, Tensor] = {
         f"{part}/{_key(each)}": getattr(each, part) for each in slices for part in STATE_KEYS
     }
@@ -123,14 +122,14 @@ def _blocks(slices: Sequence[StateSlice]) -> Iterator[bytes | memoryview]:
 def merge_worker_manifests(
     parts: Iterable[Mapping[str, Any]], shapes: Mapping[str, list[int]]
 ) -> dict[str, dict[str, Any]]:
-    """Make the manifest's `tensors` and `files` of what each worker has written.
+    """Merge what each worker has written into the manifest's `tensors` and `files`.
 
     Args:
-        parts: as `write_slices` returned them.
-        shapes: of the whole parameters.
+        parts: every worker's result of `write_slices`.
+        shapes: full shapes of the parameters, by name.
 
     Raises:
-        CheckpointError: the slices of a parameter are not all of it, each number once.
+        CheckpointError: the slices of a parameter do not cover each element exactly once.
     """
     slices: dict[str, list[dict[str, Any]]] = {name: [] for name in shapes}
     files: dict[str, Any] = {}
@@ -146,23 +145,23 @@ def merge_worker_manifests(
         if edges != starts:
             raise CheckpointError(
                 f"{name} of shape {shape}: the workers' slices end at {edges[1:]} and begin at "
-                f"{starts[:-1]}, which is not the whole tensor; remove keys of engine.deepspeed "
-                "that change how parameters are partitioned"
+                f"{starts[:-1]}, which do not cover the full tensor exactly once; remove keys of "
+                "engine.deepspeed that change how parameters are partitioned"
             )
         tensors[name] = {"shape": shape, "dtype": "float32", "slices": entries}
     return {"tensors": tensors, "files": files}
 
 
 class SliceReader(contextlib.AbstractContextManager["SliceReader"]):
-    """Reads ranges of parameters from a checkpoint, from those of its files that have them."""
+    """Reads ranges of parameters from the files of a checkpoint."""
 
     def __init__(self, path: Place, manifest: Mapping[str, Any], copies: Path) -> None:
-        """Read nothing yet.
+        """Prepare to read; files are opened on first use.
 
         Args:
-            path: The checkpoint, which was checked.
-            manifest: Of it.
-            copies: Local folder for copies of its files, where it is in object storage.
+            path: The checkpoint, already verified.
+            manifest: Its manifest.
+            copies: Local folder for copies of its files, if it is in object storage.
         """
         self._path, self._manifest, self._copies = path, manifest, copies
         self._open: dict[str, Any] = {}
@@ -175,17 +174,17 @@ class SliceReader(contextlib.AbstractContextManager["SliceReader"]):
         self._stack.close()
 
     def read(self, part: StateKey, name: str, start: int, stop: int) -> Tensor:
-        """Return numbers [start, stop) of a part of a parameter; see `ReadState`."""
-        numbers = torch.empty(stop - start)
+        """Return elements [start, stop) of a parameter's weight or moment; see `ReadState`."""
+        values = torch.empty(stop - start)
         for entry in self._manifest["tensors"][name]["slices"]:
             first, last = max(start, entry["start"]), min(stop, entry["stop"])
             if first < last:
                 stored = self._file(entry["file"]).get_slice(f"{part}/{entry['key']}")
-                piece = stored[first - entry["start"] : last - entry["start"]]
-                numbers[first - start : last - start] = piece
-        return numbers
+                found = stored[first - entry["start"] : last - entry["start"]]
+                values[first - start : last - start] = found
+        return values
 
-    def _file(self, name: str) -> Any:  # noqa: ANN401  # the library's type has no name
+    def _file(self, name: str) -> Any:  # noqa: ANN401  # safetensors exports no type for it
         if name not in self._open:
             path = local_file_path(self._path, name, self._manifest["files"][name], self._copies)
             self._open[name] = self._stack.enter_context(safe_open(path, framework="pt"))

@@ -1,5 +1,5 @@
-"""Training engines (DDP, FSDP2, DeepSpeed ZeRO) behind one protocol; none of them knows Ray.
+"""Training engines (DDP, FSDP2, DeepSpeed ZeRO) that implement one protocol, independent of Ray.
 
-Read `protocol.py` first. `build.py` chooses the engine that a config asks for; `config.py` and
-`optimizer.py` hold the settings that the engines share.
+Read `protocol.py` first. `build.py` builds the engine of a config; `config.py` and `optimizer.py`
+hold the settings that the engines share.
 """

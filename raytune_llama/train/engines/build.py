@@ -1,4 +1,4 @@
-"""Build the engine that a config asks for: load the base, choose what is trained, place it."""
+"""Builds the training engine: load the base, select the trained parameters, place the weights."""
 
 from pathlib import Path
 
@@ -7,9 +7,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raytune_llama.data.batches.step_batches import BatchPlan
+from raytune_llama.model.config import LoraConfig
 from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import SummedLoss, load_model
-from raytune_llama.model.lora import LoraConfig, attach_adapter, load_adapter
+from raytune_llama.model.lora import attach_adapter, load_adapter
 from raytune_llama.model.pissa import apply_principal_factors
 from raytune_llama.model.vocab import new_ids
 from raytune_llama.train.checkpoint.initial_adapter import initial_factors
@@ -22,7 +23,7 @@ from raytune_llama.train.untrained_rows import modules_to_save
 
 
 def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: ProcessGroup) -> TrainEngine:
-    """Load the base, choose what is trained, and only then place or partition the weights."""
+    """Load the base, select the trained parameters, and only then place or shard the weights."""
     model = load_model(
         config.model,
         config.engine.precision,
@@ -30,7 +31,7 @@ def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: ProcessGroup)
         modules_to_save=modules_to_save(config),
     )
     if config.engine.gradient_checkpointing:
-        # The reentrant kind needs an input that wants a gradient: frozen embeddings give none.
+        # Reentrant checkpointing needs an input that requires grad; frozen embeddings give none.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained: nn.Module = model
     if config.lora is not None:
@@ -60,7 +61,7 @@ def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: ProcessGroup)
 def build_adapter(
     config: AnyTrainConfig, lora: LoraConfig, model: PreTrainedModel, workers: ProcessGroup
 ) -> PeftModel:
-    """Attach a new adapter, with the values that its first start gave it; collective."""
+    """Attach a new adapter, with the initial values of the run's first start; collective."""
     attached = attach_adapter(model, lora, seed=config.seed)
     if lora.init == "pissa":
         apply_principal_factors(attached, initial_factors(config.run_place, attached, workers))

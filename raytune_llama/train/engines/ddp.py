@@ -1,4 +1,4 @@
-"""Plain data parallelism (`ddp`) behind the engine protocol: every worker holds the whole model."""
+"""Training engine for plain data parallelism (`ddp`): every worker holds the full model."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raytune_llama.data.batches.step_batches import MicroBatch
-from raytune_llama.model.llama import DTYPES, Precision, SummedLoss
+from raytune_llama.model.config import Precision
+from raytune_llama.model.llama import DTYPES, SummedLoss
+from raytune_llama.train.engines.config import OptimConfig
 from raytune_llama.train.engines.optimizer import (
-    OptimConfig,
     build_optimizer,
     parameter_groups,
     set_learning_rate,
@@ -31,14 +32,14 @@ from raytune_llama.train.engines.protocol import (
 from raytune_llama.train.process_group import ProcessGroup
 
 BUCKET_NUMEL = 16 * 2**20
-"""Gradients are exchanged in buckets of this many numbers (64 MiB)."""
+"""Gradients are all-reduced in buckets of about this many elements (64 MiB)."""
 
 
 class DataParallelEngine:
-    """Every worker holds the whole model; gradients are summed in float32 once a step.
+    """Every worker holds the full model; gradients are all-reduced in float32 once per step.
 
-    Chosen over DeepSpeed's stage 0, which wraps its optimizer differently for each precision and
-    keeps the float32 masters to itself, and over DistributedDataParallel, which reduces in the
+    Used instead of DeepSpeed's stage 0, which wraps its optimizer differently per precision and
+    hides the float32 masters, and instead of DistributedDataParallel, which reduces in the
     weights' own precision.
     """
 
@@ -62,12 +63,12 @@ class DataParallelEngine:
         self._num_applied = 0
 
     def _place(self, precision: Precision) -> None:
-        """Bring the weights to where they are computed with."""
+        """Move the weights to the compute device and precision."""
         with keep_buffer_precision(self.module, self._workers.device):
             self.module.to(self._workers.device, DTYPES[precision])
 
     def _master_of(self, weight: nn.Parameter) -> nn.Parameter:
-        """Return what the optimizer changes: float32, on this worker."""
+        """Return the float32 master of a weight, which the optimizer updates."""
         if weight.dtype == torch.float32:
             return weight
         return nn.Parameter(weight.detach().float())
@@ -79,7 +80,7 @@ class DataParallelEngine:
         num_targets: float,
         learning_rate: float,
     ) -> StepResult:
-        """Take one optimizer step; see `Engine`."""
+        """Take one optimizer step; see `TrainEngine`."""
         losses: list[Tensor] = []
         for batch, seed in zip(micro_batches, seeds, strict=True):
             torch.manual_seed(seed)
@@ -89,7 +90,7 @@ class DataParallelEngine:
             losses.append(loss.detach())
         self._sum_gradients()
         scale = self._scaler.get_scale()
-        # One message: all workers decide on the same numbers.
+        # One all-reduce for both: all workers decide on the same values.
         mine = sum(losses, torch.zeros((), device=self._workers.device)).item()
         loss_sum, squared = self._workers.all_reduce_sum([mine, self._squared_norm()])
         norm = math.sqrt(squared) / scale
@@ -109,7 +110,7 @@ class DataParallelEngine:
         return StepResult(loss_sum, norm, was_applied, scale, bad)
 
     def _collect_gradients(self) -> None:
-        """Add half-precision gradients to the masters' in float32, micro-batch by micro-batch."""
+        """Add half-precision gradients to the masters' in float32, after each micro-batch."""
         for weight, master in zip(self._weights, self._masters, strict=True):
             if weight is master or weight.grad is None:
                 continue
@@ -134,16 +135,16 @@ class DataParallelEngine:
             _all_reduce(bucket)
 
     def _squared_norm(self) -> float:
-        """Return what adds up over the workers to the square of the norm of the gradients."""
+        """Return this worker's summand of the squared global gradient norm."""
         return self._norm_held() ** 2 / self._workers.world_size
 
     def _norm_held(self) -> float:
-        """Return the norm of the gradients that this worker holds."""
+        """Return the L2 norm of the gradients that this worker holds."""
         gradients = [master.grad for master in self._masters if master.grad is not None]
         return float(nn.utils.get_total_norm(gradients))
 
     def _overflow_gradients(self) -> None:
-        """Let the scaler find an overflow, if there is one, whatever was not finite and where."""
+        """Make an enabled loss scaler detect an overflow, whatever was not finite and where."""
         for master in self._masters if self._scaler.is_enabled() else ():
             assert master.grad is not None
             master.grad.fill_(math.inf)
@@ -155,11 +156,11 @@ class DataParallelEngine:
                 weight.copy_(master)
 
     def loss_sum(self, batch: MicroBatch) -> float:
-        """Return the summed loss of a batch; see `Engine`."""
+        """Return the summed loss of a batch; see `TrainEngine`."""
         return evaluate_batch(self.module, self.module, batch, self._workers.device)
 
     def trainable_state(self) -> Iterator[StateSlice]:
-        """Yield what this worker saves; see `Engine`."""
+        """Yield the slices that this worker saves; see `TrainEngine`."""
         kept = self._kept_ranges()
         for name, weight, master, (start, stop) in zip(
             self._names, self._weights, self._masters, kept, strict=True
@@ -178,17 +179,17 @@ class DataParallelEngine:
             yield StateSlice(name, start, *mine)
 
     def _kept_ranges(self) -> list[tuple[int, int]]:
-        """Return the numbers of each parameter that this worker saves."""
+        """Return the element range of each parameter that this worker saves."""
         sizes = [master.numel() for master in self._masters]
         return even_ranges(sizes, self._workers.rank, self._workers.world_size)
 
-    def _first_held(self, weight: nn.Parameter) -> int:  # noqa: ARG002  # for others
-        """Return where in the whole parameter begins what this worker holds of it."""
+    def _first_held(self, weight: nn.Parameter) -> int:  # noqa: ARG002  # for subclasses
+        """Return the index in the full parameter of this worker's first element."""
         return 0
 
     @torch.no_grad()
     def load_trainable_state(self, read: ReadState) -> None:
-        """Set the state of every trained parameter; see `Engine`."""
+        """Set the state of every trained parameter; see `TrainEngine`."""
         for name, weight, master in zip(self._names, self._weights, self._masters, strict=True):
             start = self._first_held(weight)
             stop = start + master.numel()
@@ -201,20 +202,20 @@ class DataParallelEngine:
         self._write_weights()
 
     def replicated_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all weights; see `Engine`."""
+        """Yield all parameters and buffers; see `TrainEngine`."""
         return module_tensors(self.module)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every trained parameter; see `Engine`."""
+        """Yield every full trained parameter; see `TrainEngine`."""
         for name, weight, master in zip(self._names, self._weights, self._masters, strict=True):
             yield name, self._full_tensor(master.detach(), weight)
 
-    def _full_tensor(self, part: Tensor, weight: nn.Parameter) -> Tensor:  # noqa: ARG002  # for others
-        """Return all of a tensor of which this worker holds what it holds of a weight."""
+    def _full_tensor(self, part: Tensor, weight: nn.Parameter) -> Tensor:  # noqa: ARG002  # for subclasses
+        """Return the full tensor, given this worker's part, which is sharded as the weight is."""
         return part.cpu()
 
     def scalar_state(self) -> dict[str, float]:
-        """Return the applied steps and the loss scaler; see `Engine`."""
+        """Return the applied steps and the loss scaler's state; see `TrainEngine`."""
         state: dict[str, float] = {"num_applied": self._num_applied}
         if self._scaler.is_enabled():
             scaler = self._scaler.state_dict()
@@ -222,7 +223,7 @@ class DataParallelEngine:
         return state
 
     def load_scalar_state(self, state: dict[str, float]) -> None:
-        """Set what `scalar_state` returned; see `Engine`."""
+        """Restore what `scalar_state` returned; see `TrainEngine`."""
         self._num_applied = int(state["num_applied"])
         for moments in self._optimizer.state.values():
             moments["step"].fill_(self._num_applied)
@@ -232,7 +233,7 @@ class DataParallelEngine:
 
 
 def _all_reduce(gradients: list[Tensor]) -> None:
-    """Sum tensors over the workers in place, as one message."""
+    """Sum tensors over the workers in place, in one all-reduce."""
     if len(gradients) == 1:
         dist.all_reduce(gradients[0])
         return

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 1 to 3 behind the engine protocol; the one module that imports deepspeed."""
+"""Training engine for DeepSpeed ZeRO 1 to 3; the only module that imports deepspeed."""
 
 import logging
 import math
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from raytune_llama.config.errors import UserError
 from raytune_llama.data.batches.step_batches import MicroBatch
 from raytune_llama.model.llama import DTYPES, SummedLoss
-from raytune_llama.train.engines.config import EngineConfig
+from raytune_llama.train.engines.config import EngineConfig, OptimConfig
 from raytune_llama.train.engines.optimizer import (
-    OptimConfig,
     build_optimizer,
     parameter_groups,
     set_learning_rate,
@@ -42,10 +41,10 @@ logger = logging.getLogger(__name__)
 def deepspeed_config(
     engine: EngineConfig, optim: OptimConfig, *, micro_batch_sequences: int, num_micro_batches: int
 ) -> dict[str, Any]:
-    """Return DeepSpeed's JSON for our fields, with the user's further keys.
+    """Return DeepSpeed's JSON config: that of our fields, and the user's additional keys.
 
     Raises:
-        ValueError: a further key contradicts one of our fields.
+        UserError: an additional key contradicts one of our fields.
     """
     zero: dict[str, Any] = {"stage": engine.resolved_zero_stage, "compute_grad_norm": True}
     if engine.offload_optimizer:
@@ -56,21 +55,21 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": micro_batch_sequences,
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": optim.max_grad_norm or 0.0,
-        # What is not finite has to be looked for, or it moves weights.
+        # Without this check, non-finite gradients would be applied.
         "bf16": {"enabled": engine.precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": engine.precision == "fp16"},
         "zero_optimization": zero,
-        # The optimizer is PyTorch's own, on the CPU and the GPU alike.
+        # The optimizer is PyTorch's own, on both CPU and GPU.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # Sums of half-precision gradients lose digits with every worker and micro-batch.
+        # Half-precision sums of gradients lose accuracy with every worker and micro-batch.
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
-        # Its progress line; ours says more.
+        # Disables its progress line; our own has more.
         "steps_per_print": 2**31,
     }
     if engine.resolved_zero_stage == 1 and engine.precision == "bf16":
-        # DeepSpeed then picks another optimizer wrapper, which ignores the rest of this JSON.
+        # With data_types, DeepSpeed uses BF16_Optimizer, which ignores the rest of this JSON.
         del ours["data_types"]
     return _merged(ours, engine.deepspeed, "engine.deepspeed")
 
@@ -82,8 +81,8 @@ def _merged(ours: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str,
             merged[key] = _merged(ours[key], value, f"{path}.{key}")
         elif key in ours and ours[key] != value:
             raise UserError(
-                f"{path}.{key}: {value!r} contradicts {ours[key]!r}, which follows from our own "
-                "fields; remove it and set the field"
+                f"{path}.{key}: {value!r} contradicts {ours[key]!r}, which follows from the "
+                "run's settings; remove this key and change the settings instead"
             )
         else:
             merged[key] = value
@@ -94,7 +93,7 @@ _TORCH_LIBRARIES = str(Path(torch.__file__).parent / "lib")
 
 
 class DeepSpeedEngine:
-    """ZeRO: optimizer state, gradients and weights partitioned over the workers."""
+    """DeepSpeed ZeRO: optimizer state, gradients and weights partitioned over the workers."""
 
     def __init__(
         self,
@@ -110,11 +109,11 @@ class DeepSpeedEngine:
         self._deepspeed = deepspeed
         self._config = engine
         self._workers = workers
-        # Taken before ZeRO 3 leaves each parameter with an empty tensor of one dimension.
+        # Taken before ZeRO 3 replaces each parameter's data with an empty 1-D tensor.
         named = trained_parameters(module)
         self._named = named
         self._shapes = {name: parameter.shape for name, parameter in named}
-        self._soundness = torch.ones((), device=workers.device)
+        self._nan_if_nonfinite = torch.ones((), device=workers.device)
         smallest = min((parameter for _, parameter in named), key=torch.numel)
         smallest.register_hook(self._propagate_nonfinite_loss)
         json = deepspeed_config(
@@ -142,7 +141,7 @@ class DeepSpeedEngine:
         num_targets: float,
         learning_rate: float,
     ) -> StepResult:
-        """Take one optimizer step; see `Engine`."""
+        """Take one optimizer step; see `TrainEngine`."""
         scale = self._loss_scale
         losses: list[Tensor] = []
         total = torch.zeros((), device=self._workers.device)
@@ -152,15 +151,15 @@ class DeepSpeedEngine:
             loss = self._engine(*to_device(batch, self._workers.device))
             losses.append(loss.detach())
             if len(losses) == len(micro_batches):
-                # Before the gradients are there, after which DeepSpeed decides by itself.
+                # Before the last gradients exist: after them, DeepSpeed decides on its own.
                 total = self._workers.all_reduce_in_place(sum(losses, total).double())
-                self._soundness = torch.where(total.isfinite(), 1.0, math.nan)
-            # DeepSpeed averages gradients over the workers; ours is a sum over the whole step.
+                self._nan_if_nonfinite = torch.where(total.isfinite(), 1.0, math.nan)
+            # DeepSpeed averages gradients over the workers; our loss is a sum over the full step.
             self._engine.backward(
                 loss * (self._workers.world_size / num_targets), scale_wrt_gas=False
             )
             self._engine.step()
-        self._soundness = torch.ones_like(self._soundness)
+        self._nan_if_nonfinite = torch.ones_like(self._nan_if_nonfinite)
         was_applied = self._engine.was_step_applied()
         self._num_applied += was_applied
         if was_applied and not self._has_moments:
@@ -171,17 +170,17 @@ class DeepSpeedEngine:
         return StepResult(total.item(), norm, was_applied, scale, bad)
 
     def _propagate_nonfinite_loss(self, gradient: Tensor) -> Tensor:
-        """Spoil one parameter's gradient where the loss is not finite, so that all is skipped.
+        """Make one parameter's gradient NaN if the loss is not finite, so that the step is skipped.
 
-        A loss that is not finite can have finite gradients. A loss times nan would not do: of new
-        rows that a micro-batch does not look up, the gradient is zero whatever the loss is.
+        A non-finite loss can have finite gradients. Multiplying the loss by NaN is not enough: new
+        rows that a micro-batch does not look up have a zero gradient whatever the loss is.
         """
-        return gradient * self._soundness
+        return gradient * self._nan_if_nonfinite
 
     def _link_moments(self) -> None:
-        """Let DeepSpeed find the moments of every group by parameter (stages 1 and 2).
+        """Link every parameter to its moments in DeepSpeed's optimizer (stages 1 and 2).
 
-        It does so once, after the step of the first group, when those of the others are not there.
+        DeepSpeed does so only once, after the first group's step, when other groups have none.
         """
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
@@ -193,11 +192,11 @@ class DeepSpeedEngine:
             lazy_init_hp_params_optimizer_state(parameters, partition, zero.optimizer.state)
 
     def loss_sum(self, batch: MicroBatch) -> float:
-        """Return the summed loss of a batch; see `Engine`."""
+        """Return the summed loss of a batch; see `TrainEngine`."""
         return evaluate_batch(self._engine, self._engine, batch, self._workers.device)
 
     def trainable_state(self) -> Iterator[StateSlice]:
-        """Yield what this worker holds, as ZeRO cuts it; see `Engine`."""
+        """Yield this worker's slices, as ZeRO partitions them; see `TrainEngine`."""
         for name, parameter in self._named:
             start, stop = self._held_range(parameter)
             if start == stop:
@@ -212,21 +211,21 @@ class DeepSpeedEngine:
             yield StateSlice(name, start, weight.detach(), *moments)
 
     def _held_range(self, parameter: Any) -> tuple[int, int]:  # noqa: ANN401  # DeepSpeed's attributes
-        """Return the numbers of a parameter of which this worker holds the float32 master."""
+        """Return the element range of a parameter whose float32 master this worker holds."""
         if self._config.resolved_zero_stage == 3:
-            # Equal pieces, of which the last are padded, or padding alone.
-            piece = parameter.ds_tensor.ds_numel
-            first = piece * self._workers.rank
-            return min(first, parameter.ds_numel), min(first + piece, parameter.ds_numel)
-        # A group of parameters is cut as one row: a worker may hold nothing of one of them.
-        mapping = parameter._hp_mapping  # its getters of whole tensors start from it too
+            # Equal partitions, of which the last are padded, or only padding.
+            size = parameter.ds_tensor.ds_numel
+            first = size * self._workers.rank
+            return min(first, parameter.ds_numel), min(first + size, parameter.ds_numel)
+        # A group is partitioned as one flat tensor: a worker may hold nothing of a parameter.
+        mapping = parameter._hp_mapping  # DeepSpeed's full-tensor getters use it too
         if mapping is None:
             return 0, 0
         address = mapping.lp_fragment_address
         return address.start, address.start + address.numel
 
     def _held(self, parameter: Any, moment: str | None) -> Tensor:  # noqa: ANN401  # as above
-        """Return this worker's master or a moment of it; under ZeRO 3 with padding at its end."""
+        """Return this worker's part of the master or a moment; padded at its end under ZeRO 3."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         if self._config.resolved_zero_stage < 3:
@@ -237,13 +236,13 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def load_trainable_state(self, read: ReadState) -> None:
-        """Set the state of every trained parameter; see `Engine`."""
+        """Set the state of every trained parameter; see `TrainEngine`."""
         self._make_moments()
         if self._config.resolved_zero_stage == 3:
             self._load_zero3_shards(read)
             return
         for name, parameter in self._named:
-            # What the forward pass reads is whole on every worker, and apart from the masters.
+            # The forward pass reads full weights, which every worker has apart from the masters.
             parameter.copy_(read("weight", name, 0, parameter.numel()).view_as(parameter))
             start, stop = self._held_range(parameter)
             for part in STATE_KEYS if start < stop else ():
@@ -253,27 +252,27 @@ class DeepSpeedEngine:
     def _load_zero3_shards(self, read: ReadState) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-        # Small parameters stay whole on every worker, and are gathered anew at the end.
+        # Small parameters stay full on every worker, and are gathered again at the end.
         self._engine.optimizer.checkpoint_event_prologue()
         for name, untyped in self._named:
             parameter: Any = untyped  # with DeepSpeed's attributes
             start, stop = self._held_range(parameter)
             padding = (0, parameter.ds_tensor.ds_numel - (stop - start))
-            pieces = {
+            shards = {
                 part: nn.functional.pad(read(part, name, start, stop), padding).to(
                     self._workers.device
                 )
                 for part in STATE_KEYS
             }
-            weight = pieces.pop("weight")
+            weight = shards.pop("weight")
             parameter.ds_tensor.copy_(weight)
             safe_set_local_fp32_param(parameter, weight)
-            for part, moment in pieces.items():
+            for part, moment in shards.items():
                 safe_set_local_optimizer_state(parameter, moment, part)
         self._engine.optimizer.checkpoint_event_epilogue()
 
     def _make_moments(self) -> None:
-        """Take a step without targets at rate zero: the optimizer's state exists only after one."""
+        """Take a step without targets at learning rate 0, since only a step creates the moments."""
         with torch.enable_grad():
             ids = torch.zeros((1, 2), dtype=torch.long)
             nothing = MicroBatch(ids, torch.full_like(ids, -100), torch.arange(2).unsqueeze(0))
@@ -281,23 +280,23 @@ class DeepSpeedEngine:
             self.train_step([nothing] * count, [0] * count, 1.0, 0.0)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every trained parameter; see `Engine`."""
+        """Yield every full trained parameter; see `TrainEngine`."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in self._named:
-            whole = cast("Tensor", safe_get_full_fp32_param(parameter)).detach()
-            yield name, whole.reshape(self._shapes[name]).cpu()
+            full = cast("Tensor", safe_get_full_fp32_param(parameter)).detach()
+            yield name, full.reshape(self._shapes[name]).cpu()
 
     @property
     def _loss_scale(self) -> float:
         return float(self._engine.optimizer.loss_scale) if self._config.precision == "fp16" else 1.0
 
     def replicated_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all weights; under ZeRO 3, which cuts them up, none; see `Engine`."""
+        """Yield all parameters and buffers; nothing under ZeRO 3; see `TrainEngine`."""
         return module_tensors(self.module) if self._config.resolved_zero_stage < 3 else iter(())
 
     def scalar_state(self) -> dict[str, float]:
-        """Return the applied steps and the loss scaler; see `Engine`."""
+        """Return the applied steps and the loss scaler's state; see `TrainEngine`."""
         state: dict[str, float] = {"num_applied": self._num_applied}
         if self._config.precision == "fp16":
             scaler = self._engine.optimizer.loss_scaler
@@ -309,7 +308,7 @@ class DeepSpeedEngine:
         return state
 
     def load_scalar_state(self, state: dict[str, float]) -> None:
-        """Set what `scalar_state` returned; see `Engine`."""
+        """Restore what `scalar_state` returned; see `TrainEngine`."""
         self._num_applied = int(state["num_applied"])
         for moments in self._engine.optimizer.optimizer.state.values():
             moments["step"].fill_(self._num_applied)
@@ -322,17 +321,17 @@ class DeepSpeedEngine:
 
 
 def _import_deepspeed(device: torch.device) -> Any:  # noqa: ANN401  # the module is untyped
-    """Import DeepSpeed for a device, in a process group of its own where there is none."""
+    """Import DeepSpeed for a device; create a process group of this process if none exists."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
-    # Its ops are compiled by ninja, which pip puts beside the interpreter.
+    # Its ops are compiled by ninja, which pip installs next to the interpreter.
     tools = str(Path(sys.executable).parent)
     if tools not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
     import deepspeed
     from torch.utils import cpp_extension
 
-    # PyTorch 2.13 quotes the paths of headers, but not that of its libraries (`-L`).
+    # PyTorch 2.13 quotes its header paths, but not its library path (`-L`).
     cpp_extension.TORCH_LIB_PATH = shlex.quote(_TORCH_LIBRARIES)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     ensure_process_group(device)

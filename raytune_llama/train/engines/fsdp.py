@@ -1,7 +1,7 @@
-"""PyTorch's FSDP2 behind the engine protocol: every weight cut into a part a worker.
+"""Training engine for PyTorch's FSDP2: every weight is sharded over the workers.
 
-A decoder layer's weights are whole only while it computes, and those outside of the layers (the
-embeddings, the last norm, the output projection, which the loss reads whole) from the beginning of
+A decoder layer's weights are gathered only while it computes; those outside the layers (the
+embeddings, the final norm, the output projection, which the loss reads in full) from the start of
 the forward pass to the end of the backward pass.
 """
 
@@ -24,18 +24,18 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 
 from raytune_llama.data.batches.step_batches import MicroBatch
-from raytune_llama.model.llama import DTYPES, Precision, SummedLoss, decoder_layers
-from raytune_llama.train.engines.config import EngineConfig
+from raytune_llama.model.config import Precision
+from raytune_llama.model.llama import DTYPES, SummedLoss, decoder_layers
+from raytune_llama.train.engines.config import EngineConfig, OptimConfig
 from raytune_llama.train.engines.ddp import DataParallelEngine
-from raytune_llama.train.engines.optimizer import OptimConfig
 from raytune_llama.train.process_group import ProcessGroup, ensure_process_group
 
 
 class FullyShardedEngine(DataParallelEngine):
-    """A step of `DataParallelEngine` on parts: the optimizer sees only what this worker holds.
+    """`DataParallelEngine` on shards: the optimizer sees only what this worker holds.
 
-    Gradients are summed over the workers in float32 after each micro-batch, as FSDP does not keep
-    whole gradients. All that is trained is sharded in float32, all else in the run's precision.
+    Gradients are reduced in float32 after each micro-batch, as FSDP does not keep full gradients.
+    Trained parameters are sharded in float32, all others in the run's precision.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class FullyShardedEngine(DataParallelEngine):
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
         policy = MixedPrecisionPolicy(
             param_dtype=dtype,
-            # Sums of half-precision gradients lose digits with every worker and micro-batch.
+            # Half-precision sums of gradients lose accuracy with every worker and micro-batch.
             reduce_dtype=torch.float32,
-            # Layers get what the model gives them: angles of rotary embeddings stay precise.
+            # Layer inputs are not cast, so that rotary embedding angles stay precise.
             cast_forward_inputs=False,
         )
         on_gpu = self._workers.device.type == "cuda"
@@ -64,17 +64,17 @@ class FullyShardedEngine(DataParallelEngine):
         for each in [*decoder_layers(module.model), module]:
             fully_shard(each, mesh=self._mesh, mp_policy=policy, offload_policy=offload)
             sharded = cast("FSDPModule", each)
-            # Ours is a sum over the whole step, FSDP's an average; gloo knows sums only.
+            # Our loss is a sum over the full step, while FSDP averages; gloo supports sums only.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
         register_fsdp_forward_method(module, "loss_from_logits")
 
     def _master_of(self, weight: nn.Parameter) -> nn.Parameter:
-        # The same memory: what the optimizer writes is what is gathered next.
+        # Shares memory: the next all-gather reads what the optimizer writes.
         return nn.Parameter(_local(weight))
 
     def _collect_gradients(self) -> None:
-        """Nothing: FSDP adds the micro-batches up where the masters look for them."""
+        """Do nothing: FSDP accumulates gradients over micro-batches itself."""
 
     def _sum_gradients(self) -> None:
         for weight, master in zip(self._weights, self._masters, strict=True):
@@ -94,31 +94,31 @@ class FullyShardedEngine(DataParallelEngine):
                 held.copy_(master)
 
     def _reshard(self) -> None:
-        """Let go of weights that a pass without a backward pass has left whole."""
+        """Free full weights that a forward pass without a backward pass leaves gathered."""
         for each in self.module.modules():
             if isinstance(each, FSDPModule):
                 each.reshard()
 
     def loss_sum(self, batch: MicroBatch) -> float:
-        """Return the summed loss of a batch; see `Engine`; collective."""
+        """Return the summed loss of a batch; see `TrainEngine`; collective."""
         loss = super().loss_sum(batch)
         self._reshard()
         return loss
 
     def replicated_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield nothing: every worker holds other parts; see `Engine`."""
+        """Yield nothing: each worker holds different shards; see `TrainEngine`."""
         return iter(())
 
     def _full_tensor(self, part: Tensor, weight: nn.Parameter) -> Tensor:
         sharded = cast("DTensor", weight)
-        whole = DTensor.from_local(
+        full = DTensor.from_local(
             part.to(self._workers.device),
             self._mesh,
             [Shard(0)],
             shape=sharded.shape,
             stride=sharded.stride(),
         )
-        return whole.full_tensor().cpu()
+        return full.full_tensor().cpu()
 
     def _kept_ranges(self) -> list[tuple[int, int]]:
         firsts = [self._first_held(weight) for weight in self._weights]
@@ -128,12 +128,12 @@ class FullyShardedEngine(DataParallelEngine):
         ]
 
     def _first_held(self, weight: nn.Parameter) -> int:
-        # As FSDP cuts: pieces of so many rows, the last ones smaller or empty.
+        # As FSDP shards: an equal number of rows each, the last shards smaller or empty.
         num_rows = weight.shape[0]
-        piece = math.ceil(num_rows / self._workers.world_size)
-        return min(self._workers.rank * piece, num_rows) * (weight.numel() // num_rows)
+        shard_rows = math.ceil(num_rows / self._workers.world_size)
+        return min(self._workers.rank * shard_rows, num_rows) * (weight.numel() // num_rows)
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return this worker's part of a sharded tensor, in the same memory."""
+    """Return this worker's shard of a DTensor, in the same memory."""
     return cast("DTensor", tensor).to_local().detach()

@@ -1,8 +1,8 @@
-"""What moves the weights: one small protocol, and what the engines behind it share.
+"""The protocol of training engines, and what its implementations share.
 
-An engine owns the module, its optimizer and the exchange of gradients. All it does is defined on
-sums over the whole step, so that results do not depend on how a step is cut into micro-batches
-and workers.
+An engine owns the module, its optimizer and the gradient communication. All it does is defined on
+sums over the full step, so results do not depend on how a step is split into micro-batches and
+workers.
 """
 
 import contextlib
@@ -20,66 +20,66 @@ from raytune_llama.model.llama import SummedLoss
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did; but for `bad_micro_batches` the same on every worker."""
+    """Result of one optimizer step; the same on every worker except for `bad_micro_batches`."""
 
     loss_sum: float
-    """Summed loss of the step's targets, of all workers, in nats."""
+    """Summed loss over the step's targets on all workers, in nats."""
 
     grad_norm: float
-    """L2 norm of the step's whole gradient before clipping; not finite where that is not."""
+    """L2 norm of the step's full gradient before clipping; not finite if the gradient is not."""
 
     was_applied: bool
-    """False where the loss or the gradient was not finite, so that no weight moved."""
+    """Whether weights were updated; false if the loss or the gradient was not finite."""
 
     loss_scale: float
-    """Factor that kept half-precision gradients in range; 1 without one."""
+    """Loss scale that kept half-precision gradients in range; 1 without a loss scaler."""
 
     bad_micro_batches: tuple[int, ...] = ()
-    """Which of this worker's micro-batches had a loss that is not finite."""
+    """Indices of this worker's micro-batches whose loss was not finite."""
 
     @property
     def is_bad(self) -> bool:
-        """Whether numbers were not finite, and not because the loss scale was too large."""
+        """Whether the loss or gradient was not finite, other than by too large a loss scale."""
         overflowed = math.isfinite(self.loss_sum) and self.loss_scale > 1.0
         return not self.was_applied and not overflowed
 
 
 StateKey = Literal["weight", "exp_avg", "exp_avg_sq"]
-"""What AdamW knows of every number that it changes."""
+"""Key of a tensor that AdamW keeps per parameter: the weight itself or a moment."""
 
 STATE_KEYS: tuple[StateKey, ...] = ("weight", "exp_avg", "exp_avg_sq")
 
 ReadState = Callable[[StateKey, str, int, int], Tensor]
-"""Returns numbers [start, stop) of a part of a parameter: flat, float32, on the CPU, a copy."""
+"""Given (key, parameter name, start, stop), returns these elements: a flat float32 CPU copy."""
 
 
 @dataclass(frozen=True)
 class StateSlice:
-    """A stretch of one parameter, in the flat order of the whole tensor; float32, on any device."""
+    """A range of one flattened parameter, with its moments; float32, on any device."""
 
     name: str
-    """Of the parameter."""
+    """Name of the parameter."""
 
     start: int
-    """Number of the stretch's first element in the whole."""
+    """Index of the slice's first element in the flattened parameter."""
 
     weight: Tensor
-    """Flat."""
+    """Weights of the slice, flat."""
 
     exp_avg: Tensor
-    """AdamW's mean of gradients, as long."""
+    """AdamW's running mean of gradients, of the same shape."""
 
     exp_avg_sq: Tensor
-    """AdamW's mean of squared gradients, as long."""
+    """AdamW's running mean of squared gradients, of the same shape."""
 
     @property
     def stop(self) -> int:
-        """Number of the first element behind the stretch."""
+        """Index of the first element after the slice."""
         return self.start + self.weight.numel()
 
 
 class TrainEngine(Protocol):
-    """Moves the weights of a module that returns summed losses."""
+    """Trains a module that returns summed losses."""
 
     module: SummedLoss
 
@@ -92,60 +92,60 @@ class TrainEngine(Protocol):
     ) -> StepResult:
         """Take one optimizer step on the mean loss of the step's targets; collective.
 
-        Where the loss of any worker or the gradient is not finite, no worker moves a weight.
+        If any worker's loss or the gradient is not finite, no worker updates a weight.
 
         Args:
-            micro_batches: this worker's; every worker passes the same number.
-            seeds: of the dropout of each micro-batch.
+            micro_batches: this worker's micro-batches; every worker passes the same number.
+            seeds: dropout seed of each micro-batch.
             num_targets: target tokens of the step over all workers.
-            learning_rate: of this step; some groups of parameters have a multiple of it.
+            learning_rate: scheduled rate of this step; some parameter groups use a multiple.
         """
         ...
 
     def loss_sum(self, batch: MicroBatch) -> float:
-        """Return the summed loss of a batch in nats, dropout off; collective."""
+        """Return the summed loss of a batch in nats, with dropout off; collective."""
         ...
 
     def trainable_state(self) -> Iterator[StateSlice]:
-        """Yield what this worker saves; the workers' slices are each trained parameter once.
+        """Yield the slices this worker saves; all workers' slices cover each parameter once.
 
-        They share the engine's memory, and change with the next step. Nothing is exchanged.
+        They share the engine's memory and change with the next step. Not collective.
         """
         ...
 
     def load_trainable_state(self, read: ReadState) -> None:
-        """Set the state of every trained parameter; a worker reads what it holds; collective."""
+        """Set the state of every trained parameter, reading what this worker holds; collective."""
         ...
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every trained parameter by name, whole, float32, on the CPU; collective."""
+        """Yield every trained parameter by name, in full, float32, on the CPU; collective."""
         ...
 
     def replicated_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what every worker holds, and is to hold alike, by name, in one order."""
+        """Yield the tensors that must be equal on all workers, by name, in the same order."""
         ...
 
     def scalar_state(self) -> dict[str, float]:
-        """Return the rest of what a checkpoint needs.
+        """Return the rest of the state that a checkpoint needs.
 
-        `num_applied` steps; with a loss scaler also `loss_scale` and `num_good`, the steps since
-        it last changed.
+        `num_applied`: steps applied; with a loss scaler also `loss_scale` and `num_good`, the
+        number of steps since the scale last changed.
         """
         ...
 
     def load_scalar_state(self, state: dict[str, float]) -> None:
-        """Set what `scalar_state` returned."""
+        """Restore what `scalar_state` returned."""
         ...
 
 
 def trained_parameters(module: SummedLoss) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters that are trained, by their name in the wrapped model."""
+    """Return the trained parameters with their names in the wrapped model."""
     return [(name, p) for name, p in module.model.named_parameters() if p.requires_grad]
 
 
 def trained_shapes(module: SummedLoss) -> dict[str, list[int]]:
-    """Return the shapes of the whole parameters that are trained, by name."""
-    # ZeRO 3 leaves the whole shape in an attribute.
+    """Return the full shapes of the trained parameters, by name."""
+    # ZeRO 3 keeps the full shape in an attribute.
     return {
         name: list(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in trained_parameters(module)
@@ -153,10 +153,15 @@ def trained_shapes(module: SummedLoss) -> dict[str, list[int]]:
 
 
 def even_ranges(sizes: Sequence[int], rank: int, world_size: int) -> list[tuple[int, int]]:
-    """Lay tensors end to end, cut the row into equal stretches, one a worker.
+    """Concatenate flattened tensors and split the result evenly, one range per worker.
+
+    Args:
+        sizes: number of elements of each tensor.
+        rank: rank of this worker.
+        world_size: number of workers.
 
     Returns:
-        Of each tensor the numbers [start, stop) that are in this worker's stretch.
+        The element range [start, stop) of each tensor that falls into this worker's range.
     """
     total = sum(sizes)
     first, last = total * rank // world_size, total * (rank + 1) // world_size
@@ -171,10 +176,10 @@ def even_ranges(sizes: Sequence[int], rank: int, world_size: int) -> list[tuple[
 
 @contextlib.contextmanager
 def keep_buffer_precision(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Keep buffers in their own precision while a block casts a module's weights.
+    """Keep buffers in their own precision while the block casts a module's weights.
 
-    Cast to bfloat16, the frequencies of rotary embeddings are off by up to 0.4 %, which turns
-    tokens at position 1,000 by radians; models compute them in float32 in any precision.
+    Cast to bfloat16, rotary embedding frequencies are off by up to 0.4 %, which rotates tokens at
+    position 1,000 by radians; models compute them in float32 in any precision.
     """
     kept = [
         (owner, name, buffer)
@@ -190,7 +195,7 @@ def keep_buffer_precision(module: nn.Module, device: torch.device) -> Iterator[N
 def evaluate_batch(
     call: Callable[..., Tensor], module: nn.Module, batch: MicroBatch, device: torch.device
 ) -> float:
-    """Return the summed loss of a batch without dropout and without a graph."""
+    """Return the summed loss of a batch in nats, without dropout and autograd."""
     module.eval()
     with torch.no_grad():
         loss = call(*to_device(batch, device))
@@ -199,8 +204,8 @@ def evaluate_batch(
 
 
 def nonfinite_indices(losses: Sequence[Tensor]) -> tuple[int, ...]:
-    """Return the numbers of the losses that are not finite."""
-    return tuple(number for number, loss in enumerate(losses) if not loss.isfinite())
+    """Return the indices of the losses that are not finite."""
+    return tuple(index for index, loss in enumerate(losses) if not loss.isfinite())
 
 
 def module_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

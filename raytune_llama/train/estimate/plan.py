@@ -1,178 +1,125 @@
-"""What a run will take, found without weights, without Ray and without a token store.
-
-    plan = build_plan(config)
-
-Counts and memory come from the run's own model on PyTorch's meta device: its config.json, the
-adapter and the engine settings. `memory.py` says where each number of a worker's memory is from.
-"""
+"""What a run will take, found without weights or Ray: `print(render_plan(build_plan(config)))`."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple
 
 import peft
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
-from raytune_llama.config.settings import ConfigError, identity
+from raytune_llama.config.settings import identity
 from raytune_llama.data.batches.step_batches import num_micro_batches
 from raytune_llama.data.build.preparation import DataInputs
 from raytune_llama.data.store.manifest import MANIFEST_NAME, token_dtype
 from raytune_llama.data.store.token_store import TokenStore, open_store
 from raytune_llama.model.embeddings import train_embeddings
-from raytune_llama.model.llama import DTYPES, SummedLoss, build_empty_model, has_weights
+from raytune_llama.model.llama import DTYPES, build_empty_model, has_weights
 from raytune_llama.model.lora import attach_adapter
 from raytune_llama.model.pissa import INITIAL_ADAPTER, add_initial_adapter
-from raytune_llama.model.quantization import quantized_bytes, quantized_linears
-from raytune_llama.model.vocab import (
-    VocabularyFit,
-    check_vocabulary,
-    new_ids,
-    num_embedding_rows,
-)
+from raytune_llama.model.vocab import VocabularyFit, new_ids
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import encode_text
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
-from raytune_llama.train.engines.config import STRATEGIES, ShardingLayout
-from raytune_llama.train.engines.deepspeed_zero import deepspeed_config
 from raytune_llama.train.estimate.memory import (
     ParameterCounts,
     WorkerMemory,
     count_parameters,
-    estimate_memory,
+    plan_memory,
 )
-from raytune_llama.train.estimate.schemes import QuantizedWeights, WorkerSettings
-from raytune_llama.train.estimate.trace import META_DEVICE, trace_micro_batch
+from raytune_llama.train.estimate.trace import META_DEVICE
 from raytune_llama.train.inputs import build_batch_plan, build_sources
 from raytune_llama.train.orchestration.nodes import is_submitted_job
 from raytune_llama.train.preflight import check_identity, open_inputs, resolve_places
-from raytune_llama.train.untrained_rows import modules_to_save
-
-CHECKPOINT_BYTES_PER_PARAMETER = 3 * 4
-"""Of each trained number: weight and AdamW's two moments, in float32."""
 
 STORE_BYTES_PER_DOCUMENT = 28
-"""Of each document in a token store beside its ids: where they end, the bytes of its text, its
-source and its place there."""
+"""Bytes per document in a token store in addition to its ids."""
 
-_SAMPLE_CHARS = 2**20
+_NOTES = """\
+gathered: weights in full while used; buffers: to reduce and apply gradients; loss: logit chunks.
+* as configured. Not all parts exist at the same time, so the peak is less than their sum.
+Not counted: Python and its libraries, and what an allocator or a driver keeps in addition."""
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """The steps of a run."""
+class StepPlan(NamedTuple):
+    """Steps of a run, and epochs per source; None if they need a token store to exist."""
 
     num_steps: int | None
-    """Optimizer steps; None where epochs decide them and there is no token store yet."""
-
     step_tokens: int
-    """Tokens of a full step over all workers, padding included."""
-
     epochs: dict[str, float] | None
-    """Of each source; None without a token store."""
 
 
-@dataclass(frozen=True)
-class WorkersPlan:
-    """What a run takes with one number of workers."""
+class WorkersPlan(NamedTuple):
+    """A step of each worker and its memory by layout; filler sequences have no targets."""
 
     num_workers: int
-    """Processes that train."""
-
     num_micro_batches: int
-    """Forward passes of each worker in a step."""
-
     filler_sequences: int
-    """Sequences of a step without targets, where the workers' shares do not come out even."""
-
     memory: tuple[WorkerMemory, ...]
-    """Of a worker, by layout, as configured else."""
-
-    memory_toggled: tuple[WorkerMemory, ...]
-    """The same with `protocol.gradient_checkpointing` the other way."""
 
 
-@dataclass(frozen=True)
-class DiskPlan:
-    """Bytes that a run writes."""
+class DiskPlan(NamedTuple):
+    """Bytes that a run writes; there is one more checkpoint while it is written."""
 
     checkpoint: int
-    """Of one checkpoint."""
-
     num_checkpoints: int
-    """That are kept; one more is there while it is written."""
-
     result: int
-    """Of the adapter or the model."""
-
     store: int | None
-    """Of the token store; None where it cannot be estimated."""
-
     store_exists: bool
-    """Whether it is there, so that its size is no estimate."""
 
 
-@dataclass(frozen=True)
-class RunPlan:
-    """What a run will take."""
+class RunPlan(NamedTuple):
+    """What a run will take; an elastic run with its fewest and with its most workers."""
 
     config: AnyTrainConfig
-    """Of the run, as it was written."""
-
     has_weights: bool
-    """Whether the model's directory holds weights."""
-
     vocabulary: VocabularyFit
-    """The tokenizer and the model's rows."""
-
     counts: ParameterCounts
-    """Of the model with its adapter, its vocabulary grown."""
-
     workers: tuple[WorkersPlan, ...]
-    """With the number of workers; with the fewest and the most of an elastic run."""
-
     steps: StepPlan
-    """Steps and epochs."""
-
     disk: DiskPlan
-    """Disk."""
 
 
 def build_plan(config: AnyTrainConfig) -> RunPlan:
     """Plan a run; nothing is written.
 
     Raises:
-        ConfigError: everything that would keep the run from starting, missing weights excepted.
+        ConfigError: everything that would keep the run from starting, except missing weights.
     """
     written = config
     config = resolve_places(config, in_job=is_submitted_job())
     inputs = open_inputs(config)
     check_identity(config.run_place, {"config": identity(config)})
     path = Path(config.model.path)
-    num_rows = num_embedding_rows(inputs.skeleton)
-    fit = check_vocabulary(num_rows, path, Path(config.model.tokenizer_path))
+    fit = inputs.vocabulary
     model = build_model(config, build_empty_model(path, num_rows=max(fit.num_rows, fit.num_ids)))
-    store = _existing_store(config)
-    scale = config.scale
+    place = Place.parse(config.data.store_dir, "data.store_dir")
+    store = open_store(config.data) if (place / MANIFEST_NAME).exists() else None
+    counts = count_parameters(model)
+    numbers = {config.scale.min_workers, config.scale.max_workers}
     return RunPlan(
         config=written,
         has_weights=has_weights(path),
         vocabulary=fit,
-        counts=count_parameters(model),
-        workers=tuple(
-            plan_workers(config, model, number)
-            for number in sorted({scale.min_workers, scale.max_workers})
-        ),
+        counts=counts,
+        workers=tuple(plan_workers(config, model, number) for number in sorted(numbers)),
         steps=plan_steps(config, store),
-        disk=plan_disk(config, model, inputs.data, store),
+        disk=DiskPlan(
+            # The weights and AdamW's two moments in float32.
+            checkpoint=3 * 4 * counts.trained,
+            num_checkpoints=config.checkpoint.keep_last + config.checkpoint.keep_best,
+            result=_result_bytes(config, model),
+            store=_store_bytes(config, inputs.data, store),
+            store_exists=store is not None,
+        ),
     )
 
 
 def build_model(config: AnyTrainConfig, skeleton: PreTrainedModel) -> PreTrainedModel | PeftModel:
-    """Give a model without weights the adapter that the run trains, or freeze what it does not."""
+    """Attach the run's adapter to a model without weights, or freeze what is not trained."""
     with META_DEVICE:
         if isinstance(config, PretrainConfig) and config.train == "embeddings":
             ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
@@ -191,189 +138,126 @@ def build_model(config: AnyTrainConfig, skeleton: PreTrainedModel) -> PreTrained
     return skeleton
 
 
-def plan_workers(
-    config: AnyTrainConfig, model: PreTrainedModel | PeftModel, num_workers: int
-) -> WorkersPlan:
-    """Plan a step and a worker's memory with a number of workers."""
-    batch, toggled = config.batch, not config.engine.gradient_checkpointing
-    count = num_micro_batches(batch.sequences_per_step, batch.micro_batch_sequences, num_workers)
-    rows = count * batch.micro_batch_sequences * num_workers
-    return WorkersPlan(
-        num_workers=num_workers,
-        num_micro_batches=count,
-        filler_sequences=rows - batch.sequences_per_step,
-        memory=plan_memory(config, model, num_workers),
-        memory_toggled=plan_memory(config, model, num_workers, gradient_checkpointing=toggled),
-    )
-
-
-def plan_memory(
-    config: AnyTrainConfig,
-    model: PreTrainedModel | PeftModel,
-    num_workers: int,
-    *,
-    gradient_checkpointing: bool | None = None,
-) -> tuple[WorkerMemory, ...]:
-    """Estimate a worker's memory for each layout that the run's device and settings allow.
-
-    Args:
-        config: of the run.
-        model: on the meta device, with its adapter; it is cast to the run's precision.
-        num_workers: that train.
-        gradient_checkpointing: instead of the engine's setting.
-    """
-    engine, batch, scale = config.engine, config.batch, config.scale
-    count = num_micro_batches(batch.sequences_per_step, batch.micro_batch_sequences, num_workers)
-    try:
-        json = deepspeed_config(
-            engine,
-            config.optim,
-            micro_batch_sequences=batch.micro_batch_sequences,
-            num_micro_batches=count,
-        )
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
-    trace = trace_micro_batch(
-        SummedLoss(model, neftune_alpha=config.optim.neftune_alpha).to(DTYPES[engine.precision]),
-        micro_batch_sequences=batch.micro_batch_sequences,
-        sequence_tokens=batch.sequence_tokens,
-        isolate_documents=batch.isolates_documents,
-        gradient_checkpointing=engine.gradient_checkpointing
-        if gradient_checkpointing is None
-        else gradient_checkpointing,
-        on_gpu=scale.use_gpu,
-    )
-    settings = WorkerSettings(
-        precision=engine.precision,
-        optim=config.optim,
-        num_workers=num_workers,
-        on_gpu=scale.use_gpu,
-        num_micro_batches=count,
-        offload_optimizer=engine.offload_optimizer,
-        offload_parameters=engine.offload_parameters,
-        zero=json["zero_optimization"],
-        quantized=_measure_quantized(config),
-    )
-    return tuple(
-        estimate_memory(model, trace, settings, layout) for layout in _possible_layouts(config)
-    )
-
-
-def _possible_layouts(config: AnyTrainConfig) -> tuple[ShardingLayout, ...]:
-    is_quantized = config.model.quantization is not None
-    is_fp16_on_cpus = config.engine.precision == "fp16" and not config.scale.use_gpu
-    possible = {
-        layout
-        for traits in STRATEGIES.values()
-        if (traits.takes_quantized or not is_quantized)
-        and (traits.has_fp16_on_cpus or not is_fp16_on_cpus)
-        for layout in traits.layouts
-    }
-    return tuple(layout for layout in get_args(ShardingLayout) if layout in possible)
-
-
-def _measure_quantized(config: AnyTrainConfig) -> QuantizedWeights | None:
-    kind = config.model.quantization
-    if kind is None:
-        return None
-    skeleton = build_empty_model(Path(config.model.path))
-    layers = quantized_linears(skeleton, modules_to_save(config))
-    shapes = [layer.weight.shape for _, layer in layers]
-    return QuantizedWeights(
-        numel=sum(shape.numel() for shape in shapes),
-        storage_bytes=sum(quantized_bytes(kind, shape) for shape in shapes),
-        largest=max(shape.numel() for shape in shapes),
-    )
+def plan_workers(config: AnyTrainConfig, model: nn.Module, num_workers: int) -> WorkersPlan:
+    """Plan a step and a worker's memory with a given number of workers."""
+    total, rows = config.batch.sequences_per_step, config.batch.micro_batch_sequences
+    count = num_micro_batches(total, rows, num_workers)
+    filler = count * rows * num_workers - total
+    return WorkersPlan(num_workers, count, filler, plan_memory(config, model, num_workers))
 
 
 def plan_steps(config: AnyTrainConfig, store: TokenStore | None) -> StepPlan:
-    """Count steps and tokens; epochs and, where they decide, steps need the token store."""
-    batch = config.batch
-    num_steps, epochs = config.max_steps, None
-    if store is not None:
-        sources = build_sources(config, store)
-        plan = build_batch_plan(config, sources)
-        num_steps = plan.num_steps
-        epochs = {
-            source.name: share * plan.total_positions / source.sequences.num_sequences
-            for source, share in zip(sources, plan.order.shares, strict=True)
-        }
-    return StepPlan(
-        num_steps=num_steps,
-        step_tokens=batch.sequences_per_step * batch.sequence_tokens,
-        epochs=epochs,
-    )
+    """Count steps and tokens, and the epochs that an existing token store allows."""
+    step_tokens = config.batch.sequences_per_step * config.batch.sequence_tokens
+    if store is None:
+        return StepPlan(config.max_steps, step_tokens, None)
+    sources = build_sources(config, store)
+    plan = build_batch_plan(config, sources)
+    epochs = {
+        source.name: share * plan.total_positions / source.sequences.num_sequences
+        for source, share in zip(sources, plan.order.shares, strict=True)
+    }
+    return StepPlan(plan.num_steps, step_tokens, epochs)
 
 
-def plan_disk(
-    config: AnyTrainConfig,
-    model: PreTrainedModel | PeftModel,
-    data: DataInputs,
-    store: TokenStore | None,
-) -> DiskPlan:
-    """Estimate what the run writes.
-
-    An adapter is written in float32, a tied table under each of its names; a model in the run's
-    precision.
-    """
+def _result_bytes(config: AnyTrainConfig, model: PreTrainedModel | PeftModel) -> int:
     counts = count_parameters(model)
     if isinstance(config, PretrainConfig) and config.train == "embeddings":
-        # The base's files with other tables, in its own precision; new rows stand beside the table.
-        rows = counts.trained if config.embeddings.new_rows_only else 0
+        # A copy of the base in its own precision. `model` has new rows in addition to the table.
+        new_rows = counts.trained if config.embeddings.new_rows_only else 0
         dtype = getattr(model.config, "dtype", None) or torch.float32
-        result = (counts.unique - rows) * dtype.itemsize
-    elif config.train == "full":
-        result = counts.unique * DTYPES[config.engine.precision].itemsize
-    else:
-        named = model.named_parameters(remove_duplicate=False)
-        # What PiSSA started from is part of its result.
-        result = 4 * sum(
-            p.numel() for n, p in named if p.requires_grad or f".{INITIAL_ADAPTER}." in n
-        )
-    checkpoint = config.checkpoint
-    return DiskPlan(
-        checkpoint=CHECKPOINT_BYTES_PER_PARAMETER * counts.trained,
-        num_checkpoints=checkpoint.keep_last + checkpoint.keep_best,
-        result=result,
-        store=_estimate_store(config, data) if store is None else _store_bytes(store),
-        store_exists=store is not None,
-    )
+        return (counts.unique - new_rows) * dtype.itemsize
+    if config.train == "full":
+        return counts.unique * DTYPES[config.engine.precision].itemsize
+    # An adapter is in float32, with a tied table under each of its names, and with the factors that
+    # PiSSA started from.
+    named = model.named_parameters(remove_duplicate=False)
+    written = [p for n, p in named if p.requires_grad or f".{INITIAL_ADAPTER}." in n]
+    return 4 * sum(parameter.numel() for parameter in written)
 
 
-def _existing_store(config: AnyTrainConfig) -> TokenStore | None:
-    place = Place.parse(config.data.store_dir, "data.store_dir")
-    return open_store(config.data) if (place / MANIFEST_NAME).exists() else None
-
-
-def _store_bytes(store: TokenStore) -> int:
-    splits = store.manifest.splits.values()
-    return sum(shard.file_bytes for split in splits for shard in split.shards)
-
-
-def _estimate_store(config: AnyTrainConfig, data: DataInputs) -> int | None:
-    """Estimate a store from the sources' bytes, with the tokens of a sample of the corpus.
-
-    As if all bytes were text. Compressed and Parquet files do not show how much they hold, and
-    files of conversations are much besides them.
-    """
+def _store_bytes(config: AnyTrainConfig, data: DataInputs, store: TokenStore | None) -> int | None:
+    """Return a store's size, estimated from a sample as if the sources were nothing but text."""
+    if store is not None:
+        splits = store.manifest.splits.values()
+        return sum(shard.file_bytes for split in splits for shard in split.shards)
     if not isinstance(config, PretrainConfig):
         return None
-    files = data.corpus.files
-    if any(f.options.compression != "none" or f.options.format == "parquet" for f in files):
+    formats = {(each.options.compression, each.options.format) for each in data.corpus.files}
+    if any(compression != "none" or kind == "parquet" for compression, kind in formats):
         return None
-    tokenizer = data.tokenizer
-    texts = list(_first(data.corpus.sample_texts(), _SAMPLE_CHARS))
-    sampled = sum(len(text.encode()) for text in texts)
-    ends = config.data.bos + config.data.eos
-    tokens = sum(len(ids) + ends for ids in encode_text(tokenizer, texts))
-    number = 2 if token_dtype(max(tokenizer.get_vocab().values()) + 1) == "uint16" else 4
-    share = sum(file.status.num_bytes for file in files) / max(1, sampled)
-    return math.ceil(share * (tokens * number + len(texts) * STORE_BYTES_PER_DOCUMENT))
+    # A quarter of the sample is enough, and is encoded within seconds.
+    texts = [text for text in data.corpus.sample_texts() if text.strip()][::4]
+    num_ids = sum(len(ids) for ids in encode_text(data.tokenizer, texts))
+    num_ids += len(texts) * (config.data.bos + config.data.eos)
+    id_bytes = 2 if token_dtype(max(data.tokenizer.get_vocab().values()) + 1) == "uint16" else 4
+    sampled_bytes = sum(len(text.encode()) for text in texts)
+    share = sum(each.status.num_bytes for each in data.corpus.files) / max(1, sampled_bytes)
+    return math.ceil(share * (num_ids * id_bytes + len(texts) * STORE_BYTES_PER_DOCUMENT))
 
 
-def _first(texts: list[str], num_chars: int) -> Iterator[str]:
-    for text in texts:
-        if num_chars <= 0 or not text.strip():
-            continue
-        yield text
-        num_chars -= len(text)
+def render_plan(plan: RunPlan) -> str:
+    """Return a plan as text for a terminal, at most 100 columns wide."""
+    lines = [f"{name:<13}{text}" for name, text in _facts(plan)]
+    tables = [line for workers in plan.workers for line in ("", *_memory_table(plan, workers))]
+    return "\n".join([*lines, *tables, _NOTES])
+
+
+def _facts(plan: RunPlan) -> Iterator[tuple[str, str]]:
+    config, counts, steps, disk = plan.config, plan.counts, plan.steps, plan.disk
+    batch, fit = config.batch, plan.vocabulary
+    rows = max(fit.num_rows, fit.num_ids)
+    yield "model", f"{config.model.path}{'' if plan.has_weights else ', no weights there yet'}"
+    yield "vocabulary", f"{fit.num_ids:,} ids, {rows:,} rows, {rows - fit.num_rows:,} of them new"
+    yield "parameters", f"{counts.unique:,}"
+    yield "  trained", f"{counts.trained:,} ({counts.trained / counts.unique:.4%})"
+    if counts.resident != counts.unique:
+        frozen = counts.resident - counts.unique
+        yield "  in memory", f"{counts.resident:,}, with {frozen:,} of saved modules' originals"
+    number = "unknown number" if steps.num_steps is None else f"{steps.num_steps:,}"
+    yield "steps", f"{number} of {batch.sequences_per_step:,} sequences"
+    total = steps.step_tokens * (steps.num_steps or 0)
+    in_all = f", {total:,} in all" if total else ""
+    yield (
+        "tokens",
+        f"{steps.step_tokens:,} per step, {batch.sequence_tokens:,} per sequence{in_all}",
+    )
+    for each in plan.workers:
+        share = f"{each.num_micro_batches} x {batch.micro_batch_sequences} sequences per step"
+        yield "workers", f"{each.num_workers}, each {share}, {each.filler_sequences} filler in all"
+    if steps.epochs is None:
+        yield "epochs", "unknown until the token store is built"
+    for name, epochs in (steps.epochs or {}).items():
+        yield "epochs", f"{epochs:.4g} of {name}"
+    checkpoint, most = _gib(disk.checkpoint), _gib((disk.num_checkpoints + 1) * disk.checkpoint)
+    kept = f"{disk.num_checkpoints} kept and one while it is written: {most} GiB"
+    yield "checkpoints", f"{checkpoint} GiB each, {kept}"
+    if config.checkpoint.background:
+        yield "  copied", f"{checkpoint} GiB of the nodes' memory together, to be written"
+    yield "result", f"{config.result_name}, {_gib(disk.result)} GiB"
+    if disk.store is None:
+        yield "token store", "unknown: estimated only for uncompressed text and JSON"
+    else:
+        how = ", there" if disk.store_exists else ", estimated from a sample of the sources"
+        yield "token store", f"{_gib(disk.store)} GiB{how}"
+
+
+def _memory_table(plan: RunPlan, workers: WorkersPlan) -> Iterator[str]:
+    engine, scale, kind = plan.config.engine, plan.config.scale, plan.config.model.quantization
+    who = f"1 of {workers.num_workers} workers" if scale.elastic_range else "a worker"
+    base = f", {kind} base" if kind else ""
+    title = f"GiB of {who} on a {'GPU' if scale.use_gpu else 'CPU'}, {engine.precision}{base}"
+    layouts = [memory.layout for memory in workers.memory]
+    yield _row(title, [f"{each}{'*' if each == engine.layout else ''}" for each in layouts])
+    for field in WorkerMemory._fields[1:]:
+        sizes = [getattr(memory, field) for memory in workers.memory]
+        if any(sizes):
+            yield _row(field, map(_gib, sizes))
+
+
+def _row(label: str, cells: Iterable[str]) -> str:
+    return f"{label:<36}" + "".join(f"{cell:>10}" for cell in cells)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.3f}"

@@ -1,4 +1,4 @@
-"""What training asks of the hardware, and what the hardware could do."""
+"""FLOPs of training per token, and peak FLOP/s and memory of the device."""
 
 import torch
 from transformers import PreTrainedModel
@@ -18,22 +18,22 @@ PEAK_FLOPS = {
     "V100-PCIE": 112e12,
     "V100": 125e12,
 }
-"""Dense half-precision FLOP/s by a part of the CUDA device's name, from NVIDIA's data sheets; the
-first part that fits counts."""
+"""Dense half-precision FLOP/s by a substring of the CUDA device's name, from NVIDIA's data sheets;
+the first match counts."""
 
 
 def flops_per_token(model: PreTrainedModel, sequence_tokens: int) -> float:
-    """Count the floating-point operations of training on one token.
+    """Return the floating-point operations of training per token.
 
-    A matrix counts 4 a weight where it is frozen (forward, and the gradient of the activations)
-    and 6 where it is trained, so LoRA comes to about 4N and full training to 6N. An input
-    embedding of its own is a look-up and counts nothing. Causal attention adds 6 x layers x
-    hidden x tokens. Recomputed activations are not counted: these are the model's FLOPs, as in
-    PaLM (arXiv:2204.02311, appendix B).
+    A matrix counts 4 per weight if frozen (forward, and the gradient of the activations) and 6 if
+    trained, so LoRA comes to about 4N and full training to 6N. An untied input embedding is a
+    look-up and counts nothing. Causal attention adds 6 x layers x hidden x tokens. Recomputed
+    activations are not counted: these are the model's FLOPs, as in PaLM (arXiv:2204.02311,
+    appendix B).
 
     Args:
         model: read for shapes only, so its weights may be partitioned.
-        sequence_tokens: tokens of a sequence.
+        sequence_tokens: tokens per sequence.
     """
     config = model.config
     embedding = model.get_input_embeddings()
@@ -47,7 +47,7 @@ def flops_per_token(model: PreTrainedModel, sequence_tokens: int) -> float:
         if len(shape) < 2 or id(weight) in tables or ".original_module." in name:
             continue
         if is_new_rows(name):
-            # They stand in the frozen table too, which has been counted.
+            # The frozen table, which has been counted, includes these rows.
             total += 2 * shape.numel()
         else:
             total += (6 if weight.requires_grad else 4) * shape.numel()
@@ -55,7 +55,7 @@ def flops_per_token(model: PreTrainedModel, sequence_tokens: int) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return what the device can do in half precision, in FLOP/s, or None where not known."""
+    """Return the device's peak half-precision FLOP/s, or None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -63,7 +63,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return this worker's peak memory: the GPU's allocator, or the process on a CPU."""
+    """Return this worker's peak memory in GiB: of the GPU's allocator, or of the CPU process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource

@@ -1,7 +1,7 @@
-"""Steps that a person should look at, with the text that they read: one JSON line each.
+"""Log of steps that a person should look at, with the samples they read: one JSON line each.
 
-`nonfinite.jsonl` has those whose numbers were not finite, `loss_spikes.jsonl` those whose loss was
-far above what was usual. A run without any has no such file.
+`bad_steps.jsonl` has the steps with a non-finite loss or gradient, `loss_spikes.jsonl` those with
+a loss far above the usual. A run without any has no such file.
 """
 
 import math
@@ -21,15 +21,15 @@ IncidentFile = Literal["bad_steps.jsonl", "loss_spikes.jsonl"]
 
 
 class IncidentLog:
-    """Appends to the files of a run; each line is in the run directory once it is written."""
+    """Appends to a run's incident files; each line is in the run directory once it is written."""
 
     def __init__(self, run_dir: Place, origins: Provenance, *, resumed_step: int) -> None:
-        """Go on with a run's files.
+        """Open a run's incident files, and drop records of steps that run again.
 
         Args:
-            run_dir: of the run.
-            origins: tells what text a step read.
-            resumed_step: steps behind it are done again, and stand in a file once.
+            run_dir: directory of the run.
+            origins: provenance of the samples of each step.
+            resumed_step: steps done; those after it run again.
         """
         self._mirror = Mirror(run_dir)
         self._origins = origins
@@ -49,10 +49,10 @@ class IncidentLog:
         """Append one step.
 
         Args:
-            name: of the file.
-            step: its number from 1, as in metrics.
-            facts: what happened; a number that is not finite is written as text.
-            suspects: positions of samples that are more likely the cause than others.
+            name: name of the file.
+            step: step number from 1, as in the metrics.
+            facts: what happened; a non-finite number is written as a string.
+            suspects: positions of the samples that are the likely cause.
         """
         samples = [
             {**sample, "suspect": True} if sample["position"] in suspects else sample
@@ -63,11 +63,11 @@ class IncidentLog:
             file.write(record_line({"step": step, **legal, "samples": samples}))
             file.flush()
             os.fsync(file.fileno())
-        # Not only with the next checkpoint: there may be none.
+        # Now, not with the next checkpoint: there may be none.
         self._mirror.push()
 
     def close(self) -> None:
-        """Bring everything to the run directory, and end."""
+        """Flush everything to the run directory and close."""
         self._mirror.close()
 
 

@@ -1,4 +1,4 @@
-"""Names of metrics, and where they are written."""
+"""Metric names, and the log that metrics are written to."""
 
 import json
 import math
@@ -21,10 +21,10 @@ INPUT_TOKENS = "train/input_tokens"
 FILLER_SEQUENCES = "train/filler_sequences"
 SKIPPED_STEPS = "train/skipped_steps"
 LOSS_SCALE = "train/loss_scale"
-# Of a run that has met a step whose numbers were not finite: how many, and the steps taken back.
+# Once a run has had a bad step (non-finite loss or gradient): bad steps, and undone good steps.
 BAD_STEPS = "train/bad_steps"
 UNDONE_STEPS = "train/undone_steps"
-# Of several sources each has `eval/loss/<name>` and `eval/bits_per_byte/<name>` too.
+# With several sources, each also has `eval/loss/<name>` and `eval/bits_per_byte/<name>`.
 EVAL_LOSS = "eval/loss"
 EVAL_PERPLEXITY = "eval/perplexity"
 EVAL_BITS_PER_BYTE = "eval/bits_per_byte"
@@ -32,7 +32,7 @@ STEP_SECONDS = "time/step_seconds"
 DATA_SECONDS = "time/data_seconds"
 DATA_SHARE = "time/data_share"
 EVAL_SECONDS = "time/eval_seconds"
-# Training stands still for a checkpoint, which is then written while it goes on.
+# Training waits for the copy of the state, which is then written in the background.
 CHECKPOINT_STALL_SECONDS = "time/checkpoint_stall_seconds"
 CHECKPOINT_WRITE_SECONDS = "time/checkpoint_write_seconds"
 CHECKPOINT_FAILED = "checkpoint/failed"
@@ -44,26 +44,26 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What an evaluation found on the text of one source."""
+    """Result of an evaluation on the text of one source."""
 
     name: str
-    """Of the source."""
+    """Name of the source."""
 
     loss_sum: float
-    """Summed loss of its targets, in nats."""
+    """Summed loss of the target tokens, in nats."""
 
     num_targets: int
-    """Target tokens."""
+    """Number of target tokens."""
 
     num_bytes: float | None
-    """Bytes of text that the evaluated sequences account for; None where not every token of them is
-    a target, as with conversations."""
+    """Number of bytes of text in the evaluated sequences; None if not every token is a target, as
+    with conversations."""
 
 
 def evaluation_metrics(texts: Sequence[EvaluationResult]) -> dict[str, float]:
-    """Return the metrics of an evaluation: over all sources and, of several, of each.
+    """Return the metrics of an evaluation: over all sources and, if there are several, per source.
 
-    A text without a target has no loss: nan.
+    The loss of a text without targets is NaN.
     """
     sizes = [text.num_bytes for text in texts if text.num_bytes is not None]
     total = EvaluationResult(
@@ -93,12 +93,12 @@ def _bits_per_byte(text: EvaluationResult, num_bytes: float) -> float:
 class MetricsLog:
     """Appends records to `metrics.jsonl` and TensorBoard; each has a `step` and numbers.
 
-    In object storage, where nothing can be appended, they appear at each `sync`.
+    In object storage, which cannot append, they appear at each `sync`.
     """
 
     def __init__(self, run_dir: Place, *, resumed_step: int, tensorboard: bool) -> None:
         self._mirror = Mirror(run_dir)
-        # Steps behind the checkpoint are done again; a step stands in the file once.
+        # Steps after the checkpoint run again: drop their records.
         kept = (
             [r for r in read_metrics(run_dir) if r["step"] <= resumed_step] if resumed_step else []
         )
@@ -109,14 +109,14 @@ class MetricsLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # A run that starts anew evaluates at step 0 anew.
+            # A run that starts over evaluates at step 0 again.
             purge_step = resumed_step + 1 if resumed_step else 0
             self._writer = SummaryWriter(
                 str(self._mirror.folder / "tensorboard"), purge_step=purge_step
             )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one record; a value that is not finite is written as null."""
+        """Append one record; a non-finite value is written as null."""
         finite = {name: v if abs(v) < float("inf") else None for name, v in values.items()}
         self._file.write(record_line({"step": step, **finite}))
         self._file.flush()
@@ -125,14 +125,14 @@ class MetricsLog:
                 self._writer.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """Bring all records so far to the run directory."""
+        """Flush all records so far to the run directory."""
         os.fsync(self._file.fileno())
         if self._writer is not None:
             self._writer.flush()
         self._mirror.push()
 
     def close(self) -> None:
-        """Bring everything to the run directory, and end."""
+        """Flush everything to the run directory and close."""
         os.fsync(self._file.fileno())
         self._file.close()
         if self._writer is not None:
@@ -157,14 +157,14 @@ def record_line(record: Mapping[str, Any]) -> str:
 
 
 def read_metrics(run_dir: Place) -> list[dict[str, float]]:
-    """Return a run's records in order; see `read_records`."""
+    """Return a run's metric records in order; see `read_records`."""
     return read_records(run_dir / METRICS_FILE)
 
 
 def read_records(file: Place) -> list[dict[str, Any]]:
-    """Return the records of a file of JSON lines; a last line cut by a crash is left out."""
+    """Return the records of a JSON Lines file; a last line cut off by a crash is dropped."""
     if file.status() is None:
         return []
     lines = file.read_bytes().decode().split("\n")
-    # Only what ends with a line break was written whole.
+    # Only a line that ends with a line break was fully written.
     return [json.loads(line) for line in lines[:-1] if line]

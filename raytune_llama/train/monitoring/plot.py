@@ -1,4 +1,4 @@
-"""The picture of a run: loss, evaluation and learning rate over steps."""
+"""Plot of a run: training loss, validation loss and learning rate by step."""
 
 import io
 
@@ -10,7 +10,7 @@ SMOOTHING_STEPS = 20
 
 
 def write_plot(run_dir: Place) -> Place:
-    """Draw `loss.png` in a run directory from its metrics, and return its place."""
+    """Plot a run's metrics to `loss.png` in the run directory, and return its place."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -25,14 +25,14 @@ def write_plot(run_dir: Place) -> Place:
     evaluations = _series(records, EVAL_LOSS)
     if evaluations[0]:
         upper.plot(*evaluations, color="C3", marker="o", label="validation")
-    upper.set_ylabel("loss (nats a token)")
+    upper.set_ylabel("loss (nats per token)")
     upper.legend()
     upper.grid(alpha=0.3)
     lower.plot(*_series(records, LEARNING_RATE), color="C2")
     lower.set_ylabel("learning rate")
     lower.set_xlabel("optimizer step")
     lower.grid(alpha=0.3)
-    # A folder's name may hold dollar signs, which are no formula.
+    # A folder's name may contain dollar signs, which are not math.
     figure.suptitle(run_dir.name, parse_math=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
@@ -47,6 +47,6 @@ def _series(records: list[dict[str, float]], name: str) -> tuple[list[float], li
 
 
 def _smoothed(values: list[float], window: int) -> list[float]:
-    """Return the mean of each value and those before it, at most `window` of them."""
+    """Return the trailing mean at each value, over `window` values at most."""
     starts = [max(0, end - window) for end in range(1, len(values) + 1)]
     return [sum(values[a:b]) / (b - a) for b, a in enumerate(starts, start=1)]

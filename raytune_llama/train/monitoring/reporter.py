@@ -1,6 +1,6 @@
-"""What a run tells while it runs: metrics of every step, and a line now and then.
+"""Per-step metrics and progress logging.
 
-Every worker calls the same methods; the first one writes.
+Every worker calls the same methods; rank 0 writes.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from raytune_llama.model.llama import SummedLoss, causal_lm
 from raytune_llama.storage.place import Place
 from raytune_llama.train.checkpoint.layout import RunState, SaveResult
 from raytune_llama.train.config import AnyTrainConfig
-from raytune_llama.train.engines.optimizer import BadStepAction
+from raytune_llama.train.engines.config import BadStepAction
 from raytune_llama.train.engines.protocol import StepResult
 from raytune_llama.train.monitoring import metrics
 from raytune_llama.train.monitoring.flops import flops_per_token, peak_flops, peak_memory_gib
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Times the loop, adds to the run's state, and writes both down."""
+    """Times the training loop, updates the run's state, and records both."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Reporter:
 
     @staticmethod
     def _past_losses(run_dir: Place, resumed_step: int) -> list[float]:
-        """Return the losses of the steps that are not done again."""
+        """Return the losses of the steps that do not run again."""
         return [
             record[metrics.LOSS]
             for record in (read_metrics(run_dir) if resumed_step else ())
@@ -100,15 +100,16 @@ class Reporter:
     def _opening_line(self) -> str:
         batch = self._plan
         per_token = self._flops_per_token / 1e9
-        known = "" if self._peak_flops else ", the device's peak is not known: no MFU"
+        known = "" if self._peak_flops else ", MFU not reported (unknown peak FLOP/s of the device)"
         return (
-            f"steps {self._resumed_step} to {batch.num_steps} of {batch.sequences_per_step} "
-            f"sequences of {batch.sequence_tokens} tokens on {self._workers.world_size} workers "
-            f"({self._workers.device.type}); {per_token:.3g} GFLOP a token{known}"
+            f"steps {self._resumed_step} to {batch.num_steps}: {batch.sequences_per_step} "
+            f"sequences of {batch.sequence_tokens} tokens per step on "
+            f"{self._workers.world_size} workers ({self._workers.device.type}); "
+            f"{per_token:.3g} GFLOP per token{known}"
         )
 
     def time_batches(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
-        """Pass batches through and time how long the loop waits for each."""
+        """Yield the batches, and time how long the loop waits for each."""
         iterator = iter(batches)
         while True:
             start = time.perf_counter()
@@ -121,13 +122,13 @@ class Reporter:
     def log_step(
         self, state: RunState, batch: StepBatch, result: StepResult, total: StepTotal, rate: float
     ) -> RunState:
-        """Write down an optimizer step; return the state after it.
+        """Record an optimizer step; return the state after it.
 
         Args:
-            state: before the step.
-            batch: this worker's share.
-            result: what it did.
-            total: what the step takes over all workers.
+            state: state before the step.
+            batch: this worker's share of the step's batch.
+            result: result of the step.
+            total: totals of the step's batch over all workers.
             rate: learning rate of the step.
         """
         self._workers.progress.record_step(batch.step + 1)
@@ -173,14 +174,14 @@ class Reporter:
         return state
 
     def log_bad_step(
-        self, state: RunState, result: StepResult, answer: BadStepAction, suspects: Collection[int]
+        self, state: RunState, result: StepResult, action: BadStepAction, suspects: Collection[int]
     ) -> None:
-        """Write down what a step read whose numbers were not finite, and what is done about it.
+        """Record a step with a non-finite loss or gradient: its samples, and the action taken.
 
         Args:
-            state: after the step.
-            result: what it did.
-            answer: what is done.
+            state: state after the step.
+            result: result of the step.
+            action: action taken.
             suspects: positions of the samples in micro-batches whose loss was not finite.
         """
         if self._incidents is None:
@@ -188,17 +189,17 @@ class Reporter:
         facts = {
             "loss_sum": result.loss_sum,
             "grad_norm": result.grad_norm,
-            "answer": answer,
-            "rollback_step": state.rollback_step if answer == "rollback" else None,
+            "answer": action,
+            "rollback_step": state.rollback_step if action == "rollback" else None,
         }
         self._incidents.write(BAD_STEPS_FILE, state.step, facts, suspects)
         logger.warning(
-            "step %d moved no weight: its summed loss is %s, its gradient norm %s; answer: %s "
-            "(bad steps: %d, in a row: %d); what it read is in %s",
+            "step %d: non-finite loss or gradient, update skipped (summed loss %s, gradient norm "
+            "%s); action: %s (bad steps: %d, in a row: %d); its samples are in %s",
             state.step,
             result.loss_sum,
             result.grad_norm,
-            answer,
+            action,
             state.num_bad_steps,
             state.num_bad_in_row,
             BAD_STEPS_FILE,
@@ -211,8 +212,7 @@ class Reporter:
         if bound is not None:
             self._incidents.write(SPIKES_FILE, step, {"loss": loss, "bound": bound})
             logger.warning(
-                "step %d: the loss %.4f is above %.4f, which usual ones stay below; what it read "
-                "is in %s",
+                "step %d: loss spike: %.4f is above the threshold of %.4f; its samples are in %s",
                 step,
                 loss,
                 bound,
@@ -220,7 +220,7 @@ class Reporter:
             )
 
     def _count_filler(self, step: int) -> int:
-        """Return the filler sequences of a step over all workers."""
+        """Return the number of filler sequences of a step over all workers."""
         plan, num_workers = self._plan, self._workers.world_size
         rows = plan.num_micro_batches(num_workers) * plan.micro_batch_sequences * num_workers
         return rows - len(plan.positions(step, 0, 1))
@@ -246,7 +246,7 @@ class Reporter:
         )
 
     def log_evaluation(self, state: RunState, values: dict[str, float], seconds: float) -> RunState:
-        """Write down an evaluation; return the state with its time and, if it is, the best step."""
+        """Record an evaluation; return the state with its time and, if improved, the best step."""
         self._write(state.step, {**values, metrics.EVAL_SECONDS: seconds})
         loss = values[metrics.EVAL_LOSS]
         if self._workers.is_rank_zero:
@@ -276,16 +276,16 @@ class Reporter:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Keep the block, in which training stands still, out of the next step's time."""
+        """Exclude the block, in which training waits, from the next step's time."""
         if self._log is not None:
-            # A run that goes on from the checkpoint keeps the records up to it.
+            # A run that resumes from the checkpoint keeps the records up to it.
             self._log.sync()
         with self._workers.progress.during("saving"):
             yield
         self._lap_seconds()
 
     def saved(self, result: SaveResult) -> None:
-        """Write down what became of a checkpoint."""
+        """Record the outcome of a checkpoint."""
         values = {metrics.CHECKPOINT_STALL_SECONDS: result.stall_seconds}
         if result.problem is None:
             values[metrics.CHECKPOINT_WRITE_SECONDS] = result.write_seconds
@@ -303,12 +303,12 @@ class Reporter:
         return seconds
 
     def _uncounted_seconds(self) -> float:
-        """Return the time that the run's state does not have yet, that of saving included."""
+        """Return the seconds not yet counted in the run's state, those of saving included."""
         now = time.perf_counter()
         seconds, self._counted = now - self._counted, now
         return seconds
 
 
-def _added(numbers: list[int], more: tuple[int, ...]) -> list[int]:
-    """Add up number by number; before the first step there are none."""
-    return [a + b for a, b in zip_longest(numbers, more, fillvalue=0)]
+def _added(counts: list[int], more: tuple[int, ...]) -> list[int]:
+    """Add lists element by element; an empty one, before the first step, counts as zeros."""
+    return [a + b for a, b in zip_longest(counts, more, fillvalue=0)]

@@ -1,7 +1,7 @@
-"""What a run proves on its own model before the first step, or stops.
+"""Self-tests of a run on its own model before the first step; the run stops if one fails.
 
 An attention kernel, a library version or a model class can each break these silently: the loss
-still falls, on the wrong thing.
+still falls, on the wrong objective.
 """
 
 import math
@@ -9,13 +9,14 @@ import math
 import torch
 
 from raytune_llama.data.batches.step_batches import MicroBatch
-from raytune_llama.model.llama import Precision, causal_lm
+from raytune_llama.model.config import Precision
+from raytune_llama.model.llama import causal_lm
 from raytune_llama.model.loss import IGNORE_INDEX
 from raytune_llama.train.engines.protocol import TrainEngine, to_device
 from raytune_llama.train.process_group import ProcessGroup
 
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
-"""Largest relative difference of two ways to the same loss; rounding reaches a tenth of it."""
+"""Largest relative difference between two ways to compute a loss; rounding reaches a tenth."""
 
 DOCUMENT_TOKENS = 12
 
@@ -26,10 +27,10 @@ def run_self_tests(
     workers: ProcessGroup,
     isolate_documents: bool,  # noqa: FBT001  # a setting passed on
 ) -> None:
-    """Check the loss and, where asked for, the isolation of packed documents; collective.
+    """Test the loss and, if requested, the isolation of packed documents; collective.
 
     Raises:
-        RuntimeError: a check failed; the message says which and by how much.
+        RuntimeError: a test failed; the message says which and by how much.
     """
     model = causal_lm(engine.module.model)
     rows = int(model.config.vocab_size)
@@ -43,7 +44,7 @@ def run_self_tests(
 def _test_loss(
     engine: TrainEngine, ids_T: torch.Tensor, precision: Precision, workers: ProcessGroup
 ) -> None:
-    """The chunked loss on hidden states equals cross-entropy on the model's own logits."""
+    """Raise unless the chunked loss equals cross-entropy on the model's own logits."""
     batch = _packed(ids_T)
     ids, _, labels = to_device(batch, workers.device)
     module = engine.module
@@ -54,30 +55,32 @@ def _test_loss(
     got = engine.loss_sum(batch)
     if not math.isclose(got, wanted, rel_tol=TOLERANCE[precision]):
         raise RuntimeError(
-            f"the loss of {DOCUMENT_TOKENS} tokens is {got:.6f} in chunks and {wanted:.6f} from "
-            "the model's own logits: between its last hidden state and its logits this model does "
-            "more than one projection, and can't be trained here"
+            f"self-test: the chunked loss of {DOCUMENT_TOKENS} tokens is {got:.6f}, but "
+            f"{wanted:.6f} from the model's own logits; this model does more than one projection "
+            "between its last hidden state and its logits, which is not supported"
         )
 
 
 def _test_isolation(engine: TrainEngine, ids_3T: torch.Tensor, precision: Precision) -> None:
-    """A document's loss is the same alone, behind a document, and behind another one."""
+    """Raise unless a document's loss is the same alone and packed after other documents."""
     first, other, second = ids_3T.unbind()
     alone = engine.loss_sum(_packed(second))
-    behind_first = engine.loss_sum(_packed(first, second))
-    behind_other = engine.loss_sum(_packed(other, second))
+    after_first = engine.loss_sum(_packed(first, second))
+    after_other = engine.loss_sum(_packed(other, second))
     # Masked attention weights are exactly zero: not one bit may depend on what they would weigh.
-    if behind_first != behind_other:
+    if after_first != after_other:
         raise RuntimeError(
-            f"packed documents see each other: a document's loss is {behind_first!r} behind one "
-            f"document and {behind_other!r} behind another; this attention kernel does not isolate "
-            "documents. Use model.attention=sdpa, or batch.isolate_documents=false to train so"
+            f"self-test: packed documents attend to each other: a document's loss is "
+            f"{after_first!r} after one document and {after_other!r} after another; this attention "
+            "kernel does not isolate documents. Use model.attention=sdpa, or set "
+            "batch.isolate_documents=false to train without isolation"
         )
-    if not math.isclose(alone, behind_first, rel_tol=TOLERANCE[precision]):
+    if not math.isclose(alone, after_first, rel_tol=TOLERANCE[precision]):
         raise RuntimeError(
-            f"a document's loss is {alone:.6f} alone and {behind_first:.6f} behind another one, "
-            "though it does not see that one: positions do not start again. Use "
-            "model.attention=sdpa, or batch.isolate_documents=false to train so"
+            f"self-test: a document's loss is {alone:.6f} alone and {after_first:.6f} after "
+            "another one that it does not attend to: position ids do not restart. Use "
+            "model.attention=sdpa, or set batch.isolate_documents=false to train without "
+            "isolation"
         )
 
 

@@ -1,8 +1,8 @@
-"""The line between the driver and its workers.
+"""The message channel between the driver and its workers: an actor that both sides call.
 
-Log records, signs of life and failures go to the driver; leave to start, and the request to stop,
-come from it. Ray's own forwarding of worker output repeats and prefixes every line; so it is off,
-and the workers hand their log records to an actor that the driver reads.
+Workers send log records, heartbeats and failures; the driver sends admissions and stop requests.
+Ray's own forwarding of worker output repeats and prefixes every line, so it is off, and the driver
+polls the actor for the workers' log records.
 """
 
 import asyncio
@@ -33,39 +33,39 @@ logger = logging.getLogger(__name__)
 CHANNEL_POLL_SECONDS = 1.0
 
 CHANNEL_START_SECONDS = 600.0
-"""A busy machine may take so long to start the actor's process."""
+"""Timeout for the start of the actor's process, which is slow on a busy machine."""
 
 CHANNEL_TIMEOUT_SECONDS = 120.0
-"""The actor answers at once: one that takes longer is lost."""
+"""Timeout of a call to the actor, which answers at once: after it, the actor counts as lost."""
 
 
 @dataclass(frozen=True)
 class ChannelUpdate:
-    """What the workers have said since the driver heard them last."""
+    """Messages of the workers since the driver last polled, and the state of the channel."""
 
     records: list[dict[str, Any]]
-    """Log records, by their time."""
+    """Log records, in order of time."""
 
     heartbeats: list[Heartbeat]
-    """Signs of life."""
+    """Heartbeats of the workers."""
 
     has_failed: bool
-    """Whether the workers have."""
+    """Whether the workers have failed since the last poll."""
 
     failure_policy: FailurePolicy
-    """All so far."""
+    """Failures so far."""
 
     controller: ProcessIdentity | None
-    """Ray's process that starts and restarts the workers, once it is known."""
+    """Ray Train's controller process, which (re)starts the workers; None until it is known."""
 
 
 class ChannelActor:
-    """Holds what one side has said until the other has read it."""
+    """Buffers messages in both directions, and holds the failure policy."""
 
     def __init__(self, failures: FailurePolicy) -> None:
         self._failures = failures
         self._records: list[dict[str, Any]] = []
-        self._beats: list[Heartbeat] = []
+        self._heartbeats: list[Heartbeat] = []
         self._has_failed = False
         self._controller: ProcessIdentity | None = None
         self._stop = asyncio.Event()
@@ -79,49 +79,49 @@ class ChannelActor:
         """Take a log record, as `logging.makeLogRecord` reads it."""
         self._records.append(record)
 
-    async def put_heartbeat(self, beat: Heartbeat) -> None:
-        """Take a sign of life."""
-        self._beats.append(beat)
+    async def put_heartbeat(self, heartbeat: Heartbeat) -> None:
+        """Take a heartbeat of a worker."""
+        self._heartbeats.append(heartbeat)
 
     async def set_controller(self, process: ProcessIdentity) -> None:
-        """Learn which process Ray's controller of the workers is."""
-        # What it has, workers get too, later.
+        """Record the process of Ray Train's controller; the first call wins."""
+        # Workers unpickle the same callback, but later than the controller.
         self._controller = self._controller or process
 
     async def admit(self, step: int) -> StartDecision:
-        """Answer a group of workers that starts at a step."""
+        """Decide whether a group of workers may start at a step, and when."""
         return self._failures.admit(step)
 
     async def record_failure(self, causes: list[str]) -> None:
-        """Learn that the workers have failed."""
+        """Record that the workers have failed."""
         self._has_failed = True
         self._failures.record(causes)
 
-    async def abort(self, ending: AbortReason) -> None:
-        """Let the run end; the first reason stands."""
-        self._failures.abort(ending)
+    async def abort(self, reason: AbortReason) -> None:
+        """Abort the run; the first reason is kept."""
+        self._failures.abort(reason)
 
     async def abort_reason(self) -> AbortReason | None:
-        """Return why the run is to end, if it is."""
+        """Return why the run is aborted; None if it is not."""
         return self._failures.abort_reason
 
     async def drain(self) -> ChannelUpdate:
-        """Return what was said so far, and forget what is said once."""
-        # Ray keeps no order of the calls of an actor that serves many at once.
+        """Return the messages since the last call, and clear them."""
+        # Ray does not keep the order of calls to an actor that serves many at once.
         records = sorted(self._records, key=lambda record: record["created"])
-        heard = ChannelUpdate(
-            records, self._beats, self._has_failed, self._failures, self._controller
+        update = ChannelUpdate(
+            records, self._heartbeats, self._has_failed, self._failures, self._controller
         )
-        self._records, self._beats, self._has_failed = [], [], False
-        return heard
+        self._records, self._heartbeats, self._has_failed = [], [], False
+        return update
 
     async def workers_started(self, num_workers: int) -> ProcessIdentity | None:
-        """Take the number of workers that train from now on; return Ray's controller of them."""
+        """Record the number of workers that now train; return Ray Train's controller process."""
         self._num_workers = num_workers
         return self._controller
 
     async def num_workers(self) -> int:
-        """Return how many workers were started last; 0 before the first."""
+        """Return the size of the newest group of workers; 0 before the first."""
         return self._num_workers
 
     async def request_stop(self) -> None:
@@ -134,24 +134,24 @@ class ChannelActor:
 
 
 class Channel:
-    """The driver's end: shows the workers' records while training runs, and can request a stop."""
+    """The driver's end: logs the workers' records while training runs, and can request a stop."""
 
     def __init__(
         self,
         failures: FailurePolicy | None = None,
         listen: Callable[[ChannelUpdate], None] | None = None,
     ) -> None:
-        """Open the line.
+        """Start the actor, and a thread that polls it.
 
         Args:
-            failures: what has failed before.
-            listen: told what was heard, about once a second, in a thread of the channel's.
+            failures: failures so far; None: none.
+            listen: callback for each update, called about once per second in the channel's thread.
         """
-        # Beside the driver, so that no other node's end is the channel's.
+        # On the driver's node, so that the loss of another node does not end the channel.
         node_id = ray.get_runtime_context().get_node_id()
         here = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
         actor: Any = ray.remote(ChannelActor)
-        # Every worker waits in the actor for the request to stop, so it serves many calls at once.
+        # Every worker waits in the actor for the stop request, so it serves many calls at once.
         options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
         self.actor: Any = actor.options(**options).remote(failures or FailurePolicy(max_failures=1))
         self._listen = listen
@@ -160,7 +160,7 @@ class Channel:
         )
         self._controller: ProcessIdentity | None = None
         self._is_closing = self._is_stopping = False
-        # A queue that a signal handler may put into.
+        # SimpleQueue.put is reentrant: a signal handler may call it.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._forward, name="channel", daemon=True)
         self._thread.start()
@@ -171,11 +171,11 @@ class Channel:
         self._wake.put(None)
 
     def num_workers(self) -> int:
-        """Return how many workers were started last; 0 before the first."""
+        """Return the size of the newest group of workers; 0 before the first."""
         return ray.get(self.actor.num_workers.remote())
 
     def close(self) -> None:
-        """Show what is left, and end."""
+        """Log the remaining records, and stop the thread and the actor."""
         self._is_closing = True
         self._wake.put(None)
         self._thread.join()
@@ -188,41 +188,44 @@ class Channel:
         self.close()
 
     def _forward(self) -> None:
-        is_last = has_told = False
+        is_last = has_sent_stop = False
         while not is_last:
             with contextlib.suppress(queue.Empty):
                 self._wake.get(timeout=CHANNEL_POLL_SECONDS)
             is_last = self._is_closing
             try:
-                if self._is_stopping and not has_told:
+                if self._is_stopping and not has_sent_stop:
                     ray.get(self.actor.request_stop.remote(), timeout=CHANNEL_TIMEOUT_SECONDS)
-                    has_told = True
-                heard: ChannelUpdate = ray.get(
+                    has_sent_stop = True
+                update: ChannelUpdate = ray.get(
                     self.actor.drain.remote(), timeout=CHANNEL_TIMEOUT_SECONDS
                 )
             except RayError as error:
-                self._give_up(error)
+                self._kill_run(error)
                 return
-            self._controller = heard.controller
-            for record in heard.records:
+            self._controller = update.controller
+            for record in update.records:
                 entry = logging.makeLogRecord(record)
                 logging.getLogger(entry.name).handle(entry)
             if self._listen is not None:
-                self._listen(heard)
+                self._listen(update)
 
-    def _give_up(self, error: RayError) -> None:
-        """End the run's processes: without the actor nobody watches them or tells them to stop."""
-        logger.warning("the channel to the workers is lost: %s", describe_error(error))
+    def _kill_run(self, error: RayError) -> None:
+        """Kill the run's processes: without the actor, nothing supervises or stops them."""
+        logger.warning(
+            "lost the channel to the workers; killing the run's processes: %s",
+            describe_error(error),
+        )
         self._process.kill()
         if self._controller is not None:
-            # The workers go with it; whoever waits for it gets an error.
+            # The workers die with it, and the driver's `fit` raises.
             self._controller.kill()
 
 
 class FailureCallback(ray.train.UserCallback):
-    """Tells the channel, from Ray's controller, what has become of the workers.
+    """Ray Train callback in the controller that reports worker failures to the channel.
 
-    A worker whose process was killed can tell nothing itself.
+    A worker whose process was killed cannot report its own failure.
     """
 
     def __init__(self, actor: Any) -> None:  # noqa: ANN401  # an actor handle has no type
@@ -230,7 +233,7 @@ class FailureCallback(ray.train.UserCallback):
         self._driver = ProcessIdentity.current()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Unpickled first where Ray's controller is, whose process nothing else tells.
+        # Ray Train's controller is the first to unpickle this; nothing else reports its process.
         self.__dict__ |= state
         if ProcessIdentity.current() != self._driver:
             self._actor.set_controller.remote(ProcessIdentity.current())
@@ -240,11 +243,11 @@ class FailureCallback(ray.train.UserCallback):
         run_context: Any,  # noqa: ANN401, ARG002  # Ray's own
         worker_exceptions: dict[int, Exception],
     ) -> None:
-        """Pass on what the workers died of."""
+        """Report the errors of failed workers to the channel."""
         causes = [
             f"worker {rank}: {describe_error(error)}" for rank, error in worker_exceptions.items()
         ]
-        # Before Ray starts others, which ask how often this has happened.
+        # Waits: the workers that Ray starts next ask the failure policy for admission.
         ray.get(self._actor.record_failure.remote(causes), timeout=CHANNEL_TIMEOUT_SECONDS)
 
 
@@ -252,7 +255,7 @@ class WorkerLogHandler(logging.Handler):
     """Sends a worker's log records to the driver."""
 
     def __init__(self, actor: Any, rank: int) -> None:  # noqa: ANN401  # an actor handle has no type
-        # What all workers do alike is said once; what goes wrong, by each.
+        # Rank 0 alone logs what all workers do; every rank logs its warnings.
         super().__init__(logging.INFO if rank == 0 else logging.WARNING)
         self._actor = actor
         self._rank = rank
@@ -269,7 +272,7 @@ class WorkerLogHandler(logging.Handler):
 
 
 class StopRequest:
-    """A worker's view of the request to stop; asking costs no message."""
+    """A worker's view of the stop request; polling it sends no message."""
 
     def __init__(self, actor: Any) -> None:  # noqa: ANN401  # an actor handle has no type
         self._answer = actor.wait_for_stop.remote()
@@ -278,12 +281,12 @@ class StopRequest:
         """Whether a stop was requested.
 
         Raises:
-            RayActorError: the channel is gone, which is no request.
+            RayActorError: the channel is lost, which is not a stop request.
         """
         return self.wait(0)
 
     def wait(self, seconds: float) -> bool:
-        """Wait until a stop is requested, or so many seconds; return whether it was."""
+        """Wait at most `seconds` for a stop request; return whether there was one."""
         ready, _ = ray.wait([self._answer], timeout=seconds)
         if ready:
             ray.get(ready)

@@ -1,13 +1,13 @@
-"""An elastic run: quick news of lost nodes, and more workers when nodes return.
+"""Elastic training: notice lost nodes quickly, and scale up when nodes return.
 
 Ray Train chooses the number of workers whenever it starts them, by what its autoscaling coordinator
-has reserved for the run. That actor looks at the cluster every 20 s only, and remembers for 180 s
-what a driver that was killed had reserved. So the driver looks itself, every second, and lets the
-coordinator look at once where nodes have come or gone.
+has reserved for the run. That actor polls the cluster only every 20 s, and keeps the reservations
+of a killed driver for 180 s. So the driver polls every second itself, and has the coordinator
+recompute at once when nodes have come or gone.
 
-Ray would also stop running workers at any moment to start more of them, and the steps since the
-newest checkpoint would be taken again. Here the run is asked to save and stop, as on SIGTERM, and
-is started again: no step is repeated.
+To scale up, Ray would stop running workers at any moment, and the steps since the newest checkpoint
+would be repeated. Here the run is asked to save and stop, as on SIGTERM, and is started again: no
+step is repeated.
 """
 
 import contextlib
@@ -30,25 +30,25 @@ logger = logging.getLogger(__name__)
 
 NODE_POLL_SECONDS = 1.0
 RECOUNT_SECONDS = 10.0
-"""Between two counts while no node comes or goes: other runs also give back what they had."""
+"""Seconds between counts while no node comes or goes: other runs may release resources."""
 
 WAIT_LOG_SECONDS = 30.0
-"""Between two lines of a run that waits for nodes."""
+"""Seconds between two log lines of a run that waits for nodes."""
 
 COORDINATOR_TIMEOUT_SECONDS = 10.0
 WORKER_START_SECONDS = 10
-"""In which Ray has to find places for workers that it counted itself; then it counts again."""
+"""Seconds that Ray has to place the workers that it counted; then it counts again."""
 
-_TOO_FEW_NODES = "waiting for nodes: they hold %d workers, and scale.num_workers.min is %d"
+_TOO_FEW_NODES = "waiting for nodes: they can hold %d workers, scale.num_workers.min is %d"
 
 RESERVATION_FILE = "ray/reservation.json"
-"""In the run directory: under which name the run's newest driver reserves."""
+"""File in the run directory with the requester name of the run's newest driver."""
 
 
 class AutoscalerReservation:
-    """What Ray's autoscaling coordinator keeps for a run.
+    """A run's reservation with Ray's autoscaling coordinator.
 
-    The actor is Ray's own and in no public API; without it, all here does nothing.
+    The actor is internal to Ray, not public API; without it, every method is a no-op.
     """
 
     def __init__(self, requester: str, needs: Mapping[str, float]) -> None:
@@ -59,12 +59,12 @@ class AutoscalerReservation:
     def take_over(
         cls, run_dir: Place, requester: str, needs: Mapping[str, float]
     ) -> "AutoscalerReservation":
-        """Return the reservation of a new driver; give back what a killed one had.
+        """Return the reservation of a new driver; cancel that of a killed one.
 
         Args:
-            run_dir: of the run, which has no other driver now.
+            run_dir: directory of the run, which has no other driver now.
             requester: Ray's name for the new driver's run.
-            needs: what one worker reserves.
+            needs: resources per worker.
         """
         file = run_dir / RESERVATION_FILE
         if file.exists():
@@ -73,11 +73,11 @@ class AutoscalerReservation:
         return cls(requester, needs)
 
     def cancel(self) -> None:
-        """Let others have it; nothing happens where it is no more."""
+        """Release the reservation; idempotent."""
         self._ask("cancel_request", self._requester)
 
     def count_workers(self) -> int | None:
-        """Let the coordinator look at the nodes now, and return for how many workers it reserves.
+        """Have the coordinator recompute now; return how many workers its reservation holds.
 
         None: it does not answer.
         """
@@ -90,17 +90,17 @@ class AutoscalerReservation:
             answer = getattr(coordinator, method).remote(*args, **kwargs)
             return ray.get(answer, timeout=COORDINATOR_TIMEOUT_SECONDS)
         except (ValueError, RayActorError, GetTimeoutError) as error:
-            # No such actor yet, or not any more: the node that had it is lost.
+            # The actor does not exist yet, or its node is lost.
             logger.debug("Ray's autoscaling coordinator: %s", error)
             return None
 
 
 def count_reserved(reserved: Mapping[str, Mapping[str, float]], needs: Mapping[str, float]) -> int:
-    """Return how many workers fit in what is reserved.
+    """Return how many workers fit in the reserved resources.
 
     Args:
-        reserved: of each resource, by node.
-        needs: what one worker reserves.
+        reserved: amount of each resource, by node.
+        needs: resources per worker.
     """
     return sum(
         min(int(node.get(name, 0.0) // amount) for name, amount in needs.items())
@@ -109,7 +109,7 @@ def count_reserved(reserved: Mapping[str, Mapping[str, float]], needs: Mapping[s
 
 
 class ScaleUpPolicy:
-    """Decides when a run goes on with more workers; times are given, in seconds of one clock."""
+    """Decides when a run is to resume with more workers; times are in seconds of one clock."""
 
     def __init__(self, limits: WorkerRange) -> None:
         self._limits = limits
@@ -119,9 +119,9 @@ class ScaleUpPolicy:
         """Whether there has been room for more workers for long enough.
 
         Args:
-            running: workers that train; 0 while none do.
-            room: workers that the nodes can hold.
-            now: the time.
+            running: number of workers that train now.
+            room: number of workers that the nodes can hold.
+            now: current time.
         """
         if running == 0 or min(room, self._limits.max) <= running:
             self._since = None
@@ -136,29 +136,29 @@ def watch_nodes(
     run_dir: Place,
     trainer: TorchTrainer,
     channel: Channel,
-    tell_waiting: Callable[[], None],
+    on_waiting: Callable[[], None],
 ) -> contextlib.AbstractContextManager[None]:
-    """Watch the nodes under a run of Ray's trainer, if it is elastic.
+    """Watch the cluster's nodes while the block runs a trainer, if the run is elastic.
 
     Args:
-        scale: of the run.
-        run_dir: of the run, which has no other driver.
-        trainer: which is to be run in the block.
-        channel: to its workers, which are asked to stop once there is room for more of them.
-        tell_waiting: called every second while the nodes are too few to train on.
+        scale: scale settings of the run.
+        run_dir: directory of the run, which has no other driver.
+        trainer: trainer that the block runs.
+        channel: channel to the workers, which are asked to stop once there is room for more.
+        on_waiting: callback, called every second while the nodes are too few to train on.
     """
     if scale.elastic_range is None:
         return contextlib.nullcontext()
-    # Ray's controller has its settings from the driver's environment; a user's own is kept.
+    # Ray's controller takes its settings from the driver's environment; a user's value is kept.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(WORKER_START_SECONDS))
     requester = f"train-{trainer.train_run_context.run_id}"
     needs = scale.worker_resources
     reservation = AutoscalerReservation.take_over(run_dir, requester, needs)
-    return NodeWatcher(scale.elastic_range, needs, reservation, channel, tell_waiting).watch()
+    return NodeWatcher(scale.elastic_range, needs, reservation, channel, on_waiting).watch()
 
 
 class NodeWatcher:
-    """Watches the nodes under an elastic run, in a thread of the driver."""
+    """Watches the nodes of an elastic run's cluster, in a thread of the driver."""
 
     def __init__(
         self,
@@ -166,13 +166,13 @@ class NodeWatcher:
         needs: Mapping[str, float],
         reservation: AutoscalerReservation,
         channel: Channel,
-        tell_waiting: Callable[[], None],
+        on_waiting: Callable[[], None],
     ) -> None:
         self._limits = limits
         self._needs = needs
         self._reservation = reservation
         self._channel = channel
-        self._tell_waiting = tell_waiting
+        self._on_waiting = on_waiting
         self._closed = threading.Event()
 
     @contextlib.contextmanager
@@ -190,14 +190,14 @@ class NodeWatcher:
         try:
             self._watch_growth()
         except RayError as error:
-            # The run trains on with the workers that it has, or ends for the same reason.
-            logger.warning("nodes are not watched any more: %s", error)
+            # The run continues with the workers that it has, or fails for the same reason.
+            logger.warning("no longer watching the nodes; the run will not scale up: %s", error)
 
     def _watch_growth(self) -> None:
         growth = ScaleUpPolicy(self._limits)
         alive: set[str] = set()
         room: int | None = None
-        counted = told = time.monotonic()
+        counted = logged = time.monotonic()
         while not self._closed.wait(NODE_POLL_SECONDS):
             before, alive = alive, {node["NodeID"] for node in ray.nodes() if node["Alive"]}
             now = time.monotonic()
@@ -206,14 +206,14 @@ class NodeWatcher:
             if room is None:
                 continue
             if room < self._limits.min:
-                self._tell_waiting()
-                if now - told >= WAIT_LOG_SECONDS:
-                    told = now
+                self._on_waiting()
+                if now - logged >= WAIT_LOG_SECONDS:
+                    logged = now
                     logger.warning(_TOO_FEW_NODES, room, self._limits.min)
             running = self._channel.num_workers()
             if growth.is_due(running, min(room, running + self._count_free()), now):
                 logger.info(
-                    "nodes: room for %d workers, and %d train: saving, to go on with more",
+                    "scaling up: room for %d workers, %d running; saving, then resuming with more",
                     room,
                     running,
                 )
@@ -221,5 +221,5 @@ class NodeWatcher:
                 return
 
     def _count_free(self) -> int:
-        """Return how many more workers could start: what is no trainer's is not in reservations."""
+        """Return how many more workers fit now; reservations omit what other programs use."""
         return count_reserved({"free": ray.available_resources()}, self._needs)

@@ -1,7 +1,7 @@
-"""When failed workers are started again, and when the run gives up.
+"""Retry policy: when failed workers are restarted, and when the run gives up.
 
-Ray's own counters of failures are never reset by progress, and know no cause: so it is told to
-restart workers without limit, and every group of workers asks here before it starts.
+Ray's own failure counters are never reset by progress, and record no causes. So Ray is set to
+restart workers without limit, and every group of workers requests admission here before it starts.
 """
 
 from collections.abc import Iterable
@@ -18,30 +18,30 @@ _MANY_CAUSES = 5
 
 @dataclass(frozen=True)
 class StartDecision:
-    """The answer to a group of workers that is about to start."""
+    """Decision on a group of workers that is about to start."""
 
     attempt: int
-    """Number of the group, from 1; the first of this driver is 1."""
+    """Number of the attempt under this driver, from 1."""
 
     wait_seconds: float
-    """How long it waits before it starts."""
+    """Backoff before it starts, in seconds."""
 
     abort_reason: AbortReason | None = None
-    """Why it does not start, and no other will."""
+    """Why neither this nor any later group may start; None: it may."""
 
 
 @dataclass
 class FailurePolicy:
-    """What has failed so far, under one driver."""
+    """Failures so far under one driver, and whether to retry."""
 
     max_failures: int
-    """Failures in a row, without a new checkpoint in between, at which the run gives up."""
+    """Failures in a row without a new checkpoint at which the run gives up."""
 
     num_attempts: int = 0
-    """Groups of workers that have started."""
+    """Number of groups of workers that have started."""
 
     num_in_a_row: int = 0
-    """Failures since the last new checkpoint."""
+    """Number of failures since the last new checkpoint."""
 
     _step: int = -1
     _causes: tuple[str, ...] | None = None
@@ -49,24 +49,24 @@ class FailurePolicy:
     _abort_reason: AbortReason | None = None
 
     def record(self, causes: Iterable[str]) -> None:
-        """Note that the workers have failed; once an attempt, whoever finds it first."""
+        """Record that the workers have failed; only the first call per attempt counts."""
         if self._causes is None:
             self._causes = tuple(dict.fromkeys(causes))
 
-    def abort(self, ending: AbortReason) -> None:
-        """Let no group start any more; the first reason stands."""
-        self._abort_reason = self._abort_reason or ending
+    def abort(self, reason: AbortReason) -> None:
+        """Let no further group start; the first reason is kept."""
+        self._abort_reason = self._abort_reason or reason
 
     @property
     def abort_reason(self) -> AbortReason | None:
-        """Why no group starts any more."""
+        """Why no further group may start; None: it may."""
         return self._abort_reason
 
     def decide(self, step: int) -> StartDecision:
-        """Count the last failure, if there is any, and say whether another attempt may start.
+        """Count the last failure, if any, and decide whether another attempt may start.
 
         Args:
-            step: of the newest checkpoint, 0 without one; more than ever before is progress.
+            step: step of the newest checkpoint, 0 without one; a new maximum is progress.
         """
         if step > self._step:
             self._step = step
@@ -83,7 +83,7 @@ class FailurePolicy:
         )
 
     def admit(self, step: int) -> StartDecision:
-        """Answer a group that is about to start; see `settle`."""
+        """Decide on a group of workers that is about to start; see `decide`."""
         self.num_attempts += 1
         return self.decide(step)
 
@@ -93,23 +93,28 @@ class FailurePolicy:
             f"\n  {number}. {cause}" for number, cause in enumerate(self._reported_causes, 1)
         )
         return (
-            f"the workers have failed {times} without a checkpoint newer than that of step "
-            f"{self._step}, which is as often as scale.max_failures allows:{causes}\n"
-            "Mend the cause and run the same command again; where the machines fail more often "
-            "than checkpoints are written, lower checkpoint.every_steps"
+            f"the workers failed {times} without a checkpoint newer than step {self._step}, which "
+            f"is the limit (scale.max_failures):{causes}\n"
+            "Fix the cause and run the same command again; if machines fail more often than "
+            "checkpoints are written, lower checkpoint.every_steps"
         )
 
 
 def backoff_seconds(in_a_row: int) -> float:
-    """Return how long workers wait that have failed so often without progress: 0, 5, 20, ... s."""
+    """Return the seconds to wait after failures in a row without progress: 0, 5, 20, ..., 300."""
     if in_a_row <= 1:
         return 0.0
-    # Powers of large numbers overflow.
+    # The exponent is capped, as large powers overflow.
     wait = INITIAL_BACKOFF_SECONDS * BACKOFF_FACTOR ** min(in_a_row - 2, 20)
     return min(wait, MAX_BACKOFF_SECONDS)
 
 
 def describe_error(error: BaseException) -> str:
-    """Return an error as one line: its type and what it says first."""
+    """Return an error as one line: its type and the first line of its message.
+
+    Ray's messages often begin with a heading (`Training failed due to controller error:`): the line
+    after it says what happened.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    first = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

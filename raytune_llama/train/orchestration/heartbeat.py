@@ -1,7 +1,7 @@
-"""What a worker is doing, for whoever watches it.
+"""Heartbeats of a worker, which the driver's stall detector reads.
 
-The loop sets a few numbers, which costs nothing; a thread sends them to the driver about once a
-second, with where in the code the loop is. A worker that is stopped sends nothing.
+The loop updates its progress counters, at no measurable cost; a thread sends them to the driver
+about once per second, with the loop's current code location. A stopped process sends nothing.
 """
 
 import contextlib
@@ -25,37 +25,37 @@ _COLLECTIVES = ("distributed_c10d.py", "c10d_logger.py", "_functional_collective
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a worker tells of itself."""
+    """State of a worker, as it last reported it."""
 
     attempt: int
-    """Number of its group of workers."""
+    """Attempt that the worker belongs to, from 1."""
 
     rank: int
-    """Its own number in the group."""
+    """Rank of the worker."""
 
     process: ProcessIdentity
-    """Its process."""
+    """Process of the worker."""
 
     node_id: str
-    """Ray's name of its node."""
+    """Ray's id of the worker's node."""
 
     ticks: int
-    """Grows as it gets on; in the same way on every worker."""
+    """Monotonic progress counter, incremented identically on every worker."""
 
     step: int
     """Optimizer steps done."""
 
     phase: Phase
-    """What it is at."""
+    """Phase that the worker is in."""
 
     slowest_step_seconds: float
-    """Of the steps that have ended since its last word; 0 without one."""
+    """Duration of the slowest step since the last heartbeat; 0 without one."""
 
     location: str
-    """Where in the code it is."""
+    """Current file, line and function of the loop."""
 
     is_in_collective: bool
-    """Whether it is in a collective, in which it waits for the others."""
+    """Whether the worker waits in a collective for the others."""
 
     def __str__(self) -> str:
         return (
@@ -65,17 +65,17 @@ class Heartbeat:
 
 
 class HeartbeatSender:
-    """Sends the pulse of the thread that enters it, while it is in the block."""
+    """Context manager that sends heartbeats of the thread that enters it."""
 
-    def __init__(self, actor: Any, pulse: Progress, *, attempt: int, rank: int) -> None:  # noqa: ANN401
+    def __init__(self, actor: Any, progress: Progress, *, attempt: int, rank: int) -> None:  # noqa: ANN401
         self._actor = actor
-        self._pulse = pulse
+        self._progress = progress
         self._attempt, self._rank = attempt, rank
         self._process = ProcessIdentity.current()
         self._node_id = ray.get_runtime_context().get_node_id()
         self._watched = threading.get_ident()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -84,39 +84,39 @@ class HeartbeatSender:
     def __exit__(self, *error: object) -> None:
         self._closed.set()
         self._thread.join()
-        self._pulse.enter_phase("over")
-        # Sent, and waited for: it is the last word of this process.
+        self._progress.enter_phase("over")
+        # The last heartbeat of this process, so its delivery is awaited.
         with contextlib.suppress(RayError):
             ray.get(self._actor.put_heartbeat.remote(self._now()), timeout=HEARTBEAT_SECONDS)
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         sent: list[Any] = []
         while True:
-            # One at a time: where nobody listens, nothing heaps up.
+            # One in flight at a time, so that they do not queue up for a slow driver.
             if not sent or ray.wait(sent, timeout=0)[0]:
                 sent = [self._actor.put_heartbeat.remote(self._now())]
             if self._closed.wait(HEARTBEAT_SECONDS):
                 return
 
     def _now(self) -> Heartbeat:
-        where, waits = locate_frame(sys._current_frames().get(self._watched))
-        pulse = self._pulse
+        location, is_in_collective = locate_frame(sys._current_frames().get(self._watched))
+        progress = self._progress
         return Heartbeat(
             attempt=self._attempt,
             rank=self._rank,
             process=self._process,
             node_id=self._node_id,
-            ticks=pulse.ticks,
-            step=pulse.step,
-            phase=pulse.phase,
-            slowest_step_seconds=pulse.pop_slowest_seconds(),
-            location=where,
-            is_in_collective=waits,
+            ticks=progress.ticks,
+            step=progress.step,
+            phase=progress.phase,
+            slowest_step_seconds=progress.pop_slowest_seconds(),
+            location=location,
+            is_in_collective=is_in_collective,
         )
 
 
 def locate_frame(frame: FrameType | None) -> tuple[str, bool]:
-    """Return where in our code a thread is, and whether it waits in a collective."""
+    """Return the innermost frame of this package, and whether the thread is in a collective."""
     waits = frame is not None and frame.f_code.co_filename.endswith(_COLLECTIVES)
     while frame is not None:
         file = frame.f_code.co_filename
@@ -124,4 +124,4 @@ def locate_frame(frame: FrameType | None) -> tuple[str, bool]:
             name = file.rpartition(_PACKAGE)[2]
             return f"{name}:{frame.f_lineno} in {frame.f_code.co_name}", waits
         frame = frame.f_back
-    return "no code of ours", waits
+    return "outside raytune_llama", waits

@@ -1,7 +1,7 @@
-"""Hand a run to Ray Train, and wait for it.
+"""Launch a run on Ray Train, and wait for it.
 
-What starts a run needs no model: only the workers import what a config is made of. A process that
-starts runs and nothing else, as a sweep's trials have, is there in a third of the time.
+Launching needs no model: only the workers import the modules that a config is composed of. A
+process that only launches, such as a sweep's trial, starts in a third of the time.
 """
 
 import logging
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_STARTUP_FAILURES = 5
-"""Attempts of Ray to start the workers; its own default is without end."""
+"""Failed starts of the workers after which Ray's trainer fails; Ray's default is unlimited."""
 
 NEVER_SECONDS = 1e12
 
@@ -47,117 +47,117 @@ WITHOUT_LIMIT = -1
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that was checked and may start."""
+    """A run that has passed its checks and may start."""
 
     config: bytes
-    """The pickled config, for the workers alone."""
+    """Pickled config; only the workers unpickle it."""
 
     scale: ScaleConfig
-    """The workers, and what Ray is asked for."""
+    """Workers and their resources."""
 
     run_dir: Place
-    """Of the run."""
+    """Directory of the run."""
 
     fence: Fence | None
-    """What allows to publish in the run directory; None where nobody else could."""
+    """Proof of the lease, checked before publishing in the run directory; None: no other writer."""
 
     @classmethod
     def from_config(cls, config: "AnyTrainConfig", fence: Fence | None = None) -> Self:
-        """Pack a config."""
+        """Build the run from its config, which is pickled."""
         return cls(pickle.dumps(config), config.scale, config.run_place, fence)
 
 
 def launch(run: PreparedRun) -> RunResult:
     """Run the loop on Ray Train to its end, or until SIGTERM.
 
-    Ray restarts workers that fail. What it does not restart is started again here: a controller of
-    Ray's that has failed, and workers that had to leave nodes which are taken away.
+    Ray restarts workers that fail. This restarts what Ray does not: its own controller if that
+    fails, and workers that saved and stopped to leave draining nodes or to scale up.
 
     Raises:
-        FloatingPointError: a number of the run is no longer finite.
-        GaveUpError: the workers failed `config.max_failures` times without a new checkpoint.
-        RefusedError: the run's data, files or settings do not allow it.
+        FloatingPointError: the loss or a gradient is not finite, or the workers' replicas differ.
+        RetriesExhaustedError: the workers failed `scale.max_failures` times in a row without a new
+            checkpoint.
+        InvalidRunError: the run's data, files or settings do not allow it.
     """
     failures = FailurePolicy(run.scale.max_failures)
     with StopSignal() as stop:
         while True:
-            with Supervisor(run.scale, failures, run.fence) as guard:
-                stop.set_callback(guard.channel.request_stop)
-                outcome, error = _fit(run, guard)
-            failures = guard.failure_policy
-            ending = failures.abort_reason or (outcome and outcome.abort_reason)
-            if ending is not None:
-                raise ending.to_exception()
-            if outcome is not None and (outcome.status == "finished" or stop.is_requested):
-                return outcome
-            admission = _decide_retry(run, failures, error)
-            if stop.wait(admission.wait_seconds) or not has_room(
-                run.scale, stop, has_drained=guard.has_drained
+            with Supervisor(run.scale, failures, run.fence) as supervisor:
+                stop.set_callback(supervisor.channel.request_stop)
+                result, error = _fit(run, supervisor)
+            failures = supervisor.failure_policy
+            reason = failures.abort_reason or (result and result.abort_reason)
+            if reason is not None:
+                raise reason.to_exception()
+            if result is not None and (result.status == "finished" or stop.is_requested):
+                return result
+            decision = _decide_retry(run, failures, error)
+            if stop.wait(decision.wait_seconds) or not has_room(
+                run.scale, stop, has_drained=supervisor.has_drained
             ):
                 return RunResult("stopped", newest_step(run.run_dir))
 
 
-def _fit(run: PreparedRun, guard: Supervisor) -> tuple[RunResult | None, Exception | None]:
-    """Train; return how it ended, or what Ray has failed with.
+def _fit(run: PreparedRun, supervisor: Supervisor) -> tuple[RunResult | None, Exception | None]:
+    """Run Ray's trainer; return the loop's result, or the error that Ray's trainer failed with.
 
     Raises:
-        GaveUpError: nothing happens any more.
+        RetriesExhaustedError: Ray starts no workers and does not end.
     """
-    trainer = build_trainer(run, guard.channel.actor)
+    trainer = build_trainer(run, supervisor.channel.actor)
 
     def fit() -> None:
         try:
-            guard.trainer_results.put(trainer.fit())
-        except BaseException as error:  # noqa: BLE001  # raised again by whoever waits
-            guard.trainer_results.put(error)
+            supervisor.trainer_results.put(trainer.fit())
+        except BaseException as error:  # noqa: BLE001  # raised again in the main thread
+            supervisor.trainer_results.put(error)
 
-    # Not in the main thread: there Ray would take Ctrl-C for itself, and where its controller hangs
-    # so would the driver.
+    # Not in the main thread: there Ray would handle Ctrl-C itself, and the driver would hang with
+    # Ray's controller.
     threading.Thread(target=fit, name="fit", daemon=True).start()
     try:
         with watch_nodes(
-            run.scale, run.run_dir, trainer, guard.channel, guard.note_waiting_for_nodes
+            run.scale, run.run_dir, trainer, supervisor.channel, supervisor.note_waiting_for_nodes
         ):
-            answer = guard.trainer_results.get()
+            result = supervisor.trainer_results.get()
     except BaseException:
-        guard.kill_controller()
+        supervisor.kill_controller()
         raise
-    if isinstance(answer, (TrainingFailedError, RayError)):
-        logger.warning("Ray's trainer has failed: %s", describe_error(answer))
-        return None, answer
-    if isinstance(answer, BaseException):
-        raise answer
-    # What the loop returned on the first worker; see train_worker.
-    return cast("RunResult", answer.return_value), None
+    if isinstance(result, (TrainingFailedError, RayError)):
+        logger.warning("Ray's trainer failed: %s", describe_error(result))
+        return None, result
+    if isinstance(result, BaseException):
+        raise result
+    # The loop's return value on rank 0; see train_worker.
+    return cast("RunResult", result.return_value), None
 
 
 def _decide_retry(
     run: PreparedRun, failures: FailurePolicy, error: Exception | None
 ) -> StartDecision:
-    """Count a failure of Ray's own as one of the workers is, and free what it has left reserved.
+    """Count a failure of Ray's trainer like one of the workers, and release leaked resources.
 
     Raises:
-        GaveUpError: it is one too many.
+        RetriesExhaustedError: `scale.max_failures` is reached.
     """
     if error is not None:
         failures.record([describe_error(error)])
-        reserved = WorkerPlacement.read(run.run_dir)
-        if reserved is not None:
-            reserved.release()
-    admission = failures.decide(newest_step(run.run_dir))
-    if admission.abort_reason is not None:
-        raise admission.abort_reason.to_exception()
-    return admission
+        placement = WorkerPlacement.read(run.run_dir)
+        if placement is not None:
+            placement.release()
+    decision = failures.decide(newest_step(run.run_dir))
+    if decision.abort_reason is not None:
+        raise decision.abort_reason.to_exception()
+    return decision
 
 
 def has_room(scale: ScaleConfig, stop: StopSignal, *, has_drained: bool) -> bool:
-    """Whether nodes that stay can hold the workers; waits for them at most `wait_seconds`.
+    """Whether the nodes that are not draining can hold the workers; waits up to `wait_seconds`.
 
     Args:
-        scale: the workers, and how long to wait.
-        stop: ends the waiting.
-        has_drained: whether nodes were taken away under the workers. Where none were, Ray waits
-            for nodes itself.
+        scale: scale settings of the run.
+        stop: stop signal that ends the wait.
+        has_drained: whether nodes of the workers were drained; if not, Ray waits for nodes itself.
     """
     from raytune_llama.train.orchestration.nodes import RESOURCE_POLL_SECONDS, find_shortage
 
@@ -167,11 +167,11 @@ def has_room(scale: ScaleConfig, stop: StopSignal, *, has_drained: bool) -> bool
         nodes = [node for node in ray.nodes() if node["NodeID"] not in draining]
         shortage = find_shortage(nodes, scale.worker_resources, scale)
         left = start + scale.wait_seconds - time.monotonic()
-        # A node that is drained ends once it is idle, and is in no list any more.
+        # A drained node exits once it is idle, and is then no longer listed.
         if shortage is None or not (has_drained or draining):
             return True
         if left <= 0:
-            logger.warning("stopping, as the nodes that stay are too few: %s", shortage)
+            logger.warning("stopping: too few nodes remain after draining: %s", shortage)
             return False
         if stop.wait(min(RESOURCE_POLL_SECONDS, left)):
             return False
@@ -180,11 +180,11 @@ def has_room(scale: ScaleConfig, stop: StopSignal, *, has_drained: bool) -> bool
 def build_trainer(run: PreparedRun, channel: Any) -> TorchTrainer:  # noqa: ANN401  # an actor
     """Build Ray's trainer around the loop.
 
-    Checkpoints are our own and are found by scanning the run directory, so none is registered
-    with Ray: its snapshot file is not written atomically, and a torn one ends a run for good.
+    Checkpoints are found by scanning the run directory, and none is registered with Ray: its
+    snapshot file is not written atomically, and a torn one makes a run unable to resume.
     """
     scale = run.scale
-    # Left by whatever other program, a torn one would end this run too.
+    # A torn one left by any other program would fail this run too.
     (run.run_dir / "ray" / "checkpoint_manager_snapshot.json").delete()
     return TorchTrainer(
         train_worker,
@@ -197,7 +197,7 @@ def build_trainer(run: PreparedRun, channel: Any) -> TorchTrainer:  # noqa: ANN4
             num_workers=scale.num_workers
             if isinstance(scale.num_workers, int)
             else (scale.num_workers.min, scale.num_workers.max),
-            # Running workers are stopped by us alone; see elastic.py.
+            # Only elastic.py stops running workers to scale up.
             elastic_resize_monitor_interval_s=NEVER_SECONDS,
             use_gpu=scale.use_gpu,
             resources_per_worker=scale.worker_resources,
@@ -207,7 +207,7 @@ def build_trainer(run: PreparedRun, channel: Any) -> TorchTrainer:  # noqa: ANN4
             storage_path=run.run_dir.key,
             storage_filesystem=run.run_dir.filesystem,
             failure_config=FailureConfig(
-                # Every group of workers asks the channel whether it may start.
+                # The failure policy limits restarts instead; see failure_policy.py.
                 max_failures=WITHOUT_LIMIT,
                 max_preemption_failures=WITHOUT_LIMIT,
                 controller_failure_limit=MAX_STARTUP_FAILURES,
@@ -225,9 +225,9 @@ def worker_environment(scale: ScaleConfig) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     if not scale.use_gpu:
-        # glibc maps and unmaps each large tensor, and its pages are zeroed anew every time: a
-        # quarter of a small model's step. So freed memory is kept for the next step. Ray runs the
-        # loop in a thread of its own, whose arena could not grow beyond 64 MiB: one arena for all.
+        # glibc maps and unmaps each large tensor, and zeroing its pages every time takes a quarter
+        # of a small model's step. So freed memory is kept for the next step. Ray runs the loop in a
+        # thread of its own, whose arena could not grow beyond 64 MiB: one arena for all.
         environment["MALLOC_ARENA_MAX"] = "1"
         environment["MALLOC_MMAP_THRESHOLD_"] = str(4 * 2**30)
         environment["MALLOC_TRIM_THRESHOLD_"] = str(8 * 2**30)

@@ -1,4 +1,4 @@
-"""The Ray cluster under a run: connect, check that it can hold the workers, check every node."""
+"""Checks of the Ray cluster: that it can hold the workers, and that every node can train."""
 
 import contextlib
 import logging
@@ -32,10 +32,10 @@ def is_submitted_job() -> bool:
 
 
 def wait_for_resources(scale: ScaleConfig) -> None:
-    """Return once the cluster's nodes can hold the fewest workers; wait at most `wait_seconds`.
+    """Wait until the nodes can hold the minimum number of workers, at most `wait_seconds`.
 
     Raises:
-        ConfigError: they cannot, and no node that could has come in time.
+        ConfigError: the nodes still cannot hold them after `wait_seconds`.
     """
     needs = scale.worker_resources
     shortage = find_shortage(ray.nodes(), needs, scale)
@@ -48,7 +48,7 @@ def wait_for_resources(scale: ScaleConfig) -> None:
             if waited >= scale.wait_seconds:
                 raise ConfigError([shortage])
             logger.info(
-                "waiting for nodes, %.0f of %.0f s: %s", waited, scale.wait_seconds, shortage
+                "waiting for nodes (%.0f of %.0f s): %s", waited, scale.wait_seconds, shortage
             )
             time.sleep(min(RESOURCE_POLL_SECONDS, scale.wait_seconds - waited))
             shortage = find_shortage(ray.nodes(), needs, scale)
@@ -56,14 +56,14 @@ def wait_for_resources(scale: ScaleConfig) -> None:
 
 @contextlib.contextmanager
 def _requested(bundles: list[dict[str, float]]) -> Iterator[None]:
-    """Ask the autoscaler for nodes while the block runs."""
+    """Request nodes from the autoscaler while the block runs."""
     from ray.autoscaler.sdk import request_resources
 
     request_resources(bundles=bundles)
     try:
         yield
     finally:
-        # A request outlives its job, and the cluster would never shrink again.
+        # A request outlives its job, so the cluster would never scale down.
         request_resources(bundles=[])
 
 
@@ -73,9 +73,9 @@ def find_shortage(
     """Return why the nodes of a cluster cannot hold the workers, or None.
 
     Args:
-        nodes: as `ray.nodes()` lists them.
-        needs: what one worker reserves.
-        scale: how many workers there are; of an elastic run the fewest count.
+        nodes: nodes as `ray.nodes()` lists them.
+        needs: resources per worker.
+        scale: scale settings; an elastic run needs room for its minimum number of workers.
     """
     alive = [node for node in nodes if node["Alive"]]
     held = count_worker_slots(nodes, needs)
@@ -92,12 +92,12 @@ def find_shortage(
     if scale.use_gpu and not any(node["Resources"].get("GPU") for node in alive):
         field, remedy = "scale.use_gpu", "set it to false, add nodes with GPUs"
     elif held == 0:
-        # No number of workers is small enough: one alone is larger than every node.
+        # Fewer workers would not help: a single one does not fit on any node.
         field, remedy = "scale.cpus_per_worker", "lower it, add larger nodes"
     wants = " and ".join(f"{amount:g} {name}" for name, amount in needs.items())
     return (
-        f"{field}: {scale.min_workers} workers of {wants} each are asked for, and the cluster "
-        f"can hold {held} ({have}); {remedy}, or set scale.wait_seconds where it scales by itself"
+        f"{field}: {scale.min_workers} workers with {wants} each are required, but the cluster can "
+        f"hold {held} ({have}); {remedy}, or set scale.wait_seconds if the cluster autoscales"
     )
 
 
@@ -110,8 +110,8 @@ def count_worker_slots(nodes: list[dict[str, Any]], needs: dict[str, float]) -> 
     """Return how many workers the nodes of a cluster can hold at a time.
 
     Args:
-        nodes: as `ray.nodes()` lists them.
-        needs: what one worker reserves.
+        nodes: nodes as `ray.nodes()` lists them.
+        needs: resources per worker.
     """
     return sum(_num_held(node, needs) for node in nodes if node["Alive"])
 
@@ -121,10 +121,10 @@ def _num_held(node: dict[str, Any], needs: dict[str, float]) -> int:
 
 
 def check_nodes(config: AnyTrainConfig) -> None:
-    """On every node that may train: write and read in the run directory, open model and store.
+    """Check on every node with room for a worker: shared run directory, model, token store.
 
     Raises:
-        ConfigError: names each node that cannot, and why.
+        ConfigError: lists every node that fails, and why.
     """
     run_dir = config.run_place
     existed = run_dir.exists()
@@ -132,13 +132,13 @@ def check_nodes(config: AnyTrainConfig) -> None:
     try:
         (probes / "driver").write_bytes(b"driver")
     except OSError as error:
-        raise ConfigError([f"run_dir: cannot write in {run_dir}: {error}"]) from error
+        raise ConfigError([f"run_dir: cannot write to {run_dir}: {error}"]) from error
     try:
         problems = _probe_all(config, probes)
     finally:
         probes.delete()
         if not existed:
-            # A run that never started leaves nothing behind.
+            # A run that never started leaves no directory.
             run_dir.delete_empty()
     if problems:
         raise ConfigError(problems)
@@ -164,25 +164,25 @@ def _probe_all(config: AnyTrainConfig, probes: Place) -> list[str]:
         problems += [f"node {name}: {problem}" for problem in found]
         if not found and not (probes / node_id).exists():
             problems.append(
-                f"node {name}: what it writes in {config.run_dir} is not seen by the driver; "
-                "run_dir has to be on storage that every node mounts"
+                f"node {name}: the driver does not see the files that it writes to "
+                f"{config.run_dir}; run_dir must be on storage that every node mounts"
             )
     return problems
 
 
 def probe_node(config: AnyTrainConfig, probes: Place, node_id: str) -> tuple[str, list[str]]:
-    """Return the node's id and what it cannot do; runs as a Ray task on the node."""
+    """Return the node's id and its problems; runs as a Ray task on the node."""
     problems = check_model_directory(Path(config.model.path))
     try:
         if not (probes / "driver").exists():
             problems.append(
-                f"run_dir: {config.run_dir} is not the driver's; it has to be on storage that "
-                "every node mounts"
+                f"run_dir: {config.run_dir} is not the directory that the driver sees; it must be "
+                "on storage that every node mounts"
             )
         else:
             (probes / node_id).write_bytes(node_id.encode())
     except OSError as error:
-        problems.append(f"run_dir: cannot read and write in {config.run_dir}: {error}")
+        problems.append(f"run_dir: cannot read and write {config.run_dir}: {error}")
     try:
         open_store(config.data)
     except (ValueError, OSError) as error:

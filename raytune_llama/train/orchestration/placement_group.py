@@ -1,10 +1,10 @@
-"""The CPUs and GPUs that a run's workers reserve, and how they come free when Ray frees them not.
+"""The workers' placement group (their CPUs and GPUs), and its removal when Ray leaks it.
 
-A placement group lives as long as its job unless somebody removes it. Ray Train's controller does
-so when it ends by itself; where it is killed, as with a trial that Tune stops, Ray's own cleaner
-does. It asks the State API without an address, so its thread dies on a machine with several
-clusters, and it finds nothing in a cluster without a dashboard. Whatever runs next in the same job
-would then wait for CPUs that nobody uses.
+A placement group lives as long as its job unless it is removed. Ray Train's controller removes it
+on a normal exit; if the controller is killed, as when Tune stops a trial, Ray's own cleaner should.
+But that queries the State API without an address: its thread dies on a machine with several
+clusters, and it finds nothing in a cluster without a dashboard. The next run in the same job would
+then wait for CPUs that nothing uses.
 """
 
 import logging
@@ -27,34 +27,34 @@ from raytune_llama.storage.process import ProcessIdentity
 logger = logging.getLogger(__name__)
 
 WORKER_PLACEMENT_FILE = "ray/workers.json"
-"""In the run directory: what the newest workers reserve, and for which controller."""
+"""File in the run directory with the newest workers' placement group and controller."""
 
 END_SECONDS = 60.0
-"""In which a controller that was told to end has ended."""
+"""Timeout for the exit of a controller that was asked to stop."""
 
 PLACEMENT_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class WorkerPlacement:
-    """What a run's newest workers have reserved."""
+    """Placement group of a run's newest workers, and its owner."""
 
     controller: ProcessIdentity | None
-    """Ray's process that starts and restarts the workers; None: not known."""
+    """Ray Train's controller process, which (re)starts the workers; None: unknown."""
 
     group: PlacementGroup
-    """The workers' CPUs, GPUs and memory."""
+    """Placement group of the workers' CPUs and GPUs."""
 
     @classmethod
     def read(cls, run_dir: Place) -> Self | None:
-        """Return what was written last; None where nothing was, or it cannot be read (logged)."""
+        """Return the newest placement; None if none was written or it is unreadable (logged)."""
         file = run_dir / WORKER_PLACEMENT_FILE
         try:
             if not file.exists():
                 return None
             data = file.read_json()
         except (OSError, ValueError) as error:
-            logger.warning("what the workers reserve is not known: %s", error)
+            logger.warning("cannot read the workers' placement group: %s", error)
             return None
         process = data["controller"]
         return cls(
@@ -63,28 +63,28 @@ class WorkerPlacement:
         )
 
     def release(self) -> bool:
-        """Remove the group once the controller is gone; return whether that was needed.
+        """Remove the group once the controller has exited; return whether that was needed.
 
-        Before, the controller would only start new workers in another group. The group of another
-        cluster, or of an earlier time, is not there and is let be.
+        A running controller would only start new workers in another group. A group of another
+        cluster or an earlier session does not exist here, and is ignored.
         """
         deadline = time.monotonic() + END_SECONDS
         try:
             while self._is_held():
                 if self.controller is None or self.controller.has_exited is not False:
                     remove_placement_group(self.group)
-                    logger.info("removed the placement group of workers that are gone")
+                    logger.info("removed the leaked placement group of exited workers")
                     return True
                 if time.monotonic() > deadline:
                     logger.warning(
-                        "the workers' placement group %s stays, as Ray's controller of it runs: %s",
+                        "placement group %s not removed: Ray's controller still runs: %s",
                         self.group.id.hex(),
                         self.controller,
                     )
                     return False
                 time.sleep(PLACEMENT_POLL_SECONDS)
         except RayError as error:
-            logger.warning("cannot free what the workers have reserved: %s", error)
+            logger.warning("cannot remove the workers' placement group: %s", error)
         return False
 
     def _is_held(self) -> bool:
@@ -92,10 +92,10 @@ class WorkerPlacement:
 
 
 def write_worker_placement(run_dir: Place, controller: ProcessIdentity | None) -> None:
-    """Write down what the workers reserve; called by one of them.
+    """Record the workers' placement group in the run directory; called by one worker.
 
-    Where that cannot be written it is logged, and the run goes on: a disk that is full for a while
-    is for its checkpoints to judge.
+    If the write fails, it is logged and the run continues: a disk that is full for a while may be
+    free again at the next checkpoint.
     """
     group = get_current_placement_group()
     if group is None:
@@ -105,4 +105,4 @@ def write_worker_placement(run_dir: Place, controller: ProcessIdentity | None) -
     try:
         (run_dir / WORKER_PLACEMENT_FILE).write_json(data)
     except OSError as error:
-        logger.warning("what the workers reserve could not be written down: %s", error)
+        logger.warning("cannot record the workers' placement group: %s", error)

@@ -1,4 +1,4 @@
-"""SIGTERM: how a driver is asked to save and stop."""
+"""SIGTERM handling: the driver saves and stops."""
 
 import os
 import signal
@@ -12,33 +12,33 @@ SIGNAL_POLL_SECONDS = 0.2
 
 
 class StopSignal:
-    """Lets SIGTERM save and stop the run, while it is in the block.
+    """Context manager in which SIGTERM asks the run to save and stop.
 
-    Entered after Ray has set its own handler.
+    Enter it after Ray has installed its own handler.
     """
 
     def __init__(self) -> None:
         self.is_requested = False
-        """Whether SIGTERM has come."""
-        self._tell: Callable[[], None] | None = None
+        """Whether SIGTERM was received."""
+        self._callback: Callable[[], None] | None = None
         self._before: Any = None
 
     def set_callback(self, request: Callable[[], None]) -> None:
-        """Set what is called when it comes; at once where it has come already."""
-        self._tell = request
+        """Set the function to call on SIGTERM; calls it at once if SIGTERM was received before."""
+        self._callback = request
         if self.is_requested:
             request()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until it comes, or so many seconds; return whether it has."""
+        """Wait at most `seconds` for SIGTERM; return whether it was received."""
         deadline = time.monotonic() + seconds
-        # No event: its lock may be held by the very code that a handler interrupts.
+        # Not an Event: the code that a handler interrupts may hold its lock.
         while not self.is_requested and (left := deadline - time.monotonic()) > 0:
             time.sleep(min(SIGNAL_POLL_SECONDS, left))
         return self.is_requested
 
     def __enter__(self) -> Self:
-        # Handlers belong to the main thread, which in a sweep's trials is Ray's.
+        # Only the main thread may set handlers; in a sweep's trial, that thread is Ray's.
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._handle)
         return self
@@ -48,8 +48,8 @@ class StopSignal:
             signal.signal(signal.SIGTERM, self._before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  # Python's
-        # Logging could wait for a lock that the interrupted code holds.
+        # Logging could deadlock on a lock that the interrupted code holds.
         os.write(2, b"SIGTERM: saving a checkpoint after this step, then stopping\n")
         self.is_requested = True
-        if self._tell is not None:
-            self._tell()
+        if self._callback is not None:
+            self._callback()

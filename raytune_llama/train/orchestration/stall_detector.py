@@ -1,6 +1,6 @@
-"""Finds a worker that is alive and does not get on, from what the workers tell of themselves.
+"""Detects hung workers, alive but without progress, from their heartbeats.
 
-All times are the watcher's own: `now` is its `time.monotonic()`, and no two clocks are compared.
+All times are on the driver's clock: `now` is its `time.monotonic()`; no two clocks are compared.
 """
 
 from collections import deque
@@ -11,30 +11,29 @@ from raytune_llama.train.orchestration.config import StallDetectorConfig
 from raytune_llama.train.orchestration.heartbeat import HEARTBEAT_SECONDS, Heartbeat
 
 MAX_MISSED_HEARTBEATS = 5
-"""A worker that has left out fewer answers still."""
+"""Heartbeats that a responsive worker may miss in a row."""
 
 NUM_RECENT_STEPS = 100
 
 
 @dataclass(frozen=True)
 class Stall:
-    """What does not get on."""
+    """A stall: the workers at fault, and how long nothing has progressed."""
 
     culprits: tuple[Heartbeat, ...]
-    """The workers that the others wait for, as they were last heard of; empty: no worker can be
-    named, since none has been heard of."""
+    """Last heartbeats of the workers that the others wait for; empty: no worker is running."""
 
     seconds: float
-    """How long nothing has happened."""
+    """Seconds without progress."""
 
     timeout_seconds: float
-    """How long it may have taken."""
+    """Seconds without progress that were allowed."""
 
     def __str__(self) -> str:
-        took = f"for {self.seconds:.0f} s, and may take {self.timeout_seconds:.0f} s"
+        duration = f"for {self.seconds:.0f} s (timeout {self.timeout_seconds:.0f} s)"
         if not self.culprits:
-            return f"no worker has been heard of {took}"
-        return f"stuck {took}: {'; '.join(str(beat) for beat in self.culprits)}"
+            return f"no heartbeat from any worker {duration}"
+        return f"no progress {duration}, hung: {'; '.join(str(beat) for beat in self.culprits)}"
 
 
 @dataclass
@@ -45,7 +44,7 @@ class _WorkerStatus:
 
 
 class StallDetector:
-    """Keeps what the workers tell, and judges it."""
+    """Tracks the workers' heartbeats, and detects workers without progress."""
 
     def __init__(self, config: StallDetectorConfig, now: float) -> None:
         self._config = config
@@ -55,30 +54,30 @@ class StallDetector:
         self._workers: dict[int, _WorkerStatus] = {}
         self._recent: deque[float] = deque(maxlen=NUM_RECENT_STEPS)
 
-    def observe(self, beats: Iterable[Heartbeat], now: float) -> None:
-        """Take what workers have told since the last time."""
-        for beat in beats:
+    def observe(self, heartbeats: Iterable[Heartbeat], now: float) -> None:
+        """Record the heartbeats received since the last call."""
+        for beat in heartbeats:
             if beat.attempt < self._attempt or beat.attempt <= self._ended:
-                continue  # a worker that was replaced
+                continue  # from a replaced worker
             if beat.attempt > self._attempt:
                 self._start_attempt(beat.attempt)
             known = self._workers.get(beat.rank)
             if known is not None and known.heartbeat.ticks > beat.ticks:
-                continue  # overtaken by a later one
-            has_changed = known is None or known.heartbeat.ticks != beat.ticks
-            changed = now if known is None or has_changed else known.progressed_at
-            self._workers[beat.rank] = _WorkerStatus(beat, now, changed)
+                continue  # older than one already received
+            has_progressed = known is None or known.heartbeat.ticks != beat.ticks
+            progressed_at = now if known is None or has_progressed else known.progressed_at
+            self._workers[beat.rank] = _WorkerStatus(beat, now, progressed_at)
             if beat.slowest_step_seconds:
                 self._recent.append(beat.slowest_step_seconds)
 
     def reset(self, now: float) -> None:
-        """Expect nothing of this group of workers any more: it has ended, or is replaced."""
+        """Ignore this group of workers from now on: it has ended or is being replaced."""
         self._quiet_since = now
         self._ended = self._attempt
         self._start_attempt(self._attempt)
 
     def restart_timer(self, now: float) -> None:
-        """Expect no workers to start from now on: the nodes that are there are too few."""
+        """Restart the start-up timeout: too few nodes are available to start workers."""
         self._quiet_since = now
 
     def _start_attempt(self, attempt: int) -> None:
@@ -88,16 +87,16 @@ class StallDetector:
 
     @property
     def node_ids(self) -> set[str]:
-        """The nodes that workers run on."""
+        """Ray ids of the nodes that workers run on."""
         return {worker.heartbeat.node_id for worker in self._workers.values()}
 
     def check(self, now: float) -> Stall | None:
-        """Return what is stuck, if anything is."""
+        """Return the current stall; None if there is none."""
         running = [w for w in self._workers.values() if w.heartbeat.phase != "over"]
         if not running:
-            # Between two groups, or after the last: Ray is to do something.
-            told = [worker.heard_at for worker in self._workers.values()]
-            quiet = now - max([self._quiet_since, *told])
+            # Between two groups, or after the last: Ray must start workers or end the run.
+            heard = [worker.heard_at for worker in self._workers.values()]
+            quiet = now - max([self._quiet_since, *heard])
             deadline = self._config.slow_seconds
             return Stall((), quiet, deadline) if quiet > deadline else None
         late = [(now - w.progressed_at, self._deadline(w.heartbeat)) for w in running]
@@ -114,15 +113,15 @@ class StallDetector:
 
 
 def _find_culprits(workers: list[_WorkerStatus], now: float) -> list[_WorkerStatus]:
-    """Return those that the others wait for."""
-    # One that runs has told its place ever since it got on last.
+    """Return the workers that the others wait for."""
+    # A running worker keeps sending heartbeats, also without progress.
     silent = [w for w in workers if _is_silent(w, now)]
     if silent:
         return silent
     fewest = min(worker.heartbeat.ticks for worker in workers)
-    behind = [worker for worker in workers if worker.heartbeat.ticks == fewest]
-    # Of those that are equally far, who waits in a collective waits for the rest.
-    return [worker for worker in behind if not worker.heartbeat.is_in_collective] or behind
+    slowest = [worker for worker in workers if worker.heartbeat.ticks == fewest]
+    # Among equally slow workers, those in a collective wait for the others.
+    return [worker for worker in slowest if not worker.heartbeat.is_in_collective] or slowest
 
 
 def _is_silent(worker: _WorkerStatus, now: float) -> bool:

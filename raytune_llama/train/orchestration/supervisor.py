@@ -1,4 +1,4 @@
-"""What the driver does while the workers train: finds the stuck, the draining and the usurper."""
+"""Driver-side supervision of the workers: hung workers, draining nodes, a lost run lease."""
 
 import contextlib
 import logging
@@ -23,26 +23,26 @@ from raytune_llama.train.result import AbortReason, RetriesExhaustedError
 logger = logging.getLogger(__name__)
 
 CHECK_SECONDS = 5.0
-"""Between two looks at the nodes and at the lease."""
+"""Seconds between checks of the nodes and of the lease."""
 
 KILL_SECONDS = 60.0
 
 
 class Supervisor:
-    """Over one run of Ray's trainer; a new one is under a new guard."""
+    """Supervises one call of Ray's trainer; every retry has a new supervisor."""
 
     def __init__(self, scale: ScaleConfig, failures: FailurePolicy, fence: Fence | None) -> None:
         self.failure_policy = failures
-        """All so far."""
+        """Failures so far."""
         self.has_drained = False
-        """Whether nodes of the workers were taken away; those that were idle since are gone."""
+        """Whether nodes of the workers have drained; idle ones have exited since."""
         self.trainer_results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        """What Ray's trainer has returned or raised, or what the guard raises in its place."""
+        """Result or error of Ray's trainer, or the error that the supervisor raises instead."""
         self._controller: ProcessIdentity | None = None
         self._fence = fence
-        self._watch = StallDetector(scale.watch, time.monotonic()) if scale.watch else None
+        self._stall_detector = StallDetector(scale.watch, time.monotonic()) if scale.watch else None
         self._node_ids: set[str] = set()
-        self._checked = time.monotonic()
+        self._checked_at = time.monotonic()
         self._num_hung = 0
         self.channel = Channel(failures, self._listen)
 
@@ -52,56 +52,56 @@ class Supervisor:
     def __exit__(self, *error: object) -> None:
         self.channel.close()
 
-    def _listen(self, heard: ChannelUpdate) -> None:
-        """Take what the workers have said; called about once a second, in the channel's thread."""
+    def _listen(self, update: ChannelUpdate) -> None:
+        """Handle an update; called about once per second, in the channel's thread."""
         try:
-            self._process_update(heard)
+            self._process_update(update)
         except RayError as error:
-            logger.warning("the cluster does not answer: %s", describe_error(error))
+            logger.warning("the Ray cluster does not answer: %s", describe_error(error))
         except BaseException as error:
-            # Nobody would watch over the run any more: whoever waits for it is to know.
+            # The run would be unsupervised, so the main thread has to raise this.
             self.trainer_results.put(error)
             raise
 
-    def _process_update(self, heard: ChannelUpdate) -> None:
+    def _process_update(self, update: ChannelUpdate) -> None:
         now = time.monotonic()
-        self.failure_policy = heard.failure_policy
-        self._controller = heard.controller
-        self._node_ids |= {beat.node_id for beat in heard.heartbeats}
-        if self._watch is not None:
-            if heard.has_failed:
-                self._watch.reset(now)
-            self._watch.observe(heard.heartbeats, now)
-            stuck = self._watch.check(now)
-            if stuck is not None:
-                self._kill_stalled_workers(stuck)
-                self._watch.reset(time.monotonic())
-        if now - self._checked >= CHECK_SECONDS:
-            self._checked = now
+        self.failure_policy = update.failure_policy
+        self._controller = update.controller
+        self._node_ids |= {beat.node_id for beat in update.heartbeats}
+        if self._stall_detector is not None:
+            if update.has_failed:
+                self._stall_detector.reset(now)
+            self._stall_detector.observe(update.heartbeats, now)
+            stall = self._stall_detector.check(now)
+            if stall is not None:
+                self._kill_stalled_workers(stall)
+                self._stall_detector.reset(time.monotonic())
+        if now - self._checked_at >= CHECK_SECONDS:
+            self._checked_at = now
             self._check_nodes()
             self._check_lease()
 
-    def _kill_stalled_workers(self, stuck: Stall) -> None:
-        """Kill what is stuck, so that Ray finds it dead, and starts all workers again."""
-        logger.error("%s", stuck)
-        self.channel.actor.record_failure.remote([str(stuck)])
-        if stuck.culprits:
-            kill_workers(stuck.culprits)
+    def _kill_stalled_workers(self, stall: Stall) -> None:
+        """Kill the hung workers, so that Ray notices and restarts all workers."""
+        logger.error("%s", stall)
+        self.channel.actor.record_failure.remote([str(stall)])
+        if stall.culprits:
+            kill_workers(stall.culprits)
             return
-        # No worker is there, and Ray starts none: its controller hangs.
+        # No worker is running, and Ray starts none: its controller hangs.
         self._num_hung += 1
         if self._num_hung > 1 or not self.kill_controller():
             self.trainer_results.put(
-                RetriesExhaustedError(f"Ray starts no workers, and does not end: {stuck}")
+                RetriesExhaustedError(f"Ray's controller hangs and starts no workers: {stall}")
             )
 
     def note_waiting_for_nodes(self) -> None:
-        """Learn that no workers can start now; to be told again as long as that is so."""
-        if self._watch is not None:
-            self._watch.restart_timer(time.monotonic())
+        """Note that no workers can start for lack of nodes; called repeatedly while that lasts."""
+        if self._stall_detector is not None:
+            self._stall_detector.restart_timer(time.monotonic())
 
     def kill_controller(self) -> bool:
-        """End Ray's controller of the workers, and them with it; False where there is none."""
+        """Kill Ray Train's controller, and with it the workers; False if none could be killed."""
         return self._controller is not None and self._controller.kill()
 
     def _check_nodes(self) -> None:
@@ -109,7 +109,7 @@ class Supervisor:
         if draining and not self.has_drained:
             self.has_drained = True
             names = ", ".join(sorted(node_id[:8] for node_id in draining))
-            logger.warning("nodes are taken away (Ray node %s): saving after this step", names)
+            logger.warning("nodes are draining (Ray node %s): saving after this step", names)
             self.channel.request_stop()
 
     def _check_lease(self) -> None:
@@ -121,31 +121,31 @@ class Supervisor:
             self.channel.actor.abort.remote(AbortReason("refused", str(error)))
             self.channel.request_stop()
         except OSError as error:
-            logger.warning("run_dir: cannot see whose it is: %s", error)
+            logger.warning("run_dir: cannot check the lease: %s", error)
 
 
 def draining_nodes() -> dict[str, int]:
-    """Return the nodes that Ray was told to take away, with the time in ms (0: any) until then.
+    """Return Ray ids of the draining nodes, with their deadlines in ms since the epoch (0: none).
 
-    Ray has no public way to ask but `ray.train.get_preemption_info`, which lets all workers wait
-    for one another in every step; this is what stands behind it.
+    Ray's only public API, `ray.train.get_preemption_info`, synchronizes all workers in every step;
+    this is its implementation.
     """
     return state.get_draining_nodes()
 
 
 def kill_workers(workers: tuple[Heartbeat, ...]) -> None:
-    """Kill processes on their nodes with SIGKILL: a stopped process answers to nothing else."""
+    """Kill processes on their nodes with SIGKILL, the only signal that ends a stopped process."""
     task: Any = ray.remote(kill_process)
     pending: dict[Any, Heartbeat] = {}
     for beat in workers:
-        there = NodeAffinitySchedulingStrategy(node_id=beat.node_id, soft=False)
-        call = task.options(num_cpus=0, scheduling_strategy=there, max_retries=0)
+        on_node = NodeAffinitySchedulingStrategy(node_id=beat.node_id, soft=False)
+        call = task.options(num_cpus=0, scheduling_strategy=on_node, max_retries=0)
         pending[call.remote(beat.process)] = beat
     done, late = ray.wait(list(pending), num_returns=len(pending), timeout=KILL_SECONDS)
     for ref in late:
-        logger.error("%s cannot be killed: its node does not answer", pending[ref].process)
+        logger.error("cannot kill %s: its node does not answer", pending[ref].process)
     for ref in done:
-        # A node that is lost has taken its worker along.
+        # A worker on a lost node is dead already.
         with contextlib.suppress(RayError):
             if ray.get(ref):
-                logger.warning("%s killed", pending[ref].process)
+                logger.warning("killed %s", pending[ref].process)

@@ -5,8 +5,9 @@ import sentencepiece
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from raytune_llama.chat.config import ChatConfig
 from raytune_llama.chat.conversations import Conversation
-from raytune_llama.chat.encoding import ChatConfig, EncodedConversation, build_chat_encoder
+from raytune_llama.chat.encoding import EncodedConversation, build_chat_encoder
 from raytune_llama.chat.templates.choice import TemplateName, build_template, check_roles
 from raytune_llama.chat.templates.plain import PlainTemplate
 from raytune_llama.chat.templates.segments import UnrenderableError
@@ -140,4 +141,4 @@ def test_hash_tells_of_another_text(byte_level: PreTrainedTokenizerFast) -> None
     template = build_template("belle", byte_level)
     assert isinstance(template, PlainTemplate)
     other = replace(template.spec, write_prompt=lambda q: [Segment("user", q.user)])
-    assert replace(template, form=other).sha256 != template.sha256
+    assert replace(template, spec=other).sha256 != template.sha256

@@ -7,13 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
+from raytune_llama.chat.config import ChatConfig
 from raytune_llama.chat.conversations import Conversation, Defect
-from raytune_llama.chat.encoding import (
-    ChatConfig,
-    ChatEncoder,
-    EncodedConversation,
-    build_chat_encoder,
-)
+from raytune_llama.chat.encoding import ChatEncoder, EncodedConversation, build_chat_encoder
 from raytune_llama.chat.templates.choice import build_template, check_roles
 from raytune_llama.chat.templates.tokenizer import TokenizerTemplate
 from raytune_llama.tokenizer.loader import control_token_strings, load_tokenizer
@@ -158,14 +154,14 @@ def test_boundary_inside_a_token_is_counted_and_exact(byte_level: PreTrainedToke
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("{% for m in messages %}<s>{{ m.content }}\n{% endfor %}", "no control token"),
+        ("{% for m in messages %}<s>{{ m.content }}\n{% endfor %}", "without a control token"),
         ("{{ messages[0].content }}</s>", "0 times"),
         ("{% for m in messages %}{{ m.content + m.content }}</s>{% endfor %}", "2 times"),
-        ("{% for m in messages | reverse %}{{ m.content }}</s>{% endfor %}", "not in order"),
+        ("{% for m in messages | reverse %}{{ m.content }}</s>{% endfor %}", "out of order"),
         (
             "{% for m in messages %}<s>{{ m.role }}{{ m.content }}</s>{% endfor %}"
             "{% if add_generation_prompt %}<s>bot{% endif %}",
-            "written? for generation|writes for generation",
+            "generation prompt",
         ),
         ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", "0 times"),
         ("{{ raise_exception('never') }}", "never"),
@@ -183,7 +179,7 @@ def test_template_that_changes_plain_contents_is_refused(
     byte_level: PreTrainedTokenizerFast,
 ) -> None:
     text = CHATML.replace("message['content']", "message['content'] | replace('z', 'y')")
-    with pytest.raises(ValueError, match=r"^template: .* changes its contents"):
+    with pytest.raises(ValueError, match=r"^template: .* changes contents"):
         build_chat_encoder(with_template(byte_level, text), ChatConfig())
 
 
@@ -210,7 +206,7 @@ def test_roles_are_found_by_trying(byte_level: PreTrainedTokenizerFast) -> None:
     text = "{% if messages[0].role != 'system' %}{{ raise_exception('none') }}{% endif %}" + CHATML
     needing = build_template("tokenizer", with_template(byte_level, text))
     assert (needing.allows_system, needing.needs_system) == (True, True)
-    with pytest.raises(ValueError, match=r"^template: .* 4 of 5 conversations lack"):
+    with pytest.raises(ValueError, match=r"^template: .* 4 of 5 conversations have none"):
         check_roles(needing, num_conversations=5, num_with_system=1)
 
 

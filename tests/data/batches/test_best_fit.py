@@ -11,13 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from raytune_llama.data.batches.best_fit import best_fit, cut_sequences
+from raytune_llama.data.batches.config import SequenceForm
 from raytune_llama.data.batches.order import GroupedOrder, SampleIndex
-from raytune_llama.data.batches.packing import (
-    IGNORED_LABEL,
-    SequenceForm,
-    SourceSequences,
-    find_source_spans,
-)
+from raytune_llama.data.batches.packing import IGNORED_LABEL, SourceSequences, find_source_spans
 from raytune_llama.data.batches.step_batches import BatchPlan, read_steps
 from raytune_llama.data.store.manifest import SplitManifest
 from raytune_llama.data.store.shards import EncodedDocuments, ShardWriter

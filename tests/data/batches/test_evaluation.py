@@ -12,7 +12,7 @@ from raytune_llama.data.batches.evaluation import (
     read_evaluation_batches,
     select_evaluation_sources,
 )
-from raytune_llama.data.readers.sources import SourceConfig
+from raytune_llama.data.readers.config import SourceConfig
 from raytune_llama.data.store.token_store import TokenSplit
 from tests.data.conftest import BYTES_PER_TOKEN, MakeSplit
 

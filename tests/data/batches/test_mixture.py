@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 
 from raytune_llama.config.settings import ConfigError
+from raytune_llama.data.batches.config import check_mixture, source_names
 from raytune_llama.data.batches.mixture import (
     TrainingSource,
-    check_mixture,
     cut_sources,
     log_mixture,
     mixture_record,
-    source_names,
 )
-from raytune_llama.data.readers.sources import SourceConfig
+from raytune_llama.data.readers.config import SourceConfig
 from raytune_llama.data.store.token_store import TokenSplit
 from tests.data.conftest import MakeSplit
 
@@ -97,9 +96,9 @@ def test_cut_sources_weighted_without_sequences_are_refused(make_split: MakeSpli
 
 
 def test_cut_sources_split_without_a_sequence_is_refused(make_split: MakeSplit) -> None:
-    with pytest.raises(ConfigError, match=r"data\.sources: there are 1 tokens"):
+    with pytest.raises(ConfigError, match=r"data\.sources: got 1 training tokens"):
         cut(make_split([[[1]]]), source("/a"))
-    with pytest.raises(ConfigError, match=r"data\.sources: there are 0 tokens"):
+    with pytest.raises(ConfigError, match=r"data\.sources: got 0 training tokens"):
         cut(make_split(), source("/a"))
 
 

@@ -7,14 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_llama.data.batches.order import (
+from raytune_llama.data.batches.config import (
     MAX_BLOCK_SEQUENCES,
-    EpochOrder,
-    MixedOrder,
-    Order,
     apportion,
     block_quotas,
     block_sequences,
+)
+from raytune_llama.data.batches.order import (
+    EpochOrder,
+    MixedOrder,
+    Order,
     permuted_index,
     permuted_indices,
 )

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from raytune_llama.data.batches import packing
 from raytune_llama.data.batches.best_fit import cut_evaluation_sequences, cut_sequences
+from raytune_llama.data.batches.config import EvaluationForm, SequenceForm
 from raytune_llama.data.batches.order import SampleIndex
 from raytune_llama.data.batches.packing import (
     IGNORED_LABEL,
-    EvaluationForm,
     JoinedSequences,
-    SequenceForm,
     SourceSequences,
     find_source_spans,
     num_sequences,

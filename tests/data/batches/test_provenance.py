@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_llama.data.batches.best_fit import cut_sequences
+from raytune_llama.data.batches.config import SequenceForm
 from raytune_llama.data.batches.mixture import TrainingSource
 from raytune_llama.data.batches.order import SampleIndex
-from raytune_llama.data.batches.packing import SequenceForm, find_source_spans
+from raytune_llama.data.batches.packing import find_source_spans
 from raytune_llama.data.batches.provenance import Provenance
 from raytune_llama.data.batches.step_batches import BatchPlan
 from raytune_llama.data.store.manifest import (

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from raytune_llama.data.batches.best_fit import cut_sequences
-from raytune_llama.data.batches.packing import SequenceForm, SourceSequences, find_source_spans
+from raytune_llama.data.batches.config import SequenceForm
+from raytune_llama.data.batches.packing import SourceSequences, find_source_spans
 from raytune_llama.data.batches.step_batches import BatchPlan, StepBatch, read_steps
 from tests.data.conftest import MakeSplit
 
@@ -203,9 +204,9 @@ def test_plan_is_bounded_by_steps_or_epochs(
         ({"max_steps": 0}, "max_steps: got 0"),
         ({"sequences_per_step": 0}, "sequences_per_step: got 0"),
         ({"weights": [0.5, 0.0]}, "weights: got 0.0"),
-        ({"weights": [1, 1], "max_steps": None, "num_epochs": 1}, "num_epochs: has no meaning"),
-        ({"weights": [1, 1e-9]}, "wanted at least one each"),
-        ({"weights": [1]}, "wanted at least one each"),
+        ({"weights": [1, 1], "max_steps": None, "num_epochs": 1}, "num_epochs: cannot be used"),
+        ({"weights": [1, 1e-9]}, "wanted at least one per source"),
+        ({"weights": [1]}, "wanted at least one per source"),
     ],
 )
 def test_plan_impossible_numbers_are_refused(changes: dict[str, object], message: str) -> None:

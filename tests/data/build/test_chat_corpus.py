@@ -221,7 +221,7 @@ def test_check_names_a_file_of_another_format(tmp_path: Path, tokenizer_dir: Pat
         open_data(config_of(tmp_path, folder), tokenizer_dir)
     (problem,) = caught.value.problems
     assert problem.startswith("data.sources.0.path: ")
-    assert "b.jsonl is of the format conversations, but alpaca" in problem
+    assert "b.jsonl has the format conversations, but its source has alpaca" in problem
 
 
 def test_row_of_another_format_ends_the_job_with_its_place(

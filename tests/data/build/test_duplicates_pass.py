@@ -11,9 +11,9 @@ import pytest
 from raytune_llama.data.build import duplicates_pass as deduplication
 from raytune_llama.data.build.file_hashes import HASHES_NAME
 from raytune_llama.data.config import DataConfig
-from raytune_llama.data.filters.signatures import DuplicatesConfig, NearDuplicatesConfig
+from raytune_llama.data.filters.config import DuplicatesConfig, NearDuplicatesConfig
+from raytune_llama.data.readers.config import SourceConfig
 from raytune_llama.data.readers.rows import SourceError
-from raytune_llama.data.readers.sources import SourceConfig
 from raytune_llama.data.store.manifest import SPLITS
 from raytune_llama.data.store.token_store import TokenStore
 from raytune_llama.storage.place import Place

@@ -17,8 +17,8 @@ from raytune_llama.data.build import actors as workers
 from raytune_llama.data.build import preparation as encode
 from raytune_llama.data.build.file_hashes import HASHES_NAME
 from raytune_llama.data.config import DataConfig
+from raytune_llama.data.readers.config import SourceConfig
 from raytune_llama.data.readers.rows import SourceError
-from raytune_llama.data.readers.sources import SourceConfig
 from raytune_llama.data.store.manifest import SPLITS, StoreError
 from raytune_llama.data.store.token_store import TokenStore
 from raytune_llama.storage.place import Place
@@ -107,7 +107,7 @@ def test_prepare_data_where_other_things_are_in_object_storage_is_refused_and_ke
 ) -> None:
     (s3_path / "thesis.tex").write_bytes(b"x")
     config = make_config(corpus, s3_path)
-    with pytest.raises(ConfigError, match="exists and is no token store"):
+    with pytest.raises(ConfigError, match="exists but is not a token store"):
         build_store(config, tokenizer_dir)
     assert list(s3_path.files(recursive=True)) == [s3_path / "thesis.tex"]
 
@@ -209,7 +209,7 @@ def test_prepare_data_after_a_failed_run_keeps_its_work_and_gives_the_same_bytes
     with pytest.raises(SourceError) as caught:
         build_store(config, tokenizer_dir)
     message = str(caught.value)
-    assert message.startswith("data.max_bad_fraction: 81 of 64389 rows cannot be used (81 invalid")
+    assert message.startswith("data.max_bad_fraction: 81 of 64389 rows are unusable (81 invalid")
     listed = message.split("\n  ")[1:]
     assert len(listed) == 10
     assert listed[1].startswith(f"3.txt: line {NUM_LINES[3] + 4}, byte {len(good)}: invalid_bytes")
@@ -243,7 +243,7 @@ def test_prepare_data_crashing_file_is_refused_by_name(
 
     monkeypatch.setattr(workers, "EncodingActor", CrashingEncoder)
     with pytest.raises(
-        SourceError, match=r"1\.txt and 1 files behind it: encoding it ended the process 3 times"
+        SourceError, match=r"1\.txt and 1 more files: encoding it crashed the process 3 times"
     ):
         build_store(make_config(corpus, tmp_path / "store", num_workers=1), tokenizer_dir)
 

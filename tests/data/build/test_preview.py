@@ -23,7 +23,7 @@ def config(tmp_path: Path) -> DataConfig:
 
 
 def test_preview_pieces_put_together_are_the_documents(tmp_path: Path, tokenizer_dir: Path) -> None:
-    lines = render_preview(config(tmp_path), tokenizer_dir, num_documents=3, colour=False).split(
+    lines = render_preview(config(tmp_path), tokenizer_dir, num_documents=3, color=False).split(
         "\n"
     )
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -40,12 +40,12 @@ def test_preview_pieces_put_together_are_the_documents(tmp_path: Path, tokenizer
     assert not (tmp_path / "store").exists()
 
 
-def test_preview_in_colour_has_the_same_text(tmp_path: Path, tokenizer_dir: Path) -> None:
-    plain = render_preview(config(tmp_path), tokenizer_dir, num_documents=1, colour=False)
-    colour = render_preview(config(tmp_path), tokenizer_dir, num_documents=1, colour=True)
-    assert "\x1b[" in colour
+def test_preview_in_color_has_the_same_text(tmp_path: Path, tokenizer_dir: Path) -> None:
+    plain = render_preview(config(tmp_path), tokenizer_dir, num_documents=1, color=False)
+    color = render_preview(config(tmp_path), tokenizer_dir, num_documents=1, color=True)
+    assert "\x1b[" in color
     unboxed = re.sub(r"\[(</?s>)\]", r"\1", plain.replace("|", ""))
-    assert re.sub("\x1b" + r"\[[0-9;]*m", "", colour) == unboxed
+    assert re.sub("\x1b" + r"\[[0-9;]*m", "", color) == unboxed
 
 
 def test_preview_of_a_config_with_mistakes_names_them(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -55,4 +55,4 @@ def test_preview_of_a_config_with_mistakes_names_them(tmp_path: Path, tokenizer_
         {"sources": [{"path": str(tmp_path / "none")}], "store_dir": str(tmp_path / "store")},
     )
     with pytest.raises(ConfigError, match=r"data\.sources\.0\.path"):
-        render_preview(bad, tokenizer_dir, num_documents=1, colour=False)
+        render_preview(bad, tokenizer_dir, num_documents=1, color=False)

@@ -23,9 +23,10 @@ from raytune_llama.data.build.unit_encoder import (
     quarantine_place,
 )
 from raytune_llama.data.build.units import BuildPlan, WorkUnit, plan_units
-from raytune_llama.data.filters.cleaning import CleaningConfig
+from raytune_llama.data.filters.config import CleaningConfig
+from raytune_llama.data.readers.config import SourceConfig
 from raytune_llama.data.readers.rows import SourceError
-from raytune_llama.data.readers.sources import SourceConfig, discover_files
+from raytune_llama.data.readers.sources import discover_files
 from raytune_llama.data.store.manifest import RowCounts, SplitManifest
 from raytune_llama.data.store.token_store import TokenSplit
 from raytune_llama.storage.place import Place
@@ -227,7 +228,7 @@ def test_encode_unit_third_crash_refuses_the_file_by_name(
     for _ in range(3):
         with pytest.raises(CrashError):
             encode_unit(unit, plan, TextUnitReader(CrashingEncoder()))
-    with pytest.raises(SourceError, match=r"corpus\.txt.*: encoding it ended the process 3 times"):
+    with pytest.raises(SourceError, match=r"corpus\.txt.*: encoding it crashed .* 3 times"):
         encode_unit(unit, plan, TextUnitReader(encoder))
 
 

@@ -11,7 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from raytune_llama.config.settings import ConfigError, from_dict
-from raytune_llama.data.filters.cleaning import Cleaner, CleaningConfig, NgramRule
+from raytune_llama.data.filters.cleaning import Cleaner
+from raytune_llama.data.filters.config import CleaningConfig, NgramRule
 from raytune_llama.data.filters.words import BATCH_CHARACTERS
 
 SYMBOLS = st.sampled_from("aB 1,.\n人民日报\u2026\uff0c\uff21e\u0301\uac00\ud800")

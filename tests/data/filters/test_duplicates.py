@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raytune_llama.data.filters.config import DuplicatesConfig, NearDuplicatesConfig
 from raytune_llama.data.filters.duplicate_steps import join_pairs
 from raytune_llama.data.filters.duplicates import (
     DuplicateCounts,
@@ -25,8 +26,6 @@ from raytune_llama.data.filters.duplicates import (
     read_dropped,
 )
 from raytune_llama.data.filters.signatures import (
-    DuplicatesConfig,
-    NearDuplicatesConfig,
     compute_signatures,
     signature_file,
     write_signatures,

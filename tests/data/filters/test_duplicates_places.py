@@ -11,6 +11,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from raytune_llama.data.filters.config import DuplicatesConfig, NearDuplicatesConfig
 from raytune_llama.data.filters.duplicates import (
     DuplicateCounts,
     ShuffleSizes,
@@ -18,11 +19,7 @@ from raytune_llama.data.filters.duplicates import (
     find_duplicates_with,
     read_dropped,
 )
-from raytune_llama.data.filters.signatures import (
-    DuplicatesConfig,
-    NearDuplicatesConfig,
-    write_signatures,
-)
+from raytune_llama.data.filters.signatures import write_signatures
 from raytune_llama.data.filters.tasks import run_tasks
 from raytune_llama.data.store.manifest import StoreError
 from raytune_llama.storage.place import Place
@@ -122,7 +119,7 @@ def test_run_tasks_killed_is_run_again_but_not_for_ever(tmp_path: Path) -> None:
     with pytest.raises(StoreError) as caught:
         run_tasks("some/step", run, 4, attempts)
     (problem,) = str(caught.value).splitlines()
-    assert "some-step/3: the task ended its process 3 times" in problem
+    assert "some-step/3: the process of the task died 3 times" in problem
     assert run_tasks("some/step", run, 3, attempts) == {"sum": 3}
 
 

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_llama.config.settings import ConfigError, from_dict
+from raytune_llama.data.filters.config import DuplicatesConfig, NearDuplicatesConfig
 from raytune_llama.data.filters.signatures import (
-    DuplicatesConfig,
-    NearDuplicatesConfig,
     compute_signatures,
     read_batch_layout,
     signature_file,

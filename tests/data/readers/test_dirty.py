@@ -15,7 +15,8 @@ from raytune_llama.config.settings import ConfigError
 from raytune_llama.data.build.text_corpus import TextUnitReader
 from raytune_llama.data.build.unit_encoder import UnitRecord, encode_unit, quarantine_place
 from raytune_llama.data.build.units import BuildPlan, plan_units
-from raytune_llama.data.readers.sources import SourceConfig, discover_files
+from raytune_llama.data.readers.config import SourceConfig
+from raytune_llama.data.readers.sources import discover_files
 from raytune_llama.data.store.manifest import SplitManifest
 from raytune_llama.data.store.token_store import TokenSplit
 from raytune_llama.storage.place import Place
@@ -189,8 +190,13 @@ def test_dirty_input_is_accounted_for_by_reason(
         ("a.jsonl", b"[{}]", {"format": "jsonl"}, "set format to json or auto"),
         ("a.json", b'{"text": "x"}\n{"text": "y"}\n', {"format": "json"}, "set format to jsonl"),
         ("a.txt", "中文".encode("utf-16-le") * 3 + b"a\0" * 9, {}, "set encoding to utf-16-le"),
-        ("a.txt.gz", b"plain text", {}, "not gzip as its name says"),
-        ("a.txt", b"\xef\xbb\xbfx", {"encoding": "gb18030"}, "the mark of utf-8, but encoding is"),
+        ("a.txt.gz", b"plain text", {}, "a.txt.gz: not gzip"),
+        (
+            "a.txt",
+            b"\xef\xbb\xbfx",
+            {"encoding": "gb18030"},
+            "byte order mark of utf-8, but encoding is",
+        ),
     ],
 )
 def test_file_that_contradicts_its_config_is_refused_before_any_work(

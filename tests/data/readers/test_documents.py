@@ -203,7 +203,7 @@ def test_compressed_files_are_read_whole_and_hashed_as_they_lie(
     data = compress(text[:300_000]) + compress(text[300_000:])
     rows = read(data, format="txt", compression=compression)
     assert rows.texts == text.decode().split("\n")[:-1]
-    with pytest.raises(SourceError, match="/corpus/file: damaged or cut off"):
+    with pytest.raises(SourceError, match="/corpus/file: damaged or truncated"):
         read(data[:-20], format="txt", compression=compression)
 
 
@@ -295,7 +295,7 @@ def test_parquet_damaged_row_group_is_a_bad_row_for_each_of_its_rows(tmp_path: P
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"body": ["x"]}, "no field 'text'; there are: body. Set text_field"),
+        ({"body": ["x"]}, "no field 'text'; fields are body; set text_field"),
         ({"text": [1]}, "column 'text' is int64, wanted string"),
     ],
 )

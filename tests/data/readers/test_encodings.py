@@ -19,7 +19,7 @@ ENGLISH = "the bell of the new year\n" * 40
 def test_detect_mark_decides(mark: bytes, codec: str) -> None:
     head = mark + CHINESE.encode(codec)
     assert detect_encoding(head, "auto") == TextEncoding(codec, len(mark), is_guessed=False)
-    with pytest.raises(ValueError, match=f"mark of {codec}, but encoding is gb18030"):
+    with pytest.raises(ValueError, match=f"byte order mark of {codec}, but encoding is gb18030"):
         detect_encoding(head, "gb18030")
 
 
@@ -53,5 +53,5 @@ def test_detect_utf_16_without_mark_asks_for_it(codec: str) -> None:
     with pytest.raises(ValueError, match=f"set encoding to {codec}"):
         detect_encoding(ENGLISH.encode(codec), "auto")
     assert detect_encoding(ENGLISH.encode(codec), codec).codec == codec  # pyright: ignore[reportArgumentType]  # a parameter
-    with pytest.raises(ValueError, match="no UTF-16 mark"):
+    with pytest.raises(ValueError, match="no UTF-16 byte order mark"):
         detect_encoding(ENGLISH.encode(codec), "utf-16")

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from raytune_llama.config.settings import ConfigError
-from raytune_llama.data.readers.sources import SourceConfig, check_sources, discover_files
+from raytune_llama.data.readers.config import SourceConfig
+from raytune_llama.data.readers.sources import check_sources, discover_files
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_check_sources_empty_list_and_empty_files_are_told(tmp_path: Path) -> No
 def test_check_sources_parquet_without_the_column_names_its_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "a.parquet")
     (problem,) = check_sources((source(tmp_path),))
-    assert "a.parquet: no field 'text'; there are: body, id" in problem
+    assert "a.parquet: no field 'text'; fields are body, id" in problem
     assert check_sources((source(tmp_path, text_field="body"),)) == []
 
 

@@ -122,7 +122,7 @@ def test_remote_store_without_a_shard_or_manifest_is_refused(remote: Place) -> N
     with pytest.raises(StoreError, match=r"s3://.*train-00000\.arrow.* is missing"):
         TokenStore.open(remote)
     (remote / "manifest.json").delete()
-    with pytest.raises(StoreError, match=r"s3://.* no manifest\.json there"):
+    with pytest.raises(StoreError, match=r"s3://.* no manifest\.json"):
         TokenStore.open(remote)
 
 
@@ -141,5 +141,5 @@ def test_remote_store_shard_that_cannot_be_fetched_names_both_places(
     faulty_s3.fault = lambda *_: HTTPStatus.FORBIDDEN
     with pytest.raises(StoreError) as caught:
         store.split("train").tokens(0, 1)
-    told = f"{place / 'train-00000.arrow'}: cannot be copied to {cache} ("
-    assert str(caught.value).startswith(told)
+    expected = f"{place / 'train-00000.arrow'}: cannot be downloaded to {cache} ("
+    assert str(caught.value).startswith(expected)

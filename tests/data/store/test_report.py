@@ -82,7 +82,7 @@ def test_report_has_a_row_for_everything_that_is_counted() -> None:
         ["invalid json", "3", "15.000%"],
     ):
         assert row in cells.rows
-    assert "20 rows were read: 15 became documents, 2 were left out" in page
+    assert "20 rows were read: 15 became documents, 2 were skipped" in page
     assert "<script" not in page
     assert re.search(r"width: 75\.00%", page)
     assert render_report(manifest(), ["news", "<script>"]) == page

@@ -215,7 +215,7 @@ def test_verify_flipped_bit_names_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.update(format_version=99), "format_version is 99"),
+        (lambda data: data.update(format_version=99), "got format_version 99"),
         (lambda data: data["inputs"]["tokenizer"].update(eos_id=3), "fingerprint"),
         (lambda data: data["splits"]["train"].update(tokens=12), "counts of train"),
         (lambda data: data.pop("rows"), "rows"),
@@ -246,7 +246,7 @@ def test_split_shard_of_other_length_is_refused(tmp_path: Path) -> None:
         first["documents"], second["documents"] = 3, 2
 
     edit_manifest(path, shift_count)
-    with pytest.raises(StoreError, match=r"train-00000\.arrow: 2 documents"):
+    with pytest.raises(StoreError, match=r"train-00000\.arrow: has 2 documents"):
         TokenStore.open(path).split("train").tokens(0, 1)
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from raytune_llama.model.meta.conversion import ConvertConfig, convert_weights
+from raytune_llama.model.meta.config import ConvertConfig
+from raytune_llama.model.meta.conversion import convert_weights
 from raytune_llama.model.meta.layout import MetaParams, build_meta_params, shard_ranges
 from raytune_llama.model.tensors import open_weights
 from tests.model.conftest import MakeModel, llama_config
@@ -282,13 +283,16 @@ def spoil_norm(source: Path) -> None:
     ("spoil", "message"),
     [
         (spoil_pointer, "consolidated.00.pth: is a Git LFS pointer"),
-        (spoil_cut, "consolidated.01.pth: is damaged or cut short"),
+        (spoil_cut, "consolidated.01.pth: is damaged or truncated"),
         (spoil_missing, "lacks consolidated.00.pth, but has consolidated.01.pth"),
         (spoil_params, r"feed_forward.w1.weight is \[176, 64\] over 2 shards.*\[256, 64\]"),
-        (spoil_layers, r"lacks layers.2.*params.json speaks of 3 layers"),
+        (spoil_layers, r"lacks layers.2.*params.json describes 3 layers"),
         (spoil_unknown_param, "params.json: moe"),
         (spoil_tokenizer, "tokenizer.model; put it there"),
-        (spoil_norm, "norm.weight of .*consolidated.01.pth is not that of consolidated.00.pth"),
+        (
+            spoil_norm,
+            "norm.weight of .*consolidated.01.pth differs from that of consolidated.00.pth",
+        ),
     ],
 )
 def test_convert_bad_input_is_named_and_leaves_nothing(
@@ -322,7 +326,7 @@ def test_convert_to_meta_refuses_more_shards_than_heads(
     make_llama: MakeModel, tmp_path: Path
 ) -> None:
     make_llama().save_pretrained(tmp_path / "hf")
-    with pytest.raises(ValueError, match="num_shards: 4 heads cannot be shared by 8"):
+    with pytest.raises(ValueError, match="num_shards: 4 heads cannot be split into 8 shards"):
         convert_weights(config(tmp_path / "hf", tmp_path / "meta", to="meta", num_shards=8))
     assert not (tmp_path / "meta").exists()
 
@@ -333,7 +337,9 @@ def test_open_weights_damaged_files_are_named(make_llama: MakeModel, tmp_path: P
     files = sorted(tmp_path.glob("model-*.safetensors"))
     data = files[0].read_bytes()
     files[0].write_bytes(data[:-7])
-    with pytest.raises(ValueError, match=rf"{files[0].name}: has \d+ bytes, and its header wants"):
+    with pytest.raises(
+        ValueError, match=rf"{files[0].name}: has \d+ bytes, but its header requires"
+    ):
         open_weights(tmp_path)
     files[0].unlink()
     with pytest.raises(ValueError, match=f"lacks 1 of the .* the first is {files[0].name}"):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raytune_llama.chat.encoding import ChatConfig, build_chat_encoder
+from raytune_llama.chat.config import ChatConfig
+from raytune_llama.chat.encoding import build_chat_encoder
 from raytune_llama.model.rope import MODEL_SETTINGS_KEY
 from raytune_llama.serve.adapters.loading import AdapterLoader
 from raytune_llama.serve.config import ServedModelConfig
@@ -59,7 +60,7 @@ def test_grown_adapter_becomes_a_copy_with_its_own_tokenizer(
     attached.save_pretrained(folder, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
     if not has_tables:
-        with pytest.raises(ValueError, match="holds no tables for them"):
+        with pytest.raises(ValueError, match="holds no embeddings for them"):
             loader(base_dir).load(folder, "tiny:grown")
         return
     loaded = loader(base_dir).load(folder, "tiny:grown")

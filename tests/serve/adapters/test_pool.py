@@ -168,7 +168,7 @@ def test_name_that_is_not_listed_is_unknown(make_adapters: MakeAdapters, name: s
     shutil.copytree(adapters.folder / "a", adapters.folder.parent / "x")
     shutil.copytree(adapters.folder / "a", adapters.folder / ".hidden")
     shutil.copytree(adapters.folder / "a", adapters.folder / "a" / "b")
-    with pytest.raises(UnknownModelError, match=r"there is a$"):
+    with pytest.raises(UnknownModelError, match=r"available: a$"):
         run(lambda: adapters.text(name))
 
 
@@ -204,10 +204,10 @@ def name_other_template(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (flip_bit, "adapter_model.safetensors is not what it was made as"),
+        (flip_bit, "adapter_model.safetensors differs from its manifest"),
         (cut, "can't be read as an adapter"),
         (name_other_base, "made for a base whose model.safetensors has SHA256 00000000"),
-        (name_other_tokenizer, "tokenizer in .* is not the one"),
+        (name_other_tokenizer, "tokenizer in .* does not match its manifest"),
         (name_other_template, "is not what .* was tuned with"),
     ],
 )
@@ -251,7 +251,7 @@ def test_new_version_that_is_damaged_leaves_the_old_one_in_use(
         assert await adapters.text("poet") == old
         flip_bit(adapters.write("poet", seed=2))
         async with asyncio.timeout(60):
-            while "stays as it was" not in caplog.text:
+            while "the old one stays in use" not in caplog.text:
                 assert await adapters.text("poet") == old
                 await asyncio.sleep(0.02)
         assert await adapters.text("poet") == old
@@ -275,7 +275,7 @@ def test_adapters_in_object_storage_are_served_and_swapped(
         new = await asyncio.to_thread(publish, 2)
         assert new != old
         await adapters.wait_for("poet", new)
-        with pytest.raises(UnknownModelError, match="there is poet"):
+        with pytest.raises(UnknownModelError, match="available: poet"):
             await adapters.text("../poet")
 
     run(main)

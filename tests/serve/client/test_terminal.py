@@ -135,22 +135,22 @@ def test_pipe_shows_usage_where_asked(port: int) -> None:
     status, out, notes = pipe(port, "the fox", *arguments)
     assert status == 0
     assert out.strip()
-    assert "5 written" in notes
-    assert "cut off at the limit" in notes
+    assert "5 completion" in notes
+    assert "truncated at the token limit" in notes
 
 
 @pytest.mark.parametrize(
     ("arguments", "question", "status", "problem"),
     [
         ((), "x", 2, "model: set it to one of: tiny, plain, held"),
-        (("model=gpt-9",), "x", 2, "answers 404: no model 'gpt-9'"),
+        (("model=gpt-9",), "x", 2, "returned 404: The model `gpt-9` does not exist"),
         (("model=plain", "temperature=3"), "x", 2, "temperature"),
-        (("model=plain",), " \n", 2, "stdin holds no question"),
-        (("model=plain",), b"\xff\xfe", 2, "stdin is no UTF-8 text"),
-        (("model=tiny",), "word " * 500, 2, "takes 128"),
+        (("model=plain",), " \n", 2, "stdin contains no question"),
+        (("model=plain",), b"\xff\xfe", 2, "stdin is not UTF-8 text"),
+        (("model=tiny",), "word " * 500, 2, "is 128 tokens"),
         (("model=busy",), "x", 1, "try again in 1 s"),
         (("model=broken",), "x", 1, "the engine has failed"),
-        (("model=gone",), "x", 1, "the answer broke off"),
+        (("model=gone",), "x", 1, "connection lost"),
     ],
 )
 def test_pipe_fails_with_status_and_reason(
@@ -206,18 +206,18 @@ def test_endpoint_that_is_not_there_is_named() -> None:
 @pytest.mark.parametrize(
     ("answer", "problem"),
     [
-        (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 5\r\n\r\n<hi> ", "answers 502: <hi>"),
-        (b"HTTP/1.1 302 Found\r\nLocation: http://x/\r\nContent-Length: 0\r\n\r\n", "answers 302"),
+        (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 5\r\n\r\n<hi> ", "returned 502: <hi>"),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://x/\r\nContent-Length: 0\r\n\r\n", "returned 302"),
         (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 2\r\n\r\nhi", "text/html"),
-        (b"nonsense\r\n\r\n", "broke off"),
-        (b"", "broke off"),
+        (b"nonsense\r\n\r\n", "connection lost"),
+        (b"", "connection lost"),
         (
             b'HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: {"x": 1}\n\n',
-            "sent no chunk of an answer",
+            "sent an invalid chunk",
         ),
         (
             b'HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: {"choices": []}\n\n',
-            "ended before the answer did",
+            "closed before the response was complete",
         ),
     ],
 )
@@ -300,7 +300,7 @@ def test_commands_change_the_conversation(
         terminal.type(line + "\n")
         return terminal.see("\n> ")
 
-    assert "no answer yet" in told("/usage")
+    assert "no response yet" in told("/usage")
     told("/system Be brief.")
     told("first")
     told(" /not a command")
@@ -312,7 +312,7 @@ def test_commands_change_the_conversation(
         ("user", "/not a command"),
     ]
     assert plain.messages == conversation
-    assert "3 read, 2 written" in told("/usage")
+    assert "3 prompt, 2 completion" in told("/usage")
     file = tmp_path / "saved.json"
     assert "5 messages" in told(f"/save {file}")
     saved = json.loads(file.read_text())["messages"]
@@ -321,8 +321,8 @@ def test_commands_change_the_conversation(
         ("assistant", "one two"),
     ]
     assert "not saved" in told(f"/save {file}")  # never over another file
-    assert "no model nobody; there is" in told("/model nobody")
-    assert "no command /nothing" in told("/nothing")
+    assert "unknown model nobody; available models:" in told("/model nobody")
+    assert "unknown command /nothing" in told("/nothing")
     told("/clear")
     told("/system")
     told("anew")

@@ -210,7 +210,7 @@ def test_engine_that_is_dead_or_closed_answers_nothing(standin: Standin) -> None
 
 
 def test_vectors_are_refused(standin: Standin) -> None:
-    with pytest.raises(InvalidRequestError, match="vectors"):
+    with pytest.raises(InvalidRequestError, match="embeddings"):
         asyncio.run(anext(standin.engine.embed([(1, 2)])))  # type: ignore[arg-type]
 
 

@@ -120,9 +120,9 @@ def test_logprobs_name_the_chosen_token_among_the_likeliest(answerer: Completion
     ("request_", "problem"),
     [
         (chat("a", "b"), "messages"),
-        (chat("word " * 200), "takes 128 with the answer"),
-        (complete([399, 405]), "405 is no token"),
-        (complete("word " * 200), "takes 128 with the answer"),
+        (chat("word " * 200), "is 128 tokens, including the answer"),
+        (complete([399, 405]), "token id 405 is outside the vocabulary"),
+        (complete("word " * 200), "is 128 tokens, including the answer"),
     ],
 )
 def test_request_that_cannot_be_answered_is_refused(

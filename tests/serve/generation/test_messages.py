@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 from transformers import AddedToken
 
+from raytune_llama.chat.config import ChatConfig
 from raytune_llama.chat.conversations import Conversation
-from raytune_llama.chat.encoding import ChatConfig, build_chat_encoder
+from raytune_llama.chat.encoding import build_chat_encoder
 from raytune_llama.serve.generation.messages import build_conversation
 from raytune_llama.serve.protocol.chat import ChatRequest
 from raytune_llama.tokenizer.loader import load_tokenizer
@@ -110,8 +111,11 @@ def test_calls_and_results_are_turns() -> None:
             [ASK, CALLS, *RESULTS, {"role": "assistant", "content": "x"}, RESULTS[0]],
             "messages.5.tool_call_id: 'b' is no call",
         ),
-        ([ASK, called(("a", "{}"), ("a", "{}"))], "messages.1.tool_calls: two calls have one id"),
-        ([ASK, called(("a", "[]"))], "tool_calls.0.function.arguments: is no object"),
+        (
+            [ASK, called(("a", "{}"), ("a", "{}"))],
+            "messages.1.tool_calls: two calls have the same id",
+        ),
+        ([ASK, called(("a", "[]"))], "tool_calls.0.function.arguments: is not a JSON object"),
         ([ASK, called(("a", "{}"), ("b", '{"a": '))], "tool_calls.1.function.arguments"),
         ([ASK, called(("a", "[" * 100_000))], "tool_calls.0.function.arguments"),
         ([ASK, {"role": "system", "content": "x"}], "message 2 has the role system"),
@@ -135,9 +139,9 @@ for _ in range(40):
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"messages": [{"role": "tool", "content": "x"}]}, "tool_call_id: goes with role=tool"),
-        ({"messages": [{**ASK, "tool_call_id": "a"}]}, "tool_call_id: goes with role=tool"),
-        ({"messages": [{**CALLS, "role": "user"}]}, "tool_calls: only in an assistant's"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "tool_call_id: required with role=tool"),
+        ({"messages": [{**ASK, "tool_call_id": "a"}]}, "tool_call_id: required with role=tool"),
+        ({"messages": [{**CALLS, "role": "user"}]}, "tool_calls: only allowed in messages"),
         ({"messages": [{"role": "assistant", "content": None}]}, "content: got neither"),
         ({"messages": [{"role": "assistant", "tool_calls": []}]}, "tool_calls"),
         ({"tools": []}, "tools"),
@@ -145,14 +149,14 @@ for _ in range(40):
         ({"tools": [tool(name="a\n")]}, "name"),
         ({"tools": [tool(name="a" * 65)]}, "name"),
         ({"tools": [tool(name=str(n)) for n in range(129)]}, "tools"),
-        ({"tools": [tool(), tool()]}, "tools: f is there 2 times"),
-        ({"tools": [tool(parameters={"type": "string"})]}, "wanted 'object'"),
-        ({"tools": [tool(parameters=DEEP)]}, "deeper than 32"),
-        ({"tools": [tool(parameters={"x": "y" * 100_000})]}, "more than 100000"),
+        ({"tools": [tool(), tool()]}, "tools: got 2 functions named f"),
+        ({"tools": [tool(parameters={"type": "string"})]}, "expected 'object'"),
+        ({"tools": [tool(parameters=DEEP)]}, "more than 32 levels"),
+        ({"tools": [tool(parameters={"x": "y" * 100_000})]}, "at most 100000"),
         ({"tools": [{"type": "custom", "function": {"name": "f"}}]}, "type"),
-        ({"tool_choice": "auto"}, "tool_choice: only with tools"),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls: only with tools"),
-        ({"tools": [tool()], "tool_choice": tool(name="g")}, "g is none of the tools"),
+        ({"tool_choice": "auto"}, "tool_choice: only allowed when tools"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls: only allowed when tools"),
+        ({"tools": [tool()], "tool_choice": tool(name="g")}, "function g not found in tools"),
         ({"tools": [tool()], "tool_choice": "maybe"}, "tool_choice"),
     ],
 )

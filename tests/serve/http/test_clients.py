@@ -94,7 +94,7 @@ def test_answer_that_does_not_begin_is_refused_in_time(
 ) -> None:
     server, models = slow
     for stream in (False, True):
-        with pytest.raises(openai.InternalServerError, match="no token came in") as caught:
+        with pytest.raises(openai.InternalServerError, match="No token generated within") as caught:
             server.client().chat.completions.create(model="waiting", messages=FOX, stream=stream)
         assert caught.value.status_code == 503
         assert int(caught.value.response.headers["retry-after"]) >= 1
@@ -106,12 +106,12 @@ def test_answer_that_does_not_end_is_ended_in_time(
 ) -> None:
     server, models = slow
     client = server.client()
-    with pytest.raises(openai.InternalServerError, match="took more than") as caught:
+    with pytest.raises(openai.InternalServerError, match="timed out after") as caught:
         client.chat.completions.create(model="endless", messages=FOX)
     assert caught.value.status_code == 504
     told: list[str | None] = []
     chunks = client.chat.completions.create(model="endless", messages=FOX, stream=True)
-    with pytest.raises(openai.APIError, match="took more than"):
+    with pytest.raises(openai.APIError, match="timed out after"):
         told.extend(chunk.choices[0].delta.content for chunk in chunks)
     assert told[1:] == ["x"] * (len(told) - 1)
     assert len(told) > 2

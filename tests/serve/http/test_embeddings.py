@@ -107,23 +107,23 @@ def test_as_many_texts_as_may_be_come_back(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("fields", "status", "problem", "param"),
     [
-        ({"model": "gpt-9"}, 404, "no model 'gpt-9'", "model"),
+        ({"model": "gpt-9"}, 404, "The model `gpt-9` does not exist", "model"),
         ({"model": "busy"}, 429, "9 requests are waiting", None),
-        ({"input": ""}, 400, "input: is empty", "input"),
-        ({"input": []}, 400, "not empty", "input"),
-        ({"input": ["a", ""]}, 400, "input.1: is empty", "input"),
-        ({"input": [[1], []]}, 400, "input.1: is empty", "input"),
-        ({"input": ["a", [1]]}, 400, "input.1: wanted all texts", "input"),
-        ({"input": [["a"]]}, 400, "input.0.0: wanted a token id", "input"),
-        ({"input": [1, True]}, 400, "input.1: wanted a token id", "input"),
-        ({"input": [1, -1]}, 400, "input.1: wanted a token id", "input"),
-        ({"input": [1, 2.5]}, 400, "input.1: wanted a token id", "input"),
-        ({"input": {"text": "a"}}, 400, "wanted a text", "input"),
-        ({"input": ["a"] * 2049}, 400, "got 2049 texts", "input"),
+        ({"input": ""}, 400, "input: must not be empty", "input"),
+        ({"input": []}, 400, "non-empty list", "input"),
+        ({"input": ["a", ""]}, 400, "input.1: must not be empty", "input"),
+        ({"input": [[1], []]}, 400, "input.1: must not be empty", "input"),
+        ({"input": ["a", [1]]}, 400, "input.1: expected all strings", "input"),
+        ({"input": [["a"]]}, 400, "input.0.0: expected a token ID", "input"),
+        ({"input": [1, True]}, 400, "input.1: expected a token ID", "input"),
+        ({"input": [1, -1]}, 400, "input.1: expected a token ID", "input"),
+        ({"input": [1, 2.5]}, 400, "input.1: expected a token ID", "input"),
+        ({"input": {"text": "a"}}, 400, "expected a string", "input"),
+        ({"input": ["a"] * 2049}, 400, "got 2049 inputs", "input"),
         ({"input": ["a", "the fox " * 99]}, 400, "wanted 1 to 128", "input.1"),
-        ({"input": [[1, 2], [3, 400]]}, 400, "400 is no token", "input.1"),
-        ({"input": ["a"] * 3000 + [""]}, 400, "got 3001 texts", "input"),
-        ({"dimensions": 16}, 400, "vectors of tiny have 32", "dimensions"),
+        ({"input": [[1, 2], [3, 400]]}, 400, "token id 400 is outside the vocabulary", "input.1"),
+        ({"input": ["a"] * 3000 + [""]}, 400, "got 3001 inputs", "input"),
+        ({"dimensions": 16}, 400, "embeddings of tiny have 32", "dimensions"),
         ({"encoding_format": "hex"}, 400, "encoding_format", "encoding_format"),
         ({"extra_body": {"truncate": True}}, 400, "truncate", "truncate"),
     ],
@@ -146,7 +146,7 @@ def test_texts_with_too_many_tokens_together_are_refused(
     fields = {"model": "tiny", "input": [[5] * 200] * 1500}
     assert len(vectors.tokenize(EmbeddingRequest.model_validate(fields))) == 1500
     fields["input"] = [[5] * 200] * 1501
-    with pytest.raises(InvalidRequestError, match="300200 tokens together"):
+    with pytest.raises(InvalidRequestError, match="300200 tokens in total"):
         vectors.tokenize(EmbeddingRequest.model_validate(fields))
 
 

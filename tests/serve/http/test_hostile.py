@@ -59,18 +59,18 @@ def with_text(inserted: str) -> bytes:
     ("body", "problem"),
     [
         (b"", "body"),
-        (b"{", "no JSON"),
-        (b'{"model": "tiny"} {}', "no JSON"),
+        (b"{", "Could not parse the JSON body"),
+        (b'{"model": "tiny"} {}', "Could not parse the JSON body"),
         (b'{"model": "t\xffny"}', "not UTF-8"),
         (json.dumps(ASKED).encode("utf-16"), "not UTF-8"),
-        (json.dumps(ASKED).encode("utf-32-le"), "no JSON"),
+        (json.dumps(ASKED).encode("utf-32-le"), "Could not parse the JSON body"),
         (with_text('"temperature": NaN'), "NaN"),
         (with_text('"temperature": -Infinity'), "-Infinity"),
         (with_text('"temperature": 1e999'), "too large"),
         (with_text('"seed": ' + "9" * 400), "seed"),
         (with_text('"seed": ' + "9" * 5000), "digits"),
-        (with_text('"model": "other"'), "'model' twice"),
-        (with_text('"metadata": {"a": "1", "a": "2"}'), "'a' twice"),
+        (with_text('"model": "other"'), "duplicate key 'model'"),
+        (with_text('"metadata": {"a": "1", "a": "2"}'), "duplicate key 'a'"),
         (with_text('"user": "\\ud800"'), "surrogate"),
         (with_text('"n": "3"'), "n: "),
         (with_text('"n": 1e9'), "n: "),
@@ -80,12 +80,12 @@ def with_text(inserted: str) -> bytes:
         (b'{"model": "tiny", "messages": "hello"}', "messages"),
         (b'{"model": "tiny", "messages": {"role": "user"}}', "messages"),
         (b'{"model": ["tiny"], "messages": []}', "model"),
-        (b"[" * 100_000, "100000 objects and lists deep"),
-        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "100000 objects and lists deep"),
-        (with_text('"metadata": ' + "[" * 64 + "]" * 64), "65 objects and lists deep"),
+        (b"[" * 100_000, "100000 levels deep"),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "100000 levels deep"),
+        (with_text('"metadata": ' + "[" * 64 + "]" * 64), "65 levels deep"),
         (with_text('"a": "\\"' + "[" * 1000 + '"'), "a: Extra inputs"),
-        (b'"' + b'\\"' * (MIB // 2), "no JSON"),
-        (b"\0" * 100_000, "no JSON"),
+        (b'"' + b'\\"' * (MIB // 2), "Could not parse the JSON body"),
+        (b"\0" * 100_000, "Could not parse the JSON body"),
         (with_text('"' + "x" * 100_000 + '": 1'), "Extra inputs"),
     ],
 )
@@ -133,7 +133,7 @@ def test_prompt_far_beyond_the_context_is_refused_before_it_is_encoded(
     assert answer.status_code == 400
     message = answer.json()["error"]["message"]
     assert told in message
-    assert "takes 128" in message
+    assert "is 128 tokens" in message
 
 
 def test_content_in_the_older_name_is_the_same(server: Server) -> None:

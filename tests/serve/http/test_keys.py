@@ -87,5 +87,5 @@ def test_command_adds_nothing_to_a_file_that_is_none_of_hashes(tmp_path: Path) -
     file.write_text("buy milk\n")
     told = make(str(file))
     assert told.returncode == 2
-    assert "notes:1 is no SHA256" in told.stderr
+    assert "notes:1 is not a SHA-256 hash" in told.stderr
     assert file.read_text() == "buy milk\n"

@@ -121,8 +121,8 @@ def test_a_key_that_asks_too_much_must_wait_and_others_need_not(
     server = Server(
         {"tiny": Here(answerer)},
         ApiKeys((bytes.fromhex(line), bytes.fromhex(other_line))),
-        meter=meter,
-        books=LocalRateLimitClient(KeyLimits(requests_per_minute=2), meter),
+        metrics=meter,
+        rate_limiter=LocalRateLimitClient(KeyLimits(requests_per_minute=2), meter),
     )
     try:
         for _ in range(2):

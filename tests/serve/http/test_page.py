@@ -127,10 +127,10 @@ def test_answer_is_shown_piece_by_piece_then_its_counts(
             models["held"].let()
     expect(page.button("Send")).to_be_visible()
     note = page.tab.locator(".assistant .foot span").inner_text()
-    assert "3 read, 3 written" in note
+    assert "3 prompt, 3 completion" in note
     assert "tokens/s" in note
     # From the question on, not from the status, which a server sends with the first token.
-    first = re.search(r"first after (\S+) s", note)
+    first = re.search(r"first token after (\S+) s", note)
     assert first is not None
     assert float(first[1]) >= 0.5
 
@@ -183,12 +183,12 @@ def test_key_is_asked_for_and_stays_in_the_tab(page: Open, models: dict[str, Scr
     server = Server({"plain": models["plain"]}, ApiKeys((bytes.fromhex(line),)))
     try:
         page.go(server)
-        expect(page.problem).to_contain_text("asks for a key")
+        expect(page.problem).to_contain_text("requires an API key")
         field = page.tab.get_by_label("Key")
         expect(field).to_be_focused()
         field.fill(other)
         field.press("Enter")
-        expect(page.problem).to_contain_text("does not take this key")
+        expect(page.problem).to_contain_text("rejected this API key")
         field.fill(key)
         field.press("Enter")
         expect(page.tab.get_by_label("Model").locator("option")).to_have_count(1)
@@ -213,7 +213,7 @@ def test_text_of_anyone_stays_text(page: Open, server: Server) -> None:
     expect(page.answers).to_have_count(2)
     assert page.tab.locator("#title").text_content() == HOSTILE
     page.choose("broken").send("x")
-    expect(page.tab.locator(".foot .bad")).to_have_text(f"Broken off. {HOSTILE}")
+    expect(page.tab.locator(".foot .bad")).to_have_text(f"Interrupted. {HOSTILE}")
     assert page.answers.last.text_content() == "half an answer"
     assert page.tab.evaluate("window.hit") is None
     assert page.tab.locator("main img, main script").count() == 0
@@ -274,7 +274,7 @@ def test_refusals_are_readable_and_lose_no_question(page: Open, server: Server) 
     expect(composer).to_have_value("my question")
     page.choose("plain").tab.get_by_label("Temperature").fill("0,7")
     composer.press("Enter")
-    expect(page.problem).to_contain_text("temperature: 0,7 is no number")
+    expect(page.problem).to_contain_text("temperature: 0,7 is not a number")
     page.tab.get_by_label("Temperature").fill("9")
     composer.press("Enter")
     expect(page.problem).to_contain_text("temperature: Input should be less than or equal to 2")

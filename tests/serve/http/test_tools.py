@@ -269,9 +269,17 @@ def test_conversation_goes_on_behind_a_call(client: openai.OpenAI) -> None:
             "'x' is no call",
             "messages",
         ),
-        ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, "g is none", None),
-        ({"tools": openai.omit, "tool_choice": "auto"}, "only with tools", None),
-        ({"messages": [{"role": "user", "content": "fox " * 9000}]}, "takes 4096", "messages"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "function g not found",
+            None,
+        ),
+        (
+            {"tools": openai.omit, "tool_choice": "auto"},
+            "only allowed when tools are specified",
+            None,
+        ),
+        ({"messages": [{"role": "user", "content": "fox " * 9000}]}, "is 4096 tokens", "messages"),
     ],
 )
 def test_refusal_says_what_is_wrong(

@@ -10,8 +10,8 @@ from raytune_llama.config.settings import from_dict, override
 from raytune_llama.storage.place import Place
 from raytune_llama.train.checkpoint import layout as checkpoint
 from raytune_llama.train.checkpoint import shards as slices
+from raytune_llama.train.checkpoint.config import CheckpointConfig
 from raytune_llama.train.checkpoint.layout import (
-    CheckpointConfig,
     CheckpointError,
     RunState,
     check_checkpoint,

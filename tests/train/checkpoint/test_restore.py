@@ -8,11 +8,8 @@ import pytest
 
 from raytune_llama.config.settings import from_dict, to_dict
 from raytune_llama.storage.place import Place
-from raytune_llama.train.checkpoint.layout import (
-    CheckpointConfig,
-    checkpoint_path,
-    list_checkpoints,
-)
+from raytune_llama.train.checkpoint.config import CheckpointConfig
+from raytune_llama.train.checkpoint.layout import checkpoint_path, list_checkpoints
 from raytune_llama.train.checkpoint.restore import restore
 from raytune_llama.train.checkpoint.saver import Saver
 from raytune_llama.train.config import PretrainConfig

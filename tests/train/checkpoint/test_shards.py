@@ -97,5 +97,5 @@ def test_join_parts_with_a_gap_or_twice_the_same_is_refused(
     tmp_path: Path, kept: list[int]
 ) -> None:
     parts = write(tmp_path, 3)
-    with pytest.raises(CheckpointError, match="not the whole tensor"):
+    with pytest.raises(CheckpointError, match="not cover the full tensor"):
         merge_worker_manifests([parts[rank] for rank in kept], SHAPES)

@@ -16,9 +16,8 @@ from raytune_llama.model.llama import SummedLoss, load_model
 from raytune_llama.storage.place import Place
 from raytune_llama.train.checkpoint.layout import list_checkpoints
 from raytune_llama.train.engines.build import build_engine
-from raytune_llama.train.engines.config import EngineConfig
+from raytune_llama.train.engines.config import EngineConfig, OptimConfig
 from raytune_llama.train.engines.deepspeed_zero import deepspeed_config
-from raytune_llama.train.engines.optimizer import OptimConfig
 from raytune_llama.train.export import read_result
 from raytune_llama.train.inputs import build_batch_plan, build_sources
 from raytune_llama.train.monitoring.metrics import (

@@ -20,8 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from raytune_llama.config.settings import load, write_yaml
 from raytune_llama.data.batches.step_batches import BatchPlan, MicroBatch
+from raytune_llama.model.config import LoraConfig
 from raytune_llama.model.llama import SummedLoss
-from raytune_llama.model.lora import LoraConfig, attach_adapter
+from raytune_llama.model.lora import attach_adapter
 from raytune_llama.model.quantized_layers import quantize_base
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engines.build import build_engine

@@ -77,7 +77,9 @@ def report_losses(config: PretrainConfig, losses: list[float], start: int) -> No
     module = session.engine.module
     state = RunState(step=start)
     batch = next(read_batches(session, 0))
-    with Reporter(config, session.origins, module, state, ProcessGroup.single_process()) as report:
+    with Reporter(
+        config, session.provenance, module, state, ProcessGroup.single_process()
+    ) as report:
         for step in range(start, len(losses)):
             result = StepResult(losses[step], 1.0, was_applied=True, loss_scale=1.0)
             state = report.log_step(state, replace(batch, step=step), result, ONE_TARGET, 0.1)

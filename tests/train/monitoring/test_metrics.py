@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from raytune_llama.model.embeddings import EmbeddingsConfig, train_embeddings
+from raytune_llama.model.config import EmbeddingsConfig, LoraConfig
+from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import causal_lm
-from raytune_llama.model.lora import LoraConfig, attach_adapter
+from raytune_llama.model.lora import attach_adapter
 from raytune_llama.storage.place import Place
 from raytune_llama.train.monitoring import metrics
 from raytune_llama.train.monitoring.flops import flops_per_token

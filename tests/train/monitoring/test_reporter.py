@@ -36,7 +36,7 @@ def shown_steps(caplog: pytest.LogCaptureFixture) -> list[int]:
 
 def open_report(session: Session, state: RunState, *, world_size: int = 1) -> Reporter:
     workers = ProcessGroup(rank=0, world_size=world_size, device=torch.device("cpu"))
-    return Reporter(session.config, session.origins, session.engine.module, state, workers)
+    return Reporter(session.config, session.provenance, session.engine.module, state, workers)
 
 
 def test_report_over_two_starts_adds_up_and_shows_the_steps_asked_for(
@@ -157,7 +157,7 @@ def test_report_only_the_first_worker_writes(make_config: MakeConfig) -> None:
     second = ProcessGroup(rank=1, world_size=2, device=torch.device("cpu"))
     quiet = override(config, {"logging.every_steps": 1})
     state = RunState()
-    with Reporter(quiet, session.origins, session.engine.module, state, second) as report:
+    with Reporter(quiet, session.provenance, session.engine.module, state, second) as report:
         state = report.log_step(state, next(iter(read_batches(session, 0))), RESULT, TOTAL, 0.5)
     assert state.step == 1
     assert not config.run_place.exists()

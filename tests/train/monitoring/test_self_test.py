@@ -8,9 +8,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from raytune_llama.model.llama import DTYPES, Precision, SummedLoss
+from raytune_llama.model.config import Precision
+from raytune_llama.model.llama import DTYPES, SummedLoss
+from raytune_llama.train.engines.config import OptimConfig
 from raytune_llama.train.engines.ddp import DataParallelEngine
-from raytune_llama.train.engines.optimizer import OptimConfig
 from raytune_llama.train.monitoring.self_test import run_self_tests
 from raytune_llama.train.process_group import ProcessGroup
 

@@ -42,7 +42,7 @@ def test_run_stops_where_the_nodes_that_stay_are_too_few(
     scale = ScaleConfig(num_workers=2, wait_seconds=0.0)
     with caplog.at_level(logging.WARNING):
         assert has_room(scale, StopSignal(), has_drained=has_drained) is expected
-    assert ("the nodes that stay are too few" in caplog.text) is not expected
+    assert ("too few nodes remain" in caplog.text) is not expected
 
 
 def test_run_that_may_wait_goes_on_once_another_node_is_there(

@@ -79,7 +79,7 @@ def test_group_of_a_controller_that_runs_stays(
     assert found is not None
     assert not found.release()
     assert state_of(group) == "CREATED"
-    assert f"stays, as Ray's controller of it runs: {process}" in caplog.text
+    assert f"not removed: Ray's controller still runs: {process}" in caplog.text
 
 
 def test_run_without_workers_or_with_those_of_another_cluster_frees_nothing(
@@ -93,7 +93,7 @@ def test_run_without_workers_or_with_those_of_another_cluster_frees_nothing(
     assert not found.release()
     (run_dir / reserved.WORKER_PLACEMENT_FILE).write_bytes(b"{")
     assert WorkerPlacement.read(run_dir) is None
-    assert "what the workers reserve is not known" in caplog.text
+    assert "cannot read the workers' placement group" in caplog.text
 
 
 def test_worker_that_cannot_write_down_what_it_reserves_goes_on(

@@ -126,7 +126,7 @@ def test_nobody_heard_of_is_found_too() -> None:
     stuck, seconds = Clock().until_stuck()
     assert ranks(stuck) == []
     assert seconds == pytest.approx(100, abs=2)
-    assert "no worker" in str(stuck)
+    assert "no heartbeat from any worker" in str(stuck)
 
 
 def test_group_that_is_over_is_given_time_to_end() -> None:

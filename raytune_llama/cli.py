@@ -1,0 +1,341 @@
+"""The command `raytune`: one verb per job, and what the programs in `jobs/` run.
+
+    raytune pretrain my.yaml optim.learning_rate=1e-4
+    raytune --help
+
+A verb loads its config, calls one function of the package and prints where the result is. Heavy
+packages are imported only after the config is accepted, so that help and mistakes answer at once.
+Exit status: 0 done; 2 something that the user has to fix, listed on stderr; 75 stopped after
+saving, to be resumed by the same command; 1 anything else, with a traceback.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
+
+from raytune_llama.config.errors import UserError
+from raytune_llama.config.settings import ConfigError, load
+from raytune_llama.logs import setup_logging
+
+if TYPE_CHECKING:
+    from raytune_llama.train.config import AnyTrainConfig
+    from raytune_llama.train.trainer import RunSummary
+
+T = TypeVar("T")
+
+EXIT_MISTAKE: Final = 2
+"""The user has something to fix."""
+
+EXIT_STOPPED: Final = 75
+"""Stopped after saving: the same command resumes. It is EX_TEMPFAIL of sysexits.h."""
+
+_PACKAGED_CONFIGS = Path(__file__).parent / "configs"
+_REPOSITORY_CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
+
+
+def main() -> NoReturn:
+    """Run `raytune VERB ...` and exit with its status."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in {"-h", "--help", "help"}:
+        _show(_usage())
+        sys.exit(0 if arguments else EXIT_MISTAKE)
+    verb, *rest = arguments
+    if verb == "--version":
+        from raytune_llama import __version__
+
+        _show(__version__)
+        sys.exit(0)
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"verbs are {', '.join(VERBS)}"
+        sys.stderr.write(f"raytune: no verb {verb!r}; {hint}\n")
+        sys.exit(EXIT_MISTAKE)
+    run(verb, rest, program=f"raytune {verb}")
+
+
+def run(verb: str, argv: Sequence[str] | None = None, *, program: str | None = None) -> NoReturn:
+    """Run one verb and exit with its status.
+
+    Args:
+        verb: a key of `VERBS`.
+        argv: its arguments; None: those of this process.
+        program: what usage messages call it; None: the name of the script.
+    """
+    setup_logging()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = VERBS[verb](arguments, program or Path(sys.argv[0]).name)
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(EXIT_MISTAKE)
+    sys.exit(status)
+
+
+def _show(text: str) -> None:
+    """Write a result to standard output, at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def default_config(name: str) -> Path:
+    """Return a config that ships with the package, in a checkout or in an installed wheel."""
+    packaged = _PACKAGED_CONFIGS / name
+    return packaged if packaged.is_file() else _REPOSITORY_CONFIGS / name
+
+
+def pretrain(argv: list[str], program: str) -> int:
+    """Continue the pre-training of a causal LM on plain text."""
+    from raytune_llama.train.config import PretrainConfig
+
+    default = default_config("pretrain_smollm2.yaml")
+    config = load(PretrainConfig, argv, default=default, program=program)
+
+    def result(run: "RunSummary") -> str | None:
+        if run.bits_per_byte_before is None:
+            return None
+        return f"bits per byte: {run.bits_per_byte_before:.4f} -> {run.bits_per_byte_after:.4f}"
+
+    return _train(config, result)
+
+
+def sft(argv: list[str], program: str) -> int:
+    """Tune a causal LM on conversations."""
+    from raytune_llama.train.config import SftConfig
+
+    config = load(SftConfig, argv, default=default_config("sft_smollm2.yaml"), program=program)
+
+    def result(run: "RunSummary") -> str | None:
+        if run.loss_before is None:
+            return None
+        return f"validation loss: {run.loss_before:.4f} -> {run.loss_after:.4f}"
+
+    return _train(config, result)
+
+
+def _train(config: "AnyTrainConfig", describe: Callable[["RunSummary"], str | None]) -> int:
+    """Plan or run a training job."""
+    _check_demo(config.model.path)
+    from raytune_llama.model.bitsandbytes_import import hide_bitsandbytes_unless
+
+    hide_bitsandbytes_unless(config.model.quantization)
+    if config.plan:
+        from raytune_llama.train.estimate.plan import build_plan, render_plan
+
+        _show(render_plan(build_plan(config)))
+        return 0
+    from raytune_llama.train.trainer import run_training
+
+    run = run_training(config)
+    line = describe(run)
+    if line is not None:
+        _show(line)
+    _show(f"{run.status} at step {run.step}; run directory: {run.run_dir}")
+    if run.result is None:
+        return EXIT_STOPPED
+    _show(f"result: {run.result}")
+    return 0
+
+
+def sweep(argv: list[str], program: str) -> int:
+    """Search for the best settings of a training run, such as learning rate and rank."""
+    from raytune_llama.tune.config import SweepConfig
+
+    config = load(SweepConfig, argv, default=default_config("sweep_smollm2.yaml"), program=program)
+    from raytune_llama.tune.display import format_trial_line
+    from raytune_llama.tune.sweep import run_sweep
+
+    summary = run_sweep(config)
+    for trial in summary.trials:
+        _show(format_trial_line(config, trial))
+    _show(f"{summary.status}; leaderboard.csv and sweep.html: {summary.sweep_dir}")
+    if summary.best_config is not None:
+        _show(f"best: {summary.best_config}")
+    return {"finished": 0, "stopped": EXIT_STOPPED, "failed": 1}[summary.status]
+
+
+def merge(argv: list[str], program: str) -> int:
+    """Merge adapters into a base: a model directory, Meta's .pth or a GGUF file."""
+    from raytune_llama.merge.config import MergeConfig
+
+    config = load(MergeConfig, argv, program=program)
+    from raytune_llama.model.bitsandbytes_import import hide_bitsandbytes_unless
+
+    hide_bitsandbytes_unless(None)
+    from raytune_llama.merge.merger import merge_adapters
+
+    merge_adapters(config)
+    _show(f"merged model: {config.target}")
+    return 0
+
+
+def serve(argv: list[str], program: str) -> int:
+    """Serve models behind OpenAI's API: `model_dir=DIR`, a config, or a Ray Serve config file."""
+    from raytune_llama.serve.config import EndpointConfig, expand_model_dir
+
+    if argv and _is_ray_serve_file(argv[0]):
+        from raytune_llama.serve.deploy import deploy_file
+
+        address = deploy_file(Path(argv[0]), argv[1:])
+        _show(f"deployed {argv[0]} to {address}; see `serve status`")
+        return 0
+    config = load(EndpointConfig, expand_model_dir(argv), program=program)
+    from raytune_llama.serve.deploy import serve_until_interrupted
+
+    return serve_until_interrupted(config, announce=_show)
+
+
+def _is_ray_serve_file(argument: str) -> bool:
+    """Whether an argument is a config file of Ray Serve, which lists `applications`."""
+    path = Path(argument)
+    if path.suffix not in {".yaml", ".yml"} or not path.is_file():
+        return False
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return any(line.startswith("applications:") for line in lines)
+
+
+def chat(argv: list[str], program: str) -> int:
+    """Chat in the terminal with any OpenAI endpoint; the key is read from OPENAI_API_KEY."""
+    from raytune_llama.serve.client.config import TerminalConfig
+
+    config = load(TerminalConfig, argv, program=program)
+    from raytune_llama.serve.client.terminal import run_chat
+
+    key = os.environ.get("OPENAI_API_KEY") or None
+    try:
+        return run_chat(config, key, sys.stdin, sys.stdout, sys.stderr)
+    except BrokenPipeError:
+        # The reader of the answer has gone, as `head` does; the rest could not be flushed either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def prepare_data(argv: list[str], program: str) -> int:
+    """Build a token store from text, or print a preview of it."""
+    from raytune_llama.data.config import PrepareDataConfig
+
+    default = default_config("prepare_data_smollm2.yaml")
+    config = load(PrepareDataConfig, argv, default=default, program=program)
+    from raytune_llama.storage.place import local_path
+
+    tokenizer = local_path(config.tokenizer, "tokenizer")
+    if config.preview:
+        from raytune_llama.data.build.preview import render_preview
+
+        number, color = config.preview_documents, sys.stdout.isatty()
+        _show(render_preview(config.data, tokenizer, num_documents=number, color=color))
+        return 0
+    import logging
+
+    import ray
+
+    from raytune_llama.data.build import preparation
+
+    inputs = preparation.open_data(config.data, tokenizer)
+    store = preparation.prepare_data(
+        config.data, inputs, start_ray=lambda: ray.init(logging_level=logging.WARNING)
+    )
+    _show(f"token store: {store.place}")
+    return 0
+
+
+def expand_vocab(argv: list[str], program: str) -> int:
+    """Grow a tokenizer by tokens learned from text, and its model by rows for them."""
+    from raytune_llama.vocabulary.config import ExpandVocabConfig
+
+    default = default_config("expand_vocab_smollm2.yaml")
+    config = load(ExpandVocabConfig, argv, default=default, program=program)
+    from raytune_llama.vocabulary.expansion import expand_vocabulary
+
+    _show(expand_vocabulary(config))
+    _show(f"expanded model: {config.target}")
+    return 0
+
+
+def convert_weights(argv: list[str], program: str) -> int:
+    """Convert LLaMA weights between Meta's .pth files and a Hugging Face model directory."""
+    from raytune_llama.model.meta.config import ConvertConfig
+
+    config = load(ConvertConfig, argv, program=program)
+    from raytune_llama.model.meta.conversion import convert_weights as convert
+
+    convert(config)
+    _show(f"{config.to} weights: {Path(config.target)}")
+    return 0
+
+
+def convert_data(argv: list[str], program: str) -> int:
+    """Convert conversations from one JSON format to another."""
+    from raytune_llama.data.config import ConvertDataConfig
+
+    config = load(ConvertDataConfig, argv, program=program)
+    from raytune_llama.data.conversion import convert_data as convert
+
+    convert(config)
+    _show(f"converted: {config.target}")
+    return 0
+
+
+def make_key(argv: list[str], program: str) -> int:
+    """Make an API key for the endpoint, print it once and append its hash to FILE."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog=program, description=make_key.__doc__)
+    parser.add_argument("file", type=Path, help="hashes of the accepted keys (`keys_file`)")
+    parser.add_argument("name", nargs="?", default="", help="owner of the key, a comment in FILE")
+    given = parser.parse_args(argv)
+    from raytune_llama.serve.http.keys import append_hash
+    from raytune_llama.serve.http.keys import make_key as generate_key
+
+    key, line = generate_key()
+    append_hash(given.file, line, given.name)
+    _show(f"{key}\nonly its hash is stored, in {given.file}: keep the key")
+    return 0
+
+
+def demo(argv: list[str], program: str) -> int:
+    """Make a real model and real text from two pip packages, without a network: [TARGET=demo]."""
+    if len(argv) > 1 or any(argument.startswith("-") for argument in argv):
+        _show(f"usage: {program} [TARGET=demo]\n\n{demo.__doc__}")
+        return 0 if {"-h", "--help"} & set(argv) else EXIT_MISTAKE
+    from raytune_llama.demo import make_demo
+
+    for line in make_demo(Path(argv[0] if argv else "demo")):
+        _show(line)
+    return 0
+
+
+def _check_demo(model: str) -> None:
+    if model == "demo/model" and not Path(model).is_dir():
+        raise ConfigError(["model.path: there is no demo/model here; make it with: raytune demo"])
+
+
+VERBS: Final[dict[str, Callable[[list[str], str], int]]] = {
+    "demo": demo,
+    "prepare-data": prepare_data,
+    "pretrain": pretrain,
+    "sft": sft,
+    "sweep": sweep,
+    "merge": merge,
+    "serve": serve,
+    "chat": chat,
+    "expand-vocab": expand_vocab,
+    "convert-weights": convert_weights,
+    "convert-data": convert_data,
+    "make-key": make_key,
+}
+"""What `raytune` can do, in the order of its help: takes arguments and its own name, and returns
+the exit status."""
+
+
+def _usage() -> str:
+    lines = [
+        "usage: raytune VERB [CONFIG.yaml] [a.b=c ...]",
+        "",
+        *(f"  {verb:<16} {(act.__doc__ or '').splitlines()[0]}" for verb, act in VERBS.items()),
+        "",
+        "raytune VERB --help lists every field of a verb's config, --help SECTION one section.",
+    ]
+    return "\n".join(lines)

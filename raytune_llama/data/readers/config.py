@@ -1,0 +1,63 @@
+"""Settings of sources: which files to read, and how."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from raytune_llama.chat.config import FormatName
+from raytune_llama.config.settings import PLACEMENT, settings
+
+DocumentMode = Literal["line", "file", "blank_line"]
+"""Unit of a txt file that is one document."""
+
+
+Encoding = Literal["auto", "utf-8", "utf-16", "utf-16-le", "utf-16-be", "gb18030", "big5"]
+"""Encodings that can be declared; `gb18030` also reads GBK and GB2312."""
+
+
+@settings
+class SourceConfig:
+    """One corpus of text."""
+
+    path: Annotated[str, PLACEMENT]
+    """File, folder (read recursively, without hidden files) or glob (`**` for any depth), local or
+    `s3://...`, `gs://...`. A store is identified by the content and the relative names of the
+    files, not by this path."""
+    format: Literal["auto", "txt", "json", "jsonl", "parquet"] = "auto"
+    """File format. `auto`: by the suffix of each file, ignoring .gz, .bz2 and .zst, and for JSON by
+    its first bytes. `json` is one array of objects, or a sequence of objects; a single task reads
+    the file. `jsonl` has one object per line and is read in ranges."""
+    document: DocumentMode = "line"
+    """Unit of a txt file that is one document: a `line`, the entire `file`, or a paragraph that
+    ends at a `blank_line`."""
+    encoding: Encoding = "auto"
+    """Encoding of txt and JSON files. `auto`: by the byte order mark, else UTF-8, unless the text
+    is clearly GB18030 (GBK), which is then logged per file and recorded in the manifest."""
+    text_field: str = "text"
+    """JSON field or Parquet column that holds the text."""
+    text_aliases: tuple[str, ...] = ()
+    """Alternative names of this field in some rows; rows that use one are counted."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of the run's sequences, relative to the other sources' weights; set it for all sources
+    or for none. Null: every sequence once per epoch. It belongs to the run: a token store does not
+    depend on it."""
+    name: Annotated[Annotated[str, Field(pattern=r"^[\w.-]+$")] | None, PLACEMENT] = None
+    """Name in metrics and manifests, of letters, digits, `_`, `.` and `-`; unique among the
+    sources. Null: the last part of the path, without suffix and wildcards."""
+
+
+@settings
+class ConversationSource:
+    """One source of conversations in JSON files."""
+
+    path: Annotated[Annotated[str, Field(min_length=1)], PLACEMENT]
+    """File, folder (read recursively, without hidden files) or glob of JSON and JSON Lines files,
+    local or `s3://...`, `gs://...`."""
+    format: Literal["auto"] | FormatName = "auto"
+    """Format of the rows. `auto`: that of the first row in a known format; a later row in another
+    format is an error."""
+    encoding: Encoding = "auto"
+    """Encoding of the files. `auto`: by the byte order mark, else UTF-8 or clearly GB18030."""
+    input_separator: str = "\n"
+    """Text between instruction and input of an `alpaca` row: a line break, as Chinese-LLaMA-Alpaca
+    trains, or empty, as CALM converts."""

@@ -1,0 +1,77 @@
+"""What `raytune serve` does: run an endpoint here, or deploy a config file of Ray Serve."""
+
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from ray import serve
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+from raytune_llama.config.errors import UserError
+from raytune_llama.connection import connect_to_ray
+from raytune_llama.serve.app import build_app
+from raytune_llama.serve.config import EndpointConfig
+
+DASHBOARD_URL = "http://127.0.0.1:8265"
+"""Where a cluster's dashboard listens, unless `address=URL` says otherwise."""
+
+
+def serve_until_interrupted(config: EndpointConfig, announce: Callable[[str], object]) -> int:
+    """Start the endpoint, on the cluster that the environment names or on a new one, and wait.
+
+    Args:
+        config: The endpoint.
+        announce: Is given a line once requests are answered.
+
+    Returns:
+        The exit status: 0 after SIGINT or SIGTERM.
+
+    Raises:
+        ConfigError: The config, its models or keys do not allow it.
+    """
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    with connect_to_ray():
+        serve.start(http_options={"host": config.host, "port": config.port})
+        try:
+            serve.run(build_app(config), name="llm")
+            names = ", ".join(model.served_name for model in config.models)
+            announce(f"serving {names} at http://{config.host}:{config.port}/v1; Ctrl-C stops it")
+            stopped.wait()
+        finally:
+            serve.shutdown()
+    return 0
+
+
+def deploy_file(file: Path, arguments: Sequence[str]) -> str:
+    """Deploy a config file of Ray Serve to a running cluster; return the dashboard's address.
+
+    Args:
+        file: As `serve deploy` takes it, with `applications`.
+        arguments: Nothing, or `address=URL` of the cluster's dashboard.
+
+    Raises:
+        UserError: The arguments are others, or no cluster answers at the address.
+    """
+    address = DASHBOARD_URL
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name != "address" or not value:
+            raise UserError(
+                f"{argument}: a Ray Serve config file takes no overrides but address=URL; "
+                f"change {file} instead"
+            )
+        address = value
+    config = cast("dict[Any, Any]", yaml.safe_load(file.read_text(encoding="utf-8")))
+    try:
+        ServeSubmissionClient(address).deploy_applications(config)
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(
+            f"address: {address} does not accept the deployment ({error}); start a cluster with "
+            "`ray start --head`, or give its dashboard as address=URL"
+        ) from error
+    return address
