@@ -77,8 +77,10 @@ while IFS= read -r command; do
 	echo "\$ $command"
 	started=$SECONDS
 	code=0
-	chroot "$FRESH_ROOT" su "$ACCOUNT" -s /bin/bash -c "
-		. /etc/pip-environment; cd '$HOME_FOLDER/raytune_llama' && export HOME='$HOME_FOLDER' && $command" \
+	# As a login: its own environment and signals, nothing of this process comes along.
+	chroot "$FRESH_ROOT" setpriv --reuid="$ACCOUNT" --regid="$ACCOUNT" --init-groups --reset-env \
+		env --default-signal bash -c "
+		. /etc/pip-environment; cd '$HOME_FOLDER/raytune_llama' && $command" \
 		</dev/null >"$log" 2>&1 || code=$?
 	tail -n "${LINES_SHOWN:-12}" "$log"
 	grep -hE '^(SKIPPED|FAILED|ERROR) ' "$log" | sort | uniq -c || true

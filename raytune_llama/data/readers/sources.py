@@ -6,6 +6,7 @@ machine.
 """
 
 import logging
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -159,7 +160,9 @@ def _inspect(
     except ValueError as error:
         return f"sources.{number}: {error}"
     except OSError as error:
-        return f"sources.{number}.path: {place} cannot be read: {error.strerror or error}"
+        # pyarrow's own text repeats the path.
+        cause = os.strerror(error.errno) if error.errno else error
+        return f"sources.{number}.path: {place} cannot be read: {cause}"
 
 
 def _source_file(

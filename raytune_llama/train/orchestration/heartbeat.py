@@ -5,21 +5,25 @@ about once per second, with the loop's current code location. A stopped process 
 """
 
 import contextlib
+import os
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
 import ray
 from ray.exceptions import RayError
 
+import raytune_llama
 from raytune_llama.storage.process import ProcessIdentity
 from raytune_llama.train.progress import Phase, Progress
 
 HEARTBEAT_SECONDS = 1.0
 
-_PACKAGE = "/raytune_llama/"
+# The package's own folder: a checkout may have the same name, and its .venv inside.
+_PACKAGE = f"{Path(raytune_llama.__file__).parent}{os.sep}"
 _COLLECTIVES = ("distributed_c10d.py", "c10d_logger.py", "_functional_collectives.py")
 
 
@@ -120,8 +124,8 @@ def locate_frame(frame: FrameType | None) -> tuple[str, bool]:
     waits = frame is not None and frame.f_code.co_filename.endswith(_COLLECTIVES)
     while frame is not None:
         file = frame.f_code.co_filename
-        if _PACKAGE in file:
-            name = file.rpartition(_PACKAGE)[2]
+        if file.startswith(_PACKAGE):
+            name = file.removeprefix(_PACKAGE)
             return f"{name}:{frame.f_lineno} in {frame.f_code.co_name}", waits
         frame = frame.f_back
     return "outside raytune_llama", waits

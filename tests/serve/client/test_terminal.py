@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shlex
 import socket
 import subprocess
 import sys
@@ -243,7 +244,7 @@ def test_server_that_speaks_otherwise_is_told(answer: bytes, problem: str) -> No
 
 
 def test_reader_of_the_answer_may_go_away(port: int) -> None:
-    command = " ".join([*COMMAND, f"url=http://127.0.0.1:{port}/v1", "model=plain"])
+    command = shlex.join([*COMMAND, f"url=http://127.0.0.1:{port}/v1", "model=plain"])
     done = subprocess.run(
         ["bash", "-c", f"echo x | {command} | true; echo ${{PIPESTATUS[1]}}"],
         capture_output=True,

@@ -94,9 +94,9 @@ def observe(store: str) -> None:
     while not waits and time.monotonic() < deadline:
         where, waits = locate_frame(sys._current_frames().get(thread.ident or 0))
         time.sleep(0.01)
+    peer.kill()  # upon which the collective fails
     assert waits
     assert where.startswith("train/process_group.py:")
-    peer.kill()  # upon which the collective fails
     thread.join(120)
     assert not thread.is_alive()
     assert not locate_frame(sys._current_frames()[threading.get_ident()])[1]
