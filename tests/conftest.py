@@ -41,6 +41,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from raytune_llama.connection import quoted_python
 from raytune_llama.storage.place import Place
 from tests.faulty_s3 import FaultyServer
 
@@ -138,6 +139,7 @@ def ray_cluster() -> Iterator[str]:
         object_store_memory=200 * 2**20,
         _node_ip_address="127.0.0.1",
         log_to_driver=False,
+        runtime_env=quoted_python(),
     )
     yield f"http://{context.dashboard_url}"
     ray.shutdown()

@@ -10,6 +10,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from raytune_llama.config.settings import load
+from raytune_llama.connection import quoted_python
 from raytune_llama.logs import setup_logging
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.monitoring.metrics import LOSS, read_metrics
@@ -34,7 +35,7 @@ def main() -> None:
             object_store_memory=OBJECT_STORE_BYTES,
         )
     cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False)
+    ray.init(address=cluster.address, log_to_driver=False, runtime_env=quoted_python())
 
     reasons: Any = autoscaler_pb2
 

@@ -9,6 +9,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from raytune_llama.config.settings import load
+from raytune_llama.connection import quoted_python
 from raytune_llama.data.build.preparation import open_data, prepare_data
 from raytune_llama.data.config import PrepareDataConfig
 
@@ -27,7 +28,7 @@ def main() -> None:
         for address in ("127.0.0.2", "127.0.0.3")
     ]
     cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False)
+    ray.init(address=cluster.address, log_to_driver=False, runtime_env=quoted_python())
 
     def lose_node() -> None:
         parent = Path(config.data.store_dir).parent

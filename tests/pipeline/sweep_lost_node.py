@@ -8,6 +8,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from raytune_llama.config.settings import load
+from raytune_llama.connection import quoted_python
 from raytune_llama.logs import setup_logging
 from raytune_llama.tune.config import SweepConfig
 from raytune_llama.tune.journal import Journal
@@ -29,7 +30,7 @@ def main() -> None:
         for address in ("127.0.0.2", "127.0.0.3")
     ]
     cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False)
+    ray.init(address=cluster.address, log_to_driver=False, runtime_env=quoted_python())
 
     def lose_node() -> None:
         while sum(trial.step >= 4 for trial in Journal(sweep.place).trials.values()) < 2:

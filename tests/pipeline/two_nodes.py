@@ -6,6 +6,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from raytune_llama.config.settings import load
+from raytune_llama.connection import quoted_python
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.trainer import run_training
 
@@ -21,7 +22,7 @@ def main() -> None:
             node_ip_address=address, num_cpus=1, object_store_memory=OBJECT_STORE_BYTES
         )
     cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False)
+    ray.init(address=cluster.address, log_to_driver=False, runtime_env=quoted_python())
     try:
         run = run_training(load(PretrainConfig, sys.argv[1:]))
         # Each node holds one worker of one CPU, so two workers were on two nodes.
