@@ -41,7 +41,6 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from raytune_llama.connection import quoted_python
 from raytune_llama.storage.place import Place
 from tests.faulty_s3 import FaultyServer
 
@@ -130,6 +129,8 @@ def faulty_s3(s3: Place) -> Iterator[FaultyServer]:
 def ray_cluster() -> Iterator[str]:
     """A cluster of two CPUs that all tests with the marker `ray` share; its dashboard's address."""
     import ray
+
+    from raytune_llama.connection import quoted_python
 
     # Serve's controller starts a proxy anew at the third look, ten seconds apart by default.
     os.environ["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] = "1"

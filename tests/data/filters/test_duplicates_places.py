@@ -137,5 +137,5 @@ def test_run_tasks_problems_are_all_told(tmp_path: Path) -> None:
         run_tasks("fail", fail, 4, Place.local(tmp_path / "attempts"))
     first, second, third = sorted(str(caught.value).splitlines())
     assert "No space left on device" in first
-    assert "make room there" in first
+    assert "free disk space there" in first
     assert (second, third) == ("problem 1", "problem 3")
