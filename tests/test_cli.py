@@ -78,6 +78,12 @@ def test_model_dir_stands_for_the_only_models_path() -> None:
     assert expand_model_dir(["model_dir=a b", "port=1"]) == ['models=[{path: "a b"}]', "port=1"]
 
 
+def test_serve_refuses_model_dir_beside_models() -> None:
+    done = raytune("serve", "model_dir=a", "models=[{path: b}]")
+    assert done.returncode == 2
+    assert "both model_dir and models" in done.stderr
+
+
 def test_ray_serve_config_without_a_cluster_is_refused_in_words(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("applications:\n  - import_path: raytune_llama.serve.app:app\n")

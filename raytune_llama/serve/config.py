@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from raytune_llama.chat.config import TemplateName
 from raytune_llama.config.settings import ConfigError, load, settings
 
+_BOTH_GIVEN = "model_dir: got both model_dir and models, wanted only one of them"
+
 
 @settings
 class SamplingDefaults:
@@ -213,8 +215,15 @@ class EndpointConfig(ServeConfig):
 
 
 def expand_model_dir(argv: Sequence[str]) -> list[str]:
-    """Return arguments with `model_dir=DIR` written out as the only model's path."""
+    """Return arguments with `model_dir=DIR` written out as the only model's path.
+
+    Raises:
+        ConfigError: Both `model_dir` and `models` are given.
+    """
     prefix = "model_dir="
+    given = {text.partition("=")[0] for text in argv}
+    if {"model_dir", "models"} <= given:
+        raise ConfigError([_BOTH_GIVEN])
     return [
         f"models=[{{path: {json.dumps(text.removeprefix(prefix))}}}]"
         if text.startswith(prefix)
@@ -236,7 +245,7 @@ def read_arguments(arguments: Mapping[str, Any]) -> ServeConfig:
     data = dict(arguments)
     if "model_dir" in data:
         if "models" in data:
-            raise ConfigError(["model_dir: got both model_dir and models, wanted only one of them"])
+            raise ConfigError([_BOTH_GIVEN])
         data = {"models": [{"path": data.pop("model_dir")}], **data}
     # Strings come from a command line, where 2 is a number.
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in data.items()}
