@@ -147,13 +147,14 @@ def watch_nodes(
         channel: channel to the workers, which are asked to stop once there is room for more.
         on_waiting: callback, called every second while the nodes are too few to train on.
     """
+    requester = f"train-{trainer.train_run_context.run_id}"
+    needs = scale.worker_resources
+    # Ray reserves for a fixed number of workers too; a run may be killed fixed and resume elastic.
+    reservation = AutoscalerReservation.take_over(run_dir, requester, needs)
     if scale.elastic_range is None:
         return contextlib.nullcontext()
     # Ray's controller takes its settings from the driver's environment; a user's value is kept.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(WORKER_START_SECONDS))
-    requester = f"train-{trainer.train_run_context.run_id}"
-    needs = scale.worker_resources
-    reservation = AutoscalerReservation.take_over(run_dir, requester, needs)
     return NodeWatcher(scale.elastic_range, needs, reservation, channel, on_waiting).watch()
 
 

@@ -5,6 +5,7 @@ Same samples, each once an epoch; same losses; and more workers only where there
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from raytune_llama.model.loss import IGNORE_INDEX
 from raytune_llama.storage.place import Place
 from raytune_llama.train.export import read_result
 from raytune_llama.train.monitoring.metrics import FILLER_SEQUENCES, LEARNING_RATE, TARGET_TOKENS
-from raytune_llama.train.orchestration.config import WorkerRange
+from raytune_llama.train.orchestration.config import ScaleConfig, WorkerRange
 from raytune_llama.train.orchestration.elastic import (
     AutoscalerReservation,
     ScaleUpPolicy,
     count_reserved,
+    watch_nodes,
 )
 from tests.train.conftest import MakeConfig, curve, run_here, stage_fields
 from tests.train.group import Group
@@ -199,16 +201,25 @@ def test_count_reserved_counts_whole_workers_on_each_node() -> None:
     assert count_reserved({}, {"CPU": 1.0}) == 0
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_reservation_of_a_killed_driver_is_given_back_to_the_next(run_dir: Place) -> None:
+def start_coordinator() -> Any:  # noqa: ANN401  # an actor
+    """Start Ray's coordinator anew, without what the drivers that other tests killed reserved."""
     import ray
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
         get_or_create_autoscaling_coordinator,
     )
 
+    before: Any = get_or_create_autoscaling_coordinator()
+    ray.kill(before)
+    return get_or_create_autoscaling_coordinator()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_reservation_of_a_killed_driver_is_given_back_to_the_next(run_dir: Place) -> None:
+    import ray
+
     needs = {"CPU": 1.0}
-    coordinator: Any = get_or_create_autoscaling_coordinator()
+    coordinator = start_coordinator()
 
     def reserve(requester: str) -> None:
         # As Ray Train's controller does, which a killed driver takes with it.
@@ -225,3 +236,28 @@ def test_reservation_of_a_killed_driver_is_given_back_to_the_next(run_dir: Place
     assert second.count_workers() == 2
     assert first.count_workers() == 0
     second.cancel()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    "scale", [ScaleConfig(), ScaleConfig(num_workers=WorkerRange(min=1, max=2))]
+)
+def test_watch_nodes_of_any_scale_releases_what_a_killed_driver_reserved(
+    run_dir: Place, scale: ScaleConfig
+) -> None:
+    """Ray reserves for a fixed number of workers as well."""
+    import ray
+
+    coordinator = start_coordinator()
+    killed = AutoscalerReservation.take_over(run_dir, "train-killed", {"CPU": 1.0})
+    ray.get(
+        coordinator.request_resources.remote(
+            requester_id="train-killed", resources=[{"CPU": 1.0}], expire_after_s=180
+        )
+    )
+    assert killed.count_workers() == 1
+    trainer: Any = SimpleNamespace(train_run_context=SimpleNamespace(run_id="next"))
+    channel: Any = SimpleNamespace(num_workers=lambda: 1)
+    with watch_nodes(scale, run_dir, trainer, channel, on_waiting=lambda: None):
+        assert killed.count_workers() == 0
