@@ -5,24 +5,30 @@
 
 A verb loads its config, calls one function of the package and prints where the result is. Heavy
 packages are imported only after the config is accepted, so that help and mistakes answer at once.
-Exit status: 0 done; 2 something that the user has to fix, listed on stderr; 75 stopped after
-saving, to be resumed by the same command; 1 anything else, with a traceback.
+Exit status: 0 done; 2 something that the user has to fix, listed on stderr; 75 stopped by Ctrl-C, a
+closed terminal or SIGTERM, to be resumed by the same command; 130 stopped by one of them in a job
+that has to start again, or by a second Ctrl-C; 1 anything else, with a traceback.
 """
 
+import contextlib
 import difflib
+import logging
 import os
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
+from raytune_llama.config.command_line import describe_other_job, split_arguments
 from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError, load
-from raytune_llama.logs import setup_logging
+from raytune_llama.config.yaml12 import read_mapping
+from raytune_llama.logs import setup_logging, waiting
+from raytune_llama.signals import EXIT_INTERRUPTED, Interruption
 
 if TYPE_CHECKING:
     from raytune_llama.train.config import AnyTrainConfig
-    from raytune_llama.train.trainer import RunSummary
 
 T = TypeVar("T")
 
@@ -66,12 +72,82 @@ def run(verb: str, argv: Sequence[str] | None = None, *, program: str | None = N
     """
     setup_logging()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    command = shlex.join([*(program or f"python {sys.argv[0]}").split(" ", 1), *arguments])
+    interruption = Interruption()
+    if verb != "chat":  # there, Ctrl-C stops an answer
+        interruption.install()
     try:
         status = VERBS[verb](arguments, program or Path(sys.argv[0]).name)
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(EXIT_MISTAKE)
+        sys.stderr.write(f"{_explain(error, verb, arguments)}\n")
+        status = EXIT_MISTAKE
+    except _ResumableInterrupt as interrupt:
+        sys.stderr.write(f"stopped: {interrupt}\n")
+        status = EXIT_STOPPED
+    except KeyboardInterrupt:
+        sys.stderr.write(f"stopped before the end; to start again: {command}\n")
+        status = EXIT_INTERRUPTED
+    if status == EXIT_STOPPED:
+        sys.stderr.write(f"to resume: {command}\n")
+    interruption.finish()
     sys.exit(status)
+
+
+def _explain(error: UserError, verb: str, arguments: list[str]) -> str:
+    """Return an error's text: one line instead if the config file is another job's."""
+    file, _ = split_arguments(arguments)
+    if file is None or not isinstance(error, ConfigError):
+        return str(error)
+    data, problems = read_mapping(file)
+    classes = config_classes()
+    if data is None or problems or verb not in classes:
+        return str(error)
+    other = describe_other_job(data, error.problems, verb, classes)
+    return str(error) if other is None else f"{file}: {other}"
+
+
+def config_classes() -> dict[str, type]:
+    """Return the root settings class of each verb that takes a config."""
+    from raytune_llama.data.config import ConvertDataConfig, PrepareDataConfig
+    from raytune_llama.merge.config import MergeConfig
+    from raytune_llama.model.meta.config import ConvertConfig
+    from raytune_llama.serve.client.config import TerminalConfig
+    from raytune_llama.serve.config import EndpointConfig
+    from raytune_llama.train.config import PretrainConfig, SftConfig
+    from raytune_llama.tune.config import SweepConfig
+    from raytune_llama.vocabulary.config import ExpandVocabConfig
+
+    return {
+        "prepare-data": PrepareDataConfig,
+        "pretrain": PretrainConfig,
+        "sft": SftConfig,
+        "sweep": SweepConfig,
+        "merge": MergeConfig,
+        "serve": EndpointConfig,
+        "chat": TerminalConfig,
+        "expand-vocab": ExpandVocabConfig,
+        "convert-weights": ConvertConfig,
+        "convert-data": ConvertDataConfig,
+    }
+
+
+class _ResumableInterrupt(KeyboardInterrupt):
+    """A job was interrupted that the same command resumes; the message says what is kept."""
+
+
+@contextlib.contextmanager
+def _resumable(kept: str) -> Iterator[None]:
+    """Make an interruption of the block one of a job that can be resumed, and say what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _ResumableInterrupt(kept) from None
+
+
+def _importing() -> contextlib.AbstractContextManager[None]:
+    """Log if the imports of the block take long, as those from a cold disk do."""
+    logger = logging.getLogger(__name__)
+    return waiting(logger, "importing PyTorch, transformers and Ray", usually="5 to 20 s")
 
 
 def _show(text: str) -> None:
@@ -91,52 +167,41 @@ def pretrain(argv: list[str], program: str) -> int:
     from raytune_llama.train.config import PretrainConfig
 
     default = default_config("pretrain_smollm2.yaml")
-    config = load(PretrainConfig, argv, default=default, program=program)
-
-    def result(run: "RunSummary") -> str | None:
-        if run.bits_per_byte_before is None:
-            return None
-        return f"bits per byte: {run.bits_per_byte_before:.4f} -> {run.bits_per_byte_after:.4f}"
-
-    return _train(config, result)
+    return _train(load(PretrainConfig, argv, default=default, program=program))
 
 
 def sft(argv: list[str], program: str) -> int:
     """Tune a causal LM on conversations."""
     from raytune_llama.train.config import SftConfig
 
-    config = load(SftConfig, argv, default=default_config("sft_smollm2.yaml"), program=program)
-
-    def result(run: "RunSummary") -> str | None:
-        if run.loss_before is None:
-            return None
-        return f"validation loss: {run.loss_before:.4f} -> {run.loss_after:.4f}"
-
-    return _train(config, result)
+    default = default_config("sft_smollm2.yaml")
+    return _train(load(SftConfig, argv, default=default, program=program))
 
 
-def _train(config: "AnyTrainConfig", describe: Callable[["RunSummary"], str | None]) -> int:
+def _train(config: "AnyTrainConfig") -> int:
     """Plan or run a training job."""
     _check_demo(config.model.path)
     from raytune_llama.model.bitsandbytes_import import hide_bitsandbytes_unless
 
     hide_bitsandbytes_unless(config.model.quantization)
     if config.plan:
-        from raytune_llama.train.estimate.plan import build_plan, render_plan
+        with _importing():
+            from raytune_llama.train.estimate.plan import build_plan, render_plan
 
         _show(render_plan(build_plan(config)))
         return 0
-    from raytune_llama.train.trainer import run_training
+    kept = f"no step was in progress; what is encoded so far is kept beside {config.data.store_dir}"
+    with _resumable(f"{kept}, and checkpoints in {config.run_dir}"):
+        with _importing():
+            from raytune_llama.train.trainer import run_training
 
-    run = run_training(config)
-    line = describe(run)
-    if line is not None:
-        _show(line)
+        run = run_training(config)
+    if run.evaluation_line is not None:
+        _show(run.evaluation_line)
     _show(f"{run.status} at step {run.step}; run directory: {run.run_dir}")
-    if run.result is None:
-        return EXIT_STOPPED
-    _show(f"result: {run.result}")
-    return 0
+    if run.result_line is not None:
+        _show(run.result_line)
+    return EXIT_STOPPED if run.status == "stopped" else 0
 
 
 def sweep(argv: list[str], program: str) -> int:
@@ -144,15 +209,18 @@ def sweep(argv: list[str], program: str) -> int:
     from raytune_llama.tune.config import SweepConfig
 
     config = load(SweepConfig, argv, default=default_config("sweep_smollm2.yaml"), program=program)
-    from raytune_llama.tune.display import format_trial_line
-    from raytune_llama.tune.sweep import run_sweep
+    with _resumable(f"no trial was running; {config.sweep_dir} keeps those that have ended"):
+        from raytune_llama.tune.display import format_trial_line
+        from raytune_llama.tune.sweep import run_sweep
 
-    summary = run_sweep(config)
+        summary = run_sweep(config)
     for trial in summary.trials:
         _show(format_trial_line(config, trial))
     _show(f"{summary.status}; leaderboard.csv and sweep.html: {summary.sweep_dir}")
+    for finding in summary.findings:
+        _show(str(finding))
     if summary.best_config is not None:
-        _show(f"best: {summary.best_config}")
+        _show(f"config of the best trial: {summary.best_config}")
     return {"finished": 0, "stopped": EXIT_STOPPED, "failed": 1}[summary.status]
 
 
@@ -164,7 +232,8 @@ def merge(argv: list[str], program: str) -> int:
     from raytune_llama.model.bitsandbytes_import import hide_bitsandbytes_unless
 
     hide_bitsandbytes_unless(None)
-    from raytune_llama.merge.merger import merge_adapters
+    with _importing():
+        from raytune_llama.merge.merger import merge_adapters
 
     merge_adapters(config)
     _show(f"merged model: {config.target}")
@@ -182,7 +251,8 @@ def serve(argv: list[str], program: str) -> int:
         _show(f"deployed {argv[0]} to {address}; see `serve status`")
         return 0
     config = load(EndpointConfig, expand_model_dir(argv), program=program)
-    from raytune_llama.serve.deploy import serve_until_interrupted
+    with _importing():
+        from raytune_llama.serve.deploy import serve_until_interrupted
 
     return serve_until_interrupted(config, announce=_show)
 
@@ -213,30 +283,35 @@ def chat(argv: list[str], program: str) -> int:
 
 
 def prepare_data(argv: list[str], program: str) -> int:
-    """Build a token store from text, or print a preview of it."""
-    from raytune_llama.data.config import PrepareDataConfig
+    """Build a token store from text or conversations, also of a training config, or preview it."""
+    from raytune_llama.train.data_section import load_preparation
 
     default = default_config("prepare_data_smollm2.yaml")
-    config = load(PrepareDataConfig, argv, default=default, program=program)
+    job = load_preparation(argv, default=default, program=program)
+    config = job.config
     from raytune_llama.storage.place import local_path
 
-    tokenizer = local_path(config.tokenizer, "tokenizer")
+    tokenizer = local_path(config.tokenizer, job.tokenizer_field)
     if config.preview:
-        from raytune_llama.data.build.preview import render_preview
+        with _importing():
+            from raytune_llama.data.build.preview import render_preview
 
-        number, color = config.preview_documents, sys.stdout.isatty()
-        _show(render_preview(config.data, tokenizer, num_documents=number, color=color))
+            data = job.resolve_data()
+        number = config.preview_documents
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        _show(render_preview(data, tokenizer, num_documents=number, color=color))
         return 0
-    import logging
+    kept = f"what is encoded so far is kept beside {config.data.store_dir}"
+    with _resumable(kept), contextlib.ExitStack() as stack:
+        with _importing():
+            from raytune_llama.connection import connect_to_ray
+            from raytune_llama.data.build import preparation
 
-    import ray
-
-    from raytune_llama.data.build import preparation
-
-    inputs = preparation.open_data(config.data, tokenizer)
-    store = preparation.prepare_data(
-        config.data, inputs, start_ray=lambda: ray.init(logging_level=logging.WARNING)
-    )
+            data = job.resolve_data()
+        inputs = preparation.open_data(data, tokenizer)
+        store = preparation.prepare_data(
+            data, inputs, start_ray=lambda: stack.enter_context(connect_to_ray())
+        )
     _show(f"token store: {store.place}")
     return 0
 
@@ -247,7 +322,8 @@ def expand_vocab(argv: list[str], program: str) -> int:
 
     default = default_config("expand_vocab_smollm2.yaml")
     config = load(ExpandVocabConfig, argv, default=default, program=program)
-    from raytune_llama.vocabulary.expansion import expand_vocabulary
+    with _importing():
+        from raytune_llama.vocabulary.expansion import expand_vocabulary
 
     _show(expand_vocabulary(config))
     _show(f"expanded model: {config.target}")

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 
 import ray
 
+from raytune_llama.logs import waiting
+from raytune_llama.signals import signals_kept
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,9 +28,10 @@ def connect_to_ray() -> Iterator[None]:
         yield
         return
     # Workers' logs reach the driver through our own channel.
-    context = ray.init(
-        log_to_driver=False, logging_level=logging.WARNING, runtime_env=quoted_python()
-    )
+    with signals_kept(), waiting(logger, "starting Ray or connecting to it", usually="5 to 20 s"):
+        context = ray.init(
+            log_to_driver=False, logging_level=logging.WARNING, runtime_env=quoted_python()
+        )
     if context.dashboard_url:
         logger.info("Ray dashboard: http://%s", context.dashboard_url)
     try:

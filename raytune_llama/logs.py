@@ -5,10 +5,13 @@
 Modules log with `logging.getLogger(__name__)`; a process calls `setup_logging` once, at its start.
 """
 
+import contextlib
 import logging
 import os
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 
 PACKAGE = "raytune_llama"
 
@@ -20,6 +23,31 @@ _QUIET = ("DeepSpeed", "datasets", "huggingface_hub", "matplotlib", "ray", "tran
 # renames in its next version.
 _DEVELOPER_WARNINGS = (FutureWarning, DeprecationWarning)
 _LIBRARIES = r"(accelerate|deepspeed|huggingface_hub|peft|ray|torch|transformers)\b"
+
+
+WAIT_SECONDS = 2.0
+"""Seconds after which something that is waited for is logged."""
+
+
+@contextlib.contextmanager
+def waiting(
+    logger: logging.Logger, what: str, *, usually: str, seconds: float = WAIT_SECONDS
+) -> Iterator[None]:
+    """Log one line if the block takes longer than `seconds`, so that no silence looks like a hang.
+
+    Args:
+        logger: Logger of the calling module.
+        what: What is waited for, such as "starting Ray".
+        usually: How long it usually takes, such as "5 to 20 s".
+        seconds: Seconds until the line.
+    """
+    timer = threading.Timer(seconds, logger.info, ("%s; usually takes %s", what, usually))
+    timer.name, timer.daemon = "waiting", True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class LineFormatter(logging.Formatter):

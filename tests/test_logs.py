@@ -2,11 +2,12 @@
 
 import logging
 import re
+import threading
 from collections.abc import Iterator
 
 import pytest
 
-from raytune_llama.logs import setup_logging
+from raytune_llama.logs import setup_logging, waiting
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +87,45 @@ def test_traceback_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_level_is_refused() -> None:
     with pytest.raises(ValueError, match="LOUD"):
         setup_logging("loud")
+
+
+class _Heard(logging.Handler):
+    """Keeps messages, and says when there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+        self.is_logged = threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+        self.is_logged.set()
+
+
+@pytest.fixture
+def heard() -> Iterator[_Heard]:
+    handler, logger = _Heard(), logging.getLogger("raytune_llama.waits")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler
+    logger.removeHandler(handler)
+
+
+def test_waiting_for_something_slow_is_one_line_while_it_lasts(heard: _Heard) -> None:
+    logger = logging.getLogger("raytune_llama.waits")
+    with waiting(logger, "starting Ray", usually="5 to 20 s", seconds=0.01):
+        assert heard.is_logged.wait(60)
+    (message,) = heard.messages
+    assert "starting Ray" in message
+    assert "5 to 20 s" in message
+
+
+def test_waiting_for_something_fast_or_failed_leaves_no_line_and_no_thread(heard: _Heard) -> None:
+    logger = logging.getLogger("raytune_llama.waits")
+    before = set(threading.enumerate())
+    with pytest.raises(KeyError), waiting(logger, "a disk", usually="1 s", seconds=600):
+        raise KeyError
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+    assert set(threading.enumerate()) <= before
+    assert heard.messages == []

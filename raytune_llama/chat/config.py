@@ -10,6 +10,22 @@ FormatName = Literal["alpaca", "conversations", "messages", "completion"]
 """Row formats, named after their characteristic field."""
 
 
+FieldName = Literal[
+    "id",
+    "system",
+    "history",
+    "tools",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "conversations",
+    "messages",
+]
+"""Fields of a row that carry meaning."""
+
+
 Truncation = Literal["keep_eos", "drop", "cut_left"]
 """How to truncate a conversation that is too long. `keep_eos`: keep its beginning; a truncated
 answer still ends with EOS, a truncated question is removed. `drop`: drop the conversation.
@@ -31,5 +47,18 @@ class ChatConfig:
     truncation: Truncation = "keep_eos"
     """Handling of longer conversations. `keep_eos`: keep the beginning; a truncated answer still
     ends with EOS, a truncated question is removed. `drop`: drop them. `cut_left`: keep the end."""
+    ignore_fields: tuple[str, ...] = ()
+    """Names of fields to ignore in rows and in their turns. Unlisted fields that are neither used
+    nor known to be metadata stop the job: they may carry meaning, such as a loss weight."""
+    drop_leading_answer: bool = False
+    """Whether to drop answers at the beginning of a conversation; if not, such a row is unusable.
+    Counted, as all repairs are."""
+    drop_trailing_question: bool = False
+    """Whether to drop questions at the end that have no answer; if not, such a row is unusable."""
+    join_same_role: bool = False
+    """Whether to join consecutive turns of one author by a line break; if not, such a row is
+    unusable."""
+    trim: bool = False
+    """Whether to remove whitespace at both ends of every message."""
     train_on_prompt: bool = False
     """Whether to train on all tokens instead of only answers and the tokens that end them."""

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Role = Literal["user", "assistant"]
-"""Role of a turn; the system message is not a turn."""
+"""Role of a turn; the system message is not a turn, and results of tools are in the user's."""
 
 DefectReason = Literal[
     "unknown_format",
     "missing_field",
+    "unknown_field",
+    "unsupported_value",
+    "invalid_tools",
     "ambiguous_field",
     "duplicate_key",
     "wrong_type",
@@ -47,6 +50,10 @@ class Turn:
     """Author of the message."""
     content: str
     """The text, unchanged: never truncated, stripped or normalized."""
+    is_trained: bool = True
+    """Whether the loss covers the turn, if it is the assistant's; rows can mark turns otherwise."""
+    reasoning: str | None = None
+    """Reasoning of the assistant before its answer; None if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,14 @@ class Conversation:
     """System message; None if there is none."""
     id: str | None = None
     """Id of the row in its file; None if it has none."""
+    tools: tuple[str, ...] = ()
+    """Definitions of the tools that the assistant may call, each in JSON."""
+
+    @property
+    def texts(self) -> list[str]:
+        """Everything that is rendered from it, in order: system message, tools and turns."""
+        said = [text for turn in self.turns for text in (turn.reasoning, turn.content)]
+        return [text for text in (self.system, *self.tools, *said) if text is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +84,8 @@ class Defect:
     """Category, for counting."""
     detail: str
     """Details, for people."""
+    num_tokens: int = 0
+    """Length of the conversation in tokens; 0 if it was not encoded."""
 
 
 def find_defect(conversation: Conversation) -> Defect | None:
@@ -107,6 +124,10 @@ def _find_in_turns(conversation: Conversation) -> Defect | None:
         defect = find_text_defect(conversation.system, "system")
         if defect is not None:
             return defect
+    for tool in conversation.tools:
+        defect = find_text_defect(tool, "tools")
+        if defect is not None:
+            return defect
     before: Role | None = None
     for number, turn in enumerate(conversation.turns):
         defect = _find_in_turn(turn, number, before)
@@ -119,15 +140,35 @@ def _find_in_turns(conversation: Conversation) -> Defect | None:
 def _find_in_turn(turn: Turn, number: int, before: Role | None) -> Defect | None:
     if turn.role not in get_args(Role):
         return Defect("unknown_role", f"turn {number}: role {turn.role!r}")
-    defect = find_text_defect(turn.content, f"turn {number}")
-    if defect is not None:
-        return defect
+    for text in (turn.content, "" if turn.reasoning is None else turn.reasoning):
+        defect = find_text_defect(text, f"turn {number}")
+        if defect is not None:
+            return defect
+    if turn.reasoning is not None and turn.role == "user":
+        return Defect("unsupported_value", f"turn {number}: reasoning in a turn of the user")
     if turn.role == before:
         reason: DefectReason = "user_twice" if turn.role == "user" else "assistant_twice"
         return Defect(reason, f"turns {number - 1} and {number} are both the {turn.role}'s")
     if before is None and turn.role == "assistant":
         return Defect("assistant_first", "turn 0 is the assistant's")
     return None
+
+
+_SPREADSHEET_ERRORS = ("#REF!", "#N/A", "#VALUE!", "#NAME?", "#DIV/0!", "#NULL!", "#NUM!")
+_NO_ANSWERS = frozenset({"n/a", "nan", "null", "undefined", "tbd", "todo"})
+
+
+def find_suspicion(answer: str) -> str | None:
+    """Return what makes an answer look like a failed export; None if nothing does.
+
+    Such as a spreadsheet's error value, the escape that Excel writes for a line break, or `n/a`.
+    """
+    if "_x000D_" in answer:
+        return "_x000D_"
+    stripped = answer.strip()
+    if stripped.casefold() in _NO_ANSWERS:
+        return stripped.casefold()
+    return next((error for error in _SPREADSHEET_ERRORS if stripped.startswith(error)), None)
 
 
 def find_text_defect(text: object, name: str) -> Defect | None:

@@ -12,7 +12,7 @@ conversation.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from raytune_llama.chat.conversations import (
 from raytune_llama.chat.spans import NoBoundaryError, SpanEncoder, TextSpan, join_segments
 from raytune_llama.chat.templates.choice import build_template
 from raytune_llama.chat.templates.segments import Segment, Template, UnrenderableError
+from raytune_llama.chat.tools import place_tools
 from raytune_llama.chat.truncation import truncate
 from raytune_llama.config.errors import UserError
 from raytune_llama.tokenizer.loader import build_reference_encoder
@@ -48,6 +49,20 @@ class EncodedConversation:
     """Number of tokens removed by truncation."""
     num_splits: int
     """Number of answers encoded separately from their prompt; see `EncodedSpan.is_split`."""
+    lost_prompt: bool = False
+    """Whether truncation removed the question, so that an answer is learned without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A conversation before it is truncated."""
+
+    ids: NDArray[np.uint32]
+    answers: NDArray[np.bool_]
+    """Mask of answers and of the tokens that end them, shape (T,)."""
+    masked: NDArray[np.bool_]
+    """Mask of the answers that are marked as not trained, shape (T,)."""
+    num_splits: int
 
 
 @dataclass(slots=True)
@@ -126,32 +141,37 @@ class ChatEncoder:
         defect = find_prompt_defect(conversation)
         if defect is not None:
             raise UserError(f"messages: {defect.reason}: {defect.detail}")
-        row = self.encode_segments(self.template.render(conversation))
+        placed = place_tools(conversation, allows_system=self.template.allows_system)
+        row = self.encode_segments(self.template.render(placed))
         if isinstance(row, Defect):
             raise UserError(f"messages: {row.reason}: {row.detail}")
         return row.ids
 
     def encode_segments(self, segments: Sequence[Segment]) -> EncodedConversation | Defect:
         """Return ids and targets of rendered segments, not truncated."""
-        return self._encode_one(_Rendered(join_segments(segments, self.template.boundary)))
+        made = self._encode_one(_Rendered(join_segments(segments, self.template.boundary)))
+        if isinstance(made, Defect):
+            return made
+        return EncodedConversation(made.ids, made.answers & ~made.masked, 0, made.num_splits)
 
     def _render(self, conversation: Conversation) -> _Rendered | Defect:
         defect = find_defect(conversation)
         if defect is not None:
             return defect
+        placed = place_tools(conversation, allows_system=self.template.allows_system)
         try:
-            segments = self.template.render(conversation)
+            segments = self.template.render(placed)
         except UnrenderableError as error:
             return Defect("unrenderable", str(error))
         return _Rendered(join_segments(segments, self.template.boundary))
 
-    def _encode_all(self, rendered: list[_Rendered]) -> list[EncodedConversation | Defect]:
+    def _encode_all(self, rendered: list[_Rendered]) -> list[_Encoded | Defect]:
         try:
             return self._encode_at_once(rendered)
         except (NoBoundaryError, UnsplittableTextError):
             return [self._encode_one(one) for one in rendered]
 
-    def _encode_one(self, rendered: _Rendered) -> EncodedConversation | Defect:
+    def _encode_one(self, rendered: _Rendered) -> _Encoded | Defect:
         try:
             return self._encode_at_once([rendered])[0]
         except NoBoundaryError as error:
@@ -159,47 +179,57 @@ class ChatEncoder:
         except UnsplittableTextError as error:
             return Defect("uncuttable", str(error))
 
-    def _encode_at_once(self, rendered: list[_Rendered]) -> list[EncodedConversation | Defect]:
+    def _encode_at_once(self, rendered: list[_Rendered]) -> list[_Encoded | Defect]:
         text_spans = [span for one in rendered for span in one.text_spans]
         encoded = iter(self._span_encoder.encode(text_spans))
-        rows: list[EncodedConversation | Defect] = []
+        rows: list[_Encoded | Defect] = []
         for one in rendered:
             ids: list[NDArray[np.uint32]] = []
-            targets: list[NDArray[np.bool_]] = []
+            answers: list[NDArray[np.bool_]] = []
+            masked: list[NDArray[np.bool_]] = []
             num_splits = 0
             for span in one.spans:
                 if isinstance(span, TextSpan):
                     made = next(encoded)
                     ids.append(made.ids)
-                    targets.append(np.arange(len(made.ids)) >= made.num_prompt)
+                    answers.append(np.arange(len(made.ids)) >= made.num_prompt)
                     num_splits += made.is_split
                 else:
                     ids.append(np.array([span.token_id], dtype=np.uint32))
-                    targets.append(np.array([span.is_target]))
-            rows.append(
-                EncodedConversation(np.concatenate(ids), np.concatenate(targets), 0, num_splits)
-            )
+                    answers.append(np.array([span.is_target]))
+                masked.append(answers[-1] & span.is_masked)
+            parts = (np.concatenate(ids), np.concatenate(answers), np.concatenate(masked))
+            rows.append(_Encoded(*parts, num_splits))
         return rows
 
-    def _truncate(self, row: EncodedConversation | Defect) -> EncodedConversation | Defect:
+    def _truncate(self, row: _Encoded | Defect) -> EncodedConversation | Defect:
         """Truncate a conversation to `max_tokens`, or drop it if no answer token is left."""
         if isinstance(row, Defect):
             return row
         config, num_ids = self.config, len(row.ids)
+        kept, begins = np.arange(num_ids), row.ids[0] == self._bos_id
         if config.max_tokens is not None and num_ids > config.max_tokens:
-            ids, targets = truncate(
-                row.ids, row.targets, config.max_tokens, config.truncation, bos_id=self._bos_id
+            kept = truncate(
+                # Of answers that are not trained, none is worth keeping.
+                row.answers & ~row.masked,
+                config.max_tokens,
+                config.truncation,
+                begins_with_bos=bool(begins),
             )
-            row = replace(row, ids=ids, targets=targets, num_cut=num_ids - len(ids))
-            if not len(ids):
+            if not len(kept):
                 detail = f"{num_ids} tokens, max_tokens is {config.max_tokens}"
                 is_drop = config.truncation == "drop"
-                return Defect("too_long" if is_drop else "no_target", detail)
-        if row.targets.sum() < 2:  # only an end token
-            return Defect("no_target", f"{num_ids} tokens, none of them in an answer")
+                return Defect("too_long" if is_drop else "no_target", detail, num_ids)
+        answers, masked = row.answers[kept], row.masked[kept]
+        targets = answers & ~masked
+        if targets.sum() < 2:  # only an end token
+            detail = f"{num_ids} tokens, none of them in an answer to train on"
+            return Defect("no_target", detail, num_ids)
         if config.train_on_prompt:
-            return replace(row, targets=np.ones(len(row.ids), dtype=np.bool_))
-        return row
+            targets = ~masked
+        num_cut = num_ids - len(kept)
+        lost_prompt = num_cut > 0 and bool(answers[int(begins)])
+        return EncodedConversation(row.ids[kept], targets, num_cut, row.num_splits, lost_prompt)
 
 
 def build_chat_encoder(

@@ -32,6 +32,8 @@ class TextSpan:
     """Number of characters before the answer; all of them if the span contains no answer."""
     has_preceding_text: bool
     """Whether another span or control token precedes it."""
+    is_masked: bool = False
+    """Whether the loss leaves out its answer; see `Segment.is_masked`."""
 
 
 RenderedSpan = Segment | TextSpan
@@ -68,7 +70,8 @@ def join_segments(segments: Sequence[Segment], boundary: PromptBoundary) -> list
         prompt = "".join(part.text for part in parts if not part.is_target)
         assert text.startswith(prompt), "an answer ends with a control token"
         if text:
-            spans.append(TextSpan(text, len(prompt), bool(spans)))
+            is_masked = any(part.is_masked for part in parts)
+            spans.append(TextSpan(text, len(prompt), bool(spans), is_masked))
     return spans
 
 

@@ -8,11 +8,15 @@ This is the format that Hermes and Qwen models are trained on. It is text, so it
 template; a grammar restricts a model's calls to this format (`engine/grammar.py`).
 """
 
+import json
 import re
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from raytune_llama.chat.conversations import Conversation, Turn
+from raytune_llama.config.errors import UserError
 
 TOOL_CALL_OPEN_TAG = "<tool_call>"
 """Tag that begins a tool call."""
@@ -54,6 +58,169 @@ def write_results(results: Sequence[str]) -> str:
     return "\n".join(f"<tool_response>\n{result}\n</tool_response>" for result in results)
 
 
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call in a message of the assistant."""
+
+    name: str
+    """Name of the function."""
+    arguments: str
+    """Arguments, a JSON object."""
+    id: str | None = None
+    """Id that its result refers to; None: results follow in the order of the calls."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """A message of a request or of a row, before tool results have become turns."""
+
+    role: Literal["user", "assistant", "tool"]
+    """Author of the message."""
+    text: str
+    """Text of the message."""
+    calls: tuple[ToolCall, ...] = ()
+    """Tool calls of the assistant."""
+    call_id: str | None = None
+    """Id of the call whose result the message is; None: the next call without a result."""
+    is_trained: bool = True
+    """See `Turn.is_trained`."""
+    reasoning: str | None = None
+    """See `Turn.reasoning`."""
+
+
+def join_tool_messages(
+    messages: Sequence[ChatMessage], *, first: int = 0, may_end_with_calls: bool = False
+) -> tuple[Turn, ...]:
+    """Return messages as turns: calls become text of the answer, results a turn of the user.
+
+    The results are in the order of the calls; the user's text follows them if it comes next.
+
+    Args:
+        messages: Messages without the system message.
+        first: Index of the first message in its request or row, for error messages.
+        may_end_with_calls: Whether the last message may have calls without results.
+
+    Raises:
+        UserError: Calls and results do not match; the error names the message.
+    """
+    reader = _MessageReader(first)
+    for message in messages:
+        reader.read(message)
+    if not (may_end_with_calls and messages and messages[-1].calls):
+        reader.end_results()
+    return tuple(reader.turns)
+
+
+def place_tools(conversation: Conversation, *, allows_system: bool) -> Conversation:
+    """Return a conversation with its tool definitions as text.
+
+    They are appended to the system message. A template without system messages gets them at the
+    start of the first user turn: so they work with every template, and no user text comes before
+    them.
+    """
+    if not conversation.tools:
+        return conversation
+    written, turns = write_tools(conversation.tools), conversation.turns
+    if allows_system:
+        system = f"{conversation.system}\n\n{written}" if conversation.system else written
+        return replace(conversation, system=system, tools=())
+    assert turns, "conversations are checked before they are rendered"
+    first = replace(turns[0], content=f"{written}\n\n{turns[0].content}")
+    return replace(conversation, turns=(first, *turns[1:]), tools=())
+
+
+@dataclass
+class _MessageReader:
+    """The turns so far, and the tool calls whose results are pending."""
+
+    number: int
+    """Index of the next message."""
+    turns: list[Turn] = field(default_factory=list)
+    caller: int = 0
+    """Index of the message with the pending calls."""
+    results: dict[str, str | None] = field(default_factory=dict)
+    """Results by call id, in the order of the calls; None: pending."""
+
+    def read(self, message: ChatMessage) -> None:
+        """Add a message."""
+        match message.role:
+            case "tool":
+                self._read_result(message)
+            case "user":
+                before = self._take_results()
+                text = f"{before}\n{message.text}" if before else message.text
+                self.turns.append(Turn("user", text))
+            case "assistant":
+                self.end_results()
+                text = write_calls(message.text, self._read_calls(message))
+                self.turns.append(Turn("assistant", text, message.is_trained, message.reasoning))
+        self.number += 1
+
+    def end_results(self) -> None:
+        """Add a turn for the results that no text of the user follows."""
+        before = self._take_results()
+        if before:
+            self.turns.append(Turn("user", before))
+
+    def _read_calls(self, message: ChatMessage) -> list[tuple[str, str]]:
+        where = f"messages.{self.number}.tool_calls"
+        self.caller = self.number
+        ids = [call.id or f"call {place}" for place, call in enumerate(message.calls)]
+        self.results = dict.fromkeys(ids)
+        if len(self.results) < len(ids):
+            raise UserError(f"{where}: two calls have the same id")
+        for place, call in enumerate(message.calls):
+            if not _NAME.fullmatch(call.name):
+                raise UserError(
+                    f"{where}.{place}.function.name: got {call.name[:80]!r}, wanted 1 to 64 "
+                    "letters, digits, '_' and '-'"
+                )
+            if not _is_object(call.arguments):
+                raise UserError(f"{where}.{place}.function.arguments: is not a JSON object")
+        return [(call.name, call.arguments) for call in message.calls]
+
+    def _read_result(self, message: ChatMessage) -> None:
+        where, name = f"messages.{self.number}.tool_call_id", message.call_id
+        pending = [call for call, text in self.results.items() if text is None]
+        if name is None and not pending and self._calls_are_text():
+            found = _RESULT.findall(message.text) or [message.text]
+            self.results |= {f"{self.number}.{place}": text for place, text in enumerate(found)}
+            return
+        name = name if name is not None else (pending or [""])[0]
+        if name not in self.results:
+            known = ", ".join(map(repr, self.results)) or "none"
+            raise UserError(
+                f"{where}: {name!r} is no call of the preceding assistant message; its calls are: "
+                f"{known}"
+            )
+        if self.results[name] is not None:
+            raise UserError(f"{where}: {name!r} has a result already")
+        self.results[name] = message.text
+
+    def _calls_are_text(self) -> bool:
+        """Whether the answer before holds calls as text, as in the rows of Hermes."""
+        return bool(self.turns) and TOOL_CALL_OPEN_TAG in self.turns[-1].content
+
+    def _take_results(self) -> str:
+        """Return the text of all results, in the order of the calls, and clear them."""
+        texts = [text for text in self.results.values() if text is not None]
+        missing = [name for name, text in self.results.items() if text is None]
+        if missing:
+            raise UserError(
+                f"messages.{self.caller}.tool_calls: {missing[0]!r} has no result; each call "
+                "must be followed by a message with role tool"
+            )
+        self.results = {}
+        return write_results(texts)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 @dataclass(frozen=True)
 class ToolCallChunk:
     """The newest part of a streamed tool call."""
@@ -71,6 +238,8 @@ class ToolCallChunk:
     """Name of the function; set in the call's first chunk only."""
 
 
+_RESULT = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HEAD = re.compile(re.escape(CALL_START) + r"([A-Za-z0-9_-]{1,64})" + re.escape(CALL_MIDDLE))
 _NEXT = "\n" + TOOL_CALL_OPEN_TAG
 _LONGEST_HEAD = len(CALL_START) + 64 + len(CALL_MIDDLE)

@@ -5,56 +5,45 @@ from numpy.typing import NDArray
 
 from raytune_llama.chat.config import Truncation
 
-TokenIds = NDArray[np.uint32]
 TargetMask = NDArray[np.bool_]
+Places = NDArray[np.intp]
 
 
 def truncate(
-    ids: TokenIds,
-    targets: TargetMask,
-    max_tokens: int,
-    truncation: Truncation,
-    *,
-    bos_id: int | None,
-) -> tuple[TokenIds, TargetMask]:
-    """Truncate an encoded conversation to at most `max_tokens` tokens.
+    targets: TargetMask, max_tokens: int, truncation: Truncation, *, begins_with_bos: bool
+) -> Places:
+    """Choose which tokens of an encoded conversation to keep, at most `max_tokens`.
 
     Args:
-        ids: Token ids, shape (T,), more than `max_tokens`.
-        targets: Mask of answer tokens and the tokens that end answers, shape (T,).
+        targets: Mask of answer tokens and the tokens that end answers, shape (T,); T is above
+            `max_tokens`.
         max_tokens: Tokens to keep, at least 2.
         truncation: Which part is kept.
-        bos_id: Id of BOS; None if the tokenizer has none.
+        begins_with_bos: Whether the first token is BOS, which is kept.
 
     Returns:
-        Both arrays truncated; empty if no token of an answer would be left.
+        Indices of the kept tokens, ascending; empty if no token of an answer would be left.
     """
     if truncation == "drop":
-        return ids[:0], targets[:0]
+        return np.arange(0)
     if truncation == "cut_left":
-        return _cut_left(ids, targets, max_tokens, bos_id)
-    return _keep_eos(ids, targets, max_tokens)
+        return _cut_left(targets, max_tokens, int(begins_with_bos))
+    return _keep_eos(targets, max_tokens)
 
 
-def _cut_left(
-    ids: TokenIds, targets: TargetMask, max_tokens: int, bos_id: int | None
-) -> tuple[TokenIds, TargetMask]:
-    begins = int(bos_id is not None and ids[0] == bos_id)
-    start = len(ids) - max_tokens + begins
-    kept = np.concatenate([ids[:begins], ids[start:]])
-    mask = np.concatenate([targets[:begins], targets[start:]])
+def _cut_left(targets: TargetMask, max_tokens: int, num_bos: int) -> Places:
+    start = len(targets) - max_tokens + num_bos
+    kept = np.concatenate([np.arange(num_bos), np.arange(start, len(targets))])
     # An answer with only its end token left would teach the model nothing but to stop.
-    return (kept, mask) if mask.sum() > 1 else (ids[:0], targets[:0])
+    return kept if targets[kept].sum() > 1 else kept[:0]
 
 
-def _keep_eos(ids: TokenIds, targets: TargetMask, max_tokens: int) -> tuple[TokenIds, TargetMask]:
+def _keep_eos(targets: TargetMask, max_tokens: int) -> Places:
     edges = np.flatnonzero(np.diff(targets.astype(np.int8), prepend=0, append=0))
-    answers = edges.reshape(-1, 2)
     length = 0
-    for start, stop in answers.tolist():
+    for start, stop in edges.reshape(-1, 2).tolist():
         if stop <= max_tokens:
             length = stop
         elif max_tokens - 1 > start:  # at least one token of the answer before its end token
-            kept = np.append(ids[: max_tokens - 1], ids[stop - 1])
-            return kept, np.append(targets[: max_tokens - 1], [True])
-    return ids[:length], targets[:length]
+            return np.append(np.arange(max_tokens - 1), stop - 1)
+    return np.arange(length)

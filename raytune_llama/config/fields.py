@@ -6,7 +6,7 @@ import json
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, cast, get_args, get_origin
 
 import pydantic
 import pydantic.dataclasses
@@ -126,6 +126,17 @@ def _classes_at(cls: type[Any], path: Sequence[str]) -> list[type[Any]]:
                         below.setdefault(step, []).append(nested)
         classes = below
     return classes.get("", [])
+
+
+def path_of_error(data: object, detail: pydantic_core.ErrorDetails) -> list[str]:
+    """Return where in the data an error of pydantic is, without the types that pydantic names."""
+    keys: list[str] = []
+    for part in detail["loc"]:
+        in_mapping = isinstance(data, dict) and part in data
+        if in_mapping or (isinstance(data, list) and isinstance(part, int)):
+            data = cast("Any", data)[part]
+            keys.append(str(part))
+    return [*keys, str(detail["loc"][-1])] if detail["type"] == "missing" else keys
 
 
 def type_text(annotation: object, metadata: Sequence[object] = ()) -> str:

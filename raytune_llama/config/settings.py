@@ -27,7 +27,7 @@ import pydantic
 import pydantic.dataclasses
 import pydantic_core
 
-from raytune_llama.config import fields, yaml12
+from raytune_llama.config import command_line, fields, yaml12
 from raytune_llama.config.errors import UserError
 
 T = TypeVar("T")
@@ -118,27 +118,41 @@ def load(
         The validated config.
 
     Raises:
-        ConfigError: All mistakes of the file and of the overrides.
+        ConfigError: All mistakes of the file and of the overrides, also overrides that would mix
+            other inputs with what the jobs of `default` have written.
         SystemExit: With status 0, after the help was printed.
     """
     if "-h" in argv or "--help" in argv:
         sys.stdout.write(_help_text(cls, argv, default, program or Path(sys.argv[0]).name))
         raise SystemExit(0)
-    overrides = list(argv)
-    path = default
-    if overrides and _is_file_name(overrides[0]):
-        path = Path(overrides.pop(0))
+    data, problems = read_arguments(argv, default=default, program=program)
+    if data is None:
+        raise ConfigError(problems)
+    return _validate(cls, data, problems)
+
+
+def read_arguments(
+    argv: Sequence[str], *, default: Path | None = None, program: str | None = None
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Read a config as `load` does, but as plain data that is not validated.
+
+    Returns:
+        The data, None if the file could not be read, and the mistakes that are found without a
+        settings class.
+    """
+    named, overrides = command_line.split_arguments(argv)
+    path = named or default
     problems: list[str] = []
     data: dict[str, Any] | None = {}
     if path is not None:
         data, problems = yaml12.read_mapping(path)
+    if named is None and default is not None and data is not None:
+        problems += command_line.check_mixing(data, default, argv, program or sys.argv[0])
     # A file that could not be read lacks every field; the overrides are still checked for form.
     target = {} if data is None else data
     for argument in overrides:
         problems += _apply_argument(target, argument)
-    if data is None:
-        raise ConfigError(problems)
-    return _validate(cls, data, problems)
+    return data, problems
 
 
 def _help_text(cls: type[Any], argv: Sequence[str], default: Path | None, program: str) -> str:
@@ -264,12 +278,6 @@ def _validate(cls: type[T], data: Mapping[str, Any], problems: list[str]) -> T:
     return config
 
 
-def _is_file_name(argument: str) -> bool:
-    # The directory of a trial may be called `lr=0.001`, but no field has a slash in its path.
-    left, equals, _ = argument.partition("=")
-    return not argument.startswith("-") and (not equals or "/" in left)
-
-
 def _apply_argument(data: dict[str, Any], argument: str) -> list[str]:
     """Put one `a.b=c` into plain data; return what is wrong with it."""
     path, equals, text = argument.partition("=")
@@ -330,9 +338,7 @@ def _problem_lines(
     # for a mapping whose fields are wrong, which was meant for the member that has fields.
     wanted: dict[str, list[str]] = {}
     for detail in error.errors(include_url=False):
-        keys = list(_keys_in(data, detail["loc"]))
-        if detail["type"] == "missing":
-            keys.append(str(detail["loc"][-1]))
+        keys = fields.path_of_error(data, detail)
         path = ".".join(keys)
         cause = detail.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
@@ -352,15 +358,6 @@ def _problem_lines(
         if any(other.startswith(f"{start.partition(':')[0]}.") for other in wanted):
             del wanted[start]
     return [start + " or ".join(dict.fromkeys(texts)) for start, texts in wanted.items()]
-
-
-def _keys_in(data: object, location: Sequence[int | str]) -> Iterator[str]:
-    """Yield the part of pydantic's location that lies in the data, without names of types."""
-    for part in location:
-        in_mapping = isinstance(data, dict) and part in data
-        if in_mapping or (isinstance(data, list) and isinstance(part, int)):
-            data = cast("Any", data)[part]
-            yield str(part)
 
 
 def _wanted_text(detail: pydantic_core.ErrorDetails) -> str:

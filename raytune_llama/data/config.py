@@ -17,10 +17,14 @@ class DataConfig(StoreConfig):
 
     sources: tuple[SourceConfig, ...]
     """Text corpora, in store order."""
-    bos: bool = True
-    """Whether each document begins with the tokenizer's beginning-of-text id."""
+    bos: Literal["auto"] | bool = "auto"
+    """Whether each document begins with the tokenizer's beginning-of-text id. `auto`: with what
+    transformers' `tokenizer(text)` puts before a text, as prompts do in serving; a run or token
+    store of the former default, true, keeps it."""
     eos: bool = True
-    """Whether each document ends with the tokenizer's end-of-text id."""
+    """Whether each document ends with the tokenizer's end-of-text id. It marks where a text ends,
+    which a model learns from it alone; a prompt has none, so what transformers' `tokenizer(text)`
+    appends does not matter here."""
     cleaning: CleaningConfig = CleaningConfig()
     """Text normalization and document filters, all off by default. Dropped documents are counted
     by reason."""
@@ -62,6 +66,16 @@ class ChatDataConfig(StoreConfig):
     matches them; their weights must be null."""
     chat: ChatConfig = ChatConfig()
     """How conversations are rendered and tokenized."""
+    duplicates: DuplicatesConfig = DuplicatesConfig()
+    """Removal of exact and near duplicates among all conversations; off by default. Needs a second
+    pass over the files. Dropped conversations are counted."""
+    max_left_out_fraction: Annotated[float, Field(ge=0, le=1), PLACEMENT] = 0.2
+    """Maximum fraction of rows that are left out because no token of an answer would be trained,
+    such as those longer than `chat.max_tokens`; above it the job fails. The same fraction of cut
+    rows is warned about."""
+    max_suspicious_fraction: Annotated[float, Field(ge=0, le=1), PLACEMENT] = 0.05
+    """Maximum fraction of rows with an answer that looks like a failed export, such as `#REF!`,
+    `n/a` or `_x000D_`; above it the job fails."""
 
     @model_validator(mode="after")
     def _check(self) -> "ChatDataConfig":
@@ -91,17 +105,44 @@ AnyDataConfig = DataConfig | ChatDataConfig
 
 
 @settings
-class PrepareDataConfig:
-    """Settings of the `prepare_data` job: the token store to build and its tokenizer."""
+class PrepareConfig:
+    """Settings of the `prepare_data` job that do not depend on what its rows are."""
 
     tokenizer: str
     """Directory of a tokenizer, or of a model that includes one."""
-    data: DataConfig
-    """Token store to build."""
+    rows: Literal["auto", "text", "conversations"] = "auto"
+    """What the rows of `data.sources` are. `auto`: conversations if `data` has a field that only
+    conversations have, such as `chat` or `validation`, or if its fields fit both and the first row
+    is in a known format of conversations and has no `text`; otherwise text."""
     preview: bool = False
-    """Whether to print a few documents per source as tokens instead of building the store."""
+    """Whether to print a few documents or conversations per source as tokens, spread over its
+    files, instead of building the store. Colors mark the tokens in a terminal, unless the
+    environment variable NO_COLOR is set."""
     preview_documents: Annotated[int, Field(ge=1)] = 3
-    """Number of documents to print per source."""
+    """Number of documents or conversations to print per source."""
+
+
+@settings
+class PrepareDataConfig(PrepareConfig):
+    """Settings of the `prepare_data` job: the token store to build and its tokenizer."""
+
+    data: DataConfig
+    """Token store to build. For one of conversations, `--help data.chat` and `--help
+    data.validation` list its other fields. The config of a training job is taken too: its `data`
+    is built with its tokenizer and, for conversations, its `batch.sequence_tokens`."""
+
+
+@settings
+class PrepareChatDataConfig(PrepareConfig):
+    """Settings of the `prepare_data` job for conversations."""
+
+    data: ChatDataConfig
+    """Token store to build. Training cuts conversations at `batch.sequence_tokens` if
+    `chat.max_tokens` is null; set it here for the same store."""
+
+
+AnyPrepareConfig = PrepareDataConfig | PrepareChatDataConfig
+"""Config of the `prepare_data` job of either kind."""
 
 
 @settings
@@ -137,6 +178,8 @@ class ConvertDataConfig:
     id_prefix: str | None = None
     """Prefix of generated ids: a row without an id gets `<id_prefix>-<n>`, where n counts all input
     rows from 1, bad ones included. Null: no id is generated."""
+    ignore_fields: tuple[str, ...] = ()
+    """Names of fields that are not converted; see `ChatConfig.ignore_fields`."""
     split: DevSplit | None = None
     """Rule that selects the held-out rows; null: none are held out."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001

@@ -95,7 +95,7 @@ def _write_all(folder: Path, config: ConvertDataConfig, counts: ConversationCoun
             for part in parts
         }
         bad = stack.enter_context(_RowFile(folder / QUARANTINE_FILE, "jsonl"))
-        for row in read_conversations(config.sources, counts):
+        for row in read_conversations(config.sources, counts, config.ignore_fields):
             num_rows += 1
             made = _convert(row, config)
             if isinstance(made, Defect | BadRow):
@@ -187,7 +187,7 @@ def _log(conversion: Conversion, counts: ConversationCounts, target: Path) -> No
         logger.warning("%s: unusable rows: %s", target / QUARANTINE_FILE, bad)
     for meaning, names in (
         ("read under an alias", counts.keys.aliased),
-        ("unknown in their format, not converted", counts.keys.ignored),
+        ("that are metadata or ignored, not converted", counts.keys.ignored),
         ("repeated in one object, not converted", counts.keys.repeated),
     ):
         if names:

@@ -5,7 +5,7 @@ One model at a time is in memory, in float32, plus the logits of the first one.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from raytune_llama.config.errors import UserError
 from raytune_llama.merge.plan import MergePlan
+from raytune_llama.model.lineage import find_leading_ids
 from raytune_llama.model.rope import apply_rope_settings
 from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
 
@@ -51,12 +52,15 @@ class LogitsDifference:
     """Perplexity under PEFT, and of the merged model."""
 
 
-def load_comparison_ids(tokenizer_dir: Path | None, text: str | None) -> list[Tensor]:
-    """Return token ids to compare models on, each [1, T].
+def load_comparison_ids(
+    tokenizer_dir: Path | None, text: str | None, lineage: Sequence[Path] = ()
+) -> list[Tensor]:
+    """Return token ids to compare models on, each [1, T]; a text begins as in training.
 
     Args:
         tokenizer_dir: Directory of the merged model's tokenizer.
         text: Text file whose beginning is used; None: built-in sentences.
+        lineage: Base and adapters, in the order of their training.
 
     Raises:
         ValueError: There is no tokenizer, or the text has fewer than two tokens.
@@ -66,7 +70,9 @@ def load_comparison_ids(tokenizer_dir: Path | None, text: str | None) -> list[Te
             "verify: logits need a tokenizer, but neither the adapters nor the base have one"
         )
     texts = list(SENTENCES) if text is None else [_read_beginning(Path(text))]
-    encoded = encode_text(load_tokenizer(tokenizer_dir), texts)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    begin = find_leading_ids(lineage, tokenizer)
+    encoded = [[*begin, *ids] for ids in encode_text(tokenizer, texts)]
     windows = [
         torch.tensor([ids[start : start + _WINDOW_TOKENS]])
         for ids in encoded

@@ -29,7 +29,12 @@ from raytune_llama.merge.export import (
 from raytune_llama.merge.gguf_file import gguf_dtype, plan_gguf
 from raytune_llama.merge.logits import compare_logits, load_comparison_ids
 from raytune_llama.merge.plan import MergePlan, check_recorded_base, plan_merge
-from raytune_llama.model.lineage import CHAT_KEY, find_chat_template
+from raytune_llama.model.lineage import (
+    CHAT_KEY,
+    TEXT_KEY,
+    find_chat_template,
+    find_text_start,
+)
 from raytune_llama.model.meta.layout import build_meta_params, check_target, count_published_shards
 from raytune_llama.model.meta.to_meta import plan_meta
 from raytune_llama.model.tensors import TensorSpec
@@ -54,7 +59,10 @@ def merge_adapters(config: MergeConfig) -> None:
     plan = _open_plan(config)
     export = _prepare(config, plan)
     is_sampled = config.verify == "logits"
-    samples = load_comparison_ids(plan.tokenizer_dir, config.verify_text) if is_sampled else None
+    lineage = [plan.base_dir, *(adapter.path for adapter in plan.adapters)]
+    samples = (
+        load_comparison_ids(plan.tokenizer_dir, config.verify_text, lineage) if is_sampled else None
+    )
     inputs = plan.hash_inputs()
     check_recorded_base(plan.adapters[0], inputs)
     with publish_directory(target) as folder:
@@ -64,7 +72,7 @@ def merge_adapters(config: MergeConfig) -> None:
             raise UserError("adapters: they change no weight: all updates are zero")
         if samples is not None:
             compare_logits(folder, plan, samples)
-        chat = find_chat_template([plan.base_dir, *(adapter.path for adapter in plan.adapters)])
+        chat = find_chat_template(lineage)
         manifest = {
             "format": 1,
             "kind": "model" if config.output_format == "huggingface" else config.output_format,
@@ -72,6 +80,7 @@ def merge_adapters(config: MergeConfig) -> None:
             "merged": {"inputs": inputs, "changed": changed, "untied": plan.is_untied},
             "tokenizer_sha256": tokenizer_sha256(tokenizer_dir) if tokenizer_dir else None,
             CHAT_KEY: chat[1] if chat else None,
+            TEXT_KEY: find_text_start(lineage),
             **exported.hashes,
         }
         write_json_atomic(folder / OUTPUT_MANIFEST, manifest)

@@ -8,12 +8,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from raytune_llama.model.vocab import describe_tokenizer_mismatch, has_tokenizer
 from raytune_llama.storage.files import read_manifest
-from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
+from raytune_llama.tokenizer.loader import leading_ids, load_tokenizer, tokenizer_sha256
 
 CHAT_KEY = "chat"
 """Manifest key of the chat template that a model or adapter was tuned with, and its hash."""
+
+
+TEXT_KEY = "text"
+"""Manifest key of how the texts began that a model or adapter was trained on: `bos_id`, or null."""
 
 
 def find_chat_template(directories: Sequence[Path]) -> tuple[Path, dict[str, Any]] | None:
@@ -27,6 +33,38 @@ def find_chat_template(directories: Sequence[Path]) -> tuple[Path, dict[str, Any
         if found:
             return directory, dict(found)
     return None
+
+
+def find_text_start(directories: Sequence[Path]) -> dict[str, Any] | None:
+    """Return how the texts of the last training on text began, as `bos_id`; None if none is known.
+
+    Args:
+        directories: A base and its adapters, in the order of their training.
+    """
+    for directory in reversed(directories):
+        manifest = read_manifest(directory)
+        if manifest.get(TEXT_KEY):
+            return dict(manifest[TEXT_KEY])
+        # Written by a release that recorded the setting only.
+        is_set = manifest.get("config", {}).get("data", {}).get("bos")
+        if isinstance(is_set, bool) and has_tokenizer(directory):
+            return {"bos_id": load_tokenizer(directory).bos_token_id if is_set else None}
+    return None
+
+
+def find_leading_ids(
+    directories: Sequence[Path], tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """Return the ids that a text begins with: those of the training, else the tokenizer's own.
+
+    Args:
+        directories: A base and its adapters, in the order of their training.
+        tokenizer: The tokenizer of the last of them.
+    """
+    found = find_text_start(directories)
+    if found is None:
+        return leading_ids(tokenizer)
+    return () if found["bos_id"] is None else (found["bos_id"],)
 
 
 def check_tokenizer_hash(directory: Path) -> str | None:

@@ -1,6 +1,7 @@
 """What `raytune serve` does: run an endpoint here, or deploy a config file of Ray Serve."""
 
-import signal
+import contextlib
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +13,11 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from raytune_llama.config.errors import UserError
 from raytune_llama.connection import connect_to_ray
+from raytune_llama.logs import waiting
 from raytune_llama.serve.app import build_app
 from raytune_llama.serve.config import EndpointConfig
+
+logger = logging.getLogger(__name__)
 
 DASHBOARD_URL = "http://127.0.0.1:8265"
 """Where a cluster's dashboard listens, unless `address=URL` says otherwise."""
@@ -27,21 +31,22 @@ def serve_until_interrupted(config: EndpointConfig, announce: Callable[[str], ob
         announce: Is given a line once requests are answered.
 
     Returns:
-        The exit status: 0 after SIGINT or SIGTERM.
+        The exit status: 0 once it is interrupted.
 
     Raises:
         ConfigError: The config, its models or keys do not allow it.
+        KeyboardInterrupt: It was interrupted before it answered.
     """
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
     with connect_to_ray():
         serve.start(http_options={"host": config.host, "port": config.port})
         try:
-            serve.run(build_app(config), name="llm")
+            what = "starting replicas, which import PyTorch and load the model"
+            with waiting(logger, what, usually="20 to 60 s, and 2 to 10 s per GB of weights"):
+                serve.run(build_app(config), name="llm")
             names = ", ".join(model.served_name for model in config.models)
             announce(f"serving {names} at http://{config.host}:{config.port}/v1; Ctrl-C stops it")
-            stopped.wait()
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
         finally:
             serve.shutdown()
     return 0

@@ -131,6 +131,16 @@ def control_token_strings(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     return frozenset(tokenizer.convert_ids_to_tokens(sorted(control_token_ids(tokenizer))))
 
 
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids that transformers' `tokenizer(text)` puts before a text: BOS, or none.
+
+    It depends on the post-processor in the tokenizer's files, not on whether a BOS token exists.
+    """
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, is_added = encoded["input_ids"], encoded["special_tokens_mask"]
+    return tuple(ids[: is_added.index(0)])
+
+
 def token_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Return the text of each token except control tokens, in the order of their ids."""
     controls = control_token_ids(tokenizer)

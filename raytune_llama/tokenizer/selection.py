@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.config.errors import UserError
+from raytune_llama.logs import waiting
 from raytune_llama.tokenizer.config import EncoderKind
 from raytune_llama.tokenizer.encoder import CheckedEncoder, SelectedEncoder, excerpt
 from raytune_llama.tokenizer.hard_texts import hard_texts
@@ -81,10 +82,20 @@ def _find_fast(
         return None, "the fast engine needs numba: pip install 'raytune_llama[fast]'"
     from raytune_llama.tokenizer.compiled.encoder import CompiledEncoder
 
-    try:
-        fast = CompiledEncoder(reference)
-    except ValueError as error:
-        return None, f"the fast engine can't be used: {error}"
+    what = "compiling the tokenizer's tables and comparing ids with the reference's"
+    with waiting(logger, what, usually="10 to 40 s"):
+        try:
+            fast = CompiledEncoder(reference)
+        except ValueError as error:
+            return None, f"the fast engine can't be used: {error}"
+        problem = _find_difference(fast, reference, texts)
+    return (None, problem) if problem else (fast, "")
+
+
+def _find_difference(
+    fast: "CompiledEncoder", reference: ReferenceEncoder, texts: list[str]
+) -> str | None:
+    """Return how the fast engine's ids differ from the reference's; None if they do not."""
     for start in range(0, len(texts), _BATCH_TEXTS):
         batch = texts[start : start + _BATCH_TEXTS]
         pairs = zip(fast.encode(batch), reference.encode(batch), strict=True)
@@ -92,8 +103,8 @@ def _find_fast(
             text for text, ids in zip(batch, pairs, strict=True) if not np.array_equal(*ids)
         ]
         if differing:
-            return None, (
+            return (
                 f"the fast engine's ids differ from the reference's for {len(differing)} of "
                 f"{len(batch)} texts, the first is {excerpt(differing[0])}"
             )
-    return fast, ""
+    return None

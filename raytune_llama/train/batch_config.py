@@ -13,7 +13,8 @@ class BatchConfig:
     """Batch of one optimizer step."""
 
     sequence_tokens: Annotated[int, Field(ge=2)] = 512
-    """Tokens per sequence."""
+    """Tokens per sequence. A text must not have more tokens than the model has positions, scaled by
+    its own RoPE settings or by `model.rope_scaling`."""
 
     sequences_per_step: Annotated[int, Field(ge=1)] = 8
     """Sequences per optimizer step, over all workers (global batch size)."""

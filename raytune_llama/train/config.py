@@ -54,8 +54,10 @@ class TrainConfig:
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate schedule."""
 
-    max_steps: Annotated[int, Field(ge=1)] | None = None
-    """Number of optimizer steps; null: given by `num_epochs`."""
+    max_steps: Annotated[int, Field(ge=0)] | None = None
+    """Number of optimizer steps; null: given by `num_epochs`. 0: evaluate the model or `adapter` on
+    the validation text, train nothing and write no result; the same run may be continued later with
+    more steps."""
 
     num_epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the training split; the last step may be smaller; null: given by `max_steps`.
@@ -92,7 +94,8 @@ class TrainConfig:
         problems: list[str] = []
         if (self.max_steps is None) == (self.num_epochs is None):
             problems.append("max_steps: set either max_steps or num_epochs, and the other to null")
-        if self.stop_step is not None and self.stop_step >= (self.max_steps or math.inf):
+        end = math.inf if self.max_steps is None else self.max_steps
+        if self.stop_step is not None and self.stop_step >= end:
             problems.append(
                 f"stop_step: got {self.stop_step}, wanted less than max_steps, {self.max_steps}; "
                 "set it to null"

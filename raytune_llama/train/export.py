@@ -14,8 +14,9 @@ from torch import Tensor
 import raytune_llama
 from raytune_llama.config.settings import to_dict
 from raytune_llama.data.store.token_store import TokenStore
+from raytune_llama.logs import waiting
 from raytune_llama.model.directory import write_with_trained_tables
-from raytune_llama.model.lineage import CHAT_KEY
+from raytune_llama.model.lineage import CHAT_KEY, TEXT_KEY, find_text_start
 from raytune_llama.model.llama import DTYPES, causal_lm, model_settings
 from raytune_llama.model.lora import write_adapter
 from raytune_llama.model.rope import MODEL_SETTINGS_KEY
@@ -32,6 +33,9 @@ from raytune_llama.train.process_group import ProcessGroup
 from raytune_llama.train.untrained_rows import UNTRAINED_ROWS, count_untrained_rows
 
 logger = logging.getLogger(__name__)
+
+RUN_KEY = "run"
+"""Manifest key of a result: last step of its run, best step and loss, and steps without effect."""
 
 
 def result_path(config: AnyTrainConfig) -> Place:
@@ -53,11 +57,21 @@ def write_result(
     workers: ProcessGroup,
     *,
     mixture: Mapping[str, Any],
+    last: RunState | None = None,
 ) -> None:
     """Write the adapter or the model, its tokenizer and a manifest; collective.
 
     Trained tensors are written unsharded: in float32 for an adapter, in the run's precision after
     full training, and in the base model's dtype if only the embedding tables were trained.
+
+    Args:
+        config: config of the run.
+        store: token store that it trained on.
+        engine: holds the weights to write.
+        state: state of the step whose weights they are.
+        workers: all workers of the run.
+        mixture: what those weights were trained on, by source name.
+        last: state of the run's last step; None: `state`.
     """
     trained = {name: tensor for name, tensor in engine.full_weights() if workers.is_rank_zero}
     if not workers.is_rank_zero:
@@ -73,6 +87,7 @@ def write_result(
             "raytune_llama": raytune_llama.__version__,
             "step": state.step,
             "tokens": state.tokens,
+            RUN_KEY: _run_record(last or state),
             "base": fingerprint_model(base),
             # Quantization of the base during training; merging uses the unquantized base.
             "base_quantization": config.model.quantization,
@@ -81,6 +96,7 @@ def write_result(
             "tokenizer_sha256": tokenizer_sha256(tokenizer),
             "store": store.fingerprint,
             CHAT_KEY: store.manifest.inputs.get(CHAT_KEY),
+            TEXT_KEY: _text_start(config, store),
             "mixture": mixture,
             "num_trained": sum(tensor.numel() for tensor in trained.values()),
             "tensor_norms": norms,
@@ -97,6 +113,27 @@ def write_result(
             "base with them",
             ", ".join(manifest[MODEL_SETTINGS_KEY]),
         )
+
+
+def _run_record(last: RunState) -> dict[str, Any]:
+    """Return how a run went, whichever step is its result."""
+    return {
+        "last_step": last.step,
+        "best_step": last.best_step,
+        "best_loss": last.best_loss,
+        "bad_steps": last.num_bad_steps,
+        "skipped_steps": last.num_skipped_steps,
+        "undone_steps": last.num_undone_steps,
+    }
+
+
+def _text_start(config: AnyTrainConfig, store: TokenStore) -> dict[str, Any] | None:
+    """Return how the texts of the run, or of the training before it, began; None if unknown."""
+    inputs = store.manifest.inputs
+    if CHAT_KEY not in inputs and "tokenizer" in inputs:
+        return {"bos_id": inputs["tokenizer"]["bos_id"]}
+    before = [config.model.path, *([config.adapter] if config.adapter else [])]
+    return find_text_start([Path(path) for path in before])
 
 
 def _write_weights(
@@ -124,8 +161,13 @@ def _write_weights(
 def fingerprint_model(path: Path) -> dict[str, str]:
     """Return the SHA256 of a model's configuration and weight files, by file name."""
     files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    gigabytes = sum(file.stat().st_size for file in files) / 1e9
+    what = f"hashing the model {path}, {gigabytes:.1f} GB"
     # Hashing releases the GIL, so threads help with large models.
-    with ThreadPoolExecutor(max_workers=8) as pool:
+    with (
+        waiting(logger, what, usually="1 to 5 s per GB"),
+        ThreadPoolExecutor(max_workers=8) as pool,
+    ):
         return dict(zip((file.name for file in files), pool.map(_sha256_once, files), strict=True))
 
 

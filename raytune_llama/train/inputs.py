@@ -1,25 +1,43 @@
 """The sources and batch plan of a run, from its config and token store; needs no model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from raytune_llama.data.batches.evaluation import EvaluationSource, select_evaluation_sources
 from raytune_llama.data.batches.mixture import TrainingSource, cut_sources
 from raytune_llama.data.batches.step_batches import BatchPlan
 from raytune_llama.data.store.token_store import TokenStore
-from raytune_llama.train.config import AnyTrainConfig
+from raytune_llama.train.config import AnyTrainConfig, SftConfig
+from raytune_llama.train.schedule import count_warmup_steps, learning_rate_factor
+
+MIN_STEPS = 10
+"""Number of optimizer steps below which a run is likely not what was meant."""
 
 
 def build_batch_plan(config: AnyTrainConfig, sources: Sequence[TrainingSource]) -> BatchPlan:
     """Return the order of the run's sequences; independent of the number of workers."""
     weights = [source.weight for source in sources if source.weight is not None]
+    if config.max_steps == 0:
+        # Evaluation needs no order: that of one step without weights, of which none is taken.
+        return replace(_create_plan(config, sources, None, max_steps=1), total_positions=0)
+    return _create_plan(config, sources, weights or None, max_steps=config.max_steps)
+
+
+def _create_plan(
+    config: AnyTrainConfig,
+    sources: Sequence[TrainingSource],
+    weights: Sequence[float] | None,
+    *,
+    max_steps: int | None,
+) -> BatchPlan:
     return BatchPlan.create(
         [source.sequences.num_sequences for source in sources],
         sequence_tokens=config.batch.sequence_tokens,
         sequences_per_step=config.batch.sequences_per_step,
         micro_batch_sequences=config.batch.micro_batch_sequences,
         seed=config.seed,
-        weights=weights or None,
-        max_steps=config.max_steps,
+        weights=weights,
+        max_steps=max_steps,
         num_epochs=config.num_epochs,
         is_padded=config.batch.form == "padded",
     )
@@ -56,3 +74,86 @@ def build_evaluation_sources(
         config.batch.sequence_tokens,
         config.eval.max_sequences,
     )
+
+
+def check_evaluated(config: AnyTrainConfig) -> list[str]:
+    """Return which fields need an evaluation, for a run that has no validation text."""
+    names = ["data.validation_fraction"]
+    names += ["data.validation"] if isinstance(config, SftConfig) else []
+    needing = {
+        "eval.patience": config.eval.patience is not None,
+        "checkpoint.result": config.checkpoint.result == "best",
+        "max_steps": config.max_steps == 0,
+    }
+    values = {
+        "eval.patience": config.eval.patience,
+        "checkpoint.result": config.checkpoint.result,
+        "max_steps": "0, which only evaluates",
+    }
+    return [
+        f"{field}: got {values[field]}, but nothing is evaluated, since the store has no "
+        f"validation split; set {' or '.join(names)}, or change the field"
+        for field, is_set in needing.items()
+        if is_set
+    ]
+
+
+def find_horizon_warnings(
+    config: AnyTrainConfig, num_steps: int, num_sequences: int | None
+) -> list[str]:
+    """Return what is likely not meant about how long a run is; each begins with a field to change.
+
+    Args:
+        config: config of the run.
+        num_steps: optimizer steps of the full run.
+        num_sequences: training sequences per epoch; None: unknown without a token store.
+    """
+    end = min(config.stop_step or num_steps, num_steps)
+    if end == 0:
+        return []
+    per_step = config.batch.sequences_per_step
+    found: list[str] = []
+    if num_sequences is not None and num_sequences < per_step:
+        effect = f"each step reads every sequence {per_step / num_sequences:.3g} times"
+        if config.num_epochs:
+            effect = f"num_epochs={config.num_epochs:g} makes only {_steps(num_steps)}"
+        found.append(
+            f"batch.sequences_per_step: got {per_step}, but an epoch has only {num_sequences} "
+            f"sequences, so that {effect}; set it to {num_sequences} or less"
+        )
+    if end < MIN_STEPS:
+        field = "stop_step" if end < num_steps else "max_steps"
+        field = "num_epochs" if config.num_epochs and field == "max_steps" else field
+        found.append(
+            f"{field}: the run takes only {_steps(end)} of {per_step} sequences, too few for "
+            "warm-up and AdamW's averages to mean anything; raise it, or lower "
+            "batch.sequences_per_step"
+        )
+    return found + _warmup_warnings(config, num_steps, end) + _patience_warnings(config, end)
+
+
+def _warmup_warnings(config: AnyTrainConfig, num_steps: int, end: int) -> list[str]:
+    num_warmup = count_warmup_steps(num_steps, config.schedule)
+    # A warm-up of one step is at the peak already.
+    if num_warmup < max(end, 2):
+        return []
+    share = learning_rate_factor(end - 1, num_steps, config.schedule)
+    return [
+        f"schedule.warmup_ratio: got {config.schedule.warmup_ratio:g}, a warm-up of {num_warmup} "
+        f"steps, but the run ends after {end}: the learning rate never leaves the warm-up, and "
+        f"its last step has {share:.0%} of optim.learning_rate; lower it, or take more steps"
+    ]
+
+
+def _patience_warnings(config: AnyTrainConfig, end: int) -> list[str]:
+    every, patience = config.eval.every_steps, config.eval.patience
+    if every is None or patience is None or every * patience < end:
+        return []
+    return [
+        f"eval.patience: got {patience} evaluations, one every {every} steps (eval.every_steps), "
+        f"but the run ends after {_steps(end)}: it cannot stop early; lower one of them"
+    ]
+
+
+def _steps(number: int) -> str:
+    return f"{number} step{'' if number == 1 else 's'}"

@@ -1,6 +1,7 @@
 """The training loop that every worker runs. Reads top to bottom; start at `train`."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from raytune_llama.data.batches.mixture import TrainingSource, mixture_record
 from raytune_llama.data.batches.provenance import Provenance
 from raytune_llama.data.batches.step_batches import BatchPlan, StepBatch, StepTotal, read_steps
 from raytune_llama.data.store.token_store import TokenStore, open_store
+from raytune_llama.logs import waiting
 from raytune_llama.model.loss import IGNORE_INDEX
 from raytune_llama.train.checkpoint.layout import RunState
 from raytune_llama.train.checkpoint.restore import restore, restore_step, roll_back
@@ -24,6 +26,7 @@ from raytune_llama.train.export import write_result
 from raytune_llama.train.inputs import build_batch_plan, build_evaluation_sources, build_sources
 from raytune_llama.train.monitoring.metrics import EvaluationResult, evaluation_metrics
 from raytune_llama.train.monitoring.nonfinite import (
+    check_updates,
     choose_action,
     find_suspects,
     state_after_rollback,
@@ -65,7 +68,14 @@ class Session:
 def train(
     config: AnyTrainConfig, workers: ProcessGroup, stop_requested: Callable[[], bool]
 ) -> RunResult:
-    """Train from the newest checkpoint to the end of the run; collective."""
+    """Train from the newest checkpoint to the end of the run; collective.
+
+    With `max_steps: 0`, evaluate only.
+
+    Raises:
+        FloatingPointError: the loss or gradient of a step is not finite, no step has updated the
+            weights, or `max_steps` is 0 and the evaluation is not finite.
+    """
     session = open_session(config, workers)
     run_self_tests(
         session.engine,
@@ -99,9 +109,13 @@ def train(
                 state = replace(state, rollback_step=state.step)
                 saver.save(state)
 
+    if session.plan.num_steps == 0:
+        check_evaluation(state)
+        return RunResult("finished", state.step)
+    check_updates(state, workers)
     last, state = state, choose_result(session, state)
     mixture = summarize_mixture(session, state)
-    write_result(config, session.store, session.engine, state, workers, mixture=mixture)
+    write_result(config, session.store, session.engine, state, workers, mixture=mixture, last=last)
     return RunResult("finished", last.step)
 
 
@@ -164,7 +178,7 @@ def evaluate_before_training(
 ) -> RunState:
     """Evaluate before the first step; with `on_bad_step: rollback`, save a step to roll back to."""
     state = evaluate(session, state, reporter)
-    if session.config.optim.on_bad_step == "rollback":
+    if session.config.optim.on_bad_step == "rollback" and session.last_step > 0:
         state = replace(state, rollback_step=state.step)
         saver.save(state)
     return state
@@ -214,7 +228,14 @@ def evaluate(session: Session, state: RunState, reporter: Reporter) -> RunState:
     if not session.evaluation_sources:
         return state
     start = time.perf_counter()
-    with session.process_group.progress.during("evaluating"):
+    num_sequences = sum(source.num_evaluated for source in session.evaluation_sources)
+    # A forward pass takes a third of a training step's time.
+    num_steps = math.ceil(num_sequences / session.plan.sequences_per_step / 3)
+    what, usually = f"evaluating {num_sequences} sequences", f"as long as {num_steps} steps"
+    with (
+        session.process_group.progress.during("evaluating"),
+        waiting(logger, what, usually=usually),
+    ):
         values = evaluation_metrics(evaluate_sources(session, session.evaluation_sources))
     return reporter.log_evaluation(state, values, time.perf_counter() - start)
 
@@ -267,16 +288,59 @@ def is_early_stopping_due(config: EvalConfig, state: RunState) -> bool:
     return state.step - state.best_step >= config.patience * config.every_steps
 
 
+def check_evaluation(state: RunState) -> None:
+    """Check the only evaluation of a run that trains nothing.
+
+    Raises:
+        FloatingPointError: its loss is not finite.
+    """
+    if state.best_loss is None:
+        raise FloatingPointError(
+            "the evaluation's loss is not finite: check the weights of model.path and of the "
+            "adapter, or use engine.precision=bf16 or fp32"
+        )
+
+
 def choose_result(session: Session, state: RunState) -> RunState:
     """Load the best step's weights if `checkpoint.result` is `best`; return the result's state."""
     config, workers = session.config, session.process_group
-    best = state.best_step
-    if config.checkpoint.result == "last" or best is None or best == state.step:
-        return state
-    if best == 0:
-        logger.warning("no evaluation improved on the initial loss: exporting the last step")
+    best, is_best_wanted = state.best_step, config.checkpoint.result == "best"
+    if workers.is_rank_zero:
+        log_choice(state, is_best_wanted=is_best_wanted)
+    if not is_best_wanted or best is None or best in {0, state.step}:
         return state
     return restore_step(config.run_place, session.engine, workers, best)
+
+
+def log_choice(state: RunState, *, is_best_wanted: bool) -> None:
+    """Log which step's weights are the result, and which step has the lowest loss."""
+    best, loss = state.best_step, state.best_loss
+    if best is None:
+        logger.info("the result is step %d, the last; nothing was evaluated", state.step)
+    elif best == state.step:
+        logger.info("the result is step %d, the last and best (eval/loss %.4f)", best, loss)
+    elif best == 0:
+        logger.warning(
+            "no evaluation is below the one before the first step (eval/loss %.4f): the result is "
+            "step %d, the last",
+            loss,
+            state.step,
+        )
+    elif is_best_wanted:
+        logger.info(
+            "the result is step %d, the best (eval/loss %.4f), not the last, step %d",
+            best,
+            loss,
+            state.step,
+        )
+    else:
+        logger.info(
+            "the result is step %d, the last; step %d has the lowest eval/loss, %.4f, and is the "
+            "result with checkpoint.result=best",
+            state.step,
+            best,
+            loss,
+        )
 
 
 def is_due(step: int, every_steps: int | None, last_step: int) -> bool:

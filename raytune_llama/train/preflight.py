@@ -1,24 +1,14 @@
 """Checks of the config and its input files before Ray starts anything; all problems at once."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from transformers import PreTrainedModel
 
 from raytune_llama.chat.templates.choice import build_template
-from raytune_llama.config.settings import (
-    ConfigError,
-    find_differences,
-    from_dict,
-    identity,
-    override,
-    to_dict,
-    to_yaml,
-)
-from raytune_llama.config.yaml12 import parse_mapping
+from raytune_llama.config.settings import ConfigError, override
 from raytune_llama.data.build.preparation import DataInputs, open_data
 from raytune_llama.model.directory import stored_tables
 from raytune_llama.model.embeddings import check_embeddings
@@ -38,31 +28,35 @@ from raytune_llama.model.lora import (
     check_adapter_targets,
 )
 from raytune_llama.model.quantization import check_quantization
-from raytune_llama.model.rope import build_rope_settings, check_rope_scaling, read_model_settings
+from raytune_llama.model.rope import (
+    build_rope_settings,
+    check_context,
+    check_rope_scaling,
+    read_model_settings,
+)
 from raytune_llama.model.vocab import VocabularyFit, check_vocabulary, num_embedding_rows
 from raytune_llama.storage.files import read_json
 from raytune_llama.storage.place import Place, check_place, local_path
-from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
+from raytune_llama.tokenizer.loader import load_tokenizer
 from raytune_llama.train.config import (
     DORA_PARTITIONED,
     AnyTrainConfig,
     PretrainConfig,
     SftConfig,
 )
+from raytune_llama.train.control_rows import find_untrained_control_rows
 from raytune_llama.train.engines.config import strategies_with
-from raytune_llama.train.export import fingerprint_adapter, fingerprint_model
+from raytune_llama.train.identity import IDENTITY_FILE
+from raytune_llama.train.inputs import check_evaluated
 from raytune_llama.train.untrained_rows import (
     check_embedding_rate,
-    count_untrained_rows,
+    check_untrained_rows,
     modules_to_save,
 )
 
 logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=AnyTrainConfig)
-
-IDENTITY_FILE = "identity.json"
-RUN_CONFIG_FILE = "run.yaml"
 
 _ON_ANY_STORAGE = {"run_dir", "data.store_dir"}
 _SOURCES = ("data.sources.", "data.validation.")
@@ -134,9 +128,14 @@ class Inputs:
     vocabulary: VocabularyFit
     """The tokenizer against the model's embedding rows."""
 
+    warnings: tuple[str, ...]
+    """What keeps no run from starting but is likely not meant; each begins with its field."""
+
 
 def open_inputs(config: AnyTrainConfig, data: DataInputs | None = None) -> Inputs:
     """Open the files that a config with absolute paths names, and check the config against them.
+
+    Warnings are logged once: not for a plan, which shows them, nor if `data` is given.
 
     Args:
         config: config of the run.
@@ -145,17 +144,23 @@ def open_inputs(config: AnyTrainConfig, data: DataInputs | None = None) -> Input
     Raises:
         ConfigError: lists every problem found.
     """
+    is_logged = data is None and not config.plan
     skeleton, fit, problems = _open_model(config)
     problems += _check_adapter(config) + _check_template(config)
     try:
         data = data or open_data(config.encoded_data, Path(config.model.tokenizer_path))
     except ConfigError as error:
         problems += error.problems
+    if not config.data.validation_fraction and not config.data.validation:
+        problems += check_evaluated(config)
     problems += _check_run_dir(config)
     if problems or data is None or skeleton is None or fit is None:
         # The vocabulary and the data checks report the same tokenizer problem.
         raise ConfigError(list(dict.fromkeys(problems)))
-    return Inputs(data, skeleton, fit)
+    warnings = find_untrained_control_rows(config, skeleton, data.tokenizer, fit)
+    for warning in warnings if is_logged else ():
+        logger.warning("%s", warning)
+    return Inputs(data, skeleton, fit, tuple(warnings))
 
 
 def _open_model(
@@ -232,23 +237,35 @@ def _check_adapter(config: AnyTrainConfig) -> list[str]:
 
 
 def _check_positions(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
-    """Check RoPE scaling, and that the adapter to continue from was trained with the same."""
+    """Check RoPE scaling, that an adapter to continue was trained with it, and the context."""
     scaling = config.model.rope_scaling
+    field, longest = _longest_text(config)
     if scaling is not None:
-        problems = check_rope_scaling(model.config, scaling, config.batch.sequence_tokens)
+        problems = check_rope_scaling(model.config, scaling, longest, field=field)
         if problems:
             return problems
+    too_long = check_context(model.config, scaling, longest, field=field, adapter=config.adapter)
     if config.adapter is None or _check_adapter(config):
-        return []
+        return too_long
     trained = read_model_settings(Path(config.adapter))
     wanted = build_rope_settings(model.config, scaling)
     if trained == wanted:
-        return []
+        return too_long
     return [
         f"model.rope_scaling: the adapter {config.adapter} was trained with "
         f"{trained or 'the RoPE settings of its base'}, but the run would use "
         f"{wanted or 'the RoPE settings of its base'}; set it as the adapter was trained"
     ]
+
+
+def _longest_text(config: AnyTrainConfig) -> tuple[str, int]:
+    """Return the most positions that training reaches, and the field that limits them.
+
+    Positions restart at each conversation, so that a packed sequence may hold more tokens.
+    """
+    if isinstance(config, SftConfig) and config.data.chat.max_tokens is not None:
+        return "data.chat.max_tokens", config.data.chat.max_tokens
+    return "batch.sequence_tokens", config.batch.sequence_tokens
 
 
 def _check_vocabulary(
@@ -261,7 +278,7 @@ def _check_vocabulary(
             fit.num_ids,
             fit.num_unused_rows,
         )
-    problems = _check_untrained_rows(config, model, fit)
+    problems = check_untrained_rows(config, model, fit)
     problems += check_embedding_rate(config, model)
     if isinstance(config, PretrainConfig) and config.train == "embeddings":
         problems += check_embeddings(model, config.embeddings, fit.new_ids)
@@ -272,36 +289,6 @@ def _check_vocabulary(
         problems = check_adapter_tokenizer(adapter, Path(config.model.tokenizer_path))
         return problems or check_adapter_fits(model, adapter, num_ids=fit.num_ids)
     return problems
-
-
-def _check_untrained_rows(
-    config: AnyTrainConfig, model: PreTrainedModel, fit: VocabularyFit
-) -> list[str]:
-    """Refuse rows that no stage trains; an embedding stage may leave some to the next stage."""
-    counts = count_untrained_rows(config, model, fit.num_new_ids)
-    if not counts:
-        return []
-    tables = " and ".join(counts)
-    if config.train == "embeddings":
-        logger.warning(
-            "%s stays frozen, with %s rows of new ids untrained: train it in the next stage "
-            "(lora.modules_to_save), or set embeddings.lm_head here",
-            tables,
-            " and ".join(str(count) for count in counts.values()),
-        )
-    if config.train == "embeddings" or config.model.allow_untrained_rows:
-        return []
-    remedy = f"add {', '.join(counts)} to lora.modules_to_save, or set model.allow_untrained_rows"
-    if fit.num_new_ids:
-        return [
-            f"model.tokenizer: it has {fit.num_new_ids} ids that the model was not trained with, "
-            f"and the new rows of {tables} would stay as initialized; {remedy}"
-        ]
-    return [
-        f"model.path: the run that made {config.model.path} trained no new row of {tables} "
-        f"({', '.join(str(count) for count in counts.values())} rows), and neither would this one; "
-        f"{remedy}"
-    ]
 
 
 def _check_stored_tables(model: PreTrainedModel, path: Path) -> list[str]:
@@ -334,66 +321,3 @@ def _is_leftover(place: Place, store_dir: Place) -> bool:
     """Whether an earlier start of this run that ended before training may have left this file."""
     is_store = store_dir.is_below(place) or place.name.startswith(f"{store_dir.name}.partial-")
     return is_store or place.name.startswith(".")
-
-
-def identify(config: AnyTrainConfig) -> dict[str, Any]:
-    """Return the identity of a run: the settings that decide its result, and its inputs by hash.
-
-    The token store's fingerprint is added once the store exists.
-    """
-    return {
-        "config": identity(config),
-        # All other `data` settings that affect the result are in the store's fingerprint.
-        "data": {"sources": [{"weight": source.weight} for source in config.data.sources]},
-        "model": fingerprint_model(Path(config.model.path)),
-        "adapter": fingerprint_adapter(config),
-        "tokenizer": tokenizer_sha256(Path(config.model.tokenizer_path)),
-    }
-
-
-def check_identity(place: Place, now: Mapping[str, Any], *, field: str = "run_dir") -> None:
-    """Refuse to resume a run or sweep that was started with other settings or inputs.
-
-    Args:
-        place: directory of the run or sweep; a new directory passes.
-        now: current identity from `identify`, or part of it.
-        field: config field that names the directory.
-
-    Raises:
-        ConfigError: lists every field that differs.
-    """
-    file = place / IDENTITY_FILE
-    if not file.exists():
-        return
-    then = file.read_json()
-    changed = find_differences({key: then.get(key) for key in now}, now)
-    if changed:
-        raise ConfigError(
-            [
-                f"{field}: {place} was started with other settings or inputs (then -> now); "
-                f"restore them, or use another {field}",
-                *changed,
-            ]
-        )
-
-
-def write_identity(config: AnyTrainConfig, now: Mapping[str, Any]) -> None:
-    """Write `run.yaml` and `identity.json` before the first step; log the permitted changes."""
-    before = config.run_place / RUN_CONFIG_FILE
-    if before.exists():
-        for change in placement_changes(config, before):
-            logger.info("changed since the run's last start: %s", change)
-    # The identity first, as it marks a run directory: a start killed in between can be repeated.
-    (config.run_place / IDENTITY_FILE).write_json(now)
-    before.write_bytes(to_yaml(config).encode())
-
-
-def placement_changes(config: AnyTrainConfig, before: Place) -> list[str]:
-    """Return the fields that differ from the run's previous `run.yaml`."""
-    data, problems = parse_mapping(before.read_bytes().decode(errors="replace"), str(before))
-    if data is not None and not problems:
-        try:
-            return find_differences(to_dict(from_dict(type(config), data)), to_dict(config))
-        except ConfigError as error:
-            problems = error.problems
-    return [f"{before} can't be read ({'; '.join(problems)}); it is rewritten"]

@@ -20,6 +20,12 @@ class ScheduleConfig:
     """Fraction of the run's steps with linear warm-up, rounded up to a number of steps."""
 
 
+def count_warmup_steps(num_steps: int, config: ScheduleConfig) -> int:
+    """Return the number of warm-up steps of a full run of `num_steps`."""
+    # Minus a rounding error: 7 % of 100 steps is 7, not 8.
+    return math.ceil(config.warmup_ratio * num_steps - 1e-9)
+
+
 def learning_rate_factor(step: int, num_steps: int, config: ScheduleConfig) -> float:
     """Return the factor on the peak learning rate at a step.
 
@@ -28,8 +34,7 @@ def learning_rate_factor(step: int, num_steps: int, config: ScheduleConfig) -> f
         num_steps: steps of the full run.
         config: schedule settings.
     """
-    # Minus a rounding error: 7 % of 100 steps is 7, not 8.
-    num_warmup = math.ceil(config.warmup_ratio * num_steps - 1e-9)
+    num_warmup = count_warmup_steps(num_steps, config)
     if step < num_warmup:
         # Not step / num_warmup: a rate of zero would waste the first step.
         return (step + 1) / num_warmup

@@ -4,14 +4,18 @@ They are counted before a run and recorded in the manifest of its result, so tha
 check them.
 """
 
+import logging
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from raytune_llama.model.embeddings import embedding_layers, trained_layers
 from raytune_llama.model.lora import check_adapter_directory, is_tied
+from raytune_llama.model.vocab import VocabularyFit
 from raytune_llama.storage.files import read_json, read_manifest
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
+
+logger = logging.getLogger(__name__)
 
 UNTRAINED_ROWS = "untrained_rows"
 """Manifest key of a model directory: number of untrained rows per embedding table."""
@@ -31,7 +35,7 @@ def count_untrained_rows(
         Row counts by the last part of the layer's name; tables without such rows are omitted.
     """
     before = read_untrained_rows(Path(config.model.path))
-    counts = {name: num_new_ids + before.get(name, 0) for name in _untrained_tables(config, model)}
+    counts = {name: num_new_ids + before.get(name, 0) for name in frozen_tables(config, model)}
     return {name: count for name, count in counts.items() if count}
 
 
@@ -40,9 +44,39 @@ def read_untrained_rows(path: Path) -> dict[str, int]:
     return dict(read_manifest(path).get(UNTRAINED_ROWS) or {})
 
 
+def check_untrained_rows(
+    config: AnyTrainConfig, model: PreTrainedModel, fit: VocabularyFit
+) -> list[str]:
+    """Refuse rows that no stage trains; an embedding stage may leave some to the next stage."""
+    counts = count_untrained_rows(config, model, fit.num_new_ids)
+    if not counts:
+        return []
+    tables = " and ".join(counts)
+    if config.train == "embeddings":
+        logger.warning(
+            "%s stays frozen, with %s rows of new ids untrained: train it in the next stage "
+            "(lora.modules_to_save), or set embeddings.lm_head here",
+            tables,
+            " and ".join(str(count) for count in counts.values()),
+        )
+    if config.train == "embeddings" or config.model.allow_untrained_rows:
+        return []
+    remedy = f"add {', '.join(counts)} to lora.modules_to_save, or set model.allow_untrained_rows"
+    if fit.num_new_ids:
+        return [
+            f"model.tokenizer: it has {fit.num_new_ids} ids that the model was not trained with, "
+            f"and the new rows of {tables} would stay as initialized; {remedy}"
+        ]
+    return [
+        f"model.path: the run that made {config.model.path} trained no new row of {tables} "
+        f"({', '.join(str(count) for count in counts.values())} rows), and neither would this one; "
+        f"{remedy}"
+    ]
+
+
 def check_embedding_rate(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
     """Return a problem if `optim.embedding_learning_rate` is set but no table is trained."""
-    frozen = _untrained_tables(config, model)
+    frozen = frozen_tables(config, model)
     if config.optim.embedding_learning_rate is None or len(frozen) < len(embedding_layers(model)):
         return []
     return [
@@ -52,8 +86,8 @@ def check_embedding_rate(config: AnyTrainConfig, model: PreTrainedModel) -> list
     ]
 
 
-def _untrained_tables(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
-    """Return the embedding tables that stay frozen, by the last part of their layers' names."""
+def frozen_tables(config: AnyTrainConfig, model: PreTrainedModel) -> list[str]:
+    """Return the embedding tables that a run does not train, by the last part of their names."""
     layers = embedding_layers(model)
     if config.train == "full":
         trained = list(layers)

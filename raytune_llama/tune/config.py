@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
+from raytune_llama.config.command_line import describe_other_job
 from raytune_llama.config.settings import PLACEMENT, ConfigError, from_dict, override, settings
 from raytune_llama.config.yaml12 import read_mapping
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig, SftConfig
@@ -184,7 +185,9 @@ def load_base(sweep: SweepConfig) -> AnyTrainConfig:
     try:
         base = from_dict(JOB_CONFIGS[sweep.job], data)
     except ConfigError as error:
-        raise ConfigError([f"base: {sweep.base}: {line}" for line in error.problems]) from None
+        other = describe_other_job(data, error.problems, sweep.job, JOB_CONFIGS)
+        problems = error.problems if other is None else [f"{other}; set job to that"]
+        raise ConfigError([f"base: {sweep.base}: {line}" for line in problems]) from None
     horizon = {"max_steps": sweep.max_steps, "num_epochs": None, "plan": False, "stop_step": None}
     try:
         return override(base, {**flatten(sweep.fixed), **horizon})

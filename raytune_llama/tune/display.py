@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from raytune_llama.tune.config import SweepConfig
+from raytune_llama.tune.findings import count_states
 from raytune_llama.tune.journal import Journal, TrialRecord
 from raytune_llama.tune.space import format_sample
 
@@ -50,7 +51,9 @@ class ProgressDisplay:
             return
         self._drawn = now
         if self._live is not None:
-            self._live.update(build_trial_table(self._sweep, self._journal), refresh=True)
+            # A terminal that is closed fails a moment before SIGHUP says so.
+            with contextlib.suppress(OSError):
+                self._live.update(build_trial_table(self._sweep, self._journal), refresh=True)
         else:
             self._log_changes()
 
@@ -72,8 +75,7 @@ def format_trial_line(sweep: SweepConfig, trial: TrialRecord) -> str:
 def build_trial_table(sweep: SweepConfig, journal: Journal) -> Table:
     """Return the trials as a table: running ones first, then the newest."""
     trials = sorted(journal.trials.values(), key=lambda t: (t.has_ended, -t.number))
-    ended = sum(trial.has_ended for trial in trials)
-    table = Table(title=f"{sweep.sweep_dir}: {ended} of {len(trials)} started trials have ended")
+    table = Table(title=f"{sweep.sweep_dir}: {count_states(sweep, trials)}")
     for head in ("trial", "state", "step", sweep.metric, "to go"):
         table.add_column(head, justify="right")
     table.add_column("sample")

@@ -2,25 +2,33 @@
 
 import base64
 import io
-import math
-import warnings
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from raytune_llama.storage.place import Place
 from raytune_llama.train.config import AnyTrainConfig
+from raytune_llama.train.monitoring.metrics import EVAL_LOSS
 from raytune_llama.tune.config import SweepConfig
+from raytune_llama.tune.findings import STATE_NAMES, Finding, Importances
 from raytune_llama.tune.journal import TrialRecord
 from raytune_llama.tune.results import score_trial
-from raytune_llama.tune.search import build_study, optuna_distributions
-from raytune_llama.tune.space import Distribution, drawn_parameters
+from raytune_llama.tune.space import Distribution
 
 SWEEP_PLOT_FILE = "sweep.png"
 SWEEP_PAGE_FILE = "sweep.html"
 
-MIN_IMPORTANCE_TRIALS = 4
-"""Minimum number of trials with a score for computing importances."""
+_BEST_COLOR = "C3"
+_MAX_SPREAD = 3.0
+"""Range of the drawn evaluations, as a multiple of the range of the better half of the trials."""
+
+_END_MARKS = {
+    "stopped": ("x", "stopped early here"),
+    "diverged": ("^", "diverged after this"),
+    "failed": ("v", "failed after this"),
+}
+"""Marker and label of the last evaluation of a trial that did not finish, by its state."""
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c2127; max-width: 70rem; margin: 2rem auto;
@@ -28,13 +36,18 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #1c2127; max-width: 70rem; 
 h1 { font-size: 1.5rem; } img { max-width: 100%; }
 table { border-collapse: collapse; width: 100%; font-size: .9em; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #d8dde3; text-align: right; }
+pre { background: #f3f5f7; padding: .4rem .6rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 th { color: #56606b; font-weight: 600; } tr.best td { background: #e8f1fb; }
 tr.failed td, tr.diverged td { color: #a03a22; } td.cause { text-align: left; }
 """
 
 
 def write_page(
-    sweep: SweepConfig, base: AnyTrainConfig, trials: Sequence[TrialRecord]
+    sweep: SweepConfig,
+    base: AnyTrainConfig,
+    trials: Sequence[TrialRecord],
+    importances: Importances,
+    findings: Sequence[Finding],
 ) -> Place | None:
     """Write `sweep.png` and, with it and the leaderboard, `sweep.html`.
 
@@ -42,108 +55,122 @@ def write_page(
         sweep: config of the sweep.
         base: config of every trial, without its sample.
         trials: trials, best first.
+        importances: importances of the fields.
+        findings: what the sweep found, listed above the picture.
 
     Returns:
         The page, or None if no trial has been evaluated yet.
     """
     if not any(trial.values for trial in trials):
         return None
-    picture = draw_sweep(sweep, base, trials)
+    picture = draw_sweep(sweep, base, trials, importances)
     (sweep.place / SWEEP_PLOT_FILE).write_bytes(picture)
     page = sweep.place / SWEEP_PAGE_FILE
-    page.write_bytes(render_page(sweep, base, trials, picture).encode())
+    page.write_bytes(render_page(sweep, base, trials, picture, findings).encode())
     return page
 
 
-def field_importances(
-    sweep: SweepConfig, base: AnyTrainConfig, trials: Sequence[TrialRecord]
-) -> dict[str, float]:
-    """Return the importance of each field of the space for the score; importances sum to 1.
-
-    Uses PED-ANOVA (Watanabe, Bansal, Hutter 2023) on the trials that have a score; empty if there
-    are too few or all scores are equal.
-    """
-    from optuna.exceptions import ExperimentalWarning
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-    from optuna.trial import create_trial
-
-    scored = [
-        (trial, found[1]) for trial in trials if (found := score_trial(trial, base, sweep.mode))
-    ]
-    if len(scored) < MIN_IMPORTANCE_TRIALS or len({value for _, value in scored}) == 1:
-        return {}
-    # Stopped trials count like the others here, by the score that they reached.
-    study = build_study(sweep.space, sweep.mode, [])
-    for trial, value in scored:
-        study.add_trial(
-            create_trial(
-                params=drawn_parameters(sweep.space, trial.sample),
-                distributions=optuna_distributions(sweep.space),
-                value=value,
-            )
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
-
-
-def draw_sweep(sweep: SweepConfig, base: AnyTrainConfig, trials: Sequence[TrialRecord]) -> bytes:
-    """Draw curves, parallel coordinates and importances; return a PNG."""
+def draw_sweep(
+    sweep: SweepConfig,
+    base: AnyTrainConfig,
+    trials: Sequence[TrialRecord],
+    importances: Importances,
+) -> bytes:
+    """Draw curves, importances and parallel coordinates; return a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 9), layout="constrained")
+    figure = Figure(figsize=(12, 10), layout="constrained")
     FigureCanvasAgg(figure)
     halves: Any = figure.subfigures(2, 1, height_ratios=[1, 1.1])
     upper, lower = halves
     curves, bars = upper.subplots(1, 2, width_ratios=[2, 1])
     _draw_curves(curves, sweep, trials)
-    _draw_importances(bars, field_importances(sweep, base, trials))
-    _draw_coordinates(lower.subplots(), sweep, base, trials)
+    _draw_importances(bars, importances)
+    _draw_coordinates(lower, sweep, base, trials)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     return buffer.getvalue()
 
 
 def _draw_curves(axes: Any, sweep: SweepConfig, trials: Sequence[TrialRecord]) -> None:  # noqa: ANN401
-    # The best is drawn last, on top of the others.
-    for position, trial in reversed(list(enumerate(trials))):
-        if not trial.values:
-            continue
+    """Draw each trial's evaluations; the best last, on top of the others."""
+    drawn = [trial for trial in trials if trial.values]
+    labelled: set[str] = set()
+    for trial in reversed(drawn):
         steps, values = list(trial.values), list(trial.values.values())
-        is_best = position == 0
-        color = "C3" if is_best else "0.7"
-        label = f"best: trial {trial.number}" if is_best else None
-        axes.plot(steps, values, color=color, marker=".", linewidth=1 + is_best, label=label)
-        if trial.state == "stopped":
-            axes.plot(steps[-1], values[-1], color=color, marker="x")
-    axes.set_xlabel("optimizer step (x: stopped)")
-    axes.set_ylabel(sweep.metric, parse_math=False)
-    axes.legend()
+        is_best = trial is drawn[0]
+        color = _BEST_COLOR if is_best else "0.65"
+        label = f"best: trial {trial.number}" if is_best else "other trials"
+        axes.plot(
+            *(steps, values),
+            color=color,
+            marker=".",
+            linewidth=1 + is_best,
+            label=None if label in labelled else label,
+        )
+        labelled.add(label)
+        if trial.state in _END_MARKS:
+            mark, label = _END_MARKS[trial.state]
+            shown = None if label in labelled else label
+            axes.plot(steps[-1], values[-1], color="k", marker=mark, linestyle="", label=shown)
+            labelled.add(label)
+    axes.set_title("evaluations of each trial", fontsize="medium")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(_metric_label(sweep), parse_math=False)
+    handles, texts = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], texts[::-1], fontsize="small")
     axes.grid(alpha=0.3)
+    _limit_scale(axes, sweep, drawn)
 
 
-def _draw_importances(axes: Any, parts: dict[str, float]) -> None:  # noqa: ANN401
-    axes.set_title("importance (PED-ANOVA)", fontsize="medium")
-    if not parts:
-        axes.text(0.5, 0.5, "too few trials", ha="center", va="center", transform=axes.transAxes)
+def _limit_scale(axes: Any, sweep: SweepConfig, drawn: Sequence[TrialRecord]) -> None:  # noqa: ANN401
+    """Leave out values so bad that the better half of the trials would be one line; count them."""
+    values = [value for trial in drawn for value in trial.values.values()]
+    shown = [v for trial in drawn[: (len(drawn) + 1) // 2] for v in trial.values.values()]
+    is_min = sweep.mode == "min"
+    good, bad = (min(shown), max(shown)) if is_min else (max(shown), min(shown))
+    limit = good + _MAX_SPREAD * (bad - good)
+    inside = [value for value in values if (value <= limit if is_min else value >= limit)]
+    if len(inside) == len(values) or limit == good:
+        return
+    worst = max(inside) if is_min else min(inside)
+    margin = 0.05 * (worst - good)
+    ends = (good - margin, worst + margin)
+    axes.set_ylim(min(ends), max(ends))
+    title = f"evaluations of each trial (off the scale: {len(values) - len(inside)})"
+    axes.set_title(title, fontsize="medium")
+
+
+def _draw_importances(axes: Any, importances: Importances) -> None:  # noqa: ANN401
+    axes.set_title("importance of each field (PED-ANOVA)", fontsize="medium")
+    if importances.reason is not None:
+        text = textwrap.fill(importances.reason, 23)
+        axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
         axes.set_axis_off()
         return
-    fields = list(parts)[::-1]
-    axes.barh(fields, [parts[field] for field in fields], color="C0")
-    axes.set_xlim(0, 1)
+    shares = dict(reversed(importances.shares.items()))
+    for field, share in shares.items():
+        may_be_chance = field in importances.by_chance
+        bar = axes.barh(_field_label(field), share, color="0.75" if may_be_chance else "C0")
+        text = f"{share:.0%}{' (may be chance)' if may_be_chance else ''}"
+        axes.bar_label(bar, [text], padding=3)
+    axes.set_xlim(0, 1.2)
+    axes.set_xticks([0, 0.5, 1], ["0%", "50%", "100%"])
+    axes.set_xlabel(f"share of the total, from {importances.num_trials} trials")
 
 
 def _draw_coordinates(
-    axes: Any,  # noqa: ANN401
+    figure: Any,  # noqa: ANN401
     sweep: SweepConfig,
     base: AnyTrainConfig,
     trials: Sequence[TrialRecord],
 ) -> None:
     """Draw one line per trial through its value on each field's axis, colored by its score."""
-    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
+    axes = figure.subplots()
     fields = [name for name, kind in sweep.space.items() if kind.multiple_of is None]
     scored = [
         (trial, found[1]) for trial in trials if (found := score_trial(trial, base, sweep.mode))
@@ -153,76 +180,114 @@ def _draw_coordinates(
         return
     scores = [value for _, value in scored]
     spread = Normalize(min(scores), max(scores) if max(scores) > min(scores) else None)
-    colors = colormaps["viridis" if sweep.mode == "max" else "viridis_r"]
+    colors = ScalarMappable(spread, "viridis" if sweep.mode == "min" else "viridis_r")
     for trial, value in reversed(scored):
-        heights = [_height(sweep.space[name], trial.sample[name]) for name in fields]
+        heights = [sweep.space[name].position(trial.sample[name]) for name in fields]
         heights.append(float(spread(value)) if max(scores) > min(scores) else 0.5)
-        axes.plot(heights, color=colors(spread(value)), linewidth=1.5, alpha=0.8)
-    names = [*fields, sweep.metric]
+        is_best = trial is scored[0][0]
+        axes.plot(
+            heights,
+            color=_BEST_COLOR if is_best else colors.to_rgba(value),
+            linewidth=3 if is_best else 1.5,
+            alpha=1 if is_best else 0.8,
+            label=f"best: trial {trial.number}" if is_best else None,
+        )
+    names = [*map(_field_label, fields), sweep.metric]
+    for position, name in enumerate(fields):
+        kind = sweep.space[name]
+        names[position] += "\n(log scale)" if kind.loguniform else ""
+        for height, text in _ticks(kind):
+            _write_tick(axes, position, height, text)
+    for height, text in _ends([min(scores), max(scores)]) if max(scores) > min(scores) else ():
+        _write_tick(axes, len(fields), height, text)
+    for position in range(len(names)):
+        axes.axvline(position, color="0.6", linewidth=0.8)
+    axes.set_title("values of each trial, one line per trial with a score", fontsize="medium")
     axes.set_xticks(range(len(names)), names)
+    axes.margins(x=0.06)
     axes.set_ylim(-0.05, 1.05)
     axes.set_yticks([])
-    for position, name in enumerate(names):
-        axes.axvline(position, color="0.6", linewidth=0.8)
-        ends = [min(scores), max(scores)] if name == sweep.metric else None
-        for height, text in _ticks(sweep.space[name]) if ends is None else _ends(ends):
-            axes.annotate(text, (position, height), fontsize="small", va="center")
+    axes.legend(fontsize="small", loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    if max(scores) > min(scores):
+        figure.colorbar(colors, ax=axes, label=_metric_label(sweep), pad=0.01)
 
 
-def _height(kind: Distribution, value: Any) -> float:  # noqa: ANN401
-    """Return the position of a value on its axis, from 0 to 1."""
-    if kind.choice is not None:
-        return kind.choice_index(value) / max(len(kind.choice) - 1, 1)
-    if kind.loguniform is not None:
-        low, high = map(math.log, kind.loguniform)
-        return (math.log(value) - low) / (high - low)
-    low, high = kind.uniform or kind.randint or (0.0, 1.0)
-    return (value - low) / (high - low)
+def _write_tick(axes: Any, position: int, height: float, text: str) -> None:  # noqa: ANN401
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1}
+    axes.annotate(
+        text,
+        (position, height),
+        xytext=(4, 0),
+        textcoords="offset points",
+        fontsize="small",
+        va="center",
+        bbox=box,
+        parse_math=False,
+    )
 
 
 def _ticks(kind: Distribution) -> list[tuple[float, str]]:
     if kind.choice is not None:
-        return [(_height(kind, value), f" {value}") for value in kind.choice]
+        texts = [textwrap.shorten(str(value), 24, placeholder="...") for value in kind.choice]
+        return [
+            (kind.position(value), text) for value, text in zip(kind.choice, texts, strict=True)
+        ]
     low, high = kind.loguniform or kind.uniform or kind.randint or (0, 1)
     return _ends([low, high])
 
 
 def _ends(values: list[float]) -> list[tuple[float, str]]:
-    return [(0.0, f" {values[0]:.4g}"), (1.0, f" {values[1]:.4g}")]
+    return [(0.0, f"{values[0]:.4g}"), (1.0, f"{values[1]:.4g}")]
+
+
+def _field_label(field: str) -> str:
+    """Return a dotted field on two lines, so that neighbors on an axis don't overlap."""
+    section, dot, name = field.rpartition(".")
+    return f"{section}{dot}\n{name}" if dot else field
+
+
+def _metric_label(sweep: SweepConfig) -> str:
+    is_loss = sweep.metric.startswith(EVAL_LOSS)
+    return f"{sweep.metric} ({'nats per token' if is_loss else 'bits per byte of text'})"
 
 
 def render_page(
-    sweep: SweepConfig, base: AnyTrainConfig, trials: Sequence[TrialRecord], picture: bytes
+    sweep: SweepConfig,
+    base: AnyTrainConfig,
+    trials: Sequence[TrialRecord],
+    picture: bytes,
+    findings: Sequence[Finding],
 ) -> str:
     """Return the page as a single HTML file without scripts."""
     fields = list(sweep.space)
-    head = ["trial", "state", sweep.metric, "at step", "seconds", *fields, "cause"]
+    head = ["trial", "state", _metric_label(sweep), "at step", "seconds", *fields, "cause"]
     names = "".join(f"<th>{escape(name)}</th>" for name in head)
     rows: list[str] = []
     for position, trial in enumerate(trials):
         found = score_trial(trial, base, sweep.mode)
         step, value = (str(found[0]), f"{found[1]:.5f}") if found else (str(trial.step), "")
-        cells = [str(trial.number), trial.state, value, step, f"{trial.seconds:.0f}"]
+        cells = [str(trial.number), STATE_NAMES[trial.state], value, step, f"{trial.seconds:.0f}"]
         cells += [_cell(trial.sample[field]) for field in fields]
         best = "best" if position == 0 and found else ""
         row = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         cause = f'<td class="cause">{escape(trial.cause or "")}</td>'
         rows.append(f'<tr class="{trial.state} {best}">{row}{cause}</tr>')
     image = base64.b64encode(picture).decode()
-    counts = {state: sum(trial.state == state for trial in trials) for state in _STATES}
-    summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    items = "\n".join(f"<li>{_finding_item(finding)}</li>" for finding in findings)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>Sweep</title><style>{_STYLE}</style></head><body>\n"
         f"<h1>Sweep <code>{escape(sweep.place.name)}</code></h1>\n"
-        f"<p>{len(trials)} trials of up to {sweep.max_steps} steps: {summary}.</p>\n"
+        f"<ul>\n{items}\n</ul>\n"
         f'<img alt="curves, importance, parallel coordinates" src="data:image/png;base64,{image}">'
         f"\n<table><thead><tr>{names}</tr></thead><tbody>\n" + "\n".join(rows) + "\n"
         "</tbody></table>\n</body></html>\n"
     )
 
 
-_STATES = ("finished", "stopped", "diverged", "failed", "running")
+def _finding_item(finding: Finding) -> str:
+    text = escape(finding.text)
+    return text if finding.command is None else f"{text}<pre>{escape(finding.command)}</pre>"
 
 
 def _cell(value: Any) -> str:  # noqa: ANN401

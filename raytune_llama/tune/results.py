@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shlex
 from collections.abc import Sequence
 
 from raytune_llama.config.settings import override, to_yaml
@@ -12,6 +13,8 @@ from raytune_llama.tune.journal import TrialRecord, trial_dir
 
 LEADERBOARD_FILE = "leaderboard.csv"
 BEST_FILE = "best.yaml"
+RESOLVED_SWEEP_FILE = "sweep.yaml"
+"""The sweep's own config, in its directory."""
 BEST_RUN = "best"
 """Subdirectory of the sweep for a run of the best trial's config."""
 
@@ -78,12 +81,16 @@ def write_best(sweep: SweepConfig, base: AnyTrainConfig, best: TrialRecord) -> P
     assert found is not None
     step, value = found
     horizon = f"its learning rate schedule spans {sweep.max_steps} steps"
+    file = sweep.place / BEST_FILE
+    # Configs are read from disks only.
+    run = shlex.join(["raytune", sweep.job, str(file)])
+    if not file.is_local:
+        run = f"copy it to the current folder, then raytune {sweep.job} {BEST_FILE}"
     head = [
         f"Best trial of a sweep: trial {best.number}, {best.state} at step {best.step}; {horizon}.",
         f"{sweep.metric} {value!r} at step {step}.",
-        f"Run it: python jobs/{sweep.job}.py {sweep.place / BEST_FILE}",
+        f"Run it: {run}",
     ]
     text = "".join(f"# {line}\n" for line in head) + to_yaml(build_best_config(sweep, base, best))
-    file = sweep.place / BEST_FILE
     file.write_bytes(text.encode())
     return file

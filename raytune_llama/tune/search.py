@@ -74,7 +74,6 @@ class TpeSampler:
         """Return the sample of a trial."""
         import optuna
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         with warnings.catch_warnings():
             # Two of its arguments have been marked experimental since 2020 and 2021.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -113,6 +112,8 @@ def build_study(
     import optuna
     from optuna.trial import TrialState
 
+    # It reports each new study otherwise.
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     direction = "minimize" if mode == "min" else "maximize"
     study = optuna.create_study(direction=direction, sampler=sampler)
     states = {
@@ -227,10 +228,15 @@ class TrialSearcher(Searcher):
         self._journal, self._prepare = journal, prepare
         self._sampler, self._total = build_sampler(sweep), count_trials(sweep)
         self._waiting = [t.number for t in journal.trials.values() if not t.has_ended]
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """Hand out no more trials; safe in a signal handler."""
+        self._is_stopped = True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:  # noqa: ARG002  # Tune's signature
         """Return the next trial: its number and its prepared run."""
-        while self._waiting or len(self._journal.trials) < self._total:
+        while not self._is_stopped and (self._waiting or len(self._journal.trials) < self._total):
             number = self._waiting.pop(0) if self._waiting else self._begin()
             try:
                 run = self._prepare(number, self._journal.trials[number].sample)

@@ -11,8 +11,8 @@ A sample maps each field to a plain value; `override(base, sample)` is a trial's
 import itertools
 import math
 import random
-from collections.abc import Mapping
-from typing import Annotated, Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -20,6 +20,16 @@ from raytune_llama.config.settings import ConfigError, settings
 
 TrialSample = dict[str, Any]
 """Plain values by dotted field, in the order of the space."""
+
+Side = Literal["lower", "upper"]
+"""One of the two ends of a range."""
+
+EDGE_FRACTION = 0.05
+"""Fraction of a range, at each end, whose values count as being at its edge. For log-uniform
+distributions it is a fraction of the logarithm's range."""
+
+_MIN_EDGE_VALUES = 3
+"""Fewest values of an integer range or of ordered choices that have an inner value."""
 
 
 @settings
@@ -73,6 +83,45 @@ class Distribution:
         # By repr, since True is equal to 1.
         return [repr(choice) for choice in self.choice or ()].index(repr(value))
 
+    def position(self, value: Any) -> float:  # noqa: ANN401  # of any field
+        """Return where a value lies between the lowest, 0, and the highest, 1; choices by index."""
+        if self.choice is not None:
+            return self.choice_index(value) / max(len(self.choice) - 1, 1)
+        if self.loguniform is not None:
+            low, high = map(math.log, self.loguniform)
+            return (math.log(value) - low) / (high - low)
+        low, high = self.uniform or self.randint or (0.0, 1.0)
+        return (value - low) / (high - low)
+
+    def find_edge(self, value: Any) -> Side | None:  # noqa: ANN401  # of any field
+        """Return the edge of the range that a value is at, or None.
+
+        Choices have edges if all of them are numbers. Two values have no edge: each would be at
+        one.
+        """
+        numbers = self.numeric_choices
+        if numbers:
+            edges: dict[float, Side] = {min(numbers): "lower", max(numbers): "upper"}
+            return edges.get(value) if len(numbers) >= _MIN_EDGE_VALUES else None
+        if self.choice is not None or self.multiple_of is not None:
+            return None
+        if self.randint is not None and self.randint[1] - self.randint[0] + 1 < _MIN_EDGE_VALUES:
+            return None
+        position = self.position(value)
+        if position <= EDGE_FRACTION:
+            return "lower"
+        return "upper" if position >= 1 - EDGE_FRACTION else None
+
+    @property
+    def numeric_choices(self) -> list[float | int]:
+        """The choices in ascending order if all are numbers; otherwise empty."""
+        numbers = [
+            value
+            for value in self.choice or ()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        ]
+        return sorted(numbers) if len(numbers) == len(self.choice or ()) else []
+
     def scaled(self, value: Any) -> float | int:  # noqa: ANN401  # of any field
         """Return `factor` times another field's value; int if the value and the product are.
 
@@ -89,6 +138,58 @@ _KINDS = ("choice", "uniform", "loguniform", "randint", "multiple_of")
 
 SearchSpace = Mapping[str, Distribution]
 """Distributions by dotted field."""
+
+
+def widen(kind: Distribution, side: Side) -> Iterator[tuple[float | int, Distribution]]:
+    """Yield wider ranges, each with its new outermost value, the widest first.
+
+    Which of them a config accepts is unknown here: many fields have limits of their own.
+    """
+    outward = -1 if side == "lower" else 1
+    old = kind.numeric_choices or kind.loguniform or kind.uniform or kind.randint or ()
+    bound = old[0] if side == "lower" else old[-1]
+    found = {_rounded(value, kind) for value in _outer_values(kind, old, side)}
+    for value in sorted(found, reverse=side == "upper"):
+        if (value - bound) * outward > 0:
+            yield value, _with_bound(kind, value, side)
+
+
+def _outer_values(kind: Distribution, old: Sequence[float], side: Side) -> list[float]:
+    """Return candidates for the outermost value of a wider range; some may lie inside."""
+    low, high = old[0], old[-1]
+    bound = low if side == "lower" else high
+    outward = -1 if side == "lower" else 1
+    if kind.choice is not None:
+        # The next in the series, by difference or by ratio.
+        inner, third = old[1:3] if side == "lower" else old[-2:-4:-1]
+        is_arithmetic = math.isclose(bound - inner, inner - third) or low <= 0
+        return [2 * bound - inner if is_arithmetic else bound * bound / inner]
+    parts = [1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
+    if kind.loguniform is not None:
+        decade = min(10.0, high / low)
+        return [bound * decade ** (outward * part) for part in parts]
+    # Usual limits of fields, and for positive ones a step down that stays positive.
+    limits = [0.0, 1.0, bound / 10] if bound > 0 else [0.0]
+    return [bound + outward * (high - low) * part for part in parts] + limits
+
+
+def _rounded(value: float, kind: Distribution) -> float | int:
+    is_whole = kind.randint is not None or all(
+        isinstance(number, int) for number in kind.numeric_choices or [0.5]
+    )
+    return round(value) if is_whole else float(f"{value:.3g}")
+
+
+def _with_bound(kind: Distribution, value: float, side: Side) -> Distribution:
+    """Return the distribution with another lowest or highest value."""
+    if kind.choice is not None:
+        more = (value, *kind.choice) if side == "lower" else (*kind.choice, value)
+        return Distribution(choice=more)
+    low, high = kind.loguniform or kind.uniform or kind.randint or (0, 1)
+    ends: Any = (value, high) if side == "lower" else (low, value)
+    if kind.randint is not None:
+        return Distribution(randint=ends)
+    return Distribution(loguniform=ends) if kind.loguniform else Distribution(uniform=ends)
 
 
 class ValueSuggester(Protocol):
@@ -160,7 +261,7 @@ def draw_sample(space: SearchSpace, chooser: ValueSuggester) -> TrialSample:
         for field, distribution in space.items()
         if distribution.multiple_of is None
     }
-    return _complete(space, drawn)
+    return complete_sample(space, drawn)
 
 
 def build_grid(space: SearchSpace) -> list[TrialSample]:
@@ -179,7 +280,7 @@ def build_grid(space: SearchSpace) -> list[TrialSample]:
         raise ConfigError(problems)
     values = [distribution.choice or () for distribution in free.values()]
     return [
-        _complete(space, dict(zip(free, point, strict=True)))
+        complete_sample(space, dict(zip(free, point, strict=True)))
         for point in itertools.product(*values)
     ]
 
@@ -216,7 +317,8 @@ def format_sample(sample: TrialSample) -> str:
     )
 
 
-def _complete(space: SearchSpace, drawn: TrialSample) -> TrialSample:
+def complete_sample(space: SearchSpace, drawn: TrialSample) -> TrialSample:
+    """Return a sample with its multiples computed from the drawn values."""
     return {
         field: drawn[field]
         if distribution.multiple_of is None

@@ -1,10 +1,11 @@
 """The driver of a sweep: check, prepare, run the trials with Tune, summarize."""
 
+import contextlib
 import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,14 +22,28 @@ from raytune_llama.config.settings import (
     to_yaml,
 )
 from raytune_llama.connection import connect_to_ray
-from raytune_llama.data.build.preparation import DataInputs, prepare_data
+from raytune_llama.data.build.preparation import (
+    DataInputs,
+    describe_inputs,
+    open_current_store,
+    prepare_data,
+)
+from raytune_llama.data.store.manifest import fingerprint_of
 from raytune_llama.data.store.token_store import TokenStore
+from raytune_llama.signals import StopSignal
 from raytune_llama.storage.lease import Fence, Lease
 from raytune_llama.storage.place import Place
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.export import read_result
+from raytune_llama.train.identity import (
+    IDENTITY_FILE,
+    check_identity,
+    identify,
+    keep_recorded_bos,
+)
 from raytune_llama.train.inputs import build_evaluation_sources
 from raytune_llama.train.monitoring.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS
+from raytune_llama.train.orchestration.channel import Channel
 from raytune_llama.train.orchestration.launch import PreparedRun
 from raytune_llama.train.orchestration.nodes import (
     check_nodes,
@@ -37,27 +52,26 @@ from raytune_llama.train.orchestration.nodes import (
     wait_for_resources,
 )
 from raytune_llama.train.orchestration.placement_group import WorkerPlacement
-from raytune_llama.train.preflight import (
-    IDENTITY_FILE,
-    check_identity,
-    identify,
-    open_inputs,
-    resolve_places,
-)
+from raytune_llama.train.preflight import open_inputs, resolve_places
 from raytune_llama.train.trainer import prepare_run
 from raytune_llama.tune.config import SweepConfig, build_trial_config, load_base
 from raytune_llama.tune.display import ProgressDisplay
+from raytune_llama.tune.findings import Finding, describe_findings, measure_importances
 from raytune_llama.tune.journal import Journal, TrialRecord, trial_dir
 from raytune_llama.tune.plot import write_page
-from raytune_llama.tune.results import rank_trials, score_trial, write_best, write_leaderboard
+from raytune_llama.tune.results import (
+    RESOLVED_SWEEP_FILE,
+    rank_trials,
+    score_trial,
+    write_best,
+    write_leaderboard,
+)
 from raytune_llama.tune.scheduler import build_scheduler, replay_journal
 from raytune_llama.tune.search import TrialSearcher, check_samples, count_remaining
 from raytune_llama.tune.space import TrialSample
 from raytune_llama.tune.trial import STEP_KEY, build_trainable
 
 logger = logging.getLogger(__name__)
-
-RESOLVED_SWEEP_FILE = "sweep.yaml"
 
 TRIAL_MEMORY_BYTES = 2**30
 """Memory reserved per trial for its driver and Ray Train's controller, in bytes."""
@@ -82,6 +96,9 @@ class SweepSummary:
     page: Place | None
     """HTML page with plots; None if no trial has been evaluated."""
 
+    findings: tuple[Finding, ...]
+    """How the trials ended, what to widen, which fields matter, and commands for the best trial."""
+
 
 def run_sweep(sweep: SweepConfig) -> SweepSummary:
     """Run or resume a sweep; its progress is shown on stderr.
@@ -100,27 +117,41 @@ def run_sweep(sweep: SweepConfig) -> SweepSummary:
     check_identity(sweep.place, known, field="sweep_dir")
     journal = Journal(sweep.place)
     if count_remaining(sweep, journal):
+        # Before Ray starts: the store may be damaged, or stale.
+        open_current_store(base.encoded_data, data)
         # A lease on the sweep's directory, which contains the trials' directories.
         with Lease(sweep.place) as lease, connect_to_ray():
             store = _prepare(sweep, base, data)
+            _check_store(sweep, store.fingerprint)
             fence = lease.confirm()
-            (sweep.place / IDENTITY_FILE).write_json(known)
+            (sweep.place / IDENTITY_FILE).write_json({**known, "store": store.fingerprint})
             (sweep.place / RESOLVED_SWEEP_FILE).write_bytes(to_yaml(sweep).encode())
             _run_trials(sweep, base, journal, data=data, store=store, fence=fence)
+    else:
+        _check_store(sweep, fingerprint_of(describe_inputs(base.encoded_data, data)))
     return _sum_up(sweep, base, journal)
+
+
+def _check_store(sweep: SweepConfig, fingerprint: str) -> None:
+    """Refuse a sweep whose earlier trials were trained on other data."""
+    file = sweep.place / IDENTITY_FILE
+    # Sweeps of earlier versions have not recorded it.
+    if file.exists() and "store" in file.read_json():
+        check_identity(sweep.place, {"store": fingerprint}, field="sweep_dir")
 
 
 def _resolve(sweep: SweepConfig) -> AnyTrainConfig:
     """Return the base config with all paths absolute; its run directory is the sweep's."""
     base = override(load_base(sweep), {"run_dir": sweep.sweep_dir})
     try:
-        return resolve_places(base, in_job=is_submitted_job())
+        base = resolve_places(base, in_job=is_submitted_job())
     except ConfigError as error:
         named = [
             f"sweep_dir:{p.removeprefix('run_dir:')}" if p.startswith("run_dir:") else p
             for p in error.problems
         ]
         raise ConfigError([text.replace("run_dir=", "sweep_dir=") for text in named]) from None
+    return keep_recorded_bos(base, trial_dir(sweep.place, 0))
 
 
 def check_sweep(sweep: SweepConfig, base: AnyTrainConfig) -> None:
@@ -230,6 +261,38 @@ def _run_trials(
     freeing = TrialCleanup(sweep.place)
     scheduler = build_scheduler(sweep, base)
     replay_journal(scheduler, journal, sweep.mode)
+    _configure_tune()
+    searcher = TrialSearcher(sweep, journal, prepare)
+    with _stopped_by_signals(searcher) as channel, display.show():
+        tuner = tune.Tuner(
+            tune.with_resources(
+                build_trainable(sweep.place, sweep.metric, sweep.mode, sweep.max_steps, channel),
+                _driver_resources(),
+            ),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=scheduler,
+                num_samples=num_left,
+                max_concurrent_trials=at_a_time,
+                trial_dirname_creator=lambda trial: (
+                    f"{trial.config['number']:04d}-{trial.trial_id}"
+                ),
+            ),
+            run_config=tune.RunConfig(
+                name=uuid.uuid4().hex[:8],
+                storage_path=(sweep.place / "tune").key,
+                storage_filesystem=sweep.place.filesystem,
+                failure_config=tune.FailureConfig(max_failures=sweep.max_restarts),
+                callbacks=[JournalCallback(journal, display.refresh, freeing.start)],
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+    freeing.wait()
+
+
+def _configure_tune() -> None:
+    """Silence Tune and turn off what it would do besides running trials."""
     # Silence Tune's messages about its own files, which nobody reads.
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
     logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)
@@ -237,30 +300,25 @@ def _run_trials(
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     # Tune's new output engine prints a box whatever `verbose` is.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    tuner = tune.Tuner(
-        tune.with_resources(
-            build_trainable(sweep.place, sweep.metric, sweep.mode, sweep.max_steps),
-            _driver_resources(),
-        ),
-        tune_config=tune.TuneConfig(
-            search_alg=TrialSearcher(sweep, journal, prepare),
-            scheduler=scheduler,
-            num_samples=num_left,
-            max_concurrent_trials=at_a_time,
-            trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}-{trial.trial_id}",
-        ),
-        run_config=tune.RunConfig(
-            name=uuid.uuid4().hex[:8],
-            storage_path=(sweep.place / "tune").key,
-            storage_filesystem=sweep.place.filesystem,
-            failure_config=tune.FailureConfig(max_failures=sweep.max_restarts),
-            callbacks=[JournalCallback(journal, display.refresh, freeing.start)],
-            verbose=0,
-        ),
-    )
-    with display.show():
-        tuner.fit()
-    freeing.wait()
+    # It would kill the trials, and lose their steps since the last checkpoint.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(searcher: TrialSearcher) -> Iterator[Any]:
+    """Let SIGINT, SIGHUP or SIGTERM ask the trials of the block to save and stop.
+
+    Yields the actor in which the trials wait for that.
+    """
+    plan = "saving the running trials after this step, then stopping"
+    with Channel() as channel, StopSignal(plan) as stop:
+
+        def request() -> None:
+            searcher.stop()
+            channel.request_stop()
+
+        stop.set_callback(request)
+        yield channel.actor
 
 
 def _driver_resources() -> tune.PlacementGroupFactory:
@@ -312,6 +370,10 @@ class JournalCallback(tune.Callback):
         """Record how a trial has ended."""
         result = trial.last_result or {}
         state = result.get("state", "running")
+        if state == "interrupted":
+            # It goes on when the sweep is resumed.
+            self._free(trial.config["number"])
+            return
         # Tune completes a trial that is still running only if the scheduler stops it.
         state = "stopped" if state == "running" else state
         cause = result.get("cause") if state in {"failed", "diverged"} else None
@@ -347,11 +409,13 @@ def _sum_up(sweep: SweepConfig, base: AnyTrainConfig, journal: Journal) -> Sweep
     trials = rank_trials(list(journal.trials.values()), base, sweep.mode)
     write_leaderboard(sweep, base, trials)
     best = trials[0] if trials and score_trial(trials[0], base, sweep.mode) else None
-    page = write_page(sweep, base, trials)
+    importances = measure_importances(sweep, base, trials)
+    findings = describe_findings(sweep, base, trials, importances)
+    page = write_page(sweep, base, trials, importances, findings)
     is_over = not count_remaining(sweep, journal)
     status = "stopped" if not is_over else "finished" if best else "failed"
     file = write_best(sweep, base, best) if best else None
-    return SweepSummary(status, sweep.place, tuple(trials), file, page)
+    return SweepSummary(status, sweep.place, tuple(trials), file, page, tuple(findings))
 
 
 class TrialCleanup:

@@ -9,8 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+from ray.exceptions import RayError
+
 from raytune_llama.config.errors import UserError
 from raytune_llama.logs import setup_logging
+from raytune_llama.signals import StopSignal
 from raytune_llama.storage.place import Place
 from raytune_llama.train.monitoring.metrics import (
     EVAL_LOSS,
@@ -19,7 +23,7 @@ from raytune_llama.train.monitoring.metrics import (
     read_metrics,
 )
 from raytune_llama.train.orchestration.launch import PreparedRun, launch
-from raytune_llama.train.result import RetriesExhaustedError
+from raytune_llama.train.result import RetriesExhaustedError, RunResult
 from raytune_llama.tune.journal import TrialState, trial_dir
 
 logger = logging.getLogger(__name__)
@@ -85,17 +89,30 @@ class RunThread(threading.Thread):
     A daemon thread: Tune stops a trial by ending its process, and the workers end with it.
     """
 
-    def __init__(self, run: PreparedRun | None) -> None:
-        """Set the run to launch; None: the run already has its result."""
+    _result: RunResult | None = None
+
+    def __init__(self, run: PreparedRun | None, stop_signal: StopSignal | None = None) -> None:
+        """Set the run to launch.
+
+        Args:
+            run: run to launch; None: it already has its result.
+            stop_signal: what asks it to save and stop; None: nothing does.
+        """
         super().__init__(name="trial", daemon=True)
         self._launch = run
+        self._stop_signal = stop_signal
         self._error: BaseException | None = None
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether the run has saved and stopped before its end."""
+        return self._result is not None and self._result.status == "stopped"
 
     def run(self) -> None:
         """Train."""
         try:
             if self._launch is not None:
-                launch(self._launch)
+                self._result = launch(self._launch, self._stop_signal)
         except BaseException as error:  # noqa: BLE001  # raised again by `check`
             self._error = error
 
@@ -105,8 +122,28 @@ class RunThread(threading.Thread):
             raise self._error
 
 
+def forward_stop(channel: Any, stop_signal: StopSignal) -> None:  # noqa: ANN401  # an actor
+    """Wait until the sweep's driver asks the trials to stop, and ask this trial's run.
+
+    Args:
+        channel: a `ChannelActor` of the sweep's driver.
+        stop_signal: stop signal of the run.
+    """
+    try:
+        ray.get(channel.wait_for_stop.remote())
+    except RayError as error:
+        # The driver has ended, and Tune ends its trials.
+        logger.debug("the sweep's driver does not answer: %s", error)
+        return
+    stop_signal.request()
+
+
 def build_trainable(
-    sweep_dir: Place, metric: str, mode: str, max_steps: int
+    sweep_dir: Place,
+    metric: str,
+    mode: str,
+    max_steps: int,
+    channel: Any,  # noqa: ANN401  # an actor
 ) -> Callable[[dict[str, Any]], Iterator[dict[str, Any]]]:
     """Return the trainable that Tune runs in a trial's process: a generator of reports.
 
@@ -115,11 +152,14 @@ def build_trainable(
         metric: metric by which trials are compared.
         mode: "min" or "max".
         max_steps: optimizer steps of a trial that is not stopped early.
+        channel: a `ChannelActor` by which the sweep's driver asks its trials to save and stop.
     """
 
     def run_trial(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
         setup_logging()
-        run = RunThread(config["run"])
+        stop = StopSignal()
+        run = RunThread(config["run"], stop)
+        threading.Thread(target=forward_stop, args=(channel, stop), daemon=True).start()
         follower = EvaluationReader(trial_dir(sweep_dir, config["number"]), metric)
         sign = 1.0 if mode == "min" else -1.0
         # Schedulers look for both keys in every report, the last one included.
@@ -135,6 +175,8 @@ def build_trainable(
                     "seconds": evaluation.seconds,
                     "state": state,
                 }
+            if run.was_stopped:
+                yield {**last, "state": "interrupted"}
         except FloatingPointError as error:
             yield {**last, "state": "diverged", "cause": str(error)}
         except (ValueError, RetriesExhaustedError) as error:
@@ -151,7 +193,7 @@ def follow_run(
     """Start a run and yield its evaluations as they appear, each with the trial's state.
 
     The last one is held back until the run has written its result: a scheduler that stopped the
-    trial because of it would prevent the result.
+    trial because of it would prevent the result. A run that is stopped before its end has no last.
 
     Raises:
         Whatever the run raises.
@@ -170,6 +212,8 @@ def follow_run(
                 yield evaluation, "running"
         if is_over:
             run.check()
+            if run.was_stopped:
+                return
             if not found:
                 raise UserError(f"{follower.metric}: the run has ended without an evaluation")
             yield found[-1], "finished"

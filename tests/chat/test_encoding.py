@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,3 +185,53 @@ def test_prompt_that_cannot_be_answered_is_an_error(
     encoder = build_chat_encoder(byte_level, ChatConfig())
     with pytest.raises(ValueError, match=r"^messages: "):
         encoder.encode_prompt(conversation)
+
+
+@pytest.mark.parametrize("train_on_prompt", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+@given(conversation=CONVERSATIONS)
+@FEW
+def test_turn_marked_as_not_trained_keeps_its_ids_and_loses_its_targets(
+    byte_level: PreTrainedTokenizerFast,
+    name: TemplateName,
+    conversation: Conversation,
+    *,
+    train_on_prompt: bool,
+) -> None:
+    config = ChatConfig(template=name, train_on_prompt=train_on_prompt)
+    encoder = build_chat_encoder(byte_level, config)
+    whole = encode(
+        encoder, replace(conversation, turns=(*conversation.turns, *talk("q", "a").turns))
+    )
+    first = replace(conversation.turns[1], is_trained=False)
+    marked = (conversation.turns[0], first, *conversation.turns[2:], *talk("q", "a").turns)
+    row = encode(encoder, replace(conversation, turns=marked))
+    assert row.ids.tolist() == whole.ids.tolist()
+    answers = build_chat_encoder(byte_level, ChatConfig(template=name))
+    start, stop = runs(encode(answers, conversation).targets)[0]
+    assert not row.targets[start:stop].any()
+    rest = np.ones(len(row.ids), dtype=bool)
+    rest[start:stop] = False
+    assert row.targets[rest].tolist() == whole.targets[rest].tolist()
+
+
+def test_conversation_without_a_trained_turn_is_dropped(
+    byte_level: PreTrainedTokenizerFast,
+) -> None:
+    encoder = build_chat_encoder(byte_level, ChatConfig(template="alpaca"))
+    turns = tuple(replace(turn, is_trained=False) for turn in talk("q", "a").turns)
+    (row,) = encoder.encode([Conversation(turns)])
+    assert isinstance(row, Defect)
+    assert row.reason == "no_target"
+
+
+def test_answer_that_loses_its_question_to_truncation_is_told(
+    byte_level: PreTrainedTokenizerFast,
+) -> None:
+    told, said = [], talk("q", "a b c d e f g h")
+    whole = encode(build_chat_encoder(byte_level, ChatConfig(template="belle")), said)
+    for max_tokens in (len(whole.ids), len(whole.ids) - 2, 5):
+        config = ChatConfig(template="belle", max_tokens=max_tokens, truncation="cut_left")
+        row = encode(build_chat_encoder(byte_level, config), said)
+        told.append((row.num_cut > 0, row.lost_prompt))
+    assert told == [(False, False), (True, False), (True, True)]

@@ -7,9 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_llama.chat.config import FormatName
+from raytune_llama.chat.config import FieldName, FormatName
 from raytune_llama.chat.conversations import Conversation, Defect
-from raytune_llama.chat.formats import KeyCounts, detect_row_format, read_row, write_row
+from raytune_llama.chat.formats import (
+    RowFormat,
+    describe_columns,
+    detect_row_format,
+    read_row,
+    write_row,
+)
+from raytune_llama.chat.repairs import Repairs
+from raytune_llama.chat.row_fields import KeyCounts
 from raytune_llama.storage.files import KEY_DECODER
 from tests.chat.conftest import ANSWERS, CONTENTS, CONVERSATIONS, talk
 
@@ -17,10 +25,21 @@ TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
-def read(row: dict[str, Any], row_format: FormatName | None = None) -> Conversation | Defect:
-    found = row_format or detect_row_format(row)
+def read(row: dict[str, Any], **options: Any) -> Conversation | Defect:  # noqa: ANN401
+    found = detect_row_format(row, options.get("columns"))
     assert found is not None
-    return read_row(row, found, KeyCounts())
+    return read_row(row, RowFormat(found, **options), KeyCounts())
+
+
+def exchange(answer: dict[str, Any], **fields: Any) -> dict[str, Any]:  # noqa: ANN401
+    """A row of a question and an answer with some fields."""
+    return {"messages": [MESSAGES[0], MESSAGES[1] | answer], **fields}
+
+
+def masks_of(row: dict[str, Any], **options: Any) -> list[bool]:  # noqa: ANN401
+    conversation = read(row, **options)
+    assert isinstance(conversation, Conversation), conversation
+    return [turn.is_trained for turn in conversation.turns if turn.role == "assistant"]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +84,7 @@ def test_row_is_sniffed_and_read(row: dict[str, Any], wanted: Conversation) -> N
         ({"conversations": []}, "empty_conversation"),
         ({"conversations": ["q", "a"]}, "wrong_type"),
         ({"conversations": [{"from": "human"}]}, "missing_field"),
-        ({"conversations": [{"from": "tool", "value": "x"}]}, "unknown_role"),
+        ({"conversations": [{"from": "narrator", "value": "x"}]}, "unknown_role"),
         ({"conversations": [*TURNS, {"from": "system", "value": "s"}]}, "late_system"),
         (
             {"conversations": [{"from": "system", "value": "s"}, *TURNS], "system": "t"},
@@ -85,7 +104,7 @@ def test_bad_row_is_told_by_reason(row: dict[str, Any], reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "row", [{}, {"text": "a"}, {"prompt": "q"}, {"chosen": "a", "output": "b"}]
+    "row", [{}, {"text": "a"}, {"prompt": "q"}, {"chosen": "a", "rejected": "b"}]
 )
 def test_row_of_no_format_is_not_sniffed(row: dict[str, Any]) -> None:
     assert detect_row_format(row) is None
@@ -93,7 +112,7 @@ def test_row_of_no_format_is_not_sniffed(row: dict[str, Any]) -> None:
 
 def test_input_separator_is_between_instruction_and_input_only() -> None:
     row = {"instruction": "A", "input": "B", "output": "C"}
-    assert read_row(row, "alpaca", KeyCounts(), input_separator="") == talk("AB", "C")
+    assert read(row, input_separator="") == talk("AB", "C")
 
 
 @pytest.mark.parametrize(("given_id", "wanted"), [("x", "x"), (7, "7"), ("", None), (None, None)])
@@ -106,12 +125,13 @@ def test_id_is_kept_as_text(given_id: object, wanted: str | None) -> None:
 def test_names_are_counted_when_aliased_ignored_or_repeated() -> None:
     counts = KeyCounts()
     text = '{"指令": "q", "output": "a", "note": "n", "note": "m", "history": []}'
-    read_row(KEY_DECODER.decode(text), "alpaca", counts)
-    turn = {"from": "human", "text": "q", "weight": 1}
-    read_row({"conversations": [turn, TURNS[1]]}, "conversations", counts)
+    read_row(KEY_DECODER.decode(text), RowFormat("alpaca"), counts)
+    turn = {"from": "human", "text": "q", "timestamp": 1}
+    read_row({"conversations": [turn, TURNS[1]]}, RowFormat("conversations"), counts)
     assert counts.aliased == {"指令": 1, "text": 1}
-    assert counts.ignored == {"note": 1, "history": 1, "weight": 1}
+    assert counts.ignored == {"note": 1, "timestamp": 1}
     assert counts.repeated == {"note": 1}
+    assert not counts.unknown
 
 
 @pytest.mark.parametrize(
@@ -161,3 +181,189 @@ def test_written_row_is_as_calm_writes_it() -> None:
         '{"id": "calm-1", "conversations": [{"from": "human", "value": "问"}, '
         '{"from": "assistant", "value": "答"}]}'
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"问题": "q", "回答": "a"}, talk("q", "a")),
+        ({"input": "q", "output": "a"}, talk("q", "a")),
+        ({"question": "q", "context": "x", "answer": "a"}, talk("q\nx", "a")),
+        ({"instruction": "q", "output": "a", "system_prompt": "s"}, talk("q", "a", system="s")),
+        ({"instruction": "q", "output": "a", "history": [["r", "b"]]}, talk("r", "b", "q", "a")),
+        ({"instruction": "q", "output": "a", "history": MESSAGES}, talk("q", "a", "q", "a")),
+        (exchange({"content": [{"type": "text", "text": "a"}] * 2}), talk("q", "aa")),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, talk("q", "a")),
+        ({"prompt": MESSAGES[:1], "completion": "a"}, talk("q", "a")),
+        # What repeats the texts that are used says nothing new.
+        (
+            {"instruction": "q", "input": "x", "output": "a", "text": "In: q\nx! Out: a"},
+            talk("q\nx", "a"),
+        ),
+        ({"messages": MESSAGES, "prompt": "q"}, talk("q", "a")),
+        # Nor does what is empty.
+        ({"instruction": "q", "output": "a", "history": [], "weight": None}, talk("q", "a")),
+    ],
+)
+def test_row_with_fields_of_meaning_is_read_whole(
+    row: dict[str, Any], wanted: Conversation
+) -> None:
+    assert read(row) == wanted
+
+
+@pytest.mark.parametrize("name", ["weight", "train", "loss"])
+@pytest.mark.parametrize(
+    ("value", "is_trained"), [(0, False), (False, False), (1, True), (0.0, False)]
+)
+def test_turn_that_is_marked_is_trained_or_not(
+    name: str, value: object, *, is_trained: bool
+) -> None:
+    assert masks_of(exchange({name: value})) == [is_trained]
+
+
+def test_answers_inside_a_prompt_of_messages_are_not_trained() -> None:
+    row = {"prompt": [*MESSAGES, MESSAGES[0]], "completion": [MESSAGES[1]]}
+    assert masks_of(row) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (exchange({"weight": 0.5}), "unsupported_value"),
+        (exchange({"weight": 0, "train": True}), "ambiguous_field"),
+        ({"messages": [MESSAGES[0] | {"train": True}, MESSAGES[1]]}, "unsupported_value"),
+        ({"messages": [MESSAGES[0] | {"reasoning_content": "hm"}, MESSAGES[1]]}, "unknown_field"),
+        (exchange({"content": [{"type": "image_url", "image_url": {}}]}), "wrong_type"),
+        ({"instruction": "q", "output": "a", "history": ["r"]}, "wrong_type"),
+        ({"instruction": "q", "output": "a", "tools": "{"}, "invalid_tools"),
+        (exchange({"tool_calls": [{"function": {}}]}), "invalid_tools"),
+        (
+            {"prompt": MESSAGES[:1], "completion": [{"role": "system", "content": "s"}]},
+            "late_system",
+        ),
+    ],
+)
+def test_row_whose_meaning_cannot_be_used_is_told_by_reason(
+    row: dict[str, Any], reason: str
+) -> None:
+    defect = read(row)
+    assert isinstance(defect, Defect)
+    assert defect.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"instruction": "q", "output": "a", "weight": 0.5}, "weight"),
+        ({"prompt": "q", "completion": "a", "rejected": "b"}, "rejected"),
+        ({"instruction": "q", "output": "a", "hint": "x"}, "hint"),
+        (exchange({}, score=3), "score"),
+        (exchange({"refusal": "no"}), "refusal"),
+    ],
+)
+def test_unknown_field_is_refused_and_counted_unless_it_is_ignored(
+    row: dict[str, Any], name: str
+) -> None:
+    counts, found = KeyCounts(), detect_row_format(row)
+    assert found is not None
+    defect = read_row(row, RowFormat(found), counts)
+    assert isinstance(defect, Defect)
+    assert (defect.reason, repr(name) in defect.detail) == ("unknown_field", True)
+    assert counts.unknown == {name: 1}
+    assert read(row, ignored=frozenset({name})) == talk("q", "a")
+
+
+def test_columns_of_the_config_come_before_known_names() -> None:
+    row = {"input": "q", "context": "x", "回复内容": "a", "output": "a"}
+    columns: dict[FieldName, str] = {
+        "instruction": "input",
+        "input": "context",
+        "output": "回复内容",
+    }
+    assert detect_row_format(row, columns) == "alpaca"
+    assert read(row, columns=columns) == talk("q\nx", "a")
+    described = describe_columns({"编号": "1", "提要": "q", "正文": "a"})
+    assert all(name in described for name in ("提要", "正文", "fields"))
+    assert '"prompt": "提要", "completion": "正文"' in described
+
+
+def test_error_names_the_column_as_the_file_does() -> None:
+    defect = read({"问题": "q", "回答": ["a"]})
+    assert isinstance(defect, Defect)
+    assert "'回答'" in defect.detail
+    assert "completion" not in defect.detail
+
+
+REPAIRS: list[tuple[str, dict[str, Any], Conversation]] = [
+    ("drop_leading_answer", {"messages": [MESSAGES[1], *MESSAGES]}, talk("q", "a")),
+    ("drop_trailing_question", {"messages": [*MESSAGES, MESSAGES[0]]}, talk("q", "a")),
+    ("join_same_role", {"messages": [MESSAGES[0], *MESSAGES, MESSAGES[1]]}, talk("q\nq", "a\na")),
+    ("trim", {"prompt": " q\n", "completion": "\ta"}, talk("q", "a")),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "wanted"), REPAIRS)
+def test_repair_is_done_and_counted_only_if_it_is_asked_for(
+    name: str, row: dict[str, Any], wanted: Conversation
+) -> None:
+    assert read(row) != wanted
+    counts, found = KeyCounts(), detect_row_format(row)
+    assert found is not None
+    assert read_row(row, RowFormat(found, repairs=Repairs(**{name: True})), counts) == wanted
+    assert counts.repaired.total() == 1
+
+
+WEATHER = {"name": "weather", "description": "Tell it.", "parameters": {"type": "object"}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+
+
+def test_tools_and_calls_are_read_in_every_spelling() -> None:
+    rows = [
+        {
+            "tools": [{"type": "function", "function": WEATHER}],
+            "messages": [
+                MESSAGES[0],
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                {"role": "tool", "tool_call_id": "c1", "content": "warm"},
+                MESSAGES[1],
+            ],
+        },
+        {
+            "functions": [{key: WEATHER[key] for key in reversed(WEATHER)}],
+            "messages": [
+                MESSAGES[0],
+                {"role": "assistant", "function_call": {"name": "weather", "arguments": {}}},
+                {"role": "function", "name": "weather", "content": "warm"},
+                MESSAGES[1],
+            ],
+        },
+        {
+            "tools": json.dumps([WEATHER]),
+            "conversations": [
+                TURNS[0],
+                {"from": "function_call", "value": '{"name": "weather", "arguments": {}}'},
+                {"from": "observation", "value": "warm"},
+                TURNS[1],
+            ],
+        },
+    ]
+    first, *others = map(read, rows)
+    assert isinstance(first, Conversation), first
+    assert [first] * 2 == others
+    assert first.tools == (json.dumps({"type": "function", "function": WEATHER}),)
+    assert [turn.role for turn in first.turns] == ["user", "assistant"] * 2
+    assert "weather" in first.turns[1].content
+    assert "warm" in first.turns[2].content
+
+
+def test_conversation_with_tools_marks_and_reasoning_survives_formats_with_turns() -> None:
+    row = exchange({"reasoning_content": "hm", "weight": 0}, tools=[WEATHER])
+    conversation = read(row)
+    assert isinstance(conversation, Conversation), conversation
+    for row_format in ("conversations", "messages"):
+        written = write_row(conversation, row_format)
+        assert isinstance(written, dict)
+        assert read(written) == conversation
+    defect = write_row(conversation, "completion")
+    assert isinstance(defect, Defect)
+    assert defect.reason == "not_representable"

@@ -20,6 +20,13 @@ def row(text: str) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
+def cut(text: str, max_tokens: int, truncation: Truncation) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and targets of what is kept."""
+    ids, targets = row(text)
+    kept = truncate(targets, max_tokens, truncation, begins_with_bos=text[0] == "b")
+    return ids[kept], targets[kept]
+
+
 @pytest.mark.parametrize(
     ("text", "max_tokens", "truncation", "wanted"),
     [
@@ -40,7 +47,7 @@ def row(text: str) -> tuple[np.ndarray, np.ndarray]:
 def test_policy_keeps_what_it_says(
     text: str, max_tokens: int, truncation: Truncation, wanted: str
 ) -> None:
-    ids, targets = truncate(*row(text), max_tokens, truncation, bos_id=BOS)
+    ids, targets = cut(text, max_tokens, truncation)
     wanted_ids, wanted_targets = row(wanted)
     assert ids.tolist() == wanted_ids.tolist()
     assert targets.tolist() == wanted_targets.tolist()
@@ -58,7 +65,7 @@ def test_kept_eos_ends_what_is_left_and_nothing_else_changes(
     if len(text) <= max_tokens:
         return
     whole, _ = row(text)
-    ids, targets = truncate(*row(text), max_tokens, "keep_eos", bos_id=BOS)
+    ids, targets = cut(text, max_tokens, "keep_eos")
     assert len(ids) <= max_tokens
     if len(ids):
         assert (ids[-1], bool(targets[-1]), bool(targets[-2])) == (EOS, True, True)

@@ -96,7 +96,7 @@ def test_folder_of_two_formats_is_refused_with_file_and_line(tmp_path: Path, dec
 
 def test_file_of_no_format_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", {"text": "x"}, {"text": "y"})
-    with pytest.raises(SourceError, match=r"^sources\.0\.format: no row"):
+    with pytest.raises(SourceError, match=r"^sources\.0\.fields: no row"):
         convert(source, tmp_path / "out", max_bad_fraction=1.0)
 
 
@@ -172,7 +172,7 @@ def test_target_that_exists_and_files_of_text_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"^target: .* exists"):
         convert(source, tmp_path)
     text = write(tmp_path / "a.txt", "no rows")
-    with pytest.raises(ConfigError, match=r"^sources\.0\.path: .*a\.txt is txt"):
+    with pytest.raises(ConfigError, match=r"^sources\.0\.path: .*plain text: .*a\.txt"):
         convert(text, tmp_path / "out")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from ray.util.placement_group import placement_group_table
 
+from raytune_llama.cli import VERBS
 from raytune_llama.config.settings import ConfigError, from_dict, load, write_yaml
 from raytune_llama.storage.place import Place
 from raytune_llama.train.config import PretrainConfig
@@ -23,6 +25,7 @@ from raytune_llama.tune.journal import Journal
 from raytune_llama.tune.search import trial_dir
 from raytune_llama.tune.sweep import run_sweep
 from tests.pipeline.conftest import ROOT, MakeJob, own_cluster
+from tests.terminal import Terminal
 
 pytestmark = pytest.mark.ray
 
@@ -92,6 +95,10 @@ def test_sweep_finds_the_best_rate_and_its_config_repeats_the_winner(
     assert curve(best.run_place, EVAL_LOSS) == curve(winner, EVAL_LOSS)
     assert len(curve(winner, LOSS)) == 8
 
+    # A trial that was stopped early is finished as the run that it is.
+    run = load(PretrainConfig, [str(trial_dir(sweep.place, stopped[0].number).path / "run.yaml")])
+    assert run_training(run).step == 8
+
     # Again: nothing is left to do, and nothing is done.
     before = (tmp_path / "sweep" / "journal.jsonl").read_bytes()
     assert run_sweep(sweep).status == "finished"
@@ -140,6 +147,38 @@ def test_sweep_that_the_cluster_cannot_hold_is_refused_at_once(make_sweep: MakeS
     with pytest.raises(ConfigError, match=r"scale\.num_workers: 3 workers"):
         run_sweep(make_sweep(fixed={"scale.num_workers": 3}))
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_sweep_prints_commands_that_run_as_printed(
+    make_sweep: MakeSweep, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    space = {"optim.learning_rate": {"choice": RATES[:2]}}
+    sweep = make_sweep(space=space, scheduler={"kind": "none"}, max_steps=4)
+    write_yaml(sweep, tmp_path / "sweep.yaml")
+    assert VERBS["sweep"]([str(tmp_path / "sweep.yaml")], "raytune sweep") == 0
+    printed = capsys.readouterr().out
+    assert "2 finished" in printed
+    commands = [shlex.split(line) for line in printed.splitlines() if line.startswith("  raytune ")]
+    assert [verb for _, verb, *_ in commands] == ["merge", "serve", "pretrain", "pretrain"]
+    merged = sweep.place / "merged"
+    for _, verb, *arguments in commands:
+        if verb == "serve":  # It would serve until it is interrupted.
+            assert arguments == [f"model_dir={merged}"]
+        else:
+            assert VERBS[verb](arguments, f"raytune {verb}") == 0
+    assert (merged / "model.safetensors").exists()
+    continued, longer = sweep.place / "continued", sweep.place / "best-8"
+    assert (max(curve(continued, LOSS)), max(curve(longer, LOSS))) == (4, 8)
+    # The best adapter is trained further, and not a new one from the base.
+    winner = curve(trial_dir(sweep.place, best_trial(sweep)), EVAL_LOSS)
+    assert curve(continued, EVAL_LOSS)[0] == pytest.approx(winner[4], rel=1e-5)
+
+
+def best_trial(sweep: SweepConfig) -> int:
+    trials = Journal(sweep.place).trials.values()
+    return min(trials, key=lambda trial: trial.value or 0).number
 
 
 def start_sweep(sweep: SweepConfig, log: Path) -> subprocess.Popen[bytes]:
@@ -225,3 +264,51 @@ def test_sweep_that_loses_a_node_ends_as_if_it_had_not(
     undisturbed = run_sweep(make_sweep(**fields, sweep_dir=str(tmp_path / "undisturbed")))
     for trial in undisturbed.trials:
         assert trials[trial.number].values == trial.values
+
+
+@pytest.mark.slow  # Three Ray clusters.
+@pytest.mark.usefixtures("ray_cluster")
+def test_sweep_stopped_by_ctrl_c_saves_its_trials_and_resumes_them(
+    make_sweep: MakeSweep, tmp_path: Path
+) -> None:
+    # No checkpoint but the one that the stop asks for.
+    fields: dict[str, Any] = {
+        "space": {"optim.learning_rate": {"choice": [1e-2, 1e-3]}},
+        "fixed": {
+            "eval.every_steps": 100,
+            "checkpoint.every_steps": 1000,
+            "checkpoint.keep_best": False,
+        },
+        "scheduler": {"kind": "none"},
+        "max_steps": 400,
+        "max_concurrent": 1,
+    }
+    sweep = make_sweep(**fields)
+    write_yaml(sweep, tmp_path / "sweep.yaml")
+    command = [sys.executable, "jobs/sweep.py", str(tmp_path / "sweep.yaml")]
+    first = trial_dir(sweep.place, 0)
+
+    def newest_step() -> float:
+        return max(curve(first, LOSS), default=0)
+
+    with Terminal(command, environment=own_cluster()) as terminal:
+        terminal.wait_until(lambda: newest_step() >= 20)
+        terminal.press_ctrl_c()
+        assert terminal.wait() == 75, terminal.printed
+    assert "Traceback" not in terminal.printed
+    assert f"to resume: python jobs/sweep.py {tmp_path / 'sweep.yaml'}\n" in terminal.printed
+    stopped_at = newest_step()
+    assert stopped_at < 400
+    saved = [path.name for path in (first.path / "checkpoints").iterdir()]
+    assert saved == [f"step-{stopped_at:08.0f}"]
+    # It has not ended, and no other has begun.
+    trials = Journal(sweep.place).trials
+    assert {number: trial.has_ended for number, trial in trials.items()} == {0: False}
+
+    with Terminal(command, environment=own_cluster()) as terminal:
+        assert terminal.wait() == 0, terminal.printed
+    undisturbed = run_sweep(make_sweep(**fields, sweep_dir=str(tmp_path / "undisturbed")))
+    trials = Journal(sweep.place).trials
+    for trial in undisturbed.trials:
+        assert trials[trial.number].values == trial.values
+    assert curve(first, LOSS) == curve(trial_dir(undisturbed.sweep_dir, 0), LOSS)

@@ -107,6 +107,7 @@ def make_texts(count: int, *, seed: int) -> list[str]:
 
 def write_store(path: Path, tokenizer_dir: Path, **splits: list[list[str]]) -> None:
     """Write a token store; a split is a list of sources, which are lists of documents."""
+    path.mkdir(exist_ok=True)
     tokenizer = load_tokenizer(tokenizer_dir)
     listed: dict[Any, SplitManifest] = {}
     for name, sources in splits.items():

@@ -1,6 +1,7 @@
 """Promise: a run that is stopped and started again equals one that never was, bit for bit."""
 
 import copy
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from raytune_llama.config.settings import ConfigError
 from raytune_llama.data.store.token_store import TokenStore
 from raytune_llama.model.llama import causal_lm
 from raytune_llama.model.lora import is_tied
@@ -21,6 +23,7 @@ from raytune_llama.tokenizer.loader import load_tokenizer
 from raytune_llama.train.checkpoint.layout import list_checkpoints
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.export import read_result
+from raytune_llama.train.identity import check_run, identify, write_identity
 from raytune_llama.train.inputs import build_batch_plan, build_sources
 from raytune_llama.train.loop import open_session, read_batches
 from raytune_llama.train.monitoring.metrics import (
@@ -34,7 +37,9 @@ from raytune_llama.train.monitoring.metrics import (
 )
 from raytune_llama.train.process_group import ProcessGroup
 from raytune_llama.train.result import RunResult
-from tests.train.conftest import MakeConfig, curve, run_here
+from tests.train.conftest import MakeConfig, curve, make_texts, run_here, write_store
+from tests.train.group import Group
+from tests.train.marked import MARKS, write_broken_model
 from tests.train.saved import weights_in
 
 IDS = torch.arange(5, 25)[None]
@@ -240,3 +245,102 @@ def test_run_with_a_stop_step_ends_there_on_the_rates_of_the_whole_run(
     evaluated = [r["step"] for r in read_metrics(cut.run_place) if EVAL_LOSS in r]
     assert evaluated == [0, 3, 5]
     assert (cut.run_place / cut.result_name / "manifest.json").exists()
+
+
+def evaluated_steps(config: PretrainConfig) -> list[float]:
+    return [r["step"] for r in read_metrics(config.run_place) if EVAL_LOSS in r]
+
+
+def test_run_of_zero_steps_evaluates_and_trains_nothing(
+    make_config: MakeConfig, two: Group
+) -> None:
+    whole = make_config("whole")
+    run_here(whole)
+    # Rolling back would need a checkpoint, of which there is none.
+    config = make_config("zero", max_steps=0, optim__on_bad_step="rollback")
+    assert run_here(config) == RunResult("finished", 0)
+    assert evaluated_steps(config) == [0]
+    assert curve(config, EVAL_LOSS) == curve(whole, EVAL_LOSS)[:1]
+    assert curve(config, LOSS) == []
+    assert list_checkpoints(config.run_place) == []
+    assert read_result(config) is None
+    together = make_config("together", max_steps=0)
+    two.run(together)
+    assert curve(together, EVAL_LOSS) == pytest.approx(curve(config, EVAL_LOSS), rel=1e-5)
+
+
+def test_run_of_zero_steps_evaluates_an_adapter(make_config: MakeConfig) -> None:
+    first = make_config("first")
+    run_here(first)
+    adapter = str(first.run_place / first.result_name)
+    config = make_config("zero", max_steps=0, lora=None, adapter=adapter)
+    run_here(config)
+    assert curve(config, EVAL_LOSS) == pytest.approx(curve(first, EVAL_LOSS)[-1:], rel=1e-6)
+
+
+def test_run_of_zero_steps_may_be_continued_and_equals_one_that_began_with_all(
+    make_config: MakeConfig,
+) -> None:
+    whole, zero = make_config("whole"), make_config("parts", max_steps=0)
+    run_here(whole)
+    check_run(zero, identify(zero))
+    write_identity(zero, identify(zero))
+    run_here(zero)
+    parts = make_config("parts")
+    check_run(parts, identify(parts))
+    write_identity(parts, identify(parts))
+    run_here(parts)
+    assert losses(parts.run_dir) == losses(whole.run_dir)
+    assert evaluated_steps(parts) == evaluated_steps(whole)
+    # Other settings are refused as ever, and there is no way back.
+    for fields, line in (
+        ({"seed": 5}, "config.seed: 1 -> 5"),
+        ({"max_steps": 0}, "config.max_steps: 6 -> 0"),
+    ):
+        other = make_config("parts", **fields)
+        with pytest.raises(ConfigError) as caught:
+            check_run(other, identify(other))
+        assert line in caught.value.problems
+
+
+def test_run_of_zero_steps_without_a_finite_loss_fails(
+    make_config: MakeConfig, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    model = write_broken_model(tmp_path / "model", tokenizer_dir, MARKS[0])
+    held_out = [f"the store {MARKS[0]}"]
+    write_store(
+        tmp_path / "marked", tokenizer_dir, train=[make_texts(9, seed=0)], validation=[held_out]
+    )
+    fields = {"data__store_dir": str(tmp_path / "marked"), "lora__modules_to_save": []}
+    config = make_config(model__path=str(model), **fields, max_steps=0)
+    with pytest.raises(FloatingPointError, match="evaluation's loss is not finite"):
+        run_here(config)
+
+
+@pytest.mark.parametrize("wanted", ["last", "best"])
+def test_train_tells_the_best_step_in_the_log_and_in_the_manifest(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture, wanted: str
+) -> None:
+    caplog.set_level(logging.INFO, "raytune_llama")
+    # The rate rises to one that is far too high.
+    config = make_config(
+        optim__learning_rate=1.0,
+        schedule__warmup_ratio=0.9,
+        eval__every_steps=1,
+        checkpoint__result=wanted,
+        max_steps=12,
+    )
+    run_here(config)
+    evaluated = curve(config, EVAL_LOSS)
+    best = evaluated.index(min(evaluated))
+    assert 0 < best < 12, evaluated
+    manifest = read_result(config)
+    assert manifest is not None
+    assert manifest["step"] == (best if wanted == "best" else 12)
+    assert manifest["run"]["last_step"] == 12
+    assert manifest["run"]["best_step"] == best
+    assert manifest["run"]["best_loss"] == evaluated[best]
+    (told,) = [message for message in caplog.messages if message.startswith("the result is step")]
+    assert f"step {manifest['step']}" in told
+    assert f"step {best}" in told
+    assert f"{evaluated[best]:.4f}" in told

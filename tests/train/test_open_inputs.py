@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from raytune_llama.data.build.preparation import prepare_data
 from raytune_llama.storage.place import Place
-from raytune_llama.train.preflight import check_identity, identify, open_inputs
+from raytune_llama.train.identity import check_identity, identify
+from raytune_llama.train.preflight import open_inputs
 from tests.faulty_s3 import FaultyServer
 from tests.train.conftest import MakeConfig
 

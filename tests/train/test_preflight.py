@@ -8,13 +8,13 @@ import pytest
 
 from raytune_llama.config.settings import ConfigError, override
 from raytune_llama.storage.place import Place
-from raytune_llama.train.preflight import (
+from raytune_llama.train.identity import (
     check_identity,
     identify,
     placement_changes,
-    resolve_places,
     write_identity,
 )
+from raytune_llama.train.preflight import resolve_places
 from tests.faulty_s3 import FaultyServer
 from tests.train.conftest import MakeConfig, fields_of, problems_of, write_model
 

@@ -1,6 +1,8 @@
 """Promise: positions that a run was trained with are those of every model made of its result."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from raytune_llama.config.settings import override
 from raytune_llama.merge.config import MergeConfig
 from raytune_llama.merge.merger import merge_adapters
 from raytune_llama.model.config import RopeScaling
@@ -162,3 +165,95 @@ def test_scaling_with_a_field_of_another_kind_is_refused(make: MakeConfig) -> No
         ValueError, match=r"model\.rope_scaling\.beta_fast: applies only to type yarn"
     ):
         make(model__rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 16.0})
+
+
+def overrides_of(message: str) -> dict[str, Any]:
+    """Return the overrides of RoPE scaling that a message names."""
+    found = re.findall(r"model\.rope_scaling\.(type|factor)=(\w+)", message)
+    return {
+        f"model.rope_scaling.{name}": int(value) if value.isdecimal() else value
+        for name, value in found
+    }
+
+
+def write_scaled(base: Path, path: Path, **rope: Any) -> Path:  # noqa: ANN401
+    """Copy a model of 128 positions, and give it RoPE scaling of its own."""
+    shutil.copytree(base, path)
+    settings = json.loads((path / "config.json").read_text())
+    settings["rope_parameters"] = {"rope_theta": 10000.0, **rope}
+    (path / "config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("scaling", "tokens", "named"),
+    [
+        (None, 300, {"model.rope_scaling.type": "yarn", "model.rope_scaling.factor": 3}),
+        ({"type": "linear", "factor": 2.0}, 300, {"model.rope_scaling.factor": 3}),
+    ],
+)
+def test_sequence_beyond_the_models_positions_is_refused_with_the_scaling_that_would_do(
+    make: MakeConfig, scaling: dict[str, Any] | None, tokens: int, named: dict[str, Any]
+) -> None:
+    config = make(model__rope_scaling=scaling, batch__sequence_tokens=tokens)
+    [problem] = problems_of(config)
+    assert problem.startswith(f"batch.sequence_tokens: got {tokens}, ")
+    assert "max_position_embeddings 128" in problem
+    assert overrides_of(problem) == named
+    assert problems_of(override(config, named)) == []
+    context = 256 if scaling else 128
+    assert f"batch.sequence_tokens={context}" in problem
+    assert problems_of(override(config, {"batch.sequence_tokens": context})) == []
+    beyond = override(config, {"batch.sequence_tokens": context + 1})
+    assert fields_of(problems_of(beyond)) == ["batch.sequence_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        ({"rope_type": "linear", "factor": 2.0}, 256),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}, 256),
+        # The number of positions includes the scaling already.
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, 128),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+            128,
+        ),
+        # Beyond 128 the scale would be that of the longest sequence of a batch.
+        ({"rope_type": "dynamic", "factor": 2.0}, 128),
+    ],
+)
+def test_sequence_is_held_against_the_scaling_in_the_models_own_config(
+    make: MakeConfig, model_dir: Path, tmp_path: Path, rope: dict[str, Any], context: int
+) -> None:
+    model = str(write_scaled(model_dir, tmp_path / "scaled", **rope))
+    assert problems_of(make(model__path=model, batch__sequence_tokens=context)) == []
+    [problem] = problems_of(make(model__path=model, batch__sequence_tokens=context + 1))
+    assert problem.startswith(f"batch.sequence_tokens: got {context + 1}, ")
+    assert str(rope["rope_type"]) in problem
+    # A model that is scaled already cannot be scaled by the run.
+    assert overrides_of(problem) == {}
+
+
+def test_sequence_of_a_model_without_positions_has_no_limit(
+    make: MakeConfig, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    base = write_family(tmp_path / "bloom", "bloom", tokenizer_dir)
+    fields = {"lora__targets": ["query_key_value"], "lora__modules_to_save": []}
+    assert problems_of(make(model__path=str(base), batch__sequence_tokens=9999, **fields)) == []
+
+
+def test_sequence_beyond_the_context_of_an_adapter_needs_a_new_adapter(make: MakeConfig) -> None:
+    first = make("first", **LINEAR)
+    run_here(first)
+    fields = {"lora": None, "adapter": str(result_of(first)), **LINEAR}
+    assert problems_of(make("fits", batch__sequence_tokens=512, **fields)) == []
+    [problem] = problems_of(make("beyond", batch__sequence_tokens=513, **fields))
+    assert problem.startswith("batch.sequence_tokens: got 513, ")
+    assert "train a new adapter" in problem

@@ -327,6 +327,19 @@ def test_conversations_longer_than_a_sequence_are_cut_when_encoded(make_sft: Mak
     assert shorter.encoded_data.chat.max_tokens == 32
 
 
+def test_positions_of_a_conversation_are_held_against_the_models_not_those_of_a_sequence(
+    make_sft: MakeSft,
+) -> None:
+    longer = {"batch__sequence_tokens": 512}
+    capped = {"data__chat": {"template": "belle", "max_tokens": 128}}
+    assert problems_of(make_sft(**longer, **capped)) == []
+    (problem,) = problems_of(make_sft(**longer))
+    assert problem.startswith("batch.sequence_tokens: got 512, ")
+    capped["data__chat"]["max_tokens"] = 129
+    (problem,) = problems_of(make_sft(**longer, **capped))
+    assert problem.startswith("data.chat.max_tokens: got 129, ")
+
+
 def test_changed_template_of_a_manifest_is_seen(make_sft: MakeSft) -> None:
     first = make_sft("first")
     run_here(first)

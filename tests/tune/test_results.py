@@ -1,13 +1,16 @@
 import csv
 import io
+from collections.abc import Sequence
 
 import pytest
 
 from raytune_llama.config.settings import load, override
+from raytune_llama.storage.place import Place
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.tune.config import SweepConfig, load_base
+from raytune_llama.tune.findings import Finding, measure_importances
 from raytune_llama.tune.journal import TrialRecord
-from raytune_llama.tune.plot import field_importances, write_page
+from raytune_llama.tune.plot import write_page
 from raytune_llama.tune.results import rank_trials, write_best, write_leaderboard
 from tests.tune.conftest import MakeSweep
 
@@ -86,43 +89,28 @@ def test_best_is_a_whole_config_of_the_winner(
     assert config.run_place == sweep.place / "best"
 
 
-def many(sweep: SweepConfig, count: int) -> list[TrialRecord]:
-    """Return trials whose loss follows the learning rate alone."""
-    rates = [10 ** -(1 + 3 * n / count) for n in range(count)]
-    return [
-        TrialRecord(n, sample(rate, (2, 4, 8)[n % 3]), "finished", {12: abs(rate - 1e-3)})
-        for n, rate in enumerate(rates)
-    ]
+def write(sweep: SweepConfig, trials: Sequence[TrialRecord], *notes: Finding) -> Place | None:
+    base = load_base(sweep)
+    return write_page(sweep, base, trials, measure_importances(sweep, base, trials), notes)
 
 
-def test_importance_finds_the_field_that_decides(make_sweep: MakeSweep) -> None:
-    sweep = make_sweep()
-    parts = field_importances(sweep, load_base(sweep), many(sweep, 24))
-    assert set(parts) == {"optim.learning_rate", "lora.rank"}
-    assert parts["optim.learning_rate"] > 0.7
-    assert sum(parts.values()) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_importance_of_few_trials_is_not_told(make_sweep: MakeSweep, count: int) -> None:
-    sweep = make_sweep()
-    assert field_importances(sweep, load_base(sweep), many(sweep, count)) == {}
-
-
-@pytest.mark.parametrize("count", [1, 2, 8])
+@pytest.mark.parametrize("count", [1, 2, 60])
 def test_page_shows_any_number_of_trials(make_sweep: MakeSweep, count: int) -> None:
     sweep = make_sweep()
-    base = load_base(sweep)
-    trials = rank_trials([*many(sweep, count), *TRIALS[3:]], base, "min")
-    page = write_page(sweep, base, trials)
+    scored = [
+        TrialRecord(n, sample(10 ** -(1 + 3 * n / count)), "finished", {12: 3 - n / count})
+        for n in range(count)
+    ]
+    trials = rank_trials([*scored, *TRIALS[3:]], load_base(sweep), "min")
+    page = write(sweep, trials, Finding("a < b: widen it", "raytune sweep 'x={a: 1}'"))
     assert page is not None
     html = page.read_bytes().decode()
     assert html.count("<tr class=") == count + 2
     assert "no\nmodel, there" in html
+    assert "a &lt; b: widen it<pre>raytune sweep &#x27;x={a: 1}&#x27;</pre>" in html
     assert "<script" not in html
     assert (sweep.place / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_page_of_a_sweep_without_any_evaluation_is_not_made(make_sweep: MakeSweep) -> None:
-    sweep = make_sweep()
-    assert write_page(sweep, load_base(sweep), TRIALS[4:]) is None
+    assert write(make_sweep(), TRIALS[4:]) is None

@@ -161,3 +161,14 @@ def test_parzen_sampler_tells_trials_that_run_at_a_time_apart() -> None:
     failed = TrialRecord(10, sampler.sample(10, history), "failed")
     sample = sampler.sample(11, [*history, running, pruned, failed])
     assert sample not in [trial.sample for trial in (*history, running, pruned, failed)]
+
+
+def test_searcher_that_is_stopped_hands_out_no_more_and_starts_none(make_sweep: MakeSweep) -> None:
+    search, journal = search_of(make_sweep())
+    first = search.suggest("id")
+    assert first is not None
+    search.stop()
+    assert numbers_of(search) == []
+    assert list(journal.trials) == [first["number"]]
+    again, _ = search_of(make_sweep())
+    assert numbers_of(again) == list(range(6))

@@ -109,3 +109,14 @@ def test_follow_of_a_run_without_an_evaluation_says_so(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="without an evaluation"):
         list(told)
+
+
+def test_follow_of_a_run_that_was_stopped_tells_what_it_had_and_no_end(tmp_path: Path) -> None:
+    write(tmp_path / "run", evaluation(1, 4.0))
+
+    class Stopped(Running):
+        was_stopped = True
+
+    follower = EvaluationReader(Place.local(tmp_path / "run"), "eval/loss")
+    told = follow_run(Stopped(lambda: None), follower, 9)
+    assert list(told) == [(Evaluation(1, 4.0, 0.5), "running")]

@@ -97,9 +97,13 @@ class PlainTemplate:
             raise UnrenderableError(f"template {self.name} does not support system messages")
         written: list[Segment] = []
         for number, turn in enumerate(conversation.turns):
+            if turn.reasoning is not None:
+                raise UnrenderableError(f"template {self.name} has no place for reasoning")
             if turn.role == "assistant":
-                written.append(Segment("assistant", turn.content, is_target=True))
-                written.append(replace(self.controls.eos, is_target=True))
+                is_masked = not turn.is_trained
+                answer = Segment("assistant", turn.content, is_target=True, is_masked=is_masked)
+                written.append(answer)
+                written.append(replace(self.controls.eos, is_target=True, is_masked=is_masked))
                 continue
             is_first = number == 0
             if self.controls.bos and self._needs_bos(is_first=is_first):

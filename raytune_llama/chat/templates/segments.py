@@ -31,7 +31,9 @@ class Segment:
     token_id: int | None = None
     """Id of a control token; None for text, which is never searched for control tokens."""
     is_target: bool = False
-    """Whether the loss covers it: answers and the tokens that end them."""
+    """Whether it is an answer or ends one, which the loss covers."""
+    is_masked: bool = False
+    """Whether the loss leaves it out all the same: its turn is marked as not trained."""
 
 
 @dataclass(frozen=True, slots=True)

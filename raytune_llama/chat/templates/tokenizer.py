@@ -15,6 +15,7 @@ import logging
 import re
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, Literal
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
@@ -26,6 +27,7 @@ from raytune_llama.chat.templates.segments import (
     UnrenderableError,
     find_control_tokens,
 )
+from raytune_llama.chat.tools import ChatMessage, ToolCall, join_tool_messages, place_tools
 from raytune_llama.config.errors import UserError
 from raytune_llama.tokenizer.loader import control_token_strings
 
@@ -33,16 +35,35 @@ logger = logging.getLogger(__name__)
 
 _VERSION = 1
 _DATE = "26 Jul 2024"  # the default date of LLaMA 3's templates
+_PROBED_TOOL = "probed_tool_X7q9k2"
 _PLACEHOLDER = "Content{}OfX7q9k2"
 
-Speaker = str
-"""A `Role`, or `system`."""
+
+@dataclass(frozen=True, slots=True)
+class _Speaker:
+    """What the shape of a rendered message depends on."""
+
+    role: Literal["system", "user", "assistant"]
+    is_masked: bool = False
+    has_reasoning: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A content in the output of a template."""
+
+    message: int
+    """Index of its message."""
+    is_reasoning: bool
+    """Whether it is the message's reasoning, which the template may drop in earlier turns."""
 
 
 @dataclass(frozen=True, slots=True)
 class _RenderedShape:
     """Output of a template for a sequence of speakers, without the contents."""
 
+    slots: tuple[_Slot, ...]
+    """The contents in it."""
     texts: tuple[str, ...]
     """Texts before, between and after the contents."""
     segments: tuple[tuple[Segment, ...], ...]
@@ -68,7 +89,7 @@ class TokenizerTemplate:
         self._tokenizer = tokenizer
         self._controls = find_control_tokens(tokenizer)
         self._spelled = _pattern(control_token_strings(tokenizer))
-        self._skeletons: dict[tuple[Speaker, ...], _RenderedShape] = {}
+        self._skeletons: dict[tuple[_Speaker, ...], _RenderedShape] = {}
         if tokenizer.chat_template is None:
             raise UserError(
                 f"template: {tokenizer.name_or_path} has no chat template; set another template, "
@@ -82,35 +103,88 @@ class TokenizerTemplate:
 
     def render(self, conversation: Conversation) -> list[Segment]:
         """See `Template.render`."""
-        speakers: list[Speaker] = [turn.role for turn in conversation.turns]
-        contents = [turn.content for turn in conversation.turns]
+        speakers = [
+            _Speaker(
+                turn.role, turn.role == "assistant" and not turn.is_trained, bool(turn.reasoning)
+            )
+            for turn in conversation.turns
+        ]
+        contents = [(turn.reasoning or "", turn.content) for turn in conversation.turns]
         if conversation.system is not None:
-            speakers, contents = ["system", *speakers], [conversation.system, *contents]
+            speakers.insert(0, _Speaker("system"))
+            contents.insert(0, ("", conversation.system))
         skeleton = self._get_rendered_shape(tuple(speakers))
         text = self._write(speakers, contents)
-        spans = _match(text, skeleton.texts, contents)
+        said = [contents[slot.message][not slot.is_reasoning] for slot in skeleton.slots]
+        spans = _match(text, skeleton.texts, said)
         if spans is None:
             raise UnrenderableError(
                 "the chat template changes contents by more than stripping whitespace"
             )
         written = list(skeleton.segments[0])
-        for speaker, span, between in zip(speakers, spans, skeleton.segments[1:], strict=True):
-            kind = speaker if speaker in ("system", "user") else "assistant"
-            written.append(Segment(kind, span, is_target=kind == "assistant"))
+        for slot, span, between in zip(skeleton.slots, spans, skeleton.segments[1:], strict=True):
+            speaker = speakers[slot.message]
+            is_answer = speaker.role == "assistant"
+            written.append(
+                Segment(speaker.role, span, is_target=is_answer, is_masked=speaker.is_masked)
+            )
             written += between
         return written
 
-    def _write(self, speakers: list[Speaker], contents: list[str]) -> str:
-        """Render a conversation, as a generation prompt if its last turn is the user's."""
+    def has_other_tool_format(self) -> bool:
+        """Whether the template itself writes tools, but not as `raytune_llama.chat.tools` does."""
+        tool = {"type": "function", "function": {"name": _PROBED_TOOL, "parameters": {}}}
+        own = self._write_own_tools(tool, {"a": 1}) or self._write_own_tools(tool, '{"a": 1}')
+        if own is None or _PROBED_TOOL not in own:
+            return False
+        said = [
+            ChatMessage("user", "B"),
+            ChatMessage("assistant", "", (ToolCall(_PROBED_TOOL, '{"a": 1}'),)),
+            ChatMessage("tool", "D"),
+            ChatMessage("assistant", "E"),
+        ]
+        ours = Conversation(join_tool_messages(said), "A", tools=(json.dumps(tool),))
+        try:
+            written = self.render(place_tools(ours, allows_system=self.allows_system))
+        except UnrenderableError:
+            return True
+        return "".join(segment.text for segment in written) != own
+
+    def _write_own_tools(self, tool: dict[str, Any], arguments: object) -> str | None:
+        """Render a conversation with a tool as the template does; None if it fails."""
+        call = {"id": "c", "function": {"name": _PROBED_TOOL, "arguments": arguments}}
+        messages: list[dict[str, Any]] = [
+            {"role": "system", "content": "A"},
+            {"role": "user", "content": "B"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "name": _PROBED_TOOL, "content": "D"},
+            {"role": "assistant", "content": "E"},
+        ]
+        try:
+            own = self._tokenizer.apply_chat_template(
+                messages, tools=[tool], tokenize=False, date_string=_DATE
+            )
+        except (jinja2.TemplateError, TypeError, ValueError):
+            return None
+        return str(own)
+
+    def _write(self, speakers: list[_Speaker], contents: list[tuple[str, str]]) -> str:
+        """Render a conversation, as a generation prompt if its last turn is the user's.
+
+        Args:
+            speakers: Author of each message.
+            contents: Reasoning and content of each message.
+        """
         messages = [
-            {"role": speaker, "content": content}
-            for speaker, content in zip(speakers, contents, strict=True)
+            {"role": speaker.role, "content": content}
+            | ({"reasoning_content": reasoning} if speaker.has_reasoning else {})
+            for speaker, (reasoning, content) in zip(speakers, contents, strict=True)
         ]
         try:
             written = self._tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
-                add_generation_prompt=speakers[-1] == "user",
+                add_generation_prompt=speakers[-1].role == "user",
                 date_string=_DATE,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -118,66 +192,80 @@ class TokenizerTemplate:
         assert isinstance(written, str)
         return written
 
-    def _get_rendered_shape(self, speakers: tuple[Speaker, ...]) -> _RenderedShape:
+    def _get_rendered_shape(self, speakers: tuple[_Speaker, ...]) -> _RenderedShape:
         if speakers not in self._skeletons:
             self._skeletons[speakers] = self._build_rendered_shape(list(speakers))
         return self._skeletons[speakers]
 
-    def _build_rendered_shape(self, speakers: list[Speaker]) -> _RenderedShape:
-        names = [_PLACEHOLDER.format(number) for number in range(len(speakers))]
+    def _build_rendered_shape(self, speakers: list[_Speaker]) -> _RenderedShape:
+        names = [
+            (_PLACEHOLDER.format(f"{number}Reasoning"), _PLACEHOLDER.format(number))
+            for number in range(len(speakers))
+        ]
         text = self._write(speakers, names)
-        places = [0]
-        for number, name in enumerate(names):
-            if text.count(name) != 1 or text.index(name) < places[-1]:
-                times = text.count(name)
-                raise UnrenderableError(
-                    f"the chat template renders the {speakers[number]} content of message {number} "
-                    f"{times} times, or out of order"
-                )
-            places += [text.index(name), text.index(name) + len(name)]
-        places.append(len(text))
+        slots, places = _find_slots(text, speakers, names)
         texts = [text[start:stop] for start, stop in list(pairwise(places))[::2]]
         said = [0] * len(texts)
-        for number, speaker in enumerate(speakers):
-            if speaker == "assistant":
-                prompt = self._write(speakers[:number], names[:number])
-                if not text.startswith(prompt) or len(prompt) > places[2 * number + 1]:
-                    raise UnrenderableError(
-                        "the generation prompt of the chat template is not a prefix of its answers"
-                    )
-                said[number] = places[2 * number + 1] - len(prompt)
-        parts = zip(texts, said, ["", *speakers], strict=True)
+        for number, slot in enumerate(slots):
+            if speakers[slot.message].role != "assistant":
+                continue
+            if number and slots[number - 1].message == slot.message:
+                said[number] = len(texts[number])  # between reasoning and answer
+                continue
+            prompt = self._write(speakers[: slot.message], names[: slot.message])
+            if not text.startswith(prompt) or len(prompt) > places[2 * number + 1]:
+                raise UnrenderableError(
+                    "the generation prompt of the chat template is not a prefix of its answers"
+                )
+            said[number] = places[2 * number + 1] - len(prompt)
         segments = tuple(
-            self._split(part, num_said, follows_answer=before == "assistant")
-            for part, num_said, before in parts
+            self._split(
+                part,
+                num_said,
+                before=speakers[slots[number - 1].message] if number else None,
+                after=speakers[slots[number].message] if number < len(slots) else None,
+            )
+            for number, (part, num_said) in enumerate(zip(texts, said, strict=True))
         )
-        return _RenderedShape(tuple(texts), segments)
+        return _RenderedShape(tuple(slots), tuple(texts), segments)
 
-    def _split(self, text: str, num_said: int, *, follows_answer: bool) -> tuple[Segment, ...]:
+    def _split(
+        self, text: str, num_said: int, *, before: _Speaker | None, after: _Speaker | None
+    ) -> tuple[Segment, ...]:
         """Split a template's text at control tokens.
 
         Args:
             text: Text between two contents.
             num_said: Number of characters at its end that belong to the next answer.
-            follows_answer: Whether it follows an answer, which its first control token ends.
+            before: Author of the content before it; the first control token ends an answer.
+            after: Author of the content after it.
         """
         head, said = text[: len(text) - num_said], text[len(text) - num_said :]
         segments: list[Segment] = []
-        is_target = follows_answer
+        is_target = before is not None and before.role == "assistant" and len(text) > num_said
+        is_masked = before is not None and before.is_masked
         for part in filter(None, self._spelled.split(head)):
-            segments.append(self._segment(part, is_target=is_target))
+            segments.append(
+                self._segment(part, is_target=is_target, is_masked=is_target and is_masked)
+            )
             is_target = is_target and segments[-1].token_id is None
-        if is_target:
+        if is_target or (
+            before is not None and before.role == "assistant" and after is None and not head
+        ):
             raise UnrenderableError("the chat template ends an answer without a control token")
+        is_masked = after is not None and after.is_masked
         parts = filter(None, self._spelled.split(said))
-        return (*segments, *(self._segment(part, is_target=True) for part in parts))
+        return (
+            *segments,
+            *(self._segment(part, is_target=True, is_masked=is_masked) for part in parts),
+        )
 
-    def _segment(self, part: str, *, is_target: bool) -> Segment:
+    def _segment(self, part: str, *, is_target: bool, is_masked: bool) -> Segment:
         if not self._spelled.fullmatch(part):
-            return Segment("template", part, is_target=is_target)
+            return Segment("template", part, is_target=is_target, is_masked=is_masked)
         token_id = self._tokenizer.convert_tokens_to_ids(part)
         assert isinstance(token_id, int)
-        return Segment("control", part, token_id, is_target=is_target)
+        return Segment("control", part, token_id, is_target=is_target, is_masked=is_masked)
 
     def _check_date(self, text: str) -> None:
         if "strftime_now" not in text:
@@ -194,12 +282,12 @@ class TokenizerTemplate:
 
     def _probe(self) -> tuple[bool, bool, frozenset[int]]:
         """Return whether a system message is allowed, whether it is required, and the stop ids."""
-        one, errors = ("user", "assistant"), []
+        one, errors = (_Speaker("user"), _Speaker("assistant")), []
         works: list[bool] = []
-        for start in ((), ("system",)):
+        for start in ((), (_Speaker("system"),)):
             try:
                 self._get_rendered_shape((*start, *one, *one))
-                self._get_rendered_shape((*start, "user"))
+                self._get_rendered_shape((*start, one[0]))
                 works.append(True)
             except UnrenderableError as error:
                 works.append(False)
@@ -212,8 +300,8 @@ class TokenizerTemplate:
         ends = {
             next(segment.token_id for segment in after if segment.token_id is not None)
             for speakers, skeleton in self._skeletons.items()
-            for speaker, after in zip(speakers, skeleton.segments[1:], strict=True)
-            if speaker == "assistant"
+            for slot, after in zip(skeleton.slots, skeleton.segments[1:], strict=True)
+            if speakers[slot.message].role == "assistant"
         }
         if self._controls.eos.token_id not in ends:
             logger.warning(
@@ -230,6 +318,38 @@ def _pattern(spelled: frozenset[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
 
+def _find_slots(
+    text: str, speakers: list[_Speaker], names: list[tuple[str, str]]
+) -> tuple[list[_Slot], list[int]]:
+    """Return the contents in a rendered text, and the ends of the texts around them, from 0.
+
+    Raises:
+        UnrenderableError: A content is missing, repeated or out of order. Reasoning may be missing
+            in any message but the last: templates drop it from earlier turns.
+    """
+    slots: list[_Slot] = []
+    places = [0]
+    for number, speaker in enumerate(speakers):
+        for is_reasoning in (True, False):
+            name = names[number][not is_reasoning]
+            times = text.count(name)
+            if is_reasoning and (
+                not speaker.has_reasoning or (not times and number + 1 < len(speakers))
+            ):
+                continue
+            if is_reasoning and not times:
+                raise UnrenderableError("the chat template does not take reasoning_content")
+            if times != 1 or text.index(name) < places[-1]:
+                what = "reasoning" if is_reasoning else "content"
+                raise UnrenderableError(
+                    f"the chat template renders the {speaker.role} {what} of message {number} "
+                    f"{times} times, or out of order"
+                )
+            places += [text.index(name), text.index(name) + len(name)]
+            slots.append(_Slot(number, is_reasoning))
+    return slots, [*places, len(text)]
+
+
 def _match(text: str, texts: tuple[str, ...], contents: list[str]) -> list[str] | None:
     """Locate contents in a rendered text, unchanged or without whitespace at their ends.
 
@@ -239,7 +359,10 @@ def _match(text: str, texts: tuple[str, ...], contents: list[str]) -> list[str] 
     # All partial matches, by their end position; unchanged contents come first.
     matches: dict[int, list[str]] = {len(texts[0]): []} if text.startswith(texts[0]) else {}
     for content, between in zip(contents, texts[1:], strict=True):
-        candidates = (content, content.strip(), content.rstrip(), content.lstrip())
+        candidates = (
+            *(content, content.strip(), content.rstrip(), content.lstrip()),
+            *(content.strip("\n"), content.rstrip("\n"), content.lstrip("\n")),
+        )
         longer: dict[int, list[str]] = {}
         for place, found in matches.items():
             for candidate in dict.fromkeys(candidates):

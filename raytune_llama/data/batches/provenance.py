@@ -28,7 +28,7 @@ class Provenance:
         Each sample has its `position`, the name of its `source`, its `index` in the source, the
         source's `epoch`, and its `documents`: the `number` of each in the split, its `file` (name,
         or index if the store records no name) and its `offset` in the file, in bytes, or in rows
-        for Parquet.
+        for tables.
 
         Args:
             step: Optimizer step, from 0.

@@ -115,13 +115,17 @@ def run_units(
     import ray
 
     kwargs = {"reader": ray.put(reader), "plan": plan, "units": units}
-    for row in _run_actors(len(units), kwargs, num_workers, num_free):
-        if row["problem"]:
-            problems[row["unit"]] = row["problem"]
-        elif row["record"]:
-            record = pydantic.TypeAdapter(UnitRecord).validate_json(row["record"])
-            records[row["unit"]] = record
-            progress.add(units[row["unit"]], record, reused=row["reused"])
+    try:
+        for row in _run_actors(len(units), kwargs, num_workers, num_free):
+            if row["problem"]:
+                problems[row["unit"]] = row["problem"]
+            elif row["record"]:
+                record = pydantic.TypeAdapter(UnitRecord).validate_json(row["record"])
+                records[row["unit"]] = record
+                progress.add(units[row["unit"]], record, reused=row["reused"])
+    except KeyboardInterrupt:
+        logger.info("%d/%d units are kept in %s", len(records), len(units), plan.work_dir)
+        raise
     if problems:
         # A full disk stops every unit with the same message.
         raise SourceError("\n".join(dict.fromkeys(line for _, line in sorted(problems.items()))))
@@ -170,9 +174,9 @@ def read_sample_texts(files: list[SourceFile]) -> list[str]:
 
 
 def read_head_rows(file: SourceFile) -> Iterator[RowBatch]:
-    """Stream a file's rows from its beginning; of a Parquet file, only the first row group."""
+    """Stream a file's rows from its beginning; of a table, only the first row group."""
     with file.place.open() as opened:
-        stop = len(file.row_group_bytes[:1]) or file.status.num_bytes
+        stop = min(1, file.end) if file.options.is_table else file.end
         part = OpenRange(file.place, opened, 0, stop, HashingReader(opened, 0, 0))
         yield from read_rows(part, file.options)
 

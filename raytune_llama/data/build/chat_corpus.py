@@ -1,63 +1,53 @@
-"""Encode conversations from JSON files as token ids with a loss mask, unit by unit.
+"""Conversations as the corpus of a token store: list files, detect row formats, check their heads.
 
     corpus = open_chat_corpus(config, tokenizer)      # on the driver: files, formats, template
     reader = corpus.build_reader(text_encoder)        # picklable, for the workers
-    for documents in reader.read(unit, plan, tally, quarantine): ...
 
-A bad row is counted and quarantined, as with text. A file whose format differs from its source's
-first row is an error: two data sets were probably mixed up.
+A file whose format differs from its source's first row is an error: two data sets were probably
+mixed up. So is a field that may carry meaning and is not used.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.chat.config import FormatName
-from raytune_llama.chat.conversations import Conversation, Defect
-from raytune_llama.chat.encoding import ChatEncoder, EncodedConversation, build_chat_encoder
-from raytune_llama.chat.formats import KeyCounts, detect_row_format, read_row
+from raytune_llama.chat.conversations import Conversation
+from raytune_llama.chat.encoding import build_chat_encoder
+from raytune_llama.chat.formats import (
+    RowFormat,
+    describe_columns,
+    detect_row_format,
+    read_row,
+)
+from raytune_llama.chat.repairs import Repairs
+from raytune_llama.chat.row_fields import KeyCounts, plain_name
 from raytune_llama.chat.templates.choice import build_template
+from raytune_llama.chat.templates.segments import Template
+from raytune_llama.chat.templates.tokenizer import TokenizerTemplate
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.data.build.actors import read_head_rows
-from raytune_llama.data.build.text_corpus import choose_splits
-from raytune_llama.data.build.unit_reader import (
-    QuarantineWriter,
-    Tally,
-    quarantine_rows,
-    read_byte_ranges,
-)
-from raytune_llama.data.build.units import BuildPlan, ByteRange, WorkUnit
+from raytune_llama.data.build.chat_reader import ChatTextReader, ChatUnitReader, describe_unknown
 from raytune_llama.data.config import ChatDataConfig, ChatSourceConfig
 from raytune_llama.data.readers.conversations import find_conversation_files
-from raytune_llama.data.readers.lines import count_bytes
-from raytune_llama.data.readers.rows import BadRow, ObjectRow, SourceError, excerpt
+from raytune_llama.data.readers.rows import ObjectRow
 from raytune_llama.data.readers.sources import SourceFile
-from raytune_llama.data.store.shards import EncodedDocuments
 from raytune_llama.tokenizer.reference import TextEncoder
 
 logger = logging.getLogger(__name__)
 
-_BATCH_CONVERSATIONS = 512
 _SNIFFED_ROWS = 1000
 _SAMPLE_BYTES = 4 << 20
 
-DROP_REASONS = ("too_long", "no_target")
-"""Drop reasons that are no defect of a file: such rows are skipped, not quarantined."""
+_HEAD_ROWS = 200
+"""Rows per file that are read on the driver to find fields that are not used."""
 
-
-@dataclass(frozen=True)
-class RowFormat:
-    """Row format of a source and its options."""
-
-    name: FormatName
-    """Name of the format."""
-    input_separator: str
-    """Text between instruction and input; see `ConversationSource.input_separator`."""
+_ROWS_VERSION = 2
+"""Version of how rows become conversations, incremented with each change of meaning."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +69,20 @@ class ChatCorpus:
         chat = self.config.chat
         return {
             "validation_sources": len(self.config.validation),
-            "formats": [[source.name, source.input_separator] for source in self.formats],
+            "rows_version": _ROWS_VERSION,
+            "formats": [
+                [source.name, source.input_separator, dict(source.columns)]
+                for source in self.formats
+            ],
+            "duplicates": self.config.duplicates.fingerprint_inputs,
             "chat": {
                 "template": chat.template,
                 "template_sha256": build_template(chat.template, self.tokenizer).sha256,
                 "max_tokens": chat.max_tokens,
                 "truncation": chat.truncation,
                 "train_on_prompt": chat.train_on_prompt,
+                "ignore_fields": sorted(map(plain_name, chat.ignore_fields)),
+                "repairs": asdict(Repairs.from_config(chat)),
             },
         }
 
@@ -96,10 +93,10 @@ class ChatCorpus:
         left = _SAMPLE_BYTES
         for file in self.files[::step]:
             for row in _first_rows(file):
-                read = _read(row, self.formats[file.source], KeyCounts())
+                read = read_row(row.value, self.formats[file.source], KeyCounts())
                 if isinstance(read, Conversation):
-                    texts += [turn.content for turn in read.turns]
-                    left -= sum(len(turn.content) for turn in read.turns)
+                    texts += read.texts
+                    left -= sum(map(len, read.texts))
                 if left <= 0:
                     return texts
         return texts
@@ -110,6 +107,11 @@ class ChatCorpus:
         chat = build_chat_encoder(self.tokenizer, self.config.chat, encoder)
         return ChatUnitReader(chat, self.formats, num_trained)
 
+    @property
+    def read_texts(self) -> "ChatTextReader":
+        """Reader of the texts among which duplicates are searched."""
+        return ChatTextReader(self.formats)
+
 
 def open_chat_corpus(config: ChatDataConfig, tokenizer: PreTrainedTokenizerFast) -> ChatCorpus:
     """List the files of all sources and detect the row format of each source.
@@ -119,8 +121,9 @@ def open_chat_corpus(config: ChatDataConfig, tokenizer: PreTrainedTokenizerFast)
             has no usable chat template; lists all such problems with their field paths.
     """
     problems: list[str] = []
+    template: Template | None = None
     try:
-        build_template(config.chat.template, tokenizer)
+        template = build_template(config.chat.template, tokenizer)
     except ValueError as error:
         problems.append(f"data.chat.{error}")
     max_bytes = config.max_document_mib << 20
@@ -133,12 +136,30 @@ def open_chat_corpus(config: ChatDataConfig, tokenizer: PreTrainedTokenizerFast)
             "%d files are in both data.sources and data.validation: not trained on",
             len(trained) - len(files),
         )
-    every = (*config.sources, *config.validation)
+    every, listed = (*config.sources, *config.validation), {file.source for file in trained}
     formats: list[RowFormat] = []
     for number, source in enumerate(every):
+        field = _field(config, number)
         own = [file for file in [*files, *held_out] if file.source == number]
-        found = _find_format(source, _field(config, number), own, problems)
-        formats.append(RowFormat(found or "messages", source.input_separator))
+        found = _find_format(source, field, own, problems)
+        if not own and number in listed:
+            problems.append(
+                f"{field}.path: all files of {source.path} are also in data.validation, none is "
+                "left to train on; name other files"
+            )
+        row_format = RowFormat(
+            found or "messages",
+            source.input_separator,
+            source.fields,
+            frozenset(map(plain_name, config.chat.ignore_fields)),
+            Repairs.from_config(config.chat),
+        )
+        formats.append(row_format)
+        if found is not None:
+            unknown, has_tools = _read_heads(own, row_format, field)
+            problems += unknown
+            if has_tools and isinstance(template, TokenizerTemplate):
+                _warn_of_tool_format(template, tokenizer)
     if problems:
         raise ConfigError(problems)
     return ChatCorpus(config, tokenizer, [*files, *held_out], tuple(formats))
@@ -183,8 +204,9 @@ def _find_format(
     """Detect the format of a source from the first rows of its files; None adds a problem."""
     found: FormatName | None = None if source.format == "auto" else source.format
     first = "set by `format`"
+    keys: ObjectRow | None = None
     for file in files:
-        named = _sniff(file)
+        named, keys = _sniff(file, source, keys)
         if named is None or named == found:
             continue
         if found is None:
@@ -195,160 +217,65 @@ def _find_format(
                 f"({first}); use one source per format"
             )
             return None
-    if not files:
+    if files and found is None:
+        columns = "no row is a JSON object" if keys is None else describe_columns(keys.value)
         problems.append(
-            f"{field}.path: all files of {source.path} are also in data.validation, none is left "
-            "to train on; name other files"
-        )
-    elif found is None:
-        problems.append(
-            f"{field}.format: no known row format found in {source.path}; set it if the first rows "
-            "are damaged. Known formats: alpaca (instruction, output), conversations, messages, "
-            "completion (prompt, completion)"
+            f"{field}.fields: no known row format found in {source.path}: {columns}. Known "
+            "formats: alpaca (instruction, output), conversations, messages, completion (prompt, "
+            "completion); set format if only the first rows are damaged"
         )
     return found
 
 
-def _sniff(file: SourceFile) -> FormatName | None:
+def _read_heads(
+    files: list[SourceFile], row_format: RowFormat, field: str
+) -> tuple[list[str], bool]:
+    """Read the first rows of files.
+
+    Returns:
+        A problem per field that may carry meaning and is not used; whether some row has tools.
+    """
+    counts, first = KeyCounts(), dict[str, str]()
+    num_rows, has_tools = 0, False
+    for file in files:
+        for row in islice(_first_rows(file), _HEAD_ROWS):
+            num_rows += 1
+            before = set(counts.unknown)
+            read = read_row(row.value, row_format, counts)
+            has_tools = has_tools or (isinstance(read, Conversation) and bool(read.tools))
+            for name in set(counts.unknown) - before:
+                first[name] = f"{file.place}, row at line {row.line}"
+    problems = [
+        f"{field}: {describe_unknown(name, count)} of the first {num_rows} (first: {first[name]})"
+        for name, count in counts.unknown.items()
+    ]
+    return problems, has_tools
+
+
+def _warn_of_tool_format(template: TokenizerTemplate, tokenizer: PreTrainedTokenizerFast) -> None:
+    if template.has_other_tool_format():
+        logger.warning(
+            "the chat template of %s has a format of its own for tools; training and serving write "
+            "them in that of Qwen's and Hermes' templates, and other servers may parse its calls "
+            "differently",
+            tokenizer.name_or_path,
+        )
+
+
+def _sniff(
+    file: SourceFile, source: ChatSourceConfig, seen: ObjectRow | None
+) -> tuple[FormatName | None, ObjectRow | None]:
+    """Return the format of a file's first rows, and the first row that has none."""
     for number, row in enumerate(_first_rows(file)):
-        found = detect_row_format(row.value)
+        found = detect_row_format(row.value, source.fields)
         if found is not None:
-            return found
+            return found, seen
+        seen = seen or row
         if number == _SNIFFED_ROWS:
-            return None
-    return None
+            break
+    return None, seen
 
 
 def _first_rows(file: SourceFile) -> Iterator[ObjectRow]:
     for batch in read_head_rows(file):
         yield from batch.objects
-
-
-def _read(row: ObjectRow, row_format: RowFormat, counts: KeyCounts) -> Conversation | Defect:
-    separator = row_format.input_separator
-    return read_row(row.value, row_format.name, counts, input_separator=separator)
-
-
-class ChatUnitReader:
-    """Picklable reader of conversation units; implements `unit_encoder.UnitReader`."""
-
-    has_targets = True
-
-    def __init__(
-        self, encoder: ChatEncoder, formats: tuple[RowFormat, ...], num_trained: int
-    ) -> None:
-        """Store what all units share.
-
-        Args:
-            encoder: Renders and tokenizes conversations.
-            formats: Row format of each source.
-            num_trained: Number of training sources; later ones are evaluation-only.
-        """
-        self._encoder = encoder
-        self._formats = formats
-        self._num_trained = num_trained
-
-    def read(
-        self, unit: WorkUnit, plan: BuildPlan, tally: Tally, quarantine: QuarantineWriter
-    ) -> Iterator[EncodedDocuments]:
-        """Stream the encoded conversations of a unit, accounting for every row.
-
-        Raises:
-            SourceError: As in `read_unit_documents`, or a row's format differs from its source's.
-        """
-        for number, byte_range, batch in read_byte_ranges(unit, plan.files, tally, quarantine):
-            tally.skipped["blank"] += len(batch.texts)
-            rows = batch.objects
-            for start in range(0, len(rows), _BATCH_CONVERSATIONS):
-                some = rows[start : start + _BATCH_CONVERSATIONS]
-                bad: list[BadRow] = []
-                made = self._encode(some, byte_range, plan, tally, bad)
-                quarantine_rows(bad, tally, quarantine, plan.files[byte_range.file], number)
-                if made is not None:
-                    yield made
-
-    def _encode(
-        self,
-        rows: Sequence[ObjectRow],
-        byte_range: ByteRange,
-        plan: BuildPlan,
-        tally: Tally,
-        bad: list[BadRow],
-    ) -> EncodedDocuments | None:
-        file = plan.files[byte_range.file]
-        keys = KeyCounts()
-        usable: list[tuple[ObjectRow, Conversation]] = []
-        for row in rows:
-            read = self._read(row, file, keys)
-            if isinstance(read, Defect):
-                bad.append(BadRow(row.line, row.offset, read.reason, read.detail))
-            else:
-                usable.append((row, read))
-        _count_keys(keys, tally)
-        kept: list[tuple[ObjectRow, Conversation, EncodedConversation]] = []
-        encoded = self._encoder.encode([conversation for _, conversation in usable])
-        for (row, conversation), made in zip(usable, encoded, strict=True):
-            if isinstance(made, EncodedConversation):
-                kept.append((row, conversation, made))
-            elif made.reason in DROP_REASONS:
-                tally.skipped[made.reason] += 1
-            else:
-                bad.append(BadRow(row.line, row.offset, made.reason, made.detail))
-        if not kept:
-            return None
-        tally.events["truncated"] += sum(made.num_cut > 0 for *_, made in kept)
-        tally.events["cut_tokens"] += sum(made.num_cut for *_, made in kept)
-        tally.events["split_boundaries"] += sum(made.num_splits for *_, made in kept)
-        split_texts = [_split_text(conversation) for _, conversation, _ in kept]
-        return EncodedDocuments(
-            file=byte_range.file,
-            ids=np.concatenate([made.ids for *_, made in kept]),
-            lengths=np.array([len(made.ids) for *_, made in kept], dtype=np.int64),
-            num_bytes=np.array([_num_bytes(conversation) for _, conversation, _ in kept]),
-            offsets=np.array([row.offset for row, *_ in kept], dtype=np.int64),
-            is_validation=self._is_validation(split_texts, file, plan),
-            targets=np.concatenate([made.targets for *_, made in kept]),
-        )
-
-    def _read(self, row: ObjectRow, file: SourceFile, keys: KeyCounts) -> Conversation | Defect:
-        row_format = self._formats[file.source]
-        read = _read(row, row_format, keys)
-        if isinstance(read, Defect) and read.reason == "missing_field":
-            found = detect_row_format(row.value)
-            if found not in (None, row_format.name):
-                raise SourceError(
-                    f"{file.place}: byte {row.offset}: the row has the format {found}, but its "
-                    f"source has {row_format.name}; use one source per format: "
-                    f"{excerpt(json.dumps(row.value, ensure_ascii=False))}"
-                )
-        return read
-
-    def _is_validation(
-        self, split_texts: list[str], file: SourceFile, plan: BuildPlan
-    ) -> "np.ndarray[Any, np.dtype[np.bool_]]":
-        if file.source >= self._num_trained:
-            return np.ones(len(split_texts), dtype=np.bool_)
-        sides = choose_splits(split_texts, plan.validation_fraction)
-        return sides.get("validation", np.zeros(len(split_texts), dtype=np.bool_))
-
-
-def _split_text(conversation: Conversation) -> str:
-    """Return the text that decides a conversation's split: equal conversations stay together."""
-    return json.dumps(
-        [conversation.system, *[turn.content for turn in conversation.turns]], ensure_ascii=False
-    )
-
-
-def _num_bytes(conversation: Conversation) -> int:
-    texts = [conversation.system or "", *[turn.content for turn in conversation.turns]]
-    return sum(map(count_bytes, texts))
-
-
-def _count_keys(keys: KeyCounts, tally: Tally) -> None:
-    for kind, counter in (
-        ("alias", keys.aliased),
-        ("ignored field", keys.ignored),
-        ("repeated field", keys.repeated),
-    ):
-        for name, count in counter.items():
-            tally.events[f"{kind}: {name}"] += count

@@ -1,6 +1,6 @@
 """Deduplication pass: mark duplicate documents before the encoding pass, which drops them.
 
-    counts = mark_duplicates(units, plan, num_workers)
+    counts = mark_duplicates(units, plan, read_texts, num_workers)
     kept = DuplicateFilter(unit, plan).keep(documents, tally)
 
 This pass reads and cleans each unit exactly as the encoding pass will, but keeps only signatures,
@@ -16,7 +16,7 @@ As with units, complete outputs of an earlier run are reused.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from raytune_llama.data.build.unit_reader import DocumentBatch, Tally, read_unit_documents
@@ -34,15 +34,19 @@ from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.data.store.manifest import StoreError, fingerprint_of
 from raytune_llama.storage.place import Place
 
+TextReader = Callable[[WorkUnit, BuildPlan], Iterator[list[str]]]
+"""Picklable function that streams the texts of a unit's documents, in order."""
+
 
 def mark_duplicates(
-    units: list[WorkUnit], plan: BuildPlan, num_workers: int | None
+    units: list[WorkUnit], plan: BuildPlan, read_texts: TextReader, num_workers: int | None
 ) -> DuplicateCounts | None:
     """Find the duplicate documents for `DuplicateFilter`; Ray must be initialized.
 
     Args:
         units: All units.
         plan: Build plan shared by all units; its work directory belongs to this job alone.
+        read_texts: Reads the texts of a unit's documents as the encoding pass will.
         num_workers: Maximum number of concurrent tasks, one CPU each; None: one per CPU of the
             cluster.
 
@@ -59,7 +63,7 @@ def mark_duplicates(
     attempts = folder / "attempts"
     attempts.delete()  # attempts are counted per run
     try:
-        sign = partial(_sign_unit, units, plan)
+        sign = partial(_sign_unit, units, plan, read_texts)
         run_tasks("signatures", sign, len(units), attempts, num_workers=num_workers)
         return find_duplicates(
             _signatures(plan),
@@ -82,12 +86,16 @@ class DuplicateFilter:
 
     def keep(self, documents: DocumentBatch, tally: Tally) -> DocumentBatch:
         """Return the documents to keep, counting dropped ones by reason in `tally`."""
+        return documents.filter(self.mask(len(documents.texts), tally))
+
+    def mask(self, num_documents: int, tally: Tally) -> list[bool]:
+        """Return which of the next documents to keep, counting dropped ones as `keep` does."""
         if self._dropped is None:
-            return documents
-        first, self._num_seen = self._num_seen, self._num_seen + len(documents.texts)
+            return [True] * num_documents
+        first, self._num_seen = self._num_seen, self._num_seen + num_documents
         reasons = [self._dropped.reason(ordinal) for ordinal in range(first, self._num_seen)]
         tally.skipped.update(reason for reason in reasons if reason is not None)
-        return documents.filter([reason is None for reason in reasons])
+        return [reason is None for reason in reasons]
 
 
 def work_key(unit: WorkUnit, plan: BuildPlan) -> str:
@@ -109,7 +117,9 @@ def _dropped(plan: BuildPlan) -> Place:
     return plan.duplicates_dir / "dropped"
 
 
-def _sign_unit(units: list[WorkUnit], plan: BuildPlan, index: int) -> Mapping[str, int]:
+def _sign_unit(
+    units: list[WorkUnit], plan: BuildPlan, read_texts: TextReader, index: int
+) -> Mapping[str, int]:
     """Write the signatures of a unit, or reuse those of an earlier run."""
     unit = units[index]
     file = signature_file(_signatures(plan), unit.index)
@@ -120,7 +130,7 @@ def _sign_unit(units: list[WorkUnit], plan: BuildPlan, index: int) -> Mapping[st
         if (found["key"], found["file_bytes"]) == (unit.key, status.num_bytes):
             return Counter(documents=found["documents"], bytes=unit.num_bytes, reused_units=1)
     try:
-        texts = _texts(unit, plan)
+        texts = _until_stopped(read_texts(unit, plan), plan)
         num_documents = write_signatures(file.parent, unit.index, texts, plan.duplicates_config)
     except UnitStoppedError:
         return {}
@@ -133,9 +143,19 @@ def _sign_unit(units: list[WorkUnit], plan: BuildPlan, index: int) -> Mapping[st
     return Counter(documents=num_documents, bytes=unit.num_bytes)
 
 
-def _texts(unit: WorkUnit, plan: BuildPlan) -> Iterator[list[str]]:
+def read_unit_texts(unit: WorkUnit, plan: BuildPlan) -> Iterator[list[str]]:
+    """Stream the cleaned texts of a unit of plain-text documents; a `TextReader`.
+
+    Raises:
+        SourceError: As in `read_unit_documents`.
+    """
     # The encoding pass quarantines bad rows and fails if there are too many.
     for documents in read_unit_documents(unit, plan.files, Tally(), None, Cleaner(plan.cleaning)):
+        yield documents.texts
+
+
+def _until_stopped(texts: Iterator[list[str]], plan: BuildPlan) -> Iterator[list[str]]:
+    for batch in texts:
         if plan.stop_file.exists():
             raise UnitStoppedError
-        yield documents.texts
+        yield batch

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from os import cpu_count
 from typing import Any, Self
 
@@ -18,7 +19,8 @@ from raytune_llama.data.build.unit_encoder import UnitRecord
 from raytune_llama.data.build.units import WorkUnit
 from raytune_llama.data.readers.ranges import HashingReader, content_sha256
 from raytune_llama.data.readers.sources import SourceFile
-from raytune_llama.storage.place import Place
+from raytune_llama.logs import waiting
+from raytune_llama.storage.place import FileStatus, Place
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +91,15 @@ def hash_files(files: list[SourceFile], seen: SourceHashes) -> SourceHashes:
     """Return the hashes of all files, hashing only those that changed since `seen`."""
     known = {_key(file): _unchanged(file, seen.files) for file in files}
     unknown = [file for file in files if known[_key(file)] is None]
-    if unknown:
-        num_bytes = sum(file.status.num_bytes for file in unknown)
-        logger.info("hashing %d source files, %.1f MB", len(unknown), num_bytes / 1e6)
-    with ThreadPoolExecutor(cpu_count()) as threads:
+    num_bytes = sum(file.status.num_bytes for file in unknown)
+    what = (
+        f"hashing {len(unknown)} source files, {num_bytes / 1e6:.1f} MB, that were written since "
+        "the token store was built"
+    )
+    with (
+        waiting(logger, what, usually="1 to 5 s per GB"),
+        ThreadPoolExecutor(cpu_count()) as threads,
+    ):
         hashed = dict(zip(map(_key, unknown), threads.map(_hash_file, unknown), strict=True))
     return SourceHashes({key: found or hashed[key] for key, found in known.items()})
 
@@ -107,9 +114,14 @@ def _unchanged(file: SourceFile, seen: Mapping[str, HashedFile]) -> HashedFile |
 
 
 def _hash_file(file: SourceFile) -> HashedFile:
-    with file.place.open() as opened:
-        digests = HashingReader(opened, 0, file.status.num_bytes).digests()
-    return _to_hashed_file(file, content_sha256(digests))
+    return _to_hashed_file(file, _content_sha256(file.place, file.status))
+
+
+@lru_cache(maxsize=1 << 16)
+def _content_sha256(place: Place, status: FileStatus) -> str:
+    """Hash a file once per process while it is unchanged: a run checks its store more than once."""
+    with place.open() as opened:
+        return content_sha256(HashingReader(opened, 0, status.num_bytes).digests())
 
 
 def _to_hashed_file(file: SourceFile, sha256: str) -> HashedFile:
@@ -129,7 +141,7 @@ def _inputs(file: SourceFile, seen: HashedFile) -> dict[str, Any]:
         "format": options.format,
         "max_document_bytes": options.max_document_bytes,
     }
-    if options.format != "parquet":
+    if not options.is_table:
         fields |= {"compression": options.compression, "encoding": options.encoding}
     if options.format == "txt":
         return fields | {"document": options.document}

@@ -22,17 +22,24 @@ from transformers import PreTrainedTokenizerFast
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.data.batches.config import source_names
 from raytune_llama.data.build.actors import run_units
+from raytune_llama.data.build.chat_checks import count_shared_answers
 from raytune_llama.data.build.chat_corpus import open_chat_corpus
-from raytune_llama.data.build.duplicates_pass import mark_duplicates
+from raytune_llama.data.build.duplicates_pass import TextReader, mark_duplicates
 from raytune_llama.data.build.file_hashes import SourceHashes, hash_files
 from raytune_llama.data.build.publication import build_manifest, check_counts, publish
-from raytune_llama.data.build.text_corpus import TextCorpus
+from raytune_llama.data.build.text_corpus import (
+    TextCorpus,
+    check_document_ends,
+    describe_document_ends,
+    document_ends,
+    keep_store_bos,
+)
 from raytune_llama.data.build.unit_encoder import UnitReader, UnitRecord
 from raytune_llama.data.build.units import BuildPlan, WorkUnit, plan_units
-from raytune_llama.data.config import AnyDataConfig, DataConfig
+from raytune_llama.data.config import AnyDataConfig, ChatDataConfig, DataConfig
+from raytune_llama.data.readers.examples import log_documents
 from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.data.readers.sources import SourceFile, discover_files
-from raytune_llama.data.store.config import StoreConfig
 from raytune_llama.data.store.manifest import (
     MANIFEST_NAME,
     STORE_FORMAT_VERSION,
@@ -68,6 +75,11 @@ class Corpus(Protocol):
         """Read some text, to select an encoder."""
         ...
 
+    @property
+    def read_texts(self) -> TextReader:
+        """Reader of the texts among which duplicates are searched."""
+        ...
+
     def build_reader(self, encoder: TextEncoder) -> UnitReader:
         """Build the unit reader for the workers."""
         ...
@@ -99,6 +111,57 @@ def open_data(config: AnyDataConfig, tokenizer_path: Path) -> DataInputs:
     return DataInputs(tokenizer, corpus)
 
 
+def open_current_store(config: AnyDataConfig, inputs: DataInputs) -> TokenStore | None:
+    """Open the existing store after checking that it is the one that would be built.
+
+    Needs no Ray, so a job calls it before Ray starts. Files that are not as they were when they
+    were last hashed are hashed again.
+
+    Args:
+        config: Data settings of the job.
+        inputs: Result of `open_data` for this config.
+
+    Returns:
+        The open store; None if there is none yet.
+
+    Raises:
+        StoreError: The store is damaged, or stale: names each field and file that differs.
+    """
+    place = Place.parse(config.store_dir, "data.store_dir")
+    if not (place / MANIFEST_NAME).exists():
+        return None
+    store = open_store(config)
+    wanted, seen = _hash_inputs(config, inputs, place)
+    check_fingerprint(place, store.manifest.inputs, wanted)
+    if seen != SourceHashes.read(place):  # a store may be on a disk that is read only
+        seen.write(place)
+    return store
+
+
+def describe_inputs(config: AnyDataConfig, inputs: DataInputs) -> dict[str, Any]:
+    """Return the inputs that a store built now would record, whether or not there is one.
+
+    Its `fingerprint_of` tells whether data and settings are those of an earlier store. Files that
+    the existing store has not hashed as they are now are hashed: without a store, all of them.
+
+    Args:
+        config: Data settings of the job.
+        inputs: Result of `open_data` for this config.
+    """
+    return _hash_inputs(config, inputs, Place.parse(config.store_dir, "data.store_dir"))[0]
+
+
+def _hash_inputs(
+    config: AnyDataConfig, inputs: DataInputs, store: Place
+) -> tuple[dict[str, Any], SourceHashes]:
+    """Return the inputs that a store built now would record, and the hashes of its files."""
+    config = keep_store_bos(config, inputs.tokenizer, store)
+    encoding = _encoding_inputs(config, inputs.tokenizer) | inputs.corpus.fingerprint_inputs
+    files = inputs.corpus.files
+    seen = hash_files(files, SourceHashes.read(store))
+    return encoding | {"sources": seen.fingerprint_inputs(files)}, seen
+
+
 def prepare_data(
     config: AnyDataConfig, inputs: DataInputs, start_ray: Callable[[], object] | None = None
 ) -> TokenStore:
@@ -121,11 +184,14 @@ def prepare_data(
         SourceError: A file cannot be read as configured, too many rows are bad, there is too
             little text, or a disk is full (free space and run the same command to resume).
     """
+    if (store := open_current_store(config, inputs)) is not None:
+        logger.info("token store %s is complete: nothing to do", store.place)
+        return store
     tokenizer, corpus = inputs.tokenizer, inputs.corpus
+    if isinstance(config, DataConfig):
+        logger.info("each document %s", describe_document_ends(config, tokenizer))
     store_dir = Place.parse(config.store_dir, "data.store_dir")
     encoding = _encoding_inputs(config, tokenizer) | corpus.fingerprint_inputs
-    if (store_dir / MANIFEST_NAME).exists():
-        return _reuse(config, encoding, corpus.files)
     plan = _plan(config, encoding, corpus.files, store_dir)
     units = plan_units(corpus.files, config.range_mib * _MIB)
     with _exclusive(plan):
@@ -133,14 +199,16 @@ def prepare_data(
             choice = pool.submit(select_encoder, tokenizer, corpus.sample_texts(), config.engine)
             if start_ray is not None:
                 start_ray()  # not on the pool's thread: Ray's processes would exit with it
-        mark_duplicates(units, plan, config.num_workers)
+        mark_duplicates(units, plan, corpus.read_texts, config.num_workers)
         reader = corpus.build_reader(choice.result().encoder)
         records = _run(units, plan, reader, config.num_workers)
         seen = SourceHashes.from_records(corpus.files, units, records)
         sources = {"sources": seen.fingerprint_inputs(corpus.files)}
         with _space_for(plan):
             manifest = build_manifest(encoding | sources, units, plan, records)
-            check_counts(manifest, plan, config.validation_fraction, config.max_bad_fraction)
+            if isinstance(config, ChatDataConfig):
+                manifest = count_shared_answers(manifest, plan)
+            check_counts(manifest, plan, config)
             publish(manifest, seen, plan, store_dir, list(source_names(config.all_sources)))
     return open_store(config)
 
@@ -162,9 +230,8 @@ def _plan(
         dtype=token_dtype(encoding["tokenizer"]["vocabulary_size"]),
         validation_fraction=config.validation_fraction,
     )
-    if isinstance(config, DataConfig):
-        return replace(plan, cleaning=config.cleaning, duplicates_config=config.duplicates)
-    return plan
+    plan = replace(plan, duplicates_config=config.duplicates)
+    return replace(plan, cleaning=config.cleaning) if isinstance(config, DataConfig) else plan
 
 
 def _check_free(store_dir: Place, work: Place) -> None:
@@ -210,49 +277,36 @@ def _look(
     except ConfigError as error:
         problems = [*error.problems, *problems]
     if isinstance(config, DataConfig) and tokenizer is not None:
-        problems += [
-            f"data.{field}: got true, but the tokenizer {tokenizer_path} has no {field} token; "
-            f"set it to false or use another tokenizer"
-            for field in ("bos", "eos")
-            if getattr(config, field) and getattr(tokenizer, f"{field}_token_id") is None
-        ]
+        problems += check_document_ends(config, tokenizer)
     return tokenizer, corpus, problems
 
 
 def _open_text_corpus(config: DataConfig) -> TextCorpus:
     try:
         max_bytes = config.max_document_mib * _MIB
-        return TextCorpus(config, discover_files(config.sources, max_document_bytes=max_bytes))
+        files = discover_files(config.sources, max_document_bytes=max_bytes)
     except ConfigError as error:
         raise ConfigError([f"data.{problem}" for problem in error.problems]) from error
+    log_documents(config.sources, files)
+    return TextCorpus(config, files)
 
 
 def _encoding_inputs(config: AnyDataConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Return the fingerprint inputs that text and chat stores have in common."""
     # A chat template writes its own BOS and EOS.
-    bos, eos = (config.bos, config.eos) if isinstance(config, DataConfig) else (False, False)
+    is_text = isinstance(config, DataConfig)
+    bos_id, eos_id = document_ends(config, tokenizer) if is_text else (None, None)
     return {
         "format_version": STORE_FORMAT_VERSION,
         "tokenizer": {
             **fingerprint_loaded(tokenizer),
-            "bos_id": tokenizer.bos_token_id if bos else None,
-            "eos_id": tokenizer.eos_token_id if eos else None,
+            "bos_id": bos_id,
+            "eos_id": eos_id,
             # The length would be too small for a vocabulary with gaps.
             "vocabulary_size": max(tokenizer.get_vocab().values()) + 1,
         },
         "validation_fraction": config.validation_fraction,
     }
-
-
-def _reuse(config: StoreConfig, encoding: dict[str, Any], files: list[SourceFile]) -> TokenStore:
-    """Open an existing store after checking that it is the one that would be built."""
-    store = open_store(config)
-    seen = hash_files(files, SourceHashes.read(store.place))
-    inputs = encoding | {"sources": seen.fingerprint_inputs(files)}
-    check_fingerprint(store.place, store.manifest.inputs, inputs)
-    seen.write(store.place)
-    logger.info("token store %s is complete: nothing to do", store.place)
-    return store
 
 
 def _run(

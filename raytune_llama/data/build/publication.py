@@ -5,16 +5,19 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
+from raytune_llama.data.build.chat_checks import check_conversations
+from raytune_llama.data.build.chat_reader import UNKNOWN_FIELD
 from raytune_llama.data.build.file_hashes import SourceHashes
 from raytune_llama.data.build.unit_encoder import UnitRecord, quarantine_place
 from raytune_llama.data.build.units import BuildPlan, WorkUnit
+from raytune_llama.data.config import AnyDataConfig, ChatDataConfig, DataConfig
 from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.data.store.manifest import (
     MANIFEST_NAME,
@@ -37,6 +40,9 @@ QUARANTINE_NAME = "quarantine.jsonl"
 """Name of the file of unusable rows: source, file, line, byte offset, reason and detail."""
 
 _NUM_SHOWN = 10
+
+_REASONS: Final = {"no_tokens": "without a token", "uncuttable": "too long to be encoded"}
+"""Reasons to leave out a row whose names say too little."""
 
 
 def build_manifest(
@@ -63,17 +69,17 @@ def build_manifest(
     )
 
 
-def check_counts(
-    manifest: Manifest, plan: BuildPlan, validation_fraction: float, max_bad_fraction: float
-) -> None:
+def check_counts(manifest: Manifest, plan: BuildPlan, config: AnyDataConfig) -> None:
     """Check that the store can be used for training, and for evaluation if configured.
 
     Raises:
         SourceError: Too many rows are in quarantine (the first are listed), there is no text, or a
             configured split is empty.
     """
-    rows = manifest.rows
-    bad = ", ".join(f"{count} {reason}" for reason, count in rows.quarantined.items())
+    rows, max_bad_fraction = manifest.rows, config.max_bad_fraction
+    if isinstance(config, ChatDataConfig):
+        check_conversations(manifest, config, _first_unknown(manifest, plan))
+    bad = _in_words(rows.quarantined)
     if rows.num_quarantined > max_bad_fraction * rows.total:
         raise SourceError(
             f"data.max_bad_fraction: {rows.num_quarantined} of {rows.total} rows are unusable "
@@ -89,15 +95,34 @@ def check_counts(
             QUARANTINE_NAME,
             bad,
         )
-    skipped = ", ".join(f"{count} {reason}" for reason, count in rows.skipped.items() if count)
+    skipped = _in_words(rows.skipped)
     if skipped:
-        logger.info("rows skipped: %s", skipped)
-    if rows.events:
+        number = sum(rows.skipped.values())
+        logger.info("%d of %d rows left out: %s", number, rows.total, skipped)
+    if rows.events and not isinstance(config, ChatDataConfig):
         met = ", ".join(f"{count} {name}" for name, count in rows.events.items())
         logger.info("events in rows: %s", met)
-    if rows.aliased:
-        logger.info("%d rows have their text under an alias of its field", rows.aliased)
-    _check_splits(manifest, validation_fraction, skipped or "none")
+    if rows.aliased and isinstance(config, DataConfig):
+        logger.info("%d texts read from %s", rows.aliased, _alias_names(config))
+    _check_splits(manifest, config.validation_fraction, skipped or "none")
+
+
+def _in_words(counts: Mapping[str, int]) -> str:
+    """Return counts by reason in words, without those that are 0: `3 blank, 1 null field`."""
+    return ", ".join(
+        f"{count} {_REASONS.get(reason, reason.replace('_', ' '))}"
+        for reason, count in counts.items()
+        if count
+    )
+
+
+def _alias_names(config: DataConfig) -> str:
+    """Return the columns that replace a text column, by source."""
+    return "; ".join(
+        f"{' or '.join(map(repr, source.text_aliases))} instead of {source.text_field!r}"
+        for source in dict.fromkeys(config.sources)
+        if source.text_aliases
+    )
 
 
 def _check_splits(manifest: Manifest, validation_fraction: float, skipped: str) -> None:
@@ -189,10 +214,32 @@ def _quarantined_rows(
             yield row
 
 
+def _first_unknown(manifest: Manifest, plan: BuildPlan) -> dict[str, str]:
+    """Return the first row with each field that is not used, by the field's name."""
+    first: dict[str, str] = {}
+    if not manifest.rows.quarantined.get("unknown_field"):
+        return first
+    data = (plan.store_dir / QUARANTINE_NAME).read_bytes()
+    names = [
+        event.removeprefix(UNKNOWN_FIELD)
+        for event in manifest.rows.events
+        if event.startswith(UNKNOWN_FIELD)
+    ]
+    for line in data.decode().split("\n")[:-1]:
+        row = json.loads(line)
+        if row["reason"] == "unknown_field":
+            for name in names:
+                if repr(name) in row["detail"]:
+                    first.setdefault(name, f"{row['file']}: line {row['line']}")
+    return first
+
+
 def _first_bad_rows(plan: BuildPlan) -> list[str]:
     data = (plan.store_dir / QUARANTINE_NAME).read_bytes()
     rows = [json.loads(line) for line in data.decode().split("\n")[:_NUM_SHOWN] if line]
+    units = {(file.source, file.name): file.options.offset_unit for file in plan.files}
     return [
-        f"{row['file']}: line {row['line']}, byte {row['offset']}: {row['reason']}: {row['detail']}"
+        f"{row['file']}: line {row['line']}, {units[row['source'], row['file']]} {row['offset']}: "
+        f"{row['reason']}: {row['detail']}"
         for row in rows
     ]

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
 
+from raytune_llama.config.settings import override
 from raytune_llama.data.build.actors import read_sample_texts
-from raytune_llama.data.build.duplicates_pass import DuplicateFilter
+from raytune_llama.data.build.duplicates_pass import DuplicateFilter, TextReader, read_unit_texts
 from raytune_llama.data.build.unit_reader import (
     DocumentBatch,
     QuarantineWriter,
@@ -21,13 +23,15 @@ from raytune_llama.data.build.unit_reader import (
     read_unit_documents,
 )
 from raytune_llama.data.build.units import BuildPlan, WorkUnit
-from raytune_llama.data.config import DataConfig
+from raytune_llama.data.config import AnyDataConfig, DataConfig
 from raytune_llama.data.filters.cleaning import Cleaner
 from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.data.readers.sources import SourceFile
-from raytune_llama.data.store.manifest import SplitName
+from raytune_llama.data.store.manifest import MANIFEST_NAME, SplitName
 from raytune_llama.data.store.shards import EncodedDocuments
+from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.encoder import TokenIdMismatchError
+from raytune_llama.tokenizer.loader import leading_ids
 from raytune_llama.tokenizer.reference import TextEncoder
 from raytune_llama.tokenizer.split_points import UnsplittableTextError
 
@@ -81,12 +85,13 @@ def _encode(
     documents: DocumentBatch, plan: BuildPlan, encoder: TextEncoder, tally: Tally
 ) -> list[NDArray[np.uint32]]:
     """Encode a batch; a text that cannot be split for encoding is counted and gets no ids."""
-    place = plan.files[documents.file].place
+    file = plan.files[documents.file]
+    place, unit = file.place, file.options.offset_unit
     try:
         return encoder.encode(documents.texts)
     except TokenIdMismatchError as error:
         offset = documents.offsets[error.index]
-        raise SourceError(f"{place}: byte {offset}: {error}") from error
+        raise SourceError(f"{place}: {unit} {offset}: {error}") from error
     except UnsplittableTextError:
         pass
     encoded: list[NDArray[np.uint32]] = []
@@ -94,7 +99,7 @@ def _encode(
         try:
             encoded += encoder.encode([text])
         except UnsplittableTextError as error:
-            logger.warning("%s: byte %d: document skipped: %s", place, offset, error)
+            logger.warning("%s: %s %d: document skipped: %s", place, unit, offset, error)
             tally.skipped["uncuttable"] += 1
             tally.skipped["no_tokens"] -= 1  # the caller adds 1 for every text without tokens
             encoded.append(np.empty(0, dtype=np.uint32))
@@ -140,6 +145,77 @@ def choose_splits(
     return {"train": ~validation, "validation": validation}
 
 
+def document_ends(
+    config: DataConfig, tokenizer: PreTrainedTokenizerFast
+) -> tuple[int | None, int | None]:
+    """Return the ids that `bos` and `eos` put before and after each document; None: no id."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if config.bos == "auto":
+        bos = next(iter(leading_ids(tokenizer)), None)
+    return (
+        bos if config.bos and isinstance(bos, int) else None,
+        eos if config.eos and isinstance(eos, int) else None,
+    )
+
+
+def describe_document_ends(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return what a document begins and ends with, in words."""
+    begin, end = (
+        "without a control token" if id_ is None else f"with {tokenizer.convert_ids_to_tokens(id_)}"
+        for id_ in document_ends(config, tokenizer)
+    )
+    how = " (data.bos=auto: as the tokenizer does it)" if config.bos == "auto" else ""
+    return f"begins {begin}{how} and ends {end}"
+
+
+def check_document_ends(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Return why a tokenizer cannot give what `bos` and `eos` ask for; empty if it can."""
+    problems = [
+        f"data.{field}: got true, but the tokenizer {tokenizer.name_or_path} has no {field} token; "
+        "set it to false or use another tokenizer"
+        for field, value in (("bos", config.bos), ("eos", config.eos))
+        if value is True and getattr(tokenizer, f"{field}_token_id") is None
+    ]
+    begin = leading_ids(tokenizer) if config.bos == "auto" else ()
+    if len(begin) > 1:
+        problems.append(
+            f"data.bos: got auto, but the tokenizer {tokenizer.name_or_path} puts {len(begin)} "
+            f"tokens before a text ({', '.join(tokenizer.convert_ids_to_tokens(list(begin)))}), "
+            "and a document begins with at most one; set it to true (only BOS) or false"
+        )
+    return problems
+
+
+def keep_store_bos(
+    config: AnyDataConfig, tokenizer: PreTrainedTokenizerFast, store: Place
+) -> AnyDataConfig:
+    """Return the config with `bos: true` if it is `auto` and the existing store recorded true.
+
+    `true` was the default before `auto`, so the config that built such a store may not name the
+    field. Any other difference makes the store stale.
+
+    Args:
+        config: Data settings of the job.
+        tokenizer: Tokenizer of the store.
+        store: Directory of the token store; it need not exist.
+    """
+    if not isinstance(config, DataConfig) or config.bos != "auto":
+        return config
+    file = store / MANIFEST_NAME
+    recorded = file.read_json().get("inputs", {}).get("tokenizer", {}) if file.exists() else {}
+    bos_id, own = recorded.get("bos_id"), document_ends(config, tokenizer)[0]
+    if bos_id is None or bos_id == own or bos_id != tokenizer.bos_token_id:
+        return config
+    logger.info(
+        "data.bos: the documents of the token store %s begin with %s, as it was built with true; "
+        "that is kept. A new store would begin them with %s, as the tokenizer does",
+        store,
+        tokenizer.bos_token,
+        "no token" if own is None else tokenizer.convert_ids_to_tokens(own),
+    )
+    return override(config, {"bos": True})
+
+
 @dataclass(frozen=True)
 class TextCorpus:
     """Plain-text documents; implements `Corpus`."""
@@ -165,3 +241,8 @@ class TextCorpus:
     def build_reader(self, encoder: TextEncoder) -> TextUnitReader:
         """Build the unit reader for the workers."""
         return TextUnitReader(encoder)
+
+    @property
+    def read_texts(self) -> TextReader:
+        """Reader of the texts among which duplicates are searched."""
+        return read_unit_texts

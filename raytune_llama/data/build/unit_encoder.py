@@ -179,7 +179,7 @@ def _name(unit: WorkUnit, plan: BuildPlan) -> str:
     name = f"{plan.files[first.file].place}"
     if more:
         return f"{name} and {more} more files"
-    kind = "row groups" if plan.files[first.file].options.format == "parquet" else "bytes"
+    kind = "row groups" if plan.files[first.file].options.is_table else "bytes"
     return f"{name}, {kind} {first.start} to {first.stop}"
 
 

@@ -49,7 +49,7 @@ class DocumentBatch:
     texts: list[str]
     """Text of each document, as it will be encoded."""
     offsets: list[int]
-    """Offset of each document in the file: bytes, or rows for Parquet."""
+    """Offset of each document in the file: bytes, or rows for tables."""
     num_bytes: list[int]
     """Size of each text in UTF-8 bytes."""
 
@@ -106,7 +106,8 @@ class QuarantineWriter:
         place = {"source": file.source, "file": file.name, "piece": piece}
         self._file.write(json.dumps(place | asdict(row), ensure_ascii=False) + "\n")
         if len(self.first) < _FIRST_REASONS:
-            self.first.append(f"{file.place}: byte {row.offset}: {row.reason}: {row.detail}")
+            where = f"{file.place}: {file.options.offset_unit} {row.offset}"
+            self.first.append(f"{where}: {row.reason}: {row.detail}")
 
     def __enter__(self) -> Self:
         return self

@@ -70,11 +70,11 @@ class ByteRange:
     file: int
     """Index of the source file."""
     start: int
-    """First byte; for Parquet, first row group."""
+    """First byte; for tables, first row group or Arrow record batch."""
     stop: int
-    """End, exclusive; bytes, or row groups for Parquet."""
+    """End, exclusive; bytes, or row groups for tables."""
     hash_start: int
-    """First byte to hash; differs from `start` for Parquet, whose ranges share the file's bytes."""
+    """First byte to hash; differs from `start` for tables, whose ranges share the file's bytes."""
     hash_stop: int
     """End of the bytes to hash, exclusive."""
 
@@ -137,8 +137,8 @@ def _work_unit(index: int, ranges: list[ByteRange], files: list[SourceFile]) -> 
 
 def _byte_ranges(index: int, file: SourceFile, range_bytes: int) -> Iterator[ByteRange]:
     num_bytes = file.status.num_bytes
-    if file.options.format == "parquet":
-        yield from _parquet_ranges(index, file, range_bytes)
+    if file.options.is_table:
+        yield from _table_ranges(index, file, range_bytes)
     elif file.options.is_splittable:
         for start in range(0, max(1, num_bytes), range_bytes):
             stop = min(start + range_bytes, num_bytes)
@@ -147,7 +147,7 @@ def _byte_ranges(index: int, file: SourceFile, range_bytes: int) -> Iterator[Byt
         yield ByteRange(index, 0, num_bytes, 0, num_bytes)
 
 
-def _parquet_ranges(index: int, file: SourceFile, range_bytes: int) -> Iterator[ByteRange]:
+def _table_ranges(index: int, file: SourceFile, range_bytes: int) -> Iterator[ByteRange]:
     """Batch row groups into ranges, and divide the file's bytes among them for hashing."""
     groups: list[range] = []
     start = held = 0

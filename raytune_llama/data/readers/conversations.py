@@ -1,4 +1,4 @@
-"""Stream the conversations of JSON files in any known format, with the location of every bad row.
+"""Stream the conversations of files in any known format, with the location of every bad row.
 
     for row in read_conversations((ConversationSource(path="alpaca.json"),), counts): ...
 
@@ -8,11 +8,12 @@ A source has one format: rows in two formats are most likely two files mixed up 
 import heapq
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from raytune_llama.chat.config import FormatName
 from raytune_llama.chat.conversations import Conversation, Defect
-from raytune_llama.chat.formats import KeyCounts, detect_row_format, read_row
+from raytune_llama.chat.formats import RowFormat, describe_columns, detect_row_format, read_row
+from raytune_llama.chat.row_fields import KeyCounts, plain_name
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.data.readers.config import ConversationSource, SourceConfig
 from raytune_llama.data.readers.documents import OpenRange, read_rows
@@ -53,30 +54,39 @@ def find_conversation_files(sources: tuple[ConversationSource, ...]) -> list[Sou
     """List the files of all sources, in source order and by name within a source.
 
     Raises:
-        ConfigError: See `discover_files`; or a file is not JSON.
+        ConfigError: See `discover_files`; or a file is plain text.
     """
-    files = discover_files(
-        tuple(SourceConfig(path=source.path, encoding=source.encoding) for source in sources)
+    return discover_files(
+        tuple(SourceConfig(path=source.path, encoding=source.encoding) for source in sources),
+        rows="objects",
     )
-    problems = [
-        f"sources.{file.source}.path: {file.place} is {file.options.format}, but conversations are "
-        "read from json and jsonl; select such files with a glob"
-        for file in files
-        if file.options.format not in ("json", "jsonl")
-    ]
-    if problems:
-        raise ConfigError(problems)
-    return [replace(file, options=replace(file.options, text_fields=())) for file in files]
+
+
+def starts_with_conversation(sources: tuple[ConversationSource, ...]) -> bool:
+    """Whether the first row of the sources is in a known format, and is no text: has no `text`.
+
+    False for plain text, and for files that cannot be read, which whoever opens them reports.
+    """
+    try:
+        files = find_conversation_files(sources)
+        rows = (row for file in files for row in _read_file(file, ConversationCounts()))
+        first = next((row for row in rows if isinstance(row, ObjectRow)), None)
+    except (ConfigError, SourceError):
+        return False
+    return first is not None and "text" not in first.value and bool(detect_row_format(first.value))
 
 
 def read_conversations(
-    sources: tuple[ConversationSource, ...], counts: ConversationCounts
+    sources: tuple[ConversationSource, ...],
+    counts: ConversationCounts,
+    ignore_fields: tuple[str, ...] = (),
 ) -> Iterator[ConversationRow]:
     """Stream the rows of all sources in order, valid and bad ones.
 
     Args:
         sources: Sources in the config.
         counts: Counts to update.
+        ignore_fields: Names of fields to ignore.
 
     Raises:
         ConfigError: See `find_conversation_files`.
@@ -86,7 +96,7 @@ def read_conversations(
     number = 0
     files = find_conversation_files(sources)
     for index, source in enumerate(sources):
-        sniffer = _Sniffer(source)
+        sniffer = _Sniffer(source, ignore_fields)
         own = [file for file in files if file.source == index]
         for file in own:
             for row in _read_file(file, counts):
@@ -95,9 +105,9 @@ def read_conversations(
                 yield ConversationRow(number, index, file.name, row.line, read)
         if sniffer.format is None and any(file.status.num_bytes for file in own):
             raise SourceError(
-                f"sources.{index}.format: no row of {source.path} is in a known format: alpaca "
+                f"sources.{index}.fields: no row of {source.path} is in a known format: alpaca "
                 "(instruction, output), conversations, messages or completion (prompt, "
-                "completion); set format if the rows are damaged"
+                "completion); write which columns hold what, or set format if the rows are damaged"
             )
         counts.files[sniffer.format or "empty"] += len(own)
 
@@ -105,9 +115,10 @@ def read_conversations(
 class _Sniffer:
     """Reads the rows of a source and checks that all are in one format."""
 
-    def __init__(self, source: ConversationSource) -> None:
+    def __init__(self, source: ConversationSource, ignore_fields: tuple[str, ...]) -> None:
         self.format: FormatName | None = None if source.format == "auto" else source.format
         self._source = source
+        self._ignored = frozenset(map(plain_name, ignore_fields))
         self._first = f"format is {self.format}"
 
     def read(self, row: ObjectRow, file: SourceFile, keys: KeyCounts) -> Conversation | Defect:
@@ -116,13 +127,17 @@ class _Sniffer:
         Raises:
             SourceError: The row is in another format.
         """
-        found = detect_row_format(row.value)
+        found = detect_row_format(row.value, self._source.fields)
         if self.format is None:
             if found is None:
-                return Defect("unknown_format", f"fields are {excerpt(str([*row.value]))}")
+                return Defect("unknown_format", excerpt(describe_columns(row.value)))
             self.format, self._first = found, f"{file.place}, line {row.line} is {found}"
-        separator = self._source.input_separator
-        read = read_row(row.value, self.format, keys, input_separator=separator)
+        source = self._source
+        read = read_row(
+            row.value,
+            RowFormat(self.format, source.input_separator, source.fields, self._ignored),
+            keys,
+        )
         is_other = isinstance(read, Defect) and read.reason == "missing_field"
         if is_other and found not in (None, self.format):
             raise SourceError(
@@ -136,7 +151,7 @@ def _read_file(file: SourceFile, counts: ConversationCounts) -> Iterator[ObjectR
     try:
         with file.place.open() as opened:
             reader = HashingReader(opened, 0, file.status.num_bytes)
-            part = OpenRange(file.place, opened, 0, file.status.num_bytes, reader)
+            part = OpenRange(file.place, opened, 0, file.end, reader)
             for batch in read_rows(part, file.options):
                 counts.blank_lines += len(batch.texts)
                 yield from heapq.merge(batch.objects, batch.bad, key=_offset)

@@ -18,7 +18,6 @@ from raytune_llama.chat import conversations
 from raytune_llama.data.readers.encodings import TranscodingReader
 from raytune_llama.data.readers.json_rows import add_json_lines, check_text, read_json_stream
 from raytune_llama.data.readers.lines import TextLines, decode_lines
-from raytune_llama.data.readers.parquet import open_parquet, read_parquet_rows
 from raytune_llama.data.readers.ranges import (
     READ_BYTES,
     ByteReader,
@@ -28,6 +27,7 @@ from raytune_llama.data.readers.ranges import (
     read_line_blocks,
 )
 from raytune_llama.data.readers.rows import BadRow, BadRowReason, ReadOptions, RowBatch, SourceError
+from raytune_llama.data.readers.tables import open_table, read_table_rows
 from raytune_llama.storage.place import Place
 
 _SHORT_BYTES = 256 << 10
@@ -35,7 +35,7 @@ _SHORT_BYTES = 256 << 10
 
 @dataclass(frozen=True)
 class OpenRange:
-    """A range of an open file, in row groups for Parquet and in bytes for other formats."""
+    """A range of an open file, in row groups for tables and in bytes for other formats."""
 
     place: Place
     """Location of the file."""
@@ -46,7 +46,7 @@ class OpenRange:
     stop: int
     """End of the range, exclusive."""
     reader: HashingReader
-    """Reader that hashes the range's bytes, positioned at `start`; unused for Parquet rows."""
+    """Reader that hashes the range's bytes, positioned at `start`; unused for tables."""
 
     def error(self, problem: str) -> SourceError:
         """Return an error that names the file."""
@@ -57,13 +57,13 @@ def read_rows(part: OpenRange, options: ReadOptions) -> Iterator[RowBatch]:
     """Stream the rows that start in a range of a file, in file order, including blank ones.
 
     Raises:
-        SourceError: The file does not match `options`, or its compressed data is damaged; the
-            message names the file.
+        SourceError: The file does not match `options`, or its compressed data or its Arrow stream
+            is damaged; the message names the file.
         OSError: The file cannot be read.
     """
-    if options.format == "parquet":
-        parquet = open_parquet(part.file, part.place, options.text_fields)
-        yield from read_parquet_rows(parquet, options, range(part.start, part.stop))
+    if options.is_table:
+        table = open_table(part.file, part.place, options.format, options.text_fields)
+        yield from read_table_rows(table, options, range(part.start, part.stop))
     elif options.format == "json":
         text = _open_text(part, options)
         yield from read_json_stream(text.reader, options, str(part.place), text.start)

@@ -1,9 +1,14 @@
-"""Parse rows of text from JSON Lines, and from an array or sequence of objects as a stream."""
+"""Parse rows from JSON Lines, and from arrays or a sequence of objects as a stream.
+
+A line of JSON Lines can be an array of rows. When rows are read as objects, an array of messages is
+one row, a conversation.
+"""
 
 import codecs
 import json
 import re
 from collections.abc import Iterator
+from typing import TypeGuard
 
 from raytune_llama.data.readers.lines import TextLines, count_bytes
 from raytune_llama.data.readers.ranges import READ_BYTES, ByteReader
@@ -29,7 +34,8 @@ _NEAR_END_CHARACTERS = 32  # a truncated escape or number fails at most this far
 
 
 def add_json_lines(batch: RowBatch, lines: TextLines, options: ReadOptions) -> None:
-    """Append the rows of some lines, one object per line; a blank line is a blank row."""
+    """Append the rows of lines: an object or an array of rows each; a blank line is a blank row."""
+    codec = "utf-8" if options.encoding.startswith("utf-16") else options.encoding
     for number, text in enumerate(lines.texts):
         offset, line = lines.offsets[number], lines.first_line + number
         batch.num_rows += 1
@@ -43,15 +49,48 @@ def add_json_lines(batch: RowBatch, lines: TextLines, options: ReadOptions) -> N
             except (ValueError, RecursionError) as error:
                 detail = f"{error}: {excerpt(text)}"
                 batch.bad.append(BadRow(line, offset, "invalid_json", detail))
-            else:
+                continue
+            if not _is_array_of_rows(row, options):
                 add_row(batch, row, line, offset, options)
+                continue
+            batch.num_rows += len(row) - 1
+            for num_bytes, value in _read_elements(text, codec):
+                add_row(batch, value, line, offset + num_bytes, options)
+
+
+def holds_turns(row: object) -> bool:
+    """Whether a value is an array of messages: objects with a role."""
+    return (
+        isinstance(row, list)
+        and bool(row)
+        and all(isinstance(one, dict) and ("role" in one or "from" in one) for one in row)
+    )
+
+
+def _is_array_of_rows(row: object, options: ReadOptions) -> TypeGuard[list[object]]:
+    is_objects = isinstance(row, list) and bool(row) and all(isinstance(one, dict) for one in row)
+    return is_objects and (bool(options.text_fields) or not holds_turns(row))
+
+
+def _read_elements(text: str, codec: str) -> Iterator[tuple[int, object]]:
+    """Yield the elements of a valid array, each with the number of encoded bytes before it."""
+    num_bytes = start = 0
+    end = text.index("[") + 1
+    while (between := _BETWEEN.match(text, end)) and text[between.end()] != "]":
+        num_bytes += len(text[start : between.end()].encode(codec))
+        start = between.end()
+        value, end = KEY_DECODER.raw_decode(text, start)
+        yield num_bytes, value
 
 
 def add_row(batch: RowBatch, row: object, line: int, offset: int, options: ReadOptions) -> None:
     """Append the text of one parsed row, or a bad row if it has none; does not count the row.
 
-    If `text_fields` is empty, the object itself is appended.
+    If `text_fields` is empty, the object itself is appended, or an array of messages as an object.
     """
+    if not options.text_fields and holds_turns(row):
+        assert isinstance(row, list)
+        row = {"messages" if "role" in row[0] else "conversations": row}
     if isinstance(row, dict) and not options.text_fields:
         batch.objects.append(ObjectRow(line, offset, row))
         return
@@ -103,7 +142,7 @@ def check_text(text: str, max_bytes: int) -> tuple[BadRowReason | None, str, int
 def read_json_stream(
     reader: ByteReader, options: ReadOptions, name: str, offset: int
 ) -> Iterator[RowBatch]:
-    """Stream the rows of one array, or of a sequence of objects, in bounded memory.
+    """Stream the rows of an array, of several ones, or of a sequence of objects, in bounded memory.
 
     After a broken row, reading resumes where the next object can begin: on its own line, or after
     the end of an object and a comma. A file that ends within the array adds a bad row.
@@ -131,7 +170,7 @@ def read_json_stream(
     if is_array:
         stream.advance(1)
     batch = RowBatch()
-    while not _is_over(stream, batch, is_array=is_array):
+    while not (_is_array_over(stream, batch) if is_array else _is_sequence_over(stream)):
         _add_value(stream, batch, options)
         if batch.num_rows >= _BATCH_ROWS:
             yield batch
@@ -140,29 +179,37 @@ def read_json_stream(
     yield batch
 
 
-def _is_over(stream: "_Stream", batch: RowBatch, *, is_array: bool) -> bool:
-    """Advance to the next value; if there is none, check how the file ends."""
-    stream.skip(_BETWEEN if is_array else _SPACE)
-    following = stream.peek()
-    if not is_array:
-        return not following
-    line, offset = stream.line, stream.offset
-    reason: BadRowReason = "truncated"
-    detail = "the file ends inside its array"
-    if following == "]":
-        stream.advance(1)
-        stream.skip(_SPACE)
-        if not stream.peek():
-            return True
-        reason, detail = "invalid_json", f"data after the array: {excerpt(stream.rest())}"
-        line, offset = stream.line, stream.offset
-    elif following:
-        return False
-    # A row truncated by the end of the file has been reported already.
-    if not (batch.bad and batch.bad[-1].reason == "truncated"):
-        batch.num_rows += 1
-        batch.bad.append(BadRow(line, offset, reason, detail))
-    return True
+def _is_sequence_over(stream: "_Stream") -> bool:
+    """Advance to the next object; commas between objects are skipped."""
+    stream.skip(_BETWEEN)
+    return not stream.peek()
+
+
+def _is_array_over(stream: "_Stream", batch: RowBatch) -> bool:
+    """Advance to the next value, also in another array; if none is left, check the file's end."""
+    while True:
+        stream.skip(_BETWEEN)
+        line, offset, following = stream.line, stream.offset, stream.peek()
+        reason: BadRowReason = "truncated"
+        detail = "the file ends inside its array"
+        if following == "]":
+            stream.advance(1)
+            stream.skip(_SPACE)
+            following = stream.peek()
+            if following == "[":
+                stream.advance(1)
+                continue
+            if not following:
+                return True
+            reason, detail = "invalid_json", f"data after the array: {excerpt(stream.rest())}"
+            line, offset = stream.line, stream.offset
+        elif following:
+            return False
+        # A row truncated by the end of the file has been reported already.
+        if not (batch.bad and batch.bad[-1].reason == "truncated"):
+            batch.num_rows += 1
+            batch.bad.append(BadRow(line, offset, reason, detail))
+        return True
 
 
 def _add_value(stream: "_Stream", batch: RowBatch, options: ReadOptions) -> None:

@@ -7,8 +7,12 @@ from raytune_llama.chat import conversations
 from raytune_llama.config.errors import UserError
 from raytune_llama.data.readers.config import DocumentMode
 
-FileFormat = Literal["txt", "json", "jsonl", "parquet"]
-"""File formats; `json` is one array of objects, or a sequence of objects."""
+FileFormat = Literal["txt", "json", "jsonl", "parquet", "arrow"]
+"""File formats; `json` is one array of objects or several, or a sequence of objects; `arrow` is
+Arrow's IPC format, as a file (also Feather) or a stream."""
+
+TABLE_FORMATS: tuple[FileFormat, ...] = ("parquet", "arrow")
+"""File formats with rows in columns, which are read by groups of rows."""
 
 Compression = Literal["none", "gzip", "bz2", "zstd"]
 """Compression formats."""
@@ -46,16 +50,26 @@ class ReadOptions:
     compression: Compression = "none"
     """Compression of the file."""
     encoding: str = "utf-8"
-    """Python codec name of the text; unused for Parquet."""
+    """Python codec name of the text; unused for tables."""
     bom_bytes: int = 0
     """Length of the byte order mark at the start of the file, in bytes."""
     document: DocumentMode = "line"
     """Unit that is one document; used for txt only."""
     text_fields: tuple[str, ...] = ("text",)
-    """Names of the text field, in order of preference; unused for txt. Empty: each JSON object is
-    returned as it is."""
+    """Names of the text field, in order of preference; unused for txt. Empty: each JSON object,
+    or row of a table, is returned as an object."""
     max_document_bytes: int = 256 * 2**20
     """Maximum size of a document, in bytes; longer rows are quarantined unread."""
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the file has rows in columns: ranges are in row groups, and offsets in rows."""
+        return self.format in TABLE_FORMATS
+
+    @property
+    def offset_unit(self) -> Literal["byte", "row"]:
+        """What offsets of rows in the file count, from 0."""
+        return "row" if self.is_table else "byte"
 
     @property
     def is_splittable(self) -> bool:
@@ -63,7 +77,7 @@ class ReadOptions:
         by_lines = self.format == "jsonl" or (self.format == "txt" and self.document != "file")
         one_byte_line_end = not self.encoding.startswith("utf-16")
         plain = self.compression == "none"
-        return self.format == "parquet" or (by_lines and one_byte_line_end and plain)
+        return self.is_table or (by_lines and one_byte_line_end and plain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +85,11 @@ class BadRow:
     """A row that is kept out of the store."""
 
     line: int
-    """Line of the row, counted from 1 at the start of the range that is read; for Parquet, its row
-    in the batch."""
+    """Line of the row, or the row of a table, counted from 1 at the start of the range that is
+    read."""
     offset: int
     """Byte offset of the row in the file, after decompression (and, for UTF-16, in UTF-8); for
-    Parquet, its row from 0."""
+    tables, its row from 0."""
     reason: BadRowReason | conversations.DefectReason
     """Why the row cannot be used."""
     detail: str

@@ -1,8 +1,8 @@
 """Corpora: the files that a config names, and how to read each of them.
 
 A source is a file, a folder (all files below it except hidden ones) or a glob, on a local disk or
-in object storage. Its files are sorted by name, so that the same folder is the same corpus on every
-machine.
+in object storage. What `side_files.py` recognizes as no data is skipped. The files are sorted by
+name, so that the same folder is the same corpus on every machine.
 """
 
 import logging
@@ -10,6 +10,8 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
 
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.data.readers.config import SourceConfig
@@ -19,13 +21,24 @@ from raytune_llama.data.readers.detection import (
     FileKind,
     detect_format,
 )
-from raytune_llama.data.readers.listing import list_files
-from raytune_llama.data.readers.rows import ReadOptions
+from raytune_llama.data.readers.listing import ListedFile, list_files
+from raytune_llama.data.readers.rows import TABLE_FORMATS, ReadOptions
+from raytune_llama.data.readers.side_files import is_side_file
 from raytune_llama.storage.place import FileStatus, Place
 
 logger = logging.getLogger(__name__)
 
+RowKind = Literal["texts", "objects"]
+"""What the rows of files are read as: the text in one of their fields, or objects."""
+
 _NUM_THREADS = 16  # a request to object storage takes tens of milliseconds
+_NUM_SHOWN = 5
+_SUFFIXES: dict[RowKind, str] = {
+    "texts": ", ".join(f".{suffix}" for suffix in FORMATS_BY_SUFFIX),
+    "objects": ", ".join(f".{suffix}" for suffix in FORMATS_BY_SUFFIX if suffix != "txt"),
+}
+
+_FoundFile = tuple[int, Place, str, FileStatus]  # source, place, name in the source, status
 
 
 @dataclass(frozen=True)
@@ -43,58 +56,151 @@ class SourceFile:
     options: ReadOptions
     """How to read the file."""
     row_group_bytes: tuple[int, ...] = ()
-    """Compressed size of each row group, in bytes; empty unless Parquet."""
+    """Size of each row group or Arrow record batch, in bytes; empty unless a table."""
+
+    @property
+    def end(self) -> int:
+        """End of the file's last range: a number of row groups for tables, else of bytes."""
+        return len(self.row_group_bytes) if self.options.is_table else self.status.num_bytes
 
 
 def discover_files(
-    sources: tuple[SourceConfig, ...], *, max_document_bytes: int = 1 << 28
+    sources: tuple[SourceConfig, ...],
+    *,
+    max_document_bytes: int = 1 << 28,
+    rows: RowKind = "texts",
 ) -> list[SourceFile]:
     """List the files of all sources, in source order and by name within a source.
 
-    Reads the beginning of each file to detect its encoding, and JSON or JSON Lines.
+    Reads the beginning of each file to detect its encoding, and JSON or JSON Lines. Files beside
+    the data that hold none, such as a README.md in a folder, are skipped and logged per source.
 
     Args:
         sources: Sources in the config.
         max_document_bytes: Maximum size of a document; longer ones are quarantined unread.
+        rows: What rows are read as. Objects have no text field, and are not read from plain text.
 
     Raises:
         ConfigError: A source matches no file, a file has an unknown format, is listed twice or
             cannot be opened, or all are empty; reports all problems together, each with its field.
     """
     problems: list[str] = []
-    found: list[tuple[int, Place, str, FileStatus]] = []
-    seen: dict[str, str] = {}
     if not sources:
         problems.append("sources: got an empty list; name at least one file, folder or glob")
-    for number, source in enumerate(sources):
-        field = f"sources.{number}.path"
-        try:
-            matched = list_files(Place.parse(source.path, field), field)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        for place, name, status in matched:
-            same = str(place.path.resolve()) if place.is_local else str(place)
-            if same in seen:
-                problems.append(f"{field}: {place} is already part of {seen[same]}")
-            seen.setdefault(same, f"sources.{number}")
-            found.append((number, place, name, status))
-    kinds = [(file, *_kind_of(sources[file[0]], file[1], file[0])) for file in found]
-    problems += [problem for _, _, problem in kinds if problem]
-    readable = [(file, kind) for file, kind, _ in kinds if kind is not None]
+    found = _list_all(sources, rows, problems)
+    readable = _choose_kinds(sources, found, rows, problems)
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        inspected = list(threads.map(lambda pair: _inspect(sources, *pair), readable))
+        inspected = list(threads.map(lambda pair: _inspect(sources, *pair, rows), readable))
     problems += [result for result in inspected if isinstance(result, str)]
     problems.sort(key=_source_number)
     if found and not problems and not any(status.num_bytes for *_, status in found):
         problems.append(f"sources: all {len(found)} files are empty; name files with text")
     if problems:
         raise ConfigError(problems)
+    _log_notes(readable, inspected)
     return [
-        _source_file(sources, file, result, max_document_bytes)
+        _source_file(sources, file, result, max_document_bytes, rows)
         for (file, _), result in zip(readable, inspected, strict=True)
         if not isinstance(result, str)
     ]
+
+
+def _list_all(
+    sources: tuple[SourceConfig, ...], rows: RowKind, problems: list[str]
+) -> list[_FoundFile]:
+    """List the files of all sources, without those that hold no data."""
+    found: list[_FoundFile] = []
+    seen: dict[str, str] = {}
+    for number, source in enumerate(sources):
+        field = f"sources.{number}.path"
+        try:
+            path = Place.parse(source.path, field)
+            matched = list_files(path, field)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if matched[0][0] != path:  # a file that is named itself is read, whatever its name
+            kept = _skip_side_files(path, matched, source.format)
+            if not kept:
+                names = _name_some([name for _, name, _ in matched])
+                problems.append(
+                    f"{field}: {path} has no data, only {names}; wanted {_SUFFIXES[rows]} files, "
+                    "or the name of one file"
+                )
+            matched = kept
+        for place, name, status in matched:
+            same = str(place.path.resolve()) if place.is_local else str(place)
+            if same in seen:
+                problems.append(f"{field}: {place} is already part of {seen[same]}")
+            seen.setdefault(same, f"sources.{number}")
+            found.append((number, place, name, status))
+    return found
+
+
+def _skip_side_files(path: Place, matched: list[ListedFile], declared: str) -> list[ListedFile]:
+    """Return the files that can hold data, and log the others."""
+    kept: list[ListedFile] = []
+    skipped: list[str] = []
+    for file in matched:
+        place, name, status = file
+        if is_side_file(place, status, declared):
+            skipped.append(name)
+        else:
+            kept.append(file)
+    if skipped and kept:
+        logger.info(
+            "%s: skipped %d files that hold no data, as their names say: %s; name a file itself to "
+            "read it",
+            path,
+            len(skipped),
+            _name_some(skipped),
+        )
+    return kept
+
+
+def _name_first(places: list[Place]) -> str:
+    more = f" and {len(places) - 1} more files" if len(places) > 1 else ""
+    return f"{places[0]}{more}"
+
+
+def _name_some(names: list[str]) -> str:
+    more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
+    return ", ".join(names[:_NUM_SHOWN]) + more
+
+
+def _choose_kinds(
+    sources: tuple[SourceConfig, ...],
+    found: list[_FoundFile],
+    rows: RowKind,
+    problems: list[str],
+) -> list[tuple[_FoundFile, FileKind]]:
+    """Return the format of each file by its name; files with the same problem share a line."""
+    kinds: list[tuple[_FoundFile, FileKind]] = []
+    refused: dict[tuple[int, _Refusal], list[Place]] = {}
+    for file in found:
+        number, place, *_ = file
+        kind = _kind_of(sources[number], place, rows)
+        if isinstance(kind, FileKind):
+            kinds.append((file, kind))
+        else:
+            refused.setdefault((number, kind), []).append(place)
+    for (number, refusal), places in refused.items():
+        named = _name_first(places)
+        problems.append(f"sources.{number}.{refusal.field}: {refusal.got} {named}{refusal.wanted}")
+    return kinds
+
+
+def _log_notes(
+    readable: list[tuple[_FoundFile, FileKind]], inspected: list[DetectedFormat | str]
+) -> None:
+    """Log what was detected and not declared; files of a source with the same note share a line."""
+    noted: dict[tuple[int, str], list[Place]] = {}
+    for ((number, place, *_), _), inspection in zip(readable, inspected, strict=True):
+        if isinstance(inspection, DetectedFormat):
+            for note in inspection.notes:
+                noted.setdefault((number, note), []).append(place)
+    for (_, note), places in noted.items():
+        logger.warning("%s: %s", _name_first(places), note)
 
 
 def check_sources(sources: tuple[SourceConfig, ...]) -> list[str]:
@@ -115,35 +221,41 @@ def _source_number(problem: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _kind_of(source: SourceConfig, place: Place, number: int) -> tuple[FileKind | None, str | None]:
+@dataclass(frozen=True)
+class _Refusal:
+    """Why a file cannot be read as configured, in the parts of a message around its name."""
+
+    field: str
+    got: str
+    wanted: str
+
+
+def _kind_of(source: SourceConfig, place: Place, rows: RowKind) -> FileKind | _Refusal:
     """Return the format of a file from its name, or the problem with it."""
-    field = f"sources.{number}"
     kind = FileKind.from_name(place.name, source.format)
-    problem = None
     if kind is None:
-        problem = (
-            f"{field}.format: unknown suffix of {place}; wanted one of "
-            f"{', '.join('.' + suffix for suffix in FORMATS_BY_SUFFIX)}: set format, or narrow "
-            "path with a glob"
-        )
-    elif kind.format == "txt" and (source.text_field != "text" or source.text_aliases):
-        problem = (
-            f"{field}.text_field: {place} is plain text and has no fields; remove text_field and "
-            "text_aliases"
-        )
-    elif kind.format != "txt" and source.document != "line":
-        problem = (
-            f"{field}.document: {place} is {kind.format}, where each row is a document; remove it"
-        )
-    elif kind.format == "parquet" and source.encoding != "auto":
-        problem = f"{field}.encoding: {place} is Parquet, whose text is UTF-8; remove it"
-    return (None if problem else kind), problem
+        suffix = PurePosixPath(place.name.lower()).suffix or "none"
+        # The field `format` of conversations is that of their rows.
+        field, remedy = ("format", "set format, or ") if rows == "texts" else ("path", "")
+        wanted = f"; wanted {_SUFFIXES[rows]}: {remedy}narrow path with a glob"
+        return _Refusal(field, f"unknown suffix {suffix} of", wanted)
+    if kind.format == "txt" and rows == "objects":
+        wanted = f"; conversations are read from {_SUFFIXES[rows]} files: narrow path with a glob"
+        return _Refusal("path", "got plain text:", wanted)
+    if kind.format == "txt" and (source.text_field != "text" or source.text_aliases):
+        remedy = ", which has no fields; remove text_field and text_aliases"
+        return _Refusal("text_field", f"got {source.text_field!r} for plain text:", remedy)
+    if kind.format != "txt" and source.document != "line":
+        remedy = ", where each row is a document; remove document, or set it to line"
+        return _Refusal("document", f"got {source.document} for {kind.format}:", remedy)
+    if kind.format in TABLE_FORMATS and source.encoding != "auto":
+        remedy = ", whose text is always UTF-8; remove encoding"
+        return _Refusal("encoding", f"got {source.encoding} for {kind.format}:", remedy)
+    return kind
 
 
 def _inspect(
-    sources: tuple[SourceConfig, ...],
-    file: tuple[int, Place, str, FileStatus],
-    kind: FileKind,
+    sources: tuple[SourceConfig, ...], file: _FoundFile, kind: FileKind, rows: RowKind
 ) -> DetectedFormat | str:
     """Detect the format of a file; return the problem with it instead of raising."""
     number, place, _, status = file
@@ -155,7 +267,7 @@ def _inspect(
             kind,
             declared_encoding=source.encoding,
             is_format_declared=source.format != "auto",
-            text_fields=(source.text_field, *source.text_aliases),
+            text_fields=_text_fields(source, rows),
         )
     except ValueError as error:
         return f"sources.{number}: {error}"
@@ -167,21 +279,24 @@ def _inspect(
 
 def _source_file(
     sources: tuple[SourceConfig, ...],
-    file: tuple[int, Place, str, FileStatus],
+    file: _FoundFile,
     inspection: DetectedFormat,
     max_document_bytes: int,
+    rows: RowKind,
 ) -> SourceFile:
     number, place, name, status = file
     source = sources[number]
-    for note in inspection.notes:
-        logger.warning("%s: %s", place, note)
     options = ReadOptions(
         format=inspection.kind.format,
         compression=inspection.kind.compression,
         encoding=inspection.encoding.codec,
         bom_bytes=inspection.encoding.bom_bytes,
         document=source.document,
-        text_fields=(source.text_field, *source.text_aliases),
+        text_fields=_text_fields(source, rows),
         max_document_bytes=max_document_bytes,
     )
     return SourceFile(number, place, name, status, options, inspection.row_group_bytes)
+
+
+def _text_fields(source: SourceConfig, rows: RowKind) -> tuple[str, ...]:
+    return (source.text_field, *source.text_aliases) if rows == "texts" else ()

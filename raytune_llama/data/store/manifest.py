@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 import pydantic
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.config.settings import find_differences
+from raytune_llama.data.store.differences import describe_differences
 from raytune_llama.storage.place import Place
 
 STORE_FORMAT_VERSION = 3
@@ -188,18 +188,20 @@ def check_fingerprint(path: Place, stored: Mapping[str, Any], wanted: Mapping[st
         wanted: Inputs that a new store would have.
 
     Raises:
-        StoreError: The inputs differ; each difference is listed as `field: old -> new`.
+        StoreError: The inputs differ; lists the field or file of each difference, and both values.
     """
     if fingerprint_of(stored) == fingerprint_of(wanted):
         return
-    lines = find_differences(_indexed(stored), _indexed(wanted))
+    lines = describe_differences(stored, wanted)
     if len(lines) > _MAX_DIFFERENCES:
         more = len(lines) - _MAX_DIFFERENCES
         lines = [*lines[:_MAX_DIFFERENCES], f"... and {more} more"]
     listed = "\n  ".join(lines)
     raise StoreError(
-        f"{path} was built from other inputs (stored -> wanted):\n  {listed}\n"
-        "Undo the change, choose another store_dir, or delete this store to rebuild it."
+        f"data.store_dir: the token store {path} was built from other inputs (then -> now):\n"
+        f"  {listed}\n"
+        "Undo the change, set data.store_dir to another directory to build a second store, or "
+        "delete this one to rebuild it"
     )
 
 
@@ -231,12 +233,3 @@ def read_manifest(file: Place) -> Manifest:
 def write_manifest(place: Place, manifest: Manifest) -> None:
     """Write a manifest as JSON; equal manifests give equal bytes."""
     place.write_json(asdict(manifest))
-
-
-def _indexed(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    """Turn lists into mappings by index, so that a difference names a single element."""
-    if isinstance(value, Mapping):
-        return {key: _indexed(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return {str(index): _indexed(item) for index, item in enumerate(value)}
-    return value

@@ -29,7 +29,7 @@ class EncodedDocuments:
     num_bytes: NDArray[np.int64]
     """Size of each document's text in UTF-8 bytes."""
     offsets: NDArray[np.int64]
-    """Offset of each document in the file: bytes, or rows for Parquet."""
+    """Offset of each document in the file: bytes, or rows for tables."""
     is_validation: NDArray[np.bool_]
     """Whether each document goes to the validation split."""
     targets: NDArray[np.bool_] | None = None

@@ -238,7 +238,7 @@ class TokenSplit:
         """Return the origin of a document of the split.
 
         Returns:
-            Index of its source file, and its offset in the file: bytes, or rows for Parquet.
+            Index of its source file, and its offset in the file: bytes, or rows for tables.
         """
         number = int(np.searchsorted(self._batch_documents, document, side="right")) - 1
         batch, row = self._batches[number], document - int(self._batch_documents[number])

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.model.lineage import CHAT_KEY
+from raytune_llama.model.lineage import CHAT_KEY, find_leading_ids
 from raytune_llama.model.lora import ADAPTER_WEIGHTS, check_adapter_directory, is_tied
 from raytune_llama.model.rope import apply_rope_settings, read_model_settings
 from raytune_llama.model.vocab import describe_tokenizer_mismatch, has_tokenizer, num_embedding_rows
@@ -113,7 +113,8 @@ class AdapterLoader:
                 wanted=None if recorded or chat is None else chat.config.template,
                 allow_other=self._config.allow_other_template,
             )
-        served = replace(self._base, name=name, tokenizer=tokenizer, chat=chat)
+        begin = find_leading_ids([self._path, folder], tokenizer)
+        served = replace(self._base, name=name, tokenizer=tokenizer, chat=chat, leading_ids=begin)
         settings_ = cast("peft.LoraConfig", peft.PeftConfig.from_pretrained(str(folder)))
         if settings_.peft_type != "LORA":
             raise UserError(f"{folder} has PEFT type {settings_.peft_type}, wanted LORA")

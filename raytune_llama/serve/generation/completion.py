@@ -80,9 +80,7 @@ class CompletionService:
             )
         self._served.check_size([message.text for message in request.messages], "messages")
         try:
-            conversation = build_conversation(
-                request.messages, request.shown_tools, allows_system=chat.template.allows_system
-            )
+            conversation = build_conversation(request.messages, request.shown_tools)
             ids = chat.encode_prompt(conversation).tolist()
         except ValueError as error:
             raise InvalidRequestError(str(error), "messages") from error

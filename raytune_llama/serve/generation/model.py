@@ -21,7 +21,11 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from raytune_llama.chat.config import ChatConfig, TemplateName
 from raytune_llama.chat.encoding import ChatEncoder, build_chat_encoder
 from raytune_llama.config.settings import ConfigError
-from raytune_llama.model.lineage import check_tokenizer_hash, find_chat_template
+from raytune_llama.model.lineage import (
+    check_tokenizer_hash,
+    find_chat_template,
+    find_leading_ids,
+)
 from raytune_llama.model.llama import DTYPES, check_model_directory
 from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.config import ServedModelConfig
@@ -50,6 +54,9 @@ class ServedModel:
 
     max_context: int
     """Maximum tokens per request, prompt and answer."""
+
+    leading_ids: tuple[int, ...]
+    """Ids that a text begins with, as in the model's training; see `find_leading_ids`."""
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -85,10 +92,8 @@ class ServedModel:
             )
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of texts as starts of documents: BOS if defined, then plain text."""
-        bos = self.tokenizer.bos_token_id
-        begin = [bos] if isinstance(bos, int) else []
-        return [begin + ids for ids in encode_text(self.tokenizer, texts)]
+        """Return the token ids of texts as starts of documents: `leading_ids`, then plain text."""
+        return [[*self.leading_ids, *ids] for ids in encode_text(self.tokenizer, texts)]
 
 
 def load_served_model(config: ServedModelConfig, device: torch.device) -> ServedModel:
@@ -135,7 +140,8 @@ def load_served_model(config: ServedModelConfig, device: torch.device) -> Served
     limit = context_tokens(config, model)
     logger.info("%s: %s, context length %d tokens", path, model.dtype, limit)
     nn.Module.to(model.eval(), device)
-    return ServedModel(config.served_name, model, tokenizer, chat, limit)
+    begin = find_leading_ids([path], tokenizer)
+    return ServedModel(config.served_name, model, tokenizer, chat, limit, begin)
 
 
 def _outline(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -12,7 +12,8 @@ class CheckpointConfig:
     """When checkpoints are saved, and which are kept."""
 
     every_steps: Annotated[int, Field(ge=1)] = 200
-    """Optimizer steps between checkpoints. Another one is saved at the end and on SIGTERM."""
+    """Optimizer steps between checkpoints. Another one is saved at the end, and when the run is
+    stopped by Ctrl-C, a closed terminal or SIGTERM."""
 
     keep_last: Annotated[int, Field(ge=1)] = 2
     """Number of newest checkpoints to keep."""
@@ -29,7 +30,8 @@ class CheckpointConfig:
     """Also save and keep the step with the lowest `eval/loss`."""
 
     result: Literal["last", "best"] = "last"
-    """Weights to export as the result of the run: those of its last step or of the best one."""
+    """Weights to export as the result of the run: those of its last step or of the best one. The
+    log, the job's last line and the result's manifest name the best step and its loss."""
 
     @model_validator(mode="after")
     def _check(self) -> "CheckpointConfig":

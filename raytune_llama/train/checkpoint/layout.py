@@ -87,6 +87,11 @@ class RunState:
     best_loss: float | None = None
     """Evaluation loss of `best_step`, in nats per token."""
 
+    @property
+    def num_kept_steps(self) -> int:
+        """Number of steps whose updates are in the weights: neither skipped, bad nor undone."""
+        return self.step - self.num_skipped_steps - self.num_bad_steps - self.num_undone_steps
+
 
 @dataclass(frozen=True)
 class SaveResult:

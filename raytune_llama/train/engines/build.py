@@ -1,5 +1,6 @@
 """Builds the training engine: load the base, select the trained parameters, place the weights."""
 
+import logging
 from pathlib import Path
 
 from peft import PeftModel
@@ -7,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raytune_llama.data.batches.step_batches import BatchPlan
+from raytune_llama.logs import waiting
 from raytune_llama.model.config import LoraConfig
 from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import SummedLoss, load_model
@@ -21,15 +23,18 @@ from raytune_llama.train.engines.protocol import TrainEngine
 from raytune_llama.train.process_group import ProcessGroup
 from raytune_llama.train.untrained_rows import modules_to_save
 
+logger = logging.getLogger(__name__)
+
 
 def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: ProcessGroup) -> TrainEngine:
     """Load the base, select the trained parameters, and only then place or shard the weights."""
-    model = load_model(
-        config.model,
-        config.engine.precision,
-        workers.device,
-        modules_to_save=modules_to_save(config),
-    )
+    with waiting(logger, f"loading the model {config.model.path}", usually="2 to 10 s per GB"):
+        model = load_model(
+            config.model,
+            config.engine.precision,
+            workers.device,
+            modules_to_save=modules_to_save(config),
+        )
     if config.engine.gradient_checkpointing:
         # Reentrant checkpointing needs an input that requires grad; frozen embeddings give none.
         model.gradient_checkpointing_enable({"use_reentrant": False})

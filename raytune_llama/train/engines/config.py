@@ -181,7 +181,8 @@ class OptimConfig:
     again. Each bad step is a line of `bad_steps.jsonl` in the run directory, with its samples."""
 
     max_bad_steps: Annotated[int, Field(ge=1)] = DEFAULT_MAX_BAD_STEPS
-    """Consecutive bad steps allowed with `skip` or `rollback`; one more ends the run."""
+    """Consecutive bad steps allowed with `skip` or `rollback`; one more ends the run. A run that
+    ends without a step that updated the weights fails, however few its steps are."""
 
     @model_validator(mode="after")
     def _check(self) -> "OptimConfig":

@@ -1,5 +1,6 @@
 """Training engine for DeepSpeed ZeRO 1 to 3; the only module that imports deepspeed."""
 
+import fcntl
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from raytune_llama.config.errors import UserError
 from raytune_llama.data.batches.step_batches import MicroBatch
+from raytune_llama.logs import waiting
 from raytune_llama.model.llama import DTYPES, SummedLoss
 from raytune_llama.train.engines.config import EngineConfig, OptimConfig
 from raytune_llama.train.engines.optimizer import (
@@ -105,7 +107,9 @@ class DeepSpeedEngine:
         micro_batch_sequences: int,
         num_micro_batches: int,
     ) -> None:
-        deepspeed = _import_deepspeed(workers.device)
+        what = "loading DeepSpeed, which compiles its collective when a machine uses it first"
+        with waiting(logger, what, usually="5 s, the first time 20 to 60 s"):
+            deepspeed = _import_deepspeed(workers.device)
         self._deepspeed = deepspeed
         self._config = engine
         self._workers = workers
@@ -333,7 +337,42 @@ def _import_deepspeed(device: torch.device) -> Any:  # noqa: ANN401  # the modul
 
     # PyTorch 2.13 quotes its header paths, but not its library path (`-L`).
     cpp_extension.TORCH_LIB_PATH = shlex.quote(_TORCH_LIBRARIES)
+    cpp_extension.FileBaton = CompileLock
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     ensure_process_group(device)
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
+
+
+class CompileLock:
+    """Lock by which one process of a machine compiles an op while the others wait.
+
+    It stands in for PyTorch's `FileBaton`, whose lock is a file that a killed process leaves
+    behind: every later process would wait for it forever. The kernel releases this one.
+    """
+
+    def __init__(self, lock_file_path: str) -> None:
+        self._path = f"{lock_file_path}.flock"
+        self._descriptor = -1
+
+    def try_acquire(self) -> bool:
+        """Acquire the lock, unless another process holds it; return whether it is ours now."""
+        self._descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            return False
+        return True
+
+    def wait(self) -> None:
+        """Wait until no process holds the lock."""
+        descriptor = os.open(self._path, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        finally:
+            os.close(descriptor)
+
+    def release(self) -> None:
+        """Release the lock."""
+        os.close(self._descriptor)

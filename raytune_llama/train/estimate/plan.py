@@ -1,6 +1,7 @@
 """What a run will take, found without weights or Ray: `print(render_plan(build_plan(config)))`."""
 
 import math
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +14,15 @@ from transformers import PreTrainedModel
 
 from raytune_llama.config.settings import identity
 from raytune_llama.data.batches.step_batches import num_micro_batches
-from raytune_llama.data.build.preparation import DataInputs
-from raytune_llama.data.store.manifest import MANIFEST_NAME, token_dtype
+from raytune_llama.data.build.preparation import DataInputs, describe_inputs
+from raytune_llama.data.build.text_corpus import document_ends
+from raytune_llama.data.store.lengths import LengthTable
+from raytune_llama.data.store.manifest import (
+    MANIFEST_NAME,
+    StoreError,
+    check_fingerprint,
+    token_dtype,
+)
 from raytune_llama.data.store.token_store import TokenStore, open_store
 from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import DTYPES, build_empty_model, has_weights
@@ -24,6 +32,8 @@ from raytune_llama.model.vocab import VocabularyFit, new_ids
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import encode_text
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
+from raytune_llama.train.control_rows import find_unseen_tokens
+from raytune_llama.train.estimate.lengths import measure_lengths, render_lengths
 from raytune_llama.train.estimate.memory import (
     ParameterCounts,
     WorkerMemory,
@@ -31,9 +41,10 @@ from raytune_llama.train.estimate.memory import (
     plan_memory,
 )
 from raytune_llama.train.estimate.trace import META_DEVICE
-from raytune_llama.train.inputs import build_batch_plan, build_sources
+from raytune_llama.train.identity import check_run, keep_recorded_bos
+from raytune_llama.train.inputs import build_batch_plan, build_sources, find_horizon_warnings
 from raytune_llama.train.orchestration.nodes import is_submitted_job
-from raytune_llama.train.preflight import check_identity, open_inputs, resolve_places
+from raytune_llama.train.preflight import open_inputs, resolve_places
 
 STORE_BYTES_PER_DOCUMENT = 28
 """Bytes per document in a token store in addition to its ids."""
@@ -62,7 +73,7 @@ class WorkersPlan(NamedTuple):
 
 
 class DiskPlan(NamedTuple):
-    """Bytes that a run writes; there is one more checkpoint while it is written."""
+    """Bytes that a run that trains writes; there is one more checkpoint while it is written."""
 
     checkpoint: int
     num_checkpoints: int
@@ -81,6 +92,8 @@ class RunPlan(NamedTuple):
     workers: tuple[WorkersPlan, ...]
     steps: StepPlan
     disk: DiskPlan
+    lengths: LengthTable
+    warnings: tuple[str, ...]
 
 
 def build_plan(config: AnyTrainConfig) -> RunPlan:
@@ -91,14 +104,19 @@ def build_plan(config: AnyTrainConfig) -> RunPlan:
     """
     written = config
     config = resolve_places(config, in_job=is_submitted_job())
+    config = keep_recorded_bos(config, config.run_place)
     inputs = open_inputs(config)
-    check_identity(config.run_place, {"config": identity(config)})
+    check_run(config, {"config": identity(config)})
     path = Path(config.model.path)
     fit = inputs.vocabulary
     model = build_model(config, build_empty_model(path, num_rows=max(fit.num_rows, fit.num_ids)))
     place = Place.parse(config.data.store_dir, "data.store_dir")
     store = open_store(config.data) if (place / MANIFEST_NAME).exists() else None
     counts = count_parameters(model)
+    steps, warnings = plan_steps(config, store)
+    if store is not None:
+        warnings += find_unseen_tokens(config, inputs.data.tokenizer, fit, store)
+        warnings += _find_stale_store(config, inputs.data, store)
     numbers = {config.scale.min_workers, config.scale.max_workers}
     return RunPlan(
         config=written,
@@ -106,7 +124,7 @@ def build_plan(config: AnyTrainConfig) -> RunPlan:
         vocabulary=fit,
         counts=counts,
         workers=tuple(plan_workers(config, model, number) for number in sorted(numbers)),
-        steps=plan_steps(config, store),
+        steps=steps,
         disk=DiskPlan(
             # The weights and AdamW's two moments in float32.
             checkpoint=3 * 4 * counts.trained,
@@ -115,7 +133,21 @@ def build_plan(config: AnyTrainConfig) -> RunPlan:
             store=_store_bytes(config, inputs.data, store),
             store_exists=store is not None,
         ),
+        lengths=measure_lengths(inputs.data, store),
+        warnings=(*inputs.warnings, *warnings),
     )
+
+
+def _find_stale_store(
+    config: AnyTrainConfig, data: DataInputs, store: TokenStore
+) -> list[str]:
+    """Return the error with which the run would refuse a store that was built from other inputs."""
+    try:
+        wanted = describe_inputs(config.encoded_data, data)
+        check_fingerprint(store.place, store.manifest.inputs, wanted)
+    except StoreError as error:
+        return [f"the run would be refused: {error}"]
+    return []
 
 
 def build_model(config: AnyTrainConfig, skeleton: PreTrainedModel) -> PreTrainedModel | PeftModel:
@@ -146,18 +178,25 @@ def plan_workers(config: AnyTrainConfig, model: nn.Module, num_workers: int) -> 
     return WorkersPlan(num_workers, count, filler, plan_memory(config, model, num_workers))
 
 
-def plan_steps(config: AnyTrainConfig, store: TokenStore | None) -> StepPlan:
-    """Count steps and tokens, and the epochs that an existing token store allows."""
+def plan_steps(config: AnyTrainConfig, store: TokenStore | None) -> tuple[StepPlan, list[str]]:
+    """Count steps and tokens, and the epochs that an existing token store allows.
+
+    Returns:
+        The steps, and warnings about them, as far as they are known.
+    """
     step_tokens = config.batch.sequences_per_step * config.batch.sequence_tokens
     if store is None:
-        return StepPlan(config.max_steps, step_tokens, None)
+        known = config.max_steps or 0
+        steps = StepPlan(config.max_steps, step_tokens, None)
+        return steps, find_horizon_warnings(config, known, None)
     sources = build_sources(config, store)
     plan = build_batch_plan(config, sources)
     epochs = {
         source.name: share * plan.total_positions / source.sequences.num_sequences
         for source, share in zip(sources, plan.order.shares, strict=True)
     }
-    return StepPlan(plan.num_steps, step_tokens, epochs)
+    steps = StepPlan(plan.num_steps, step_tokens, epochs)
+    return steps, find_horizon_warnings(config, plan.num_steps, sum(plan.order.source_sequences))
 
 
 def _result_bytes(config: AnyTrainConfig, model: PreTrainedModel | PeftModel) -> int:
@@ -183,13 +222,14 @@ def _store_bytes(config: AnyTrainConfig, data: DataInputs, store: TokenStore | N
         return sum(shard.file_bytes for split in splits for shard in split.shards)
     if not isinstance(config, PretrainConfig):
         return None
-    formats = {(each.options.compression, each.options.format) for each in data.corpus.files}
-    if any(compression != "none" or kind == "parquet" for compression, kind in formats):
+    options = [each.options for each in data.corpus.files]
+    if any(each.compression != "none" or each.is_table for each in options):
         return None
     # A quarter of the sample is enough, and is encoded within seconds.
     texts = [text for text in data.corpus.sample_texts() if text.strip()][::4]
     num_ids = sum(len(ids) for ids in encode_text(data.tokenizer, texts))
-    num_ids += len(texts) * (config.data.bos + config.data.eos)
+    ends = document_ends(config.data, data.tokenizer)
+    num_ids += len(texts) * sum(id_ is not None for id_ in ends)
     id_bytes = 2 if token_dtype(max(data.tokenizer.get_vocab().values()) + 1) == "uint16" else 4
     sampled_bytes = sum(len(text.encode()) for text in texts)
     share = sum(each.status.num_bytes for each in data.corpus.files) / max(1, sampled_bytes)
@@ -200,7 +240,22 @@ def render_plan(plan: RunPlan) -> str:
     """Return a plan as text for a terminal, at most 100 columns wide."""
     lines = [f"{name:<13}{text}" for name, text in _facts(plan)]
     tables = [line for workers in plan.workers for line in ("", *_memory_table(plan, workers))]
-    return "\n".join([*lines, *tables, _NOTES])
+    warnings = [line for text in plan.warnings for line in _wrapped("warning", text)]
+    lengths = render_lengths(plan.config, plan.lengths)
+    return "\n".join([*lines, "", *lengths, *tables, _NOTES, *warnings])
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    first = f"{label:<13}"
+    indent = " " * len(first)
+    return textwrap.wrap(
+        text,
+        width=100,
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _facts(plan: RunPlan) -> Iterator[tuple[str, str]]:
@@ -215,7 +270,12 @@ def _facts(plan: RunPlan) -> Iterator[tuple[str, str]]:
         frozen = counts.resident - counts.unique
         yield "  in memory", f"{counts.resident:,}, with {frozen:,} of saved modules' originals"
     number = "unknown number" if steps.num_steps is None else f"{steps.num_steps:,}"
-    yield "steps", f"{number} of {batch.sequences_per_step:,} sequences"
+    yield (
+        "steps",
+        "none: max_steps=0 evaluates and ends"
+        if steps.num_steps == 0
+        else f"{number} of {batch.sequences_per_step:,} sequences",
+    )
     total = steps.step_tokens * (steps.num_steps or 0)
     in_all = f", {total:,} in all" if total else ""
     yield (
@@ -229,17 +289,23 @@ def _facts(plan: RunPlan) -> Iterator[tuple[str, str]]:
         yield "epochs", "unknown until the token store is built"
     for name, epochs in (steps.epochs or {}).items():
         yield "epochs", f"{epochs:.4g} of {name}"
+    if steps.num_steps != 0:
+        yield from _written_facts(plan)
+    if disk.store is None:
+        yield "token store", "unknown: estimated only for uncompressed text and JSON"
+    else:
+        how = ", there" if disk.store_exists else ", estimated from a sample of the sources"
+        yield "token store", f"{_gib(disk.store)} GiB{how}"
+
+
+def _written_facts(plan: RunPlan) -> Iterator[tuple[str, str]]:
+    config, disk = plan.config, plan.disk
     checkpoint, most = _gib(disk.checkpoint), _gib((disk.num_checkpoints + 1) * disk.checkpoint)
     kept = f"{disk.num_checkpoints} kept and one while it is written: {most} GiB"
     yield "checkpoints", f"{checkpoint} GiB each, {kept}"
     if config.checkpoint.background:
         yield "  copied", f"{checkpoint} GiB of the nodes' memory together, to be written"
     yield "result", f"{config.result_name}, {_gib(disk.result)} GiB"
-    if disk.store is None:
-        yield "token store", "unknown: estimated only for uncompressed text and JSON"
-    else:
-        how = ", there" if disk.store_exists else ", estimated from a sample of the sources"
-        yield "token store", f"{_gib(disk.store)} GiB{how}"
 
 
 def _memory_table(plan: RunPlan, workers: WorkersPlan) -> Iterator[str]:

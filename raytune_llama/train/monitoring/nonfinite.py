@@ -5,6 +5,7 @@ the loss scale: if half-precision gradients overflow while the loss is finite, t
 scale above 1, and the step is only counted as skipped.
 """
 
+import logging
 from dataclasses import replace
 
 from raytune_llama.data.batches.step_batches import StepBatch
@@ -12,6 +13,8 @@ from raytune_llama.train.checkpoint.layout import RunState
 from raytune_llama.train.engines.config import BadStepAction, OptimConfig
 from raytune_llama.train.engines.protocol import StepResult
 from raytune_llama.train.process_group import ProcessGroup
+
+logger = logging.getLogger(__name__)
 
 
 def choose_action(optim: OptimConfig, state: RunState) -> BadStepAction:
@@ -42,6 +45,32 @@ def stop_message(state: RunState, result: StepResult) -> str:
     )
 
 
+def check_updates(state: RunState, workers: ProcessGroup) -> None:
+    """Check that a run that has ended has updated its weights; warn if some steps did not.
+
+    Raises:
+        FloatingPointError: no update is left, so that the result would be what the run began with.
+    """
+    counts = (
+        f"{state.num_bad_steps} had a non-finite loss or gradient, {state.num_skipped_steps} "
+        f"overflowed in half precision, {state.num_undone_steps} were undone by rollbacks"
+    )
+    if state.num_kept_steps <= 0:
+        raise FloatingPointError(
+            f"none of the {state.step} steps has updated the weights ({counts}): nothing was "
+            "trained and no result is written. The samples of bad steps are in bad_steps.jsonl: "
+            "fix the text or the model, lower optim.learning_rate, use engine.precision=bf16 or "
+            "fp32, or take more steps, and start a new run"
+        )
+    if state.num_kept_steps < state.step and workers.is_rank_zero:
+        logger.warning(
+            "%d of %d steps have not updated the weights: %s",
+            state.step - state.num_kept_steps,
+            state.step,
+            counts,
+        )
+
+
 def state_after_rollback(state: RunState, before: RunState) -> RunState:
     """Return the state of a run that continues after a bad step with a checkpoint's weights.
 
@@ -51,7 +80,8 @@ def state_after_rollback(state: RunState, before: RunState) -> RunState:
     """
     return replace(
         state,
-        num_undone_steps=state.num_undone_steps + state.step - 1 - before.step,
+        # The weights have the updates that they had then.
+        num_undone_steps=state.num_undone_steps + state.num_kept_steps - before.num_kept_steps,
         # Earlier than intended if that checkpoint could not be written.
         rollback_step=before.step,
         # A better step since then is undone with its weights.

@@ -31,6 +31,7 @@ def run_self_tests(
 
     Raises:
         RuntimeError: a test failed; the message says which and by how much.
+        FloatingPointError: the model's loss is not finite before the first step.
     """
     model = causal_lm(engine.module.model)
     rows = int(model.config.vocab_size)
@@ -52,6 +53,12 @@ def _test_loss(
     with torch.no_grad():
         wanted = module.loss_from_logits(ids, labels).item()
     module.train()
+    if not math.isfinite(wanted):
+        raise FloatingPointError(
+            f"self-test: the model's own loss of {DOCUMENT_TOKENS} tokens is {wanted} before the "
+            "first step: check the weights of model.path and of the adapter, or use "
+            "engine.precision=bf16 or fp32"
+        )
     got = engine.loss_sum(batch)
     if not math.isclose(got, wanted, rel_tol=TOLERANCE[precision]):
         raise RuntimeError(

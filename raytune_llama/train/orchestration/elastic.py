@@ -6,7 +6,7 @@ of a killed driver for 180 s. So the driver polls every second itself, and has t
 recompute at once when nodes have come or gone.
 
 To scale up, Ray would stop running workers at any moment, and the steps since the newest checkpoint
-would be repeated. Here the run is asked to save and stop, as on SIGTERM, and is started again: no
+would be repeated. Here the run is asked to save and stop, as on Ctrl-C, and is started again: no
 step is repeated.
 """
 

@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from raytune_llama.signals import StopSignal
 from raytune_llama.storage.lease import Fence
 from raytune_llama.storage.place import Place
 from raytune_llama.train.orchestration.channel import FailureCallback
@@ -27,8 +28,11 @@ from raytune_llama.train.orchestration.failure_policy import (
     describe_error,
 )
 from raytune_llama.train.orchestration.placement_group import WorkerPlacement
-from raytune_llama.train.orchestration.signals import StopSignal
-from raytune_llama.train.orchestration.supervisor import Supervisor, draining_nodes
+from raytune_llama.train.orchestration.supervisor import (
+    EndedBeforeStep,
+    Supervisor,
+    draining_nodes,
+)
 from raytune_llama.train.orchestration.worker import newest_step, train_worker
 from raytune_llama.train.result import RunResult
 
@@ -67,11 +71,15 @@ class PreparedRun:
         return cls(pickle.dumps(config), config.scale, config.run_place, fence)
 
 
-def launch(run: PreparedRun) -> RunResult:
-    """Run the loop on Ray Train to its end, or until SIGTERM.
+def launch(run: PreparedRun, stop_signal: StopSignal | None = None) -> RunResult:
+    """Run the loop on Ray Train to its end, or until it is asked to save and stop.
 
     Ray restarts workers that fail. This restarts what Ray does not: its own controller if that
     fails, and workers that saved and stopped to leave draining nodes or to scale up.
+
+    Args:
+        run: run to launch.
+        stop_signal: what asks it to stop; None: SIGINT, SIGHUP and SIGTERM of this process.
 
     Raises:
         FloatingPointError: the loss or a gradient is not finite, or the workers' replicas differ.
@@ -80,10 +88,10 @@ def launch(run: PreparedRun) -> RunResult:
         InvalidRunError: the run's data, files or settings do not allow it.
     """
     failures = FailurePolicy(run.scale.max_failures)
-    with StopSignal() as stop:
-        while True:
+    with stop_signal or StopSignal() as stop:
+        while not stop.is_requested:
             with Supervisor(run.scale, failures, run.fence) as supervisor:
-                stop.set_callback(supervisor.channel.request_stop)
+                stop.set_callback(supervisor.request_stop)
                 result, error = _fit(run, supervisor)
             failures = supervisor.failure_policy
             reason = failures.abort_reason or (result and result.abort_reason)
@@ -95,7 +103,8 @@ def launch(run: PreparedRun) -> RunResult:
             if stop.wait(decision.wait_seconds) or not has_room(
                 run.scale, stop, has_drained=supervisor.has_drained
             ):
-                return RunResult("stopped", newest_step(run.run_dir))
+                break
+    return RunResult("stopped", newest_step(run.run_dir))
 
 
 def _fit(run: PreparedRun, supervisor: Supervisor) -> tuple[RunResult | None, Exception | None]:
@@ -105,6 +114,11 @@ def _fit(run: PreparedRun, supervisor: Supervisor) -> tuple[RunResult | None, Ex
         RetriesExhaustedError: Ray starts no workers and does not end.
     """
     trainer = build_trainer(run, supervisor.channel.actor)
+    logger.info(
+        "starting %s%d training workers, which import PyTorch; usually takes 10 to 40 s",
+        "up to " if run.scale.elastic_range else "",
+        run.scale.max_workers,
+    )
 
     def fit() -> None:
         try:
@@ -123,6 +137,10 @@ def _fit(run: PreparedRun, supervisor: Supervisor) -> tuple[RunResult | None, Ex
     except BaseException:
         supervisor.kill_controller()
         raise
+    if isinstance(result, EndedBeforeStep):
+        supervisor.kill_controller()
+        _release_placement(run)
+        return RunResult("stopped", newest_step(run.run_dir)), None
     if isinstance(result, (TrainingFailedError, RayError)):
         logger.warning("Ray's trainer failed: %s", describe_error(result))
         return None, result
@@ -142,13 +160,18 @@ def _decide_retry(
     """
     if error is not None:
         failures.record([describe_error(error)])
-        placement = WorkerPlacement.read(run.run_dir)
-        if placement is not None:
-            placement.release()
+        _release_placement(run)
     decision = failures.decide(newest_step(run.run_dir))
     if decision.abort_reason is not None:
         raise decision.abort_reason.to_exception()
     return decision
+
+
+def _release_placement(run: PreparedRun) -> None:
+    """Release what Ray leaks of a killed controller's workers."""
+    placement = WorkerPlacement.read(run.run_dir)
+    if placement is not None:
+        placement.release()
 
 
 def has_room(scale: ScaleConfig, stop: StopSignal, *, has_drained: bool) -> bool:

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.data.store.token_store import open_store
+from raytune_llama.logs import waiting
 from raytune_llama.model.llama import check_model_directory
 from raytune_llama.storage.place import Place
 from raytune_llama.train.config import AnyTrainConfig
@@ -152,7 +153,9 @@ def _probe_all(config: AnyTrainConfig, probes: Place) -> list[str]:
         call = task.options(num_cpus=0, scheduling_strategy=here, max_retries=0)
         address = node["NodeManagerAddress"]
         pending[call.remote(config, probes, node["NodeID"])] = f"{address} {node['NodeID'][:8]}"
-    done, late = ray.wait(list(pending), num_returns=len(pending), timeout=NODE_CHECK_SECONDS)
+    what = f"checking model, token store and run directory on {len(pending)} nodes"
+    with waiting(logger, what, usually="5 to 20 s"):
+        done, late = ray.wait(list(pending), num_returns=len(pending), timeout=NODE_CHECK_SECONDS)
     problems = [f"node {pending[ref]}: no answer in {NODE_CHECK_SECONDS:.0f} s" for ref in late]
     for ref in done:
         name = pending[ref]

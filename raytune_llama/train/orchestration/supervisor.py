@@ -4,6 +4,7 @@ import contextlib
 import logging
 import queue
 import time
+from dataclasses import dataclass
 from typing import Any, Self
 
 import ray
@@ -27,6 +28,18 @@ CHECK_SECONDS = 5.0
 
 KILL_SECONDS = 60.0
 
+STOP_SECONDS = 3.0
+"""Seconds that workers without a step have to stop by themselves, before they are killed."""
+
+
+@dataclass(frozen=True)
+class EndedBeforeStep:
+    """The run was asked to stop while no worker had done a step, so that there is nothing to save.
+
+    Until the first step, workers load the model or compile, and do not look at the stop request; or
+    they wait for nodes, and are not even there.
+    """
+
 
 class Supervisor:
     """Supervises one call of Ray's trainer; every retry has a new supervisor."""
@@ -37,7 +50,10 @@ class Supervisor:
         self.has_drained = False
         """Whether nodes of the workers have drained; idle ones have exited since."""
         self.trainer_results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        """Result or error of Ray's trainer, or the error that the supervisor raises instead."""
+        """Result or error of Ray's trainer; what the supervisor puts there first comes instead of
+        it: an error to raise, or `EndedBeforeStep`."""
+        self._stop_requested_at: float | None = None
+        self._steps = StepWatch()
         self._controller: ProcessIdentity | None = None
         self._fence = fence
         self._stall_detector = StallDetector(scale.watch, time.monotonic()) if scale.watch else None
@@ -68,6 +84,8 @@ class Supervisor:
         self.failure_policy = update.failure_policy
         self._controller = update.controller
         self._node_ids |= {beat.node_id for beat in update.heartbeats}
+        self._steps.observe(update.heartbeats, has_failed=update.has_failed)
+        self._end_before_step(now)
         if self._stall_detector is not None:
             if update.has_failed:
                 self._stall_detector.reset(now)
@@ -80,6 +98,21 @@ class Supervisor:
             self._checked_at = now
             self._check_nodes()
             self._check_lease()
+
+    def request_stop(self) -> None:
+        """Ask the workers to save and stop; safe in a signal handler, which must not call Ray."""
+        self._stop_requested_at = time.monotonic()
+        self.channel.request_stop()
+
+    def _end_before_step(self, now: float) -> None:
+        """End a run that was asked to stop and has nothing to save."""
+        since = self._stop_requested_at
+        is_late = since is not None and now - since > STOP_SECONDS
+        # Without its controller, Ray would go on starting workers.
+        if is_late and not self._steps.has_begun and self._controller is not None:
+            logger.info("stopping before the first step: there is nothing to save")
+            self._stop_requested_at = None
+            self.trainer_results.put(EndedBeforeStep())
 
     def _kill_stalled_workers(self, stall: Stall) -> None:
         """Kill the hung workers, so that Ray notices and restarts all workers."""
@@ -122,6 +155,26 @@ class Supervisor:
             self.channel.request_stop()
         except OSError as error:
             logger.warning("run_dir: cannot check the lease: %s", error)
+
+
+class StepWatch:
+    """Notes whether the current group of workers has done a step, from its heartbeats."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+        """Whether the current group has done a step, or saves or finishes the run."""
+        self._attempt = self._ended = 0
+
+    def observe(self, heartbeats: list[Heartbeat], *, has_failed: bool) -> None:
+        """Record the heartbeats since the last call, and whether the group has failed since."""
+        for beat in heartbeats:
+            self._attempt = max(self._attempt, beat.attempt)
+            is_before = beat.step == 0 and beat.phase in {"starting", "evaluating"}
+            if beat.attempt > self._ended and not is_before:
+                self.has_begun = True
+        if has_failed:
+            # The next group begins at the newest checkpoint.
+            self._ended, self.has_begun = self._attempt, False
 
 
 def draining_nodes() -> dict[str, int]:

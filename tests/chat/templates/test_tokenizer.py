@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from raytune_llama.chat.config import ChatConfig
-from raytune_llama.chat.conversations import Conversation, Defect
+from raytune_llama.chat.config import ChatConfig, TemplateName
+from raytune_llama.chat.conversations import Conversation, Defect, Turn
 from raytune_llama.chat.encoding import ChatEncoder, EncodedConversation, build_chat_encoder
 from raytune_llama.chat.templates.choice import build_template, check_roles
 from raytune_llama.chat.templates.tokenizer import TokenizerTemplate
@@ -227,3 +227,46 @@ def test_smollm2_has_the_ids_of_transformers(conversation: Conversation, system:
         texts = Conversation((*said.turns, *talk(system).turns))
         if not has_control(tokenizer, texts) and not row.num_splits:
             assert row.ids.tolist() == ids_of_transformers(tokenizer, said)
+
+
+REASONING = (
+    "{% set asked = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set asked.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<s>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content and loop.index0 > asked.last %}"
+    "<think>\n{{ m.reasoning_content.strip('\n') }}\n</think>\n\n{% endif %}"
+    "{{ m.content.lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+"""Writes the last answer's reasoning and drops that of earlier turns, as Qwen 3's template does."""
+
+
+def test_reasoning_is_learned_where_the_template_takes_it(
+    byte_level: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer = with_template(byte_level, REASONING)
+    encoder = build_chat_encoder(tokenizer, ChatConfig())
+    answer = Turn("assistant", "\nb", reasoning="hm</s>\n")
+    early = Turn("assistant", "a", reasoning="early")
+    row = encode(encoder, Conversation((Turn("user", "q"), early, Turn("user", "r"), answer)))
+    assert tokenizer.decode(row.ids[row.targets]) == (
+        "a<|im_end|><think>\nhm</s>\n</think>\n\nb<|im_end|>"
+    )
+    (end,) = encoder.template.stop_ids
+    assert int((row.ids == tokenizer.eos_token_id).sum()) == 0
+    assert int((row.ids == end).sum()) == 4
+    asked = encoder.encode_prompt(Conversation((Turn("user", "q"), early, Turn("user", "r"))))
+    assert row.ids[: len(asked)].tolist() == asked.tolist()
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "alpaca"])
+def test_reasoning_is_refused_where_the_template_has_no_place_for_it(
+    byte_level: PreTrainedTokenizerFast, name: TemplateName
+) -> None:
+    encoder = build_chat_encoder(byte_level, ChatConfig(template=name))
+    (row,) = encoder.encode(
+        [Conversation((Turn("user", "q"), Turn("assistant", "a", reasoning="hm")))]
+    )
+    assert isinstance(row, Defect)
+    assert row.reason == "unrenderable"
+    assert "reasoning" in row.detail

@@ -148,6 +148,7 @@ def test_store_long_conversations_are_cut_or_dropped_with_counts(
             path,
             store_dir=str(tmp_path / "dropped"),
             chat=chat | {"truncation": "drop"},
+            max_left_out_fraction=0.5,
         )
     )
     assert dropped.manifest.rows.skipped == {"too_long": longer}
@@ -247,7 +248,7 @@ def test_check_lists_all_problems_with_their_fields(tmp_path: Path, tokenizer_di
     assert [problem.partition(":")[0] for problem in caught.value.problems] == [
         "data.chat.template",
         "data.validation.0.path",
-        "data.sources.0.format",
+        "data.sources.0.fields",
         "data.validation.0.path",
     ][: len(caught.value.problems)]
     assert len(caught.value.problems) >= 3
@@ -256,3 +257,109 @@ def test_check_lists_all_problems_with_their_fields(tmp_path: Path, tokenizer_di
 def test_validation_by_file_and_by_fraction_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"validation_fraction: got 0\.1"):
         config_of(tmp_path, tmp_path, validation=[{"path": "b.jsonl"}], validation_fraction=0.1)
+
+
+def test_check_names_fields_of_the_heads_that_are_not_used(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    rows = [ROWS[0], ROWS[1] | {"hint": "x", "source": "web"}, ROWS[2] | {"hint": "y", "id": 3}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ConfigError) as caught:
+        open_data(config_of(tmp_path, path), tokenizer_dir)
+    (problem,) = caught.value.problems
+    assert problem.startswith("data.sources.0: column 'hint' may carry meaning")
+    assert 'data.chat.ignore_fields=["hint"]' in problem
+    assert "2 of the first 3" in problem
+    assert "rows.jsonl, row at line 2" in problem
+    ignored = {"template": "alpaca", "ignore_fields": ["Hint"]}
+    open_data(config_of(tmp_path, path, chat=ignored), tokenizer_dir)
+
+
+def test_check_prints_the_columns_that_nothing_fits(tmp_path: Path, tokenizer_dir: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"no": 1, "Frage": "q", "Antwort": "a"}])
+    with pytest.raises(ConfigError) as caught:
+        open_data(config_of(tmp_path, path), tokenizer_dir)
+    (problem,) = caught.value.problems
+    assert problem.startswith("data.sources.0.fields: ")
+    assert '{"prompt": "Frage", "completion": "Antwort"}' in problem
+    sources = [{"path": str(path), "fields": {"prompt": "Frage", "completion": "Antwort"}}]
+    open_data(config_of(tmp_path, path, sources=sources), tokenizer_dir)
+
+
+def test_check_wrong_path_is_one_problem(tmp_path: Path, tokenizer_dir: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_data(config_of(tmp_path, tmp_path / "missing.jsonl"), tokenizer_dir)
+    (problem,) = caught.value.problems
+    assert "missing.jsonl" in problem
+
+
+def test_store_field_that_is_not_used_stops_the_build_behind_the_heads(
+    tmp_path: Path,
+    prepare: Any,  # noqa: ANN401
+) -> None:
+    plain = [{"instruction": f"{number}?", "output": "a fox"} for number in range(300)]
+    for number in (250, 270, 290):
+        plain[number]["weight"] = "0.5"
+    path = write_rows(tmp_path / "rows.jsonl", plain)
+    with pytest.raises(SourceError) as caught:
+        prepare(config_of(tmp_path, path, max_bad_fraction=1.0))
+    assert "column 'weight' may carry meaning" in str(caught.value)
+    assert "it is in 3 rows" in str(caught.value)
+    assert "rows.jsonl: line 251" in str(caught.value)
+
+
+def test_store_too_much_left_out_suspicious_and_no_validation_are_told_together(
+    tmp_path: Path,
+    prepare: Any,  # noqa: ANN401
+) -> None:
+    rows = [
+        *({"instruction": f"{number}?", "output": "word " * 400} for number in range(3)),
+        *({"instruction": f"{number}?", "output": "#REF!"} for number in range(2)),
+        *({"instruction": f"{number}?", "output": "a fox"} for number in range(5)),
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    held_out = write_rows(tmp_path / "dev.jsonl", rows[:1])
+    chat = {"template": "alpaca", "max_tokens": 200, "truncation": "drop"}
+    config = config_of(tmp_path, path, chat=chat, validation=[{"path": str(held_out)}])
+    with pytest.raises(SourceError) as caught:
+        prepare(config)
+    left_out, suspicious, validation = str(caught.value).splitlines()
+    assert left_out.startswith("data.max_left_out_fraction: 4 of 11 rows")
+    assert "4 2048 to 4095 tokens" in left_out
+    assert suspicious.startswith("data.max_suspicious_fraction: 2 of 11 rows")
+    assert "2 #REF!" in suspicious
+    assert validation.startswith("data.validation: ")
+
+
+def test_store_marks_repairs_duplicates_and_shared_answers_are_counted(
+    tmp_path: Path,
+    prepare: Any,  # noqa: ANN401
+) -> None:
+    ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a fox"}
+    rows: list[dict[str, Any]] = [
+        {"messages": [ask, answer | {"weight": 0}, ask, answer]},
+        {"messages": [ask, answer]},
+        {"messages": [ask, answer]},
+        {"messages": [ask | {"content": "r"}, answer, ask]},
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    held_out = write_rows(
+        tmp_path / "dev.jsonl", [{"messages": [ask | {"content": "new"}, answer]}]
+    )
+    store = prepare(
+        config_of(
+            tmp_path,
+            path,
+            validation=[{"path": str(held_out)}],
+            chat={"template": "belle", "drop_trailing_question": True},
+            duplicates={"exact": True},
+        )
+    )
+    found = store.manifest.rows
+    assert found.skipped == {"exact_duplicate": 1}
+    assert found.events["masked_turns"] == 1
+    assert found.events["repaired: trailing question dropped"] == 1
+    assert found.events["held_out_answers_in_training"] == 1
+    documents = documents_of(store.split("train"))
+    assert len(documents) == 3
+    assert sum(documents[0][1]) == sum(documents[1][1])

@@ -261,7 +261,7 @@ def test_prepare_data_complete_store_is_reused(
     for file in seen.values():
         file["sha256"] = "of another file"
     (copy / HASHES_NAME).write_text(json.dumps(seen))
-    with pytest.raises(StoreError, match=r"sources\.0\.sha256"):
+    with pytest.raises(StoreError, match=r"sources\.0: 0\.txt: its content changed"):
         build_store(make_config(corpus, copy), tokenizer_dir)
 
 
@@ -272,10 +272,25 @@ def test_prepare_data_stale_store_is_refused_naming_the_fields(
     (corpus / "1.txt").write_text("changed")
     with pytest.raises(StoreError) as caught:
         build_store(make_config(corpus, copy, eos=False), tokenizer_dir)
-    assert "tokenizer.eos_id: 1 -> None" in str(caught.value)
-    assert "sources.1.sha256: " in str(caught.value)
-    assert "sources.0" not in str(caught.value)
+    assert "data.eos: id after each document: 1 -> None" in str(caught.value)
+    assert "data.sources.0: 1.txt: its content changed" in str(caught.value)
+    assert "0.txt" not in str(caught.value)
     assert content(TokenStore.open(copy)) == content(undisturbed)
+
+
+def test_prepare_data_store_of_the_former_default_opens_by_a_config_that_names_no_bos(
+    corpus: Path, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    store = build_store(make_config(corpus, tmp_path / "store", bos=True), tokenizer_dir)
+    assert store.split("train").tokens(0, 1)[0] == 0
+    again = build_store(make_config(corpus, tmp_path / "store"), tokenizer_dir)
+    assert again.fingerprint == store.fingerprint
+    # A new store begins as the tokenizer does, which puts nothing before a text.
+    new = build_store(make_config(corpus, tmp_path / "new"), tokenizer_dir)
+    assert new.manifest.inputs["tokenizer"]["bos_id"] is None
+    assert new.split("train").tokens(0, 1)[0] != 0
+    with pytest.raises(StoreError, match=r"data\.bos: id before each document: None -> 0"):
+        build_store(make_config(corpus, tmp_path / "new", bos=True), tokenizer_dir)
 
 
 def test_prepare_data_other_tokenizer_settings_make_the_store_stale(
@@ -287,7 +302,7 @@ def test_prepare_data_other_tokenizer_settings_make_the_store_stale(
     settings.update(tokenizer_class="GPT2Tokenizer", add_prefix_space=True)
     (changed / "tokenizer_config.json").write_text(json.dumps(settings))
     copy = shutil.copytree(undisturbed.place.path, tmp_path / "store")
-    with pytest.raises(StoreError, match=r"tokenizer\.sha256: "):
+    with pytest.raises(StoreError, match=r"tokenizer: its content changed"):
         build_store(make_config(corpus, copy), changed)
 
 

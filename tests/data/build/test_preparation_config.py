@@ -14,7 +14,8 @@ REPOSITORY = Path(__file__).parents[3]
 
 def test_prepare_data_many_mistakes_are_reported_together(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(tmp_path / "tokenizer", special=False)
-    data = {"sources": [{"path": str(tmp_path / "none.txt")}], "store_dir": "ftp://host/store"}
+    source = {"path": str(tmp_path / "none.txt")}
+    data = {"sources": [source], "store_dir": "ftp://host/store", "bos": True}
     with pytest.raises(ConfigError) as caught:
         build_store(from_dict(DataConfig, data), tokenizer)
     starts = [problem.split(":")[0] for problem in caught.value.problems]
@@ -38,4 +39,4 @@ def test_data_config_moved_paths_and_other_workers_keep_the_identity() -> None:
 
 def test_default_config_of_the_job_is_valid() -> None:
     path = REPOSITORY / "jobs" / "configs" / "prepare_data_smollm2.yaml"
-    assert load(PrepareDataConfig, [str(path)]).data.bos
+    assert load(PrepareDataConfig, [str(path)]).data.bos == "auto"

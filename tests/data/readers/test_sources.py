@@ -77,7 +77,7 @@ def test_discover_format_follows_suffix_unless_given(corpus: Path) -> None:
 
 
 def test_discover_all_mistakes_are_reported_together(corpus: Path) -> None:
-    (corpus / "notes.md").write_text("x")
+    (corpus / "notes.csv").write_text("x")
     sources = (
         source(corpus / "none-*"),
         source(corpus),

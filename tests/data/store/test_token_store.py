@@ -30,7 +30,10 @@ from raytune_llama.storage.place import Place
 
 INPUTS: dict[str, Any] = {
     "format_version": 1,
-    "sources": [{"name": "a.txt", "sha256": "00"}, {"name": "b.txt", "sha256": "11"}],
+    "sources": [
+        {"source": 0, "name": "a.txt", "sha256": "00"},
+        {"source": 1, "name": "b.txt", "sha256": "11"},
+    ],
     "tokenizer": {"eos_id": 2},
 }
 DOCUMENTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15]]
@@ -261,8 +264,8 @@ def test_compare_fingerprint_stale_store_names_field_and_both_values(tmp_path: P
     with pytest.raises(StoreError) as caught:
         check_fingerprint(Place.local(tmp_path), INPUTS, wanted)
     message = str(caught.value)
-    assert "sources.1.sha256: '11' -> '22'" in message
-    assert "tokenizer.eos_id: 2 -> None" in message
+    assert "data.sources.1: b.txt: its content changed (SHA-256 11 -> 22)" in message
+    assert "data.eos: id after each document: 2 -> None" in message
     assert "sources.0" not in message
 
 

@@ -75,7 +75,7 @@ def by_peft(base: Path, adapter: Path | None, prompt: str) -> str:
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, str(adapter)).eval()
     tokenizer = load_tokenizer(base)
-    ids = [0, *tokenizer.encode(prompt, add_special_tokens=False)]
+    ids = tokenizer.encode(prompt)
     tokens: list[int] = []
     with torch.inference_mode():
         while len(tokens) < NUM_TOKENS:

@@ -62,12 +62,16 @@ def test_chat_prompt_is_what_the_template_trains_on(
     assert "</s> over" in served.tokenizer.decode(list(prompt.ids))
 
 
-def test_completion_prompt_is_the_text_behind_the_beginning(
+def test_completion_prompt_begins_as_transformers_begins_it_and_holds_plain_text(
     answerer: CompletionService, served: ServedModel
 ) -> None:
     text = "the </s> fox"
     prompt = answerer.prepare_completion(complete(text))
-    assert list(prompt.ids) == [0, *encode_text(served.tokenizer, [text])[0]]
+    # The tokenizer has a BOS token, but puts none before a text.
+    assert list(prompt.ids) == encode_text(served.tokenizer, [text])[0]
+    plain = "the fox"
+    prompt = answerer.prepare_completion(complete(plain))
+    assert list(prompt.ids) == served.tokenizer(plain)["input_ids"]
     assert answerer.prepare_completion(complete([5, 6])).ids == (5, 6)
 
 

@@ -4,16 +4,22 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 from transformers import AddedToken
 
 from raytune_llama.chat.config import ChatConfig
 from raytune_llama.chat.conversations import Conversation
-from raytune_llama.chat.encoding import build_chat_encoder
+from raytune_llama.chat.encoding import EncodedConversation, build_chat_encoder
+from raytune_llama.chat.formats import RowFormat, read_row
+from raytune_llama.chat.row_fields import KeyCounts
+from raytune_llama.chat.templates.tokenizer import TokenizerTemplate
+from raytune_llama.chat.tools import ToolCallParser, place_tools
 from raytune_llama.serve.generation.messages import build_conversation
 from raytune_llama.serve.protocol.chat import ChatRequest
 from raytune_llama.tokenizer.loader import load_tokenizer
+from tests.chat.conftest import CHATML
 
 TOOL: Any = {
     "type": "function",
@@ -53,7 +59,8 @@ def request(*messages: Any, **fields: Any) -> ChatRequest:  # noqa: ANN401
 
 def read(*messages: Any, allows_system: bool = True, **fields: Any) -> Conversation:  # noqa: ANN401
     asked = request(*messages, **fields)
-    return build_conversation(asked.messages, asked.shown_tools, allows_system=allows_system)
+    conversation = build_conversation(asked.messages, asked.shown_tools)
+    return place_tools(conversation, allows_system=allows_system)
 
 
 def test_tools_are_told_behind_what_the_system_says() -> None:
@@ -124,7 +131,7 @@ def test_calls_and_results_are_turns() -> None:
 def test_messages_that_do_not_fit_together_are_refused(messages: list[Any], problem: str) -> None:
     asked = request(*messages)
     with pytest.raises(ValueError, match=problem):
-        build_conversation(asked.messages, [], allows_system=True)
+        build_conversation(asked.messages, [])
 
 
 def tool(**function: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -220,9 +227,56 @@ def test_tools_are_written_as_qwens_templates_write_them(
             messages, tools=[TOOL, TOOL], add_generation_prompt=True, tokenize=False
         )
         asked = request(*messages, tools=[TOOL])
-        told = build_conversation(
-            asked.messages, [*asked.shown_tools, *asked.shown_tools], allows_system=True
-        )
+        told = build_conversation(asked.messages, [*asked.shown_tools, *asked.shown_tools])
         assert isinstance(wanted, str)
         ids = tokenizer(wanted, add_special_tokens=False)["input_ids"]
         assert chat.encode_prompt(told).tolist() == ids
+
+
+@pytest.mark.parametrize("template", ["qwen", "alpaca"])
+def test_row_with_tools_is_trained_as_it_is_served_and_parsed(
+    tokenizer_dir: Path, template: str
+) -> None:
+    tokenizer = copy.deepcopy(load_tokenizer(tokenizer_dir))
+    if template == "qwen":
+        tokenizer.eos_token = "<|im_end|>"  # noqa: S105  # no secret
+        tokenizer.chat_template = QWENS
+    name = "tokenizer" if template == "qwen" else "alpaca"
+    chat = build_chat_encoder(tokenizer, ChatConfig(template=name))
+    said = {"role": "assistant", "content": "Warm.</s>"}
+    last = {**CALLS, "content": "Let me see."}
+    messages = [ASK, CALLS, *RESULTS, said, ASK, last]
+    counts = KeyCounts()
+    row = read_row({"messages": messages, "tools": [TOOL]}, RowFormat("messages"), counts)
+    assert isinstance(row, Conversation), row
+    (made,) = chat.encode([row])
+    assert isinstance(made, EncodedConversation), made
+
+    edges = np.flatnonzero(np.diff(made.targets.astype(int), prepend=0))
+    starts = edges[::2].tolist()
+    assert len(starts) == 3
+    for start, asked in zip(starts, (messages[:1], messages[:4], messages[:6]), strict=True):
+        served = request(*asked, tools=[TOOL])
+        prompt = chat.encode_prompt(build_conversation(served.messages, served.shown_tools))
+        assert prompt.tolist() == made.ids[:start].tolist()
+    learned = str(tokenizer.decode(made.ids[starts[-1] :]))
+    parser = ToolCallParser(must_call=False)
+    text, chunks = parser.push(learned[: learned.rindex("</tool_call>") + len("</tool_call>")])
+    assert text.strip() == "Let me see."
+    arguments = {chunk.index: "" for chunk in chunks}
+    for chunk in chunks:
+        arguments[chunk.index] += chunk.arguments
+    assert arguments == {0: '{"city":"Rom"}', 1: "{}"}
+    assert "warm" not in tokenizer.decode(made.ids[made.targets])
+
+
+@pytest.mark.parametrize(
+    ("text", "is_other"),
+    [(QWENS, False), (QWENS.replace("<tool_call>", "[CALL]"), True), (CHATML, False)],
+)
+def test_tool_format_of_a_template_is_compared(
+    tokenizer_dir: Path, text: str, *, is_other: bool
+) -> None:
+    tokenizer = copy.deepcopy(load_tokenizer(tokenizer_dir))
+    tokenizer.chat_template = text
+    assert TokenizerTemplate(tokenizer).has_other_tool_format() is is_other

@@ -62,7 +62,7 @@ TEXTS = ["the quick brown fox", "人民日报", "</s>", "x", "the lazy dog " * 1
 def wanted(served: ServedModel, text: str) -> np.ndarray:
     """Compute a vector by hand; control tokens in the text are text."""
     tokenizer = served.tokenizer
-    ids = [0, *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
+    ids = tokenizer(text, split_special_tokens=True)["input_ids"]
     with torch.inference_mode():
         output = served.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
     mean = output.hidden_states[-1][0].mean(0)

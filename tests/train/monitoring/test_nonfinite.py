@@ -33,11 +33,12 @@ from raytune_llama.train.monitoring.metrics import (
     read_metrics,
     read_records,
 )
+from raytune_llama.train.monitoring.nonfinite import check_updates, state_after_rollback
 from raytune_llama.train.process_group import ProcessGroup
 from tests.train.conftest import MakeConfig, curve, run_here, stage_fields
 from tests.train.group import Group
 from tests.train.marked import CROPS, MARKS, mark_at, write_broken_model, write_marked_store
-from tests.train.saved import FullDisk, hashes_of
+from tests.train.saved import ALONE, FullDisk, hashes_of
 
 ADAPTER = "pt_lora_model/adapter_model.safetensors"
 FSDP = {"engine__strategy": "fsdp"}
@@ -397,3 +398,61 @@ def test_train_rollback_on_two_workers_equals_a_resumed_one(
     two.run(parts, stop_after=5)
     two.run(parts)
     assert end_of(parts) == end_of(whole)
+
+
+@pytest.mark.parametrize("answer", [SKIP, ROLL_BACK])
+def test_train_of_nothing_but_bad_steps_fails_with_the_counts_and_writes_no_result(
+    make_config: MakeConfig,
+    marked_store: Path,
+    tokenizer_dir: Path,
+    tmp_path: Path,
+    answer: dict[str, str],
+) -> None:
+    model = write_broken_model(tmp_path / "model", tokenizer_dir, MARKS)
+    fields = {"data__store_dir": str(marked_store), **CROPS, **answer, "max_steps": 4}
+    config = make_config(model__path=str(model), **fields)
+    # Fewer than max_bad_steps; and the same command cannot make a result of them either.
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match=r"none of the 4 steps .*4 had a non-finite"):
+            run_here(config)
+        assert not (config.run_place / "pt_lora_model").exists()
+
+
+def test_train_with_some_bad_steps_finishes_and_warns_of_their_number(
+    make_marked: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_marked(**SKIP)
+    assert run_here(config).status == "finished"
+    (told,) = [m for m in caplog.messages if "steps have not updated the weights" in m]
+    assert told.startswith("1 of 6 steps")
+    manifest = (config.run_place / "pt_lora_model/manifest.json").read_json()
+    assert manifest["run"]["bad_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "num_kept"),
+    [
+        (RunState(step=3, num_skipped_steps=3), 0),
+        (RunState(step=5, num_bad_steps=2, num_skipped_steps=1, num_undone_steps=2), 0),
+        (RunState(step=5, num_bad_steps=2, num_skipped_steps=1, num_undone_steps=1), 1),
+    ],
+)
+def test_check_updates_counts_steps_without_effect_of_every_kind(
+    state: RunState, num_kept: int
+) -> None:
+    assert state.num_kept_steps == num_kept
+    if num_kept:
+        check_updates(state, ALONE)
+        return
+    with pytest.raises(FloatingPointError, match=f"none of the {state.step} steps"):
+        check_updates(state, ALONE)
+
+
+def test_state_after_rollback_counts_each_undone_step_once() -> None:
+    start = RunState(step=0)
+    # Step 1 was good, 2 bad; the checkpoint after that rollback could not be written.
+    once = state_after_rollback(replace(start, step=2, num_bad_steps=1), start)
+    assert once.num_undone_steps == 1
+    # Step 3 was good, 4 bad.
+    again = state_after_rollback(replace(once, step=4, num_bad_steps=2), start)
+    assert (again.num_undone_steps, again.num_kept_steps) == (2, 0)

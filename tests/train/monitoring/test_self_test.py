@@ -93,3 +93,10 @@ def test_prove_logits_scaled_behind_the_head_are_refused(
     model = load(model_dir, precision, ScaledLogits)
     with pytest.raises(RuntimeError, match="projection"):
         run_proofs(model, precision, isolate=False)
+
+
+def test_prove_weights_that_are_not_finite_are_named_as_that(model_dir: Path) -> None:
+    model = load(model_dir, "fp32", LlamaForCausalLM)
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"loss of 12 tokens is nan .*model\.path"):
+        run_proofs(model, "fp32", isolate=True)

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from raytune_llama.signals import StopSignal
 from raytune_llama.train.orchestration import launch
 from raytune_llama.train.orchestration.config import ScaleConfig
 from raytune_llama.train.orchestration.launch import has_room
-from raytune_llama.train.orchestration.signals import StopSignal
 
 
 def node(name: str, *, alive: bool = True) -> dict[str, Any]:

@@ -1,0 +1,236 @@
+"""What a run was started with, and whether a later start asks for the same run.
+
+The identity is the settings that decide the result, and the inputs by hash. It is written to
+`identity.json` in the run directory before the first step, beside `run.yaml`.
+"""
+
+import json
+import logging
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from raytune_llama.config.settings import (
+    ConfigError,
+    find_differences,
+    from_dict,
+    identity,
+    override,
+    to_dict,
+    to_yaml,
+)
+from raytune_llama.config.yaml12 import parse_mapping
+from raytune_llama.data.build.text_corpus import keep_store_bos
+from raytune_llama.storage.place import Place
+from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
+from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
+from raytune_llama.train.export import (
+    fingerprint_adapter,
+    fingerprint_model,
+    read_result,
+    result_path,
+)
+
+logger = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=AnyTrainConfig)
+
+IDENTITY_FILE = "identity.json"
+RUN_CONFIG_FILE = "run.yaml"
+
+_HORIZON = ("max_steps", "num_epochs", "stop_step")
+"""Fields that say where a run ends."""
+
+
+def identify(config: AnyTrainConfig) -> dict[str, Any]:
+    """Return the identity of a run: the settings that decide its result, and its inputs by hash.
+
+    The token store's fingerprint is added once the store exists.
+    """
+    return {
+        "config": identity(config),
+        # All other `data` settings that affect the result are in the store's fingerprint.
+        "data": {"sources": [{"weight": source.weight} for source in config.data.sources]},
+        "model": fingerprint_model(Path(config.model.path)),
+        "adapter": fingerprint_adapter(config),
+        "tokenizer": tokenizer_sha256(Path(config.model.tokenizer_path)),
+    }
+
+
+def check_identity(place: Place, now: Mapping[str, Any], *, field: str = "run_dir") -> None:
+    """Refuse to resume a run or sweep that was started with other settings or inputs.
+
+    Args:
+        place: directory of the run or sweep; a new directory passes.
+        now: current identity from `identify`, or part of it.
+        field: config field that names the directory.
+
+    Raises:
+        ConfigError: lists every field that differs.
+    """
+    file = place / IDENTITY_FILE
+    if file.exists():
+        problems = _find_changes(place, file.read_json(), now, field)
+        if problems:
+            raise ConfigError(problems)
+
+
+def check_run(config: AnyTrainConfig, now: Mapping[str, Any]) -> None:
+    """Refuse to resume a run with other settings or inputs; see `check_identity`.
+
+    A run with `max_steps: 0` has trained nothing, so that it may be continued to any step.
+
+    Args:
+        config: config of the run, with absolute paths.
+        now: current identity from `identify`, or part of it with `config`.
+
+    Raises:
+        ConfigError: lists every field that differs and, if the run was to be longer, how to
+            continue from its result.
+    """
+    file = config.run_place / IDENTITY_FILE
+    if not file.exists():
+        return
+    then = file.read_json()
+    old, new = then["config"], now["config"]
+    if old.get("max_steps") == 0:
+        then = {**then, "config": old | {field: new[field] for field in _HORIZON}}
+    problems = _find_changes(config.run_place, then, now, "run_dir")
+    if problems and (new["max_steps"] == 0 or _is_longer(old, new)):
+        purpose = "evaluate its result" if new["max_steps"] == 0 else "train longer"
+        problems.append(describe_continuation(config, purpose, _remaining(old, new)))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _find_changes(
+    place: Place, then: Mapping[str, Any], now: Mapping[str, Any], field: str
+) -> list[str]:
+    changed = find_differences({key: then.get(key) for key in now}, now)
+    if not changed:
+        return []
+    return [
+        f"{field}: {place} was started with other settings or inputs (then -> now); "
+        f"restore them, or use another {field}",
+        *changed,
+    ]
+
+
+def _is_longer(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a config ends a run later than the one that it was started with."""
+    for field in ("max_steps", "num_epochs"):
+        before, after = old.get(field), new.get(field)
+        if before != after:
+            # Steps and epochs cannot be compared.
+            return before is None or after is None or after > before
+    before, after = old.get("stop_step"), new.get("stop_step")
+    return before is not None and (after is None or after > before)
+
+
+def _remaining(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return overrides of the new config for a run of the steps or epochs that the old one lacks.
+
+    Empty if they cannot be counted, or if the new config only evaluates.
+    """
+    if new["max_steps"] and old.get("max_steps"):
+        end, before = (each.get("stop_step") or each["max_steps"] for each in (new, old))
+        stop = {} if new["stop_step"] is None else {"stop_step": None}
+        return {"max_steps": end - before, **stop}
+    if new["num_epochs"] and old.get("num_epochs"):
+        return {"num_epochs": round(new["num_epochs"] - old["num_epochs"], 6)}
+    return {}
+
+
+def describe_continuation(config: AnyTrainConfig, purpose: str, changes: Mapping[str, Any]) -> str:
+    """Return how to start another run from the result of a run, as a message of `run_dir`.
+
+    Args:
+        config: config of the run, with absolute paths.
+        purpose: what the other run is for, after "to".
+        changes: overrides that the other run needs besides those of its start.
+    """
+    result = result_path(config)
+    first = "" if read_result(config) is not None else f"finish this run, so that {result} exists; "
+    copy = "" if result.is_local else f"copy {result} to the current folder; "
+    values = _continuation(config) | changes
+    schedule = "" if config.max_steps == 0 else ", with a learning rate schedule of its own"
+    command = shlex.join(f"{field}={_plain(value)}" for field, value in values.items())
+    return (
+        f"run_dir: to {purpose}, {first}{copy}start another run from the result{schedule}: "
+        f"the same config with {command}"
+    )
+
+
+def _continuation(config: AnyTrainConfig) -> dict[str, Any]:
+    """Return the overrides of a run's config that start another run from its result."""
+    result, place = result_path(config), config.run_place
+    source = str(result) if result.is_local else f"./{result.name}"
+    if config.train == "lora":
+        values: dict[str, Any] = {"adapter": source}
+        values |= {"lora": None} if config.lora is not None else {}
+    else:
+        # The result has the run's tokenizer and RoPE scaling in its own files.
+        own = {"tokenizer": config.model.tokenizer, "rope_scaling": config.model.rope_scaling}
+        values = {"model.path": source}
+        values |= {f"model.{field}": None for field, value in own.items() if value is not None}
+    if isinstance(config, PretrainConfig) and config.embeddings.new_rows_only:
+        # The result's own tokenizer has the new ids, so that it lacks none of the run's.
+        values["embeddings.new_rows_only"] = False
+    if config.max_steps == 0:
+        return values | {"run_dir": str(place.with_name(f"{place.name}-evaluated"))}
+    # Another order: with the same one, the run would begin with what this one has seen.
+    target = place.with_name(f"{place.name}-continued")
+    return values | {"run_dir": str(target), "seed": config.seed + 1}
+
+
+def _plain(value: Any) -> str:  # noqa: ANN401  # any JSON value
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def keep_recorded_bos(config: C, run_dir: Place) -> C:
+    """Return the config with `data.bos: true` if it is `auto`, but its run or store recorded true.
+
+    `true` was the default before `auto`, so the run's config may not name the field; its resumed
+    run must train on the same documents.
+
+    Args:
+        config: config of the run, with absolute paths.
+        run_dir: directory of the run, or of another one on the same store.
+    """
+    if not isinstance(config, PretrainConfig) or config.data.bos != "auto":
+        return config
+    file = run_dir / RUN_CONFIG_FILE
+    text = file.read_bytes().decode(errors="replace") if file.exists() else ""
+    recorded, _ = parse_mapping(text, str(file))
+    if recorded and isinstance(recorded.get("data"), dict) and recorded["data"].get("bos") is True:
+        return override(config, {"data.bos": True})
+    try:
+        tokenizer = load_tokenizer(Path(config.model.tokenizer_path))
+    except (ValueError, OSError):
+        return config  # reported by the checks of the inputs
+    store = Place.parse(config.data.store_dir, "data.store_dir")
+    kept = keep_store_bos(config.data, tokenizer, store)
+    return config if kept is config.data else override(config, {"data.bos": True})
+
+
+def write_identity(config: AnyTrainConfig, now: Mapping[str, Any]) -> None:
+    """Write `run.yaml` and `identity.json` before the first step; log the permitted changes."""
+    before = config.run_place / RUN_CONFIG_FILE
+    if before.exists():
+        for change in placement_changes(config, before):
+            logger.info("changed since the run's last start: %s", change)
+    # The identity first, as it marks a run directory: a start killed in between can be repeated.
+    (config.run_place / IDENTITY_FILE).write_json(now)
+    before.write_bytes(to_yaml(config).encode())
+
+
+def placement_changes(config: AnyTrainConfig, before: Place) -> list[str]:
+    """Return the fields that differ from the run's previous `run.yaml`."""
+    data, problems = parse_mapping(before.read_bytes().decode(errors="replace"), str(before))
+    if data is not None and not problems:
+        try:
+            return find_differences(to_dict(from_dict(type(config), data)), to_dict(config))
+        except ConfigError as error:
+            problems = error.problems
+    return [f"{before} can't be read ({'; '.join(problems)}); it is rewritten"]

@@ -1,0 +1,39 @@
+"""Promise: a process that is killed while it compiles does not block all later ones."""
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from torch.utils import cpp_extension
+
+from raytune_llama.train.engines.deepspeed_zero import CompileLock
+
+
+def hold(path: str, ready: Connection) -> None:
+    ready.send(CompileLock(path).try_acquire())
+    signal.pause()
+
+
+def test_compile_lock_excludes_others_until_its_holder_is_killed(tmp_path: Path) -> None:
+    path = str(tmp_path / "lock")
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    holder = spawn.Process(target=hold, args=(path, there))
+    holder.start()
+    assert here.recv()
+    second = CompileLock(path)
+    assert not second.try_acquire()
+    assert holder.pid is not None
+    os.kill(holder.pid, signal.SIGKILL)
+    second.wait()
+    assert second.try_acquire()
+    second.release()
+    assert CompileLock(path).try_acquire()
+    holder.join()
+
+
+def test_compile_lock_has_the_methods_of_the_class_that_it_stands_in_for() -> None:
+    public = [name for name in vars(cpp_extension.FileBaton) if not name.startswith("_")]
+    assert all(hasattr(CompileLock, name) for name in public)
