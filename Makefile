@@ -8,6 +8,9 @@ PYTHON ?= $(firstword $(shell command -v python3.11) $(shell command -v python3.
 # DeepSpeed looks for ninja in PATH when it compiles its collective at the first training step.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
+# Cached bytecode: without it, the asserts of all test files are rewritten at each start (10 s).
+unexport PYTHONDONTWRITEBYTECODE
+
 # Tests of a file stay on one process: they share what its fixtures made.
 PARALLEL := --numprocesses auto --dist loadfile
 

@@ -147,7 +147,7 @@ def _resumable(kept: str) -> Iterator[None]:
 def _importing() -> contextlib.AbstractContextManager[None]:
     """Log if the imports of the block take long, as those from a cold disk do."""
     logger = logging.getLogger(__name__)
-    return waiting(logger, "importing PyTorch, transformers and Ray", usually="5 to 20 s")
+    return waiting(logger, "importing PyTorch and transformers", usually="5 to 20 s")
 
 
 def _show(text: str) -> None:
@@ -190,8 +190,7 @@ def _train(config: "AnyTrainConfig") -> int:
 
         _show(render_plan(build_plan(config)))
         return 0
-    kept = f"no step was in progress; what is encoded so far is kept beside {config.data.store_dir}"
-    with _resumable(f"{kept}, and checkpoints in {config.run_dir}"):
+    with _resumable("no step was in progress; checkpoints, and what is encoded so far, are kept"):
         with _importing():
             from raytune_llama.train.trainer import run_training
 
@@ -209,7 +208,7 @@ def sweep(argv: list[str], program: str) -> int:
     from raytune_llama.tune.config import SweepConfig
 
     config = load(SweepConfig, argv, default=default_config("sweep_smollm2.yaml"), program=program)
-    with _resumable(f"no trial was running; {config.sweep_dir} keeps those that have ended"):
+    with _resumable("no trial was running; those that have ended are kept"):
         from raytune_llama.tune.display import format_trial_line
         from raytune_llama.tune.sweep import run_sweep
 
@@ -301,8 +300,7 @@ def prepare_data(argv: list[str], program: str) -> int:
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         _show(render_preview(data, tokenizer, num_documents=number, color=color))
         return 0
-    kept = f"what is encoded so far is kept beside {config.data.store_dir}"
-    with _resumable(kept), contextlib.ExitStack() as stack:
+    with _resumable("what is encoded so far is kept"), contextlib.ExitStack() as stack:
         with _importing():
             from raytune_llama.connection import connect_to_ray
             from raytune_llama.data.build import preparation

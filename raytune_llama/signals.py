@@ -48,14 +48,24 @@ class SignalHandler:
         self.name = ""
         """Name of the first signal that was received, such as SIGINT."""
         self._received_at = 0.0
+        self._is_deferring = False
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
         """Handle the signals from now on."""
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                handler = signal.getsignal(number)
+                if handler is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._handle)
+                outer = _owner(handler)
+                if outer is not None and outer.is_requested:
+                    # What it raised was lost, as it is in a callback of the garbage collector.
+                    self._adopt(outer)
+
+    def _adopt(self, other: "SignalHandler") -> None:
+        self.is_requested, self.name = True, other.name
+        self._received_at = other._received_at
 
     def __enter__(self) -> Self:
         self.install()
@@ -66,10 +76,9 @@ class SignalHandler:
             # None: a handler that Python cannot install again.
             if handler is not None:
                 signal.signal(number, handler)
-            outer = getattr(handler, "__self__", None)
-            if isinstance(outer, SignalHandler) and self.is_requested:
-                outer.is_requested, outer.name = True, self.name
-                outer._received_at = self._received_at
+            outer = _owner(handler)
+            if outer is not None and self.is_requested:
+                outer._adopt(self)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  # Python's
         now = time.monotonic()
@@ -83,7 +92,20 @@ class SignalHandler:
         if number == signal.SIGHUP:
             leave_closed_terminal()
         _tell(f"{self.name}: {self._plan}; Ctrl-C again ends at once")
-        self._stop()
+        if not self._is_deferring:
+            self._stop()
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Act on a signal that comes during the block only at its end; a second Ctrl-C at once."""
+        before = self.is_requested
+        self._is_deferring = True
+        try:
+            yield
+        finally:
+            self._is_deferring = False
+            if self.is_requested and not before:
+                self._stop()
 
     def _stop(self) -> None:
         """Act on the first signal; called in the handler."""
@@ -145,18 +167,28 @@ def signals_kept() -> Iterator[None]:
     Ray replaces the handler of SIGTERM. And its processes are in the group of this one, to which a
     closed terminal sends SIGHUP: they inherit it blocked, or a run could not save its step. Ray
     itself blocks SIGINT in them.
+
+    What a handler raises while Ray forks would be lost, and with it the lock of `logging`, which is
+    released after a fork: it is raised at the end.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = signal.getsignal(signal.SIGTERM)
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    try:
-        yield
-    finally:
-        if callable(handler):
-            signal.signal(signal.SIGTERM, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    ours = _owner(handler)
+    with contextlib.nullcontext() if ours is None else ours.deferred():
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        try:
+            yield
+        finally:
+            if callable(handler):
+                signal.signal(signal.SIGTERM, handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _owner(handler: object) -> SignalHandler | None:
+    owner = getattr(handler, "__self__", None)
+    return owner if isinstance(owner, SignalHandler) else None
 
 
 def leave_closed_terminal() -> None:

@@ -143,3 +143,25 @@ def test_signals_kept_keeps_the_handler_and_blocks_sighup_in_children_alone() ->
         with pytest.raises(KeyboardInterrupt):
             start_ray()
         assert signal.getsignal(signal.SIGTERM) == ours
+
+
+def test_signals_kept_raises_at_its_end_since_a_fork_loses_what_a_handler_raises() -> None:
+    done: list[str] = []
+
+    def start_ray() -> None:
+        with signals_kept():
+            signal.raise_signal(signal.SIGINT)
+            done.append("started")
+        done.append("not reached")
+
+    with pytest.raises(KeyboardInterrupt), Interruption():
+        start_ray()
+    assert done == ["started"]
+
+
+def test_stop_signal_within_an_interruption_that_was_lost_is_requested() -> None:
+    with Interruption():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGHUP)
+        with StopSignal() as stop:
+            assert stop.is_requested

@@ -29,6 +29,7 @@ from raytune_llama.data.readers.conversations import (
     read_conversations,
 )
 from raytune_llama.data.readers.rows import BadRow, SourceError
+from raytune_llama.data.readers.sources import SourceFile
 from raytune_llama.storage.files import publish_directory, sha256_file, write_json_atomic
 from raytune_llama.storage.place import local_path
 
@@ -55,17 +56,17 @@ def convert_data(config: ConvertDataConfig) -> Conversion:
     """Convert all conversations to `config.format`, in bounded memory.
 
     Raises:
-        ConfigError: The target exists, or a source matches no JSON file.
+        ConfigError: The target exists, or a source matches no file that is read.
         SourceError: A source mixes formats or cannot be read, too many rows are unusable, or no
             usable row is left.
     """
     target = local_path(config.target, "target")
     if target.exists():
         raise ConfigError([f"target: {target} exists; delete it or choose another directory"])
-    find_conversation_files(config.sources)
+    sources = find_conversation_files(config.sources)
     counts = ConversationCounts()
     with publish_directory(target) as folder:
-        conversion = _write_all(folder, config, counts)
+        conversion = _write_all(folder, config, counts, sources)
         _check(conversion, folder, config)
         files = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
         manifest = asdict(conversion) | {
@@ -84,7 +85,9 @@ def convert_data(config: ConvertDataConfig) -> Conversion:
     return conversion
 
 
-def _write_all(folder: Path, config: ConvertDataConfig, counts: ConversationCounts) -> Conversion:
+def _write_all(
+    folder: Path, config: ConvertDataConfig, counts: ConversationCounts, sources: list[SourceFile]
+) -> Conversion:
     written: Counter[str] = Counter()
     quarantined: Counter[str] = Counter()
     num_rows = 0
@@ -95,7 +98,7 @@ def _write_all(folder: Path, config: ConvertDataConfig, counts: ConversationCoun
             for part in parts
         }
         bad = stack.enter_context(_RowFile(folder / QUARANTINE_FILE, "jsonl"))
-        for row in read_conversations(config.sources, counts, config.ignore_fields):
+        for row in read_conversations(config.sources, counts, config.ignore_fields, sources):
             num_rows += 1
             made = _convert(row, config)
             if isinstance(made, Defect | BadRow):

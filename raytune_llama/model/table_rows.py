@@ -30,6 +30,10 @@ MEAN_DISTANCE = 0.15
 """Distance from the mean of the table below which a row counts as that mean, relative to the median
 distance of the sample; the mean of 1,024 rows is exact to about 0.03."""
 
+COPY_DISTANCE = 0.02
+"""Distance between two rows below which they count as equal, relative as above: tokens that are
+never read or written drift together."""
+
 UNUSED_BAND = 0.1
 """Relative width of the shell around the mean of unused rows in which a row counts as one."""
 
@@ -91,7 +95,10 @@ def read_table_sample(
 
 
 def find_untrained_rows(sample: TableSample, rows_RD: Tensor) -> dict[int, str]:
-    """Return which rows look untrained, by their index in `rows_RD`, and what each looks like."""
+    """Return which rows look untrained, by their index in `rows_RD`, and what each looks like.
+
+    The more rows that may be untrained are given, the more copies of one another are found.
+    """
     trained_SD, unused_UD = sample.rows_SD, sample.unused_UD
     norm = trained_SD.norm(dim=1).median()
     mean_D = trained_SD.mean(dim=0)
@@ -104,7 +111,7 @@ def find_untrained_rows(sample: TableSample, rows_RD: Tensor) -> dict[int, str]:
             found[number] = "zero"
         elif (row_D - mean_D).norm() <= MEAN_DISTANCE * distance:
             found[number] = "the mean of the table"
-        elif (others_ND == row_D).all(dim=1).sum() > 1:
+        elif ((others_ND - row_D).norm(dim=1) <= COPY_DISTANCE * distance).sum() > 1:
             found[number] = "a copy of another row"
         elif radius is not None and _is_in_band(row_D[None], unused_UD, radius).all():
             found[number] = "like the rows of unused ids"

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.chat.templates.choice import build_template
 from raytune_llama.chat.templates.segments import UnrenderableError
+from raytune_llama.config.errors import UserError
 from raytune_llama.data.build.text_corpus import document_ends
 from raytune_llama.data.store.token_store import TokenSplit, TokenStore
 from raytune_llama.model.directory import stored_tables
@@ -86,19 +87,19 @@ def find_untrained_control_rows(
         return []
     known = min(fit.num_base_ids, fit.num_rows)
     tokens = {id_: t for id_, t in control_tokens(config, tokenizer).items() if id_ < known}
+    names = [f"{token} (id {id_})" for id_, token in tokens.items()]
+    # Untrained rows are often copies of those of control tokens that no text has.
+    every = sorted(control_token_ids(tokenizer))
+    others = [id_ for id_ in every if id_ < known and id_ not in tokens][:_MAX_UNUSED_ROWS]
     found: dict[str, str] = {}
-    for stored, parameter in stored_tables(model, path).items() if tokens else ():
+    for stored, parameter in _stored_tables(model, path).items() if tokens else ():
         table = parameter.removesuffix(".weight").rpartition(".")[2]
         if table in frozen:
-            sample = read_table_sample(
-                path,
-                stored,
-                num_ids=known,
-                excluded=control_token_ids(tokenizer),
-                unused=_unused_ids(tokenizer, fit),
-            )
-            kinds = find_untrained_rows(sample, read_rows(path, stored, list(tokens)))
-            names = [f"{token} (id {id_})" for id_, token in tokens.items()]
+            unused = [id_ for id_ in _unused_ids(tokenizer, fit) if id_ not in tokens]
+            sample = read_table_sample(path, stored, num_ids=known, excluded=every, unused=unused)
+            judged = [*tokens, *others]
+            untrained = find_untrained_rows(sample, read_rows(path, stored, judged))
+            kinds = {n: kind for n, kind in untrained.items() if n < len(tokens)}
             if kinds:
                 found[table] = describe_rows(kinds, names)
     if not found:
@@ -109,6 +110,14 @@ def find_untrained_control_rows(
         f"({listed}), and this run trains no such row: the model would neither understand nor "
         f"write these tokens; {_remedy(config, model, list(found))}"
     ]
+
+
+def _stored_tables(model: PreTrainedModel, path: Path) -> dict[str, str]:
+    """Return `stored_tables`; empty if the files name them otherwise: none can be judged."""
+    try:
+        return stored_tables(model, path)
+    except UserError:
+        return {}
 
 
 def _unused_ids(tokenizer: PreTrainedTokenizerFast, fit: VocabularyFit) -> list[int]:

@@ -34,7 +34,7 @@ _OWN: Final = ("rows", "preview", "preview_documents")
 _RUN_MARKS: Final = ("model", "run_dir")
 _USED: Final = {"model": ("path", "tokenizer"), "batch": ("sequence_tokens",)}
 _MAX_STEPS: Final = 10**6
-"""Steps of the stand-in for a run, enough that no weight of a source is too small."""
+"""Steps of a reduced run, enough that no weight of a source is too small."""
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def describe_continuation(config: AnyTrainConfig, purpose: str, changes: Mapping
     result = result_path(config)
     first = "" if read_result(config) is not None else f"finish this run, so that {result} exists; "
     copy = "" if result.is_local else f"copy {result} to the current folder; "
-    values = _continuation(config) | changes
+    values = {**_continuation(config), **changes}
     schedule = "" if config.max_steps == 0 else ", with a learning rate schedule of its own"
     command = shlex.join(f"{field}={_plain(value)}" for field, value in values.items())
     return (

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 RunStatus = Literal["finished", "already finished", "evaluated", "stopped"]
-"""How a run stands when its driver ends. Evaluated: nothing was trained, with `max_steps: 0`.
+"""Status of a run when its driver ends. Evaluated: nothing was trained, with `max_steps: 0`.
 Stopped: saved on Ctrl-C, a closed terminal or SIGTERM; the same command resumes the run."""
 
 
@@ -58,7 +58,7 @@ class RunSummary:
     """State of a run when its driver ends."""
 
     status: RunStatus
-    """How the run stands."""
+    """Status of the run."""
 
     run_dir: Place
     """Directory of the run."""
@@ -192,7 +192,8 @@ def _describe_changed_data(config: AnyTrainConfig, data: DataInputs) -> list[str
         open_current_store(config.encoded_data, data)
     except StoreError as error:
         changed = str(error)
-    anew = {"data.store_dir": f"{config.data.store_dir}-changed"}
+    store = Place.parse(config.data.store_dir, "data.store_dir")
+    anew = {"data.store_dir": str(store.with_name(f"{store.name}-changed"))}
     return [
         f"run_dir: {config.run_place} is finished, but its data has changed since; undo the "
         "change to keep the result as it is, or set another run_dir and data.store_dir to train "

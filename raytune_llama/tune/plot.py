@@ -149,7 +149,7 @@ def _draw_importances(axes: Any, importances: Importances) -> None:  # noqa: ANN
         axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
         axes.set_axis_off()
         return
-    shares = dict(reversed(importances.shares.items()))
+    shares = dict(reversed(list(importances.shares.items())))
     for field, share in shares.items():
         may_be_chance = field in importances.by_chance
         bar = axes.barh(_field_label(field), share, color="0.75" if may_be_chance else "C0")
@@ -180,7 +180,7 @@ def _draw_coordinates(
         return
     scores = [value for _, value in scored]
     spread = Normalize(min(scores), max(scores) if max(scores) > min(scores) else None)
-    colors = ScalarMappable(spread, "viridis" if sweep.mode == "min" else "viridis_r")
+    colors: Any = ScalarMappable(spread, "viridis" if sweep.mode == "min" else "viridis_r")
     for trial, value in reversed(scored):
         heights = [sweep.space[name].position(trial.sample[name]) for name in fields]
         heights.append(float(spread(value)) if max(scores) > min(scores) else 0.5)

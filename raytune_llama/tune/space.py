@@ -146,7 +146,7 @@ def widen(kind: Distribution, side: Side) -> Iterator[tuple[float | int, Distrib
     Which of them a config accepts is unknown here: many fields have limits of their own.
     """
     outward = -1 if side == "lower" else 1
-    old = kind.numeric_choices or kind.loguniform or kind.uniform or kind.randint or ()
+    old = kind.numeric_choices or kind.loguniform or kind.uniform or kind.randint or (0, 1)
     bound = old[0] if side == "lower" else old[-1]
     found = {_rounded(value, kind) for value in _outer_values(kind, old, side)}
     for value in sorted(found, reverse=side == "upper"):
@@ -170,7 +170,9 @@ def _outer_values(kind: Distribution, old: Sequence[float], side: Side) -> list[
         return [bound * decade ** (outward * part) for part in parts]
     # Usual limits of fields, and for positive ones a step down that stays positive.
     limits = [0.0, 1.0, bound / 10] if bound > 0 else [0.0]
-    return [bound + outward * (high - low) * part for part in parts] + limits
+    width = high - low
+    near = [limit for limit in limits if abs(limit - bound) <= width]
+    return [bound + outward * width * part for part in parts] + near
 
 
 def _rounded(value: float, kind: Distribution) -> float | int:

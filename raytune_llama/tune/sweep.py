@@ -263,7 +263,7 @@ def _run_trials(
     replay_journal(scheduler, journal, sweep.mode)
     _configure_tune()
     searcher = TrialSearcher(sweep, journal, prepare)
-    with _stopped_by_signals(searcher) as channel, display.show():
+    with _stopped_by_signals(searcher) as channel:
         tuner = tune.Tuner(
             tune.with_resources(
                 build_trainable(sweep.place, sweep.metric, sweep.mode, sweep.max_steps, channel),
@@ -287,7 +287,9 @@ def _run_trials(
                 verbose=0,
             ),
         )
-        tuner.fit()
+        # Not before: it is pickled with its callbacks, and a live table can't be.
+        with display.show():
+            tuner.fit()
     freeing.wait()
 
 
@@ -371,7 +373,7 @@ class JournalCallback(tune.Callback):
         result = trial.last_result or {}
         state = result.get("state", "running")
         if state == "interrupted":
-            # It goes on when the sweep is resumed.
+            # It continues when the sweep is resumed.
             self._free(trial.config["number"])
             return
         # Tune completes a trial that is still running only if the scheduler stops it.

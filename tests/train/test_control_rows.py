@@ -189,6 +189,28 @@ def test_row_that_was_never_trained_is_recognized_by_what_initialized_it(
     assert find_untrained_rows(sample, rows) == {1: kind}
 
 
+def test_row_that_equals_those_of_control_tokens_which_no_text_has_is_named(
+    make_sft: Callable[..., SftConfig], untied_model_dir: Path, tmp_path: Path
+) -> None:
+    def copy_eos(table: Tensor) -> None:
+        # The template does not write </s>, and rows that nothing reads drift apart a little.
+        table[END] = table[1] * 1.001
+
+    model = write_changed(untied_model_dir, tmp_path / "model", TABLES[1:], copy_eos)
+    (warning,) = warnings_of(make_sft(model))
+    assert "lm_head: <|im_end|> (id 2): a copy of another row)" in warning
+
+
+def test_reserved_token_that_the_template_uses_is_no_copy_of_itself(
+    make_sft: Callable[..., SftConfig], untied_model_dir: Path, tmp_path: Path
+) -> None:
+    model = write_changed(untied_model_dir, tmp_path / "model", (), zero_end)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        text = (model / file).read_text()
+        (model / file).write_text(text.replace("<|im_end|>", "<|reserved_0|>"))
+    assert warnings_of(make_sft(model)) == []
+
+
 def test_rows_copied_from_one_another_are_both_named() -> None:
     sample = make_sample(num_unused=0, unused_std=0.0)
     row = torch.randn(WIDTH)

@@ -68,5 +68,6 @@ def test_start_looks_at_its_inputs_once(  # noqa: PLR0917  # fixtures
     heads = [request for request in first if request.startswith("GET") and ".txt" in request]
     assert len(listings) == 1, faulty_s3.requests
     assert not [request for request in faulty_s3.requests[len(first) :] if "list-type" in request]
-    assert len(heads) == 2, first
+    # The beginning of each file, and of the source's first one for the example in the log.
+    assert len(heads) == 3, first
     assert [str(path) for path in loads] == [str(model)]

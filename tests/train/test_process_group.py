@@ -1,23 +1,20 @@
 """Promise: the small collectives give every worker the same, in double precision."""
 
 import json
+from functools import partial
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
-
 from raytune_llama.train.process_group import ProcessGroup
+from tests.train.group import Group
 
 # Lost in single precision, as the target tokens of a long evaluation would be.
 ODD = 2.0**24 + 1
 
 
-def _work(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    workers = ProcessGroup.from_torch(torch.device("cpu"))
+def _work(folder: Path, workers: ProcessGroup) -> None:
+    rank = workers.rank
     seen = {
-        "rank": workers.rank,
+        "rank": rank,
         "world_size": workers.world_size,
         "is_first": workers.is_rank_zero,
         "sum": workers.all_reduce_sum([ODD if rank == 0 else 0.0, 0.25 + rank]),
@@ -25,12 +22,11 @@ def _work(rank: int, folder: str) -> None:
         "none": workers.broadcast("late" if rank else None),
     }
     workers.barrier()
-    Path(folder, f"{rank}.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
+    (folder / f"{rank}.json").write_text(json.dumps(seen))
 
 
-def test_workers_two_processes_agree(tmp_path: Path) -> None:
-    spawn(_work, args=(str(tmp_path),), nprocs=2)
+def test_workers_two_processes_agree(two: Group, tmp_path: Path) -> None:
+    two.call(partial(_work, tmp_path))
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
             "rank": rank,

@@ -12,6 +12,7 @@ from raytune_llama.config.settings import load, to_yaml
 from raytune_llama.merge.config import MergeConfig
 from raytune_llama.serve.config import EndpointConfig, expand_model_dir
 from raytune_llama.storage.files import OUTPUT_MANIFEST
+from raytune_llama.storage.place import Place
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.tune.config import SweepConfig, load_base
 from raytune_llama.tune.findings import (
@@ -23,7 +24,7 @@ from raytune_llama.tune.findings import (
     measure_importances,
 )
 from raytune_llama.tune.journal import TrialRecord, TrialState, trial_dir
-from raytune_llama.tune.results import RESOLVED_SWEEP_FILE, write_best
+from raytune_llama.tune.results import BEST_FILE, RESOLVED_SWEEP_FILE, write_best
 from raytune_llama.tune.search import RandomSampler, check_samples
 from tests.tune.conftest import MakeSweep
 
@@ -59,6 +60,7 @@ def arguments(findings: list[Finding], *verbs: str) -> list[list[str]]:
         (RATE, {"uniform": [1e-4, 1e-2]}, 1e-4, {"uniform": (1e-5, 1e-2)}),
         ("lora.dropout", {"uniform": [0.1, 0.3]}, 0.105, {"uniform": (0.0, 0.3)}),
         ("lora.dropout", {"uniform": [0.1, 0.3]}, 0.295, {"uniform": (0.1, 0.5)}),
+        ("optim.weight_decay", {"uniform": [0.0, 0.1]}, 0.1, {"uniform": (0.0, 0.2)}),
         (RANK, {"randint": [2, 16]}, 16, {"randint": (2, 30)}),
         (RANK, {"randint": [2, 16]}, 2, {"randint": (1, 16)}),
         (RANK, {"choice": [8, 2, 4]}, 8, {"choice": (8, 2, 4, 16)}),
@@ -193,6 +195,28 @@ def test_winner_with_an_adapter_is_merged_served_and_trained_further_from_it(
     assert len({further.run_dir, longer.run_dir, str(sweep.place / "best")}) == 3
 
 
+def test_winner_in_object_storage_has_commands_on_local_copies(
+    make_sweep: MakeSweep, s3_path: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = make_sweep(sweep_dir=str(s3_path / "sweep"))
+    adapter = write_result(sweep, 0, "pt_lora_model")
+    found = describe(sweep, finished({RATE: 0.099, RANK: 4, "lora.alpha": 8}))
+    assert any("copy" in finding.text and str(sweep.place) in finding.text for finding in found)
+    assert any(adapter in finding.text for finding in found)
+    for name in (RESOLVED_SWEEP_FILE, BEST_FILE):
+        (tmp_path / name).write_bytes((sweep.place / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    (widening,), (merging,) = arguments(found, "sweep"), arguments(found, "merge")
+    wider = load(SweepConfig, widening)
+    assert (wider.sweep_dir, wider.space[RATE].loguniform) == (
+        str(s3_path / "sweep-wider"),
+        (1e-4, 1.0),
+    )
+    assert load(MergeConfig, merging).adapters == ("pt_lora_model",)
+    further, _ = (load(PretrainConfig, given) for given in arguments(found, "pretrain"))
+    assert (further.adapter, further.run_place) == ("pt_lora_model", sweep.place / "continued")
+
+
 def test_winner_of_full_training_is_served_and_trained_further_as_a_model(
     make_sweep: MakeSweep,
 ) -> None:
@@ -268,15 +292,15 @@ def test_importance_of_equal_scores_is_refused(make_sweep: MakeSweep) -> None:
     assert measure_importances(sweep, load_base(sweep), trials).shares == {}
 
 
-def test_importance_of_one_trial_too_few_is_refused_with_both_numbers(
-    make_sweep: MakeSweep,
+@pytest.mark.parametrize("count", [1, 8, MIN_IMPORTANCE_TRIALS - 1])
+def test_importance_of_too_few_trials_is_refused_with_both_numbers(
+    make_sweep: MakeSweep, count: int
 ) -> None:
     sweep = make_sweep()
-    required = MIN_IMPORTANCE_TRIALS
     failed = TrialRecord(99, {RATE: 1.0, RANK: 2, "lora.alpha": 4}, "failed", {4: 1.0})
-    found = measure_importances(sweep, load_base(sweep), [*many(sweep, required - 1), failed])
+    found = measure_importances(sweep, load_base(sweep), [*many(sweep, count), failed])
     assert found.shares == {}
-    assert f"{required - 1} of {required}" in str(found)
+    assert f"{count} of {MIN_IMPORTANCE_TRIALS}" in str(found)
 
 
 @pytest.mark.parametrize("other", [{}, {RANK: {"choice": [4]}}])

@@ -115,7 +115,9 @@ def test_follow_of_a_run_that_was_stopped_tells_what_it_had_and_no_end(tmp_path:
     write(tmp_path / "run", evaluation(1, 4.0))
 
     class Stopped(Running):
-        was_stopped = True
+        @property
+        def was_stopped(self) -> bool:
+            return True
 
     follower = EvaluationReader(Place.local(tmp_path / "run"), "eval/loss")
     told = follow_run(Stopped(lambda: None), follower, 9)

@@ -141,7 +141,7 @@ def open_current_store(config: AnyDataConfig, inputs: DataInputs) -> TokenStore 
 def describe_inputs(config: AnyDataConfig, inputs: DataInputs) -> dict[str, Any]:
     """Return the inputs that a store built now would record, whether or not there is one.
 
-    Its `fingerprint_of` tells whether data and settings are those of an earlier store. Files that
+    Its `fingerprint_of` says whether data and settings are those of an earlier store. Files that
     the existing store has not hashed as they are now are hashed: without a store, all of them.
 
     Args:

@@ -335,7 +335,7 @@ def _grouped(
         end = start + 1
         text = _text(ids, start, end, tokenizer)
         most = min(stop, start + _MAX_GROUP)
-        while _BROKEN in text and end < most and ids[end] not in controls:
+        while _BROKEN in text and end < most:
             end += 1
             text = _text(ids, start, end, tokenizer)
         yield _Shown(text, end - start, is_control=False)

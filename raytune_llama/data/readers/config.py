@@ -51,11 +51,11 @@ class SourceConfig:
 
 @settings
 class ConversationSource:
-    """One source of conversations in JSON files."""
+    """One source of conversations."""
 
     path: Annotated[Annotated[str, Field(min_length=1)], PLACEMENT]
-    """File, folder (read recursively, without hidden files) or glob of JSON and JSON Lines files,
-    local or `s3://...`, `gs://...`."""
+    """File, folder (read recursively, without hidden files) or glob of JSON, JSON Lines, Parquet or
+    Arrow files, local or `s3://...`, `gs://...`."""
     format: Literal["auto"] | FormatName = "auto"
     """Format of the rows. `auto`: that of the first row in a known format; a later row in another
     format is an error."""

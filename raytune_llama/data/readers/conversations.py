@@ -50,8 +50,14 @@ class ConversationCounts:
     """Counts of field names that are aliases, ignored or repeated."""
 
 
-def find_conversation_files(sources: tuple[ConversationSource, ...]) -> list[SourceFile]:
+def find_conversation_files(
+    sources: tuple[ConversationSource, ...], *, is_quiet: bool = False
+) -> list[SourceFile]:
     """List the files of all sources, in source order and by name within a source.
+
+    Args:
+        sources: Sources in the config.
+        is_quiet: Whether to log nothing.
 
     Raises:
         ConfigError: See `discover_files`; or a file is plain text.
@@ -59,6 +65,7 @@ def find_conversation_files(sources: tuple[ConversationSource, ...]) -> list[Sou
     return discover_files(
         tuple(SourceConfig(path=source.path, encoding=source.encoding) for source in sources),
         rows="objects",
+        is_quiet=is_quiet,
     )
 
 
@@ -68,7 +75,7 @@ def starts_with_conversation(sources: tuple[ConversationSource, ...]) -> bool:
     False for plain text, and for files that cannot be read, which whoever opens them reports.
     """
     try:
-        files = find_conversation_files(sources)
+        files = find_conversation_files(sources, is_quiet=True)
         rows = (row for file in files for row in _read_file(file, ConversationCounts()))
         first = next((row for row in rows if isinstance(row, ObjectRow)), None)
     except (ConfigError, SourceError):
@@ -80,6 +87,7 @@ def read_conversations(
     sources: tuple[ConversationSource, ...],
     counts: ConversationCounts,
     ignore_fields: tuple[str, ...] = (),
+    files: list[SourceFile] | None = None,
 ) -> Iterator[ConversationRow]:
     """Stream the rows of all sources in order, valid and bad ones.
 
@@ -87,6 +95,7 @@ def read_conversations(
         sources: Sources in the config.
         counts: Counts to update.
         ignore_fields: Names of fields to ignore.
+        files: Files of the sources, from `find_conversation_files`. None: they are listed here.
 
     Raises:
         ConfigError: See `find_conversation_files`.
@@ -94,7 +103,7 @@ def read_conversations(
             known format; or a file cannot be read, or changes while it is read.
     """
     number = 0
-    files = find_conversation_files(sources)
+    files = find_conversation_files(sources) if files is None else files
     for index, source in enumerate(sources):
         sniffer = _Sniffer(source, ignore_fields)
         own = [file for file in files if file.source == index]

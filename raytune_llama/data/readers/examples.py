@@ -49,7 +49,7 @@ def log_documents(sources: Sequence[SourceConfig], files: list[SourceFile]) -> N
 
 def _describe(texts: list[str]) -> str:
     mean = sum(map(len, texts)) / len(texts)
-    many = f", the first {len(texts)} have {mean:,.0f} on average" if len(texts) > 1 else ""
+    many = f", the first {len(texts):,} have {mean:,.0f} on average" if len(texts) > 1 else ""
     more = "..." if len(texts[0]) > _SHOWN_CHARACTERS else ""
     shown = repr(texts[0][:_SHOWN_CHARACTERS])
     return f"the first one has {len(texts[0]):,} characters{many}: {shown}{more}"

@@ -34,7 +34,7 @@ class ParquetTable:
         )
 
     def read_group(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-        """Stream the rows of a row group, with the given columns only."""
-        # A name also selects columns nested in it, so a column can be named like a part of another.
-        some = columns if len(columns) < len(self.schema.names) else None
-        return self._parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=some)
+        """Stream the rows of a row group, with the given columns."""
+        # "a.b" also selects the part b of a column a, so other columns may come with it.
+        for records in self._parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns):
+            yield records.select(columns)

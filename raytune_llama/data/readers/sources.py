@@ -21,7 +21,7 @@ from raytune_llama.data.readers.detection import (
     FileKind,
     detect_format,
 )
-from raytune_llama.data.readers.listing import ListedFile, list_files
+from raytune_llama.data.readers.listing import list_files
 from raytune_llama.data.readers.rows import TABLE_FORMATS, ReadOptions
 from raytune_llama.data.readers.side_files import is_side_file
 from raytune_llama.storage.place import FileStatus, Place
@@ -69,6 +69,7 @@ def discover_files(
     *,
     max_document_bytes: int = 1 << 28,
     rows: RowKind = "texts",
+    is_quiet: bool = False,
 ) -> list[SourceFile]:
     """List the files of all sources, in source order and by name within a source.
 
@@ -79,6 +80,8 @@ def discover_files(
         sources: Sources in the config.
         max_document_bytes: Maximum size of a document; longer ones are quarantined unread.
         rows: What rows are read as. Objects have no text field, and are not read from plain text.
+        is_quiet: Whether to log nothing, as for a look at files before it is decided how to read
+            them.
 
     Raises:
         ConfigError: A source matches no file, a file has an unknown format, is listed twice or
@@ -87,17 +90,21 @@ def discover_files(
     problems: list[str] = []
     if not sources:
         problems.append("sources: got an empty list; name at least one file, folder or glob")
-    found = _list_all(sources, rows, problems)
+    found, skipped = _list_all(sources, rows, problems)
     readable = _choose_kinds(sources, found, rows, problems)
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        inspected = list(threads.map(lambda pair: _inspect(sources, *pair, rows), readable))
+        inspected = list(
+            threads.map(lambda pair: _inspect(sources, pair[0], pair[1], rows), readable)
+        )
     problems += [result for result in inspected if isinstance(result, str)]
     problems.sort(key=_source_number)
     if found and not problems and not any(status.num_bytes for *_, status in found):
         problems.append(f"sources: all {len(found)} files are empty; name files with text")
     if problems:
         raise ConfigError(problems)
-    _log_notes(readable, inspected)
+    if not is_quiet:
+        _log_skipped(skipped)
+        _log_notes(readable, inspected)
     return [
         _source_file(sources, file, result, max_document_bytes, rows)
         for (file, _), result in zip(readable, inspected, strict=True)
@@ -107,9 +114,10 @@ def discover_files(
 
 def _list_all(
     sources: tuple[SourceConfig, ...], rows: RowKind, problems: list[str]
-) -> list[_FoundFile]:
-    """List the files of all sources, without those that hold no data."""
+) -> tuple[list[_FoundFile], list[tuple[Place, list[str]]]]:
+    """List the files of all sources that can hold data, and the names of the others per source."""
     found: list[_FoundFile] = []
+    skipped: list[tuple[Place, list[str]]] = []
     seen: dict[str, str] = {}
     for number, source in enumerate(sources):
         field = f"sources.{number}.path"
@@ -119,43 +127,36 @@ def _list_all(
         except ValueError as error:
             problems.append(str(error))
             continue
-        if matched[0][0] != path:  # a file that is named itself is read, whatever its name
-            kept = _skip_side_files(path, matched, source.format)
-            if not kept:
-                names = _name_some([name for _, name, _ in matched])
-                problems.append(
-                    f"{field}: {path} has no data, only {names}; wanted {_SUFFIXES[rows]} files, "
-                    "or the name of one file"
-                )
-            matched = kept
+        others: list[str] = []
         for place, name, status in matched:
+            # A file that is named itself is read, whatever its name.
+            if place != path and is_side_file(place, status, source.format):
+                others.append(name)
+                continue
             same = str(place.path.resolve()) if place.is_local else str(place)
             if same in seen:
                 problems.append(f"{field}: {place} is already part of {seen[same]}")
             seen.setdefault(same, f"sources.{number}")
             found.append((number, place, name, status))
-    return found
+        if len(others) == len(matched):
+            problems.append(
+                f"{field}: {path} has no data, only {_name_some(others)}; wanted "
+                f"{_SUFFIXES[rows]} files, or the name of one file"
+            )
+        elif others:
+            skipped.append((path, others))
+    return found, skipped
 
 
-def _skip_side_files(path: Place, matched: list[ListedFile], declared: str) -> list[ListedFile]:
-    """Return the files that can hold data, and log the others."""
-    kept: list[ListedFile] = []
-    skipped: list[str] = []
-    for file in matched:
-        place, name, status = file
-        if is_side_file(place, status, declared):
-            skipped.append(name)
-        else:
-            kept.append(file)
-    if skipped and kept:
+def _log_skipped(skipped: list[tuple[Place, list[str]]]) -> None:
+    for path, names in skipped:
         logger.info(
             "%s: skipped %d files that hold no data, as their names say: %s; name a file itself to "
             "read it",
             path,
-            len(skipped),
-            _name_some(skipped),
+            len(names),
+            _name_some(names),
         )
-    return kept
 
 
 def _name_first(places: list[Place]) -> str:

@@ -337,7 +337,7 @@ def _import_deepspeed(device: torch.device) -> Any:  # noqa: ANN401  # the modul
 
     # PyTorch 2.13 quotes its header paths, but not its library path (`-L`).
     cpp_extension.TORCH_LIB_PATH = shlex.quote(_TORCH_LIBRARIES)
-    cpp_extension.FileBaton = CompileLock
+    cpp_extension.FileBaton = CompileLock  # pyright: ignore[reportPrivateImportUsage]  # replaced
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     ensure_process_group(device)
     deepspeed.init_distributed(dist_init_required=False)
@@ -347,8 +347,8 @@ def _import_deepspeed(device: torch.device) -> Any:  # noqa: ANN401  # the modul
 class CompileLock:
     """Lock by which one process of a machine compiles an op while the others wait.
 
-    It stands in for PyTorch's `FileBaton`, whose lock is a file that a killed process leaves
-    behind: every later process would wait for it forever. The kernel releases this one.
+    It replaces PyTorch's `FileBaton`, whose lock is a file that a killed process leaves on the
+    disk: every later process would wait for it forever. The kernel releases this one.
     """
 
     def __init__(self, lock_file_path: str) -> None:

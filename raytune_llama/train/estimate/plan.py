@@ -138,9 +138,7 @@ def build_plan(config: AnyTrainConfig) -> RunPlan:
     )
 
 
-def _find_stale_store(
-    config: AnyTrainConfig, data: DataInputs, store: TokenStore
-) -> list[str]:
+def _find_stale_store(config: AnyTrainConfig, data: DataInputs, store: TokenStore) -> list[str]:
     """Return the error with which the run would refuse a store that was built from other inputs."""
     try:
         wanted = describe_inputs(config.encoded_data, data)

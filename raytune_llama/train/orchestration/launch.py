@@ -138,7 +138,7 @@ def _fit(run: PreparedRun, supervisor: Supervisor) -> tuple[RunResult | None, Ex
         supervisor.kill_controller()
         raise
     if isinstance(result, EndedBeforeStep):
-        supervisor.kill_controller()
+        supervisor.end_controller()
         _release_placement(run)
         return RunResult("stopped", newest_step(run.run_dir)), None
     if isinstance(result, (TrainingFailedError, RayError)):

@@ -153,7 +153,8 @@ def _probe_all(config: AnyTrainConfig, probes: Place) -> list[str]:
         call = task.options(num_cpus=0, scheduling_strategy=here, max_retries=0)
         address = node["NodeManagerAddress"]
         pending[call.remote(config, probes, node["NodeID"])] = f"{address} {node['NodeID'][:8]}"
-    what = f"checking model, token store and run directory on {len(pending)} nodes"
+    nodes = "1 node" if len(pending) == 1 else f"{len(pending)} nodes"
+    what = f"checking model, token store and run directory on {nodes}"
     with waiting(logger, what, usually="5 to 20 s"):
         done, late = ray.wait(list(pending), num_returns=len(pending), timeout=NODE_CHECK_SECONDS)
     problems = [f"node {pending[ref]}: no answer in {NODE_CHECK_SECONDS:.0f} s" for ref in late]

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import ray
 from ray._private.state import state
+from ray._private.worker import global_worker
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -108,7 +109,7 @@ class Supervisor:
         """End a run that was asked to stop and has nothing to save."""
         since = self._stop_requested_at
         is_late = since is not None and now - since > STOP_SECONDS
-        # Without its controller, Ray would go on starting workers.
+        # Without its controller, Ray would continue to start workers.
         if is_late and not self._steps.has_begun and self._controller is not None:
             logger.info("stopping before the first step: there is nothing to save")
             self._stop_requested_at = None
@@ -136,6 +137,17 @@ class Supervisor:
     def kill_controller(self) -> bool:
         """Kill Ray Train's controller, and with it the workers; False if none could be killed."""
         return self._controller is not None and self._controller.kill()
+
+    def end_controller(self) -> None:
+        """End Ray Train's controller, and with it the workers, as `ray.kill` does.
+
+        Ray would report one that is killed by a signal as a failure. Its handle is Ray's own.
+        """
+        if self._controller is None:
+            return
+        for actor_id, actor in state.actor_table(None, global_worker.current_job_id).items():
+            if actor["Pid"] == self._controller.pid and actor["State"] != "DEAD":
+                global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor_id), True)
 
     def _check_nodes(self) -> None:
         draining = self._node_ids & set(draining_nodes())

@@ -13,10 +13,15 @@ import pytest
 
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.data.build.text_corpus import TextUnitReader
-from raytune_llama.data.build.unit_encoder import UnitRecord, encode_unit, quarantine_place
+from raytune_llama.data.build.unit_encoder import (
+    UnitReader,
+    UnitRecord,
+    encode_unit,
+    quarantine_place,
+)
 from raytune_llama.data.build.units import BuildPlan, plan_units
 from raytune_llama.data.readers.config import SourceConfig
-from raytune_llama.data.readers.sources import discover_files
+from raytune_llama.data.readers.sources import SourceFile, discover_files
 from raytune_llama.data.store.manifest import SplitManifest
 from raytune_llama.data.store.token_store import TokenSplit
 from raytune_llama.storage.place import Place
@@ -138,20 +143,28 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], list[str], dict[str, int], in
 
 
 def encode(folder: Path, tokenizer_dir: Path, **settings: Any) -> tuple[BuildPlan, UnitRecord]:  # noqa: ANN401
+    files = discover_files((SourceConfig(path=str(folder / "corpus"), **settings),))
+    return encode_whole(folder, files, TextUnitReader(load_reference_encoder(tokenizer_dir)))
+
+
+def encode_whole(
+    folder: Path, files: list[SourceFile], reader: UnitReader
+) -> tuple[BuildPlan, UnitRecord]:
+    """Encode files as one unit."""
     work = Place.local(folder / "work")
     plan = BuildPlan(
         work_dir=work,
         store_dir=work / "store",
-        files=discover_files((SourceConfig(path=str(folder / "corpus"), **settings),)),
+        files=files,
         bos_id=None,
-        eos_id=1,
+        eos_id=None if reader.has_targets else 1,
         dtype="uint16",
         validation_fraction=0.0,
     )
     plan.store_dir.path.mkdir(parents=True)
     plan.units_dir.path.mkdir()
     (unit,) = plan_units(plan.files, RANGE_BYTES)
-    return plan, encode_unit(unit, plan, TextUnitReader(load_reference_encoder(tokenizer_dir)))
+    return plan, encode_unit(unit, plan, reader)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -9,9 +9,13 @@ import pytest
 
 from raytune_llama.config.settings import ConfigError, from_dict
 from raytune_llama.data.build.chat_corpus import open_chat_corpus
-from raytune_llama.data.config import ChatDataConfig
+from raytune_llama.data.config import ChatDataConfig, ConvertDataConfig
+from raytune_llama.data.conversion import convert_data
 from raytune_llama.data.readers.config import ConversationSource, SourceConfig
-from raytune_llama.data.readers.conversations import find_conversation_files
+from raytune_llama.data.readers.conversations import (
+    find_conversation_files,
+    starts_with_conversation,
+)
 from raytune_llama.data.readers.sources import check_sources, discover_files
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import load_tokenizer
@@ -74,6 +78,21 @@ def test_side_files_are_logged_in_one_line_per_source(
     assert str(folder) in line
     assert str(len(SIDE_FILES)) in line
     assert "CITATION.cff, LICENSE" in line
+
+
+def test_side_files_are_logged_once_by_what_looks_at_the_files_twice(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "README.md").write_text("x")
+    sources = (ConversationSource(path=str(folder)),)
+    with caplog.at_level(logging.INFO):
+        starts_with_conversation(sources)
+        convert_data(
+            ConvertDataConfig(
+                sources=sources, target=str(tmp_path / "out"), ignore_fields=("text",)
+            )
+        )
+    assert len([line for line in caplog.messages if "README.md" in line]) == 1
 
 
 @pytest.mark.parametrize(

@@ -16,20 +16,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import feather
 
-from raytune_llama.config.settings import ConfigError
+from raytune_llama.config.settings import ConfigError, from_dict
+from raytune_llama.data.build.chat_corpus import open_chat_corpus
 from raytune_llama.data.build.file_hashes import SourceHashes, hash_files
 from raytune_llama.data.build.text_corpus import TextUnitReader
-from raytune_llama.data.build.unit_encoder import encode_unit
+from raytune_llama.data.build.unit_encoder import encode_unit, quarantine_place
 from raytune_llama.data.build.units import plan_units
+from raytune_llama.data.config import ChatDataConfig
 from raytune_llama.data.readers.arrow import ArrowFile, open_arrow
 from raytune_llama.data.readers.config import ConversationSource, SourceConfig
 from raytune_llama.data.readers.conversations import ConversationCounts, read_conversations
 from raytune_llama.data.readers.ranges import HASH_BLOCK_BYTES
 from raytune_llama.data.readers.rows import BadRow, ReadOptions, RowBatch, SourceError
 from raytune_llama.data.readers.sources import discover_files
+from raytune_llama.data.store.manifest import SplitManifest
+from raytune_llama.data.store.token_store import TokenSplit
 from raytune_llama.storage.place import Place
-from raytune_llama.tokenizer.loader import load_reference_encoder
-from tests.data.readers.test_dirty import encode
+from raytune_llama.tokenizer.loader import load_reference_encoder, load_tokenizer
+from tests.data.readers.test_dirty import encode, encode_whole
 from tests.data.readers.test_documents import read_part
 
 GROUP_ROWS = 10
@@ -131,6 +135,13 @@ def test_ranges_of_groups_give_the_rows_of_the_whole_file(layout: str, tmp_path:
     assert [row_of(row) for part in parts for row in part.bad] == [(8, 17, "null_field")]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_text_column_named_like_a_part_of_another_is_read(layout: str, tmp_path: Path) -> None:
+    path = write(pa.table({"a": [{"b": "no"}], "a.b": ["yes"]}), tmp_path, layout)
+    assert read(path, "a.b").texts == ["yes"]
+    assert [row.value for row in read(path).objects] == [{"a": {"b": "no"}, "a.b": "yes"}]
+
+
 def test_lines_of_a_long_group_are_counted_over_the_range(tmp_path: Path) -> None:
     values: list[str | None] = ["x"] * 5000
     values[4999] = None
@@ -200,9 +211,7 @@ def test_objects_are_those_of_json_without_the_nulls_of_a_table(
 
 
 def test_objects_of_all_columns_are_numbered_over_the_file(tmp_path: Path) -> None:
-    table = pa.Table.from_pylist(
-        ROWS, pa.Table.from_pylist([ROWS[1] | ROWS[0] | {"a.b": "x"}]).schema
-    )
+    table = pa.Table.from_pylist(ROWS, pa.Table.from_pylist([ROWS[1] | ROWS[0]]).schema)
     path = write(table, tmp_path, "parquet")
     rows = read(path, groups=range(1, 3))
     assert [row.offset for row in rows.objects] == [*range(10, 30)]
@@ -408,3 +417,43 @@ def test_units_of_a_large_table_hash_the_file_once_and_give_its_rows(
     tokens = [shard.tokens for record in records if (shard := record.shards["train"])]
     assert whole.shards["train"] is not None
     assert sum(tokens) == whole.shards["train"].tokens
+
+
+def test_units_of_conversations_in_tables_are_encoded_as_those_in_json(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    rows = [
+        {"instruction": f"{number}?", "input": None, "output": "新年的钟声敲响了。"}
+        for number in range(25)
+    ]
+    rows[13]["output"] = None
+    tokens: dict[str, list[int]] = {}
+    for name in ("json", "parquet", "file", "stream"):
+        folder = tmp_path / name
+        (folder / "corpus").mkdir(parents=True)
+        if name == "json":
+            lines = [json.dumps({k: v for k, v in row.items() if v}) for row in rows]
+            (folder / "corpus" / "a.jsonl").write_text("\n".join(lines))
+        else:
+            write(pa.Table.from_pylist(rows), folder / "corpus", name)
+        config = from_dict(
+            ChatDataConfig,
+            {
+                "store_dir": str(folder / "store"),
+                "sources": [{"path": str(folder / "corpus")}],
+                "chat": {"template": "alpaca"},
+            },
+        )
+        corpus = open_chat_corpus(config, load_tokenizer(tokenizer_dir))
+        reader = corpus.build_reader(load_reference_encoder(tokenizer_dir))
+        plan, record = encode_whole(folder, corpus.files, reader)
+        shard = record.shards["train"]
+        assert shard is not None
+        assert record.rows.quarantined == {"missing_field": 1}
+        (unit,) = plan_units(plan.files, 1 << 30)
+        (bad,) = quarantine_place(unit, plan).read_bytes().splitlines()
+        assert json.loads(bad)["line"] == 14
+        split = TokenSplit(plan.store_dir, SplitManifest.from_shards([shard]))
+        tokens[name] = split.tokens(0, split.num_tokens).tolist()
+        assert split.num_documents == 24
+    assert tokens["json"] == tokens["parquet"] == tokens["file"] == tokens["stream"]

@@ -6,7 +6,7 @@ import signal
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from torch.utils import cpp_extension
+from torch.utils.file_baton import FileBaton
 
 from raytune_llama.train.engines.deepspeed_zero import CompileLock
 
@@ -35,5 +35,5 @@ def test_compile_lock_excludes_others_until_its_holder_is_killed(tmp_path: Path)
 
 
 def test_compile_lock_has_the_methods_of_the_class_that_it_stands_in_for() -> None:
-    public = [name for name in vars(cpp_extension.FileBaton) if not name.startswith("_")]
+    public = [name for name in vars(FileBaton) if not name.startswith("_")]
     assert all(hasattr(CompileLock, name) for name in public)

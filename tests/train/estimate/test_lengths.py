@@ -17,7 +17,7 @@ from tests.train.conftest import MakeConfig
 
 @pytest.fixture
 def sft(tmp_path: Path, model_dir: Path) -> SftConfig:
-    rows = [{"instruction": "fox " * n, "output": "dog " * (30 - n)} for n in range(30)]
+    rows = [{"instruction": "fox " * n, "output": "dog " * (2 * n + 1)} for n in range(30)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values: dict[str, Any] = {
         "run_dir": str(tmp_path / "run"),
@@ -29,7 +29,7 @@ def sft(tmp_path: Path, model_dir: Path) -> SftConfig:
             "max_left_out_fraction": 1.0,
         },
         "lora": {"rank": 4},
-        "batch": {"sequence_tokens": 110},
+        "batch": {"sequence_tokens": 60},
         "engine": {"precision": "fp32", "strategy": "ddp"},
         "max_steps": 60,
         "plan": True,
@@ -50,7 +50,7 @@ def test_build_plan_of_conversations_without_a_store_shows_a_sample_of_lengths(
     plan = build_plan(sft)
     lines = block_of(render_plan(plan))
     assert lines[0].endswith("conversations in a sample of the sources")
-    limit = ["110", "tokens,", "batch.sequence_tokens;", "truncation:", "keep_eos"]
+    limit = ["60", "tokens,", "batch.sequence_tokens;", "truncation:", "keep_eos"]
     assert lines[1].split() == ["limit", *limit]
     facts = dict(plan.lengths.facts())
     assert [line.split()[0] for line in lines[2:4]] == ["learned", "cut"]
@@ -85,9 +85,9 @@ def test_measure_lengths_of_a_store_are_those_of_the_sample_of_a_small_corpus(
 
 
 def test_render_lengths_names_the_field_that_limits(sft: SftConfig) -> None:
-    config = override(sft, {"data.chat.max_tokens": 90, "data.chat.truncation": "drop"})
+    config = override(sft, {"data.chat.max_tokens": 40, "data.chat.truncation": "drop"})
     lines = block_of(render_plan(build_plan(config)))
-    assert "90 tokens, data.chat.max_tokens; truncation: drop" in lines[1]
+    assert "40 tokens, data.chat.max_tokens; truncation: drop" in lines[1]
 
 
 @pytest.mark.parametrize(

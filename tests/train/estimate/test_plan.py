@@ -225,7 +225,8 @@ def test_job_with_plan_prints_exits_0_and_leaves_nothing(
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "ddp*" in done.stdout
-    assert "Ray" not in done.stderr
+    assert "starting Ray" not in done.stderr
+    assert "Started a local Ray instance" not in done.stderr
     assert not Path(config.run_dir).exists()
 
 

@@ -388,7 +388,15 @@ def test_train_ended_before_or_behind_a_bad_step_equals_one_that_was_not(
             assert end_of(config) == end_of(whole), config.run_dir
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "zero_2", "zero_3"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "fsdp",
+        "zero_2",
+        # Takes as long as the other two together, and DeepSpeed is tried by zero_2.
+        pytest.param("zero_3", marks=pytest.mark.slow),
+    ],
+)
 def test_train_rollback_on_two_workers_equals_a_resumed_one(
     make_marked: MakeConfig, two: Group, strategy: str
 ) -> None:

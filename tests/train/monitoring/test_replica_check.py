@@ -1,16 +1,15 @@
 """Promise: a worker whose copy of a weight is another than the others' is found and named."""
 
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from raytune_llama.config.settings import override
 from raytune_llama.tokenizer.loader import load_tokenizer
@@ -51,44 +50,43 @@ def test_checksum_of_nothing_and_of_a_view() -> None:
     assert int(checksum(between_words)) == int(checksum(between_words.clone()))
 
 
-def _compare(rank: int, wrong: list[int], store: str, answers: Path, world_size: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+def _compare(wrong: list[int], answers: Path, workers: ProcessGroup) -> None:
     tensors = {"first": torch.arange(100.0), "second": torch.ones(7, dtype=torch.bfloat16)}
-    if rank in wrong:
-        flip_bit(tensors["second"], 9 + rank)
+    if workers.rank in wrong:
+        flip_bit(tensors["second"], 9 + workers.rank)
     said = ""
     try:
-        compare_replicas(300, tensors.items(), ProcessGroup.from_torch(torch.device("cpu")))
+        compare_replicas(300, tensors.items(), workers)
     except ReplicaError as error:
         said = str(error)
-    (answers / str(rank)).write_text(said)
-    dist.destroy_process_group()
+    (answers / str(workers.rank)).write_text(said)
 
 
-def compare(folder: Path, world_size: int, wrong: list[int]) -> str:
+def compare(group: Group, folder: Path, wrong: list[int]) -> str:
     """Compare on processes of which some have a flipped bit; return what all of them say."""
-    arguments = (wrong, str(folder / "rendezvous"), folder, world_size)
-    spawn(_compare, arguments, nprocs=world_size)
-    (said,) = {(folder / str(rank)).read_text() for rank in range(world_size)}
+    group.call(partial(_compare, wrong, folder))
+    (said,) = {file.read_text() for file in folder.iterdir()}
     return said
 
 
-def test_compare_replicas_names_the_worker_that_most_differ_from(tmp_path: Path) -> None:
-    said = compare(tmp_path, 3, [1])
+def test_compare_replicas_names_the_worker_that_most_differ_from(
+    three: Group, tmp_path: Path
+) -> None:
+    said = compare(three, tmp_path, [1])
     assert f"worker 1 on {socket.gethostname()}" in said
     assert "second" in said
     assert "step 300" in said
     assert not any(text in said for text in ("worker 0", "worker 2", "first"))
 
 
-def test_compare_replicas_of_two_names_both(tmp_path: Path) -> None:
-    said = compare(tmp_path, 2, [1])
+def test_compare_replicas_of_two_names_both(two: Group, tmp_path: Path) -> None:
+    said = compare(two, tmp_path, [1])
     host = socket.gethostname()
     assert f"worker 0 on {host}, worker 1 on {host}" in said
 
 
-def test_compare_replicas_that_are_alike_says_nothing(tmp_path: Path) -> None:
-    assert compare(tmp_path, 2, []) == ""
+def test_compare_replicas_that_are_alike_says_nothing(two: Group, tmp_path: Path) -> None:
+    assert compare(two, tmp_path, []) == ""
 
 
 @pytest.mark.parametrize(
