@@ -102,6 +102,8 @@ def _explain(error: UserError, verb: str, arguments: list[str]) -> str:
     classes = config_classes()
     if data is None or problems or verb not in classes:
         return str(error)
+    if verb == "prepare-data":  # takes training configs too
+        classes = {name: cls for name, cls in classes.items() if name not in ("pretrain", "sft")}
     other = describe_other_job(data, error.problems, verb, classes)
     return str(error) if other is None else f"{file}: {other}"
 
@@ -288,8 +290,10 @@ def prepare_data(argv: list[str], program: str) -> int:
     default = default_config("prepare_data_smollm2.yaml")
     job = load_preparation(argv, default=default, program=program)
     config = job.config
+    from raytune_llama.model.bitsandbytes_import import hide_bitsandbytes_unless
     from raytune_llama.storage.place import local_path
 
+    hide_bitsandbytes_unless(None)
     tokenizer = local_path(config.tokenizer, job.tokenizer_field)
     if config.preview:
         with _importing():

@@ -1,6 +1,8 @@
 """prepare-data builds the store of its own config, and the one that a training config describes."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +156,17 @@ def test_load_preparation_help_has_the_fields_of_both_kinds(
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith((section, " ")) for line in lines if line)
     assert len(lines) > 5
+
+
+def test_prepare_data_of_a_training_config_names_a_missing_model(tmp_path: Path) -> None:
+    file = tmp_path / "sft.yaml"
+    file.write_text(
+        f"model: {{path: {tmp_path}/missing}}\nrun_dir: r\ndata:\n  store_dir: {tmp_path}/store\n"
+        f"  sources: [{{path: {file}}}]\n"
+    )
+    program = "from raytune_llama.cli import main; main()"
+    command = [sys.executable, "-c", program, "prepare-data", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"{tmp_path}/missing" in done.stderr
+    assert "this is a config of" not in done.stderr

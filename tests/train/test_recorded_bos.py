@@ -15,6 +15,7 @@ from raytune_llama.model.lineage import TEXT_KEY, find_leading_ids, find_text_st
 from raytune_llama.storage.files import OUTPUT_MANIFEST, write_json_atomic
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import load_tokenizer
+from raytune_llama.train.estimate.plan import build_plan
 from raytune_llama.train.export import read_result
 from raytune_llama.train.identity import keep_recorded_bos
 from tests.train.conftest import MakeConfig, run_here
@@ -87,6 +88,11 @@ def test_find_text_start_of_an_older_result_follows_its_config(
     write_json_atomic(chat / OUTPUT_MANIFEST, {TEXT_KEY: None, "config": {"data": {"chat": {}}}})
     assert find_text_start([result, chat]) == {"bos_id": bos_id}
     assert find_text_start([chat]) is None
+
+
+def test_build_plan_with_a_stale_store_says_that_the_run_would_be_refused(make: MakeConfig) -> None:
+    (warning,) = [line for line in build_plan(make()).warnings if "data.store_dir: " in line]
+    assert "data.sources.0: it also has 1 file: corpus.txt" in warning
 
 
 @pytest.mark.parametrize("job", ["pretrain", "sweep"])

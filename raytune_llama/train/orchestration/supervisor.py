@@ -147,7 +147,8 @@ class Supervisor:
             return
         for actor_id, actor in state.actor_table(None, global_worker.current_job_id).items():
             if actor["Pid"] == self._controller.pid and actor["State"] != "DEAD":
-                global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor_id), True)
+                core: Any = vars(global_worker)["core_worker"]  # set by `ray.init`
+                core.kill_actor(ray.ActorID.from_hex(actor_id), True)
 
     def _check_nodes(self) -> None:
         draining = self._node_ids & set(draining_nodes())
