@@ -25,7 +25,7 @@ from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError, load
 from raytune_llama.config.yaml12 import read_mapping
 from raytune_llama.logs import setup_logging, waiting
-from raytune_llama.signals import EXIT_INTERRUPTED, Interruption
+from raytune_llama.signals import EXIT_INTERRUPTED, Interruption, leave_closed_terminal
 
 if TYPE_CHECKING:
     from raytune_llama.train.config import AnyTrainConfig
@@ -154,6 +154,8 @@ def _importing() -> contextlib.AbstractContextManager[None]:
 
 def _show(text: str) -> None:
     """Write a result to standard output, at once."""
+    # A job that ignores SIGHUP outlives its terminal.
+    leave_closed_terminal()
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 

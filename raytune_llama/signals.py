@@ -192,7 +192,7 @@ def _owner(handler: object) -> SignalHandler | None:
 
 
 def leave_closed_terminal() -> None:
-    """Replace standard streams whose terminal is gone, so that writing to them is no error."""
+    """Replace standard streams whose terminal is closed, so that writing to them is no error."""
     for descriptor in range(3):
         try:
             os.tcgetpgrp(descriptor)

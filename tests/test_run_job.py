@@ -16,7 +16,7 @@ from raytune_llama.data.store.manifest import StoreError
 
 def main(argv, program):
     kinds = {"config": ConfigError(["a.b: bad", "c: bad"]), "store": StoreError("stale store"),
-             "value": ValueError("a bug")}
+             "value": ValueError("a bug"), "interrupt": KeyboardInterrupt()}
     if sys.argv[1] in kinds:
         raise kinds[sys.argv[1]]
     return int(sys.argv[1]) or None
@@ -49,6 +49,20 @@ def test_job_keeps_the_traceback_of_a_bug() -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "a bug" in done.stderr
+
+
+@pytest.mark.parametrize("status", [75, 130])
+def test_job_that_is_stopped_exits_with_the_command_to_repeat_and_no_traceback(status: int) -> None:
+    argument = "75" if status == 75 else "interrupt"
+    done = subprocess.run(
+        [sys.executable, "-c", JOB, argument, "a.b=c d"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status
+    (line,) = done.stderr.splitlines()
+    assert line.endswith(f"python -c {argument} 'a.b=c d'")
 
 
 def test_import_needs_no_heavy_package() -> None:

@@ -116,6 +116,37 @@ sys.exit(75)
 """
 
 
+SHOWS = """
+import signal
+import sys
+from pathlib import Path
+from raytune_llama import cli
+
+def wait(argv, program):
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    print("ready", flush=True)
+    signal.pause()
+    cli.demo(["--help"], "raytune demo")
+    Path(argv[0]).write_text("shown")
+    return 75
+
+cli.VERBS["job"] = wait
+cli.run("job")
+"""
+
+
+def test_job_that_outlives_its_terminal_under_nohup_shows_its_result_and_keeps_its_status(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "state"
+    with Terminal([sys.executable, "-c", SHOWS, str(file)], nohup=True) as terminal:
+        terminal.wait_until(lambda: "ready" in terminal.printed)
+        terminal.close()
+        terminal.process.terminate()
+        assert terminal.wait() == 75
+    assert file.read_text() == "shown"
+
+
 @pytest.mark.parametrize("end", ["closed terminal", "ctrl-c"])
 def test_process_whose_terminal_is_gone_can_print_save_and_exit(tmp_path: Path, end: str) -> None:
     file = tmp_path / "state"

@@ -1,6 +1,8 @@
 """Promise: Ctrl-C and a closed terminal lose no step, and the same command resumes."""
 
 import os
+import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -90,7 +92,7 @@ def test_run_that_is_stopped_before_its_first_step_resumes_and_nohup_outlives_it
         terminal.close()
         seen = newest_step(config)
         terminal.wait_until(lambda: newest_step(config) >= seen + 20)
-        os.kill(terminal.process.pid, 15)
+        os.kill(terminal.process.pid, signal.SIGTERM)
         assert terminal.wait() == 75
     assert saved_steps(config) == [newest_step(config)]
 
@@ -105,3 +107,41 @@ def test_second_ctrl_c_ends_a_run_at_once_with_130(make_run: MakeRun, tmp_path: 
         assert terminal.press_ctrl_c_until_it_ends() < 10
         assert terminal.wait() == 130
     assert "Traceback" not in terminal.printed
+
+
+@pytest.mark.ray
+@pytest.mark.slow  # Two Ray clusters.
+def test_prepare_data_stopped_by_ctrl_c_keeps_its_units_and_resumes(
+    job_inputs: Path, tmp_path: Path
+) -> None:
+    line = (job_inputs / "corpus" / "0.txt").read_text().replace("\n", " ")
+    (tmp_path / "corpus").mkdir()
+    for number in range(8):
+        text = f"{number} {line}\n" * (2**20 // len(line.encode()))
+        (tmp_path / "corpus" / f"{number}.txt").write_text(text)
+    command = [
+        *(sys.executable, "jobs/prepare_data.py", f"tokenizer={job_inputs / 'model'}"),
+        *(
+            f"data.sources=[{{path: {tmp_path / 'corpus'}}}]",
+            f"data.store_dir={tmp_path / 'store'}",
+        ),
+        *("data.validation_fraction=0", "data.range_mib=1", "data.num_workers=1"),
+    ]
+
+    def num_units() -> int:
+        return len([*tmp_path.glob("store.partial-*/units/*.json")])
+
+    with Terminal(command, environment=own_cluster()) as terminal:
+        terminal.wait_until(lambda: num_units() > 0)
+        terminal.press_ctrl_c()
+        assert terminal.wait() == 75
+    assert "Traceback" not in terminal.printed
+    ((kept, total),) = re.findall(r"(\d+) of (\d+) units are", terminal.printed)
+    assert 0 < int(kept) <= num_units() < int(total)
+    assert "to resume: python jobs/prepare_data.py " in terminal.printed
+    assert not (tmp_path / "store").exists()
+    with Terminal(command, environment=own_cluster()) as terminal:
+        assert terminal.wait() == 0, terminal.printed
+    (reused,) = re.findall(rf" {total}/{total} units \((\d+) from an earlier run", terminal.printed)
+    assert int(reused) >= int(kept)
+    assert (tmp_path / "store" / "manifest.json").exists()

@@ -124,7 +124,8 @@ def run_units(
                 records[row["unit"]] = record
                 progress.add(units[row["unit"]], record, reused=row["reused"])
     except KeyboardInterrupt:
-        logger.info("%d/%d units are kept in %s", len(records), len(units), plan.work_dir)
+        kept = sum(place.name.endswith(".json") for place in plan.units_dir.files())
+        logger.info("%d of %d units are encoded and kept in %s", kept, len(units), plan.work_dir)
         raise
     if problems:
         # A full disk stops every unit with the same message.

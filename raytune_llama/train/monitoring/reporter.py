@@ -101,6 +101,8 @@ class Reporter:
         batch = self._plan
         per_token = self._flops_per_token / 1e9
         known = "" if self._peak_flops else ", MFU not reported (unknown peak FLOP/s of the device)"
+        if batch.num_steps == 0:
+            return f"max_steps is 0: evaluation only, on {self._workers.world_size} workers"
         return (
             f"steps {self._resumed_step} to {batch.num_steps}: {batch.sequences_per_step} "
             f"sequences of {batch.sequence_tokens} tokens per step on "
