@@ -37,7 +37,23 @@ TemplateName = Literal["tokenizer", "alpaca", "alpaca_inference", "belle", "llam
 
 
 @settings
-class ChatConfig:
+class RepairConfig:
+    """Repairs of conversations with defects, all off by default; each is counted."""
+
+    drop_leading_answer: bool = False
+    """Whether to drop answers at the beginning of a conversation; if not, such a row is unusable.
+    Counted, as all repairs are."""
+    drop_trailing_question: bool = False
+    """Whether to drop questions at the end that have no answer; if not, such a row is unusable."""
+    join_same_role: bool = False
+    """Whether to join consecutive turns of one author by a line break; if not, such a row is
+    unusable."""
+    trim: bool = False
+    """Whether to remove whitespace at both ends of every message."""
+
+
+@settings
+class ChatConfig(RepairConfig):
     """Settings for turning conversations into token ids."""
 
     template: TemplateName = "tokenizer"
@@ -50,15 +66,5 @@ class ChatConfig:
     ignore_fields: tuple[str, ...] = ()
     """Names of fields to ignore in rows and in their turns. Unlisted fields that are neither used
     nor known to be metadata stop the job: they may carry meaning, such as a loss weight."""
-    drop_leading_answer: bool = False
-    """Whether to drop answers at the beginning of a conversation; if not, such a row is unusable.
-    Counted, as all repairs are."""
-    drop_trailing_question: bool = False
-    """Whether to drop questions at the end that have no answer; if not, such a row is unusable."""
-    join_same_role: bool = False
-    """Whether to join consecutive turns of one author by a line break; if not, such a row is
-    unusable."""
-    trim: bool = False
-    """Whether to remove whitespace at both ends of every message."""
     train_on_prompt: bool = False
     """Whether to train on all tokens instead of only answers and the tokens that end them."""

@@ -141,8 +141,7 @@ class ChatEncoder:
         defect = find_prompt_defect(conversation)
         if defect is not None:
             raise UserError(f"messages: {defect.reason}: {defect.detail}")
-        placed = place_tools(conversation, allows_system=self.template.allows_system)
-        row = self.encode_segments(self.template.render(placed))
+        row = self.encode_segments(self._write(conversation))
         if isinstance(row, Defect):
             raise UserError(f"messages: {row.reason}: {row.detail}")
         return row.ids
@@ -154,13 +153,16 @@ class ChatEncoder:
             return made
         return EncodedConversation(made.ids, made.answers & ~made.masked, 0, made.num_splits)
 
+    def _write(self, conversation: Conversation) -> list[Segment]:
+        placed = place_tools(conversation, allows_system=self.template.allows_system)
+        return self.template.render(placed)
+
     def _render(self, conversation: Conversation) -> _Rendered | Defect:
         defect = find_defect(conversation)
         if defect is not None:
             return defect
-        placed = place_tools(conversation, allows_system=self.template.allows_system)
         try:
-            segments = self.template.render(placed)
+            segments = self._write(conversation)
         except UnrenderableError as error:
             return Defect("unrenderable", str(error))
         return _Rendered(join_segments(segments, self.template.boundary))

@@ -17,11 +17,11 @@ A turn marked with a `weight`, `train` or `loss` of 0 or false is not learned, n
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
-from raytune_llama.chat.config import FieldName, FormatName
+from raytune_llama.chat.config import FieldName, FormatName, RepairConfig
 from raytune_llama.chat.conversations import Conversation, Defect, describe_type, find_defect
-from raytune_llama.chat.repairs import NO_REPAIRS, Repairs, repair
+from raytune_llama.chat.repairs import NO_REPAIRS, repair
 from raytune_llama.chat.row_fields import DefectError, KeyCounts, RowFields, is_metadata
 from raytune_llama.chat.tools import ChatMessage, ToolCall, join_tool_messages
 from raytune_llama.config.errors import UserError
@@ -74,7 +74,7 @@ class RowFormat:
     """Column names that the config gives; see `ConversationSource.fields`."""
     ignored: frozenset[str] = frozenset()
     """Names of fields to ignore, as `plain_name` returns them."""
-    repairs: Repairs = NO_REPAIRS
+    repairs: RepairConfig = NO_REPAIRS
     """Repairs of conversations with defects."""
 
 
@@ -195,7 +195,7 @@ def _read_completion(fields: RowFields, row_format: RowFormat, counts: KeyCounts
     prompt, answer = fields.value(aliases), fields.column("completion")
     said: list[ChatMessage] = []
     system: str | None = None
-    if _is_messages(prompt):
+    if holds_messages(prompt):
         system, said = _read_messages(prompt, row_format, counts)
         # An answer before the last question belongs to the prompt.
         said = [replace(message, is_trained=False) for message in said]
@@ -204,7 +204,7 @@ def _read_completion(fields: RowFields, row_format: RowFormat, counts: KeyCounts
         if fields.has("prompt"):
             text = _with_input(fields, text, row_format)
         said = [ChatMessage("user", text)]
-    if _is_messages(answer):
+    if holds_messages(answer):
         late, answers = _read_messages(answer, row_format, counts)
         if late is not None:
             raise DefectError("late_system", "a completion has a system message")
@@ -220,8 +220,8 @@ def _with_input(fields: RowFields, instruction: str, row_format: RowFormat) -> s
     return instruction if extra is None else instruction + row_format.input_separator + extra
 
 
-def _is_messages(value: object) -> bool:
-    """Whether a value is a list of messages rather than a text or a list of its parts."""
+def holds_messages(value: object) -> TypeGuard[list[dict[str, Any]]]:
+    """Whether a value is a list of messages: objects with a role, unlike the parts of a text."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -266,7 +266,7 @@ def _read_history(fields: RowFields, row_format: RowFormat, counts: KeyCounts) -
     if history is None:
         return []
     label = fields.label(aliases)
-    if _is_messages(history):
+    if holds_messages(history):
         system, said = _read_messages(history, row_format, counts)
         if system is not None:
             raise DefectError("late_system", f"{label} has a system message")

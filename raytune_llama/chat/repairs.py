@@ -1,37 +1,16 @@
 """Repair the commonest defects of conversations, as far as the config asks for it."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from raytune_llama.chat.config import ChatConfig
+from raytune_llama.chat.config import RepairConfig
 from raytune_llama.chat.conversations import Conversation, Turn
 
-
-@dataclass(frozen=True)
-class Repairs:
-    """Repairs that are done; each is described in `ChatConfig`."""
-
-    drop_leading_answer: bool = False
-    drop_trailing_question: bool = False
-    join_same_role: bool = False
-    trim: bool = False
-
-    @classmethod
-    def from_config(cls, config: ChatConfig) -> "Repairs":
-        """Return the repairs that a config asks for."""
-        return cls(
-            config.drop_leading_answer,
-            config.drop_trailing_question,
-            config.join_same_role,
-            config.trim,
-        )
-
-
-NO_REPAIRS = Repairs()
+NO_REPAIRS = RepairConfig()
 """Conversations stay as they are."""
 
 
-def repair(conversation: Conversation, repairs: Repairs, counts: Counter[str]) -> Conversation:
+def repair(conversation: Conversation, repairs: RepairConfig, counts: Counter[str]) -> Conversation:
     """Return a conversation repaired.
 
     Args:

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from raytune_llama.chat.config import FieldName
@@ -79,6 +80,7 @@ def plain_name(name: str) -> str:
     return name.strip(" \t\r\n:：").casefold()  # noqa: RUF001  # full-width colon is intended
 
 
+@lru_cache(maxsize=4096)
 def is_metadata(name: str) -> bool:
     """Whether a field's name says that it is about the row, not of it."""
     return bool(_METADATA.fullmatch(plain_name(name)))
@@ -118,6 +120,8 @@ class RowFields:
 
     def aliases(self, name: FieldName) -> tuple[str, ...]:
         """Return the names that a column can have; only the config's if it gives one."""
+        if not self._columns:
+            return COLUMNS[name]
         given = self._columns.get(name)
         if given is not None:
             return (plain_name(given),)

@@ -24,6 +24,9 @@ TOOL_CALL_OPEN_TAG = "<tool_call>"
 TOOL_CALL_CLOSE_TAG = "</tool_call>"
 """Tag that ends a tool call."""
 
+TOOL_NAME = r"[A-Za-z0-9_-]{1,64}"
+"""Pattern of a function's name."""
+
 CALL_START, CALL_MIDDLE, CALL_END = '\n{"name": "', '", "arguments": ', "}\n"
 """Text between the opening tag, the function's name, its arguments and the closing tag."""
 
@@ -239,8 +242,8 @@ class ToolCallChunk:
 
 
 _RESULT = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_HEAD = re.compile(re.escape(CALL_START) + r"([A-Za-z0-9_-]{1,64})" + re.escape(CALL_MIDDLE))
+_NAME = re.compile(TOOL_NAME)
+_HEAD = re.compile(f"{re.escape(CALL_START)}({TOOL_NAME}){re.escape(CALL_MIDDLE)}")
 _NEXT = "\n" + TOOL_CALL_OPEN_TAG
 _LONGEST_HEAD = len(CALL_START) + 64 + len(CALL_MIDDLE)
 

@@ -5,6 +5,7 @@ last of duplicate keys wins. Here `1e-4` is a number, only `true` and `false` ar
 integers stay strings (which a strict config rejects) and duplicate keys are an error.
 """
 
+import json
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ _SCALARS: tuple[tuple[str, str, str], ...] = (
 
 
 _UNICODE_BREAKS = re.compile("[\\x85\\u2028\\u2029]")
+
+_PLAIN_ITEM = re.compile(r"[\w./~+][\w./~+-]*")
 
 
 class _Loader(yaml.SafeLoader):
@@ -121,6 +124,25 @@ def read_value(text: str) -> tuple[Any, list[str]]:
 def dump(data: Mapping[str, Any]) -> str:
     """Return plain data as block-style YAML in the given order; `read_mapping` reads it back."""
     return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def format_value(value: Any, *, is_item: bool = False) -> str:  # noqa: ANN401  # any plain data
+    """Return plain data as YAML on one line, without quotes where none are needed.
+
+    Args:
+        value: plain data, such as the right side of an override; `read_value` reads it back.
+        is_item: whether it is in a list or a mapping, where more strings need quotes.
+    """
+    if isinstance(value, Mapping):
+        items = (f"{key}: {format_value(item, is_item=True)}" for key, item in value.items())
+        return "{" + ", ".join(items) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(format_value(item, is_item=True) for item in value) + "]"
+    if isinstance(value, str):
+        is_plain = read_value(value) == (value, [])
+        if is_plain and (not is_item or _PLAIN_ITEM.fullmatch(value)):
+            return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _parse(text: str) -> tuple[Any, list[tuple[int, str]]]:

@@ -82,27 +82,12 @@ def write_result(
         norms = _write_weights(config, engine, trained, folder)
         write_tokenizer(tokenizer, folder)
         manifest = {
-            "format": 1,
-            "kind": "adapter" if config.train == "lora" else "model",
-            "raytune_llama": raytune_llama.__version__,
-            "step": state.step,
-            "tokens": state.tokens,
-            RUN_KEY: _run_record(last or state),
-            "base": fingerprint_model(base),
-            # Quantization of the base during training; merging uses the unquantized base.
-            "base_quantization": config.model.quantization,
-            MODEL_SETTINGS_KEY: model_settings(config.model) if config.train == "lora" else {},
-            "adapter": fingerprint_adapter(config),
-            "tokenizer_sha256": tokenizer_sha256(tokenizer),
-            "store": store.fingerprint,
-            CHAT_KEY: store.manifest.inputs.get(CHAT_KEY),
-            TEXT_KEY: _text_start(config, store),
+            **_describe_result(config, store, state, last or state),
             "mixture": mixture,
             "num_trained": sum(tensor.numel() for tensor in trained.values()),
             "tensor_norms": norms,
             UNTRAINED_ROWS: count_untrained_rows(config, lm, len(new_ids(base, tokenizer))),
             "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},
-            "config": to_dict(config),
         }
         write_json_atomic(folder / OUTPUT_MANIFEST, manifest)
     logger.info("%s written to %s", manifest["kind"], result_path(config))
@@ -113,6 +98,30 @@ def write_result(
             "base with them",
             ", ".join(manifest[MODEL_SETTINGS_KEY]),
         )
+
+
+def _describe_result(
+    config: AnyTrainConfig, store: TokenStore, state: RunState, last: RunState
+) -> dict[str, Any]:
+    """Return what a result's manifest says of its run and its inputs."""
+    return {
+        "format": 1,
+        "kind": "adapter" if config.train == "lora" else "model",
+        "raytune_llama": raytune_llama.__version__,
+        "step": state.step,
+        "tokens": state.tokens,
+        RUN_KEY: _run_record(last),
+        "base": fingerprint_model(Path(config.model.path)),
+        # Quantization of the base during training; merging uses the unquantized base.
+        "base_quantization": config.model.quantization,
+        MODEL_SETTINGS_KEY: model_settings(config.model) if config.train == "lora" else {},
+        "adapter": fingerprint_adapter(config),
+        "tokenizer_sha256": tokenizer_sha256(Path(config.model.tokenizer_path)),
+        "store": store.fingerprint,
+        CHAT_KEY: store.manifest.inputs.get(CHAT_KEY),
+        TEXT_KEY: _text_start(config, store),
+        "config": to_dict(config),
+    }
 
 
 def _run_record(last: RunState) -> dict[str, Any]:

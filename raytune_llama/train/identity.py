@@ -4,7 +4,6 @@ The identity is the settings that decide the result, and the inputs by hash. It 
 `identity.json` in the run directory before the first step, beside `run.yaml`.
 """
 
-import json
 import logging
 import shlex
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from raytune_llama.config.settings import (
     to_dict,
     to_yaml,
 )
-from raytune_llama.config.yaml12 import parse_mapping
+from raytune_llama.config.yaml12 import format_value, parse_mapping
 from raytune_llama.data.build.text_corpus import keep_store_bos
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
@@ -150,22 +149,33 @@ def describe_continuation(config: AnyTrainConfig, purpose: str, changes: Mapping
         purpose: what the other run is for, after "to".
         changes: overrides that the other run needs besides those of its start.
     """
-    result = result_path(config)
+    result, place = result_path(config), config.run_place
     first = "" if read_result(config) is not None else f"finish this run, so that {result} exists; "
     copy = "" if result.is_local else f"copy {result} to the current folder; "
-    values = {**_continuation(config), **changes}
+    source = str(result) if result.is_local else f"./{result.name}"
+    target = f"{place.name}-evaluated" if config.max_steps == 0 else f"{place.name}-continued"
+    values = {
+        **continuation_overrides(config, source),
+        "run_dir": str(place.with_name(target)),
+        **changes,
+    }
     schedule = "" if config.max_steps == 0 else ", with a learning rate schedule of its own"
-    command = shlex.join(f"{field}={_plain(value)}" for field, value in values.items())
+    command = shlex.join(f"{field}={format_value(value)}" for field, value in values.items())
     return (
         f"run_dir: to {purpose}, {first}{copy}start another run from the result{schedule}: "
         f"the same config with {command}"
     )
 
 
-def _continuation(config: AnyTrainConfig) -> dict[str, Any]:
-    """Return the overrides of a run's config that start another run from its result."""
-    result, place = result_path(config), config.run_place
-    source = str(result) if result.is_local else f"./{result.name}"
+def continuation_overrides(config: AnyTrainConfig, source: str) -> dict[str, Any]:
+    """Return the overrides of a run's config that start another run from its result.
+
+    They lack `run_dir`.
+
+    Args:
+        config: config of the run that made the result.
+        source: path of the result, or of its copy.
+    """
     if config.train == "lora":
         values: dict[str, Any] = {"adapter": source}
         values |= {"lora": None} if config.lora is not None else {}
@@ -177,15 +187,10 @@ def _continuation(config: AnyTrainConfig) -> dict[str, Any]:
     if isinstance(config, PretrainConfig) and config.embeddings.new_rows_only:
         # The result's own tokenizer has the new ids, so that it lacks none of the run's.
         values["embeddings.new_rows_only"] = False
-    if config.max_steps == 0:
-        return values | {"run_dir": str(place.with_name(f"{place.name}-evaluated"))}
-    # Another order: with the same one, the run would begin with what this one has seen.
-    target = place.with_name(f"{place.name}-continued")
-    return values | {"run_dir": str(target), "seed": config.seed + 1}
-
-
-def _plain(value: Any) -> str:  # noqa: ANN401  # any JSON value
-    return value if isinstance(value, str) else json.dumps(value)
+    if config.max_steps != 0:
+        # Another order: with the same one, the run would begin with what this one has seen.
+        values["seed"] = config.seed + 1
+    return values
 
 
 def keep_recorded_bos(config: C, run_dir: Place) -> C:

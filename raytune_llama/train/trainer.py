@@ -193,13 +193,13 @@ def _describe_changed_data(config: AnyTrainConfig, data: DataInputs) -> list[str
     except StoreError as error:
         changed = str(error)
     store = Place.parse(config.data.store_dir, "data.store_dir")
-    anew = {"data.store_dir": str(store.with_name(f"{store.name}-changed"))}
+    new_store = {"data.store_dir": str(store.with_name(f"{store.name}-changed"))}
     return [
         f"run_dir: {config.run_place} is finished, but its data has changed since; undo the "
         "change to keep the result as it is, or set another run_dir and data.store_dir to train "
         "on the changed data from the start",
         changed,
-        describe_continuation(config, "train its result on the changed data", anew),
+        describe_continuation(config, "train its result on the changed data", new_store),
     ]
 
 

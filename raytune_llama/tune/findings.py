@@ -3,10 +3,8 @@
 `describe_findings` is what the job prints at its end and what `sweep.html` shows.
 """
 
-import json
 import math
 import random
-import re
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_llama.config.settings import ConfigError, to_dict
-from raytune_llama.config.yaml12 import read_value
+from raytune_llama.config.yaml12 import format_value
 from raytune_llama.storage.files import OUTPUT_MANIFEST
 from raytune_llama.storage.place import Place
 from raytune_llama.train.checkpoint.layout import list_checkpoints
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.export import result_path
-from raytune_llama.train.identity import RUN_CONFIG_FILE
+from raytune_llama.train.identity import RUN_CONFIG_FILE, continuation_overrides
 from raytune_llama.tune.config import SweepConfig, build_trial_config
 from raytune_llama.tune.journal import TrialRecord, trial_dir
 from raytune_llama.tune.results import BEST_FILE, RESOLVED_SWEEP_FILE, score_trial
@@ -54,8 +52,6 @@ trials and in 65 of 5."""
 
 SIGNIFICANCE = 0.05
 """Probability that some field without any effect is reported to have one."""
-
-_PLAIN_ITEM = re.compile(r"[\w./~+][\w./~+-]*")
 
 
 @dataclass(frozen=True)
@@ -332,14 +328,9 @@ def _continued(
     """Return the command that trains a result further, as a run of its own."""
     if config.train == "embeddings":
         return []  # The vocabulary's new rows are new only once.
-    start: dict[str, Any] = {"model.path": result}
-    if config.train == "lora":
-        start = {"adapter": result, "lora": None}
     values = {
-        **start,
+        **continuation_overrides(config, result),
         **_whole_schedule(sweep, best),
-        # Another order: with the same one, the run would begin with what the trial has seen.
-        "seed": config.seed + 1,
         "run_dir": str(sweep.place / "continued"),
     }
     return [
@@ -379,21 +370,8 @@ def _local(place: Place) -> str:
 def _command(verb: str, file: Place | None, values: Mapping[str, Any]) -> str:
     """Return a command line of `raytune` that a POSIX shell accepts."""
     words = ["raytune", verb, *([_local(file)] if file else [])]
-    words += [f"{field}={_yaml(value)}" for field, value in values.items()]
+    words += [f"{field}={format_value(value)}" for field, value in values.items()]
     return shlex.join(words)
-
-
-def _yaml(value: Any, *, is_item: bool = False) -> str:  # noqa: ANN401
-    """Return plain data as YAML on one line, without quotes where none are needed."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {_yaml(v, is_item=True)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_yaml(item, is_item=True) for item in value) + "]"
-    if isinstance(value, str):
-        is_plain = read_value(value) == (value, [])
-        if is_plain and (not is_item or _PLAIN_ITEM.fullmatch(value)):
-            return value
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _number(value: Any) -> str:  # noqa: ANN401

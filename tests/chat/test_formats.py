@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_llama.chat.config import FieldName, FormatName
+from raytune_llama.chat.config import FieldName, FormatName, RepairConfig
 from raytune_llama.chat.conversations import Conversation, Defect
 from raytune_llama.chat.formats import (
     RowFormat,
@@ -16,7 +16,6 @@ from raytune_llama.chat.formats import (
     read_row,
     write_row,
 )
-from raytune_llama.chat.repairs import Repairs
 from raytune_llama.chat.row_fields import KeyCounts
 from raytune_llama.storage.files import KEY_DECODER
 from tests.chat.conftest import ANSWERS, CONTENTS, CONVERSATIONS, talk
@@ -309,7 +308,7 @@ def test_repair_is_done_and_counted_only_if_it_is_asked_for(
     assert read(row) != wanted
     counts, found = KeyCounts(), detect_row_format(row)
     assert found is not None
-    assert read_row(row, RowFormat(found, repairs=Repairs(**{name: True})), counts) == wanted
+    assert read_row(row, RowFormat(found, repairs=RepairConfig(**{name: True})), counts) == wanted
     assert counts.repaired.total() == 1
 
 

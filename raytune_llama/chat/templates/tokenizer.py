@@ -218,40 +218,39 @@ class TokenizerTemplate:
                     "the generation prompt of the chat template is not a prefix of its answers"
                 )
             said[number] = places[2 * number + 1] - len(prompt)
+        # Between reasoning and answer nothing ends.
+        authors = [speakers[slot.message] for slot in slots]
+        ended = [
+            author if author.role == "assistant" and not slot.is_reasoning else None
+            for author, slot in zip(authors, slots, strict=True)
+        ]
         segments = tuple(
-            self._split(
-                part,
-                num_said,
-                before=speakers[slots[number - 1].message] if number else None,
-                after=speakers[slots[number].message] if number < len(slots) else None,
-            )
-            for number, (part, num_said) in enumerate(zip(texts, said, strict=True))
+            self._split(*part)
+            for part in zip(texts, said, [None, *ended], [*authors, None], strict=True)
         )
         return _RenderedShape(tuple(slots), tuple(texts), segments)
 
     def _split(
-        self, text: str, num_said: int, *, before: _Speaker | None, after: _Speaker | None
+        self, text: str, num_said: int, ended: _Speaker | None, after: _Speaker | None
     ) -> tuple[Segment, ...]:
         """Split a template's text at control tokens.
 
         Args:
             text: Text between two contents.
             num_said: Number of characters at its end that belong to the next answer.
-            before: Author of the content before it; the first control token ends an answer.
-            after: Author of the content after it.
+            ended: Author of the answer before it, which its first control token ends; None: none.
+            after: Author of the content after it; None: it is the last text.
         """
         head, said = text[: len(text) - num_said], text[len(text) - num_said :]
         segments: list[Segment] = []
-        is_target = before is not None and before.role == "assistant" and len(text) > num_said
-        is_masked = before is not None and before.is_masked
+        is_target = ended is not None
+        is_masked = ended is not None and ended.is_masked
         for part in filter(None, self._spelled.split(head)):
             segments.append(
                 self._segment(part, is_target=is_target, is_masked=is_target and is_masked)
             )
             is_target = is_target and segments[-1].token_id is None
-        if is_target or (
-            before is not None and before.role == "assistant" and after is None and not head
-        ):
+        if is_target:
             raise UnrenderableError("the chat template ends an answer without a control token")
         is_masked = after is not None and after.is_masked
         parts = filter(None, self._spelled.split(said))

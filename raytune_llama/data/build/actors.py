@@ -18,9 +18,8 @@ from raytune_llama.data.build.unit_encoder import (
 )
 from raytune_llama.data.build.units import BuildPlan, UnitStoppedError, WorkUnit
 from raytune_llama.data.filters.tasks import quiet_ray_data
-from raytune_llama.data.readers.documents import OpenRange, read_rows
-from raytune_llama.data.readers.ranges import HashingReader
-from raytune_llama.data.readers.rows import RowBatch, SourceError
+from raytune_llama.data.readers.documents import read_head_rows
+from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.data.readers.sources import SourceFile
 
 if TYPE_CHECKING:
@@ -172,14 +171,6 @@ def read_sample_texts(files: list[SourceFile]) -> list[str]:
             if left <= 0:
                 break
     return texts
-
-
-def read_head_rows(file: SourceFile) -> Iterator[RowBatch]:
-    """Stream a file's rows from its beginning; of a table, only the first row group."""
-    with file.place.open() as opened:
-        stop = min(1, file.end) if file.options.is_table else file.end
-        part = OpenRange(file.place, opened, 0, stop, HashingReader(opened, 0, 0))
-        yield from read_rows(part, file.options)
 
 
 class _Progress:

@@ -5,17 +5,29 @@ Called on the driver once all units are encoded, before the store is published.
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
-from raytune_llama.data.build.chat_reader import DROP_REASONS, UNKNOWN_FIELD, describe_unknown
+from raytune_llama.data.build.chat_reader import DROP_REASONS, describe_unknown
 from raytune_llama.data.build.units import BuildPlan
 from raytune_llama.data.config import ChatDataConfig
 from raytune_llama.data.readers.rows import SourceError
-from raytune_llama.data.store.manifest import Manifest, RowCounts, SplitManifest
+from raytune_llama.data.store.lengths import CUT_FROM, LEFT_OUT
+from raytune_llama.data.store.manifest import (
+    ALIAS,
+    IGNORED_FIELD,
+    REPAIRED,
+    SUSPICIOUS,
+    UNKNOWN_FIELD,
+    Manifest,
+    RowCounts,
+    SplitManifest,
+    named_events,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +52,7 @@ def check_conversations(
     rows = manifest.rows
     problems = [
         f"{describe_unknown(name, count)} rows or turns (first: {first_unknown.get(name, '?')})"
-        for name, count in _named(rows, UNKNOWN_FIELD).items()
+        for name, count in named_events(rows.events, UNKNOWN_FIELD).items()
     ]
     problems += [*_find_left_out(rows, config), *_find_suspicious(rows, config)]
     if config.validation and not manifest.splits["validation"].documents:
@@ -58,11 +70,11 @@ def count_shared_answers(manifest: Manifest, plan: BuildPlan) -> Manifest:
 
     A model that has seen an answer is not tested by it, whatever its question.
     """
-    held_out = set(_answers(manifest.splits["validation"], plan))
+    held_out = Counter(_answers(manifest.splits["validation"], plan))
     if not held_out:
         return manifest
-    trained = held_out.intersection(_answers(manifest.splits["train"], plan))
-    num_shared = sum(name in trained for name in _answers(manifest.splits["validation"], plan))
+    trained = set(held_out).intersection(_answers(manifest.splits["train"], plan))
+    num_shared = sum(held_out[answer] for answer in trained)
     if not num_shared:
         return manifest
     events = dict(sorted((manifest.rows.events | {SHARED_ANSWERS: num_shared}).items()))
@@ -95,14 +107,14 @@ def _find_left_out(rows: RowCounts, config: ChatDataConfig) -> list[str]:
             num_cut,
             rows.total,
             config.chat.max_tokens,
-            _listed(_named(rows, "cut from ")),
+            _listed(named_events(rows.events, CUT_FROM)),
         )
     if left_out <= limit * rows.total:
         return []
     return [
         f"data.max_left_out_fraction: {left_out} of {rows.total} rows have no answer to train on "
         f"({_listed({reason: rows.skipped.get(reason, 0) for reason in DROP_REASONS})}), more than "
-        f"{limit:.0%}; their lengths: {_listed(_named(rows, 'left out with '))}; "
+        f"{limit:.0%}; their lengths: {_listed(named_events(rows.events, LEFT_OUT))}; "
         f"data.chat.max_tokens is {config.chat.max_tokens}: raise it, or raise the limit"
     ]
 
@@ -113,7 +125,7 @@ def _find_suspicious(rows: RowCounts, config: ChatDataConfig) -> list[str]:
         return []
     found = (
         f"{number} of {rows.total} rows have an answer that looks like a failed export: "
-        f"{_listed(_named(rows, 'suspicious answer: '))}"
+        f"{_listed(named_events(rows.events, SUSPICIOUS))}"
     )
     if number > limit * rows.total:
         return [
@@ -126,12 +138,12 @@ def _find_suspicious(rows: RowCounts, config: ChatDataConfig) -> list[str]:
 
 def _log_events(rows: RowCounts, config: ChatDataConfig) -> None:
     events = rows.events
-    for name, count in _named(rows, "alias: ").items():
+    for name, count in named_events(rows.events, ALIAS).items():
         logger.info("%d texts read from column %r", count, name)
-    ignored = _named(rows, "ignored field: ")
+    ignored = named_events(rows.events, IGNORED_FIELD)
     if ignored:
         logger.info("columns not used: %s", _listed(ignored))
-    repaired = _named(rows, "repaired: ")
+    repaired = named_events(rows.events, REPAIRED)
     if repaired:
         logger.info("conversations repaired: %s", _listed(repaired))
     if events.get("masked_turns"):
@@ -150,15 +162,6 @@ def _log_events(rows: RowCounts, config: ChatDataConfig) -> None:
             "%d held-out answers are also in the training data: the evaluation loss is too low",
             events[SHARED_ANSWERS],
         )
-
-
-def _named(rows: RowCounts, prefix: str) -> dict[str, int]:
-    """Return the counts of events with a prefix, by the rest of their names."""
-    return {
-        name.removeprefix(prefix): count
-        for name, count in rows.events.items()
-        if name.startswith(prefix)
-    }
 
 
 def _listed(counts: Mapping[str, int]) -> str:

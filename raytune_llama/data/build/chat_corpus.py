@@ -9,13 +9,12 @@ mixed up. So is a field that may carry meaning and is not used.
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from raytune_llama.chat.config import FormatName
+from raytune_llama.chat.config import FormatName, RepairConfig
 from raytune_llama.chat.conversations import Conversation
 from raytune_llama.chat.encoding import build_chat_encoder
 from raytune_llama.chat.formats import (
@@ -24,16 +23,15 @@ from raytune_llama.chat.formats import (
     detect_row_format,
     read_row,
 )
-from raytune_llama.chat.repairs import Repairs
 from raytune_llama.chat.row_fields import KeyCounts, plain_name
 from raytune_llama.chat.templates.choice import build_template
 from raytune_llama.chat.templates.segments import Template
 from raytune_llama.chat.templates.tokenizer import TokenizerTemplate
 from raytune_llama.config.settings import ConfigError
-from raytune_llama.data.build.actors import read_head_rows
 from raytune_llama.data.build.chat_reader import ChatTextReader, ChatUnitReader, describe_unknown
 from raytune_llama.data.config import ChatDataConfig, ChatSourceConfig
 from raytune_llama.data.readers.conversations import find_conversation_files
+from raytune_llama.data.readers.documents import read_head_rows
 from raytune_llama.data.readers.rows import ObjectRow
 from raytune_llama.data.readers.sources import SourceFile
 from raytune_llama.tokenizer.reference import TextEncoder
@@ -82,7 +80,7 @@ class ChatCorpus:
                 "truncation": chat.truncation,
                 "train_on_prompt": chat.train_on_prompt,
                 "ignore_fields": sorted(map(plain_name, chat.ignore_fields)),
-                "repairs": asdict(Repairs.from_config(chat)),
+                "repairs": {each.name: getattr(chat, each.name) for each in fields(RepairConfig)},
             },
         }
 
@@ -137,35 +135,29 @@ def open_chat_corpus(config: ChatDataConfig, tokenizer: PreTrainedTokenizerFast)
             len(trained) - len(files),
         )
     every, listed = (*config.sources, *config.validation), {file.source for file in trained}
+    ignored = frozenset(map(plain_name, config.chat.ignore_fields))
     formats: list[RowFormat] = []
     for number, source in enumerate(every):
-        field = _field(config, number)
+        field = source_field(config, number)
         own = [file for file in [*files, *held_out] if file.source == number]
-        found = _find_format(source, field, own, problems)
         if not own and number in listed:
             problems.append(
                 f"{field}.path: all files of {source.path} are also in data.validation, none is "
                 "left to train on; name other files"
             )
-        row_format = RowFormat(
-            found or "messages",
-            source.input_separator,
-            source.fields,
-            frozenset(map(plain_name, config.chat.ignore_fields)),
-            Repairs.from_config(config.chat),
-        )
-        formats.append(row_format)
-        if found is not None:
-            unknown, has_tools = _read_heads(own, row_format, field)
-            problems += unknown
-            if has_tools and isinstance(template, TokenizerTemplate):
-                _warn_of_tool_format(template, tokenizer)
+        options = RowFormat("messages", source.input_separator, source.fields, ignored, config.chat)
+        heads = _Heads(source, options)
+        problems += heads.read(own, field)
+        formats.append(heads.options)
+        if heads.has_tools and isinstance(template, TokenizerTemplate):
+            _warn_of_tool_format(template, tokenizer)
     if problems:
         raise ConfigError(problems)
     return ChatCorpus(config, tokenizer, [*files, *held_out], tuple(formats))
 
 
-def _field(config: ChatDataConfig, number: int) -> str:
+def source_field(config: ChatDataConfig, number: int) -> str:
+    """Return the config field of a source, by its number in the store."""
     index = number - len(config.sources)
     return f"data.sources.{number}" if index < 0 else f"data.validation.{index}"
 
@@ -198,58 +190,77 @@ def _find(
     ]
 
 
-def _find_format(
-    source: ChatSourceConfig, field: str, files: list[SourceFile], problems: list[str]
-) -> FormatName | None:
-    """Detect the format of a source from the first rows of its files; None adds a problem."""
-    found: FormatName | None = None if source.format == "auto" else source.format
-    first = "set by `format`"
-    keys: ObjectRow | None = None
-    for file in files:
-        named, keys = _sniff(file, source, keys)
-        if named is None or named == found:
-            continue
-        if found is None:
-            found, first = named, f"{file.place} is"
-        elif source.format == "auto":
-            problems.append(
-                f"{field}.path: {file.place} has the format {named}, but its source has {found} "
-                f"({first}); use one source per format"
-            )
-            return None
-    if files and found is None:
-        columns = "no row is a JSON object" if keys is None else describe_columns(keys.value)
-        problems.append(
-            f"{field}.fields: no known row format found in {source.path}: {columns}. Known "
-            "formats: alpaca (instruction, output), conversations, messages, completion (prompt, "
-            "completion); set format if only the first rows are damaged"
-        )
-    return found
+class _Heads:
+    """What the first rows of a source's files show: their format, unused fields, tools."""
 
+    def __init__(self, source: ChatSourceConfig, options: RowFormat) -> None:
+        self.options = options
+        """How to read the rows; its format's name is set once a row has shown it."""
+        self.has_tools = False
+        self._source = source
+        self._found: FormatName | None = None
+        self._first_in_format = "set by `format`"
+        if source.format != "auto":
+            self._set_format(source.format)
+        self._unnamed: ObjectRow | None = None
+        self._counts = KeyCounts()
+        self._first_unknown: dict[str, str] = {}
+        self._num_rows = 0
 
-def _read_heads(
-    files: list[SourceFile], row_format: RowFormat, field: str
-) -> tuple[list[str], bool]:
-    """Read the first rows of files.
+    def _set_format(self, name: FormatName) -> None:
+        self._found, self.options = name, replace(self.options, name=name)
 
-    Returns:
-        A problem per field that may carry meaning and is not used; whether some row has tools.
-    """
-    counts, first = KeyCounts(), dict[str, str]()
-    num_rows, has_tools = 0, False
-    for file in files:
-        for row in islice(_first_rows(file), _HEAD_ROWS):
-            num_rows += 1
-            before = set(counts.unknown)
-            read = read_row(row.value, row_format, counts)
-            has_tools = has_tools or (isinstance(read, Conversation) and bool(read.tools))
-            for name in set(counts.unknown) - before:
-                first[name] = f"{file.place}, row at line {row.line}"
-    problems = [
-        f"{field}: {describe_unknown(name, count)} of the first {num_rows} (first: {first[name]})"
-        for name, count in counts.unknown.items()
-    ]
-    return problems, has_tools
+    def read(self, files: list[SourceFile], field: str) -> list[str]:
+        """Read the first rows of the files; return the problems, each with the source's field."""
+        for file in files:
+            other = self._read_file(file)
+            if other is not None:
+                return [
+                    f"{field}.path: {file.place} has the format {other}, but its source has "
+                    f"{self._found} ({self._first_in_format}); use one source per format"
+                ]
+        if files and self._found is None:
+            row = self._unnamed
+            columns = "no row is a JSON object" if row is None else describe_columns(row.value)
+            return [
+                f"{field}.fields: no known row format found in {self._source.path}: {columns}. "
+                "Known formats: alpaca (instruction, output), conversations, messages, completion "
+                "(prompt, completion); set format if only the first rows are damaged"
+            ]
+        return [
+            f"{field}: {describe_unknown(name, count)} of the first {self._num_rows} "
+            f"(first: {self._first_unknown[name]})"
+            for name, count in self._counts.unknown.items()
+        ]
+
+    def _read_file(self, file: SourceFile) -> FormatName | None:
+        """Read the first rows of a file; return its format if it is not the source's."""
+        named: FormatName | None = None
+        for number, row in enumerate(_first_rows(file)):
+            is_sought = named is None and self._source.format == "auto"
+            if number >= _HEAD_ROWS and (not is_sought or number > _SNIFFED_ROWS):
+                break
+            if named is None:
+                named = detect_row_format(row.value, self._source.fields)
+                if named is None:
+                    self._unnamed = self._unnamed or row
+                elif self._found is None:
+                    self._set_format(named)
+                    self._first_in_format = f"{file.place} is"
+                elif named != self._found and self._source.format == "auto":
+                    return named
+            if number < _HEAD_ROWS:
+                self._count(row, file)
+        return None
+
+    def _count(self, row: ObjectRow, file: SourceFile) -> None:
+        self._num_rows += 1
+        if self._found is None:
+            return
+        read = read_row(row.value, self.options, self._counts)
+        self.has_tools = self.has_tools or (isinstance(read, Conversation) and bool(read.tools))
+        for name in self._counts.unknown.keys() - self._first_unknown:
+            self._first_unknown[name] = f"{file.place}, row at line {row.line}"
 
 
 def _warn_of_tool_format(template: TokenizerTemplate, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -260,20 +271,6 @@ def _warn_of_tool_format(template: TokenizerTemplate, tokenizer: PreTrainedToken
             "differently",
             tokenizer.name_or_path,
         )
-
-
-def _sniff(
-    file: SourceFile, source: ChatSourceConfig, seen: ObjectRow | None
-) -> tuple[FormatName | None, ObjectRow | None]:
-    """Return the format of a file's first rows, and the first row that has none."""
-    for number, row in enumerate(_first_rows(file)):
-        found = detect_row_format(row.value, source.fields)
-        if found is not None:
-            return found, seen
-        seen = seen or row
-        if number == _SNIFFED_ROWS:
-            break
-    return None, seen
 
 
 def _first_rows(file: SourceFile) -> Iterator[ObjectRow]:

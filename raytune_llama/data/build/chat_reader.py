@@ -28,15 +28,21 @@ from raytune_llama.data.build.units import BuildPlan, WorkUnit
 from raytune_llama.data.readers.lines import count_bytes
 from raytune_llama.data.readers.rows import BadRow, ObjectRow, SourceError, excerpt
 from raytune_llama.data.readers.sources import SourceFile
+from raytune_llama.data.store.lengths import CUT_FROM, LEFT_OUT, length_event
+from raytune_llama.data.store.manifest import (
+    ALIAS,
+    IGNORED_FIELD,
+    REPAIRED,
+    REPEATED_FIELD,
+    SUSPICIOUS,
+    UNKNOWN_FIELD,
+)
 from raytune_llama.data.store.shards import EncodedDocuments
 
 _BATCH_CONVERSATIONS = 512
 
 DROP_REASONS = ("too_long", "no_target")
 """Drop reasons that are no defect of a file: such rows are skipped, not quarantined."""
-
-UNKNOWN_FIELD = "unknown field: "
-"""Prefix of the events that count the fields that are not used, by name."""
 
 Row = tuple[ObjectRow, Conversation]
 
@@ -124,7 +130,7 @@ class ChatUnitReader:
                 _count_kept(conversation, made, tally)
             elif made.reason in DROP_REASONS:
                 tally.skipped[made.reason] += 1
-                tally.events[f"left out with {_bin(made.num_tokens)} tokens"] += 1
+                tally.events[length_event(LEFT_OUT, made.num_tokens)] += 1
             else:
                 bad.append(BadRow(row.line, row.offset, made.reason, made.detail))
         return kept
@@ -191,7 +197,7 @@ def _count_kept(conversation: Conversation, made: EncodedConversation, tally: Ta
         events["truncated"] += 1
         events["cut_tokens"] += made.num_cut
         events["answers_without_prompt"] += made.lost_prompt
-        events[f"cut from {_bin(len(made.ids) + made.num_cut)} tokens"] += 1
+        events[length_event(CUT_FROM, len(made.ids) + made.num_cut)] += 1
     found = {
         what
         for turn in conversation.turns
@@ -199,13 +205,7 @@ def _count_kept(conversation: Conversation, made: EncodedConversation, tally: Ta
     }
     events["suspicious"] += bool(found)
     for what in found:
-        events[f"suspicious answer: {what}"] += 1
-
-
-def _bin(num_tokens: int) -> str:
-    """Return the powers of two around a length, as the report's histogram has them."""
-    low = 1 << (num_tokens.bit_length() - 1)
-    return f"{low} to {2 * low - 1}"
+        events[SUSPICIOUS + what] += 1
 
 
 def _split_text(conversation: Conversation) -> str:
@@ -215,12 +215,12 @@ def _split_text(conversation: Conversation) -> str:
 
 
 def _count_keys(keys: KeyCounts, tally: Tally) -> None:
-    for kind, counter in (
-        ("alias", keys.aliased),
-        ("ignored field", keys.ignored),
-        ("repeated field", keys.repeated),
-        ("unknown field", keys.unknown),
-        ("repaired", keys.repaired),
+    for prefix, counter in (
+        (ALIAS, keys.aliased),
+        (IGNORED_FIELD, keys.ignored),
+        (REPEATED_FIELD, keys.repeated),
+        (UNKNOWN_FIELD, keys.unknown),
+        (REPAIRED, keys.repaired),
     ):
         for name, count in counter.items():
-            tally.events[f"{kind}: {name}"] += count
+            tally.events[prefix + name] += count

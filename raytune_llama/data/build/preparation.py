@@ -131,9 +131,10 @@ def open_current_store(config: AnyDataConfig, inputs: DataInputs) -> TokenStore 
     if not (place / MANIFEST_NAME).exists():
         return None
     store = open_store(config)
-    wanted, seen = _hash_inputs(config, inputs, place)
+    before = SourceHashes.read(place)
+    wanted, seen = _hash_inputs(config, inputs, place, before)
     check_fingerprint(place, store.manifest.inputs, wanted)
-    if seen != SourceHashes.read(place):  # a store may be on a disk that is read only
+    if seen != before:  # a store may be on a disk that is read only
         seen.write(place)
     return store
 
@@ -148,17 +149,18 @@ def describe_inputs(config: AnyDataConfig, inputs: DataInputs) -> dict[str, Any]
         config: Data settings of the job.
         inputs: Result of `open_data` for this config.
     """
-    return _hash_inputs(config, inputs, Place.parse(config.store_dir, "data.store_dir"))[0]
+    place = Place.parse(config.store_dir, "data.store_dir")
+    return _hash_inputs(config, inputs, place, SourceHashes.read(place))[0]
 
 
 def _hash_inputs(
-    config: AnyDataConfig, inputs: DataInputs, store: Place
+    config: AnyDataConfig, inputs: DataInputs, store: Place, before: SourceHashes
 ) -> tuple[dict[str, Any], SourceHashes]:
     """Return the inputs that a store built now would record, and the hashes of its files."""
     config = keep_store_bos(config, inputs.tokenizer, store)
     encoding = _encoding_inputs(config, inputs.tokenizer) | inputs.corpus.fingerprint_inputs
     files = inputs.corpus.files
-    seen = hash_files(files, SourceHashes.read(store))
+    seen = hash_files(files, before)
     return encoding | {"sources": seen.fingerprint_inputs(files)}, seen
 
 

@@ -23,7 +23,7 @@ from raytune_llama.chat.formats import read_row
 from raytune_llama.chat.row_fields import KeyCounts
 from raytune_llama.chat.truncation import truncate
 from raytune_llama.config.settings import override
-from raytune_llama.data.build.chat_corpus import ChatCorpus
+from raytune_llama.data.build.chat_corpus import ChatCorpus, source_field
 from raytune_llama.data.build.preparation import open_data
 from raytune_llama.data.build.sample import HeadRow, choose_rows, read_heads
 from raytune_llama.data.build.text_corpus import document_ends, keep_store_bos
@@ -220,9 +220,7 @@ class _ChatPreview:
 
     def header(self, source: int, heads: Sequence[Sequence[HeadRow]], num_files: int) -> list[str]:
         """Return the lines before the conversations of a source."""
-        config = self._corpus.config
-        index = source - len(config.sources)
-        field = f"data.sources.{source}" if index < 0 else f"data.validation.{index}"
+        field = source_field(self._corpus.config, source)
         found = [self.find_reason(row) for head in heads for row in head]
         reasons = Counter(reason for reason in found if reason is not None)
         listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())

@@ -13,7 +13,6 @@ from typing import Any, Final
 import numpy as np
 
 from raytune_llama.data.build.chat_checks import check_conversations
-from raytune_llama.data.build.chat_reader import UNKNOWN_FIELD
 from raytune_llama.data.build.file_hashes import SourceHashes
 from raytune_llama.data.build.unit_encoder import UnitRecord, quarantine_place
 from raytune_llama.data.build.units import BuildPlan, WorkUnit
@@ -23,11 +22,13 @@ from raytune_llama.data.store.manifest import (
     MANIFEST_NAME,
     SPLITS,
     STORE_FORMAT_VERSION,
+    UNKNOWN_FIELD,
     Manifest,
     QuarantineFile,
     RowCounts,
     SplitManifest,
     fingerprint_of,
+    named_events,
     write_manifest,
 )
 from raytune_llama.data.store.report import REPORT_NAME, render_report
@@ -220,11 +221,7 @@ def _first_unknown(manifest: Manifest, plan: BuildPlan) -> dict[str, str]:
     if not manifest.rows.quarantined.get("unknown_field"):
         return first
     data = (plan.store_dir / QUARANTINE_NAME).read_bytes()
-    names = [
-        event.removeprefix(UNKNOWN_FIELD)
-        for event in manifest.rows.events
-        if event.startswith(UNKNOWN_FIELD)
-    ]
+    names = named_events(manifest.rows.events, UNKNOWN_FIELD)
     for line in data.decode().split("\n")[:-1]:
         row = json.loads(line)
         if row["reason"] == "unknown_field":

@@ -17,12 +17,12 @@ from raytune_llama.chat.conversations import Conversation, Defect
 from raytune_llama.chat.encoding import build_chat_encoder
 from raytune_llama.chat.formats import read_row
 from raytune_llama.chat.row_fields import KeyCounts
-from raytune_llama.data.build.actors import read_head_rows
 from raytune_llama.data.build.chat_corpus import ChatCorpus
 from raytune_llama.data.build.chat_reader import DROP_REASONS
 from raytune_llama.data.build.preparation import Corpus
 from raytune_llama.data.build.text_corpus import TextCorpus
 from raytune_llama.data.filters.cleaning import Cleaner
+from raytune_llama.data.readers.documents import read_head_rows
 from raytune_llama.data.readers.rows import BadRow, RowBatch
 from raytune_llama.data.readers.sources import SourceFile
 from raytune_llama.data.store.lengths import LengthTable

@@ -8,7 +8,7 @@ A source has one format: rows in two formats are most likely two files mixed up 
 import heapq
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from raytune_llama.chat.config import FormatName
 from raytune_llama.chat.conversations import Conversation, Defect
@@ -127,7 +127,9 @@ class _Sniffer:
     def __init__(self, source: ConversationSource, ignore_fields: tuple[str, ...]) -> None:
         self.format: FormatName | None = None if source.format == "auto" else source.format
         self._source = source
-        self._ignored = frozenset(map(plain_name, ignore_fields))
+        ignored = frozenset(map(plain_name, ignore_fields))
+        name = self.format or "messages"
+        self._options = RowFormat(name, source.input_separator, source.fields, ignored)
         self._first = f"format is {self.format}"
 
     def read(self, row: ObjectRow, file: SourceFile, keys: KeyCounts) -> Conversation | Defect:
@@ -141,12 +143,8 @@ class _Sniffer:
             if found is None:
                 return Defect("unknown_format", excerpt(describe_columns(row.value)))
             self.format, self._first = found, f"{file.place}, line {row.line} is {found}"
-        source = self._source
-        read = read_row(
-            row.value,
-            RowFormat(self.format, source.input_separator, source.fields, self._ignored),
-            keys,
-        )
+            self._options = replace(self._options, name=found)
+        read = read_row(row.value, self._options, keys)
         is_other = isinstance(read, Defect) and read.reason == "missing_field"
         if is_other and found not in (None, self.format):
             raise SourceError(

@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple, Self
 
 import pyarrow as pa
 
+from raytune_llama.chat.formats import holds_messages
 from raytune_llama.config.errors import UserError
 from raytune_llama.data.readers.config import Encoding
 from raytune_llama.data.readers.encodings import HEAD_BYTES, TextEncoding, detect_encoding
-from raytune_llama.data.readers.json_rows import holds_turns
 from raytune_llama.data.readers.rows import TABLE_FORMATS, Compression, FileFormat, excerpt
 from raytune_llama.data.readers.tables import open_table
 from raytune_llama.storage.place import FileStatus, Place
@@ -163,7 +163,7 @@ def _detect_json(text: str, kind: FileFormat, *, is_cut: bool, wants_objects: bo
         return _JsonKind(kind)
     rest = text[end:].strip(" \t\r")
     if isinstance(value, list):
-        has_turns = wants_objects and holds_turns(value)
+        has_turns = wants_objects and holds_messages(value)
         found = _detect_arrays(text[:end], rest, has_turns=has_turns)
     elif isinstance(value, dict):
         found = _detect_objects(text[:end], rest, kind)
@@ -211,7 +211,7 @@ def _detect_unread(
             value, _ = _DECODER.raw_decode(element)
         except (ValueError, RecursionError):
             value = None
-        if is_one_line and wants_objects and holds_turns([value]):
+        if is_one_line and wants_objects and holds_messages([value]):
             return _JsonKind("jsonl", _TURNS)
         return _JsonKind("json", _ONE_ARRAY)
     if kind == "jsonl" and text.startswith("{") and not is_one_line:

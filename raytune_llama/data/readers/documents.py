@@ -27,6 +27,7 @@ from raytune_llama.data.readers.ranges import (
     read_line_blocks,
 )
 from raytune_llama.data.readers.rows import BadRow, BadRowReason, ReadOptions, RowBatch, SourceError
+from raytune_llama.data.readers.sources import SourceFile
 from raytune_llama.data.readers.tables import open_table, read_table_rows
 from raytune_llama.storage.place import Place
 
@@ -51,6 +52,25 @@ class OpenRange:
     def error(self, problem: str) -> SourceError:
         """Return an error that names the file."""
         return SourceError(f"{self.place}: {problem}")
+
+
+def read_head_rows(file: SourceFile, max_bytes: int | None = None) -> Iterator[RowBatch]:
+    """Stream a file's rows from its beginning; of a table, only the first row group.
+
+    Args:
+        file: File to read.
+        max_bytes: Number of bytes to read of a file that can be read in ranges; None: all.
+
+    Raises:
+        SourceError: As in `read_rows`.
+        OSError: The file cannot be read.
+    """
+    stop = min(1, file.end) if file.options.is_table else file.end
+    if max_bytes is not None and file.options.is_splittable and not file.options.is_table:
+        stop = min(stop, max_bytes)
+    with file.place.open() as opened:
+        part = OpenRange(file.place, opened, 0, stop, HashingReader(opened, 0, 0))
+        yield from read_rows(part, file.options)
 
 
 def read_rows(part: OpenRange, options: ReadOptions) -> Iterator[RowBatch]:

@@ -5,8 +5,7 @@ import logging
 from collections.abc import Sequence
 
 from raytune_llama.data.readers.config import SourceConfig
-from raytune_llama.data.readers.documents import OpenRange, read_rows
-from raytune_llama.data.readers.ranges import HashingReader
+from raytune_llama.data.readers.documents import read_head_rows
 from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.data.readers.sources import SourceFile
 
@@ -60,13 +59,9 @@ def _first_texts(file: SourceFile) -> list[str]:
     options, num_bytes = file.options, file.status.num_bytes
     if options.format == "txt" and options.document == "file" and num_bytes > _MAX_FILE_BYTES:
         return []
-    end = min(1, file.end) if options.is_table else min(num_bytes, _SAMPLED_BYTES)
-    stop = end if options.is_splittable else file.end
+    texts = (text for batch in read_head_rows(file, _SAMPLED_BYTES) for text in batch.texts)
     try:
-        with file.place.open() as opened:
-            part = OpenRange(file.place, opened, 0, stop, HashingReader(opened, 0, 0))
-            texts = (text for batch in read_rows(part, options) for text in batch.texts)
-            filled = (text for text in texts if text.strip())
-            return list(itertools.islice(filled, _SAMPLED_DOCUMENTS))
+        filled = (text for text in texts if text.strip())
+        return list(itertools.islice(filled, _SAMPLED_DOCUMENTS))
     except (SourceError, OSError):
         return []

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import TypeGuard
 
+from raytune_llama.chat.conversations import describe_type
+from raytune_llama.chat.formats import holds_messages
 from raytune_llama.data.readers.lines import TextLines, count_bytes
 from raytune_llama.data.readers.ranges import READ_BYTES, ByteReader
 from raytune_llama.data.readers.rows import (
@@ -58,18 +60,9 @@ def add_json_lines(batch: RowBatch, lines: TextLines, options: ReadOptions) -> N
                 add_row(batch, value, line, offset + num_bytes, options)
 
 
-def holds_turns(row: object) -> bool:
-    """Whether a value is an array of messages: objects with a role."""
-    return (
-        isinstance(row, list)
-        and bool(row)
-        and all(isinstance(one, dict) and ("role" in one or "from" in one) for one in row)
-    )
-
-
 def _is_array_of_rows(row: object, options: ReadOptions) -> TypeGuard[list[object]]:
     is_objects = isinstance(row, list) and bool(row) and all(isinstance(one, dict) for one in row)
-    return is_objects and (bool(options.text_fields) or not holds_turns(row))
+    return is_objects and (bool(options.text_fields) or not holds_messages(row))
 
 
 def _read_elements(text: str, codec: str) -> Iterator[tuple[int, object]]:
@@ -88,8 +81,7 @@ def add_row(batch: RowBatch, row: object, line: int, offset: int, options: ReadO
 
     If `text_fields` is empty, the object itself is appended, or an array of messages as an object.
     """
-    if not options.text_fields and holds_turns(row):
-        assert isinstance(row, list)
+    if not options.text_fields and holds_messages(row):
         row = {"messages" if "role" in row[0] else "conversations": row}
     if isinstance(row, dict) and not options.text_fields:
         batch.objects.append(ObjectRow(line, offset, row))
@@ -98,7 +90,7 @@ def add_row(batch: RowBatch, row: object, line: int, offset: int, options: ReadO
     reason: BadRowReason | None = None
     detail = ""
     if not isinstance(row, dict):
-        reason, detail = "not_an_object", f"{_kind(row)}: {excerpt(str(row))}"
+        reason, detail = "not_an_object", f"{describe_type(row)}: {excerpt(str(row))}"
     else:
         name = next((name for name in options.text_fields if name in row), "")
         value = row.get(name)
@@ -113,7 +105,7 @@ def add_row(batch: RowBatch, row: object, line: int, offset: int, options: ReadO
         elif value is None:
             reason, detail = "null_field", f"field {name!r} is null"
         elif not isinstance(value, str):
-            reason, detail = "wrong_type", f"field {name!r} is {_kind(value)}"
+            reason, detail = "wrong_type", f"field {name!r} is {describe_type(value)}"
         else:
             text = value
     if reason is None:
@@ -340,8 +332,3 @@ class _Stream:
         self._text = held + self._decoder.decode(data, final=self._at_end)
         self._position = 0
         return True
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")

@@ -14,10 +14,24 @@ from typing import NamedTuple, Self
 
 from raytune_llama.data.store.manifest import Manifest
 
-_LENGTH_EVENT = re.compile(r"(cut from|left out with) (\d+) to \d+ tokens")
+CUT_FROM, LEFT_OUT = "cut from ", "left out with "
+"""Beginnings of the events that count conversations by length; see `length_event`."""
+
+_LENGTH_EVENT = re.compile(rf"({CUT_FROM}|{LEFT_OUT})(\d+) to \d+ tokens")
 
 CUT_EVENTS = ("truncated", "cut_tokens", "answers_without_prompt")
 """Events that count cut conversations, the tokens cut, and answers that lost their question."""
+
+
+def length_event(what: str, num_tokens: int) -> str:
+    """Return the name of the event that counts a conversation that was cut or left out.
+
+    Args:
+        what: `CUT_FROM` or `LEFT_OUT`.
+        num_tokens: Length of the conversation before.
+    """
+    low = 1 << _power(num_tokens)
+    return f"{what}{low} to {2 * low - 1} tokens"
 
 
 def is_length_event(name: str) -> bool:
@@ -70,7 +84,7 @@ class LengthTable:
         table = cls(documents=+Counter(dict(enumerate(manifest.lengths))))
         for name, count in manifest.rows.events.items():
             if found := _LENGTH_EVENT.fullmatch(name):
-                counter = table.cut if found[1] == "cut from" else table.left_out
+                counter = table.cut if found[1] == CUT_FROM else table.left_out
                 counter[_power(int(found[2]))] += count
         table.num_tokens = sum(split.tokens for split in manifest.splits.values())
         shards = [shard for split in manifest.splits.values() for shard in split.shards]
@@ -140,28 +154,29 @@ class LengthTable:
 
     def describe_limit(self, num_tokens: int) -> str:
         """Return the share of documents with at least so many tokens, as a percentage."""
-        low, high = (_share(count, self.num_documents) for count in self.count_from(num_tokens))
+        low, high = (share(count, self.num_documents) for count in self.count_from(num_tokens))
         return low if low == high else f"{low} to {high}"
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """Yield what was learned, cut and left out of conversations, each with a name."""
         if self.num_targets is None:
             return
-        learned = _share(self.num_targets, self.num_tokens)
+        learned = share(self.num_targets, self.num_tokens)
         yield "learned", f"{learned} of {self.num_tokens:,} tokens: {self.num_targets:,}"
         count = self.cut.total()
         lost = f": {self.num_cut_tokens:,} tokens lost" if count else ""
         if self.num_without_prompt:
             lost += f"; {self.num_without_prompt:,} answers are learned without their question"
-        yield "cut", f"{count:,} of {self.num_rows:,} ({_share(count, self.num_rows)}){lost}"
+        yield "cut", f"{count:,} of {self.num_rows:,} ({share(count, self.num_rows)}){lost}"
         count = self.left_out.total()
         why = ": too long, or no answer is left to train on" if count else ""
-        yield "left out", f"{count:,} of {self.num_rows:,} ({_share(count, self.num_rows)}){why}"
+        yield "left out", f"{count:,} of {self.num_rows:,} ({share(count, self.num_rows)}){why}"
 
 
 def _power(num_tokens: int) -> int:
     return max(num_tokens, 1).bit_length() - 1
 
 
-def _share(part: int, total: int) -> str:
+def share(part: int, total: int) -> str:
+    """Return a part of a total as a percentage; a dash if there is nothing."""
     return f"{part / total:.1%}" if total else "-"

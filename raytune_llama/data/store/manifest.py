@@ -85,6 +85,20 @@ class SplitManifest:
         )
 
 
+ALIAS, IGNORED_FIELD, REPEATED_FIELD = "alias: ", "ignored field: ", "repeated field: "
+UNKNOWN_FIELD, REPAIRED, SUSPICIOUS = "unknown field: ", "repaired: ", "suspicious answer: "
+"""Prefixes of the events that count fields, repairs and suspicious answers of rows, by name."""
+
+
+def named_events(events: Mapping[str, int], prefix: str) -> dict[str, int]:
+    """Return the counts of the events with a prefix, by the rest of their names."""
+    return {
+        name.removeprefix(prefix): count
+        for name, count in events.items()
+        if name.startswith(prefix)
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowCounts:
     """Counts of source rows: `total` is `documents` plus skipped and quarantined rows."""

@@ -4,8 +4,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from raytune_llama.data.store.lengths import LengthTable, is_length_event
-from raytune_llama.data.store.manifest import SPLITS, Manifest, RowCounts, Shard
+from raytune_llama.data.store.lengths import LengthTable, is_length_event, share
+from raytune_llama.data.store.manifest import (
+    ALIAS,
+    IGNORED_FIELD,
+    REPAIRED,
+    REPEATED_FIELD,
+    SPLITS,
+    SUSPICIOUS,
+    UNKNOWN_FIELD,
+    Manifest,
+    RowCounts,
+    Shard,
+    named_events,
+)
 
 REPORT_NAME = "report.html"
 """File name inside a store; not listed in the manifest, from which it is rendered."""
@@ -40,10 +52,10 @@ _ANSWERS = {
 """Events about answers, by name."""
 
 _COLUMNS = {
-    "alias: ": "read: another name of a known column",
-    "ignored field: ": "not used",
-    "repeated field: ": "not used, and more than once in a row",
-    "unknown field: ": "refused: it may carry meaning",
+    ALIAS: "read: another name of a known column",
+    IGNORED_FIELD: "not used",
+    REPEATED_FIELD: "not used, and more than once in a row",
+    UNKNOWN_FIELD: "refused: it may carry meaning",
 }
 """Events about the columns of rows, by the beginning of their names."""
 
@@ -126,7 +138,7 @@ def _splits(manifest: Manifest) -> str:
                 name,
                 f"{split.documents:,}",
                 f"{split.tokens:,}",
-                *([_percentage(targets or 0, split.tokens)] if has_targets else []),
+                *([share(targets or 0, split.tokens)] if has_targets else []),
                 f"{split.text_bytes:,}",
                 _ratio(split.text_bytes, split.tokens),
                 f"{len(split.shards):,}",
@@ -148,8 +160,8 @@ def _sources(manifest: Manifest, names: Sequence[str]) -> str:
         documents = sum(shard.documents for shard in mine)
         numbers = [f"{documents:,}", f"{tokens:,}"]
         if has_targets:
-            numbers.append(_percentage(_num_targets(mine) or 0, tokens))
-        numbers += [_ratio(text_bytes, tokens), _percentage(tokens, total)]
+            numbers.append(share(_num_targets(mine) or 0, tokens))
+        numbers += [_ratio(text_bytes, tokens), share(tokens, total)]
         rows.append([name, *numbers, _bar(tokens, total)])
     head = ["source", _things(manifest), "tokens", *(["learned"] if has_targets else [])]
     return _table([*head, "bytes per token", "share of tokens", ""], rows)
@@ -169,7 +181,7 @@ def _lengths(manifest: Manifest, table: LengthTable) -> str:
     most, left = max(row.documents for row in bins) or 1, table.num_documents
     rows: list[list[str]] = []
     for row in bins:
-        longer = [_percentage(left, table.num_documents)]
+        longer = [share(left, table.num_documents)]
         moved = [f"{row.cut:,}", f"{row.left_out:,}"] if is_chat else []
         kept = f"{row.documents:,}"
         rows.append([row.label, kept, *longer, *moved, _bar(row.documents, most)])
@@ -214,7 +226,7 @@ def _event_sections(rows: RowCounts) -> Iterator[str]:
     answers = [
         [meaning, f"{left.pop(name):,}", ""] for name, meaning in _ANSWERS.items() if name in left
     ]
-    kinds = _take(left, "suspicious answer: ")
+    kinds = _take(left, SUSPICIOUS)
     answers += [["of these: like a failed export", f"{n:,}", kind] for kind, n in kinds.items()]
     if answers:
         yield _section("Answers", _table(["what", "count", "text"], answers), "texts")
@@ -225,7 +237,7 @@ def _event_sections(rows: RowCounts) -> Iterator[str]:
     ]
     if columns:
         yield _section("Columns", _table(["column", "count", "what was done"], columns), "texts")
-    repairs = _take(left, "repaired: ")
+    repairs = _take(left, REPAIRED)
     if repairs:
         lines = [[name, f"{count:,}"] for name, count in repairs.items()]
         yield _section("Repairs", _table(["repair", "conversations"], lines), "texts")
@@ -236,8 +248,10 @@ def _event_sections(rows: RowCounts) -> Iterator[str]:
 
 def _take(events: dict[str, int], prefix: str) -> dict[str, int]:
     """Remove the events with a prefix; return their counts by the rest of their names."""
-    names = [name for name in events if name.startswith(prefix)]
-    return {name.removeprefix(prefix): events.pop(name) for name in names}
+    found = named_events(events, prefix)
+    for name in found:
+        del events[prefix + name]
+    return found
 
 
 def _inputs(manifest: Manifest) -> str:
@@ -265,10 +279,6 @@ def _value(value: object) -> str:
     if isinstance(value, list):
         value = ", ".join(map(str, value))
     return "none" if value in (None, "") else str(value)
-
-
-def _percentage(part: int, total: int) -> str:
-    return f"{part / total:.1%}" if total else "-"
 
 
 def _ratio(part: int, total: int) -> str:

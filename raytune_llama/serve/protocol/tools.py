@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from raytune_llama.chat.tools import TOOL_NAME
 from raytune_llama.config.errors import UserError
 
 MAX_TOOLS = 128
@@ -18,7 +19,7 @@ MAX_SCHEMA_DEPTH = 32
 MAX_TOOLS_CHARACTERS = 100_000
 """Maximum number of characters of all tools together, as JSON."""
 
-ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+ToolName = Annotated[str, Field(pattern=f"^{TOOL_NAME}$")]
 
 
 class StrictModel(BaseModel):

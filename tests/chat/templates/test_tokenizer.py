@@ -155,6 +155,11 @@ def test_boundary_inside_a_token_is_counted_and_exact(byte_level: PreTrainedToke
     ("text", "problem"),
     [
         ("{% for m in messages %}<s>{{ m.content }}\n{% endfor %}", "without a control token"),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}"
+            "{% if not add_generation_prompt %}</s>{% endif %}",
+            "without a control token",
+        ),
         ("{{ messages[0].content }}</s>", "0 times"),
         ("{% for m in messages %}{{ m.content + m.content }}</s>{% endfor %}", "2 times"),
         ("{% for m in messages | reverse %}{{ m.content }}</s>{% endfor %}", "out of order"),
