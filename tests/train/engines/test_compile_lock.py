@@ -1,6 +1,5 @@
 """Promise: a process that is killed while it compiles does not block all later ones."""
 
-import multiprocessing
 import os
 import signal
 from multiprocessing.connection import Connection
@@ -9,6 +8,7 @@ from pathlib import Path
 from torch.utils.file_baton import FileBaton
 
 from raytune_llama.train.engines.deepspeed_zero import CompileLock
+from tests.train.group import training_processes
 
 
 def hold(path: str, ready: Connection) -> None:
@@ -18,9 +18,9 @@ def hold(path: str, ready: Connection) -> None:
 
 def test_compile_lock_excludes_others_until_its_holder_is_killed(tmp_path: Path) -> None:
     path = str(tmp_path / "lock")
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    holder = spawn.Process(target=hold, args=(path, there), daemon=True)
+    processes = training_processes()
+    here, there = processes.Pipe()
+    holder = processes.Process(target=hold, args=(path, there), daemon=True)
     holder.start()
     assert here.recv()
     second = CompileLock(path)

@@ -1,11 +1,11 @@
 """Promise: what a worker tells of itself is true, and costs the loop nothing."""
 
+import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from raytune_llama.train.orchestration.heartbeat import locate_frame
 from raytune_llama.train.process_group import ProcessGroup
 from raytune_llama.train.progress import Progress
 from tests.train.conftest import MakeConfig
+from tests.train.group import training_processes
 
 
 def test_pulse_times_steps_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,9 +74,8 @@ def wait_for_peer(store: str) -> None:
     time.sleep(600)
 
 
-def observe(store: str) -> None:
+def observe(store: str, peer: int) -> None:
     """Watch a thread that waits in a collective, until the other member is killed."""
-    peer = spawned(wait_for_peer, store)
     started = threading.Event()
 
     def wait() -> None:
@@ -94,7 +94,7 @@ def observe(store: str) -> None:
     while not waits and time.monotonic() < deadline:
         where, waits = locate_frame(sys._current_frames().get(thread.ident or 0))
         time.sleep(0.01)
-    peer.kill()  # upon which the collective fails
+    os.kill(peer, signal.SIGKILL)  # upon which the collective fails
     assert waits
     assert where.startswith("train/process_group.py:")
     thread.join(120)
@@ -102,16 +102,14 @@ def observe(store: str) -> None:
     assert not locate_frame(sys._current_frames()[threading.get_ident()])[1]
 
 
-def spawned(target: Callable[[str], None], store: str) -> Any:  # noqa: ANN401  # a process
-    import torch.multiprocessing as mp
-
-    process = mp.get_context("spawn").Process(target=target, args=(store,))
-    process.start()
-    return process
-
-
 def test_thread_in_a_collective_is_seen_to_wait(tmp_path: Path) -> None:
     # In a process of its own: this one may be in a group already.
-    process = spawned(observe, f"{tmp_path}/store")
-    process.join(400)
-    assert process.exitcode == 0
+    store = f"{tmp_path}/store"
+    processes = training_processes()
+    peer = processes.Process(target=wait_for_peer, args=(store,))
+    peer.start()
+    observer = processes.Process(target=observe, args=(store, peer.pid))
+    observer.start()
+    observer.join(400)
+    peer.kill()
+    assert observer.exitcode == 0

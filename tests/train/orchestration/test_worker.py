@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.storage.place import Place
@@ -18,6 +17,7 @@ from raytune_llama.train.orchestration.worker import (
 )
 from raytune_llama.train.process_group import ProcessGroup
 from tests.train.conftest import Runs, copy_run
+from tests.train.group import training_processes
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(minutes=30)
@@ -36,7 +36,7 @@ def test_worker_that_leaves_lets_those_that_wait_for_it_fail_at_once(tmp_path: P
     if dist.is_initialized():  # a group of one, which an engine of an earlier test has made
         dist.destroy_process_group()
     store = str(tmp_path / "store")
-    peer = mp.get_context("spawn").Process(target=fail_alone, args=(store,), daemon=True)
+    peer = training_processes().Process(target=fail_alone, args=(store,), daemon=True)
     peer.start()
     try:
         method = f"file://{store}"
