@@ -34,7 +34,7 @@ from harness.material import (
 from harness.nodes import LocalNodes
 
 from raytune_llama.config.settings import override, write_yaml
-from raytune_llama.storage.files import sha256_file
+from raytune_llama.storage.hashes import hash_file
 from raytune_llama.train.config import PretrainConfig
 
 BENCHMARKS = Path(__file__).resolve().parent
@@ -175,7 +175,7 @@ def run_both(benchmark: GoodputBenchmark, name: str, limit_seconds: float) -> Go
     print(f"{name}: {describe(disturbed, whole.step_seconds, side.num_steps)}", flush=True)
     files = [whole_file, file]
     is_there = disturbed.is_finished and all(one.is_file() for one in files)
-    is_equal = len({sha256_file(one) for one in files}) == 1 if is_there else None
+    is_equal = len({hash_file(one) for one in files}) == 1 if is_there else None
     words = {True: "equal", False: "NOT EQUAL", None: "none"}
     print(f"  final weights and those of the undisturbed run: {words[is_equal]}", flush=True)
     return GoodputResult(whole, disturbed, is_equal)

@@ -181,7 +181,7 @@ def _write_store(path: Path, rows: list[EncodedConversation], vocabulary: int) -
             )
         )
     assert writer.shard is not None
-    inputs = {"shard": writer.shard.sha256}
+    inputs = {"shard": writer.shard.hash}
     manifest = Manifest(
         format_version=STORE_FORMAT_VERSION,
         fingerprint=fingerprint_of(inputs),

@@ -210,7 +210,7 @@ def _write_store(
         "train": SplitManifest.from_shards([writer.shard]),
         "validation": SplitManifest.from_shards([]),
     }
-    inputs = {"shard": writer.shard.sha256}
+    inputs = {"shard": writer.shard.hash}
     manifest = Manifest(
         format_version=STORE_FORMAT_VERSION,
         fingerprint=fingerprint_of(inputs),

@@ -30,7 +30,8 @@ from raytune_llama.data.readers.conversations import (
 )
 from raytune_llama.data.readers.rows import BadRow, SourceError
 from raytune_llama.data.readers.sources import SourceFile
-from raytune_llama.storage.files import publish_directory, sha256_file, write_json_atomic
+from raytune_llama.storage.files import publish_directory, write_json_atomic
+from raytune_llama.storage.hashes import hash_file
 from raytune_llama.storage.place import local_path
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def convert_data(config: ConvertDataConfig) -> Conversion:
     with publish_directory(target) as folder:
         conversion = _write_all(folder, config, counts, sources)
         _check(conversion, folder, config)
-        files = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
+        files = {file.name: hash_file(file) for file in sorted(folder.iterdir())}
         manifest = asdict(conversion) | {
             "blank_lines": counts.blank_lines,
             "formats": dict(counts.files),

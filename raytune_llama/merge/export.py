@@ -26,7 +26,8 @@ from raytune_llama.model.tensors import (
     write_index,
 )
 from raytune_llama.model.vocab import EMBEDDING, HEAD
-from raytune_llama.storage.files import sha256_file, write_json_atomic
+from raytune_llama.storage.files import write_json_atomic
+from raytune_llama.storage.hashes import hash_file
 from raytune_llama.tokenizer.loader import write_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class ExportResult:
     num_changed: int
     """Number of weights that differ from the base's."""
     hashes: Mapping[str, Any]
-    """SHA256 by tensor or by file, for the manifest."""
+    """Hash by tensor or by file, for the manifest."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class VerifiedShard:
     num_changed: int
     """Number of weights in the file that differ from the base's."""
     hashes: Mapping[str, str]
-    """SHA256 by tensor."""
+    """Hash by tensor."""
 
 
 def export_shard(plan: MergePlan, folder: Path, max_shard_bytes: int, file: str) -> VerifiedShard:
@@ -144,4 +145,4 @@ def export_gguf(plan: MergePlan, form: GgufModelSpec, folder: Path) -> ExportRes
 
 
 def _hash_files(folder: Path) -> dict[str, dict[str, str]]:
-    return {"files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())}}
+    return {"files": {path.name: hash_file(path) for path in sorted(folder.iterdir())}}

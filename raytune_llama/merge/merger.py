@@ -32,6 +32,7 @@ from raytune_llama.merge.plan import MergePlan, check_recorded_base, plan_merge
 from raytune_llama.model.lineage import (
     CHAT_KEY,
     TEXT_KEY,
+    TOKENIZER_KEY,
     find_chat_template,
     find_text_start,
 )
@@ -39,7 +40,7 @@ from raytune_llama.model.meta.layout import build_meta_params, check_target, cou
 from raytune_llama.model.meta.to_meta import plan_meta
 from raytune_llama.model.tensors import TensorSpec
 from raytune_llama.storage.files import OUTPUT_MANIFEST, publish_directory, write_json_atomic
-from raytune_llama.tokenizer.loader import tokenizer_sha256
+from raytune_llama.tokenizer.loader import hash_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def merge_adapters(config: MergeConfig) -> None:
         load_comparison_ids(plan.tokenizer_dir, config.verify_text, lineage) if is_sampled else None
     )
     inputs = plan.hash_inputs()
-    check_recorded_base(plan.adapters[0], inputs)
+    check_recorded_base(plan.base_dir, plan.adapters[0], inputs)
     with publish_directory(target) as folder:
         exported = export(folder)
         changed, tokenizer_dir = exported.num_changed, plan.tokenizer_dir
@@ -78,7 +79,7 @@ def merge_adapters(config: MergeConfig) -> None:
             "kind": "model" if config.output_format == "huggingface" else config.output_format,
             "raytune_llama": raytune_llama.__version__,
             "merged": {"inputs": inputs, "changed": changed, "untied": plan.is_untied},
-            "tokenizer_sha256": tokenizer_sha256(tokenizer_dir) if tokenizer_dir else None,
+            TOKENIZER_KEY: hash_tokenizer(tokenizer_dir) if tokenizer_dir else None,
             CHAT_KEY: chat[1] if chat else None,
             TEXT_KEY: find_text_start(lineage),
             **exported.hashes,

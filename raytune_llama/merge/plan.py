@@ -27,7 +27,8 @@ from raytune_llama.model.llama import build_empty_model
 from raytune_llama.model.rope import read_model_settings
 from raytune_llama.model.tensors import ShardedWeights, TensorSpec, open_weights
 from raytune_llama.model.vocab import EMBEDDING, HEAD, has_tokenizer
-from raytune_llama.storage.files import read_json, read_manifest, sha256_file
+from raytune_llama.storage.files import read_json, read_manifest
+from raytune_llama.storage.hashes import algorithm_of, hash_file, show_hash
 from raytune_llama.tokenizer.loader import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ class MergePlan:
         return recipe.source.read_replaced(recipe.source_name)
 
     def hash_inputs(self) -> dict[str, dict[str, str]]:
-        """Return the SHA256 of the files of base and adapters, by owner and file name."""
+        """Return the hashes of the files of base and adapters, by owner and file name."""
         folders = {
             "base": self.base.files,
             **{
@@ -164,7 +165,7 @@ class MergePlan:
         with ThreadPoolExecutor(max_workers=8) as pool:
             return {
                 name: dict(
-                    zip((file.name for file in files), pool.map(sha256_file, files), strict=True)
+                    zip((file.name for file in files), pool.map(hash_file, files), strict=True)
                 )
                 for name, files in folders.items()
             }
@@ -383,10 +384,13 @@ def _check_rows(
         )
 
 
-def check_recorded_base(adapter: Adapter, inputs: Mapping[str, Mapping[str, str]]) -> None:
+def check_recorded_base(
+    base_dir: Path, adapter: Adapter, inputs: Mapping[str, Mapping[str, str]]
+) -> None:
     """Compare the base with the one recorded in an adapter's manifest, if any.
 
     Args:
+        base_dir: Directory of the base.
         adapter: First adapter of the merge.
         inputs: Result of `MergePlan.hash_inputs`.
 
@@ -394,12 +398,12 @@ def check_recorded_base(adapter: Adapter, inputs: Mapping[str, Mapping[str, str]
         ValueError: The adapter was trained on another base.
     """
     trained_on = read_manifest(adapter.path).get("base") or {}
-    differing = [
-        name for name, digest in inputs["base"].items() if trained_on.get(name, digest) != digest
-    ]
-    if differing:
-        raise UserError(
-            f"base: {differing[0]} is not the file that {adapter.path} was trained on (SHA256 "
-            f"{inputs['base'][differing[0]][:16]}, wanted {trained_on[differing[0]][:16]}); set "
-            "base to that model"
-        )
+    for name, digest in inputs["base"].items():
+        wanted = trained_on.get(name, digest)
+        is_same_kind = algorithm_of(wanted) == algorithm_of(digest)
+        found = digest if is_same_kind else hash_file(base_dir / name, like=wanted)
+        if found != wanted:
+            raise UserError(
+                f"base: {name} is not the file that {adapter.path} was trained on "
+                f"({show_hash(found)}, wanted {show_hash(wanted)}); set base to that model"
+            )

@@ -85,7 +85,7 @@ def rewrite_weights(
         max_shard_bytes: maximum size of a safetensors file, unless one tensor is larger.
 
     Returns:
-        The SHA256 of each tensor's bytes, by name.
+        The hash of each tensor's bytes, by name.
     """
     weights = open_weights(base, what="model.path")
     specs = {

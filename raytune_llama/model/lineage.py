@@ -12,11 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune_llama.model.vocab import describe_tokenizer_mismatch, has_tokenizer
 from raytune_llama.storage.files import read_manifest
-from raytune_llama.tokenizer.loader import leading_ids, load_tokenizer, tokenizer_sha256
+from raytune_llama.storage.hashes import find_hash, show_hash
+from raytune_llama.tokenizer.loader import hash_tokenizer, leading_ids, load_tokenizer
 
 CHAT_KEY = "chat"
 """Manifest key of the chat template that a model or adapter was tuned with, and its hash."""
 
+TEMPLATE_KEY = "template_hash"
+"""Key of the template's hash in what `CHAT_KEY` holds; read with `storage.hashes.find_hash`."""
+
+TOKENIZER_KEY = "tokenizer_hash"
+"""Manifest key of the tokenizer's hash; read with `storage.hashes.find_hash`."""
 
 TEXT_KEY = "text"
 """Manifest key of how the texts began that a model or adapter was trained on: `bos_id`, or null."""
@@ -72,15 +78,15 @@ def check_tokenizer_hash(directory: Path) -> str | None:
 
     None if the hash matches, or if there is no tokenizer or no recorded hash.
     """
-    wanted = read_manifest(directory).get("tokenizer_sha256")
+    wanted = find_hash(read_manifest(directory), TOKENIZER_KEY)
     if not wanted or not has_tokenizer(directory):
         return None
-    found = tokenizer_sha256(directory)
+    found = hash_tokenizer(directory, like=wanted)
     if found == wanted:
         return None
     return (
-        f"the tokenizer in {directory} does not match its manifest (SHA256 {found[:16]}, "
-        f"wanted {wanted[:16]}); restore the original tokenizer"
+        f"the tokenizer in {directory} does not match its manifest ({show_hash(found)}, "
+        f"wanted {show_hash(wanted)}); restore the original tokenizer"
     )
 
 
@@ -91,15 +97,15 @@ def check_adapter_tokenizer(adapter: Path, tokenizer: Path) -> list[str]:
         adapter: An adapter directory; one with neither tokenizer nor manifest passes unchecked.
         tokenizer: Directory of the tokenizer to use.
     """
-    wanted = read_manifest(adapter).get("tokenizer_sha256")
+    wanted = find_hash(read_manifest(adapter), TOKENIZER_KEY)
     if wanted:
-        found = tokenizer_sha256(tokenizer)
+        found = hash_tokenizer(tokenizer, like=wanted)
         if found == wanted:
             return []
         return [
             f"model.tokenizer: {tokenizer} is not the tokenizer that the adapter {adapter} was "
-            f"trained with (SHA256 {found[:16]}, wanted {wanted[:16]}); set model.tokenizer to "
-            f"{adapter}, which has its own"
+            f"trained with ({show_hash(found)}, wanted {show_hash(wanted)}); set "
+            f"model.tokenizer to {adapter}, which has its own"
         ]
     if not has_tokenizer(adapter):
         return []

@@ -11,7 +11,6 @@ length of a JSON header, the header, then the tensors without gaps.
 """
 
 import ctypes
-import hashlib
 import json
 import math
 import pickle
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from raytune_llama.config.errors import UserError
 from raytune_llama.storage.files import parse_json, sync
+from raytune_llama.storage.hashes import hash_bytes
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -319,7 +319,7 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
         self._open: BinaryIO | None = None
 
     def write(self, name: str, tensor: Tensor) -> str:
-        """Append the next tensor; return the SHA256 of its bytes."""
+        """Append the next tensor; return the hash of its bytes."""
         file, expected = next(self._order)
         spec = self._specs[name]
         assert name == expected, f"got {name}, expected {expected}"
@@ -328,7 +328,7 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
             self._open = self._start_file(file)
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
         self._open.write(data)
-        return hashlib.sha256(data).hexdigest()
+        return hash_bytes(data)
 
     def __enter__(self) -> Self:
         return self

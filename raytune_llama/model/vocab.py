@@ -16,9 +16,9 @@ from raytune_llama.storage.files import read_manifest
 from raytune_llama.tokenizer.loader import (
     TOKENIZER_FILES,
     encode_text,
+    hash_tokenizer,
     load_tokenizer,
     reference_name,
-    tokenizer_sha256,
 )
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def check_vocabulary(num_rows: int, model_path: Path, tokenizer_path: Path) -> V
         logger.warning("%s has no tokenizer: only the number of ids can be compared", model_path)
         return VocabularyFit(num_rows=num_rows, num_base_ids=num_rows, num_ids=num_ids)
     own = load_tokenizer(model_path)
-    if tokenizer_sha256(model_path) != tokenizer_sha256(tokenizer_path):
+    if hash_tokenizer(model_path) != hash_tokenizer(tokenizer_path):
         foreign = describe_tokenizer_mismatch(model_path, tokenizer_path)
         if foreign is not None:
             raise UserError(

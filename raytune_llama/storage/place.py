@@ -8,7 +8,6 @@ complete. `transfers.py` publishes folders.
 """
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -31,6 +30,7 @@ from raytune_llama.storage.files import (
     temporary_sibling,
     write_bytes_atomic,
 )
+from raytune_llama.storage.hashes import Hasher, show_hash
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _COPY_BYTES = 8 * 2**20
@@ -210,9 +210,13 @@ class Place:
         else:
             write_object(self.filesystem, self.key, pa.py_buffer(data))
 
-    def sha256(self) -> str:
-        """Return a file's SHA-256 as lowercase hex; reads or downloads the full file."""
-        return self._read_into(None)
+    def hash(self, like: str | None = None) -> str:
+        """Return the hash of a file's content; reads or downloads the full file.
+
+        Args:
+            like: Recorded hash whose algorithm to use; see `storage.hashes`.
+        """
+        return self._read_into(None, like)
 
     def read_json(self) -> Any:  # noqa: ANN401 - any JSON value
         """Read a UTF-8 JSON file.
@@ -289,18 +293,18 @@ class Place:
             with pa.memory_map(str(source)) as file:
                 write_object(self.filesystem, self.key, file.read_buffer())
 
-    def download(self, target: Path, *, sha256: str | None = None) -> None:
+    def download(self, target: Path, *, wanted: str | None = None) -> None:
         """Copy a file to a local path, which appears only when it is complete and synced.
 
         Raises:
-            ValueError: The hash of its bytes is not `sha256`; no file appears.
+            ValueError: The hash of its bytes is not `wanted`; no file appears.
         """
         temporary = temporary_sibling(target)
         try:
             with temporary.open("xb") as file:
-                got = self._read_into(file)
-            if sha256 is not None:
-                _check_hash(self, got, sha256)
+                got = self._read_into(file, wanted)
+            if wanted is not None:
+                _check_hash(self, got, wanted)
             sync(temporary)
             temporary.replace(target)
         except BaseException:
@@ -321,15 +325,15 @@ class Place:
         }
         return dict(sorted(found.items()))
 
-    def _read_into(self, target: BinaryIO | None) -> str:
+    def _read_into(self, target: BinaryIO | None, like: str | None) -> str:
         """Read a file's bytes, copy them to `target` if given, and return their hash."""
-        digest = hashlib.sha256()
+        hasher = Hasher(like)
         with self._named_errors(), self.open() as file:
             while block := file.read(_COPY_BYTES):
-                digest.update(block)
+                hasher.update(block)
                 if target is not None:
                     target.write(block)
-        return digest.hexdigest()
+        return hasher.finish()
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -355,7 +359,7 @@ class Place:
 
 def _check_hash(place: Place, got: str, wanted: str) -> None:
     if got != wanted:
-        raise UserError(f"{place}: SHA-256 is {got}, wanted {wanted}")
+        raise UserError(f"{place}: its hash is {show_hash(got)}, wanted {show_hash(wanted)}")
 
 
 def check_place(place: Place, field: str) -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from raytune_llama.config.errors import UserError
 from raytune_llama.storage.buckets import NUM_CONNECTIONS
 from raytune_llama.storage.files import publish_directory
+from raytune_llama.storage.hashes import hash_hex
 from raytune_llama.storage.place import Place
 
 
@@ -102,34 +103,36 @@ def default_cache_dir() -> Path:
     return Path(home) / "raytune_llama"
 
 
-def local_copy_path(place: Place, sha256: str, cache_dir: Path) -> Path:
+def local_copy_path(place: Place, wanted: str, cache_dir: Path) -> Path:
     """Return the local path of a file's copy, which may not exist; a local file's own path."""
-    return place.path if place.is_local else cache_dir / f"{sha256}{Path(place.name).suffix}"
+    return (
+        place.path if place.is_local else cache_dir / f"{hash_hex(wanted)}{Path(place.name).suffix}"
+    )
 
 
-def local_copy(place: Place, *, sha256: str, num_bytes: int, cache_dir: Path) -> Path:
+def local_copy(place: Place, *, wanted: str, num_bytes: int, cache_dir: Path) -> Path:
     """Return the path of a local copy of a file; for a local file, its own path, unchecked.
 
-    A file in object storage is copied once to `<cache_dir>/<sha256><suffix>`, shared by all
+    A file in object storage is copied once to `<cache_dir>/<hash><suffix>`, shared by all
     processes of the node: the first one downloads it and the others wait. Size and hash are checked
     before it appears there, and the size on each later use.
 
     Raises:
         OSError: The file cannot be read, or the copy cannot be written.
-        ValueError: The file does not match `sha256` or `num_bytes`.
+        ValueError: The file does not match `wanted`, its hash, or `num_bytes`.
     """
-    target = local_copy_path(place, sha256, cache_dir)
+    target = local_copy_path(place, wanted, cache_dir)
     if place.is_local or _num_bytes(target) == num_bytes:
         return target
     cache_dir.mkdir(parents=True, exist_ok=True)
     # A lock file cannot be deleted safely, so many copies share a few.
-    with (cache_dir / f".lock-{sha256[:2]}").open("w") as lock:
+    with (cache_dir / f".lock-{hash_hex(wanted)[:2]}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if _num_bytes(target) != num_bytes:
             status = place.status()
             if status is not None and status.num_bytes != num_bytes:
                 raise UserError(f"{place}: has {status.num_bytes} bytes, wanted {num_bytes}")
-            place.download(target, sha256=sha256)
+            place.download(target, wanted=wanted)
     return target
 
 

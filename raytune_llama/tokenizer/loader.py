@@ -9,7 +9,6 @@ One library per tokenizer directory, its *reference*, defines the ids of a text:
   `tokenizer.model` does not contain.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -21,6 +20,7 @@ import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from raytune_llama.config.errors import UserError
+from raytune_llama.storage.hashes import hash_bytes, hash_key
 from raytune_llama.tokenizer.reference import (
     ReferenceEncoder,
     SentencePieceReference,
@@ -204,34 +204,40 @@ def reference_name(tokenizer: PreTrainedTokenizerFast) -> str:
     return "tokenizers" if _pieces_of(tokenizer) is None else "sentencepiece"
 
 
-def tokenizer_sha256(path: Path) -> str:
+def hash_tokenizer(path: Path, like: str | None = None) -> str:
     """Hash everything that determines the ids of documents, including BOS and EOS.
 
     The hash covers the loaded tokenizer, not its files: settings in tokenizer_config.json change
     ids too, and saving a tokenizer again keeps its hash. It includes the choice of reference,
     SentencePiece or tokenizers.
+
+    Args:
+        path: Directory of the tokenizer.
+        like: Recorded hash whose algorithm to use; see `storage.hashes`.
     """
-    return _cached_sha256(path.absolute(), _file_state(path))
+    return _cached_hash(path.absolute(), _file_state(path), like)
 
 
 @lru_cache(maxsize=8)
-def _cached_sha256(
+def _cached_hash(
     path: Path,
     state: tuple[tuple[str, int, int], ...],  # noqa: ARG001  # part of the cache key
+    like: str | None,
 ) -> str:
-    return _sha256(load_tokenizer(path))
+    return hash_bytes(_content(load_tokenizer(path), like), like)
 
 
-def _sha256(tokenizer: PreTrainedTokenizerFast) -> str:
+def _content(tokenizer: PreTrainedTokenizerFast, like: str | None) -> bytes:
+    """Return everything that determines the ids of documents, as JSON."""
     engine = json.loads(tokenizer.backend_tokenizer.to_str())
     content = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     if _pieces_of(tokenizer) is not None:
         model = Path(tokenizer.vocab_file).read_bytes()
-        content["sentencepiece"] = hashlib.sha256(model).hexdigest()
+        content["sentencepiece"] = hash_bytes(model, like)
         content["added_tokens"] = engine["added_tokens"]
     else:
         content |= {name: engine[name] for name in TOKENIZER_JSON_SECTIONS}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps(content, sort_keys=True).encode()
 
 
 def fingerprint_tokenizer(path: Path) -> dict[str, str]:
@@ -242,10 +248,18 @@ def fingerprint_tokenizer(path: Path) -> dict[str, str]:
     return fingerprint_loaded(load_tokenizer(path))
 
 
-def fingerprint_loaded(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """Return the `fingerprint_tokenizer` of a tokenizer from `load_tokenizer`."""
+def fingerprint_loaded(
+    tokenizer: PreTrainedTokenizerFast, like: str | None = None
+) -> dict[str, str]:
+    """Return the `fingerprint_tokenizer` of a tokenizer from `load_tokenizer`.
+
+    Args:
+        tokenizer: The tokenizer.
+        like: Fingerprint of the store to compare with, whose algorithm to use; None: a new store.
+    """
     name = reference_name(tokenizer)
-    return {"reference": name, "version": version(name), "sha256": _sha256(tokenizer)}
+    found = hash_bytes(_content(tokenizer, like), like)
+    return {"reference": name, "version": version(name), hash_key("hash", like): found}
 
 
 def write_tokenizer(path: Path, folder: Path) -> None:

@@ -16,15 +16,16 @@ from raytune_llama.config.settings import to_dict
 from raytune_llama.data.store.token_store import TokenStore
 from raytune_llama.logs import waiting
 from raytune_llama.model.directory import write_with_trained_tables
-from raytune_llama.model.lineage import CHAT_KEY, TEXT_KEY, find_text_start
+from raytune_llama.model.lineage import CHAT_KEY, TEXT_KEY, TOKENIZER_KEY, find_text_start
 from raytune_llama.model.llama import DTYPES, causal_lm, model_settings
 from raytune_llama.model.lora import write_adapter
 from raytune_llama.model.rope import MODEL_SETTINGS_KEY
 from raytune_llama.model.vocab import new_ids
-from raytune_llama.storage.files import OUTPUT_MANIFEST, sha256_file, write_json_atomic
+from raytune_llama.storage.files import OUTPUT_MANIFEST, write_json_atomic
+from raytune_llama.storage.hashes import hash_file
 from raytune_llama.storage.place import Place
 from raytune_llama.storage.transfers import publish_place
-from raytune_llama.tokenizer.loader import tokenizer_sha256, write_tokenizer
+from raytune_llama.tokenizer.loader import hash_tokenizer, write_tokenizer
 from raytune_llama.train.checkpoint.initial_adapter import read_initial_factors
 from raytune_llama.train.checkpoint.layout import RunState
 from raytune_llama.train.config import AnyTrainConfig
@@ -87,7 +88,7 @@ def write_result(
             "num_trained": sum(tensor.numel() for tensor in trained.values()),
             "tensor_norms": norms,
             UNTRAINED_ROWS: count_untrained_rows(config, lm, len(new_ids(base, tokenizer))),
-            "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},
+            "files": {path.name: hash_file(path) for path in sorted(folder.iterdir())},
         }
         write_json_atomic(folder / OUTPUT_MANIFEST, manifest)
     logger.info("%s written to %s", manifest["kind"], result_path(config))
@@ -116,7 +117,7 @@ def _describe_result(
         "base_quantization": config.model.quantization,
         MODEL_SETTINGS_KEY: model_settings(config.model) if config.train == "lora" else {},
         "adapter": fingerprint_adapter(config),
-        "tokenizer_sha256": tokenizer_sha256(Path(config.model.tokenizer_path)),
+        TOKENIZER_KEY: hash_tokenizer(Path(config.model.tokenizer_path)),
         "store": store.fingerprint,
         CHAT_KEY: store.manifest.inputs.get(CHAT_KEY),
         TEXT_KEY: _text_start(config, store),
@@ -167,33 +168,55 @@ def _write_weights(
     return {name: float(tensor.norm()) for name, tensor in trained.items()}
 
 
-def fingerprint_model(path: Path) -> dict[str, str]:
-    """Return the SHA256 of a model's configuration and weight files, by file name."""
+def fingerprint_model(path: Path, like: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the hashes of a model's configuration and weight files, by file name.
+
+    Args:
+        path: model directory.
+        like: recorded fingerprint to compare with, whose algorithms to use; None: a new one.
+    """
     files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
     gigabytes = sum(file.stat().st_size for file in files) / 1e9
     what = f"hashing the model {path}, {gigabytes:.1f} GB"
+    recorded = [_like(like, file.name) for file in files]
     # Hashing releases the GIL, so threads help with large models.
     with (
-        waiting(logger, what, usually="1 to 5 s per GB"),
+        waiting(logger, what, usually="1 to 3 s per GB"),
         ThreadPoolExecutor(max_workers=8) as pool,
     ):
-        return dict(zip((file.name for file in files), pool.map(_sha256_once, files), strict=True))
+        hashes = pool.map(_hash_once, files, recorded)
+        return dict(zip((file.name for file in files), hashes, strict=True))
 
 
-def _sha256_once(file: Path) -> str:
+def _like(recorded: Mapping[str, str] | None, name: str) -> str | None:
+    """Return a recorded hash of the same algorithm as that of a file, which may be new."""
+    if not recorded:
+        return None
+    return recorded.get(name) or next(iter(recorded.values()))
+
+
+def _hash_once(file: Path, like: str | None) -> str:
     status = file.stat()
-    return _sha256_of(file, status.st_size, status.st_mtime_ns, status.st_ino)
+    state = (status.st_size, status.st_mtime_ns, status.st_ino)
+    return _cached_hash(file, state, like)
 
 
 @functools.lru_cache(maxsize=1024)
-def _sha256_of(file: Path, size: int, mtime_ns: int, inode: int) -> str:  # noqa: ARG001  # the key
+def _cached_hash(file: Path, state: tuple[int, int, int], like: str | None) -> str:  # noqa: ARG001
     """Hash a file once per process while it is unchanged: a sweep's trials share a base."""
-    return sha256_file(file)
+    return hash_file(file, like)
 
 
-def fingerprint_adapter(config: AnyTrainConfig) -> dict[str, str] | None:
-    """Return the SHA256 of each file of the adapter that a run continues from, or None."""
+def fingerprint_adapter(
+    config: AnyTrainConfig, like: Mapping[str, str] | None = None
+) -> dict[str, str] | None:
+    """Return the hash of each file of the adapter that a run continues from, or None.
+
+    Args:
+        config: config of the run.
+        like: recorded fingerprint to compare with, whose algorithms to use; None: a new one.
+    """
     if config.adapter is None:
         return None
     names = ("adapter_config.json", "adapter_model.safetensors")
-    return {name: sha256_file(Path(config.adapter) / name) for name in names}
+    return {name: hash_file(Path(config.adapter) / name, _like(like, name)) for name in names}

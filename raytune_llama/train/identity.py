@@ -22,7 +22,7 @@ from raytune_llama.config.settings import (
 from raytune_llama.config.yaml12 import format_value, parse_mapping
 from raytune_llama.data.build.text_corpus import keep_store_bos
 from raytune_llama.storage.place import Place
-from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
+from raytune_llama.tokenizer.loader import hash_tokenizer, load_tokenizer
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.export import (
     fingerprint_adapter,
@@ -42,19 +42,31 @@ _HORIZON = ("max_steps", "num_epochs", "stop_step")
 """Fields that say where a run ends."""
 
 
-def identify(config: AnyTrainConfig) -> dict[str, Any]:
+def identify(config: AnyTrainConfig, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the identity of a run: the settings that decide its result, and its inputs by hash.
 
     The token store's fingerprint is added once the store exists.
+
+    Args:
+        config: config of the run, with absolute paths.
+        like: recorded identity to compare with, whose hash algorithms to use; None: that of the
+            run's directory, if there is one.
     """
+    then = read_identity(config.run_place) if like is None else like
     return {
         "config": identity(config),
         # All other `data` settings that affect the result are in the store's fingerprint.
         "data": {"sources": [{"weight": source.weight} for source in config.data.sources]},
-        "model": fingerprint_model(Path(config.model.path)),
-        "adapter": fingerprint_adapter(config),
-        "tokenizer": tokenizer_sha256(Path(config.model.tokenizer_path)),
+        "model": fingerprint_model(Path(config.model.path), then.get("model")),
+        "adapter": fingerprint_adapter(config, then.get("adapter") or then.get("model")),
+        "tokenizer": hash_tokenizer(Path(config.model.tokenizer_path), then.get("tokenizer")),
     }
+
+
+def read_identity(place: Place) -> dict[str, Any]:
+    """Return the identity that a run or sweep was started with; empty if it was not started."""
+    file = place / IDENTITY_FILE
+    return file.read_json() if file.exists() else {}
 
 
 def check_identity(place: Place, now: Mapping[str, Any], *, field: str = "run_dir") -> None:
@@ -68,11 +80,10 @@ def check_identity(place: Place, now: Mapping[str, Any], *, field: str = "run_di
     Raises:
         ConfigError: lists every field that differs.
     """
-    file = place / IDENTITY_FILE
-    if file.exists():
-        problems = _find_changes(place, file.read_json(), now, field)
-        if problems:
-            raise ConfigError(problems)
+    then = read_identity(place)
+    problems = _find_changes(place, then, now, field) if then else []
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_run(config: AnyTrainConfig, now: Mapping[str, Any]) -> None:
@@ -88,10 +99,9 @@ def check_run(config: AnyTrainConfig, now: Mapping[str, Any]) -> None:
         ConfigError: lists every field that differs and, if the run was to be longer, how to
             continue from its result.
     """
-    file = config.run_place / IDENTITY_FILE
-    if not file.exists():
+    then = read_identity(config.run_place)
+    if not then:
         return
-    then = file.read_json()
     old, new = then["config"], now["config"]
     if old.get("max_steps") == 0:
         then = {**then, "config": old | {field: new[field] for field in _HORIZON}}

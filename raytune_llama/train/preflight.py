@@ -12,7 +12,11 @@ from raytune_llama.config.settings import ConfigError, override
 from raytune_llama.data.build.preparation import DataInputs, open_data
 from raytune_llama.model.directory import stored_tables
 from raytune_llama.model.embeddings import check_embeddings
-from raytune_llama.model.lineage import check_adapter_tokenizer, find_chat_template
+from raytune_llama.model.lineage import (
+    TEMPLATE_KEY,
+    check_adapter_tokenizer,
+    find_chat_template,
+)
 from raytune_llama.model.llama import (
     build_empty_model,
     check_document_isolation,
@@ -36,6 +40,7 @@ from raytune_llama.model.rope import (
 )
 from raytune_llama.model.vocab import VocabularyFit, check_vocabulary, num_embedding_rows
 from raytune_llama.storage.files import read_json
+from raytune_llama.storage.hashes import find_hash, show_hash
 from raytune_llama.storage.place import Place, check_place, local_path
 from raytune_llama.tokenizer.loader import load_tokenizer
 from raytune_llama.train.config import (
@@ -217,12 +222,14 @@ def _check_template(config: AnyTrainConfig) -> list[str]:
         template = build_template(config.data.chat.template, tokenizer)
     except (ValueError, OSError):
         return []  # reported by the data check
-    if template.sha256 == chat["template_sha256"]:
+    wanted = find_hash(chat, TEMPLATE_KEY)
+    found = template.hash(like=wanted)
+    if wanted is None or found == wanted:
         return []
     return [
         f"data.chat.template: got {template.name}, but {directory} was tuned with "
-        f"{chat['template']} (SHA256 {chat['template_sha256'][:16]}, this one "
-        f"{template.sha256[:16]}); use that one, or set allow_other_template=true"
+        f"{chat['template']} ({show_hash(wanted)}, this one {show_hash(found)}); "
+        "use that one, or set allow_other_template=true"
     ]
 
 

@@ -176,7 +176,8 @@ def _check_finished(config: AnyTrainConfig, data: DataInputs, result: dict[str, 
             f"its result is step {result['step']}; delete {result_path(config)} and run the same "
             "command to export the other step, or undo the change"
         )
-    if fingerprint_of(describe_inputs(config.encoded_data, data)) != result["store"]:
+    described = describe_inputs(config.encoded_data, data, like=result["store"])
+    if fingerprint_of(described, like=result["store"]) != result["store"]:
         problems += _describe_changed_data(config, data)
     if problems:
         raise ConfigError(problems)

@@ -40,6 +40,7 @@ from raytune_llama.train.identity import (
     check_identity,
     identify,
     keep_recorded_bos,
+    read_identity,
 )
 from raytune_llama.train.inputs import build_evaluation_sources
 from raytune_llama.train.monitoring.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS
@@ -113,7 +114,9 @@ def run_sweep(sweep: SweepConfig) -> SweepSummary:
     _check_stores(base, configs)
     data = open_inputs(configs[0]).data
     # Trials are compared by their evaluations, so eval settings may not change, unlike a run's.
-    known = {"sweep": identity(sweep), "base": identify(base), "eval": to_dict(base.eval)}
+    then = read_identity(sweep.place)
+    base_identity = identify(base, like=then.get("base", {}))
+    known = {"sweep": identity(sweep), "base": base_identity, "eval": to_dict(base.eval)}
     check_identity(sweep.place, known, field="sweep_dir")
     journal = Journal(sweep.place)
     if count_remaining(sweep, journal):
@@ -128,15 +131,16 @@ def run_sweep(sweep: SweepConfig) -> SweepSummary:
             (sweep.place / RESOLVED_SWEEP_FILE).write_bytes(to_yaml(sweep).encode())
             _run_trials(sweep, base, journal, data=data, store=store, fence=fence)
     else:
-        _check_store(sweep, fingerprint_of(describe_inputs(base.encoded_data, data)))
+        recorded = then.get("store")
+        described = describe_inputs(base.encoded_data, data, like=recorded)
+        _check_store(sweep, fingerprint_of(described, like=recorded))
     return _sum_up(sweep, base, journal)
 
 
 def _check_store(sweep: SweepConfig, fingerprint: str) -> None:
     """Refuse a sweep whose earlier trials were trained on other data."""
-    file = sweep.place / IDENTITY_FILE
     # Sweeps of earlier versions have not recorded it.
-    if file.exists() and "store" in file.read_json():
+    if "store" in read_identity(sweep.place):
         check_identity(sweep.place, {"store": fingerprint}, field="sweep_dir")
 
 

@@ -21,20 +21,21 @@ import raytune_llama
 from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError, to_dict
 from raytune_llama.data.readers.sources import check_sources
+from raytune_llama.model.lineage import TOKENIZER_KEY
 from raytune_llama.model.meta.layout import check_target
 from raytune_llama.model.vocab import count_ids
 from raytune_llama.storage.files import (
     OUTPUT_MANIFEST,
     publish_directory,
     read_json,
-    sha256_file,
     write_json_atomic,
 )
+from raytune_llama.storage.hashes import hash_file
 from raytune_llama.tokenizer.loader import (
     TOKENIZER_FILES,
+    hash_tokenizer,
     load_reference_encoder,
     load_tokenizer,
-    tokenizer_sha256,
 )
 from raytune_llama.tokenizer.reference import ReferenceEncoder, is_sentencepiece
 from raytune_llama.vocabulary.byte_level import check_byte_level, grow_byte_level
@@ -139,7 +140,7 @@ def expand_vocabulary(config: ExpandVocabConfig) -> str:
             "kind": "model" if tensors else "tokenizer",
             "raytune_llama": raytune_llama.__version__,
             "expanded": asdict(expansion) | {"inputs": _hash_inputs(config, base)},
-            "tokenizer_sha256": tokenizer_sha256(grown),
+            TOKENIZER_KEY: hash_tokenizer(grown),
             "tensors": tensors,
             "config": to_dict(config),
         }
@@ -342,4 +343,4 @@ def _hash_inputs(config: ExpandVocabConfig, base: Path) -> dict[str, str]:
     files = [file for file in sorted(base.iterdir()) if file.is_file() and _is_setting(file)]
     if config.pieces is not None:
         files.append(Path(config.pieces))
-    return {file.name: sha256_file(file) for file in files}
+    return {file.name: hash_file(file) for file in files}

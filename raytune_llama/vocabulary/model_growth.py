@@ -42,7 +42,7 @@ class GrownModelSummary:
     num_rows: int
     """Number of rows of the embedding tables."""
     tensors: dict[str, str]
-    """SHA256 of each tensor's bytes, by name."""
+    """Hash of each tensor's bytes, by name."""
 
 
 def grow_model(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray.util.state
 
-from raytune_llama.storage.files import sha256_file
+from raytune_llama.storage.hashes import hash_file
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.trainer import run_training
 from tests.pipeline.conftest import build_job, job_inputs, losses, make_job
@@ -59,7 +59,7 @@ def make_run(tmp_path: Path, chaos_dir: Path, job_inputs: Path) -> MakeRun:
 def assert_equal_runs(run: PretrainConfig, whole: PretrainConfig) -> None:
     """Check that two runs are one, to the last bit: each step's loss, and the final weights."""
     assert losses(run) == losses(whole)
-    hashes = [sha256_file(Path(config.run_dir) / ADAPTER) for config in (run, whole)]
+    hashes = [hash_file(Path(config.run_dir) / ADAPTER) for config in (run, whole)]
     assert hashes[0] == hashes[1]
 
 

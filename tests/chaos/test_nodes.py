@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.harness.nodes import LocalNodes
 from raytune_llama.config.settings import override, write_yaml
-from raytune_llama.storage.files import sha256_file
+from raytune_llama.storage.hashes import hash_file
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.monitoring.metrics import FILLER_SEQUENCES, TARGET_TOKENS, read_metrics
 from tests.pipeline.conftest import ROOT, MakeJob, job_inputs, losses, make_job
@@ -135,7 +135,7 @@ def assert_same_weights(config: PretrainConfig) -> None:
     with one_thread():
         run_here(whole)
     assert losses(config) == losses(whole)
-    hashes = [sha256_file(Path(one.run_dir) / ADAPTER) for one in (config, whole)]
+    hashes = [hash_file(Path(one.run_dir) / ADAPTER) for one in (config, whole)]
     assert hashes[0] == hashes[1]
 
 

@@ -14,7 +14,7 @@ from raytune_llama.model.lineage import (
     check_tokenizer_hash,
 )
 from raytune_llama.model.vocab import check_vocabulary
-from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
+from raytune_llama.tokenizer.loader import hash_tokenizer, load_tokenizer
 from tests.conftest import train_tokenizer
 
 ROWS = {"base": 400, "llama": 402, "alpaca": 403}
@@ -75,7 +75,7 @@ def test_an_adapter_takes_the_tokenizer_that_it_was_trained_with_alone(
     tokenizers: Path, tmp_path: Path
 ) -> None:
     own = tokenizers / "alpaca"
-    recorded = make_adapter(tmp_path / "a", None, {"tokenizer_sha256": tokenizer_sha256(own)})
+    recorded = make_adapter(tmp_path / "a", None, {"tokenizer_hash": hash_tokenizer(own)})
     held = make_adapter(tmp_path / "b", own, {})
     for adapter in (recorded, held):
         assert check_adapter_tokenizer(adapter, own) == []
@@ -104,7 +104,7 @@ def test_a_tokenizer_that_was_exchanged_is_told_by_its_hash(
     tokenizers: Path, tmp_path: Path
 ) -> None:
     own = tokenizers / "base"
-    manifest = {"tokenizer_sha256": tokenizer_sha256(own)}
+    manifest = {"tokenizer_hash": hash_tokenizer(own)}
     assert check_tokenizer_hash(make_adapter(tmp_path / "a", own, manifest)) is None
     exchanged = make_adapter(tmp_path / "b", tokenizers / "foreign", manifest)
     assert "does not match its manifest" in str(check_tokenizer_hash(exchanged))

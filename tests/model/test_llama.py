@@ -30,7 +30,7 @@ from raytune_llama.model.llama import (
 )
 from raytune_llama.model.lora import attach_adapter
 from raytune_llama.model.loss import IGNORE_INDEX
-from raytune_llama.storage.files import sha256_file
+from raytune_llama.storage.hashes import hash_file
 from tests.model.conftest import MakeModel
 
 CPU = torch.device("cpu")
@@ -198,12 +198,12 @@ def test_load_model_with_a_larger_tokenizer_grows_in_memory_only(
     fox = tokenizer["added_tokens"][0] | {"id": 400, "content": "fox", "special": False}
     tokenizer["added_tokens"].append(fox)
     (grown / "tokenizer.json").write_text(json.dumps(tokenizer))
-    before = sha256_file(tmp_path / "model.safetensors")
+    before = hash_file(tmp_path / "model.safetensors")
     plain = load_model(ModelConfig(path=str(tmp_path)), "fp32", CPU)
     model = load_model(ModelConfig(path=str(tmp_path), tokenizer=str(grown)), "fp32", CPU)
     differs = rows_of(model).ne(rows_of(plain))
     assert differs.any(dim=1).nonzero().flatten().tolist() == [400]
-    assert sha256_file(tmp_path / "model.safetensors") == before
+    assert hash_file(tmp_path / "model.safetensors") == before
     # A model without a tokenizer of its own has enough rows, and nothing to grow from.
     for file in tmp_path.glob("tokenizer*"):
         file.unlink()

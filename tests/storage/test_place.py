@@ -1,6 +1,5 @@
 """Promise: a place is the same on a disk and in object storage, and is never met half written."""
 
-import hashlib
 import os
 import pickle
 import re
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from raytune_llama.storage import buckets
 from raytune_llama.storage import place as storage
+from raytune_llama.storage.hashes import hash_bytes
 from raytune_llama.storage.place import Place, check_place, local_path
 from tests.faulty_s3 import FaultyServer
 
@@ -301,8 +301,8 @@ def test_upload_and_download_copy_every_byte(folder: Place, tmp_path: Path, num_
     (tmp_path / "source").write_bytes(data)
     (folder / "deep/file").upload(tmp_path / "source")
     assert (folder / "deep/file").read_bytes() == data
-    assert (folder / "deep/file").sha256() == hashlib.sha256(data).hexdigest()
-    (folder / "deep/file").download(tmp_path / "copy", sha256=hashlib.sha256(data).hexdigest())
+    assert (folder / "deep/file").hash() == hash_bytes(data)
+    (folder / "deep/file").download(tmp_path / "copy", wanted=hash_bytes(data))
     assert (tmp_path / "copy").read_bytes() == data
 
 
@@ -311,8 +311,8 @@ def test_download_of_other_bytes_is_refused_and_leaves_nothing(
 ) -> None:
     (folder / "file").write_bytes(b"x")
     (tmp_path / "here").mkdir()
-    with pytest.raises(ValueError, match="SHA-256"):
-        (folder / "file").download(tmp_path / "here/copy", sha256="0" * 64)
+    with pytest.raises(ValueError, match="its hash is BLAKE3"):
+        (folder / "file").download(tmp_path / "here/copy", wanted="blake3:" + "0" * 64)
     with pytest.raises(FileNotFoundError):
         (folder / "other").download(tmp_path / "here/copy")
     assert list((tmp_path / "here").iterdir()) == []
@@ -335,7 +335,7 @@ def test_read_that_is_refused_names_the_file(
     file = faulty_s3.front_of(s3_path) / "file"
     file.write_bytes(b"x")
     faulty_s3.fault = lambda request, _: HTTPStatus.FORBIDDEN if request.startswith("GET") else None
-    for read in (file.read_bytes, file.sha256, lambda: file.download(tmp_path / "copy")):
+    for read in (file.read_bytes, file.hash, lambda: file.download(tmp_path / "copy")):
         with pytest.raises(OSError, match=re.escape(str(file))):
             read()
 

@@ -1,6 +1,5 @@
 """Promise: folders at a place are whole or not trusted, and a node's copies are what they claim."""
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from raytune_llama.storage import buckets
+from raytune_llama.storage.hashes import hash_bytes, hash_hex
 from raytune_llama.storage.place import Place
 from raytune_llama.storage.transfers import (
     Mirror,
@@ -21,7 +21,7 @@ from raytune_llama.storage.transfers import (
 from tests.faulty_s3 import FaultyServer
 
 DATA = b"the bytes of a shard"
-SHA256 = hashlib.sha256(DATA).hexdigest()
+HASH = hash_bytes(DATA)
 
 
 class _StopError(Exception):
@@ -153,8 +153,8 @@ def test_mirror_that_cannot_push_says_so_and_leaves_no_folder(
     assert not mirror.folder.exists()
 
 
-def copy(place: Place, cache_dir: Path, *, sha256: str = SHA256, num_bytes: int = 20) -> Path:
-    return local_copy(place, sha256=sha256, num_bytes=num_bytes, cache_dir=cache_dir)
+def copy(place: Place, cache_dir: Path, *, wanted: str = HASH, num_bytes: int = 20) -> Path:
+    return local_copy(place, wanted=wanted, num_bytes=num_bytes, cache_dir=cache_dir)
 
 
 def test_local_copy_of_a_local_file_is_the_file(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_local_copy_is_named_by_content_and_fetched_once(
     for name in ("a.arrow", "b.arrow"):
         (folder / name).write_bytes(DATA)
     first = copy(folder / "a.arrow", tmp_path / "cache")
-    assert first == tmp_path / "cache" / f"{SHA256}.arrow"
+    assert first == tmp_path / "cache" / f"{hash_hex(HASH)}.arrow"
     assert first.read_bytes() == DATA
     faulty_s3.requests.clear()
     # The same bytes under another name are the same copy.
@@ -195,8 +195,8 @@ def test_local_copy_of_other_bytes_is_refused_and_leaves_no_copy(
 ) -> None:
     file = s3_path / "a.arrow"
     file.write_bytes(DATA)
-    with pytest.raises(ValueError, match="SHA-256") as caught:
-        copy(file, tmp_path, sha256="0" * 64)
+    with pytest.raises(ValueError, match="its hash is BLAKE3") as caught:
+        copy(file, tmp_path, wanted="blake3:" + "0" * 64)
     assert str(file) in str(caught.value)
     with pytest.raises(ValueError, match="has 20 bytes, wanted 19"):
         copy(file, tmp_path, num_bytes=19)
@@ -209,7 +209,7 @@ def test_local_copy_by_many_processes_at_once_is_fetched_once(
     faulty_s3: FaultyServer, s3_path: Place, tmp_path: Path
 ) -> None:
     data = os.urandom(20 * 2**20)
-    sha256 = hashlib.sha256(data).hexdigest()
+    wanted = hash_bytes(data)
     file = faulty_s3.front_of(s3_path) / "a.arrow"
     file.write_bytes(data)
     faulty_s3.requests.clear()
@@ -217,10 +217,10 @@ def test_local_copy_by_many_processes_at_once_is_fetched_once(
         "import sys; from pathlib import Path; from raytune_llama.storage.place import Place;"
         "from raytune_llama.storage.transfers import local_copy; sys.stdin.read(1);"
         "place = Place.parse(sys.argv[1], 'x');"
-        "path = local_copy(place, sha256=sys.argv[2], num_bytes=20 * 2**20,"
+        "path = local_copy(place, wanted=sys.argv[2], num_bytes=20 * 2**20,"
         " cache_dir=Path(sys.argv[3])); print(path)"
     )
-    command = [sys.executable, "-c", program, str(file), sha256, str(tmp_path)]
+    command = [sys.executable, "-c", program, str(file), wanted, str(tmp_path)]
     processes = [
         subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         for _ in range(3)
@@ -232,8 +232,8 @@ def test_local_copy_by_many_processes_at_once_is_fetched_once(
         process.stdin = None
     outputs = {process.communicate()[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0]
-    assert outputs == {str(tmp_path / f"{sha256}.arrow")}
-    assert (tmp_path / f"{sha256}.arrow").read_bytes() == data
+    assert outputs == {str(tmp_path / f"{hash_hex(wanted)}.arrow")}
+    assert (tmp_path / f"{hash_hex(wanted)}.arrow").read_bytes() == data
     # Ranges of one size are read one after the other: as many as one process needs.
     assert len([r for r in faulty_s3.requests if r.startswith("GET")]) == 3
     assert [path.suffix for path in tmp_path.iterdir() if path.name[0] != "."] == [".arrow"]

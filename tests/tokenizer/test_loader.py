@@ -16,9 +16,9 @@ from sentencepiece.sentencepiece_model_pb2 import (
 
 from raytune_llama.tokenizer.loader import (
     encode_text,
+    hash_tokenizer,
     load_reference_encoder,
     load_tokenizer,
-    tokenizer_sha256,
     write_tokenizer,
 )
 from tests.conftest import CONTROL_TOKENS
@@ -182,12 +182,12 @@ def test_load_tokenizer_of_a_directory_without_one_is_refused(tmp_path: Path) ->
         load_tokenizer(tmp_path)
 
 
-def test_tokenizer_sha256_of_the_same_tokenizer_saved_again_stays(
+def test_tokenizer_hash_of_the_same_tokenizer_saved_again_stays(
     any_tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "saved").mkdir()
     write_tokenizer(any_tokenizer_dir, tmp_path / "saved")
-    assert tokenizer_sha256(tmp_path / "saved") == tokenizer_sha256(any_tokenizer_dir)
+    assert hash_tokenizer(tmp_path / "saved") == hash_tokenizer(any_tokenizer_dir)
 
 
 @pytest.mark.parametrize(
@@ -199,13 +199,13 @@ def test_tokenizer_sha256_of_the_same_tokenizer_saved_again_stays(
         {"clean_up_tokenization_spaces": True},
     ],
 )
-def test_tokenizer_sha256_with_settings_that_change_no_id_stays(
+def test_tokenizer_hash_with_settings_that_change_no_id_stays(
     any_tokenizer_dir: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     changed = tmp_path / "changed"
     shutil.copytree(any_tokenizer_dir, changed)
     change_json(changed / "tokenizer_config.json", lambda content: content.update(settings))
-    assert tokenizer_sha256(changed) == tokenizer_sha256(any_tokenizer_dir)
+    assert hash_tokenizer(changed) == hash_tokenizer(any_tokenizer_dir)
 
 
 def change_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -245,7 +245,7 @@ def normalize(content: dict[str, Any]) -> None:
         ("tokenizer.json", normalize),
     ],
 )
-def test_tokenizer_sha256_with_a_change_of_ids_changes(
+def test_tokenizer_hash_with_a_change_of_ids_changes(
     tokenizer_dir: Path, tmp_path: Path, name: str, change: Callable[[dict[str, Any]], object]
 ) -> None:
     changed = tmp_path / "changed"
@@ -255,22 +255,22 @@ def test_tokenizer_sha256_with_a_change_of_ids_changes(
     texts = ["Data about 人民日报 nothing", *SENTENCES]
     ids = [(encode_text(t, texts), t.eos_token_id) for t in (before, after)]
     assert ids[0] != ids[1]
-    assert tokenizer_sha256(changed) != tokenizer_sha256(tokenizer_dir)
+    assert hash_tokenizer(changed) != hash_tokenizer(tokenizer_dir)
 
 
-def test_tokenizer_sha256_with_an_added_token_changes(
+def test_tokenizer_hash_with_an_added_token_changes(
     any_tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     tokenizer = copy.deepcopy(load_tokenizer(any_tokenizer_dir))
     tokenizer.add_tokens(["fox"])
     tokenizer.save_pretrained(tmp_path / "grown")
-    assert tokenizer_sha256(tmp_path / "grown") != tokenizer_sha256(any_tokenizer_dir)
+    assert hash_tokenizer(tmp_path / "grown") != hash_tokenizer(any_tokenizer_dir)
 
 
-def test_tokenizer_sha256_of_another_tokenizer_model_changes(
+def test_tokenizer_hash_of_another_tokenizer_model_changes(
     llama_tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    before = tokenizer_sha256(llama_tokenizer_dir)
+    before = hash_tokenizer(llama_tokenizer_dir)
     prefix = tmp_path / "other"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES),
@@ -283,4 +283,4 @@ def test_tokenizer_sha256_of_another_tokenizer_model_changes(
     )
     shutil.copy(f"{prefix}.model", llama_tokenizer_dir / "tokenizer.model")
     assert json.loads((llama_tokenizer_dir / "tokenizer_config.json").read_text()) == NAMES_LLAMA
-    assert tokenizer_sha256(llama_tokenizer_dir) != before
+    assert hash_tokenizer(llama_tokenizer_dir) != before

@@ -132,7 +132,7 @@ def hashes_of(checkpoint: Place) -> list[str]:
     """Return what the manifest says of the content of each file, in their order."""
     files = (checkpoint / CHECKPOINT_MANIFEST).read_json()["files"]
     assert files
-    return [entry["sha256"] for _, entry in sorted(files.items())]
+    return [entry["hash"] for _, entry in sorted(files.items())]
 
 
 def weights_in(checkpoint: Place) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from raytune_llama.model.llama import SummedLoss, causal_lm, load_model
 from raytune_llama.model.lora import is_tied
 from raytune_llama.model.vocab import new_ids
 from raytune_llama.storage.place import Place
-from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
+from raytune_llama.tokenizer.loader import hash_tokenizer, load_tokenizer
 from raytune_llama.train.checkpoint.layout import list_checkpoints
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.engines.protocol import trained_parameters
@@ -210,7 +210,7 @@ def test_stage_1_result_loads_in_transformers_and_takes_the_adapter_of_stage_2(
     num_ids = len(load_tokenizer(grown_tokenizer))
     assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0] == num_ids
     assert is_tied(model) == tied
-    assert tokenizer_sha256(result) == tokenizer_sha256(grown_tokenizer)
+    assert hash_tokenizer(result) == hash_tokenizer(grown_tokenizer)
     base = load_file(Path(first.model.path, "model.safetensors"))
     tables = {EMBEDDING, HEAD}
     for name, tensor in model.named_parameters():

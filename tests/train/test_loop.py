@@ -17,7 +17,7 @@ from raytune_llama.data.store.token_store import TokenStore
 from raytune_llama.model.llama import causal_lm
 from raytune_llama.model.lora import is_tied
 from raytune_llama.model.loss import IGNORE_INDEX
-from raytune_llama.storage.files import sha256_file
+from raytune_llama.storage.hashes import hash_file
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import load_tokenizer
 from raytune_llama.train.checkpoint.layout import list_checkpoints
@@ -65,7 +65,7 @@ def test_train_stopped_and_started_again_equals_the_uninterrupted_run(
     assert run_here(parts).status == "finished"
     assert losses(parts.run_dir) == losses(whole.run_dir)
     name = "pt_lora_model/adapter_model.safetensors"
-    assert sha256_file(Path(parts.run_dir, name)) == sha256_file(Path(whole.run_dir, name))
+    assert hash_file(Path(parts.run_dir, name)) == hash_file(Path(whole.run_dir, name))
 
 
 def test_train_of_real_text_lowers_loss_and_bits_per_byte(make_config: MakeConfig) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from raytune_llama.merge.config import MergeConfig
 from raytune_llama.merge.merger import merge_adapters
-from raytune_llama.storage.files import sha256_file
+from raytune_llama.storage.hashes import hash_file
 from raytune_llama.storage.place import Place
 from raytune_llama.train.checkpoint.layout import CheckpointError
 from raytune_llama.train.checkpoint.restore import restore
@@ -86,7 +86,7 @@ def test_pissa_run_stopped_and_started_again_equals_the_whole(
     run_here(parts)
     assert curve(parts) == curve(whole)
     name = "adapter_model.safetensors"
-    assert sha256_file(adapter_of(parts) / name) == sha256_file(adapter_of(whole) / name)
+    assert hash_file(adapter_of(parts) / name) == hash_file(adapter_of(whole) / name)
     # It learns, from the base, and not as B = 0 does.
     assert curve(whole, EVAL_LOSS)[0] == pytest.approx(curve(plain, EVAL_LOSS)[0], rel=1e-4)
     assert curve(whole, EVAL_LOSS)[-1] < curve(whole, EVAL_LOSS)[0]

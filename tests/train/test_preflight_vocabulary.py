@@ -67,7 +67,7 @@ def test_check_run_new_ids_with_an_adapter_need_its_trained_tables(  # noqa: PLR
     config = make(**grown, lora=None, adapter=str(tmp_path / "adapter"))
     assert len(problems_of(config)) == num_problems
     # By its manifest it was trained with another tokenizer.
-    (tmp_path / "adapter" / "manifest.json").write_text('{"tokenizer_sha256": "0123"}')
+    (tmp_path / "adapter" / "manifest.json").write_text('{"tokenizer_hash": "blake3:0123"}')
     assert any("is not the tokenizer that the adapter" in p for p in problems_of(config)) == (
         num_problems == 0
     )

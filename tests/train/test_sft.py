@@ -28,7 +28,8 @@ from raytune_llama.data.store.manifest import (
 from raytune_llama.data.store.shards import EncodedDocuments, ShardWriter
 from raytune_llama.merge.config import MergeConfig
 from raytune_llama.merge.merger import merge_adapters
-from raytune_llama.storage.files import OUTPUT_MANIFEST, read_json, sha256_file, write_json_atomic
+from raytune_llama.storage.files import OUTPUT_MANIFEST, read_json, write_json_atomic
+from raytune_llama.storage.hashes import hash_file
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import load_tokenizer
 from raytune_llama.train.checkpoint.layout import list_checkpoints
@@ -94,7 +95,7 @@ def write_chat_store(folder: Path, tokenizer_dir: Path) -> Written:
             )
         assert writer.shard is not None
         written[split], splits[split] = rows, SplitManifest.from_shards([writer.shard])
-    template = {"template": "belle", "template_sha256": encoder.template.sha256}
+    template = {"template": "belle", "template_hash": encoder.template.hash()}
     inputs: dict[str, Any] = {"chat": template}
     manifest = Manifest(
         format_version=STORE_FORMAT_VERSION,
@@ -215,7 +216,7 @@ def test_stopped_and_started_again_equals_the_uninterrupted_run(
     assert run_here(parts, stop_after=3).status == "stopped"
     run_here(parts)
     assert curve(parts) == curve(whole)
-    assert sha256_file(adapter_of(parts)) == sha256_file(adapter_of(whole))
+    assert hash_file(adapter_of(parts)) == hash_file(adapter_of(whole))
 
 
 def test_result_loads_with_peft_and_names_the_template(
@@ -345,7 +346,7 @@ def test_changed_template_of_a_manifest_is_seen(make_sft: MakeSft) -> None:
     run_here(first)
     result = adapter_of(first).parent
     manifest = read_json(result / OUTPUT_MANIFEST)
-    manifest["chat"]["template_sha256"] = "0" * 64
+    manifest["chat"]["template_hash"] = "blake3:" + "0" * 64
     write_json_atomic(result / OUTPUT_MANIFEST, manifest)
     (problem,) = problems_of(make_sft("second", lora=None, adapter=str(result)))
     assert problem.startswith("data.chat.template")

@@ -1,6 +1,5 @@
 """Plain-text templates: fixed text around the contents, optional BOS, and EOS after each answer."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from raytune_llama.chat.templates.segments import (
     Segment,
     UnrenderableError,
 )
+from raytune_llama.storage.hashes import hash_bytes
 
 BosPolicy = Literal["none", "first", "each"]
 """Placement of BOS: nowhere, before the first exchange, or before each exchange."""
@@ -74,9 +74,8 @@ class PlainTemplate:
         assert self.controls.eos.token_id is not None
         return frozenset({self.controls.eos.token_id})
 
-    @property
-    def sha256(self) -> str:
-        """Hash of name, version and two rendered conversations.
+    def hash(self, like: str | None = None) -> str:
+        """Return the hash of name, version and two rendered conversations; see `Template.hash`.
 
         The conversations reveal changes for which the version was not incremented.
         """
@@ -89,7 +88,7 @@ class PlainTemplate:
             for conversation in (Conversation(turns, system) for system in systems)
         ]
         content = [self.name, self.spec.version, self.boundary, written]
-        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+        return hash_bytes(json.dumps(content, ensure_ascii=False).encode(), like)
 
     def render(self, conversation: Conversation) -> list[Segment]:
         """See `Template.render`."""

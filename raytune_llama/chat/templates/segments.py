@@ -54,9 +54,12 @@ class Template(Protocol):
         """Name of the template in configs."""
         ...
 
-    @property
-    def sha256(self) -> str:
-        """Hash of the template's behavior, stored with the models trained on it."""
+    def hash(self, like: str | None = None) -> str:
+        """Return the hash of the template's behavior, stored with the models trained on it.
+
+        Args:
+            like: Recorded hash whose algorithm to use; see `storage.hashes`.
+        """
         ...
 
     @property

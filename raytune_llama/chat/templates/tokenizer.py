@@ -9,7 +9,6 @@ The loss covers everything from the end of the generation prompt up to and inclu
 token after the answer. The template needs no {% generation %} markers for that.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -29,6 +28,7 @@ from raytune_llama.chat.templates.segments import (
 )
 from raytune_llama.chat.tools import ChatMessage, ToolCall, join_tool_messages, place_tools
 from raytune_llama.config.errors import UserError
+from raytune_llama.storage.hashes import hash_bytes
 from raytune_llama.tokenizer.loader import control_token_strings
 
 logger = logging.getLogger(__name__)
@@ -97,9 +97,12 @@ class TokenizerTemplate:
             )
         text = tokenizer.get_chat_template()
         self._check_date(text)
-        content = json.dumps([self.name, _VERSION, _DATE, text], ensure_ascii=False)
-        self.sha256 = hashlib.sha256(content.encode()).hexdigest()
+        self._content = json.dumps([self.name, _VERSION, _DATE, text], ensure_ascii=False).encode()
         self.allows_system, self.needs_system, self.stop_ids = self._probe()
+
+    def hash(self, like: str | None = None) -> str:
+        """See `Template.hash`."""
+        return hash_bytes(self._content, like)
 
     def render(self, conversation: Conversation) -> list[Segment]:
         """See `Template.render`."""

@@ -34,6 +34,7 @@ from raytune_llama.data.readers.conversations import find_conversation_files
 from raytune_llama.data.readers.documents import read_head_rows
 from raytune_llama.data.readers.rows import ObjectRow
 from raytune_llama.data.readers.sources import SourceFile
+from raytune_llama.storage.hashes import hash_key
 from raytune_llama.tokenizer.reference import TextEncoder
 
 logger = logging.getLogger(__name__)
@@ -61,10 +62,10 @@ class ChatCorpus:
     formats: tuple[RowFormat, ...]
     """Row format of each source, evaluation-only sources last."""
 
-    @property
-    def fingerprint_inputs(self) -> dict[str, Any]:
-        """Inputs that decide the documents, besides the files and the tokenizer."""
+    def fingerprint_inputs(self, like: str | None = None) -> dict[str, Any]:
+        """Return the inputs that decide the documents, besides the files and the tokenizer."""
         chat = self.config.chat
+        template = build_template(chat.template, self.tokenizer)
         return {
             "validation_sources": len(self.config.validation),
             "rows_version": _ROWS_VERSION,
@@ -75,7 +76,7 @@ class ChatCorpus:
             "duplicates": self.config.duplicates.fingerprint_inputs,
             "chat": {
                 "template": chat.template,
-                "template_sha256": build_template(chat.template, self.tokenizer).sha256,
+                hash_key("template_hash", like): template.hash(like),
                 "max_tokens": chat.max_tokens,
                 "truncation": chat.truncation,
                 "train_on_prompt": chat.train_on_prompt,

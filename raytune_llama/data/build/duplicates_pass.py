@@ -14,7 +14,6 @@ dropped, or than copying the corpus. Contents of `BuildPlan.duplicates_dir`:
 As with units, complete outputs of an earlier run are reused.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -32,6 +31,7 @@ from raytune_llama.data.filters.signatures import signature_file, write_signatur
 from raytune_llama.data.filters.tasks import run_tasks
 from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.data.store.manifest import StoreError, fingerprint_of
+from raytune_llama.storage.hashes import hash_bytes
 from raytune_llama.storage.place import Place
 
 TextReader = Callable[[WorkUnit, BuildPlan], Iterator[list[str]]]
@@ -106,7 +106,7 @@ def work_key(unit: WorkUnit, plan: BuildPlan) -> str:
     if not plan.has_deduplication:
         return unit.key
     data = dropped_file(_dropped(plan), unit.index).read_bytes()
-    return fingerprint_of({"unit": unit.key, "dropped": hashlib.sha256(data).hexdigest()})
+    return fingerprint_of({"unit": unit.key, "dropped": hash_bytes(data)})
 
 
 def _signatures(plan: BuildPlan) -> Place:

@@ -9,17 +9,19 @@ import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from os import cpu_count
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import pydantic
 
 from raytune_llama.data.build.unit_encoder import UnitRecord
 from raytune_llama.data.build.units import WorkUnit
-from raytune_llama.data.readers.ranges import HashingReader, content_sha256
+from raytune_llama.data.readers.ranges import HashingReader, content_hash
 from raytune_llama.data.readers.sources import SourceFile
+from raytune_llama.data.store.manifest import READ_HASH
 from raytune_llama.logs import waiting
+from raytune_llama.storage.hashes import algorithm_of, hash_key
 from raytune_llama.storage.place import FileStatus, Place
 
 logger = logging.getLogger(__name__)
@@ -38,8 +40,8 @@ class HashedFile:
     """File size in bytes."""
     version: str
     """`FileStatus.version` of the file."""
-    sha256: str
-    """`content_sha256` of the file's blocks."""
+    hash: Annotated[str, READ_HASH]
+    """`content_hash` of the file's blocks."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class SourceHashes:
                 digests.setdefault(byte_range.file, []).extend(found.digests)
         return cls(
             {
-                _key(file): _to_hashed_file(file, content_sha256(digests[index]))
+                _key(file): _to_hashed_file(file, content_hash(digests[index]))
                 for index, file in enumerate(files)
             }
         )
@@ -87,9 +89,17 @@ class SourceHashes:
         return [_inputs(file, self.files[_key(file)]) for file in files]
 
 
-def hash_files(files: list[SourceFile], seen: SourceHashes) -> SourceHashes:
-    """Return the hashes of all files, hashing only those that changed since `seen`."""
-    known = {_key(file): _unchanged(file, seen.files) for file in files}
+def hash_files(
+    files: list[SourceFile], seen: SourceHashes, like: str | None = None
+) -> SourceHashes:
+    """Return the hashes of all files, hashing only those that changed since `seen`.
+
+    Args:
+        files: Source files.
+        seen: Known hashes.
+        like: Recorded hash whose algorithm to use; see `storage.hashes`.
+    """
+    known = {_key(file): _unchanged(file, seen.files, like) for file in files}
     unknown = [file for file in files if known[_key(file)] is None]
     num_bytes = sum(file.status.num_bytes for file in unknown)
     what = (
@@ -100,32 +110,35 @@ def hash_files(files: list[SourceFile], seen: SourceHashes) -> SourceHashes:
         waiting(logger, what, usually="1 to 5 s per GB"),
         ThreadPoolExecutor(cpu_count()) as threads,
     ):
-        hashed = dict(zip(map(_key, unknown), threads.map(_hash_file, unknown), strict=True))
+        found = threads.map(partial(_hash_file, like=like), unknown)
+        hashed = dict(zip(map(_key, unknown), found, strict=True))
     return SourceHashes({key: found or hashed[key] for key, found in known.items()})
 
 
-def _unchanged(file: SourceFile, seen: Mapping[str, HashedFile]) -> HashedFile | None:
+def _unchanged(
+    file: SourceFile, seen: Mapping[str, HashedFile], like: str | None
+) -> HashedFile | None:
     found = seen.get(_key(file))
-    same = found and (found.num_bytes, found.version) == (
-        file.status.num_bytes,
-        file.status.version,
-    )
-    return found if same else None
+    if found is None or algorithm_of(found.hash) != algorithm_of(like):
+        return None
+    state = (file.status.num_bytes, file.status.version)
+    return found if (found.num_bytes, found.version) == state else None
 
 
-def _hash_file(file: SourceFile) -> HashedFile:
-    return _to_hashed_file(file, _content_sha256(file.place, file.status))
+def _hash_file(file: SourceFile, like: str | None) -> HashedFile:
+    return _to_hashed_file(file, _content_hash(file.place, file.status, like))
 
 
 @lru_cache(maxsize=1 << 16)
-def _content_sha256(place: Place, status: FileStatus) -> str:
+def _content_hash(place: Place, status: FileStatus, like: str | None) -> str:
     """Hash a file once per process while it is unchanged: a run checks its store more than once."""
     with place.open() as opened:
-        return content_sha256(HashingReader(opened, 0, status.num_bytes).digests())
+        reader = HashingReader(opened, 0, status.num_bytes, like)
+        return content_hash(reader.block_hashes(), like)
 
 
-def _to_hashed_file(file: SourceFile, sha256: str) -> HashedFile:
-    return HashedFile(num_bytes=file.status.num_bytes, version=file.status.version, sha256=sha256)
+def _to_hashed_file(file: SourceFile, found: str) -> HashedFile:
+    return HashedFile(num_bytes=file.status.num_bytes, version=file.status.version, hash=found)
 
 
 def _key(file: SourceFile) -> str:
@@ -137,7 +150,7 @@ def _inputs(file: SourceFile, seen: HashedFile) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "source": file.source,
         "name": file.name,
-        "sha256": seen.sha256,
+        hash_key("hash", seen.hash): seen.hash,
         "format": options.format,
         "max_document_bytes": options.max_document_bytes,
     }

@@ -66,9 +66,12 @@ class Corpus(Protocol):
         """All source files, in store order."""
         ...
 
-    @property
-    def fingerprint_inputs(self) -> dict[str, Any]:
-        """Inputs that decide the documents, besides the files and the tokenizer."""
+    def fingerprint_inputs(self, like: str | None = None) -> dict[str, Any]:
+        """Return the inputs that decide the documents, besides the files and the tokenizer.
+
+        Args:
+            like: Recorded hash whose algorithm to use; see `storage.hashes`.
+        """
         ...
 
     def sample_texts(self) -> list[str]:
@@ -132,14 +135,17 @@ def open_current_store(config: AnyDataConfig, inputs: DataInputs) -> TokenStore 
         return None
     store = open_store(config)
     before = SourceHashes.read(place)
-    wanted, seen = _hash_inputs(config, inputs, place, before)
+    recorded = store.manifest.fingerprint
+    wanted, seen = _hash_inputs(config, inputs, place, before, like=recorded)
     check_fingerprint(place, store.manifest.inputs, wanted)
     if seen != before:  # a store may be on a disk that is read only
         seen.write(place)
     return store
 
 
-def describe_inputs(config: AnyDataConfig, inputs: DataInputs) -> dict[str, Any]:
+def describe_inputs(
+    config: AnyDataConfig, inputs: DataInputs, like: str | None = None
+) -> dict[str, Any]:
     """Return the inputs that a store built now would record, whether or not there is one.
 
     Its `fingerprint_of` says whether data and settings are those of an earlier store. Files that
@@ -148,19 +154,25 @@ def describe_inputs(config: AnyDataConfig, inputs: DataInputs) -> dict[str, Any]
     Args:
         config: Data settings of the job.
         inputs: Result of `open_data` for this config.
+        like: Fingerprint of the store to compare with, whose algorithm to use; None: a new store.
     """
     place = Place.parse(config.store_dir, "data.store_dir")
-    return _hash_inputs(config, inputs, place, SourceHashes.read(place))[0]
+    return _hash_inputs(config, inputs, place, SourceHashes.read(place), like)[0]
 
 
 def _hash_inputs(
-    config: AnyDataConfig, inputs: DataInputs, store: Place, before: SourceHashes
+    config: AnyDataConfig,
+    inputs: DataInputs,
+    store: Place,
+    before: SourceHashes,
+    like: str | None,
 ) -> tuple[dict[str, Any], SourceHashes]:
     """Return the inputs that a store built now would record, and the hashes of its files."""
     config = keep_store_bos(config, inputs.tokenizer, store)
-    encoding = _encoding_inputs(config, inputs.tokenizer) | inputs.corpus.fingerprint_inputs
+    encoding = _encoding_inputs(config, inputs.tokenizer, like)
+    encoding |= inputs.corpus.fingerprint_inputs(like)
     files = inputs.corpus.files
-    seen = hash_files(files, before)
+    seen = hash_files(files, before, like)
     return encoding | {"sources": seen.fingerprint_inputs(files)}, seen
 
 
@@ -193,7 +205,7 @@ def prepare_data(
     if isinstance(config, DataConfig):
         logger.info("each document %s", describe_document_ends(config, tokenizer))
     store_dir = Place.parse(config.store_dir, "data.store_dir")
-    encoding = _encoding_inputs(config, tokenizer) | corpus.fingerprint_inputs
+    encoding = _encoding_inputs(config, tokenizer) | corpus.fingerprint_inputs()
     plan = _plan(config, encoding, corpus.files, store_dir)
     units = plan_units(corpus.files, config.range_mib * _MIB)
     with _exclusive(plan):
@@ -293,7 +305,9 @@ def _open_text_corpus(config: DataConfig) -> TextCorpus:
     return TextCorpus(config, files)
 
 
-def _encoding_inputs(config: AnyDataConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def _encoding_inputs(
+    config: AnyDataConfig, tokenizer: PreTrainedTokenizerFast, like: str | None = None
+) -> dict[str, Any]:
     """Return the fingerprint inputs that text and chat stores have in common."""
     # A chat template writes its own BOS and EOS.
     is_text = isinstance(config, DataConfig)
@@ -301,7 +315,7 @@ def _encoding_inputs(config: AnyDataConfig, tokenizer: PreTrainedTokenizerFast) 
     return {
         "format_version": STORE_FORMAT_VERSION,
         "tokenizer": {
-            **fingerprint_loaded(tokenizer),
+            **fingerprint_loaded(tokenizer, like),
             "bos_id": bos_id,
             "eos_id": eos_id,
             # The length would be too small for a vocabulary with gaps.

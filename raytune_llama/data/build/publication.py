@@ -1,6 +1,5 @@
 """Publish finished units as a token store: quarantine file, report, and the manifest last."""
 
-import hashlib
 import json
 import logging
 import shutil
@@ -33,6 +32,7 @@ from raytune_llama.data.store.manifest import (
 )
 from raytune_llama.data.store.report import REPORT_NAME, render_report
 from raytune_llama.storage.files import move_directory
+from raytune_llama.storage.hashes import Hasher
 from raytune_llama.storage.place import Place
 
 logger = logging.getLogger(__name__)
@@ -187,15 +187,15 @@ def _write_quarantine(
         return None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, QUARANTINE_NAME)
-        digest, num_bytes = hashlib.sha256(), 0
+        hasher, num_bytes = Hasher(), 0
         with file.open("wb") as opened:
             for row in chain([first], rows):
                 line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
                 opened.write(line)
-                digest.update(line)
+                hasher.update(line)
                 num_bytes += len(line)
         target.upload(file)
-    return QuarantineFile(name=target.name, sha256=digest.hexdigest(), file_bytes=num_bytes)
+    return QuarantineFile(name=target.name, hash=hasher.finish(), file_bytes=num_bytes)
 
 
 def _quarantined_rows(

@@ -225,9 +225,8 @@ class TextCorpus:
     files: list[SourceFile]
     """All source files, in store order."""
 
-    @property
-    def fingerprint_inputs(self) -> dict[str, Any]:
-        """Inputs that decide the documents, besides the files and the tokenizer."""
+    def fingerprint_inputs(self, like: str | None = None) -> dict[str, Any]:  # noqa: ARG002
+        """Return the inputs that decide the documents; they include no hash of their own."""
         config = self.config
         return {
             "cleaning": config.cleaning.fingerprint_inputs,

@@ -33,7 +33,7 @@ from raytune_llama.data.build.units import BuildPlan, UnitStoppedError, WorkUnit
 from raytune_llama.data.readers.rows import SourceError
 from raytune_llama.data.store.manifest import SPLITS, RowCounts, Shard, SplitName
 from raytune_llama.data.store.shards import EncodedDocuments, ShardWriter
-from raytune_llama.storage.files import sha256_file
+from raytune_llama.storage.hashes import hash_file
 from raytune_llama.storage.place import Place
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ class UnitQuarantine:
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
 
-    sha256: str
-    """SHA-256 of the file."""
+    hash: str
+    """Hash of the file; see `storage.hashes`."""
     file_bytes: int
     """File size in bytes."""
 
@@ -131,7 +131,7 @@ def _is_whole(place: Place, wanted: Shard | UnitQuarantine) -> bool:
         return False
     # Shards are synced only when the store is published, so a power cut may leave a torn one. An
     # upload is atomic, and hashing it would need a download.
-    return not place.is_local or sha256_file(place.path) == wanted.sha256
+    return not place.is_local or hash_file(place.path) == wanted.hash
 
 
 def encode_unit(unit: WorkUnit, plan: BuildPlan, reader: UnitReader) -> UnitRecord:
@@ -249,7 +249,7 @@ def _bad_rows_file(folder: Path, unit: WorkUnit, plan: BuildPlan) -> Path:
 def _unit_quarantine(file: Path) -> UnitQuarantine | None:
     if not file.exists():
         return None
-    return UnitQuarantine(sha256=sha256_file(file), file_bytes=file.stat().st_size)
+    return UnitQuarantine(hash=hash_file(file), file_bytes=file.stat().st_size)
 
 
 def _upload(folder: Path, unit: WorkUnit, plan: BuildPlan, record: UnitRecord) -> None:

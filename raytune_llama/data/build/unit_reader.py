@@ -192,7 +192,7 @@ def _read_byte_range(
             tally.aliased += batch.num_alias_rows
             quarantine_rows(batch.bad, tally, quarantine, file, number)
             yield batch
-        tally.range_records.append(ByteRangeRecord(digests=reader.digests(), lines=lines))
+        tally.range_records.append(ByteRangeRecord(digests=reader.block_hashes(), lines=lines))
 
 
 def quarantine_rows(

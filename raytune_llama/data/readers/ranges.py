@@ -4,16 +4,17 @@ A file is split into ranges at any byte. A range owns the lines that start in it
 one byte back to see whether a line starts at its first byte, and continues past its end until its
 last line is complete. So ranges of any size give the same lines, each exactly once.
 
-The hash of a file is computed from the SHA-256 of its 1 MiB blocks, so that ranges aligned to these
+The hash of a file is computed from the hashes of its 1 MiB blocks, so that ranges aligned to these
 blocks can be hashed independently, by their readers.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import pyarrow as pa
+
+from raytune_llama.storage.hashes import Hasher, hash_bytes
 
 HASH_BLOCK_BYTES = 1 << 20
 """Size of a hashed block; range sizes are multiples of it."""
@@ -32,9 +33,9 @@ class ByteReader(Protocol):
         ...
 
 
-def content_sha256(block_digests: Iterable[str]) -> str:
-    """Return the hash of a file from the hashes of its blocks, all in hex."""
-    return hashlib.sha256("".join(block_digests).encode()).hexdigest()
+def content_hash(block_hashes: Iterable[str], like: str | None = None) -> str:
+    """Return the hash of a file from the hashes of its blocks; see `storage.hashes`."""
+    return hash_bytes("".join(block_hashes).encode(), like)
 
 
 class HashingReader:
@@ -42,12 +43,21 @@ class HashingReader:
 
     closed = False  # pyarrow checks this before it reads a Python file object
 
-    def __init__(self, file: pa.NativeFile, start: int, stop: int) -> None:
+    def __init__(self, file: pa.NativeFile, start: int, stop: int, like: str | None = None) -> None:
+        """Prepare to read.
+
+        Args:
+            file: File to read; others may read elsewhere in it.
+            start: First byte.
+            stop: End of the bytes to hash, exclusive.
+            like: Recorded hash whose algorithm to use; see `storage.hashes`.
+        """
         self.position = start
         self._file = file
         self._stop = stop
-        self._digests: list[str] = []
-        self._block = hashlib.sha256()
+        self._like = like
+        self._hashes: list[str] = []
+        self._block = Hasher(like)
         self._block_bytes = 0
 
     def read(self, num_bytes: int = READ_BYTES, /) -> bytes:
@@ -62,13 +72,13 @@ class HashingReader:
     def close(self) -> None:
         """Do nothing: the file's owner closes it, but pyarrow's decompressors call this."""
 
-    def digests(self) -> list[str]:
+    def block_hashes(self) -> list[str]:
         """Return the hash of each block of the range, after reading the rest of the range."""
         while self.position < self._stop and self.read():
             pass
         if self._block_bytes:
             self._end_block()
-        return self._digests
+        return self._hashes
 
     def _hash(self, data: memoryview) -> None:
         while data:
@@ -80,8 +90,8 @@ class HashingReader:
                 self._end_block()
 
     def _end_block(self) -> None:
-        self._digests.append(self._block.hexdigest())
-        self._block = hashlib.sha256()
+        self._hashes.append(self._block.finish())
+        self._block = Hasher(self._like)
         self._block_bytes = 0
 
 

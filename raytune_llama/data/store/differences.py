@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from raytune_llama.config.settings import find_differences
+from raytune_llama.storage.hashes import HASH_KEYS, find_hash, show_hash
 
 _MAX_FILES = 5  # named per source and kind of change
-_HASH_CHARACTERS = 12
 _MIB = 1 << 20
 
 _FIELDS: Final = {
@@ -70,10 +70,10 @@ class _Sources:
 def _changed_files(before: _Sources, after: _Sources) -> Iterator[str]:
     """Yield a line for each file whose content changed, and what was added and removed."""
     for key, file in after.files.items():
-        old = before.files.get(key, file)["sha256"]
-        if old != file["sha256"]:
-            hashes = f"{old[:_HASH_CHARACTERS]} -> {file['sha256'][:_HASH_CHARACTERS]}"
-            yield f"{after.field(key[0])}: {key[1]}: its content changed (SHA-256 {hashes})"
+        old, new = (find_hash(each) or "" for each in (before.files.get(key, file), file))
+        if old != new:
+            hashes = f"{show_hash(old)} -> {show_hash(new)}"
+            yield f"{after.field(key[0])}: {key[1]}: its content changed ({hashes})"
     for sources, others, word in ((before, after, "no longer has"), (after, before, "also has")):
         only = [key for key in sources.files if key not in others.files]
         for source in dict.fromkeys(source for source, _ in only):
@@ -89,7 +89,7 @@ def _changed_options(before: _Sources, after: _Sources) -> Iterator[str]:
     for key, file in after.files.items():
         old = before.files.get(key, file)
         for name in {**old, **file}:
-            if name != "sha256" and old.get(name) != file.get(name):
+            if name not in HASH_KEYS and old.get(name) != file.get(name):
                 field = f"{after.field(key[0])}.{_OPTIONS.get(name, name)}"
                 values = [_option_text(name, each.get(name)) for each in (old, file)]
                 if name == "max_document_bytes":
@@ -108,9 +108,9 @@ def _option_text(name: str, value: object) -> str:
 def _setting_line(difference: str, sources: _Sources) -> str:
     """Turn a line of `find_differences` into one that starts with the field of the config."""
     path, _, values = difference.partition(": ")
-    if path == "tokenizer.sha256":
-        old, new = (value.strip("'")[:_HASH_CHARACTERS] for value in values.split(" -> "))
-        return f"tokenizer: its content changed (SHA-256 {old} -> {new})"
+    if path in {f"tokenizer.{key}" for key in HASH_KEYS}:
+        old, new = (show_hash(value.strip("'")) for value in values.split(" -> "))
+        return f"tokenizer: its content changed ({old} -> {new})"
     if path.startswith("formats."):
         source, _, option = path.removeprefix("formats.").partition(".")
         number, _, rest = option.partition(".")

@@ -1,15 +1,15 @@
 """Manifest of a token store (`manifest.json`): its inputs, their fingerprint, and its content."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 
 from raytune_llama.config.errors import UserError
 from raytune_llama.data.store.differences import describe_differences
+from raytune_llama.storage.hashes import hash_bytes
 from raytune_llama.storage.place import Place
 
 STORE_FORMAT_VERSION = 3
@@ -26,6 +26,9 @@ SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
 REBUILD_HINT = "delete the store and run prepare_data again"
 """Remedy given in error messages about a damaged store."""
+
+READ_HASH = pydantic.Field(validation_alias=pydantic.AliasChoices("hash", "sha256"))
+"""Reads a field `hash` also from files of releases that wrote SHA-256, as `sha256`."""
 
 _MAX_DIFFERENCES = 12
 
@@ -44,8 +47,8 @@ class Shard:
     """File name inside the store."""
     source: int
     """Index of the configured source of its documents."""
-    sha256: str
-    """SHA-256 of the file."""
+    hash: Annotated[str, READ_HASH]
+    """Hash of the file; see `storage.hashes`."""
     file_bytes: int
     """File size in bytes."""
     documents: int
@@ -148,8 +151,8 @@ class QuarantineFile:
 
     name: str
     """File name inside the store."""
-    sha256: str
-    """SHA-256 of the file."""
+    hash: Annotated[str, READ_HASH]
+    """Hash of the file; see `storage.hashes`."""
     file_bytes: int
     """File size in bytes."""
 
@@ -182,10 +185,15 @@ def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
     return {name: one.get(name, 0) + other.get(name, 0) for name in sorted({*one, *other})}
 
 
-def fingerprint_of(inputs: Mapping[str, Any]) -> str:
-    """Hash the inputs of a store (plain JSON data) as hex; the order of keys does not matter."""
+def fingerprint_of(inputs: Mapping[str, Any], like: str | None = None) -> str:
+    """Hash the inputs of a store; the order of keys does not matter.
+
+    Args:
+        inputs: Plain JSON data.
+        like: Recorded fingerprint whose algorithm to use; see `storage.hashes`.
+    """
     text = json.dumps(inputs, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hash_bytes(text.encode(), like)
 
 
 def token_dtype(vocabulary_size: int) -> Literal["uint16", "uint32"]:
@@ -239,7 +247,7 @@ def read_manifest(file: Place) -> Manifest:
         manifest = pydantic.TypeAdapter(Manifest).validate_json(data)
     except pydantic.ValidationError as error:
         raise StoreError(f"{file}: not a manifest ({error}); {REBUILD_HINT}") from error
-    if manifest.fingerprint != fingerprint_of(manifest.inputs):
+    if manifest.fingerprint != fingerprint_of(manifest.inputs, like=manifest.fingerprint):
         raise StoreError(f"{file}: the fingerprint does not match the inputs; {REBUILD_HINT}")
     return manifest
 

@@ -18,6 +18,7 @@ from raytune_llama.data.store.manifest import (
     Shard,
     named_events,
 )
+from raytune_llama.storage.hashes import find_hash, show_hash
 
 REPORT_NAME = "report.html"
 """File name inside a store; not listed in the manifest, from which it is rendered."""
@@ -261,7 +262,10 @@ def _inputs(manifest: Manifest) -> str:
         for name, value in manifest.inputs.get(section, {}).items()
     ]
     rows += [
-        [f"{file['source']}: {file['name']}", f"{file['format']}, {file['sha256'][:16]}"]
+        [
+            f"{file['source']}: {file['name']}",
+            f"{file['format']}, {show_hash(find_hash(file) or '')}",
+        ]
         for file in manifest.inputs.get("sources", [])[:200]
     ]
     more = len(manifest.inputs.get("sources", [])) - 200

@@ -10,7 +10,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raytune_llama.data.store.manifest import Shard
-from raytune_llama.storage.files import sha256_file, temporary_sibling
+from raytune_llama.storage.files import temporary_sibling
+from raytune_llama.storage.hashes import hash_file
 
 _BATCH_TOKENS = 1 << 20  # bounds a writer's memory; a record batch may exceed it by one call's
 _BATCH_DOCUMENTS = 1 << 16
@@ -139,7 +140,7 @@ class ShardWriter:
         self.shard = Shard(
             name=self._path.name,
             source=self._source,
-            sha256=sha256_file(self._temporary),
+            hash=hash_file(self._temporary),
             file_bytes=self._temporary.stat().st_size,
             documents=self._documents,
             tokens=self._tokens,

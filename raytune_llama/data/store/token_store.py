@@ -37,6 +37,7 @@ from raytune_llama.data.store.manifest import (
     read_manifest,
 )
 from raytune_llama.storage.buckets import NUM_CONNECTIONS
+from raytune_llama.storage.hashes import show_hash
 from raytune_llama.storage.place import FileStatus, Place
 from raytune_llama.storage.transfers import default_cache_dir, local_copy, local_copy_path
 
@@ -114,11 +115,11 @@ class TokenStore:
         """
         for split in self.manifest.splits.values():
             for shard in split.shards:
-                got = (self.place / shard.name).sha256()
-                if got != shard.sha256:
+                got = (self.place / shard.name).hash(like=shard.hash)
+                if got != shard.hash:
                     raise StoreError(
-                        f"{self.place / shard.name}: SHA-256 is {got}, the manifest says "
-                        f"{shard.sha256}; {REBUILD_HINT}"
+                        f"{self.place / shard.name}: its hash is {show_hash(got)}, the "
+                        f"manifest says {show_hash(shard.hash)}; {REBUILD_HINT}"
                     )
 
 
@@ -404,7 +405,7 @@ def local_shards(place: Place, shards: Sequence[Shard], cache_dir: Path | None) 
     if place.is_local:
         return [place.path / shard.name for shard in shards]
     folder = cache_dir or default_cache_dir()
-    paths = [local_copy_path(place / shard.name, shard.sha256, folder) for shard in shards]
+    paths = [local_copy_path(place / shard.name, shard.hash, folder) for shard in shards]
     missing = [shard for shard, path in zip(shards, paths, strict=True) if not path.exists()]
     if missing:
         gib = sum(shard.file_bytes for shard in missing) / 2**30
@@ -414,9 +415,7 @@ def local_shards(place: Place, shards: Sequence[Shard], cache_dir: Path | None) 
     def fetch(shard: Shard) -> Path:
         file = place / shard.name
         try:
-            return local_copy(
-                file, sha256=shard.sha256, num_bytes=shard.file_bytes, cache_dir=folder
-            )
+            return local_copy(file, wanted=shard.hash, num_bytes=shard.file_bytes, cache_dir=folder)
         except OSError as error:
             raise StoreError(f"{file}: cannot be downloaded to {folder} ({error})") from error
         except ValueError as error:

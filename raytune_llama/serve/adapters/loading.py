@@ -38,7 +38,8 @@ from raytune_llama.serve.generation.model import (
     context_tokens,
     load_chat_encoder,
 )
-from raytune_llama.storage.files import read_manifest, sha256_file
+from raytune_llama.storage.files import read_manifest
+from raytune_llama.storage.hashes import hash_file, show_hash
 from raytune_llama.tokenizer.loader import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class AdapterLoader:
         self._num_rows = num_embedding_rows(base.model)
         self._dtype, self._device = base.model.dtype, base.model.device
         # Hashed once, since the base in memory was loaded from the files at startup.
-        self._sha256 = functools.cache(sha256_file)
+        self._hash = functools.cache(hash_file)
 
     def load(self, folder: Path, name: str) -> LoadedAdapter:
         """Verify an adapter and load it; takes time in proportion to its size.
@@ -147,7 +148,7 @@ class AdapterLoader:
             )
         for file, digest in sorted((wanted or {}).items()):
             path = self._path / Path(file).name
-            found = self._sha256(path) if path.is_file() else None
+            found = self._hash(path, digest) if path.is_file() else None
             if found == digest:
                 continue
             if path.suffix == ".json":
@@ -155,9 +156,9 @@ class AdapterLoader:
                 logger.warning("%s was made for a base with another %s", folder, file)
                 continue
             raise UserError(
-                f"{folder} was made for a base whose {file} has SHA256 {digest[:16]}, but "
-                f"{self._base.name} has {found[:16] if found else 'no such file'}; serve it with "
-                "its own base"
+                f"{folder} was made for a base whose {file} has the hash {show_hash(digest)}, but "
+                f"{self._base.name} has {show_hash(found) if found else 'no such file'}; serve "
+                "it with its own base"
             )
         if has_tokenizer(folder) and has_tokenizer(self._path):
             foreign = describe_tokenizer_mismatch(self._path, folder)

@@ -22,6 +22,7 @@ from raytune_llama.chat.config import ChatConfig, TemplateName
 from raytune_llama.chat.encoding import ChatEncoder, build_chat_encoder
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.model.lineage import (
+    TEMPLATE_KEY,
     check_tokenizer_hash,
     find_chat_template,
     find_leading_ids,
@@ -30,7 +31,8 @@ from raytune_llama.model.llama import DTYPES, check_model_directory
 from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.config import ServedModelConfig
 from raytune_llama.serve.errors import InvalidRequestError
-from raytune_llama.storage.files import OUTPUT_MANIFEST, read_json, sha256_file
+from raytune_llama.storage.files import OUTPUT_MANIFEST, read_json
+from raytune_llama.storage.hashes import find_hash, hash_file, show_hash
 from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -176,15 +178,16 @@ def check_files(path: Path) -> list[str]:
         return []
     problems: list[str] = []
     for name, wanted in read_json(file).get("files", {}).items():
-        found = sha256_file(path / name) if (path / name).is_file() else None
+        found = hash_file(path / name, like=wanted) if (path / name).is_file() else None
         if found is None:
             problems.append(f"path: {path} lacks {name}, which its manifest lists")
         elif found != wanted:
             problems.append(
-                f"path: {path / name} differs from its manifest (SHA256 {found[:16]}, wanted "
-                f"{wanted[:16]}); create the directory again"
+                f"path: {path / name} differs from its manifest ({show_hash(found)}, wanted "
+                f"{show_hash(wanted)}); create the directory again"
             )
-    recorded = check_tokenizer_hash(path)
+    # The files of the tokenizer may be the damaged ones.
+    recorded = None if problems else check_tokenizer_hash(path)
     return problems + ([f"path: {recorded}"] if recorded else [])
 
 
@@ -218,12 +221,13 @@ def load_chat_encoder(
         chat = build_chat_encoder(tokenizer, ChatConfig(template=name or "tokenizer"))
     except ValueError as error:
         raise ConfigError([f"template: {error}"]) from error
-    sha256 = chat.template.sha256
-    if recorded and sha256 != recorded["template_sha256"] and not allow_other:
+    wanted_hash = find_hash(recorded or {}, TEMPLATE_KEY)
+    found = chat.template.hash(like=wanted_hash)
+    if recorded and wanted_hash and found != wanted_hash and not allow_other:
         raise ConfigError(
             [
-                f"template: {chat.template.name} (SHA256 {sha256[:16]}) is not what {where} was "
-                f"tuned with: {recorded['template']} ({recorded['template_sha256'][:16]}); omit "
+                f"template: {chat.template.name} ({show_hash(found)}) is not what {where} was "
+                f"tuned with: {recorded['template']} ({show_hash(wanted_hash)}); omit "
                 "the field, or set allow_other_template=true"
             ]
         )

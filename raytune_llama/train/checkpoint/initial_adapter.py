@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raytune_llama.model.pissa import principal_factors
-from raytune_llama.storage.files import OUTPUT_MANIFEST, sha256_file, write_json_atomic
+from raytune_llama.storage.files import OUTPUT_MANIFEST, write_json_atomic
+from raytune_llama.storage.hashes import find_hash, hash_file
 from raytune_llama.storage.place import Place
 from raytune_llama.storage.transfers import is_published, local_copy, publish_place
 from raytune_llama.train.checkpoint.layout import CheckpointError, list_checkpoints
@@ -58,13 +59,13 @@ def read_initial_factors(run_dir: Place, copies: Path) -> dict[str, Tensor]:
     """
     place = _place(run_dir)
     entry = (place / OUTPUT_MANIFEST).read_json()["files"][_FILE]
-    path = local_copy(
-        place / _FILE, sha256=entry["sha256"], num_bytes=entry["bytes"], cache_dir=copies
-    )
-    if sha256_file(path) != entry["sha256"]:
+    wanted = find_hash(entry)
+    assert wanted is not None
+    path = local_copy(place / _FILE, wanted=wanted, num_bytes=entry["bytes"], cache_dir=copies)
+    if hash_file(path, like=wanted) != wanted:
         raise CheckpointError(
-            f"{place / _FILE}: its content does not match its SHA256, and the run cannot resume "
-            "without the initial adapter; restore it from a backup, or use another run_dir"
+            f"{place / _FILE}: its content does not match its recorded hash, and the run cannot "
+            "resume without the initial adapter; restore it from a backup, or use another run_dir"
         )
     return load_file(path)
 
@@ -86,6 +87,6 @@ def _store_once(run_dir: Place, attached: PeftModel) -> None:
     with publish_place(place, last=OUTPUT_MANIFEST) as folder:
         save_file(tensors, folder / _FILE)
         path = folder / _FILE
-        entry = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        entry = {"bytes": path.stat().st_size, "hash": hash_file(path)}
         write_json_atomic(folder / OUTPUT_MANIFEST, {"format": 1, "files": {_FILE: entry}})
     logger.info("stored %d tensors of the initial adapter in %s", len(tensors), place)

@@ -3,8 +3,8 @@
 A checkpoint is a directory `step-00000100/` with safetensors files and a `manifest.json`. Each
 worker writes what it holds: `weight`, `exp_avg` and `exp_avg_sq` of slices of parameters, in the
 order of the flattened full tensor. The manifest lists the shape of every parameter and the files
-of its slices, which together cover it; the size and SHA256 of every file; a SHA256 of itself; and
-the rest of the state as JSON. Nothing is pickled.
+of its slices, which together cover it; the size and hash of every file; a hash of itself; and the
+rest of the state as JSON. Nothing is pickled.
 
 A checkpoint is written under a temporary name (`unfinished_place`) and then renamed, so it exists
 completely or not at all. Object storage has no rename: there it exists once its manifest does,
@@ -14,7 +14,6 @@ This module defines the format and lists, checks and deletes checkpoints; `saver
 `restore.py` loads them, and `shards.py` handles the files of one worker.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -24,20 +23,21 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.storage.files import sha256_file
+from raytune_llama.storage.hashes import HASH_KEYS, find_hash, hash_bytes, hash_file
 from raytune_llama.storage.place import Place
 from raytune_llama.storage.transfers import is_published, local_copy
 from raytune_llama.train.checkpoint.config import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_FORMAT_VERSION = 2
+CHECKPOINT_FORMAT_VERSION = 3
 CHECKPOINT_MANIFEST = "manifest.json"
 DAMAGED_SUFFIX = ".damaged"
 
 _NAME = re.compile(r"step-\d{8}")
 _UNFINISHED = re.compile(r"\.step-\d{8}\..*\.tmp")
-_DIGEST = "sha256"
+_SHA256_VERSION = 2
+"""Version that is read as well; it has SHA-256 hashes, under the key `sha256`."""
 
 
 class CheckpointError(UserError):
@@ -130,13 +130,13 @@ def unfinished_place(run_dir: Place, step: int, attempt: str) -> Place:
 def seal_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return a manifest with its format version and a hash of its content."""
     content = {"format": CHECKPOINT_FORMAT_VERSION, **manifest}
-    return {**content, _DIGEST: _digest(content)}
+    return {**content, "hash": _hash_manifest(content)}
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
-    """Return the SHA256 of a manifest without its own hash."""
-    content = {key: value for key, value in manifest.items() if key != _DIGEST}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _hash_manifest(manifest: Mapping[str, Any], like: str | None = None) -> str:
+    """Return the hash of a manifest without its own hash."""
+    content = {key: value for key, value in manifest.items() if key not in HASH_KEYS}
+    return hash_bytes(json.dumps(content, sort_keys=True).encode(), like)
 
 
 def list_checkpoints(run_dir: Place) -> list[Place]:
@@ -176,9 +176,10 @@ def check_checkpoint(
 
 def _find_damage(path: Place, copies: Path, share: int, num_shares: int) -> str | None:
     manifest = (path / CHECKPOINT_MANIFEST).read_json()
-    if not isinstance(manifest, dict) or manifest.get(_DIGEST) != _digest(manifest):
-        return f"the content of {CHECKPOINT_MANIFEST} does not match its SHA256"
-    if manifest["format"] != CHECKPOINT_FORMAT_VERSION:
+    wanted = find_hash(manifest) if isinstance(manifest, dict) else None
+    if wanted is None or _hash_manifest(manifest, like=wanted) != wanted:
+        return f"the content of {CHECKPOINT_MANIFEST} does not match its recorded hash"
+    if manifest["format"] not in (_SHA256_VERSION, CHECKPOINT_FORMAT_VERSION):
         return f"format {manifest['format']}, wanted {CHECKPOINT_FORMAT_VERSION}"
     for name, entry in sorted(manifest["files"].items())[share::num_shares]:
         status = (path / name).status()
@@ -186,8 +187,9 @@ def _find_damage(path: Place, copies: Path, share: int, num_shares: int) -> str 
             return f"{name} is missing"
         if status.num_bytes != entry["bytes"]:
             return f"{name} has {status.num_bytes} bytes, not {entry['bytes']}"
-        if sha256_file(local_file_path(path, name, entry, copies)) != entry["sha256"]:
-            return f"the content of {name} does not match its SHA256"
+        wanted = _entry_hash(entry)
+        if hash_file(local_file_path(path, name, entry, copies), like=wanted) != wanted:
+            return f"the content of {name} does not match its recorded hash"
     return None
 
 
@@ -200,9 +202,14 @@ def local_file_path(path: Place, name: str, entry: Mapping[str, Any], copies: Pa
         entry: The manifest's entry of the file.
         copies: Local folder for copies.
     """
-    return local_copy(
-        path / name, sha256=entry["sha256"], num_bytes=entry["bytes"], cache_dir=copies
-    )
+    wanted = _entry_hash(entry)
+    return local_copy(path / name, wanted=wanted, num_bytes=entry["bytes"], cache_dir=copies)
+
+
+def _entry_hash(entry: Mapping[str, Any]) -> str:
+    found = find_hash(entry)
+    assert found is not None, "the manifest's own hash covers its entries"
+    return found
 
 
 def mark_damaged(path: Place) -> Place:

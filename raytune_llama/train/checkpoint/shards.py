@@ -6,7 +6,6 @@ workers' files into the manifest of one checkpoint.
 """
 
 import contextlib
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from raytune_llama.model.tensors import TensorSpec, safetensors_header
+from raytune_llama.storage.hashes import Hasher
 from raytune_llama.storage.place import Place
 from raytune_llama.train.checkpoint.layout import CheckpointError, local_file_path
 from raytune_llama.train.engines.protocol import STATE_KEYS, StateKey, StateSlice
@@ -39,7 +39,7 @@ def write_slices(slices: Iterable[StateSlice], folder: Place, stem: str) -> dict
 
     Returns:
         `tensors`: the slices of each parameter, each with `file`, `key`, `start` and `stop`;
-        `files`: the `bytes` and `sha256` of each file.
+        `files`: the `bytes` and `hash` of each file.
 
     Raises:
         OSError: a write failed; files written before it remain.
@@ -93,16 +93,16 @@ def _write_file(slices: Sequence[StateSlice], place: Place) -> dict[str, Any]:
 
 
 def _write_local(slices: Sequence[StateSlice], path: Path) -> dict[str, Any]:
-    digest, num_bytes = hashlib.sha256(), 0
+    hasher, num_bytes = Hasher(), 0
     with path.open("xb") as file:
         for block in _blocks(slices):
             # Both release the GIL, so training continues.
             file.write(block)
-            digest.update(block)
+            hasher.update(block)
             num_bytes += len(block)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": num_bytes, "sha256": digest.hexdigest()}
+    return {"bytes": num_bytes, "hash": hasher.finish()}
 
 
 def _blocks(slices: Sequence[StateSlice]) -> Iterator[bytes | memoryview]:

@@ -141,7 +141,8 @@ def build_plan(config: AnyTrainConfig) -> RunPlan:
 def _find_stale_store(config: AnyTrainConfig, data: DataInputs, store: TokenStore) -> list[str]:
     """Return the error with which the run would refuse a store that was built from other inputs."""
     try:
-        wanted = describe_inputs(config.encoded_data, data)
+        recorded = store.manifest.fingerprint
+        wanted = describe_inputs(config.encoded_data, data, like=recorded)
         check_fingerprint(store.place, store.manifest.inputs, wanted)
     except StoreError as error:
         return [f"the run would be refused: {error}"]

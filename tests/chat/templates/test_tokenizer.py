@@ -216,9 +216,9 @@ def test_roles_are_found_by_trying(byte_level: PreTrainedTokenizerFast) -> None:
 
 
 def test_hash_is_of_the_templates_text(byte_level: PreTrainedTokenizerFast) -> None:
-    first = build_template("tokenizer", byte_level).sha256
-    assert build_template("tokenizer", with_template(byte_level, CHATML)).sha256 == first
-    assert build_template("tokenizer", with_template(byte_level, SMOL)).sha256 != first
+    first = build_template("tokenizer", byte_level).hash()
+    assert build_template("tokenizer", with_template(byte_level, CHATML)).hash() == first
+    assert build_template("tokenizer", with_template(byte_level, SMOL)).hash() != first
 
 
 @pytest.mark.skipif(not DEMO.is_dir(), reason="make demo has not been run")

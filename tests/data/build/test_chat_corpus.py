@@ -82,7 +82,7 @@ def test_store_has_the_ids_and_masks_of_the_template(
     assert store.manifest.splits["train"].shards[0].targets == sum(
         one.targets.sum() for one in made
     )
-    assert store.manifest.inputs["chat"]["template_sha256"] == encoder.template.sha256
+    assert store.manifest.inputs["chat"]["template_hash"] == encoder.template.hash()
 
 
 def test_store_bad_rows_are_counted_and_written_down(

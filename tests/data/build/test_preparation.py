@@ -259,7 +259,7 @@ def test_prepare_data_complete_store_is_reused(
     # The second time no source file is read: their sizes and times are those of the first.
     seen = json.loads((copy / HASHES_NAME).read_text())
     for file in seen.values():
-        file["sha256"] = "of another file"
+        file["hash"] = "blake3:of another file"
     (copy / HASHES_NAME).write_text(json.dumps(seen))
     with pytest.raises(StoreError, match=r"sources\.0: 0\.txt: its content changed"):
         build_store(make_config(corpus, copy), tokenizer_dir)

@@ -1,6 +1,5 @@
 """Promise: lines are the same for any cut of a file into ranges, and a file is hashed once."""
 
-import hashlib
 import random
 from collections.abc import Iterator
 
@@ -11,10 +10,11 @@ from hypothesis import strategies as st
 from raytune_llama.data.readers.ranges import (
     HASH_BLOCK_BYTES,
     HashingReader,
-    content_sha256,
+    content_hash,
     is_line_start,
     read_line_blocks,
 )
+from raytune_llama.storage.hashes import hash_bytes
 
 DATA = st.lists(st.sampled_from([b"a", b"\xe4\xb8\xad", b"\r", b"\n", b"\n\n", b"bc"])).map(
     b"".join
@@ -96,16 +96,16 @@ def test_line_blocks_long_line_is_told_by_its_length_and_spoils_no_other(
 @given(num_bytes=st.integers(0, 3 * HASH_BLOCK_BYTES), num_read=st.integers(0, HASH_BLOCK_BYTES))
 def test_hashed_ranges_together_hash_what_one_range_hashes(num_bytes: int, num_read: int) -> None:
     data = random.Random(num_bytes).randbytes(num_bytes)
-    whole = HashingReader(pa.BufferReader(data), 0, num_bytes).digests()
+    whole = HashingReader(pa.BufferReader(data), 0, num_bytes).block_hashes()
     parts: list[str] = []
     for start, stop in cut(num_bytes, 2 * HASH_BLOCK_BYTES):
         part = HashingReader(pa.BufferReader(data), start, stop)
         part.read(num_read)
-        parts += part.digests()
+        parts += part.block_hashes()
     assert parts == whole
     blocks = [data[start:stop] for start, stop in cut(num_bytes, HASH_BLOCK_BYTES)]
-    wanted = [hashlib.sha256(block).hexdigest() for block in blocks]
-    assert content_sha256(whole) == hashlib.sha256("".join(wanted).encode()).hexdigest()
+    wanted = [hash_bytes(block) for block in blocks]
+    assert content_hash(whole) == hash_bytes("".join(wanted).encode())
 
 
 def test_line_blocks_range_within_a_line_reads_no_further_than_its_end() -> None:

@@ -8,11 +8,11 @@ import pytest
 from raytune_llama.data.store.differences import describe_differences
 
 
-def file(source: int, name: str, sha256: str, **options: Any) -> dict[str, Any]:  # noqa: ANN401
+def file(source: int, name: str, digest: str, **options: Any) -> dict[str, Any]:  # noqa: ANN401
     return {
         "source": source,
         "name": name,
-        "sha256": sha256,
+        "hash": f"blake3:{digest}",
         "format": "txt",
         "max_document_bytes": 256 << 20,
         "encoding": "utf-8",
@@ -24,7 +24,7 @@ def file(source: int, name: str, sha256: str, **options: Any) -> dict[str, Any]:
 INPUTS: dict[str, Any] = {
     "format_version": 3,
     "sources": [file(0, "a.txt", "aa" * 32), file(0, "b.txt", "bb" * 32), file(1, "c.txt", "cc")],
-    "tokenizer": {"sha256": "11" * 32, "bos_id": 1, "eos_id": 2, "version": "0.2"},
+    "tokenizer": {"hash": "blake3:" + "11" * 32, "bos_id": 1, "eos_id": 2, "version": "0.2"},
     "cleaning": {},
     "validation_fraction": 0.01,
 }
@@ -36,11 +36,11 @@ def changed(**inputs: Any) -> dict[str, Any]:  # noqa: ANN401
 
 def test_describe_differences_edited_file_is_named_with_both_hashes() -> None:
     wanted = changed()
-    wanted["sources"][1]["sha256"] = "dd" * 32
+    wanted["sources"][1]["hash"] = "blake3:" + "dd" * 32
     (line,) = describe_differences(INPUTS, wanted)
     assert line.startswith("data.sources.0: b.txt: ")
     assert "content" in line
-    assert f"{'bb' * 6} -> {'dd' * 6}" in line
+    assert f"BLAKE3 {'bb' * 8} -> BLAKE3 {'dd' * 8}" in line
 
 
 def test_describe_differences_added_and_removed_files_are_named_per_source() -> None:
@@ -81,7 +81,7 @@ def test_describe_differences_option_of_many_files_is_one_line_with_both_values(
     [
         ("tokenizer.bos_id", None, "data.bos", "1 -> None"),
         ("tokenizer.eos_id", None, "data.eos", "2 -> None"),
-        ("tokenizer.sha256", "22" * 32, "tokenizer", f"{'11' * 6} -> {'22' * 6}"),
+        ("tokenizer.hash", "blake3:" + "22" * 32, "tokenizer", f"{'11' * 8} -> BLAKE3 {'22' * 8}"),
         ("tokenizer.version", "0.3", "tokenizer", "'0.2' -> '0.3'"),
         ("cleaning.min_characters", 5, "data.cleaning.min_characters", "(not given) -> 5"),
         ("validation_fraction", 0.5, "data.validation_fraction", "0.01 -> 0.5"),
@@ -105,7 +105,7 @@ def test_describe_differences_of_conversations_tells_validation_from_training() 
     chat = {"formats": [["alpaca", "\n", {}], ["alpaca", "\n", {}]], "validation_sources": 1}
     stored = changed(**chat, sources=[file(0, "a", "1"), file(1, "b", "2")])
     wanted = copy.deepcopy(stored)
-    wanted["sources"][1]["sha256"] = "3"
+    wanted["sources"][1]["hash"] = "blake3:3"
     wanted["formats"][1] = ["messages", "\n", {"output": "Answer"}]
     lines = describe_differences(stored, wanted)
     assert lines[0].startswith("data.validation.0: b: ")

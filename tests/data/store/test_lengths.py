@@ -15,7 +15,7 @@ def manifest(lengths: list[int], events: dict[str, int]) -> Manifest:
     shard = Shard(
         name="train-0",
         source=0,
-        sha256="00",
+        hash="blake3:00",
         file_bytes=1,
         documents=sum(lengths),
         tokens=400,

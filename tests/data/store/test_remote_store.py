@@ -10,6 +10,7 @@ import pytest
 from raytune_llama.data.store.manifest import StoreError
 from raytune_llama.data.store.token_store import TokenStore
 from raytune_llama.storage import buckets
+from raytune_llama.storage.hashes import hash_hex
 from raytune_llama.storage.place import Place
 from tests.data.store.test_token_store import edit_manifest, write_store
 from tests.faulty_s3 import FaultyServer
@@ -62,7 +63,9 @@ def test_remote_store_fetches_shards_when_a_split_is_read_and_once(
     split = store.split("train")
     assert not cache.exists()
     split.tokens(0, 1)
-    assert copies(cache) == sorted(f"{shard.sha256}.arrow" for shard in split.manifest.shards)
+    assert copies(cache) == sorted(
+        f"{hash_hex(shard.hash)}.arrow" for shard in split.manifest.shards
+    )
     faulty_s3.requests.clear()
     # Another process, or the next run.
     assert pickle.loads(pickle.dumps(split)).tokens(0, 11).tolist() == list(range(5, 16))  # noqa: S301
@@ -104,7 +107,7 @@ def test_remote_store_flipped_bit_is_found_by_verify_and_by_reading(
     data[len(data) // 2] ^= 1
     shard.write_bytes(bytes(data))
     for read in (store.verify, lambda: store.split("train").tokens(0, 1)):
-        with pytest.raises(StoreError, match=f"{re.escape(str(shard))}: SHA-256"):
+        with pytest.raises(StoreError, match=f"{re.escape(str(shard))}: its hash is BLAKE3"):
             read()
     assert len(copies(cache)) == 1
 
@@ -113,7 +116,7 @@ def test_remote_store_verify_reads_the_store_and_no_copy(remote: Place, cache: P
     store = TokenStore.open(remote, cache)
     store.split("train").tokens(0, 1)
     (remote / "train-00000.arrow").write_bytes(bytes(10))
-    with pytest.raises(StoreError, match=r"train-00000\.arrow.*: SHA-256"):
+    with pytest.raises(StoreError, match=r"train-00000\.arrow.*: its hash is BLAKE3"):
         store.verify()
 
 

@@ -19,7 +19,7 @@ def shard(source: int, documents: int, tokens: int) -> Shard:
     return Shard(
         name=f"train-{source}",
         source=source,
-        sha256="00",
+        hash="blake3:00",
         file_bytes=1,
         documents=documents,
         tokens=tokens,
@@ -28,7 +28,7 @@ def shard(source: int, documents: int, tokens: int) -> Shard:
 
 
 def manifest() -> Manifest:
-    inputs = {"sources": [{"source": 0, "name": "<b>.txt", "format": "txt", "sha256": "ab"}]}
+    inputs = {"sources": [{"source": 0, "name": "<b>.txt", "format": "txt", "hash": "blake3:ab"}]}
     return Manifest(
         format_version=STORE_FORMAT_VERSION,
         fingerprint=fingerprint_of(inputs),

@@ -31,8 +31,8 @@ from raytune_llama.storage.place import Place
 INPUTS: dict[str, Any] = {
     "format_version": 1,
     "sources": [
-        {"source": 0, "name": "a.txt", "sha256": "00"},
-        {"source": 1, "name": "b.txt", "sha256": "11"},
+        {"source": 0, "name": "a.txt", "hash": "blake3:00"},
+        {"source": 1, "name": "b.txt", "hash": "blake3:11"},
     ],
     "tokenizer": {"eos_id": 2},
 }
@@ -211,7 +211,7 @@ def test_verify_flipped_bit_names_the_file(tmp_path: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(StoreError, match=r"train-00001\.arrow: SHA-256"):
+    with pytest.raises(StoreError, match=r"train-00001\.arrow: its hash is BLAKE3"):
         TokenStore.open(path).verify()
 
 
@@ -259,12 +259,12 @@ def test_compare_fingerprint_equal_inputs_pass(tmp_path: Path) -> None:
 
 def test_compare_fingerprint_stale_store_names_field_and_both_values(tmp_path: Path) -> None:
     wanted = json.loads(json.dumps(INPUTS))
-    wanted["sources"][1]["sha256"] = "22"
+    wanted["sources"][1]["hash"] = "blake3:22"
     wanted["tokenizer"]["eos_id"] = None
     with pytest.raises(StoreError) as caught:
         check_fingerprint(Place.local(tmp_path), INPUTS, wanted)
     message = str(caught.value)
-    assert "data.sources.1: b.txt: its content changed (SHA-256 11 -> 22)" in message
+    assert "data.sources.1: b.txt: its content changed (BLAKE3 11 -> BLAKE3 22)" in message
     assert "data.eos: id after each document: 2 -> None" in message
     assert "sources.0" not in message
 

@@ -25,9 +25,10 @@ from raytune_llama.serve.generation.completion import CompletionService
 from raytune_llama.serve.generation.model import ServedModel, load_served_model
 from raytune_llama.serve.generation.output import OutputDelta
 from raytune_llama.serve.protocol.chat import CompletionRequest
-from raytune_llama.storage.files import OUTPUT_MANIFEST, sha256_file, write_json_atomic
+from raytune_llama.storage.files import OUTPUT_MANIFEST, write_json_atomic
+from raytune_llama.storage.hashes import hash_file
 from raytune_llama.storage.place import Place
-from raytune_llama.tokenizer.loader import load_tokenizer, tokenizer_sha256
+from raytune_llama.tokenizer.loader import hash_tokenizer, load_tokenizer
 from raytune_llama.train.export import fingerprint_model
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -58,8 +59,8 @@ def write_adapter_directory(base: Path, folder: Path, *, seed: int, **fields: An
     load_tokenizer(base).save_pretrained(temporary)
     written = {
         "base": fingerprint_model(base),
-        "tokenizer_sha256": tokenizer_sha256(base),
-        "files": {file.name: sha256_file(file) for file in sorted(temporary.iterdir())},
+        "tokenizer_hash": hash_tokenizer(base),
+        "files": {file.name: hash_file(file) for file in sorted(temporary.iterdir())},
         **manifest,
     }
     write_json_atomic(temporary / OUTPUT_MANIFEST, written)

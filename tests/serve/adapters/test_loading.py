@@ -29,7 +29,7 @@ def test_adapter_speaks_by_the_template_that_it_was_tuned_with(
     base_dir: Path, tmp_path: Path
 ) -> None:
     chat = build_chat_encoder(load_tokenizer(base_dir), ChatConfig(template="alpaca"))
-    recorded = {"template": "alpaca", "template_sha256": chat.template.sha256}
+    recorded = {"template": "alpaca", "template_hash": chat.template.hash()}
     tuned = write_adapter_directory(
         base_dir, tmp_path / "tuned", seed=0, manifest={"chat": recorded}
     )

@@ -194,11 +194,11 @@ def name_other_base(folder: Path) -> None:
 
 
 def name_other_tokenizer(folder: Path) -> None:
-    change_manifest(folder, tokenizer_sha256="0" * 64)
+    change_manifest(folder, tokenizer_hash="blake3:" + "0" * 64)
 
 
 def name_other_template(folder: Path) -> None:
-    change_manifest(folder, chat={"template": "alpaca", "template_sha256": "0" * 64})
+    change_manifest(folder, chat={"template": "alpaca", "template_hash": "blake3:" + "0" * 64})
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def name_other_template(folder: Path) -> None:
     [
         (flip_bit, "adapter_model.safetensors differs from its manifest"),
         (cut, "can't be read as an adapter"),
-        (name_other_base, "made for a base whose model.safetensors has SHA256 00000000"),
+        (name_other_base, "made for a base whose model.safetensors has the hash SHA-256 00000000"),
         (name_other_tokenizer, "tokenizer in .* does not match its manifest"),
         (name_other_template, "is not what .* was tuned with"),
     ],
