@@ -10,7 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from raytune_llama.model.meta.from_meta import LLAMA_TOKENIZER
+from raytune_llama.model.meta.tokenizer_files import LLAMA_TOKENIZER
 from raytune_llama.vocabulary.config import PieceTraining
 from raytune_llama.vocabulary.sentencepiece_merge import merge_pieces, train_pieces
 

@@ -22,6 +22,7 @@ def convert_weights(config: ConvertConfig) -> None:
             source,
             target,
             max_position_embeddings=config.max_position_embeddings,
+            instruct=config.instruct,
             max_shard_bytes=config.max_shard_mib << 20,
             require_originals=config.require_originals,
         )

@@ -1,23 +1,22 @@
 """Convert Meta's `consolidated.*.pth` to a model directory, one tensor in memory at a time.
 
-No code in a .pth file is run. The target appears only when complete; its manifest holds the hashes
-of the source files, and the values that transformers has no field for.
+What the files of a LLaMA 3 do not record is derived and logged: the version from `use_scaled_rope`,
+the RoPE factor and tied embeddings from the weights. No code in a .pth file is run. The target
+appears only when complete; its manifest holds the hashes of the source files, and the values that
+transformers has no field for.
 """
 
 import logging
-import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pydantic
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig
 
 from raytune_llama.config.errors import UserError
 from raytune_llama.model.meta.layout import (
-    PARAMS,
     ROPE_FREQUENCIES,
     MetaParams,
     MetaTensor,
@@ -28,41 +27,43 @@ from raytune_llama.model.meta.layout import (
     meta_tensors,
     to_half_split_rows,
 )
+from raytune_llama.model.meta.llama3 import (
+    CONTEXT_TOKENS,
+    Llama3Version,
+    control_tokens,
+    end_tokens,
+)
+from raytune_llama.model.meta.params_file import ParamsFile, read_params
+from raytune_llama.model.meta.tokenizer_files import (
+    TOKENIZER,
+    MetaTokenizer,
+    find_tokenizer,
+    write_tokenizer_files,
+)
 from raytune_llama.model.tensors import TensorSpec, WeightsWriter, load_pickled
+from raytune_llama.model.vocab import EMBEDDING, HEAD
 from raytune_llama.storage.files import (
     OUTPUT_MANIFEST,
     publish_directory,
-    read_json,
     sha256_file,
     write_json_atomic,
 )
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER = "tokenizer.model"
-"""File name of the SentencePiece model, in both formats."""
-
-LLAMA_TOKENIZER = {
-    "tokenizer_class": "LlamaTokenizer",
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "add_bos_token": True,
-    "add_eos_token": False,
-    "legacy": True,
-}
-"""Content of a tokenizer_config.json for the class that splits text as LLaMA's SentencePiece model
-does."""
-
 _FORMAT = 1
+_CONTEXT_TOKENS = 2048
+_LLAMA3_ROWS = 128256
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def convert_to_huggingface(
     source: Path,
     target: Path,
     *,
-    max_position_embeddings: int,
+    max_position_embeddings: int | None,
     max_shard_bytes: int,
+    instruct: bool | None = None,
     require_originals: bool = False,
 ) -> None:
     """Write a model directory that plain transformers loads.
@@ -71,46 +72,111 @@ def convert_to_huggingface(
         source: Directory with `consolidated.*.pth`, `params.json` and `tokenizer.model`, which
             may also be in the parent directory, as Meta ships it.
         target: Output directory; it must be new or empty.
-        max_position_embeddings: Context length in tokens, which the files do not record.
+        max_position_embeddings: Context length in tokens, which the files do not record; None: that
+            of LLaMA 1, 3 or 3.1, whichever it is.
         max_shard_bytes: Maximum size of a safetensors file, unless one tensor is larger.
+        instruct: Whether a LLaMA 3 is an instruct model, which the files do not record; None for
+            others.
         require_originals: Refuse weight files whose hash was not published.
 
     Raises:
-        ValueError: A file is missing, damaged or a Git LFS pointer; shapes contradict params.json
-            or each other; the target is not empty.
+        ValueError: A file is missing, damaged or a Git LFS pointer; shapes contradict params.json,
+            the tokenizer or each other; `instruct` is missing or not for this model; the target is
+            not empty.
     """
     check_target(target)
     paths = _find_shards(source)
-    params = _read_params(source)
-    tokenizer = _find_tokenizer(source)
+    tokenizer = find_tokenizer(source)
+    file = read_params(source, is_llama3=tokenizer.is_llama3)
+    _check_instruct(tokenizer, instruct)
+    weights = MetaWeights(paths, file.params)
+    _check_vocabulary(file, tokenizer, weights.specs[HEAD].shape[0])
     hashes = {path.name: sha256_file(path) for path in paths}
     _check_originals(hashes, require=require_originals)
-    weights = MetaWeights(paths, params)
-    specs = weights.specs
+    model = _describe(file, tokenizer, weights, max_position_embeddings, instruct=bool(instruct))
     with publish_directory(target) as folder:
-        with WeightsWriter(folder, specs, max_shard_bytes=max_shard_bytes) as writer:
-            written = {name: writer.write(name, weights.read(name)) for name in specs}
-        head = specs["lm_head.weight"]
-        config = build_llama_config(params, head.shape[0], max_position_embeddings)
-        config.dtype = head.dtype
-        config.save_pretrained(folder)
-        GenerationConfig(bos_token_id=1, eos_token_id=2).save_pretrained(folder)
-        shutil.copyfile(tokenizer, folder / TOKENIZER)
-        _write_tokenizer_config(folder, max_position_embeddings)
+        with WeightsWriter(folder, model.specs, max_shard_bytes=max_shard_bytes) as writer:
+            written = {name: writer.write(name, weights.read(name)) for name in model.specs}
+        model.config.save_pretrained(folder)
+        eos = model.config.eos_token_id
+        GenerationConfig(bos_token_id=model.config.bos_token_id, eos_token_id=eos).save_pretrained(
+            folder
+        )
+        write_tokenizer_files(
+            tokenizer,
+            folder,
+            version=model.version,
+            instruct=bool(instruct),
+            context_tokens=model.config.max_position_embeddings,
+        )
         manifest = {
             "format": _FORMAT,
             "kind": "model",
             "converted_from": {
-                "files": {**hashes, TOKENIZER: sha256_file(tokenizer)},
-                "params": _read_json_object(source / PARAMS),
+                "files": {**hashes, TOKENIZER: sha256_file(tokenizer.path)},
+                "params": file.content,
                 ROPE_FREQUENCIES: weights.rope_frequencies(),
             },
             "tensors": written,
         }
         write_json_atomic(folder / OUTPUT_MANIFEST, manifest)
     logger.info(
-        "converted %d shards of %s to %s: %d tensors", len(paths), source, target, len(specs)
+        "converted %d shards of %s to %s: %d tensors", len(paths), source, target, len(written)
     )
+
+
+@dataclass(frozen=True)
+class _ModelSpec:
+    """A model directory to be written."""
+
+    config: LlamaConfig
+    specs: dict[str, TensorSpec]
+    """Its weights; without the output matrix if that is the embedding."""
+    version: Llama3Version
+    """Names of the control tokens, for LLaMA 3."""
+
+
+def _describe(
+    file: ParamsFile,
+    tokenizer: MetaTokenizer,
+    weights: "MetaWeights",
+    context_tokens: int | None,
+    *,
+    instruct: bool,
+) -> _ModelSpec:
+    """Describe the model directory of Meta's files, and log what they do not say themselves."""
+    is_tied = weights.is_tied()
+    params = file.with_rope_factor(is_tied=is_tied)
+    version: Llama3Version = "3.1" if params.use_scaled_rope else "3"
+    bos, eos = 1, 2
+    known = _CONTEXT_TOKENS
+    if tokenizer.ranks is not None:
+        controls = len(tokenizer.ranks)
+        bos, eos = controls, _end_ids(controls, version, instruct=instruct)
+        known = CONTEXT_TOKENS[version]
+    if context_tokens is None:
+        kind = f"LLaMA {version}" if tokenizer.is_llama3 else "LLaMA 1"
+        logger.info(
+            "context length: %d tokens, as of %s; set max_position_embeddings for another",
+            known,
+            f"{kind} and later" if version == "3.1" else kind,
+        )
+    head = weights.specs[HEAD]
+    config = build_llama_config(
+        params, head.shape[0], context_tokens or known, bos=bos, eos=eos, is_tied=is_tied
+    )
+    config.dtype = head.dtype
+    if is_tied:
+        logger.info("output.weight equals tok_embeddings.weight: stored once, as tied embeddings")
+    specs = {name: spec for name, spec in weights.specs.items() if name != HEAD or not is_tied}
+    return _ModelSpec(config, specs, version)
+
+
+def _end_ids(first: int, version: Llama3Version, *, instruct: bool) -> int | list[int]:
+    """Return the ids that end a generated text, as in the releases on Hugging Face."""
+    names = control_tokens(version)
+    ids = sorted(first + names.index(name) for name in end_tokens(version, instruct=instruct))
+    return ids if instruct else ids[0]
 
 
 class MetaWeights:
@@ -129,16 +195,32 @@ class MetaWeights:
         self._paths = paths
         self._shards = [load_pickled(path) for path in paths]
         _check_names(paths, self._shards, params)
-        vocabulary = _full_shape(self._shards, MetaTensor("output.weight", "", 0))[0]
-        self._tensors = {tensor.hf_name: tensor for tensor in meta_tensors(params)}
+        first = self._shards[0]["tok_embeddings.weight"].shape
+        # LLaMA 3 splits the embedding by rows: each shard has the whole width.
+        axis = 0 if len(paths) > 1 and first[-1:] == (params.dim,) else 1
+        tensors = list(meta_tensors(params, embedding_axis=axis))
+        vocabulary = sum(sum(shard["output.weight"].shape[:1]) for shard in self._shards)
+        self._tensors = {tensor.hf_name: tensor for tensor in tensors}
         self.specs: dict[str, TensorSpec] = {
-            name: _spec(self._shards, tensor, params, vocabulary)
-            for name, tensor in self._tensors.items()
+            tensor.hf_name: _spec(
+                paths, self._shards, tensor, expected_shape(tensor, params, vocabulary)
+            )
+            for tensor in tensors
         }
 
     def read(self, name: str) -> Tensor:
         """See `Weights.read`."""
         return _join(self._shards, self._tensors[name], self._paths)
+
+    def is_tied(self) -> bool:
+        """Whether the output matrix equals the embedding, bit for bit."""
+        if self.specs[HEAD] != self.specs[EMBEDDING]:
+            return False
+        row = torch.cat([shard["tok_embeddings.weight"][:1].reshape(-1) for shard in self._shards])
+        head = self._shards[0]["output.weight"][0]
+        if not torch.equal(row[: len(head)], head):
+            return False
+        return torch.equal(self.read(EMBEDDING), self.read(HEAD))
 
     def rope_frequencies(self) -> dict[str, str] | None:
         """Return the dtype and hex bytes of the rotary frequencies, for converting back, if any."""
@@ -155,7 +237,8 @@ def open_meta(source: Path) -> MetaWeights:
     Raises:
         ValueError: A file is missing or damaged, or files contradict each other.
     """
-    return MetaWeights(_find_shards(source), _read_params(source))
+    # The values in which LLaMA 3 differs from its predecessors change no weight.
+    return MetaWeights(_find_shards(source), read_params(source, is_llama3=True).params)
 
 
 def _find_shards(source: Path) -> list[Path]:
@@ -171,31 +254,47 @@ def _find_shards(source: Path) -> list[Path]:
     return found
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"source: {path} is missing; fetch it")
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"source: {path} is not a JSON object; fetch it again")
-    return content
+def _check_instruct(tokenizer: MetaTokenizer, instruct: bool | None) -> None:  # noqa: FBT001
+    if tokenizer.is_llama3 and instruct is None:
+        raise UserError(
+            "instruct: a LLaMA 3's files do not say whether it is an instruct model; set "
+            "instruct=true (turns end with <|eot_id|>, with Meta's chat template) or "
+            "instruct=false (texts end with <|end_of_text|>)"
+        )
+    if instruct is not None and not tokenizer.is_llama3:
+        raise UserError(
+            f"instruct: is only for LLaMA 3, but {tokenizer.path} is a SentencePiece model, of "
+            "LLaMA 1 or 2; remove it"
+        )
 
 
-def _read_params(source: Path) -> MetaParams:
-    content = _read_json_object(source / PARAMS)
-    try:
-        return pydantic.TypeAdapter(MetaParams).validate_python(content)
-    except pydantic.ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"source: {source / PARAMS}: {problems}") from None
-
-
-def _find_tokenizer(source: Path) -> Path:
-    for path in (source / TOKENIZER, source.parent / TOKENIZER):
-        if path.is_file():
-            return path
-    raise UserError(
-        f"source: neither {source} nor its parent directory has {TOKENIZER}; put it there"
-    )
+def _check_vocabulary(file: ParamsFile, tokenizer: MetaTokenizer, rows: int) -> None:
+    """Refuse a tokenizer or a params.json of another model."""
+    stated, num_tokens = file.params.vocab_size, tokenizer.num_tokens
+    if stated not in {-1, rows}:
+        raise UserError(
+            f"source: vocab_size of {file.path} is {stated}, but output.weight has {rows} rows; "
+            "they belong to different models"
+        )
+    if tokenizer.ranks is not None and rows != num_tokens:
+        raise UserError(
+            f"source: {tokenizer.path} has {len(tokenizer.ranks)} tokens, to which LLaMA 3 adds "
+            f"{num_tokens - len(tokenizer.ranks)} control tokens, but output.weight has {rows} "
+            "rows, not the sum; the file is truncated or of another model"
+        )
+    is_llama3_size = rows == _LLAMA3_ROWS and not tokenizer.is_llama3
+    if is_llama3_size or num_tokens > rows or (stated == -1 and num_tokens != rows):
+        raise UserError(
+            f"source: {tokenizer.path} is a SentencePiece model of {num_tokens} tokens, but "
+            f"output.weight has {rows} rows; put the model's own tokenizer.model there"
+            + (
+                f", or set vocab_size to {rows} in {file.path.name} if its last rows have no token"
+                if rows > num_tokens and not is_llama3_size
+                else ""
+            )
+        )
+    if rows > num_tokens:
+        logger.info("%d of %d rows have no token", rows - num_tokens, rows)
 
 
 def _check_originals(hashes: Mapping[str, str], *, require: bool) -> None:
@@ -218,28 +317,40 @@ def _check_names(paths: list[Path], shards: list[dict[str, Tensor]], params: Met
             what = f"lacks {min(missing)}" if missing else f"holds the unknown tensor {min(other)}"
             raise UserError(
                 f"source: {path} {what}, but params.json describes {params.n_layers} layers of "
-                "a LLaMA 1 or 2; check that both belong to the same model"
+                "a LLaMA 1 to 3; check that both belong to the same model"
             )
 
 
-def _full_shape(shards: list[dict[str, Tensor]], tensor: MetaTensor) -> tuple[int, ...]:
-    shape = list(shards[0][tensor.name].shape)
-    if tensor.axis is not None:
-        shape[tensor.axis] = sum(shard[tensor.name].shape[tensor.axis] for shard in shards)
-    return tuple(shape)
-
-
 def _spec(
-    shards: list[dict[str, Tensor]], tensor: MetaTensor, params: MetaParams, vocabulary: int
+    paths: list[Path],
+    shards: list[dict[str, Tensor]],
+    tensor: MetaTensor,
+    wanted: tuple[int, ...],
 ) -> TensorSpec:
-    shape, dtype = _full_shape(shards, tensor), shards[0][tensor.name].dtype
-    wanted = expected_shape(tensor, params, vocabulary)
-    if shape != wanted:
+    """Return dtype and shape of a weight, after checking those of its parts."""
+    parts = [shard[tensor.name] for shard in shards]
+    dtype = parts[0].dtype
+    for path, part in zip(paths, parts, strict=True):
+        if part.dtype not in _DTYPES or part.dtype != dtype:
+            what = "float16, bfloat16 and float32" if part.dtype not in _DTYPES else str(dtype)
+            raise UserError(
+                f"source: {tensor.name} of {path} is of type {part.dtype}, wanted {what}; fetch "
+                "files that are not quantized, all of one model"
+            )
+    shape = [*parts[0].shape]
+    fits = all(part.dim() == len(wanted) for part in parts)
+    if fits and tensor.axis is not None:
+        shape[tensor.axis] = sum(part.shape[tensor.axis] for part in parts)
+        others = [[*part.shape] for part in parts]
+        for other in others:
+            other[tensor.axis] = shape[tensor.axis]
+        fits = all(other == shape for other in others)
+    if not fits or tuple(shape) != wanted:
         raise UserError(
-            f"source: {tensor.name} is {list(shape)} over {len(shards)} shards, but params.json "
+            f"source: {tensor.name} is {shape} over {len(shards)} shards, but params.json "
             f"requires {list(wanted)}; it is for another model, or shards are missing"
         )
-    return TensorSpec(dtype, shape)
+    return TensorSpec(dtype, wanted)
 
 
 def _join(shards: list[dict[str, Tensor]], tensor: MetaTensor, paths: list[Path]) -> Tensor:
@@ -256,8 +367,3 @@ def _join(shards: list[dict[str, Tensor]], tensor: MetaTensor, paths: list[Path]
     if tensor.num_rotated_heads is None:
         return full
     return to_half_split_rows(full, tensor.num_rotated_heads)
-
-
-def _write_tokenizer_config(folder: Path, max_position_embeddings: int) -> None:
-    settings = LLAMA_TOKENIZER | {"model_max_length": max_position_embeddings}
-    write_json_atomic(folder / "tokenizer_config.json", settings)

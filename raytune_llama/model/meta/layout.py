@@ -2,16 +2,18 @@
 
 Meta rotates adjacent pairs of a head's dimensions, transformers its two halves. The rows of wq and
 wk are therefore in another order; conversion only permutes them, and is exact in both directions.
+The shards of LLaMA 1 and 2 split the embedding by columns, those of LLaMA 3 by rows.
 
-Sources: https://github.com/meta-llama/llama (model.py, LLaMA 1 and 2), and transformers'
+Sources: https://github.com/meta-llama/llama (model.py, LLaMA 1 and 2),
+https://github.com/meta-llama/llama-models (models/llama3), and transformers'
 `convert_llama_weights_to_hf.py`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 import torch
@@ -24,38 +26,71 @@ PARAMS = "params.json"
 ROPE_FREQUENCIES = "rope.freqs"
 """Name of a constant that each of Meta's shards stores, and transformers computes."""
 
-_PUBLISHED_SHARDS = {4096: 1, 5120: 2, 6656: 4, 8192: 8}
-"""Number of files by model width: 7B, 13B, 33B, and 65B or 70B."""
+_PUBLISHED_SHARDS = {4096: 1, 5120: 2, 6656: 4, 8192: 8, 16384: 8}
+"""Number of files by model width: 7B or 8B, 13B, 33B, 65B or 70B, and 405B."""
 _MULTIPLES = (256, 4096, 1024, 512, 128, 64, 32, 16)
-_CONFIG = pydantic.ConfigDict(extra="forbid")
+_MULTIPLIERS = (None, 1.3, 1.5, 1.2)
+_CONFIG = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+
+META_ROPE_FACTOR = 8.0
+"""RoPE factor of `use_scaled_rope` in Meta's code, which no params.json of a release names."""
+META_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""The other parameters of `use_scaled_rope`, which Meta's code fixes, under transformers' names."""
+
+_Count = Annotated[int, pydantic.Field(ge=1)]
+_Positive = Annotated[float, pydantic.Field(gt=0)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class MetaParams:
     """The content of params.json."""
 
-    dim: int
+    dim: _Count
     """Width of the model."""
-    n_layers: int
+    n_layers: _Count
     """Number of layers."""
-    n_heads: int
+    n_heads: _Count
     """Number of query heads."""
-    n_kv_heads: int | None = None
+    n_kv_heads: _Count | None = None
     """Number of key-value heads; None: the number of query heads."""
     vocab_size: int = -1
     """Number of embedding rows; -1: the size of the tokenizer."""
-    multiple_of: int = 256
+    multiple_of: _Count = 256
     """The feed-forward width is rounded up to a multiple of this value."""
-    ffn_dim_multiplier: float | None = None
+    ffn_dim_multiplier: _Positive | None = None
     """Factor of the feed-forward width before rounding; None: 1."""
-    norm_eps: float = 1e-5
+    norm_eps: _Positive = 1e-5
     """Epsilon of the RMS norms."""
-    rope_theta: float = 10000.0
+    rope_theta: _Positive = 10000.0
     """Base of the rotary frequencies."""
+    use_scaled_rope: bool = False
+    """Whether the rotary frequencies are scaled, as in LLaMA 3.1 and later."""
+    rope_scaling_factor: Annotated[float, pydantic.Field(ge=1)] | None = None
+    """Factor of `use_scaled_rope`; None: `META_ROPE_FACTOR`."""
     max_seq_len: int | None = None
     """Not used; some files have it."""
     max_batch_size: int | None = None
     """Not used; some files have it."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "MetaParams":
+        if self.dim % (2 * self.n_heads):
+            raise ValueError(
+                f"dim {self.dim} is not an even number for each of {self.n_heads} heads"
+            )
+        if self.n_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.n_heads} heads cannot share {self.num_kv_heads} key-value heads"
+            )
+        if self.vocab_size != -1 and self.vocab_size < 1:
+            raise ValueError(f"vocab_size: got {self.vocab_size}, wanted a number of rows or -1")
+        if self.rope_scaling_factor is not None and not self.use_scaled_rope:
+            raise ValueError("rope_scaling_factor is set, but use_scaled_rope is not")
+        return self
 
     @property
     def num_kv_heads(self) -> int:
@@ -95,9 +130,14 @@ class MetaTensor:
     """Number of heads whose rows the formats order differently; None: the row order is the same."""
 
 
-def meta_tensors(params: MetaParams) -> Iterator[MetaTensor]:
-    """Yield all weights of a model, in transformers' order."""
-    yield MetaTensor("tok_embeddings.weight", "model.embed_tokens.weight", 1)
+def meta_tensors(params: MetaParams, *, embedding_axis: int = 1) -> Iterator[MetaTensor]:
+    """Yield all weights of a model, in transformers' order.
+
+    Args:
+        params: The content of params.json.
+        embedding_axis: Axis along which the embedding is sharded: 1 in LLaMA 1 and 2, 0 in LLaMA 3.
+    """
+    yield MetaTensor("tok_embeddings.weight", "model.embed_tokens.weight", embedding_axis)
     for layer in range(params.n_layers):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
         for name, hf_name, axis, heads in (
@@ -161,9 +201,19 @@ def count_published_shards(params: MetaParams) -> int:
 
 
 def build_llama_config(
-    params: MetaParams, vocabulary: int, max_position_embeddings: int
+    params: MetaParams,
+    vocabulary: int,
+    max_position_embeddings: int,
+    *,
+    bos: int = 1,
+    eos: int | list[int] = 2,
+    is_tied: bool = False,
 ) -> LlamaConfig:
     """Return transformers' config of a model with these params."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": params.rope_theta}
+    if params.use_scaled_rope:
+        factor = params.rope_scaling_factor or META_ROPE_FACTOR
+        rope |= {"rope_type": "llama3", "factor": factor, **META_ROPE}
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=vocabulary,
@@ -174,10 +224,10 @@ def build_llama_config(
         num_key_value_heads=params.num_kv_heads,
         rms_norm_eps=params.norm_eps,
         max_position_embeddings=max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": params.rope_theta},
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
+        rope_parameters=rope,
+        tie_word_embeddings=is_tied,
+        bos_token_id=bos,
+        eos_token_id=eos,
         pad_token_id=None,
     )
 
@@ -190,12 +240,12 @@ def build_meta_params(config: LlamaConfig) -> MetaParams:
     """
     values: dict[str, Any] = config.to_dict()
     rope = values.get("rope_parameters") or {}
-    problems: list[str] = []
+    problems = [*_check_rope(rope)]
     if values.get("model_type") != "llama":
         problems.append(f"model_type: got {values.get('model_type')!r}, wanted 'llama'")
-    if rope.get("rope_type", "default") != "default":
+    if values.get("hidden_act", "silu") not in {"silu", "swish"}:
         problems.append(
-            f"rope_parameters: {rope['rope_type']!r} cannot be expressed in params.json"
+            f"hidden_act: got {values['hidden_act']!r}, but Meta's format has only silu"
         )
     problems += [
         f"{name}: Meta's format has no biases"
@@ -215,16 +265,42 @@ def build_meta_params(config: LlamaConfig) -> MetaParams:
         "n_layers": config.num_hidden_layers,
         "n_heads": heads,
         "n_kv_heads": kv_heads if kv_heads != heads else None,
+        "vocab_size": config.vocab_size,
         "norm_eps": config.rms_norm_eps,
         "rope_theta": float(rope.get("rope_theta", 10000.0)),
     }
+    if rope.get("rope_type", "default") == "llama3":
+        # Named even where it is Meta's own: without it, it would depend on tied embeddings.
+        fields |= {"use_scaled_rope": True, "rope_scaling_factor": float(rope["factor"])}
     return MetaParams(**fields, **_width_fields(dim, config.intermediate_size))
+
+
+def _check_rope(rope: Mapping[str, Any]) -> list[str]:
+    """Return what of a model's rotary parameters params.json cannot express."""
+    kind = rope.get("rope_type", "default")
+    if kind not in {"default", "llama3"}:
+        return [
+            f"rope_parameters: {kind!r} cannot be expressed in params.json, which has only "
+            "use_scaled_rope, transformers' 'llama3'"
+        ]
+    wanted = META_ROPE if kind == "llama3" else {}
+    problems = [
+        f"rope_parameters.{name}: got {rope.get(name)}, but use_scaled_rope of params.json always "
+        f"means {value:g}"
+        for name, value in wanted.items()
+        if rope.get(name) != value
+    ]
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        problems.append(
+            "rope_parameters.partial_rotary_factor: Meta's format rotates all of a head"
+        )
+    return problems
 
 
 def _width_fields(dim: int, intermediate: int) -> dict[str, Any]:
     """Return the fields from which Meta's code computes this feed-forward width."""
     for multiple in _MULTIPLES:
-        for multiplier in (None, 1.3):
+        for multiplier in _MULTIPLIERS:
             fields = {"multiple_of": multiple, "ffn_dim_multiplier": multiplier}
             if MetaParams(dim=dim, n_layers=1, n_heads=1, **fields).intermediate == intermediate:
                 return fields

@@ -6,7 +6,6 @@ memory-mapped and saved.
 
 import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -20,7 +19,6 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.model.meta.from_meta import TOKENIZER
 from raytune_llama.model.meta.layout import (
     PARAMS,
     ROPE_FREQUENCIES,
@@ -34,8 +32,15 @@ from raytune_llama.model.meta.layout import (
     shard_ranges,
     to_interleaved_rows,
 )
+from raytune_llama.model.meta.llama3 import Llama3Version
+from raytune_llama.model.meta.params_file import LLAMA3_THETA, infer_rope_factor, parse_params
+from raytune_llama.model.meta.tokenizer_files import (
+    TOKENIZER,
+    MetaTokenizer,
+    plan_tokenizer_model,
+)
 from raytune_llama.model.tensors import TensorSpec, Weights, open_weights
-from raytune_llama.storage.files import publish_directory, read_manifest
+from raytune_llama.storage.files import publish_directory, read_json, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +52,13 @@ class MetaModelSpec:
     config: LlamaConfig
     """The model's transformers config."""
     params: MetaParams
-    """The model's params.json."""
+    """The meaning of the model's params.json."""
     tensors: list[MetaTensor]
     """All weights, in transformers' order."""
-    kept: Mapping[str, Any]
-    """Values kept from the Meta files that the model was converted from; empty if it was not."""
+    content: Mapping[str, Any]
+    """The params.json to write."""
+    rope_frequencies: Tensor | None
+    """The constant to write into each shard; None in LLaMA 3, and where the original had none."""
 
 
 def convert_to_meta(source: Path, target: Path, *, num_shards: int) -> None:
@@ -68,17 +75,31 @@ def convert_to_meta(source: Path, target: Path, *, num_shards: int) -> None:
     """
     check_target(target)
     weights = open_weights(source, what="source")
+    config = _read_config(source)
+    build_meta_params(config)  # first, since it refuses what the tokenizer's version depends on
+    tokenizer = _plan_tokenizer(source, _version_of(config), required=_is_llama3(config))
+    is_llama3 = _is_llama3(config) if tokenizer is None else tokenizer.is_llama3
+    if tokenizer is not None:
+        _check_rows(tokenizer, config.vocab_size)
     form = plan_meta(
         weights.specs,
-        _read_config(source),
+        config,
         num_shards,
         where=f"source: {source}",
-        kept=_kept(source),
+        kept=_kept(source, config, tokenizer),
+        is_llama3=is_llama3,
     )
     with publish_directory(target) as folder:
         write_meta(folder, weights, form, num_shards=num_shards)
-        copy_tokenizer_model(source, folder)
-    logger.info("converted %s to %d shards in %s", source, num_shards, target)
+        _write_tokenizer(tokenizer, source, folder)
+    logger.info(
+        "converted %s to %d shards in %s; the format has no place for the context length (%d), "
+        "the tokens that end a text, and a chat template",
+        source,
+        num_shards,
+        target,
+        config.max_position_embeddings,
+    )
 
 
 def plan_meta(
@@ -88,6 +109,7 @@ def plan_meta(
     *,
     where: str,
     kept: Mapping[str, Any] | None = None,
+    is_llama3: bool | None = None,
 ) -> MetaModelSpec:
     """Plan how to write a model in Meta's format.
 
@@ -97,47 +119,139 @@ def plan_meta(
         num_shards: Number of files to write.
         where: The config field and its value, for errors.
         kept: The model manifest's `converted_from`, if any.
+        is_llama3: Whether the shards are those of LLaMA 3; None: as the rotary positions suggest.
 
     Raises:
         ValueError: Meta's format cannot hold the model, or not in this number of shards.
     """
-    params = MetaParams(**kept["params"]) if kept else build_meta_params(config)
+    if is_llama3 is None:
+        is_llama3 = _is_llama3(config)
+    params = build_meta_params(config)
+    content: Mapping[str, Any] = _without_none(asdict(params))
+    frequencies = None if is_llama3 else params.rope_frequencies(_dtype(specs))
+    if kept and _means(kept["params"], params, config, is_llama3=is_llama3, where=where):
+        content, frequencies = kept["params"], _from_hex(kept.get(ROPE_FREQUENCIES))
     problems = check_num_shards(params, num_shards)
+    if is_llama3 and config.vocab_size % num_shards:
+        problems.append(
+            f"num_shards: {config.vocab_size} rows of the embedding cannot be split into "
+            f"{num_shards} shards, as LLaMA 3's are; use a divisor"
+        )
     if problems:
         raise UserError("\n".join(problems))
-    tensors = list(meta_tensors(params))
+    tensors = list(meta_tensors(params, embedding_axis=0 if is_llama3 else 1))
     _check_weights(where, specs, config, params, tensors)
-    return MetaModelSpec(config, params, tensors, kept or {})
+    return MetaModelSpec(config, params, tensors, content, frequencies)
+
+
+def _version_of(config: LlamaConfig) -> Llama3Version:
+    """Return which names Meta's code gives the control tokens of a LLaMA 3."""
+    return "3.1" if (config.rope_parameters or {}).get("rope_type") == "llama3" else "3"
+
+
+def _is_llama3(config: LlamaConfig) -> bool:
+    """Whether rotary positions are as in LLaMA 3, and unlike those of its predecessors."""
+    theta = (config.rope_parameters or {}).get("rope_theta")
+    return _version_of(config) == "3.1" or theta == LLAMA3_THETA
+
+
+def _dtype(specs: Mapping[str, TensorSpec]) -> torch.dtype:
+    return next(iter(specs.values())).dtype
+
+
+def _means(
+    content: Mapping[str, Any],
+    params: MetaParams,
+    config: LlamaConfig,
+    *,
+    is_llama3: bool,
+    where: str,
+) -> bool:
+    """Whether a params.json, kept from before, still describes the model."""
+    kept = parse_params(dict(content), where=where, is_llama3=is_llama3)
+    tied = bool(config.tie_word_embeddings)
+
+    def meaning(values: MetaParams) -> tuple[object, ...]:
+        factor = values.rope_scaling_factor or infer_rope_factor(values, is_tied=tied)
+        return (
+            *(values.dim, values.n_layers, values.n_heads, values.num_kv_heads),
+            *(values.intermediate, values.norm_eps, values.rope_theta),
+            factor if values.use_scaled_rope else None,
+            config.vocab_size if values.vocab_size == -1 else values.vocab_size,
+        )
+
+    if meaning(kept) == meaning(params):
+        return True
+    logger.info(
+        "%s has another config.json than was converted from Meta's files: params.json is written "
+        "from config.json",
+        where,
+    )
+    return False
 
 
 def write_meta(folder: Path, weights: Weights, form: MetaModelSpec, *, num_shards: int) -> None:
     """Write `consolidated.*.pth` and `params.json` into an existing folder."""
-    params = form.params
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         files = [Path(scratch, f"{number}.raw") for number in range(num_shards)]
         layouts = _write_shard_files(weights, form.config, form.tensors, files)
         for number, (file, layout) in enumerate(zip(files, layouts, strict=True)):
             content = {name: _mapped(file, *place) for name, place in layout.items()}
-            if ROPE_FREQUENCIES in form.kept:
-                content[ROPE_FREQUENCIES] = _from_hex(form.kept[ROPE_FREQUENCIES])
-            else:
-                dtype = next(iter(content.values())).dtype
-                content[ROPE_FREQUENCIES] = params.rope_frequencies(dtype)
+            if form.rope_frequencies is not None:
+                content[ROPE_FREQUENCIES] = form.rope_frequencies
             torch.save(content, folder / f"consolidated.{number:02d}.pth")
             file.unlink()
-    values = form.kept["params"] if form.kept else _without_none(asdict(params))
-    (folder / PARAMS).write_text(json.dumps(values))
+    (folder / PARAMS).write_text(json.dumps(dict(form.content)))
 
 
 def copy_tokenizer_model(source: Path, folder: Path) -> None:
-    """Copy `tokenizer.model`; log a warning if it does not exist."""
-    if (source / TOKENIZER).is_file():
-        shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
-    else:
+    """Write the tokenizer.model of a tokenizer directory beside a params.json.
+
+    A SentencePiece model is copied, and LLaMA 3's is built from the tokenizer.json. If the
+    directory has neither, a warning is logged.
+
+    Raises:
+        ValueError: The model is a LLaMA 3, but its tokenizer is not LLaMA 3's.
+    """
+    is_scaled = bool(read_json(folder / PARAMS).get("use_scaled_rope"))
+    tokenizer = _plan_tokenizer(source, "3.1" if is_scaled else "3", required=is_scaled)
+    _write_tokenizer(tokenizer, source, folder)
+
+
+def _plan_tokenizer(
+    source: Path, version: Llama3Version, *, required: bool
+) -> MetaTokenizer | None:
+    """Return the tokenizer.model to write; None if there is none and none is required."""
+    try:
+        return plan_tokenizer_model(source, version)
+    except UserError as error:
+        if required:
+            raise
+        logger.warning("%s", error)
+        return None
+
+
+def _check_rows(tokenizer: MetaTokenizer, rows: int) -> None:
+    """Refuse a model that Meta's code could not load with its tokenizer."""
+    if tokenizer.num_tokens > rows or (tokenizer.is_llama3 and tokenizer.num_tokens != rows):
+        needed = "exactly" if tokenizer.is_llama3 else "at least"
+        raise UserError(
+            f"source: the embedding has {rows} rows (vocab_size of config.json), but "
+            f"{tokenizer.path} has {tokenizer.num_tokens} tokens, and Meta's code needs {needed} "
+            "as many rows; convert a model with its own tokenizer"
+        )
+
+
+def _write_tokenizer(tokenizer: MetaTokenizer | None, source: Path, folder: Path) -> None:
+    if tokenizer is None:
         logger.warning("%s has no %s: none is written", source, TOKENIZER)
+    else:
+        (folder / TOKENIZER).write_bytes(tokenizer.content)
 
 
-def _from_hex(constant: Mapping[str, str]) -> Tensor:
+def _from_hex(constant: Mapping[str, str] | None) -> Tensor | None:
+    if constant is None:
+        return None
     data = bytearray.fromhex(constant["hex"])
     return torch.frombuffer(data, dtype=getattr(torch, constant["dtype"]))
 
@@ -146,16 +260,19 @@ def _read_config(source: Path) -> LlamaConfig:
     config = AutoConfig.from_pretrained(source, local_files_only=True)
     if not isinstance(config, LlamaConfig):
         raise UserError(  # the directory is wrong, not an argument's type
-            f"source: {source} is a {config.model_type}, but Meta's format holds only LLaMA 1 and 2"
+            f"source: {source} is a {config.model_type}, but Meta's format holds only LLaMA 1 to 3"
         )
     return config
 
 
-def _kept(source: Path) -> dict[str, Any]:
-    """Return the values kept from the Meta files that a directory was converted from, if any."""
-    kept = dict(read_manifest(source).get("converted_from") or {})
-    if kept.get(ROPE_FREQUENCIES) is None:
-        kept.pop(ROPE_FREQUENCIES, None)
+def _kept(
+    source: Path, config: LlamaConfig, tokenizer: MetaTokenizer | None
+) -> Mapping[str, Any] | None:
+    """Return what was kept from the Meta files that a directory was converted from, if any."""
+    kept = read_manifest(source).get("converted_from") or None
+    # A size of -1 means the tokenizer's, which rows without a token would contradict.
+    if kept and tokenizer is not None and tokenizer.num_tokens != config.vocab_size:
+        kept = None if kept["params"].get("vocab_size", -1) == -1 else kept
     return kept
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from raytune_llama.model.meta.config import ConvertConfig
@@ -18,15 +17,8 @@ from raytune_llama.model.meta.conversion import convert_weights
 from raytune_llama.model.meta.layout import MetaParams, build_meta_params, shard_ranges
 from raytune_llama.model.tensors import open_weights
 from tests.model.conftest import MakeModel, llama_config
+from tests.model.meta.reference import contents, meta_logits, random_tensors, shard
 
-AXES = {
-    "tok_embeddings": 1,
-    "wo": 1,
-    "w2": 1,
-    "norm": None,
-    "attention_norm": None,
-    "ffn_norm": None,
-}
 PARAMS = {
     "dim": 64,
     "n_layers": 2,
@@ -35,49 +27,8 @@ PARAMS = {
     "norm_eps": 1e-5,
     "vocab_size": -1,
 }
-VOCABULARY = 403
-
-
-def random_tensors(params: MetaParams, vocabulary: int = VOCABULARY) -> dict[str, Tensor]:
-    """Make the whole weights of a model, under Meta's names."""
-    generator = torch.Generator().manual_seed(1)
-    dim, kv_dim, wide = params.dim, params.num_kv_heads * params.head_dim, params.intermediate
-    shapes: dict[str, tuple[int, ...]] = {
-        "tok_embeddings.weight": (vocabulary, dim),
-        "norm.weight": (dim,),
-        "output.weight": (vocabulary, dim),
-    }
-    for layer in range(params.n_layers):
-        for name, shape in {
-            "attention.wq": (dim, dim),
-            "attention.wk": (kv_dim, dim),
-            "attention.wv": (kv_dim, dim),
-            "attention.wo": (dim, dim),
-            "feed_forward.w1": (wide, dim),
-            "feed_forward.w2": (dim, wide),
-            "feed_forward.w3": (wide, dim),
-            "attention_norm": (dim,),
-            "ffn_norm": (dim,),
-        }.items():
-            shapes[f"layers.{layer}.{name}.weight"] = shape
-    return {
-        name: (torch.randn(shape, generator=generator) * 0.2).half()
-        for name, shape in shapes.items()
-    }
-
-
-def shard(tensors: dict[str, Tensor], num_shards: int) -> list[dict[str, Tensor]]:
-    """Cut whole weights as Meta's model parallelism does."""
-    shards: list[dict[str, Tensor]] = [{} for _ in range(num_shards)]
-    for name, tensor in tensors.items():
-        axis = AXES.get(name.split(".")[-2], 0)
-        for number, part in enumerate(shards):
-            if axis is None:
-                part[name] = tensor.clone()
-            else:
-                start, stop = shard_ranges(tensor.shape[axis], num_shards)[number]
-                part[name] = tensor.narrow(axis, start, stop - start).clone()
-    return shards
+VOCABULARY = 360
+"""Pieces of `piece_model`."""
 
 
 @pytest.fixture
@@ -89,7 +40,7 @@ def write_meta(tmp_path: Path, piece_model: Path) -> Callable[..., Path]:
         folder.mkdir()
         values = {**PARAMS, **fields}
         params = MetaParams(**values)
-        for number, content in enumerate(shard(random_tensors(params), num_shards)):
+        for number, content in enumerate(shard(random_tensors(params, VOCABULARY), num_shards)):
             content["rope.freqs"] = params.rope_frequencies(torch.float16)
             torch.save(content, folder / f"consolidated.{number:02d}.pth")
         (folder / "params.json").write_text(json.dumps(values))
@@ -101,10 +52,6 @@ def write_meta(tmp_path: Path, piece_model: Path) -> Callable[..., Path]:
 
 def config(source: Path, target: Path, **fields: Any) -> ConvertConfig:  # noqa: ANN401
     return ConvertConfig(source=str(source), target=str(target), **fields)
-
-
-def contents(folder: Path) -> list[dict[str, Tensor]]:
-    return [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pth"))]
 
 
 def assert_equal_shards(ours: Path, wanted: Path) -> None:
@@ -135,54 +82,16 @@ def test_convert_there_and_back_gives_every_bit(
 def test_convert_gives_the_logits_of_meta_s_own_computation(
     write_meta: Callable[..., Path], tmp_path: Path, num_kv_heads: int | None
 ) -> None:
-    fields = {} if num_kv_heads is None else {"n_kv_heads": num_kv_heads}
+    fields: dict[str, Any] = {} if num_kv_heads is None else {"n_kv_heads": num_kv_heads}
     source = write_meta(2, rope_theta=500.0, **fields)
     convert_weights(config(source, tmp_path / "hf", max_shard_mib=1))
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     params = MetaParams(**PARAMS, rope_theta=500.0, **fields)
-    weights = {name: tensor.float() for name, tensor in random_tensors(params).items()}
+    weights = {name: tensor.float() for name, tensor in random_tensors(params, VOCABULARY).items()}
     ids = torch.arange(3, 40)
     with torch.no_grad():
         got = model(ids[None]).logits[0]
     torch.testing.assert_close(got, meta_logits(weights, params, ids), rtol=1e-4, atol=1e-4)
-
-
-def meta_logits(weights: dict[str, Tensor], params: MetaParams, ids: Tensor) -> Tensor:
-    """Compute a LLaMA as Meta's paper and model do: neighbouring dimensions are rotated."""
-    length, heads, size = len(ids), params.n_heads, params.head_dim
-    frequencies = params.rope_theta ** (-torch.arange(0, size, 2).float() / size)
-    angles = torch.outer(torch.arange(length).float(), frequencies)
-    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
-
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + params.norm_eps) * weight
-
-    def rotated(x: Tensor) -> Tensor:
-        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * turn).flatten(-2)
-
-    hidden = weights["tok_embeddings.weight"][ids]
-    mask = torch.full((length, length), float("-inf")).triu(1)
-    for layer in range(params.n_layers):
-        own = {name: weights[f"layers.{layer}.{name}.weight"] for name in LAYER}
-        x = norm(hidden, own["attention_norm"])
-        q = rotated((x @ own["attention.wq"].T).view(length, heads, size))
-        k = rotated((x @ own["attention.wk"].T).view(length, params.num_kv_heads, size))
-        v = (x @ own["attention.wv"].T).view(length, params.num_kv_heads, size)
-        k, v = (t.repeat_interleave(heads // params.num_kv_heads, dim=1) for t in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q, k) / size**0.5 + mask
-        mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).reshape(length, -1)
-        hidden = hidden + mixed @ own["attention.wo"].T
-        x = norm(hidden, own["ffn_norm"])
-        gate = torch.nn.functional.silu(x @ own["feed_forward.w1"].T)
-        hidden = hidden + (gate * (x @ own["feed_forward.w3"].T)) @ own["feed_forward.w2"].T
-    return norm(hidden, weights["norm.weight"]) @ weights["output.weight"].T
-
-
-LAYER = (
-    *("attention.wq", "attention.wk", "attention.wv", "attention.wo"),
-    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "attention_norm", "ffn_norm"),
-)
 
 
 def test_cut_gives_the_rest_to_the_last_shard_as_the_seeds_do() -> None:
