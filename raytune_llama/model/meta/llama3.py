@@ -49,8 +49,10 @@ CHAT_TEMPLATE = """\
 {{ raise_exception("the chat template has no place for tools") }}{% endif %}
 {{- bos_token }}
 {%- for message in messages %}
-{%- if message["tool_calls"] is defined and message["tool_calls"] %}\
-{{ raise_exception("the chat template has no place for tool_calls") }}{% endif %}
+{%- if message["role"] == "tool" or message["tool_calls"] is defined and message["tool_calls"] %}\
+{{ raise_exception("the chat template has no place for calls of tools") }}{% endif %}
+{%- if message["content"] is not string %}\
+{{ raise_exception("the chat template has no place for content that is not a text") }}{% endif %}
 {{- "<|start_header_id|>" + message["role"] + "<|end_header_id|>\\n\\n" }}
 {{- message["content"] | trim }}
 {{- "<|eot_id|>" }}
@@ -59,7 +61,8 @@ CHAT_TEMPLATE = """\
 {{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}
 {%- endif %}
 """
-"""Meta's chat format of LLaMA 3 and later for messages of text."""
+"""Meta's chat format for messages of text; white space around a content is removed, as in LLaMA 3's
+code and in the templates of all releases, and unlike in the code of 3.1."""
 
 
 def control_tokens(version: Llama3Version) -> list[str]:
