@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 from raytune_llama.config.errors import UserError
 from raytune_llama.model.meta.layout import (
+    META_ROPE,
     ROPE_FREQUENCIES,
     MetaParams,
     MetaTensor,
@@ -160,6 +161,12 @@ def _describe(
             "context length: %d tokens, as of %s; set max_position_embeddings for another",
             known,
             f"{kind} and later" if version == "3.1" else kind,
+        )
+    original = META_ROPE["original_max_position_embeddings"]
+    if params.use_scaled_rope and (context_tokens or known) <= original:
+        raise UserError(
+            f"max_position_embeddings: got {context_tokens}, but use_scaled_rope extends a context "
+            f"of {original} tokens; set more, or leave it null for {known}"
         )
     head = weights.specs[HEAD]
     config = build_llama_config(

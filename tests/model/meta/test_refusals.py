@@ -153,6 +153,14 @@ def test_convert_llama3_without_the_kind_of_model_asks_for_it(
     assert not (tmp_path / "hf").exists()
 
 
+def test_convert_scaled_rope_to_no_more_than_its_original_context_is_refused(
+    write_llama3: WriteLlama3, tmp_path: Path
+) -> None:
+    source = write_llama3(use_scaled_rope=True)
+    with pytest.raises(ValueError, match=r"max_position_embeddings: got 4096, but .* of 8192 tok"):
+        convert(source, tmp_path / "hf", max_position_embeddings=4096)
+
+
 def test_convert_scaled_rope_of_unknown_factor_asks_for_it(
     write_llama3: WriteLlama3, tmp_path: Path
 ) -> None:
