@@ -73,6 +73,15 @@ def _load(
     path: Path,
     state: tuple[tuple[str, int, int], ...],  # noqa: ARG001  # part of the cache key
 ) -> PreTrainedTokenizerFast:
+    file = path / _MODEL_FILE
+    is_pieces = file.is_file() and is_sentencepiece(file.read_bytes())
+    if file.is_file() and not is_pieces and not (path / "tokenizer.json").is_file():
+        # transformers would guess the pattern and the control tokens.
+        raise UserError(
+            f"tokenizer: {file} is not a SentencePiece model, and no tokenizer.json is beside it; "
+            "if it is Meta's file of a LLaMA 3, use the directory that raytune convert-weights "
+            "writes from Meta's, else fetch it again"
+        )
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     # Only tokenizer.json holds the normalization; without it, the class must define it. The generic
     # class defines none and silently produces wrong ids for LLaMA's tokenizer.model.
@@ -87,8 +96,7 @@ def _load(
             f"tokenizer: {path} loads as {type(tokenizer).__name__}, not as a fast tokenizer; "
             "use a directory with a tokenizer.json"
         )
-    file = path / _MODEL_FILE
-    if file.is_file() and is_sentencepiece(file.read_bytes()):
+    if is_pieces:
         _check_agreement(tokenizer, file)
         tokenizer.vocab_file = str(file)
     else:

@@ -19,6 +19,7 @@ from raytune_llama.model.meta.config import ConvertConfig
 from raytune_llama.model.meta.conversion import convert_weights
 from raytune_llama.model.meta.layout import MetaParams
 from raytune_llama.model.meta.tiktoken_file import dump_tiktoken
+from raytune_llama.tokenizer.loader import load_tokenizer
 from tests.model.conftest import MakeModel
 from tests.model.meta.conftest import LLAMA3, ROOT, WriteLlama3
 from tests.model.meta.reference import random_tensors
@@ -333,6 +334,17 @@ def test_convert_to_meta_of_rows_that_no_shard_count_divides_is_refused(
     make_llama(vocab_size=411, **theta).save_pretrained(tmp_path / "hf")
     with pytest.raises(ValueError, match="num_shards: 411 rows of the embedding cannot be split"):
         convert(tmp_path / "hf", tmp_path / "pth", to="meta", num_shards=2)
+
+
+@pytest.mark.parametrize("kind", [None, "LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_load_tokenizer_of_metas_own_directory_names_the_conversion(
+    write_llama3: WriteLlama3, kind: str | None
+) -> None:
+    source = write_llama3()
+    if kind is not None:
+        write("tokenizer_config.json", json.dumps({"tokenizer_class": kind}))(source)
+    with pytest.raises(ValueError, match=r"not a SentencePiece model, .* raytune convert-weights"):
+        load_tokenizer(source)
 
 
 @pytest.mark.parametrize(
