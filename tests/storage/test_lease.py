@@ -16,6 +16,7 @@ from raytune_llama.storage.lease import LEASE_FOLDER, Lease, LeaseError, LeaseTi
 from raytune_llama.storage.place import Place
 
 QUICK = LeaseTimes(settle_seconds=0.3, heartbeat_seconds=0.1, stale_seconds=1.5)
+QUIET = LeaseTimes(settle_seconds=0.3, heartbeat_seconds=600, stale_seconds=600)
 SLOW_DISK = LeaseTimes(settle_seconds=0.0, heartbeat_seconds=0.1, stale_seconds=1.5)
 
 HOLDER = """
@@ -120,9 +121,7 @@ def test_driver_of_another_machine_that_lives_is_not_succeeded(run_dir: Place) -
 
 
 def test_driver_that_slept_while_it_was_succeeded_publishes_nothing(run_dir: Place) -> None:
-    with Lease(
-        run_dir, LeaseTimes(settle_seconds=0.3, heartbeat_seconds=600, stale_seconds=600)
-    ) as asleep:
+    with Lease(run_dir, QUIET) as asleep:
         fence = asleep.confirm()
         (claim,) = claims(run_dir)
         rewrite(claim, on_another_machine)
@@ -164,26 +163,23 @@ def test_drivers_that_start_together_are_one_in_the_end(run_dir: Place) -> None:
 
 @pytest.mark.parametrize("owner", ["0", "z"])
 def test_claim_of_a_rival_that_comes_while_others_settle_is_seen(
-    run_dir: Place, owner: str
+    run_dir: Place, monkeypatch: pytest.MonkeyPatch, owner: str
 ) -> None:
-    with Lease(
-        run_dir, LeaseTimes(settle_seconds=2.0, heartbeat_seconds=600, stale_seconds=600)
-    ) as lease:
+    with Lease(run_dir, QUIET) as lease:
         (claim,) = claims(run_dir)
+        sleep = time.sleep
 
-        def write_late() -> None:
+        def write_late(seconds: float) -> None:
             # It looked before there was any claim, and the storage was slow.
-            time.sleep(0.5)
+            sleep(seconds)
             claim.with_name(f"00000001-{owner}.json").write_bytes(claim.read_bytes())
 
-        thread = threading.Thread(target=write_late)
-        thread.start()
+        monkeypatch.setattr(time, "sleep", write_late)
         if owner == "0":  # the first in the order of names
             with pytest.raises(ConfigError):
                 lease.confirm()
         else:
             lease.confirm().check()
-        thread.join()
 
 
 def test_driver_that_never_confirmed_leaves_nothing_behind(run_dir: Place) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_llama.storage.lease import Lease, LeaseError
+from raytune_llama.storage.lease import Lease, LeaseError, LeaseTimes
 from raytune_llama.storage.place import Place
 from raytune_llama.train.checkpoint import shards as slices
 from raytune_llama.train.checkpoint.layout import (
@@ -242,10 +242,11 @@ def test_saver_of_a_run_that_another_driver_has_taken_publishes_nothing(
     make_config: MakeConfig, run_dir: Place
 ) -> None:
     session = build(make_config())
-    with Lease(run_dir) as lease:
+    times = LeaseTimes(settle_seconds=0.3)
+    with Lease(run_dir, times) as lease:
         fence = lease.confirm()
         save(session, run_dir, RunState(step=1), fence=fence)
-    with Lease(run_dir) as successor:
+    with Lease(run_dir, times) as successor:
         successor.confirm()
         with pytest.raises(LeaseError, match="another driver"):
             save(session, run_dir, RunState(step=2), fence=fence)
