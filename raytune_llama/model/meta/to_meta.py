@@ -40,6 +40,7 @@ from raytune_llama.model.meta.tokenizer_files import (
     plan_tokenizer_model,
 )
 from raytune_llama.model.tensors import TensorSpec, Weights, open_weights
+from raytune_llama.model.vocab import EMBEDDING
 from raytune_llama.storage.files import publish_directory, read_json, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -128,9 +129,6 @@ def plan_meta(
         is_llama3 = _is_llama3(config)
     params = build_meta_params(config)
     content: Mapping[str, Any] = _without_none(asdict(params))
-    frequencies = None if is_llama3 else params.rope_frequencies(_dtype(specs))
-    if kept and _means(kept["params"], params, config, is_llama3=is_llama3, where=where):
-        content, frequencies = kept["params"], _from_hex(kept.get(ROPE_FREQUENCIES))
     problems = check_num_shards(params, num_shards)
     if is_llama3 and config.vocab_size % num_shards:
         problems.append(
@@ -141,6 +139,9 @@ def plan_meta(
         raise UserError("\n".join(problems))
     tensors = list(meta_tensors(params, embedding_axis=0 if is_llama3 else 1))
     _check_weights(where, specs, config, params, tensors)
+    frequencies = None if is_llama3 else params.rope_frequencies(specs[EMBEDDING].dtype)
+    if kept and _means(kept["params"], params, config, is_llama3=is_llama3, where=where):
+        content, frequencies = kept["params"], _from_hex(kept.get(ROPE_FREQUENCIES))
     return MetaModelSpec(config, params, tensors, content, frequencies)
 
 
@@ -153,10 +154,6 @@ def _is_llama3(config: LlamaConfig) -> bool:
     """Whether rotary positions are as in LLaMA 3, and unlike those of its predecessors."""
     theta = (config.rope_parameters or {}).get("rope_theta")
     return _version_of(config) == "3.1" or theta == LLAMA3_THETA
-
-
-def _dtype(specs: Mapping[str, TensorSpec]) -> torch.dtype:
-    return next(iter(specs.values())).dtype
 
 
 def _means(
@@ -239,6 +236,13 @@ def _check_rows(tokenizer: MetaTokenizer, rows: int) -> None:
             f"source: the embedding has {rows} rows (vocab_size of config.json), but "
             f"{tokenizer.path} has {tokenizer.num_tokens} tokens, and Meta's code needs {needed} "
             "as many rows; convert a model with its own tokenizer"
+        )
+    if tokenizer.num_tokens < rows:
+        logger.warning(
+            "%d of %d rows have no token in %s: tokens of other files are not written",
+            rows - tokenizer.num_tokens,
+            rows,
+            tokenizer.path,
         )
 
 

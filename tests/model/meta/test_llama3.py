@@ -251,6 +251,21 @@ def test_convert_to_meta_after_a_change_of_config_writes_the_new_params(
     assert json.loads((tmp_path / "pth" / "params.json").read_text())["rope_scaling_factor"] == 12.0
 
 
+def test_convert_to_meta_reads_merges_in_the_form_of_the_releases(
+    write_llama3: WriteLlama3, tmp_path: Path
+) -> None:
+    source = write_llama3(**SCALED)
+    convert_weights(config(source, tmp_path / "hf"))
+    # Before 2024 a merge was one string; offsets do not change ids.
+    content = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
+    content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
+    content["pre_tokenizer"]["pretokenizers"][1]["trim_offsets"] = False
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(content))
+    convert_weights(config(tmp_path / "hf", tmp_path / "pth", to="meta"))
+    written = (tmp_path / "pth" / "tokenizer.model").read_bytes()
+    assert written == (source / "tokenizer.model").read_bytes()
+
+
 def test_convert_to_meta_writes_a_tokenizer_model_that_tiktoken_reads(
     write_llama3: WriteLlama3, tmp_path: Path, ranks: dict[bytes, int]
 ) -> None:
