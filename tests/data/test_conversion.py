@@ -1,13 +1,13 @@
 """Conversations change their format, every row is accounted for, and CALM's files are exact."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raytune_llama.cli import VERBS
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError, from_dict
 from raytune_llama.data.config import ConvertDataConfig
 from raytune_llama.data.conversion import convert_data
@@ -20,7 +20,6 @@ ALPACA = [
     {"instruction": "加法", "input": "1 + 1", "output": "2"},
     {"id": "own", "instruction": "q", "input": "", "output": "a"},
 ]
-JOB = Path(__file__).parents[2] / "jobs/convert_data.py"
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 
 
@@ -176,13 +175,16 @@ def test_target_that_exists_and_files_of_text_are_refused(tmp_path: Path) -> Non
         convert(text, tmp_path / "out")
 
 
-def test_job_converts_and_tells_mistakes_by_its_status(tmp_path: Path) -> None:
+def test_job_converts_and_refuses_mistakes(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", *ALPACA)
-    for file, status in ((source, 0), (source, 2), (tmp_path / "none.jsonl", 2)):
+
+    def job(file: Path) -> int:
+        # Called in this process: another would spend seconds on imports.
         arguments = [f"sources=[{{path: {file}}}]", f"target={tmp_path / 'out'}"]
-        done = subprocess.run(
-            [sys.executable, JOB, *arguments], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == status, done.stderr
-        assert "Traceback" not in done.stderr
+        return VERBS["convert-data"](arguments, "raytune convert-data")
+
+    assert job(source) == 0
+    for file in (source, tmp_path / "none.jsonl"):
+        with pytest.raises(UserError):
+            job(file)
     assert len(lines(tmp_path / "out/train.jsonl")) == 3

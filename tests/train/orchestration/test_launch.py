@@ -9,6 +9,7 @@ from raytune_llama.signals import StopSignal
 from raytune_llama.train.orchestration import launch
 from raytune_llama.train.orchestration.config import ScaleConfig
 from raytune_llama.train.orchestration.launch import has_room
+from raytune_llama.train.orchestration.nodes import find_shortage
 
 
 def node(name: str, *, alive: bool = True) -> dict[str, Any]:
@@ -51,4 +52,5 @@ def test_run_that_may_wait_goes_on_once_another_node_is_there(
     seen = iter([[node("a")], [node("a"), node("c")]])
     monkeypatch.setattr(launch.ray, "nodes", lambda: next(seen))
     monkeypatch.setattr(launch, "draining_nodes", dict)
+    monkeypatch.setattr(f"{find_shortage.__module__}.RESOURCE_POLL_SECONDS", 0.01)
     assert has_room(ScaleConfig(num_workers=2, wait_seconds=60.0), StopSignal(), has_drained=True)
