@@ -240,6 +240,22 @@ def test_convert_llama3_without_a_theta_takes_that_of_metas_code(
     assert settings["rope_parameters"]["rope_theta"] == 500000.0
 
 
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_convert_an_output_that_differs_from_the_embedding_in_one_row_keeps_both(
+    write_llama3: WriteLlama3, tmp_path: Path, num_shards: int
+) -> None:
+    source = write_llama3(num_shards, is_tied=True)
+    file = max(source.glob("*.pth"))
+    content = torch.load(file, weights_only=True)
+    content["output.weight"][-1, 3] += 1
+    torch.save(content, file)
+    convert_weights(config(source, tmp_path / "hf"))
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert not model.config.tie_word_embeddings
+    difference = model.lm_head.weight - model.model.embed_tokens.weight
+    assert difference.nonzero().tolist() == [[len(difference) - 1, 3]]
+
+
 def test_convert_to_meta_after_a_change_of_config_writes_the_new_params(
     write_llama3: WriteLlama3, tmp_path: Path
 ) -> None:
