@@ -93,7 +93,8 @@ def test_new_rows_steps_with_decay_and_moments_keep_every_other_bit(
     assert (after[names[0]] != before[names[0]]).any(dim=1).all()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+# Stage 1 has the optimizer of stage 2; that it moves no other bit, the test above tries.
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_new_rows_of_both_tables_on_two_workers_equal_one_worker(
     make_stage_1: MakeConfig, two: Group, untied_model_dir: Path, stage: int
 ) -> None:

@@ -65,8 +65,19 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("trained", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    ("trained", "precision"),
+    [
+        pytest.param(LORA, "fp32", id="lora-fp32"),
+        pytest.param(FULL, "bf16", id="full-bf16"),
+        pytest.param(LORA, "fp16", id="lora-fp16"),
+        # What is trained and the precision change a checkpoint apart from one another, and each
+        # of both is above.
+        pytest.param(FULL, "fp32", id="full-fp32", marks=pytest.mark.slow),
+        pytest.param(LORA, "bf16", id="lora-bf16", marks=pytest.mark.slow),
+        pytest.param(FULL, "fp16", id="full-fp16", marks=pytest.mark.slow),
+    ],
+)
 def test_restore_under_another_strategy_has_every_number(
     make_config: MakeConfig, two: Group, trained: dict[str, Any], precision: str
 ) -> None:

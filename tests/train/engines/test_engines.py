@@ -61,7 +61,8 @@ def test_train_mixture_on_two_workers_equals_one_worker(
     assert mixtures[0] == mixtures[1]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+# Without a stage, test_strategies.py tries it beside fp16.
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2, 3])
 def test_train_bf16_stages_reach_the_losses_of_fp32(
     make_config: MakeConfig, two: Group, stage: int
 ) -> None:
