@@ -28,7 +28,8 @@ from raytune_llama.merge.export import (
 )
 from raytune_llama.merge.gguf_file import gguf_dtype, plan_gguf
 from raytune_llama.merge.logits import compare_logits, load_comparison_ids
-from raytune_llama.merge.plan import MergePlan, check_recorded_base, plan_merge
+from raytune_llama.merge.plan import MergePlan, check_adapters, plan_merge
+from raytune_llama.model.adapter_lineage import LINEAGE_KEY, describe_merge
 from raytune_llama.model.lineage import (
     CHAT_KEY,
     TEXT_KEY,
@@ -58,6 +59,7 @@ def merge_adapters(config: MergeConfig) -> None:
     target = Path(config.target)
     check_target(target)
     plan = _open_plan(config)
+    check_adapters(plan)
     export = _prepare(config, plan)
     is_sampled = config.verify == "logits"
     lineage = [plan.base_dir, *(adapter.path for adapter in plan.adapters)]
@@ -65,7 +67,6 @@ def merge_adapters(config: MergeConfig) -> None:
         load_comparison_ids(plan.tokenizer_dir, config.verify_text, lineage) if is_sampled else None
     )
     inputs = plan.hash_inputs()
-    check_recorded_base(plan.base_dir, plan.adapters[0], inputs)
     with publish_directory(target) as folder:
         exported = export(folder)
         changed, tokenizer_dir = exported.num_changed, plan.tokenizer_dir
@@ -80,6 +81,7 @@ def merge_adapters(config: MergeConfig) -> None:
             "raytune_llama": raytune_llama.__version__,
             "merged": {"inputs": inputs, "changed": changed, "untied": plan.is_untied},
             TOKENIZER_KEY: hash_tokenizer(tokenizer_dir) if tokenizer_dir else None,
+            LINEAGE_KEY: describe_merge(plan.base_dir, plan.adapters),
             CHAT_KEY: chat[1] if chat else None,
             TEXT_KEY: find_text_start(lineage),
             **exported.hashes,

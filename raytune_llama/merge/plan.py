@@ -10,25 +10,27 @@ memory is bounded by twice the size of the largest stored tensor.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.merge.adapter import Adapter
+from raytune_llama.model.adapter import Adapter
+from raytune_llama.model.adapter_config import ADAPTER_CONFIG_FILE
+from raytune_llama.model.adapter_lineage import check_chain, hash_files
 from raytune_llama.model.embeddings import embedding_layers
 from raytune_llama.model.lineage import check_tokenizer_chain
 from raytune_llama.model.llama import build_empty_model
+from raytune_llama.model.lora import check_adapter_fits
 from raytune_llama.model.rope import read_model_settings
 from raytune_llama.model.tensors import ShardedWeights, TensorSpec, open_weights
 from raytune_llama.model.vocab import EMBEDDING, HEAD, has_tokenizer
-from raytune_llama.storage.files import read_json, read_manifest
-from raytune_llama.storage.hashes import algorithm_of, hash_file, show_hash
+from raytune_llama.storage.files import read_json
 from raytune_llama.tokenizer.loader import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -155,20 +157,11 @@ class MergePlan:
 
     def hash_inputs(self) -> dict[str, dict[str, str]]:
         """Return the hashes of the files of base and adapters, by owner and file name."""
-        folders = {
-            "base": self.base.files,
-            **{
-                f"adapter {number}": sorted(adapter.path.glob("adapter_*"))
-                for number, adapter in enumerate(self.adapters)
-            },
-        }
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            return {
-                name: dict(
-                    zip((file.name for file in files), pool.map(hash_file, files), strict=True)
-                )
-                for name, files in folders.items()
-            }
+        inputs = {"base": hash_files(self.base.files)}
+        for number, adapter in enumerate(self.adapters):
+            files = [adapter.path / ADAPTER_CONFIG_FILE, adapter.file]
+            inputs[f"adapter {number}"] = hash_files(files)
+        return inputs
 
 
 def plan_merge(
@@ -290,7 +283,8 @@ def _is_untied(adapters: list[Adapter], base_names: BaseWeightNames) -> bool:
                 return True
         elif any(both) and not adapter.settings.get("ensure_weight_tying"):
             return True  # PEFT trained a copy of one table, and left the other unchanged
-        if any(name in adapter.low_rank for name in tables):
+        changed = {*adapter.low_rank, *(adapter.token_rows.keys() - {base_names.embedding})}
+        if changed & set(tables):
             return True
     return False
 
@@ -322,13 +316,13 @@ def _recipe(
                 f"adapters: {name} has {shape[0]} rows in {adapter.path}, fewer than the "
                 f"{before[0]} before; list adapters in the order of their training"
             )
-    updates = tuple(adapter for adapter in adapters[first:] if name in adapter.low_rank)
+    updates = tuple(adapter for adapter in adapters[first:] if adapter.updates(name))
     source_name = base_names.embedding if is_tied_head and source is None else name
     for adapter in updates:
-        if adapter.shape(name) != shape:
+        if not adapter.fits(name, shape):
             raise UserError(
-                f"adapters: {adapter.path} updates {name} with shape {list(adapter.shape(name))}, "
-                f"but it has {list(shape)}; set base to the model that it was trained on"
+                f"adapters: {adapter.path} updates {name} of another shape than the base's "
+                f"{list(shape)}; set base to the model that it was trained on"
             )
     dtype = dtype_of(TensorSpec(spec.dtype, shape))
     return WeightRecipe(source, source_name, updates, TensorSpec(dtype, shape))
@@ -384,26 +378,27 @@ def _check_rows(
         )
 
 
-def check_recorded_base(
-    base_dir: Path, adapter: Adapter, inputs: Mapping[str, Mapping[str, str]]
-) -> None:
-    """Compare the base with the one recorded in an adapter's manifest, if any.
-
-    Args:
-        base_dir: Directory of the base.
-        adapter: First adapter of the merge.
-        inputs: Result of `MergePlan.hash_inputs`.
+def check_adapters(plan: MergePlan) -> None:
+    """Check that the adapters are complete, finite, and made to be merged in their order.
 
     Raises:
-        ValueError: The adapter was trained on another base.
+        ValueError: Lists what is wrong with each adapter, or the order that would be right.
     """
-    trained_on = read_manifest(adapter.path).get("base") or {}
-    for name, digest in inputs["base"].items():
-        wanted = trained_on.get(name, digest)
-        is_same_kind = algorithm_of(wanted) == algorithm_of(digest)
-        found = digest if is_same_kind else hash_file(base_dir / name, like=wanted)
-        if found != wanted:
-            raise UserError(
-                f"base: {name} is not the file that {adapter.path} was trained on "
-                f"({show_hash(found)}, wanted {show_hash(wanted)}); set base to that model"
-            )
+    problems: list[str] = []
+    model = build_empty_model(plan.base_dir)
+    for opened in plan.adapters:
+        adapter = Adapter.open(opened.path)  # under PEFT's names
+        rows = [adapter.spec(name).shape[0] for name in adapter.replaced if _is_table(name, model)]
+        problems += check_adapter_fits(
+            model, adapter, field="adapters", num_rows=max(rows, default=0)
+        )
+    if not problems:
+        problems = check_chain(plan.base_dir, plan.adapters)
+    if problems:
+        raise UserError("\n".join(problems))
+    for adapter in plan.adapters:
+        adapter.check_values()
+
+
+def _is_table(name: str, model: PreTrainedModel) -> bool:
+    return any(name == f"{layer}.weight" for layer in embedding_layers(model))

@@ -69,6 +69,9 @@ def _verify_values(name: str, stored: Tensor, plan: MergePlan, *, is_blocks: boo
         exact = source[rows].to(dtype)
         size = exact.abs()
         for adapter in updates:
+            if name in adapter.token_rows:
+                exact = adapter.replace_token_rows(name, exact, rows)
+                continue
             size += adapter.absolute_delta(name, rows, dtype)
             added = adapter.delta(name, rows, dtype).add_(exact)
             exact = adapter.apply_dora_magnitudes(name, added, rows)

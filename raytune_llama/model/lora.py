@@ -12,12 +12,14 @@ import peft
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
+from peft.utils import TrainableTokensWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raytune_llama.config.errors import UserError
+from raytune_llama.model.adapter import Adapter
+from raytune_llama.model.adapter_config import ADAPTER_CONFIG_FILE
 from raytune_llama.model.config import LoraConfig
 from raytune_llama.model.pissa import plain_lora_settings, to_plain_lora
 
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""File of the weights of adapters that are written here."""
 
 
 def check_adapter_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
@@ -142,75 +145,189 @@ def _saved_names(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     return list(dict.fromkeys(saved))
 
 
-def load_adapter(model: PreTrainedModel, path: Path) -> PeftModel:
-    """Attach the adapter of a directory, trainable, with its own settings.
+def load_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
+    """Attach an adapter, trainable, with its own settings.
+
+    Args:
+        model: the base, for which `check_trainable` has found nothing.
+        adapter: an open adapter.
 
     Raises:
-        ValueError: the directory holds no adapter, the adapter does not fit the model, or nothing
-            in it is trainable.
+        ValueError: a tensor is not finite, or nothing in the adapter is trainable.
     """
-    problem = check_adapter_directory(path)
-    problems = [problem] if problem else check_adapter_fits(model, path)
-    if problems:
-        raise UserError("\n".join(problems))
-    attached = PeftModel.from_pretrained(model, str(path), is_trainable=True)
+    settings_ = read_peft_config(adapter)
+    settings_.inference_mode = False
+    attached = peft.get_peft_model(model, settings_)
+    assert isinstance(attached, PeftModel)
+    load_adapter_state(attached, adapter)
     if not any(parameter.requires_grad for parameter in attached.parameters()):
-        raise UserError(f"adapter: {path} has no trainable parameter")
+        raise UserError(f"adapter: {adapter.path} has no trainable parameter")
     return attached
 
 
-def check_adapter_directory(path: Path) -> str | None:
-    """Return why `path` is not an adapter directory, or None if it is one."""
-    missing = [
-        name for name in ("adapter_config.json", ADAPTER_WEIGHTS) if not (path / name).is_file()
+def read_peft_config(adapter: Adapter) -> peft.LoraConfig:
+    """Return PEFT's config of an adapter."""
+    return cast("peft.LoraConfig", peft.PeftConfig.from_pretrained(str(adapter.path)))
+
+
+def load_adapter_state(attached: PeftModel, adapter: Adapter) -> None:
+    """Load every tensor of an adapter into a model that it is attached to.
+
+    Raises:
+        ValueError: a tensor is not finite.
+        AssertionError: PEFT does not load one; `check_adapter_fits` refuses such adapters.
+    """
+    adapter.check_values()
+    result = peft.set_peft_model_state_dict(attached, adapter.read_state())
+    assert not result.unexpected_keys, result.unexpected_keys
+
+
+def check_trainable(model: PreTrainedModel, adapter: Adapter, *, num_rows: int = 0) -> list[str]:
+    """Return why a run cannot continue from an adapter; empty if it can.
+
+    Args:
+        model: see `check_adapter_fits`.
+        adapter: an open adapter.
+        num_rows: see `check_adapter_fits`.
+    """
+    problems, attached = _compare(model, adapter, num_rows)
+    if attached is None or problems:
+        return problems
+    base = attached.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    if isinstance(base.get_output_embeddings(), BaseTunerLayer | TrainableTokensWrapper):
+        return [
+            f"adapter: {adapter.path} adapts the output projection, whose full weight the loss "
+            "reads; merge it into the base first, and train on the result"
+        ]
+    if model.config.tie_word_embeddings and not is_tied(base):
+        return [
+            f"adapter: {adapter.path} unties the embeddings of {model.config.name_or_path}, which "
+            "are tied in the base; merge it into the base first, and train on the result"
+        ]
+    extra = sorted(adapter.peft_shapes().keys() - _trained_shapes(attached).keys())
+    if not extra:
+        return []
+    return [
+        f"adapter: {adapter.file} holds {len(extra)} tensors that {ADAPTER_CONFIG_FILE} does not "
+        f"train, such as {extra[0]}, and that the run would not save; merge it into the base "
+        "first, and train on the result"
     ]
-    if missing:
-        return f"adapter: {path} lacks {', '.join(missing)}; name a directory written by PEFT"
-    return None
 
 
-def check_adapter_fits(model: PreTrainedModel, path: Path, *, num_ids: int = 0) -> list[str]:
-    """Return why the adapter of a directory does not fit `model`; empty if it does.
+def check_adapter_fits(
+    model: PreTrainedModel, adapter: Adapter, *, field: str = "adapter", num_rows: int = 0
+) -> list[str]:
+    """Return why an adapter does not fit `model`, or is incomplete; empty if it fits.
 
     Only the model's class and config and the header of the adapter's weights are read.
 
     Args:
         model: the base, with or without its weights; it is not modified.
-        path: an adapter directory; see `check_adapter_directory`.
-        num_ids: ids of the tokenizer, to which the base's embeddings will have been grown.
+        adapter: an open adapter.
+        field: config field that names the adapter, for errors.
+        num_rows: rows to which the base's embedding tables will have been grown.
     """
+    problems, _ = _compare(model, adapter, num_rows)
+    return [problem.replace("adapter:", f"{field}:", 1) for problem in problems]
+
+
+def _compare(
+    model: PreTrainedModel, adapter: Adapter, num_rows: int
+) -> tuple[list[str], PeftModel | None]:
+    """Compare an adapter's file with what its config promises for a base."""
     config = copy.deepcopy(model.config)
-    config.vocab_size = max(config.vocab_size, num_ids)
-    try:
-        settings_ = peft.PeftConfig.from_pretrained(str(path))
-        with torch.device("meta"):
-            base = type(model)(config)
-            was_tied = is_tied(base)
-            attached = peft.get_peft_model(base, settings_)
-        with safe_open(path / ADAPTER_WEIGHTS, framework="pt") as file:
-            stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (ValueError, TypeError, KeyError, SafetensorError) as error:
-        return [f"adapter: {path} cannot be attached to {config.name_or_path}: {error}"]
+    config.vocab_size = max(config.vocab_size, num_rows)
+    where, start = str(config.name_or_path), f"adapter: {adapter.path}"
+    with torch.device("meta"):
+        base = type(model)(config)
+        weights = {
+            name: tuple(weight.shape)
+            for name, weight in base.named_parameters(remove_duplicate=False)
+        }
+        try:
+            attached = peft.get_peft_model(base, read_peft_config(adapter))
+        except (ValueError, TypeError, KeyError) as error:
+            return [f"{start} cannot be attached to {where}: {error}"], None
     assert isinstance(attached, PeftModel)
-    if isinstance(base.get_output_embeddings(), BaseTunerLayer):
-        return [f"adapter: {path} adapts the output projection, whose full weight the loss reads"]
-    if was_tied and not is_tied(base):
-        return [
-            f"adapter: {path} unties the embeddings of {config.name_or_path}, which are tied in "
-            "the base; merge it into the base first, and train on the result"
-        ]
+    problem = (
+        _find_unsupported_layer(attached)
+        or _find_unknown_weight(adapter, weights, where)
+        or _find_missing_tensor(adapter, attached, where)
+        or _find_other_shape(adapter, attached, weights, where)
+        or _find_unpromised_tensor(adapter, attached)
+    )
+    return [] if problem is None else [f"{start} {problem}"], attached
+
+
+def _find_unsupported_layer(attached: PeftModel) -> str | None:
+    for name, module in attached.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            layer = module.get_base_layer()
+            if not isinstance(layer, nn.Linear | nn.Embedding):
+                return (
+                    f"adapts {name.removeprefix('base_model.model.')}, a {type(layer).__name__}; "
+                    "only linear layers and embeddings are supported"
+                )
+    return None
+
+
+def _find_unknown_weight(
+    adapter: Adapter, weights: Mapping[str, tuple[int, ...]], where: str
+) -> str | None:
+    unknown = sorted(adapter.weight_names - weights.keys())
+    if not unknown:
+        return None
+    return (
+        f"changes {len(unknown)} weights that {where} does not have, the first is {unknown[0]}; "
+        "name the base that it was trained on"
+    )
+
+
+def _find_missing_tensor(adapter: Adapter, attached: PeftModel, where: str) -> str | None:
+    wanted = _trained_shapes(attached)
+    missing = sorted(wanted.keys() - adapter.peft_shapes().keys())
+    if not missing:
+        return None
+    return (
+        f"lacks {len(missing)} of the {len(wanted)} tensors that its config promises for {where}, "
+        f"such as {missing[0]}: its file is incomplete, or that base has more layers than the one "
+        "that it was trained on"
+    )
+
+
+def _find_other_shape(
+    adapter: Adapter, attached: PeftModel, weights: Mapping[str, tuple[int, ...]], where: str
+) -> str | None:
+    wanted, stored = _trained_shapes(attached), adapter.peft_shapes()
+    found = {key: (stored[key], shape) for key, shape in wanted.items()}
+    found |= {name: (adapter.spec(name).shape, weights[name]) for name in adapter.replaced}
+    other = sorted(key for key, shapes in found.items() if shapes[0] != shapes[1])
+    if not other:
+        return None
+    own, needed = found[other[0]]
+    return (
+        f"does not fit {where}: {len(other)} tensors have another shape, the first is {other[0]}, "
+        f"{own} in the adapter and {needed} for the model; name the base that it was trained on, "
+        "and its tokenizer"
+    )
+
+
+def _find_unpromised_tensor(adapter: Adapter, attached: PeftModel) -> str | None:
+    extra = sorted(adapter.peft_shapes().keys() - _trained_shapes(attached).keys())
+    extra = [key for key in extra if ".lora_" in key or ".token_adapter." in key]
+    if not extra:
+        return None
+    return (
+        f"holds {len(extra)} tensors that its {ADAPTER_CONFIG_FILE} does not promise, such as "
+        f"{extra[0]}; the files are of different adapters"
+    )
+
+
+def _trained_shapes(attached: PeftModel) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that PEFT saves of a model, by key."""
     state = peft.get_peft_model_state_dict(attached, save_embedding_layers=False)
-    wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    differing = [key for key in sorted(wanted | stored) if wanted.get(key) != stored.get(key)]
-    if not differing:
-        return []
-    key = differing[0]
-    return [
-        f"adapter: {path} does not fit the model {config.name_or_path}: {len(differing)} of "
-        f"{len(wanted)} tensors differ, the first is {key}, {stored.get(key, 'missing')} in the "
-        f"adapter and {wanted.get(key, 'missing')} for the model; name the base that it was "
-        "trained on, and its tokenizer"
-    ]
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
 def is_tied(model: PreTrainedModel) -> bool:

@@ -1,9 +1,7 @@
 """Export of a run: an adapter or a model directory, with a manifest of its provenance."""
 
-import functools
 import logging
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +12,9 @@ from torch import Tensor
 import raytune_llama
 from raytune_llama.config.settings import to_dict
 from raytune_llama.data.store.token_store import TokenStore
-from raytune_llama.logs import waiting
+from raytune_llama.model.adapter import Adapter
+from raytune_llama.model.adapter_config import ADAPTER_CONFIG_FILE
+from raytune_llama.model.adapter_lineage import LINEAGE_KEY, describe_training, hash_files
 from raytune_llama.model.directory import write_with_trained_tables
 from raytune_llama.model.lineage import CHAT_KEY, TEXT_KEY, TOKENIZER_KEY, find_text_start
 from raytune_llama.model.llama import DTYPES, causal_lm, model_settings
@@ -117,12 +117,18 @@ def _describe_result(
         "base_quantization": config.model.quantization,
         MODEL_SETTINGS_KEY: model_settings(config.model) if config.train == "lora" else {},
         "adapter": fingerprint_adapter(config),
+        LINEAGE_KEY: _lineage(config) if config.train == "lora" else None,
         TOKENIZER_KEY: hash_tokenizer(Path(config.model.tokenizer_path)),
         "store": store.fingerprint,
         CHAT_KEY: store.manifest.inputs.get(CHAT_KEY),
         TEXT_KEY: _text_start(config, store),
         "config": to_dict(config),
     }
+
+
+def _lineage(config: AnyTrainConfig) -> dict[str, Any]:
+    before = Adapter.open(Path(config.adapter), field="adapter") if config.adapter else None
+    return describe_training(Path(config.model.path), before)
 
 
 def _run_record(last: RunState) -> dict[str, Any]:
@@ -175,36 +181,7 @@ def fingerprint_model(path: Path, like: Mapping[str, str] | None = None) -> dict
         path: model directory.
         like: recorded fingerprint to compare with, whose algorithms to use; None: a new one.
     """
-    files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
-    gigabytes = sum(file.stat().st_size for file in files) / 1e9
-    what = f"hashing the model {path}, {gigabytes:.1f} GB"
-    recorded = [_like(like, file.name) for file in files]
-    # Hashing releases the GIL, so threads help with large models.
-    with (
-        waiting(logger, what, usually="1 to 3 s per GB"),
-        ThreadPoolExecutor(max_workers=8) as pool,
-    ):
-        hashes = pool.map(_hash_once, files, recorded)
-        return dict(zip((file.name for file in files), hashes, strict=True))
-
-
-def _like(recorded: Mapping[str, str] | None, name: str) -> str | None:
-    """Return a recorded hash of the same algorithm as that of a file, which may be new."""
-    if not recorded:
-        return None
-    return recorded.get(name) or next(iter(recorded.values()))
-
-
-def _hash_once(file: Path, like: str | None) -> str:
-    status = file.stat()
-    state = (status.st_size, status.st_mtime_ns, status.st_ino)
-    return _cached_hash(file, state, like)
-
-
-@functools.lru_cache(maxsize=1024)
-def _cached_hash(file: Path, state: tuple[int, int, int], like: str | None) -> str:  # noqa: ARG001
-    """Hash a file once per process while it is unchanged: a sweep's trials share a base."""
-    return hash_file(file, like)
+    return hash_files([path / "config.json", *sorted(path.glob("*.safetensors"))], like)
 
 
 def fingerprint_adapter(
@@ -218,5 +195,5 @@ def fingerprint_adapter(
     """
     if config.adapter is None:
         return None
-    names = ("adapter_config.json", "adapter_model.safetensors")
-    return {name: hash_file(Path(config.adapter) / name, _like(like, name)) for name in names}
+    adapter = Adapter.open(Path(config.adapter), field="adapter")
+    return hash_files([adapter.path / ADAPTER_CONFIG_FILE, adapter.file], like)

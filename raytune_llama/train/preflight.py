@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from raytune_llama.chat.templates.choice import build_template
 from raytune_llama.config.settings import ConfigError, override
 from raytune_llama.data.build.preparation import DataInputs, open_data
+from raytune_llama.model.adapter import Adapter
+from raytune_llama.model.adapter_lineage import check_chain
 from raytune_llama.model.directory import stored_tables
 from raytune_llama.model.embeddings import check_embeddings
 from raytune_llama.model.lineage import (
@@ -26,11 +28,7 @@ from raytune_llama.model.llama import (
     decoder_layers,
     has_weights,
 )
-from raytune_llama.model.lora import (
-    check_adapter_directory,
-    check_adapter_fits,
-    check_adapter_targets,
-)
+from raytune_llama.model.lora import check_adapter_targets, check_trainable
 from raytune_llama.model.quantization import check_quantization
 from raytune_llama.model.rope import (
     build_rope_settings,
@@ -39,7 +37,6 @@ from raytune_llama.model.rope import (
     read_model_settings,
 )
 from raytune_llama.model.vocab import VocabularyFit, check_vocabulary, num_embedding_rows
-from raytune_llama.storage.files import read_json
 from raytune_llama.storage.hashes import find_hash, show_hash
 from raytune_llama.storage.place import Place, check_place, local_path
 from raytune_llama.tokenizer.loader import load_tokenizer
@@ -236,10 +233,11 @@ def _check_template(config: AnyTrainConfig) -> list[str]:
 def _check_adapter(config: AnyTrainConfig) -> list[str]:
     if config.adapter is None:
         return []
-    problem = check_adapter_directory(Path(config.adapter))
-    if problem:
-        return [problem]
-    is_dora = read_json(Path(config.adapter) / "adapter_config.json").get("use_dora")
+    try:
+        adapter = Adapter.open(Path(config.adapter), field="adapter")
+    except (ValueError, OSError) as error:
+        return str(error).split("\n")
+    is_dora = adapter.settings.get("use_dora")
     return [DORA_PARTITIONED] if is_dora and config.engine.layout == "ZeRO 3" else []
 
 
@@ -292,9 +290,12 @@ def _check_vocabulary(
         if has_weights(Path(config.model.path)):  # a plan works without weights
             problems += _check_stored_tables(model, Path(config.model.path))
     if not problems and config.adapter is not None and not _check_adapter(config):
-        adapter = Path(config.adapter)
-        problems = check_adapter_tokenizer(adapter, Path(config.model.tokenizer_path))
-        return problems or check_adapter_fits(model, adapter, num_ids=fit.num_ids)
+        adapter = Adapter.open(Path(config.adapter), field="adapter")
+        problems = check_adapter_tokenizer(adapter.path, Path(config.model.tokenizer_path))
+        base = Path(config.model.path)
+        if has_weights(base):  # a plan works without weights
+            problems += check_chain(base, [adapter], base_field="model.path", field="adapter")
+        return problems or check_trainable(model, adapter, num_rows=fit.num_ids)
     return problems
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from raytune_llama.model.adapter_config import read_adapter_config
 from raytune_llama.model.embeddings import embedding_layers, trained_layers
-from raytune_llama.model.lora import check_adapter_directory, is_tied
+from raytune_llama.model.lora import is_tied
 from raytune_llama.model.vocab import VocabularyFit
-from raytune_llama.storage.files import read_json, read_manifest
+from raytune_llama.storage.files import read_manifest
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,10 @@ def modules_to_save(config: AnyTrainConfig) -> tuple[str, ...]:
     """Return the name suffixes of the modules that a run trains in full besides an adapter."""
     if config.lora is not None:
         return config.lora.modules_to_save
-    if config.adapter is None or check_adapter_directory(Path(config.adapter)):
+    if config.adapter is None:
         return ()
-    settings = read_json(Path(config.adapter) / "adapter_config.json")
+    try:
+        settings = read_adapter_config(Path(config.adapter), "adapter")
+    except (ValueError, OSError):
+        return ()  # reported by the checks before a run
     return tuple(settings.get("modules_to_save") or ())

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from raytune_llama.merge.adapter import Adapter
 from raytune_llama.merge.logits import compare_logits, load_comparison_ids
 from raytune_llama.merge.plan import MergePlan, plan_merge
+from raytune_llama.model.adapter import Adapter
 from tests.conftest import train_tokenizer
 from tests.merge.conftest import WHOLE, MakeAdapter, MakeBase, left_over, merge
 
@@ -76,7 +76,7 @@ def test_adapter_that_was_read_wrong_fails_though_each_tensor_is_proven(
     adapter = make_adapter(base)
     opened = Adapter.open
 
-    def wrong(path: Path, prefix: str) -> Adapter:
+    def wrong(path: Path, prefix: str = "") -> Adapter:
         read = opened(path, prefix)
         for update in read.low_rank.values():
             update.scale *= 1.05

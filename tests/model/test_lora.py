@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from raytune_llama.config.settings import ConfigError, from_dict
+from raytune_llama.model.adapter import Adapter
 from raytune_llama.model.config import LoraConfig
 from raytune_llama.model.llama import SummedLoss, causal_lm
 from raytune_llama.model.lora import (
     attach_adapter,
-    check_adapter_directory,
-    check_adapter_fits,
     check_adapter_targets,
+    check_trainable,
     is_tied,
     load_adapter,
     write_adapter,
@@ -239,7 +239,7 @@ def test_write_adapter_of_any_kind_is_loaded_by_peft_with_equal_logits(
     assert not torch.allclose(plain, wanted, atol=0.1)
     assert is_tied(base) == tied
     # And it goes on where it was: the same trained weights by the same names.
-    again = load_adapter(make_llama(tie_word_embeddings=tied), path)
+    again = load_adapter(make_llama(tie_word_embeddings=tied), opened(path))
     mine, theirs = trained_of(attached), trained_of(again)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -256,6 +256,10 @@ def test_write_adapter_returns_the_norm_of_each_tensor_written(
     assert norms == {key: float(tensor.norm()) for key, tensor in stored.items()}
     # Two for each of 7 x 2 adapted layers, and the table under both of its names.
     assert len(norms) == 30
+
+
+def opened(path: Path) -> Adapter:
+    return Adapter.open(path, field="adapter")
 
 
 def nan(tensor: Tensor) -> Tensor:
@@ -293,7 +297,7 @@ def test_load_adapter_trains_with_the_adapters_own_settings(
     make_llama: MakeModel, write: Callable[..., tuple[PeftModel, Path]]
 ) -> None:
     _, path = write(rank=3, alpha=7.5, targets=("q_proj",), rslora=True)
-    settings: Any = load_adapter(make_llama(), path).peft_config["default"]
+    settings: Any = load_adapter(make_llama(), opened(path)).peft_config["default"]
     assert (settings.r, settings.lora_alpha, settings.use_rslora) == (3, 7.5, True)
     assert settings.target_modules == {"q_proj"}
 
@@ -303,18 +307,18 @@ def test_load_adapter_of_an_incomplete_directory_names_the_file(
     make_llama: MakeModel, write: Callable[..., tuple[PeftModel, Path]], missing: str
 ) -> None:
     _, path = write()
-    assert check_adapter_directory(path) is None
+    assert check_trainable(make_llama(), opened(path)) == []
     (path / missing).unlink()
     with pytest.raises(ValueError, match=missing):
-        load_adapter(make_llama(), path)
+        opened(path)
 
 
 @pytest.mark.parametrize(
     ("fields", "parts"),
     [
-        ({"hidden_size": 32}, ["down_proj.lora_B", "(16, 4)", "(32, 4)"]),
-        ({"vocab_size": 400}, ["lm_head.weight", "(410, 16)", "(400, 16)"]),
-        ({"num_hidden_layers": 3}, ["layers.2.", "missing in the adapter"]),
+        ({"hidden_size": 32}, ["down_proj.lora_B", "(16, 4)", "(32, 4)", "name the base"]),
+        ({"vocab_size": 400}, ["lm_head.weight", "(410, 16)", "(400, 16)", "name the base"]),
+        ({"num_hidden_layers": 3}, ["layers.2.", "lacks 14 of the 42 tensors", "more layers"]),
     ],
 )
 def test_adapter_of_another_base_is_refused_with_both_shapes(
@@ -326,74 +330,72 @@ def test_adapter_of_another_base_is_refused_with_both_shapes(
     _, path = write(modules_to_save=("lm_head",) if "vocab_size" in fields else ())
     model = make_llama(**fields)
     modules = [name for name, _ in model.named_modules()]
-    [problem] = check_adapter_fits(model, path)
+    [problem] = check_trainable(model, opened(path))
     assert [part for part in [str(path), *parts] if part not in problem] == []
-    with pytest.raises(ValueError, match="does not fit the model"):
-        load_adapter(model, path)
     assert [name for name, _ in model.named_modules()] == modules
 
 
-def test_check_adapter_fits_of_its_own_base_finds_nothing(
+def test_check_trainable_of_its_own_base_finds_nothing(
     make_llama: MakeModel, write: Callable[..., tuple[PeftModel, Path]]
 ) -> None:
     _, path = write(modules_to_save=BOTH, dora=True)
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(llama_config())
         smaller = LlamaForCausalLM(llama_config(vocab_size=390))
-    assert check_adapter_fits(skeleton, path) == []
-    assert check_adapter_fits(skeleton, path, num_ids=400) == []
+    assert check_trainable(skeleton, opened(path)) == []
+    assert check_trainable(skeleton, opened(path), num_rows=400) == []
     # A base that the run will grow to the tokenizer.
-    assert check_adapter_fits(smaller, path, num_ids=410) == []
-    assert len(check_adapter_fits(smaller, path)) == 1
+    assert check_trainable(smaller, opened(path), num_rows=410) == []
+    assert len(check_trainable(smaller, opened(path))) == 1
 
 
-def test_check_adapter_fits_of_an_adapter_that_unties_the_base_is_refused(
+def test_check_trainable_of_an_adapter_that_unties_the_base_is_refused(
     make_llama: MakeModel, write: Callable[..., tuple[PeftModel, Path]]
 ) -> None:
     _, path = write(modules_to_save=BOTH)
-    [problem] = check_adapter_fits(make_llama(tie_word_embeddings=True), path)
+    [problem] = check_trainable(make_llama(tie_word_embeddings=True), opened(path))
     assert "unties" in problem
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"target_modules": ["nothing"], "modules_to_save": None},
-        {"peft_type": "PERHAPS"},
-    ],
-)
-def test_check_adapter_fits_of_settings_that_cannot_be_attached_is_refused(
+def test_check_trainable_of_settings_that_cannot_be_attached_is_refused(
     make_llama: MakeModel,
     write: Callable[..., tuple[PeftModel, Path]],
-    change: dict[str, Any],
 ) -> None:
     _, path = write(targets=("q_proj",))
     file = path / "adapter_config.json"
+    change = {"target_modules": ["nothing"], "modules_to_save": None}
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    [problem] = check_adapter_fits(make_llama(), path)
+    [problem] = check_trainable(make_llama(), opened(path))
     assert problem.startswith(f"adapter: {path} ")
 
 
-def test_check_adapter_fits_of_an_adapted_output_projection_is_refused(
+def test_check_trainable_of_an_adapted_output_projection_is_refused(
     make_llama: MakeModel, write: Callable[..., tuple[PeftModel, Path]]
 ) -> None:
     _, path = write(targets=("q_proj", "lm_head"))
-    assert len(check_adapter_fits(make_llama(), path)) == 1
+    assert len(check_trainable(make_llama(), opened(path))) == 1
 
 
-def test_check_adapter_fits_of_a_file_that_lacks_a_tensor_names_it(
+def test_check_trainable_of_a_file_that_lacks_a_tensor_names_it(
     make_llama: MakeModel, write: Callable[..., tuple[PeftModel, Path]]
 ) -> None:
     _, path = write()
     file = path / "adapter_model.safetensors"
     stored = load_file(file)
     whole = copy.copy(stored)
-    removed = sorted(stored)[5]
-    del stored[removed]
+    layer = "base_model.model.model.layers.1.mlp.up_proj"
+    for factor in ("lora_A", "lora_B"):
+        del stored[f"{layer}.{factor}.weight"]
     save_file(stored, file)
-    [problem] = check_adapter_fits(make_llama(), path)
-    assert removed in problem
+    [problem] = check_trainable(make_llama(), opened(path))
+    assert "lacks 2 of the 28 tensors that its config promises" in problem
+    assert layer in problem
+    del stored["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
+    save_file(stored, file)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj: A or B is missing"):
+        opened(path)
     file.write_bytes(b"")
-    assert len(check_adapter_fits(make_llama(), path)) == 1
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+        opened(path)
     save_file(whole, file)
-    assert check_adapter_fits(make_llama(), path) == []
+    assert check_trainable(make_llama(), opened(path)) == []

@@ -5,29 +5,30 @@ without weights, and the factors are read from there. Adapters that change more 
 (fully trained embeddings, a grown vocabulary, DoRA, other RoPE settings) are merged into a copy.
 """
 
-import copy
-import functools
 import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import peft
 import torch
 from peft import PeftModel
-from peft.tuners.lora import Linear as PeftLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from raytune_llama.config.errors import UserError
+from raytune_llama.model.adapter import Adapter
+from raytune_llama.model.adapter_lineage import check_chain
 from raytune_llama.model.lineage import CHAT_KEY, find_leading_ids
-from raytune_llama.model.lora import ADAPTER_WEIGHTS, check_adapter_directory, is_tied
+from raytune_llama.model.lora import (
+    check_adapter_fits,
+    is_tied,
+    load_adapter_state,
+    read_peft_config,
+)
 from raytune_llama.model.rope import apply_rope_settings, read_model_settings
 from raytune_llama.model.vocab import describe_tokenizer_mismatch, has_tokenizer, num_embedding_rows
 from raytune_llama.serve.config import ServedModelConfig
@@ -39,7 +40,6 @@ from raytune_llama.serve.generation.model import (
     load_chat_encoder,
 )
 from raytune_llama.storage.files import read_manifest
-from raytune_llama.storage.hashes import hash_file, show_hash
 from raytune_llama.tokenizer.loader import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -73,12 +73,8 @@ class AdapterLoader:
             base: the loaded base model.
         """
         self._config, self._base, self._path = config, base, Path(config.path)
-        # Copied before any adapter is attached.
-        self._settings = copy.deepcopy(base.model.config)
         self._num_rows = num_embedding_rows(base.model)
         self._dtype, self._device = base.model.dtype, base.model.device
-        # Hashed once, since the base in memory was loaded from the files at startup.
-        self._hash = functools.cache(hash_file)
 
     def load(self, folder: Path, name: str) -> LoadedAdapter:
         """Verify an adapter and load it; takes time in proportion to its size.
@@ -99,11 +95,12 @@ class AdapterLoader:
             raise UserError(f"{folder} can't be read as an adapter: {error}") from error
 
     def _load(self, folder: Path, name: str) -> LoadedAdapter:
-        self._check(folder)
+        adapter = Adapter.open(folder, field="adapter")
         tokenizer = self._base.tokenizer
         is_own_tokenizer = has_tokenizer(folder)
         if is_own_tokenizer:
             tokenizer = load_tokenizer(folder)
+        self._check(adapter, len(tokenizer))
         recorded = read_manifest(folder).get(CHAT_KEY)
         chat = self._base.chat
         if recorded or (is_own_tokenizer and chat is not None):
@@ -116,107 +113,65 @@ class AdapterLoader:
             )
         begin = find_leading_ids([self._path, folder], tokenizer)
         served = replace(self._base, name=name, tokenizer=tokenizer, chat=chat, leading_ids=begin)
-        settings_ = cast("peft.LoraConfig", peft.PeftConfig.from_pretrained(str(folder)))
-        if settings_.peft_type != "LORA":
-            raise UserError(f"{folder} has PEFT type {settings_.peft_type}, wanted LORA")
-        settings_.inference_mode = True
-        state = load_file(folder / ADAPTER_WEIGHTS)
-        broken = [key for key, tensor in state.items() if not tensor.isfinite().all()]
-        if broken or not state:
-            problem = f"{broken[0]} has NaN or infinite values" if broken else "it has no tensors"
-            raise UserError(f"{folder}: {problem}")
+        adapter.check_values()
         is_plain = len(tokenizer) == len(self._base.tokenizer) and not read_model_settings(folder)
-        updates = self._read_updates(settings_, state, folder) if is_plain else None
-        if updates is not None:
-            return LoadedAdapter(served, updates)
-        model = self._merge(folder, settings_, state, len(tokenizer))
+        if is_plain and self._is_linear(adapter):
+            return LoadedAdapter(served, self._read_updates(adapter))
+        model = self._merge(adapter, len(tokenizer))
         limit = context_tokens(self._config, model)
         return LoadedAdapter(replace(served, model=model, max_context=limit), None)
 
-    def _check(self, folder: Path) -> None:
+    def _check(self, adapter: Adapter, num_ids: int) -> None:
         """Reject an adapter that is incomplete, or was made for another base."""
-        problem = check_adapter_directory(folder)
-        problems = [problem] if problem else []
-        if not problems and self._config.verify:
-            problems += check_files(folder)
+        folder, model = adapter.path, self._base.model
+        problems = check_files(folder) if self._config.verify else []
+        if not problems:
+            problems = check_chain(self._path, [adapter], base_field="path")
+        if not problems:
+            rows = num_ids if num_ids > self._num_rows else 0
+            problems = check_adapter_fits(model, adapter, num_rows=rows)
         if problems:
-            raise UserError("; ".join(problems))
-        wanted = read_manifest(folder).get("base")
-        if not wanted:
-            logger.warning(
-                "%s does not record its base model: only tensor shapes are checked", folder
-            )
-        for file, digest in sorted((wanted or {}).items()):
-            path = self._path / Path(file).name
-            found = self._hash(path, digest) if path.is_file() else None
-            if found == digest:
-                continue
-            if path.suffix == ".json":
-                # Its content may be equivalent; a merge does not compare it either.
-                logger.warning("%s was made for a base with another %s", folder, file)
-                continue
-            raise UserError(
-                f"{folder} was made for a base whose {file} has the hash {show_hash(digest)}, but "
-                f"{self._base.name} has {show_hash(found) if found else 'no such file'}; serve "
-                "it with its own base"
-            )
+            # Clients see it, and no path of this machine.
+            text = "; ".join(problems).replace(str(self._path), self._base.name)
+            raise UserError(text)
         if has_tokenizer(folder) and has_tokenizer(self._path):
             foreign = describe_tokenizer_mismatch(self._path, folder)
             if foreign:
                 raise UserError(foreign)
 
-    def _read_updates(
-        self, settings_: peft.LoraConfig, state: Mapping[str, Tensor], folder: Path
-    ) -> dict[str, LoraLayerWeights] | None:
-        """Return an adapter's LoRA factors, or None if it changes more than linear layers."""
-        settings_ = copy.deepcopy(settings_)
-        with torch.device("meta"):
-            skeleton = type(self._base.model)(copy.deepcopy(self._settings))
-            attached = PeftModel(skeleton, settings_)
-        others = [
-            module
-            for module in attached.modules()
-            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-            and not (isinstance(module, PeftLinear) and _is_plain(module))
-        ]
-        if others:
-            return None
-        self._compare(folder, attached, state)
+    def _is_linear(self, adapter: Adapter) -> bool:
+        """Whether an adapter only adds low-rank updates to linear layers of the base.
+
+        PEFT may save embedding tables that were not trained: equal to the base's, they change
+        nothing.
+        """
+        if adapter.is_linear:
+            return True
+        weights = dict(self._base.model.named_parameters(remove_duplicate=False))
+        plain = all(set(update.keys) == {"a", "b"} for update in adapter.low_rank.values())
+        return (
+            plain
+            and not adapter.token_rows
+            and all(
+                torch.equal(adapter.read_replaced(name).to(weights[name]), weights[name].detach())
+                for name in adapter.replaced
+            )
+        )
+
+    def _read_updates(self, adapter: Adapter) -> dict[str, LoraLayerWeights]:
+        """Return the LoRA factors of an adapter by the name of the base's layer."""
         updates: dict[str, LoraLayerWeights] = {}
-        for name, module in attached.get_base_model().named_modules():
-            if isinstance(module, PeftLinear):
-                # PEFT computes in float32, whatever the base's dtype.
-                a_RI = state[f"base_model.model.{name}.lora_A.weight"].float()
-                b_RO = state[f"base_model.model.{name}.lora_B.weight"].float().T
-                scaled_RO = (b_RO * module.scaling["default"]).contiguous()
-                updates[name] = LoraLayerWeights(a_RI.to(self._device), scaled_RO.to(self._device))
-        if not updates:
-            raise UserError(f"{folder} adapts no layer of {self._base.name}")
+        for name, update in adapter.low_rank.items():
+            # PEFT computes in float32, whatever the base's dtype.
+            b_OR, a_RI, _ = adapter.factors(name)
+            scaled_RO = (b_OR.T * update.scale).contiguous()
+            layer = name.removesuffix(".weight")
+            updates[layer] = LoraLayerWeights(a_RI.to(self._device), scaled_RO.to(self._device))
         return updates
 
-    def _compare(self, folder: Path, attached: PeftModel, state: Mapping[str, Tensor]) -> None:
-        """Reject files with missing or unexpected tensors."""
-        expected = peft.get_peft_model_state_dict(attached, save_embedding_layers=False)
-        wanted = {key: tuple(tensor.shape) for key, tensor in expected.items()}
-        # PEFT may save full embeddings that were not trained.
-        stored = {
-            key: tuple(tensor.shape)
-            for key, tensor in state.items()
-            if key in wanted or ".lora_" in key
-        }
-        odd = [key for key in sorted(wanted | stored) if wanted.get(key) != stored.get(key)]
-        if odd:
-            key = odd[0]
-            raise UserError(
-                f"{folder} does not fit {self._base.name}: {len(odd)} of {len(wanted)} tensors "
-                f"differ, the first is {key}, {stored.get(key, 'missing')} in the adapter and "
-                f"{wanted.get(key, 'missing')} for the model"
-            )
-
-    def _merge(
-        self, folder: Path, settings_: peft.LoraConfig, state: Mapping[str, Tensor], num_ids: int
-    ) -> PreTrainedModel:
+    def _merge(self, adapter: Adapter, num_ids: int) -> PreTrainedModel:
         """Return a copy of the base with the adapter merged in, computed in float32."""
+        folder = adapter.path
         config = AutoConfig.from_pretrained(self._path, local_files_only=True)
         apply_rope_settings(config, read_model_settings(folder))
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -230,8 +185,11 @@ class AdapterLoader:
         if is_grown:
             model.resize_token_embeddings(num_ids, mean_resizing=False)
         was_tied = is_tied(model)
-        attached = PeftModel.from_pretrained(model, str(folder), config=settings_).eval()
-        self._compare(folder, attached, state)
+        settings_ = read_peft_config(adapter)
+        settings_.inference_mode = True
+        attached = peft.get_peft_model(model, settings_).eval()
+        assert isinstance(attached, PeftModel)
+        load_adapter_state(attached, adapter)
         tables = [model.get_input_embeddings(), model.get_output_embeddings()]
         kept = [isinstance(table, ModulesToSaveWrapper) for table in tables]
         if is_grown and not (all(kept) or (was_tied and any(kept))):
@@ -260,13 +218,3 @@ class AdapterLoader:
         merged.requires_grad_(requires_grad=False)
         nn.Module.to(merged.eval(), device=self._device, dtype=self._dtype)
         return merged
-
-
-def _is_plain(module: PeftLinear) -> bool:
-    """Whether the adapter of a linear layer is a plain product of two factors."""
-    return (
-        isinstance(module.get_base_layer(), nn.Linear)
-        and not module.lora_variant
-        and not any(module.lora_bias.values())
-        and not module.fan_in_fan_out
-    )

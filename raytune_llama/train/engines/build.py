@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from raytune_llama.data.batches.step_batches import BatchPlan
 from raytune_llama.logs import waiting
+from raytune_llama.model.adapter import Adapter
 from raytune_llama.model.config import LoraConfig
 from raytune_llama.model.embeddings import train_embeddings
 from raytune_llama.model.llama import SummedLoss, load_model
@@ -42,7 +43,7 @@ def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: ProcessGroup)
     if config.lora is not None:
         trained = build_adapter(config, config.lora, model, workers)
     elif config.adapter is not None:
-        trained = load_adapter(model, Path(config.adapter))
+        trained = load_adapter(model, Adapter.open(Path(config.adapter), field="adapter"))
     elif isinstance(config, PretrainConfig) and config.train == "embeddings":
         ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
         train_embeddings(model, config.embeddings, ids)
