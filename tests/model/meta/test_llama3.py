@@ -127,6 +127,8 @@ def test_convert_model_directory_to_meta_and_back_keeps_config_tokenizer_and_wei
     convert_weights(config(tmp_path / "hf", tmp_path / "pth", to="meta", num_shards=2))
     params = json.loads((tmp_path / "pth" / "params.json").read_text())
     assert (params["use_scaled_rope"], params["rope_scaling_factor"]) == (True, factor)
+    # A constant of LLaMA 1 and 2, which would contradict the scaling.
+    assert all("rope.freqs" not in content for content in contents(tmp_path / "pth"))
     convert_weights(config(tmp_path / "pth", tmp_path / "back", instruct=True))
     names = {path.name for path in (tmp_path / "hf").iterdir()}
     assert names == {path.name for path in (tmp_path / "back").iterdir()} - {"manifest.json"}

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from raytune_llama.config.settings import ConfigError, from_dict
 from raytune_llama.model.meta.config import ConvertConfig
@@ -126,8 +127,8 @@ def cut(source: Path) -> None:
             r"feed_forward\.w1\.weight is .* over 2 shards, but params\.json requires",
         ),
         (
-            change_tensor("tok_embeddings.weight", lambda tensor: tensor.flatten()),
-            r"tok_embeddings\.weight is .* over 2 shards, but params\.json requires",
+            change_tensor("layers.0.attention.wo.weight", lambda tensor: tensor.flatten()),
+            r"attention\.wo\.weight is .* over 2 shards, but params\.json requires",
         ),
         (
             change_tensor("output.weight", lambda tensor: tensor[:-1]),
@@ -215,6 +216,19 @@ def test_convert_sentencepiece_with_rows_that_have_no_token_keeps_them(
     convert(tmp_path / "hf", tmp_path / "pth", to="meta")
     convert(tmp_path / "pth", tmp_path / "back", instruct=None)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["vocab_size"] == 403
+
+
+def test_convert_sentencepiece_after_rows_were_added_records_their_number(
+    tmp_path: Path, piece_model: Path
+) -> None:
+    source = write_llama2(tmp_path / "meta", 360, piece_model)
+    convert(source, tmp_path / "hf", instruct=None)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    model.resize_token_embeddings(370, mean_resizing=False)
+    model.save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "pth", to="meta")
+    # The original's -1 would mean the 360 pieces of the tokenizer.
+    assert json.loads((tmp_path / "pth" / "params.json").read_text())["vocab_size"] == 370
 
 
 def test_convert_sentencepiece_as_an_instruct_model_is_refused(
