@@ -16,6 +16,7 @@ from raytune_llama.config.errors import UserError
 from raytune_llama.merge.gguf_file import GgufModelSpec, GgufWeights, write_gguf
 from raytune_llama.merge.plan import MergePlan
 from raytune_llama.merge.proof import verify_weights
+from raytune_llama.model.directory import write_token_settings
 from raytune_llama.model.meta.from_meta import open_meta
 from raytune_llama.model.meta.to_meta import MetaModelSpec, copy_tokenizer_model, write_meta
 from raytune_llama.model.tensors import (
@@ -28,7 +29,7 @@ from raytune_llama.model.tensors import (
 from raytune_llama.model.vocab import EMBEDDING, HEAD
 from raytune_llama.storage.files import write_json_atomic
 from raytune_llama.storage.hashes import hash_file
-from raytune_llama.tokenizer.loader import write_tokenizer
+from raytune_llama.tokenizer.loader import load_tokenizer, write_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ def export_huggingface(
         shutil.copyfile(generation, folder / generation.name)
     if plan.tokenizer_dir is not None:
         write_tokenizer(plan.tokenizer_dir, folder)
+        write_token_settings(folder, load_tokenizer(plan.tokenizer_dir), plan.stop_ids)
     hashes = {name: digest for shard in shards for name, digest in shard.hashes.items()}
     return ExportResult(sum(shard.num_changed for shard in shards), {"tensors": hashes})
 

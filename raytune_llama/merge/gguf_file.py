@@ -109,7 +109,7 @@ def plan_gguf(plan: MergePlan, gguf_type: GgufType) -> GgufModelSpec:
     config = LlamaConfig.from_dict(dict(plan.settings))
     _check_config(plan.base_dir, config)
     tensors = dict(_tensors(plan, config, gguf_type))
-    vocabulary = read_vocabulary(plan.tokenizer_dir, config.vocab_size)
+    vocabulary = read_vocabulary(plan.tokenizer_dir, config.vocab_size, plan.stop_ids)
     return GgufModelSpec(config, gguf_type, vocabulary, tensors)
 
 

@@ -70,7 +70,7 @@ class GgufVocabulary:
     merges: list[str] | None
     """Pairs of tokens by rank, for gpt2; else None."""
     ids: Mapping[str, int]
-    """Ids of those of bos, eos, unk and pad that exist."""
+    """Ids of those of bos, eos, eot, unk and pad that exist; eot ends an answer besides eos."""
     adds_bos: bool
     """Whether the tokenizer prepends bos to a text."""
     adds_eos: bool
@@ -100,12 +100,15 @@ class GgufVocabulary:
             writer.add_chat_template(self.template)
 
 
-def read_vocabulary(path: Path, num_rows: int) -> GgufVocabulary:
+def read_vocabulary(
+    path: Path, num_rows: int, stop_ids: frozenset[int] = frozenset()
+) -> GgufVocabulary:
     """Convert the tokenizer of a directory to GGUF's form.
 
     Args:
         path: Directory of the tokenizer.
         num_rows: Rows of the embedding; those after the tokenizer's ids become unused tokens.
+        stop_ids: Ids that end an answer in the chat template.
 
     Raises:
         ValueError: llama.cpp would encode text to other ids.
@@ -120,6 +123,8 @@ def read_vocabulary(path: Path, num_rows: int) -> GgufVocabulary:
     if num_unused:
         logger.info("%d of %d embedding rows have no token", num_unused, num_rows)
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    others = sorted(stop_ids - {ids["eos"]})
+    ids["eot"] = others[0] if others else None
     text = tokenizer("a")["input_ids"]
     return GgufVocabulary(
         **parts,

@@ -19,13 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from raytune_llama.chat.templates.choice import find_stop_ids
 from raytune_llama.config.errors import UserError
 from raytune_llama.model.adapter import Adapter
 from raytune_llama.model.adapter_config import ADAPTER_CONFIG_FILE
 from raytune_llama.model.adapter_lineage import check_chain, hash_files
 from raytune_llama.model.embeddings import embedding_layers
-from raytune_llama.model.lineage import check_tokenizer_chain
-from raytune_llama.model.llama import build_empty_model
+from raytune_llama.model.lineage import check_tokenizer_chain, find_chat_template
+from raytune_llama.model.llama import build_empty_model, check_not_quantized
 from raytune_llama.model.lora import check_adapter_fits
 from raytune_llama.model.rope import read_model_settings
 from raytune_llama.model.tensors import ShardedWeights, TensorSpec, open_weights
@@ -117,6 +118,8 @@ class MergePlan:
     """The config.json of the result, except for the type of its weights."""
     is_untied: bool
     """Whether a tied embedding table of the base becomes two."""
+    stop_ids: frozenset[int]
+    """Ids that end an answer in the chat template of the training."""
     model_settings: Mapping[str, Any]
     """Model settings of the adapters' training that override the base's config.json."""
 
@@ -178,6 +181,9 @@ def plan_merge(
         ValueError: Files are missing or damaged, or an adapter or tokenizer does not fit.
     """
     base = open_weights(base_dir, what="base")
+    quantized = check_not_quantized(base_dir, "base")
+    if quantized:
+        raise UserError(quantized[0])
     names = find_weight_names(base_dir, base)
     adapters = [Adapter.open(path, names.prefix) for path in adapter_dirs]
     settings = dict(read_json(base_dir / "config.json"))
@@ -198,8 +204,18 @@ def plan_merge(
         settings["tie_word_embeddings"] = False
     changed = _model_settings(adapter_dirs)
     settings |= changed
+    chat = find_chat_template([base_dir, *adapter_dirs])
     return MergePlan(
-        base_dir, base, names, tuple(adapters), recipes, tokenizer_dir, settings, untied, changed
+        base_dir=base_dir,
+        base=base,
+        names=names,
+        adapters=tuple(adapters),
+        recipes=recipes,
+        tokenizer_dir=tokenizer_dir,
+        settings=settings,
+        is_untied=untied,
+        stop_ids=find_stop_ids(chat[1] if chat else None, tokenizer_dir),
+        model_settings=changed,
     )
 
 

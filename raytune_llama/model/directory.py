@@ -8,12 +8,12 @@ training nor its partitions affect them.
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raytune_llama.config.errors import UserError
 from raytune_llama.model.embeddings import embedding_layers, new_rows_name
@@ -106,23 +106,54 @@ def write_settings(
     base: Path,
     folder: Path,
     values: Mapping[str, object],
-    generation: Mapping[str, object] | None = None,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Iterable[int] = (),
 ) -> None:
-    """Write a model's `config.json` and, if the base has one, `generation_config.json`.
+    """Write a model's `config.json` and `generation_config.json`.
 
     Args:
-        base: the model directory.
+        base: directory of the model whose settings are kept otherwise.
         folder: an existing directory.
         values: fields to override in `config.json`.
-        generation: fields to override in `generation_config.json`; None: it is copied unchanged.
+        tokenizer: see `write_token_settings`.
+        stop_ids: see `write_token_settings`.
     """
     write_json_atomic(folder / _CONFIG, read_json(base / _CONFIG) | dict(values))
     if (base / _GENERATION).is_file():
-        if generation:
-            changed = read_json(base / _GENERATION) | dict(generation)
-            write_json_atomic(folder / _GENERATION, changed)
-        else:
-            shutil.copyfile(base / _GENERATION, folder / _GENERATION)
+        shutil.copyfile(base / _GENERATION, folder / _GENERATION)
+    write_token_settings(folder, tokenizer, stop_ids)
+
+
+def write_token_settings(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int] = ()
+) -> None:
+    """Let a model directory's settings name the control tokens of the tokenizer that it carries.
+
+    Plain `generate` stops at the ids in `generation_config.json`, which need not be those of a base
+    that had another tokenizer or no chat template.
+
+    Args:
+        folder: a model directory; its `generation_config.json` is written if there is none.
+        tokenizer: its tokenizer.
+        stop_ids: further ids that end an answer, such as those of its chat template.
+    """
+    ids: dict[str, int | list[int]] = {
+        f"{name}_token_id": found
+        for name in ("bos", "eos", "pad")
+        if isinstance(found := getattr(tokenizer, f"{name}_token_id"), int)
+    }
+    write_json_atomic(folder / _CONFIG, read_json(folder / _CONFIG) | ids)
+    file = folder / _GENERATION
+    generation = read_json(file) if file.is_file() else {}
+    before = generation.get("eos_token_id")
+    controls = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    kept = [before] if isinstance(before, int) else before or []
+    own = tokenizer.eos_token_id
+    ends = [*([own] if isinstance(own, int) else []), *stop_ids]
+    ends = list(dict.fromkeys([*ends, *(id_ for id_ in kept if id_ in controls)]))
+    if ends:
+        ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    write_json_atomic(file, generation | ids)
 
 
 def write_with_trained_tables(
@@ -168,7 +199,8 @@ def write_with_trained_tables(
         return _with_trained(table_VD, tables[name], trained, ids)
 
     rewrite_weights(base, folder, dict.fromkeys(tables, num_rows), change)
-    write_settings(base, folder, {"vocab_size": num_rows, **(settings or {})})
+    values = {"vocab_size": num_rows, **(settings or {})}
+    write_settings(base, folder, values, load_tokenizer(tokenizer))
     return {name: float(tensor.norm()) for name, tensor in trained.items()}
 
 

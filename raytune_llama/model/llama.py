@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, BloomModel, PreTrainedModel
 
 from raytune_llama.config.errors import UserError
+from raytune_llama.model.adapter_config import ADAPTER_CONFIG_FILE
 from raytune_llama.model.bloom import run_bloom
 from raytune_llama.model.config import ModelConfig, Precision
 from raytune_llama.model.embeddings import projection_weight
@@ -22,6 +23,7 @@ from raytune_llama.model.loss import IGNORE_INDEX, summed_cross_entropy
 from raytune_llama.model.rope import apply_rope_settings, build_rope_settings
 from raytune_llama.model.tensors import SAFETENSORS, SAFETENSORS_INDEX, SafetensorsFile
 from raytune_llama.model.vocab import grow_embeddings, has_tokenizer
+from raytune_llama.storage.files import read_json
 from raytune_llama.tokenizer.loader import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -41,8 +43,30 @@ def check_model_settings(path: Path) -> list[str]:
     if not path.is_dir():
         return [f"model.path: {path} is not a directory; name a Hugging Face model directory"]
     if not (path / "config.json").is_file():
+        if (path / ADAPTER_CONFIG_FILE).is_file():
+            return [
+                f"model.path: {path} is an adapter, not a model; name the base that it was trained "
+                "on, or merge it into that base first"
+            ]
         return [f"model.path: {path} has no config.json; name a Hugging Face model directory"]
     return []
+
+
+def check_not_quantized(path: Path, field: str) -> list[str]:
+    """Return why a base whose stored weights are quantized cannot be trained on or merged into.
+
+    Args:
+        path: directory of the base.
+        field: config field that names it, for errors.
+    """
+    settings = read_json(path / "config.json").get("quantization_config")
+    if not settings:
+        return []
+    method = settings.get("quant_method", "an unknown method")
+    return [
+        f"{field}: the weights of {path} are quantized ({method}); use the model that they were "
+        "quantized from, which has the precision that an adapter is added to"
+    ]
 
 
 def has_weights(path: Path) -> bool:

@@ -195,6 +195,10 @@ def open_weights(directory: Path, *, what: str = "model") -> ShardedWeights:
         if (directory / single).is_file():
             path = directory / single
             return ShardedWeights({path: kind(path)})
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"{what}: {directory} is an adapter, not a model; name the base that it was trained on"
+        )
     raise UserError(
         f"{what}: {directory} has no weights, none of {SAFETENSORS}, {SAFETENSORS_INDEX}, "
         f"{PICKLED}, {PICKLED_INDEX}; name a Hugging Face model directory"

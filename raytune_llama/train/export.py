@@ -10,12 +10,13 @@ from peft import PeftModel
 from torch import Tensor
 
 import raytune_llama
+from raytune_llama.chat.templates.choice import find_stop_ids
 from raytune_llama.config.settings import to_dict
 from raytune_llama.data.store.token_store import TokenStore
 from raytune_llama.model.adapter import Adapter
 from raytune_llama.model.adapter_config import ADAPTER_CONFIG_FILE
 from raytune_llama.model.adapter_lineage import LINEAGE_KEY, describe_training, hash_files
-from raytune_llama.model.directory import write_with_trained_tables
+from raytune_llama.model.directory import write_token_settings, write_with_trained_tables
 from raytune_llama.model.lineage import CHAT_KEY, TEXT_KEY, TOKENIZER_KEY, find_text_start
 from raytune_llama.model.llama import DTYPES, causal_lm, model_settings
 from raytune_llama.model.lora import write_adapter
@@ -25,7 +26,7 @@ from raytune_llama.storage.files import OUTPUT_MANIFEST, write_json_atomic
 from raytune_llama.storage.hashes import hash_file
 from raytune_llama.storage.place import Place
 from raytune_llama.storage.transfers import publish_place
-from raytune_llama.tokenizer.loader import hash_tokenizer, write_tokenizer
+from raytune_llama.tokenizer.loader import hash_tokenizer, load_tokenizer, write_tokenizer
 from raytune_llama.train.checkpoint.initial_adapter import read_initial_factors
 from raytune_llama.train.checkpoint.layout import RunState
 from raytune_llama.train.config import AnyTrainConfig
@@ -82,6 +83,9 @@ def write_result(
     with publish_place(result_path(config), last=OUTPUT_MANIFEST) as folder:
         norms = _write_weights(config, engine, trained, folder)
         write_tokenizer(tokenizer, folder)
+        if config.train != "lora":
+            stop_ids = find_stop_ids(store.manifest.inputs.get(CHAT_KEY), tokenizer)
+            write_token_settings(folder, load_tokenizer(tokenizer), stop_ids)
         manifest = {
             **_describe_result(config, store, state, last or state),
             "mixture": mixture,

@@ -24,6 +24,7 @@ from raytune_llama.model.llama import (
     check_document_isolation,
     check_model_directory,
     check_model_settings,
+    check_not_quantized,
     check_output_projection,
     decoder_layers,
     has_weights,
@@ -174,6 +175,7 @@ def _open_model(
         # A plan needs no weights, but weights that exist must be complete.
         no_weights_needed = config.plan and not has_weights(path)
         problems = (check_model_settings if no_weights_needed else check_model_directory)(path)
+        problems = problems or check_not_quantized(path, "model.path")
         if problems:
             return None, None, problems
         model = build_empty_model(path)

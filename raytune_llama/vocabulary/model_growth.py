@@ -87,10 +87,7 @@ def grow_model(
         change,
         max_shard_bytes=config.max_shard_mib << 20,
     )
-    pad: dict[str, Any] = {}
-    if new.pad_token is not None:
-        pad["pad_token_id"] = new.pad_token_id
-    write_settings(model, folder, {"vocab_size": num_rows} | pad, pad)
+    write_settings(model, folder, {"vocab_size": num_rows}, new)
     write_tokenizer(tokenizer, folder)
     logger.info(
         "%s: grown from %d to %d ids, from %d to %d rows",

@@ -1,6 +1,7 @@
 """Promises: loss on answers alone, packed and padded learn the same, and a template stays known."""
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -258,11 +259,18 @@ def test_goes_on_from_an_adapter_with_its_own_settings(make_sft: MakeSft) -> Non
         make_sft("both", adapter=str(adapter_of(first).parent))
 
 
-def test_full_tuning_writes_a_model_directory(make_sft: MakeSft) -> None:
-    config = make_sft(train="full", lora=None, optim__learning_rate=1e-3)
+def test_full_tuning_writes_a_model_directory_that_stops_at_its_own_end(
+    make_sft: MakeSft, model_dir: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(model_dir, tmp_path / "base")
+    for name in ("config.json", "generation_config.json"):
+        write_json_atomic(base / name, read_json(base / name) | {"eos_token_id": 300})
+    config = make_sft(train="full", lora=None, optim__learning_rate=1e-3, model__path=str(base))
     run_here(config)
     assert curve(config)[-1] < curve(config)[0]
-    AutoModelForCausalLM.from_pretrained(Path(config.run_dir, "sft_model"))
+    model = AutoModelForCausalLM.from_pretrained(Path(config.run_dir, "sft_model"))
+    assert model.generation_config.eos_token_id == 1
+    assert model.config.eos_token_id == 1
 
 
 def test_run_without_progress_ends_early_and_again_does_nothing(make_sft: MakeSft) -> None:

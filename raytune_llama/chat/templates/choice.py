@@ -1,6 +1,9 @@
 """Look up templates by their names in configs."""
 
 import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -10,6 +13,7 @@ from raytune_llama.chat.templates.plain import PlainTemplate
 from raytune_llama.chat.templates.segments import Template, find_control_tokens
 from raytune_llama.chat.templates.tokenizer import TokenizerTemplate
 from raytune_llama.config.errors import UserError
+from raytune_llama.tokenizer.loader import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +30,18 @@ def build_template(name: TemplateName, tokenizer: PreTrainedTokenizerFast) -> Te
     if controls.bos is None and form.bos != "none":
         logger.warning("template %s: the tokenizer has no BOS token, rendering without BOS", name)
     return PlainTemplate(form, controls)
+
+
+def find_stop_ids(recorded: Mapping[str, Any] | None, tokenizer: Path | None) -> frozenset[int]:
+    """Return the ids that end an answer in the template that a model was tuned with.
+
+    Args:
+        recorded: template in a manifest, see `model.lineage.CHAT_KEY`; None: none is recorded.
+        tokenizer: directory of the tokenizer; None: there is none.
+    """
+    if not recorded or tokenizer is None:
+        return frozenset()
+    return build_template(recorded["template"], load_tokenizer(tokenizer)).stop_ids
 
 
 def check_roles(template: Template, *, num_conversations: int, num_with_system: int) -> None:

@@ -73,11 +73,9 @@ def convert_to_huggingface(
         source: Directory with `consolidated.*.pth`, `params.json` and `tokenizer.model`, which
             may also be in the parent directory, as Meta ships it.
         target: Output directory; it must be new or empty.
-        max_position_embeddings: Context length in tokens, which the files do not record; None: that
-            of LLaMA 1, 3 or 3.1, whichever it is.
+        max_position_embeddings: Context length in tokens; None: that of LLaMA 1, 3 or 3.1.
         max_shard_bytes: Maximum size of a safetensors file, unless one tensor is larger.
-        instruct: Whether a LLaMA 3 is an instruct model, which the files do not record; None for
-            others.
+        instruct: Whether a LLaMA 3 is an instruct model; None for others.
         require_originals: Refuse weight files whose hash was not published.
 
     Raises:
@@ -98,11 +96,7 @@ def convert_to_huggingface(
     with publish_directory(target) as folder:
         with WeightsWriter(folder, model.specs, max_shard_bytes=max_shard_bytes) as writer:
             written = {name: writer.write(name, weights.read(name)) for name in model.specs}
-        model.config.save_pretrained(folder)
-        eos = model.config.eos_token_id
-        GenerationConfig(bos_token_id=model.config.bos_token_id, eos_token_id=eos).save_pretrained(
-            folder
-        )
+        _write_settings(model.config, folder)
         write_tokenizer_files(
             tokenizer,
             folder,
@@ -124,6 +118,12 @@ def convert_to_huggingface(
     logger.info(
         "converted %d shards of %s to %s: %d tensors", len(paths), source, target, len(written)
     )
+
+
+def _write_settings(config: LlamaConfig, folder: Path) -> None:
+    config.save_pretrained(folder)
+    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    GenerationConfig(**ends).save_pretrained(folder)
 
 
 @dataclass(frozen=True)

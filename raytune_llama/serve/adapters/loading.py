@@ -23,6 +23,7 @@ from raytune_llama.config.errors import UserError
 from raytune_llama.model.adapter import Adapter
 from raytune_llama.model.adapter_lineage import check_chain
 from raytune_llama.model.lineage import CHAT_KEY, find_leading_ids
+from raytune_llama.model.llama import check_not_quantized
 from raytune_llama.model.lora import (
     check_adapter_fits,
     is_tied,
@@ -125,6 +126,7 @@ class AdapterLoader:
         """Reject an adapter that is incomplete, or was made for another base."""
         folder, model = adapter.path, self._base.model
         problems = check_files(folder) if self._config.verify else []
+        problems = problems or check_not_quantized(self._path, "path")
         if not problems:
             problems = check_chain(self._path, [adapter], base_field="path")
         if not problems:
