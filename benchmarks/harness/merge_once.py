@@ -6,7 +6,7 @@ from pathlib import Path
 
 from raytune_llama.config.settings import load
 from raytune_llama.merge.config import MergeConfig
-from raytune_llama.merge.merger import merge_adapters
+from raytune_llama.model.bitsandbytes_import import hide_bitsandbytes_unless
 
 
 def peak_mib() -> float:
@@ -16,5 +16,8 @@ def peak_mib() -> float:
 
 
 if __name__ == "__main__":
+    hide_bitsandbytes_unless(None)
+    from raytune_llama.merge.merger import merge_adapters
+
     merge_adapters(load(MergeConfig, sys.argv[1:]))
     print(json.dumps({"peak_mib": peak_mib()}))

@@ -6,32 +6,36 @@ Each function writes to an existing folder, reads the files back and verifies th
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from raytune_llama.config.errors import UserError
 from raytune_llama.merge.gguf_file import GgufModelSpec, GgufWeights, write_gguf
-from raytune_llama.merge.plan import MergePlan
-from raytune_llama.merge.proof import verify_weights
+from raytune_llama.merge.plan import MergePlan, row_slices
+from raytune_llama.merge.proof import verify_rows, verify_weights
 from raytune_llama.model.directory import write_token_settings
 from raytune_llama.model.meta.from_meta import open_meta
-from raytune_llama.model.meta.to_meta import MetaModelSpec, copy_tokenizer_model, write_meta
+from raytune_llama.model.meta.to_meta import MetaModelSpec, write_meta, write_tokenizer_model
+from raytune_llama.model.meta.tokenizer_files import MetaTokenizer
 from raytune_llama.model.tensors import (
-    SafetensorsFile,
-    WeightsWriter,
+    ShardFile,
+    bytes_of,
     plan_files,
-    release_free_memory,
     write_index,
 )
 from raytune_llama.model.vocab import EMBEDDING, HEAD
 from raytune_llama.storage.files import write_json_atomic
-from raytune_llama.storage.hashes import hash_file
+from raytune_llama.storage.hashes import Hasher, hash_file
 from raytune_llama.tokenizer.loader import load_tokenizer, write_tokenizer
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,17 @@ class VerifiedShard:
     """Hash by tensor."""
 
 
-def export_shard(plan: MergePlan, folder: Path, max_shard_bytes: int, file: str) -> VerifiedShard:
+def export_shard(
+    plan: MergePlan, folder: Path, max_shard_bytes: int, file: str, *, num_threads: int = 1
+) -> VerifiedShard:
     """Write one safetensors file of a merged model and verify it.
+
+    Args:
+        plan: The merged model.
+        folder: Directory to write to.
+        max_shard_bytes: Maximum size of a file, unless one tensor is larger.
+        file: Name of the file.
+        num_threads: Number of weights that are merged at once.
 
     Raises:
         ValueError: `folder` is not visible on this node, or a value exceeds float16's range.
@@ -67,12 +80,39 @@ def export_shard(plan: MergePlan, folder: Path, max_shard_bytes: int, file: str)
             "must be on storage that all nodes share, given as an absolute path"
         )
     names = plan_files(plan.specs, max_shard_bytes)[file]
-    with WeightsWriter(folder, plan.specs, max_shard_bytes=max_shard_bytes, only=file) as writer:
-        hashes: dict[str, str] = {}
-        for name in names:
-            hashes[name] = writer.write(name, plan.read(name))
-            release_free_memory()
-    return VerifiedShard(verify_weights(SafetensorsFile(folder / file), plan, names), hashes)
+    with ShardFile(folder / file, {name: plan.specs[name] for name in names}) as shard:
+        verified = run_in_threads(partial(_merge_weight, plan, shard), names, num_threads)
+    hashes = {name: digest for name, (digest, _) in zip(names, verified, strict=True)}
+    return VerifiedShard(sum(differs for _, differs in verified), hashes)
+
+
+def _merge_weight(plan: MergePlan, shard: ShardFile, name: str) -> tuple[str, bool]:
+    """Write a weight by rows, read each back, and verify it.
+
+    Returns:
+        The hash of what was read back, and whether it differs from the base.
+    """
+    hasher, differs = Hasher(), False
+    for rows in row_slices(plan.specs[name].shape):
+        source = plan.read_source_rows(name, rows)
+        shard.write_rows(name, rows.start, plan.merge_rows(name, rows, source))
+        stored = shard.read_rows(name, rows)
+        hasher.update(bytes_of(stored))
+        differs |= verify_rows(plan, name, rows, stored=stored, source=source)
+    return hasher.finish(), differs
+
+
+def run_in_threads(function: Callable[[str], T], names: list[str], num_threads: int) -> list[T]:
+    """Call a function for each name in threads of one core each; return the results in order."""
+    if num_threads == 1:
+        return [function(name) for name in names]
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        return list(pool.map(function, names))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
 
 
 def export_huggingface(
@@ -113,7 +153,11 @@ def export_huggingface(
 
 
 def export_meta(
-    plan: MergePlan, form: MetaModelSpec, num_shards: int, folder: Path
+    plan: MergePlan,
+    form: MetaModelSpec,
+    tokenizer: MetaTokenizer | None,
+    num_shards: int,
+    folder: Path,
 ) -> ExportResult:
     """Write `consolidated.*.pth`, `params.json` and `tokenizer.model`.
 
@@ -128,7 +172,7 @@ def export_meta(
     if HEAD not in plan.specs and not torch.equal(written.read(HEAD), written.read(EMBEDDING)):
         raise AssertionError(f"{HEAD} differs from {EMBEDDING}, to which it is tied")
     if plan.tokenizer_dir is not None:
-        copy_tokenizer_model(plan.tokenizer_dir, folder)
+        write_tokenizer_model(tokenizer, plan.tokenizer_dir, folder)
     return ExportResult(num_changed, _hash_files(folder))
 
 

@@ -28,7 +28,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from raytune_llama.config.errors import UserError
 from raytune_llama.merge.config import GgufType
 from raytune_llama.merge.gguf_vocabulary import GgufVocabulary, read_vocabulary
-from raytune_llama.merge.plan import MergePlan
+from raytune_llama.merge.plan import MergePlan, row_slices
 from raytune_llama.merge.proof import Q8_0_BLOCK_SIZE
 from raytune_llama.model.meta.layout import to_half_split_rows, to_interleaved_rows
 from raytune_llama.model.tensors import TensorSpec
@@ -194,7 +194,8 @@ def write_gguf(path: Path, plan: MergePlan, form: GgufModelSpec) -> None:
 def _blocks(plan: MergePlan, name: str, tensor: GgufTensor) -> Tensor:
     """Compute a weight and quantize it to rows of 8-bit blocks."""
     stored = torch.empty(tensor.spec.shape, dtype=torch.uint8)
-    for rows, part in plan.iterate_row_slices(name):
+    for rows in row_slices(plan.specs[name].shape):
+        part = plan.merge_exactly(name, rows, plan.read_source_rows(name, rows)).float()
         stored[rows] = torch.from_numpy(gguf.quantize(part.numpy(), Kind.Q8_0))
     return stored
 

@@ -7,6 +7,7 @@ How each weight is merged is in `plan.py`, the output formats in `export.py`, th
 """
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -38,12 +39,15 @@ from raytune_llama.model.lineage import (
     find_text_start,
 )
 from raytune_llama.model.meta.layout import build_meta_params, check_target, count_published_shards
-from raytune_llama.model.meta.to_meta import plan_meta
+from raytune_llama.model.meta.to_meta import plan_meta, plan_tokenizer
 from raytune_llama.model.tensors import TensorSpec
 from raytune_llama.storage.files import OUTPUT_MANIFEST, publish_directory, write_json_atomic
 from raytune_llama.tokenizer.loader import hash_tokenizer
 
 logger = logging.getLogger(__name__)
+
+_MAX_THREADS = 8
+"""Weights that are merged at once in one process; more would wait for the disk."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -111,8 +115,15 @@ def _prepare(config: MergeConfig, plan: MergePlan) -> Callable[[Path], ExportRes
             raise UserError(f"output_format: {config.base} is a {kind}, but pth holds only LLaMAs")
         settings_ = LlamaConfig.from_dict(dict(plan.settings))
         num_shards = config.num_shards or count_published_shards(build_meta_params(settings_))
-        form = plan_meta(plan.specs, settings_, num_shards, where=f"base: {config.base}")
-        return partial(export_meta, plan, form, num_shards)
+        tokenizer = plan_tokenizer(plan.tokenizer_dir, settings_) if plan.tokenizer_dir else None
+        form = plan_meta(
+            plan.specs,
+            settings_,
+            num_shards,
+            where=f"base: {config.base}",
+            is_llama3=None if tokenizer is None else tokenizer.is_llama3,
+        )
+        return partial(export_meta, plan, form, tokenizer, num_shards)
     run = partial(_run_shards, config, plan)
     return partial(export_huggingface, plan, config.dtype, config.max_shard_mib << 20, run)
 
@@ -129,7 +140,9 @@ def _run_shards(
                 config.num_workers,
                 config.max_shard_mib,
             )
-        return [export_shard(plan, folder, config.max_shard_mib << 20, file) for file in files]
+        num_threads = min(os.cpu_count() or 1, _MAX_THREADS)
+        size = config.max_shard_mib << 20
+        return [export_shard(plan, folder, size, file, num_threads=num_threads) for file in files]
     from raytune_llama.merge.on_ray import run_on_ray
 
     # Workers have another working directory.

@@ -4,11 +4,11 @@
     for name in plan.specs:
         tensor = plan.read(name)
 
-Arithmetic is float32, with one cast at the end; a weight is merged some rows at a time, so that
-memory is bounded by twice the size of the largest stored tensor.
+Arithmetic is float32, with one cast at the end; a weight is merged some rows at a time.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,29 +134,42 @@ class MergePlan:
         Raises:
             ValueError: A value exceeds float16's range.
         """
-        recipe = self.recipes[name]
-        if not recipe.updates:
-            return _cast(name, self.read_source(name), recipe.spec.dtype)
-        merged = torch.empty(recipe.spec.shape, dtype=recipe.spec.dtype)
-        for rows, part in self.iterate_row_slices(name):
-            merged[rows] = _cast(name, part, recipe.spec.dtype)
+        spec = self.recipes[name].spec
+        merged = torch.empty(spec.shape, dtype=spec.dtype)
+        for rows in row_slices(spec.shape):
+            merged[rows] = self.merge_rows(name, rows, self.read_source_rows(name, rows))
         return merged
 
-    def iterate_row_slices(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """Compute a merged weight some rows at a time, in float32."""
-        source, updates = self.read_source(name), self.recipes[name].updates
-        for rows in row_slices(source):
-            part = source[rows].float()
-            for adapter in updates:
-                part = adapter.apply_update(name, part, rows)
-            yield rows, part
+    def merge_rows(self, name: str, rows: slice, source: Tensor) -> Tensor:
+        """Compute some rows of a merged weight, in the type of its recipe.
 
-    def read_source(self, name: str) -> Tensor:
-        """Read the weight to which low-rank updates are added."""
+        Args:
+            name: Name of the weight.
+            rows: Rows to compute.
+            source: These rows of the weight to which low-rank updates are added.
+
+        Raises:
+            ValueError: A value exceeds float16's range.
+        """
+        return _cast(name, self.merge_exactly(name, rows, source), self.recipes[name].spec.dtype)
+
+    def merge_exactly(self, name: str, rows: slice, source: Tensor) -> Tensor:
+        """Compute some rows of a merged weight in float32, or return those of one without updates.
+
+        See `merge_rows`.
+        """
+        updates = self.recipes[name].updates
+        part = source.float() if updates else source
+        for adapter in updates:
+            part = adapter.apply_update(name, part, rows)
+        return part
+
+    def read_source_rows(self, name: str, rows: slice) -> Tensor:
+        """Read some rows of the weight to which low-rank updates are added."""
         recipe = self.recipes[name]
         if recipe.source is None:
-            return self.base.read(recipe.source_name)
-        return recipe.source.read_replaced(recipe.source_name)
+            return self.base.read_rows(recipe.source_name, rows)
+        return recipe.source.read_replaced_rows(recipe.source_name, rows)
 
     def hash_inputs(self) -> dict[str, dict[str, str]]:
         """Return the hashes of the files of base and adapters, by owner and file name."""
@@ -245,13 +258,10 @@ def _is_tied(settings: Mapping[str, Any]) -> bool:
     return bool(stated)
 
 
-def row_slices(weight: Tensor) -> Iterator[slice]:
-    """Yield slices of the rows of a weight, about a million elements each."""
-    num_rows = max(1, _SLICE_NUMEL // max(1, weight[0].numel() if len(weight) else 1))
-    return (
-        slice(start, min(start + num_rows, len(weight)))
-        for start in range(0, len(weight), num_rows)
-    )
+def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yield slices of the rows of a weight of a shape, about a million elements each."""
+    num_rows = max(1, _SLICE_NUMEL // max(1, math.prod(shape[1:])))
+    return (slice(start, min(start + num_rows, shape[0])) for start in range(0, shape[0], num_rows))
 
 
 def _cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:

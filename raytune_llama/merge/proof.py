@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from raytune_llama.merge.plan import MergePlan, row_slices
+from raytune_llama.model.adapter import Adapter
 from raytune_llama.model.tensors import Weights, release_free_memory
 
 Q8_0_BLOCK_SIZE = 32
@@ -47,55 +48,89 @@ def verify_weights(
     changed = 0
     for name in names:
         release_free_memory()
-        stored = written.read(name)
-        if name in blocks or plan.recipes[name].updates:
-            changed += _verify_values(name, stored, plan, is_blocks=name in blocks)
-            continue
-        source = plan.read_source(name)
-        if not torch.equal(stored, source.to(stored.dtype)):
-            raise AssertionError(f"{name} was not written as it is in its source file")
-        changed += _replaces_base(name, plan)
+        stored, differs = written.read(name), False
+        for rows in row_slices(plan.recipes[name].spec.shape):
+            source = plan.read_source_rows(name, rows)
+            differs |= verify_rows(
+                plan, name, rows, stored=stored[rows], source=source, is_blocks=name in blocks
+            )
+        changed += differs
     return changed
 
 
-def _verify_values(name: str, stored: Tensor, plan: MergePlan, *, is_blocks: bool) -> bool:
-    """Compare stored values with exact ones; return whether they differ from the base."""
-    source, updates = plan.read_source(name), plan.recipes[name].updates
+def verify_rows(
+    plan: MergePlan,
+    name: str,
+    rows: slice,
+    *,
+    stored: Tensor,
+    source: Tensor,
+    is_blocks: bool = False,
+) -> bool:
+    """Compare some written rows of a weight with base and adapters.
+
+    Args:
+        plan: Plan of the merge.
+        name: Name of the weight.
+        rows: Rows to compare.
+        stored: These rows, as they are in the file.
+        source: These rows of the weight to which low-rank updates were added.
+        is_blocks: Whether they were written as 8-bit blocks, and are read as bytes.
+
+    Returns:
+        Whether they differ from the base's.
+
+    Raises:
+        AssertionError: A value differs from its expected value.
+    """
+    updates = plan.recipes[name].updates
+    if not updates and not is_blocks:
+        if not torch.equal(stored, source.to(stored.dtype)):
+            raise AssertionError(f"{name} was not written as it is in its source file")
+        return _replaces_base(name, plan, rows, source)
     # Half precision rounds by 2**-9 or 2**-12; float32's rounding is negligible to that.
     is_half = stored.dtype in (torch.bfloat16, torch.float16)
-    dtype = torch.float32 if is_half else torch.float64
-    differs = False
-    for rows in row_slices(source):
-        exact = source[rows].to(dtype)
-        size = exact.abs()
-        for adapter in updates:
-            if name in adapter.token_rows:
-                exact = adapter.replace_token_rows(name, exact, rows)
-                continue
-            size += adapter.absolute_delta(name, rows, dtype)
-            added = adapter.delta(name, rows, dtype).add_(exact)
-            exact = adapter.apply_dora_magnitudes(name, added, rows)
-            if exact is not added:
-                size *= _lengths(exact) / _lengths(added)  # DoRA scales errors too
-        part = stored[rows]
-        if is_blocks:
-            # A change that 8 bits round away still counts.
-            differs |= not torch.equal(exact, source[rows].double())
-            _compare(name, _decode_blocks(part), exact, size, _block_rounding(exact))
-        else:
-            differs |= not torch.equal(part, source[rows].to(part.dtype))
-            _compare(name, part, exact, size)
-    return differs if updates else _replaces_base(name, plan)
+    before = source.to(torch.float32 if is_half else torch.float64)
+    exact, size = _compute_exactly(updates, name, rows, before)
+    if is_blocks:
+        _compare(name, _decode_blocks(stored), exact, size, _block_rounding(exact))
+        # A change that 8 bits round away still counts.
+        differs = not torch.equal(exact, before)
+    else:
+        _compare(name, stored, exact, size)
+        differs = not torch.equal(stored, source.to(stored.dtype))
+    return differs if updates else _replaces_base(name, plan, rows, source)
 
 
-def _replaces_base(name: str, plan: MergePlan) -> bool:
-    """Whether a weight without low-rank updates differs from the base's."""
+def _compute_exactly(
+    updates: Iterable[Adapter], name: str, rows: slice, before: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return merged rows in the type of `before`, and the magnitudes to which errors are relative.
+
+    The order of the sums is not that of the merge.
+    """
+    exact, size = before.clone(), before.abs()
+    for adapter in updates:
+        if name in adapter.token_rows:
+            exact = adapter.replace_token_rows(name, exact, rows)
+            continue
+        size += adapter.absolute_delta(name, rows, before.dtype)
+        added = adapter.delta(name, rows, before.dtype).add_(exact)
+        exact = adapter.apply_dora_magnitudes(name, added, rows)
+        if exact is not added:
+            size *= _lengths(exact) / _lengths(added)  # DoRA scales errors too
+    return exact, size
+
+
+def _replaces_base(name: str, plan: MergePlan, rows: slice, source: Tensor) -> bool:
+    """Whether rows of a weight without low-rank updates differ from the base's."""
     recipe = plan.recipes[name]
     if recipe.source is None or name not in plan.base.specs:
         return recipe.source is not None
-    before, after = plan.base.read(name), plan.read_source(name)
+    if plan.base.specs[name].shape != recipe.spec.shape:
+        return True
     dtype = recipe.spec.dtype
-    return before.shape != after.shape or not torch.equal(before.to(dtype), after.to(dtype))
+    return not torch.equal(plan.base.read_rows(name, rows).to(dtype), source.to(dtype))
 
 
 def _lengths(rows: Tensor) -> Tensor:

@@ -93,8 +93,9 @@ class Adapter:
             self._check(name, update)
         for name, key in self.token_rows.items():
             self._check_token_rows(name, key)
-        # One weight at a time is changed, by rows.
-        self.factors = lru_cache(maxsize=1)(self._read_factors)
+        # A few weights at a time are changed, by rows.
+        self.factors = lru_cache(maxsize=4)(self._read_factors)
+        self._trained_rows = lru_cache(maxsize=4)(self._file.read)
 
     @classmethod
     def open(cls, path: Path, prefix: str = "", *, field: str = "adapters") -> "Adapter":
@@ -186,6 +187,10 @@ class Adapter:
         """Read a fully trained weight that replaces the base's."""
         return self._file.read(self.replaced[name])
 
+    def read_replaced_rows(self, name: str, rows: slice) -> Tensor:
+        """Read some rows of a fully trained weight that replaces the base's."""
+        return self._file.read_rows(self.replaced[name], rows)
+
     def fits(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether an update applies to a weight of a shape."""
         if name in self.low_rank:
@@ -220,7 +225,7 @@ class Adapter:
 
     def replace_token_rows(self, name: str, weight: Tensor, rows: slice) -> Tensor:
         """Return some rows of an embedding table with the trained ones among them replaced."""
-        trained, changed = self._file.read(self.token_rows[name]), weight.clone()
+        trained, changed = self._trained_rows(self.token_rows[name]), weight.clone()
         for number, row in enumerate(self.token_ids(name)):
             if rows.start <= row < rows.stop:
                 changed[row - rows.start] = trained[number].to(weight.dtype)

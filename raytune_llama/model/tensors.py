@@ -13,6 +13,7 @@ length of a JSON header, the header, then the tensors without gaps.
 import ctypes
 import json
 import math
+import os
 import pickle
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -73,6 +74,11 @@ class TensorSpec:
         """Size of the elements in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def row_bytes(self) -> int:
+        """Size of a row, an element of the first dimension, in bytes."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
 
 class Weights(Protocol):
     """Named tensors that are read one at a time."""
@@ -114,19 +120,26 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Tensor:
         """See `Weights.read`."""
-        spec, (start, stop) = self.specs[name], self._ends[name]
-        if start == stop:
-            return torch.empty(spec.shape, dtype=spec.dtype)
-        data = bytearray(stop - start)
+        shape = self.specs[name].shape
+        return self._read(name, 0, shape)
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Read some rows of a tensor, from a start to a stop, into their own memory."""
+        spec = self.specs[name]
+        first = rows.start * spec.row_bytes
+        return self._read(name, first, (rows.stop - rows.start, *spec.shape[1:]))
+
+    def _read(self, name: str, offset: int, shape: tuple[int, ...]) -> Tensor:
+        read = torch.empty(shape, dtype=self.specs[name].dtype)
+        view = bytes_of(read)
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self._start + start)
-            view = memoryview(data)
+            file.seek(self._start + self._ends[name][0] + offset)
             while view:
-                read = file.readinto(view)
-                if not read:
+                num_bytes = file.readinto(view)
+                if not num_bytes:
                     raise UserError(f"{self.path}: is truncated inside {name}; fetch it again")
-                view = view[read:]
-        return torch.frombuffer(data, dtype=spec.dtype).reshape(spec.shape)
+                view = view[num_bytes:]
+        return read
 
 
 class PickledFile:
@@ -149,6 +162,10 @@ class PickledFile:
     def read(self, name: str) -> Tensor:
         """See `Weights.read`."""
         return self._tensors[name].clone()
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Read some rows of a tensor, from a start to a stop, into their own memory."""
+        return self._tensors[name][rows].clone()
 
 
 class ShardedWeights:
@@ -174,6 +191,10 @@ class ShardedWeights:
     def read(self, name: str) -> Tensor:
         """See `Weights.read`."""
         return self._where[name].read(name)
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Read some rows of a tensor, from a start to a stop, into their own memory."""
+        return self._where[name].read_rows(name, rows)
 
 
 def open_weights(directory: Path, *, what: str = "model") -> ShardedWeights:
@@ -299,7 +320,6 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
         specs: Mapping[str, TensorSpec],
         *,
         max_shard_bytes: int,
-        only: str | None = None,
     ) -> None:
         """Plan the files.
 
@@ -307,18 +327,12 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
             folder: Directory to write to; it must exist.
             specs: All tensors, in the order of the calls to `write`.
             max_shard_bytes: Maximum size of a file, unless one tensor is larger.
-            only: The only file to write, without the index, if other processes write the rest;
-                None: all of them.
         """
         self._folder = folder
         self._specs = dict(specs)
         self._files = plan_files(self._specs, max_shard_bytes)
-        self._has_all = only is None
         self._order: Iterator[tuple[str, str]] = (
-            (file, name)
-            for file, names in self._files.items()
-            for name in names
-            if only in (None, file)
+            (file, name) for file, names in self._files.items() for name in names
         )
         self._open: BinaryIO | None = None
 
@@ -330,7 +344,7 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
         assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), name
         if self._open is None or self._open.name != str(self._folder / file):
             self._open = self._start_file(file)
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        data = bytes_of(tensor.detach().contiguous())
         self._open.write(data)
         return hash_bytes(data)
 
@@ -341,8 +355,7 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
         self._end_file()
         if kind is None:
             assert next(self._order, None) is None, "tensors are missing"
-            if self._has_all:
-                write_index(self._folder, self._specs, self._files)
+            write_index(self._folder, self._specs, self._files)
 
     def _start_file(self, file: str) -> BinaryIO:
         self._end_file()
@@ -355,6 +368,57 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
             self._open.close()
             sync(Path(self._open.name))
             self._open = None
+
+
+class ShardFile(AbstractContextManager["ShardFile"]):
+    """A new safetensors file whose tensors are written and read back by rows, in any order.
+
+    Threads may write different tensors at once. The file is synced at the end.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        """Write the header of a file with these tensors, in this order."""
+        self._specs = dict(specs)
+        self._starts: dict[str, int] = {}
+        header = safetensors_header(specs)
+        position = len(header)
+        for name, spec in specs.items():
+            self._starts[name] = position
+            position += spec.num_bytes
+        self._file = path.open("x+b", buffering=0)
+        self._file.write(header)
+        self._file.truncate(position)
+
+    def write_rows(self, name: str, start: int, values: Tensor) -> None:
+        """Write rows of a tensor, from row `start` on."""
+        view, offset = bytes_of(values.contiguous()), self._offset(name, start)
+        while view:
+            num_bytes = os.pwrite(self._file.fileno(), view, offset)
+            view, offset = view[num_bytes:], offset + num_bytes
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Read rows of a tensor back from the file."""
+        spec = self._specs[name]
+        read = torch.empty((rows.stop - rows.start, *spec.shape[1:]), dtype=spec.dtype)
+        view, offset = bytes_of(read), self._offset(name, rows.start)
+        while view:
+            num_bytes = os.preadv(self._file.fileno(), [view], offset)
+            assert num_bytes, f"{self._file.name}: is truncated inside {name}"
+            view, offset = view[num_bytes:], offset + num_bytes
+        return read
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _offset(self, name: str, row: int) -> int:
+        return self._starts[name] + row * self._specs[name].row_bytes
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def plan_files(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[str, list[str]]:

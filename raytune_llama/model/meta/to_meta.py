@@ -41,7 +41,7 @@ from raytune_llama.model.meta.tokenizer_files import (
 )
 from raytune_llama.model.tensors import TensorSpec, Weights, open_weights
 from raytune_llama.model.vocab import EMBEDDING
-from raytune_llama.storage.files import publish_directory, read_json, read_manifest
+from raytune_llama.storage.files import publish_directory, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def convert_to_meta(source: Path, target: Path, *, num_shards: int) -> None:
     weights = open_weights(source, what="source")
     config = _read_config(source)
     build_meta_params(config)  # first, since it refuses what the tokenizer's version depends on
-    tokenizer = _plan_tokenizer(source, _version_of(config), required=_is_llama3(config))
+    tokenizer = plan_tokenizer(source, config)
     is_llama3 = _is_llama3(config) if tokenizer is None else tokenizer.is_llama3
     if tokenizer is not None:
         _check_rows(tokenizer, config.vocab_size)
@@ -92,7 +92,7 @@ def convert_to_meta(source: Path, target: Path, *, num_shards: int) -> None:
     )
     with publish_directory(target) as folder:
         write_meta(folder, weights, form, num_shards=num_shards)
-        _write_tokenizer(tokenizer, source, folder)
+        write_tokenizer_model(tokenizer, source, folder)
     logger.info(
         "converted %s to %d shards in %s; the format has no place for the context length (%d), "
         "the tokens that end a text, and a chat template",
@@ -201,28 +201,20 @@ def write_meta(folder: Path, weights: Weights, form: MetaModelSpec, *, num_shard
     (folder / PARAMS).write_text(json.dumps(dict(form.content)))
 
 
-def copy_tokenizer_model(source: Path, folder: Path) -> None:
-    """Write the tokenizer.model of a tokenizer directory beside a params.json.
+def plan_tokenizer(source: Path, config: LlamaConfig) -> MetaTokenizer | None:
+    """Return the tokenizer.model to write; None if there is none.
 
-    A SentencePiece model is copied, and LLaMA 3's is built from the tokenizer.json. If the
-    directory has neither, a warning is logged.
+    Args:
+        source: Directory of the tokenizer.
+        config: The model's config.
 
     Raises:
-        ValueError: The model is a LLaMA 3, but its tokenizer is not LLaMA 3's.
+        ValueError: The model is a LLaMA 3, and Meta's format cannot hold its tokenizer.
     """
-    is_scaled = bool(read_json(folder / PARAMS).get("use_scaled_rope"))
-    tokenizer = _plan_tokenizer(source, "3.1" if is_scaled else "3", required=is_scaled)
-    _write_tokenizer(tokenizer, source, folder)
-
-
-def _plan_tokenizer(
-    source: Path, version: Llama3Version, *, required: bool
-) -> MetaTokenizer | None:
-    """Return the tokenizer.model to write; None if there is none and none is required."""
     try:
-        return plan_tokenizer_model(source, version)
+        return plan_tokenizer_model(source, _version_of(config))
     except UserError as error:
-        if required:
+        if _is_llama3(config):
             raise
         logger.warning("%s", error)
         return None
@@ -246,7 +238,14 @@ def _check_rows(tokenizer: MetaTokenizer, rows: int) -> None:
         )
 
 
-def _write_tokenizer(tokenizer: MetaTokenizer | None, source: Path, folder: Path) -> None:
+def write_tokenizer_model(tokenizer: MetaTokenizer | None, source: Path, folder: Path) -> None:
+    """Write a tokenizer.model, or log that there is none.
+
+    Args:
+        tokenizer: Result of `plan_tokenizer`.
+        source: Directory of the tokenizer, for the log.
+        folder: Directory to write to.
+    """
     if tokenizer is None:
         logger.warning("%s has no %s: none is written", source, TOKENIZER)
     else:

@@ -126,9 +126,9 @@ class AdapterLoader:
         """Reject an adapter that is incomplete, or was made for another base."""
         folder, model = adapter.path, self._base.model
         problems = check_files(folder) if self._config.verify else []
-        problems = problems or check_not_quantized(self._path, "path")
+        problems = problems or check_not_quantized(self._path, "base")
         if not problems:
-            problems = check_chain(self._path, [adapter], base_field="path")
+            problems = check_chain(self._path, [adapter], base_field="base")
         if not problems:
             rows = num_ids if num_ids > self._num_rows else 0
             problems = check_adapter_fits(model, adapter, num_rows=rows)

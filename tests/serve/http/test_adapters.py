@@ -57,7 +57,9 @@ def test_client_lists_adapters_and_chooses_one_by_name(make_adapters: MakeAdapte
             assert "available" in caught.value.message.lower()
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve("tiny:notes")
-        with pytest.raises(openai.BadRequestError, match="made for a base whose"):
+        with pytest.raises(
+            openai.BadRequestError, match="is not the base that broken was trained on"
+        ):
             client.completions.create(model="tiny:broken", **asked)
     finally:
         server.close()
