@@ -9,6 +9,7 @@ How each weight is merged is in `plan.py`, the output formats in `export.py`, th
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ from raytune_llama.model.lineage import (
 from raytune_llama.model.meta.layout import build_meta_params, check_target, count_published_shards
 from raytune_llama.model.meta.to_meta import plan_meta, plan_tokenizer
 from raytune_llama.model.tensors import TensorSpec
-from raytune_llama.storage.files import OUTPUT_MANIFEST, publish_directory, write_json_atomic
+from raytune_llama.storage.files import OUTPUT_MANIFEST, publish_directory, sync, write_json_atomic
 from raytune_llama.tokenizer.loader import hash_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -140,9 +141,7 @@ def _run_shards(
                 config.num_workers,
                 config.max_shard_mib,
             )
-        num_threads = min(os.cpu_count() or 1, _MAX_THREADS)
-        size = config.max_shard_mib << 20
-        return [export_shard(plan, folder, size, file, num_threads=num_threads) for file in files]
+        return _run_here(config, plan, folder, files)
     from raytune_llama.merge.on_ray import run_on_ray
 
     # Workers have another working directory.
@@ -155,6 +154,23 @@ def _run_shards(
     return run_on_ray(make, files, num_workers=config.num_workers)
 
 
+def _run_here(
+    config: MergeConfig, plan: MergePlan, folder: Path, files: list[str]
+) -> list[VerifiedShard]:
+    """Write the files one after another; each is synced while the next ones are written."""
+    num_threads = min(os.cpu_count() or 1, _MAX_THREADS)
+    shards: list[VerifiedShard] = []
+    with ThreadPoolExecutor(1) as syncing:
+        for file in files:
+            size = config.max_shard_mib << 20
+            shards.append(export_shard(plan, folder, size, file, num_threads=num_threads))
+            # Publishing the folder syncs its files again, and reports errors.
+            syncing.submit(sync, folder / file)
+    return shards
+
+
 def _make_shard(config: MergeConfig, folder: Path, file: str) -> VerifiedShard:
-    """Write one file, in a process without a plan."""
-    return export_shard(_open_plan(config), folder, config.max_shard_mib << 20, file)
+    """Write and sync one file, in a process without a plan."""
+    shard = export_shard(_open_plan(config), folder, config.max_shard_mib << 20, file)
+    sync(folder / file)
+    return shard

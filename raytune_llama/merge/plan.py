@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 _PADDED = 8  # tables are padded to a multiple of at least this
-_SLICE_NUMEL = 2**20
+_SLICE_NUMEL = 2**18  # 1 MiB in float32: its passes stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def _is_tied(settings: Mapping[str, Any]) -> bool:
 
 
 def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yield slices of the rows of a weight of a shape, about a million elements each."""
+    """Yield slices of the rows of a weight of a shape, about 256 thousand elements each."""
     num_rows = max(1, _SLICE_NUMEL // max(1, math.prod(shape[1:])))
     return (slice(start, min(start + num_rows, shape[0])) for start in range(0, shape[0], num_rows))
 

@@ -373,7 +373,7 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
 class ShardFile(AbstractContextManager["ShardFile"]):
     """A new safetensors file whose tensors are written and read back by rows, in any order.
 
-    Threads may write different tensors at once. The file is synced at the end.
+    Threads may write different tensors at once. The file is not synced.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
@@ -408,8 +408,6 @@ class ShardFile(AbstractContextManager["ShardFile"]):
         return read
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is None:
-            os.fsync(self._file.fileno())
         self._file.close()
 
     def _offset(self, name: str, row: int) -> int:
