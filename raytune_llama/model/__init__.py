@@ -1,5 +1,5 @@
 """LLaMA-family models: weights, adapters, embeddings, loss. Imports no Ray.
 
 Read `llama` first: the model config, loading, and the module that computes the loss.
-`lora` attaches adapters, `tensors` and `directory` read and write weight files.
+`adapter` reads adapters, `lora` attaches them, `tensors` and `directory` read and write weights.
 """

@@ -317,6 +317,8 @@ def assert_measured(config: PretrainConfig, tmp_path: Path) -> None:
     assert memory.peak == pytest.approx(measured, rel=WITHIN)
 
 
+# 15 s in a process of its own; what the plan counts is tested without one.
+@pytest.mark.slow
 def test_plan_memory_of_lora_is_what_a_worker_holds(wide_model_dir: Path, tmp_path: Path) -> None:
     assert_measured(measure_config(wide_model_dir, tmp_path), tmp_path)
 
