@@ -67,8 +67,8 @@ class AdapterLineage:
 
     path: Path
     """Directory of the adapter."""
-    weights: str
-    """Hash of its weights."""
+    file: Path
+    """File of its weights."""
     base: Mapping[str, str]
     """Hashes of the weight files of the base that it was trained on; empty: not recorded."""
     recorded: Lineage | None
@@ -79,7 +79,12 @@ class AdapterLineage:
         """Read the manifest of an adapter, which may have none."""
         manifest = read_manifest(adapter.path)
         base = _only_weights(manifest.get("base") or {})
-        return cls(adapter.path, _hash_once(adapter.file), base, _parse(manifest.get(LINEAGE_KEY)))
+        return cls(adapter.path, adapter.file, base, _parse(manifest.get(LINEAGE_KEY)))
+
+    @property
+    def weights(self) -> str:
+        """Hash of its weights."""
+        return _hash_once(self.file)
 
     @property
     def continues(self) -> tuple[str, ...]:
@@ -126,11 +131,11 @@ def check_chain(
     problem = _check_first(base, chain[0], adapters[0], base_field)
     if problem is not None:
         return [problem]
+    if len(chain) == 1:
+        return []
     start = Lineage.of_model(base)
-    merged = start.adapters
     for number, one in enumerate(chain[1:], start=1):
-        merged = (*merged, chain[number - 1].weights)
-        reason = _find_wrong_order(one, chain[:number], base, Lineage(start.root, merged))
+        reason = _find_wrong_order(one, chain[:number], base, start)
         if reason is not None:
             return [f"{field}: {one.path} {reason}; {_suggest(chain, start, field)}"]
     return []
@@ -146,10 +151,10 @@ def _check_first(base: Path, one: AdapterLineage, adapter: Adapter, field: str) 
         return None
     start, recorded = Lineage.of_model(base), one.recorded
     if recorded is not None and recorded.adapters and _is_same_root(recorded.root, start.root):
-        if recorded.adapters == start.adapters:
+        if _are_merged(recorded, start, []):
             return None  # the same merge, written with another type or into other files
         num_merged = len(start.adapters)
-        if recorded.adapters[:num_merged] == start.adapters:
+        if _are_equal(recorded.adapters[:num_merged], start.adapters):
             lacking = ", ".join(map(show_hash, recorded.adapters[num_merged:]))
             return (
                 f"{field}: {one.path} was trained on {base} merged with other adapters, whose "
@@ -167,7 +172,7 @@ def _check_first(base: Path, one: AdapterLineage, adapter: Adapter, field: str) 
 
 
 def _find_wrong_order(
-    one: AdapterLineage, before: Sequence[AdapterLineage], base: Path, expected: Lineage
+    one: AdapterLineage, before: Sequence[AdapterLineage], base: Path, start: Lineage
 ) -> str | None:
     """Return why an adapter was not trained on a base with others merged; None if it may be."""
     repeated = _find_repeated(one, before)
@@ -182,8 +187,8 @@ def _find_wrong_order(
             one.path,
         )
         return None
-    if one.recorded.adapters == expected.adapters:
-        return None if _is_same_root(one.recorded.root, expected.root) else "has another base"
+    if _are_merged(one.recorded, start, before):
+        return None if _is_same_root(one.recorded.root, start.root) else "has another base"
     if not one.recorded.adapters:
         return "was trained on a base without adapters, not on the merge of those before it"
     return "was not trained on the merge of exactly those before it"
@@ -206,17 +211,39 @@ def _is_same_root(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     return len(kinds) > 1 or sorted(one.values()) == sorted(other.values())
 
 
+def _are_merged(recorded: Lineage, start: Lineage, before: Sequence[AdapterLineage]) -> bool:
+    """Whether the adapters in a record are those merged into a base already, then some others."""
+    num_merged = len(start.adapters)
+    others = recorded.adapters[num_merged:]
+    return (
+        _are_equal(recorded.adapters[:num_merged], start.adapters)
+        and len(others) == len(before)
+        and all(
+            _hash_once(one.file, like) == like for one, like in zip(before, others, strict=True)
+        )
+    )
+
+
+def _are_equal(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two lists of hashes are equal, as far as hashes of two algorithms can be."""
+    return len(one) == len(other) and all(
+        left == right or algorithm_of(left) != algorithm_of(right)
+        for left, right in zip(one, other, strict=True)
+    )
+
+
 def _suggest(chain: Sequence[AdapterLineage], start: Lineage, field: str) -> str:
     """Return the list of adapters that would be right."""
     unique = {one.weights: one for one in chain}
     contained = {digest for one in unique.values() for digest in one.continues}
     left = [one for one in unique.values() if one.weights not in contained]
-    merged, order = start.adapters, list[AdapterLineage]()
+    order: list[AdapterLineage] = []
     while True:
         following = [
             one
             for one in left
-            if one not in order and (one.recorded is None or one.recorded.adapters == merged)
+            if one not in order
+            and (one.recorded is None or _are_merged(one.recorded, start, order))
         ]
         if not following:
             break
@@ -224,7 +251,6 @@ def _suggest(chain: Sequence[AdapterLineage], start: Lineage, field: str) -> str
             names = " or ".join(f"{field}=[{one.path}]" for one in following)
             return f"they were trained apart, on the same weights: merge one of them, {names}"
         order.append(following[0])
-        merged = (*merged, following[0].weights)
     if not order:
         return "merge each into the base that it was trained on"
     return f"set {field}=[{','.join(str(one.path) for one in order)}]"

@@ -1,5 +1,6 @@
 """Promise: adapters are merged only into the weights that they were trained on, in their order."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -144,6 +145,24 @@ def test_adapter_of_an_older_release_is_checked_as_far_as_its_manifest_says(
     assert check(base, first, second) == ""
     assert "records no lineage" in caplog.text
     assert f"was trained on {base} itself" in check(base, first, apart)
+
+
+def test_chain_over_a_merge_of_a_release_with_sha256_is_checked_with_it(
+    make_base: MakeBase, train: Train, tmp_path: Path
+) -> None:
+    base = make_base()
+    first, other = train(base, "a"), train(base, "dddd")
+    middle = merge_to(tmp_path / "middle", base, first)
+    manifest = read_manifest(middle)
+    del manifest[LINEAGE_KEY]
+    for key, folder in (("base", base), ("adapter 0", first)):
+        files = manifest["merged"]["inputs"][key]
+        for name in files:
+            files[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    write_json_atomic(middle / OUTPUT_MANIFEST, manifest)
+    second = train(middle, "bb")
+    assert check(base, first, second) == ""
+    assert "was not trained on the merge" in check(base, other, second)
 
 
 def test_adapter_without_a_manifest_is_compared_by_the_name_of_its_base(
