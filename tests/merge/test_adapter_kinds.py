@@ -265,3 +265,31 @@ def test_adapter_of_an_older_peft_is_read_alike(
     for way, read in WAYS.items():
         error = (read(base, adapter) - wanted).abs().max() / wanted.abs().max()
         assert float(error) < TOLERANCE, way
+
+
+def test_adapter_on_a_base_with_quantized_weights_is_refused_by_that_name(
+    spoken_base: MakeBase, make_adapter: MakeAdapter
+) -> None:
+    base = spoken_base()
+    adapter = make_adapter(base)
+    config = ServedModelConfig(path=str(base))
+    loader = AdapterLoader(config, load_served_model(config, device("cpu")))
+    file = base / "config.json"
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"quantization_config": quantization})
+    )
+    for use in (lambda: merged(base, adapter), lambda: loader.load(adapter, "adapter")):
+        with pytest.raises(ValueError, match=r"are quantized \(bitsandbytes\); use the model"):
+            use()
+
+
+def test_adapter_that_is_given_as_a_base_is_named_an_adapter(
+    spoken_base: MakeBase, make_adapter: MakeAdapter
+) -> None:
+    base = spoken_base()
+    adapter = make_adapter(base)
+    with pytest.raises(ValueError, match=r"base: .* is an adapter, not a model; name the base"):
+        merged(adapter, adapter)
+    with pytest.raises(ValueError, match=r"path: .* is an adapter, not a model; name the base"):
+        load_served_model(ServedModelConfig(path=str(adapter)), device("cpu"))

@@ -8,7 +8,7 @@ from raytune_llama.config.settings import override
 from raytune_llama.merge.config import MergeConfig
 from raytune_llama.merge.merger import merge_adapters
 from raytune_llama.model.adapter_lineage import LINEAGE_KEY
-from raytune_llama.storage.files import read_manifest
+from raytune_llama.storage.files import read_json, read_manifest, write_json_atomic
 from raytune_llama.storage.hashes import hash_file
 from raytune_llama.tokenizer.loader import load_tokenizer
 from tests.train.conftest import MakeConfig, problems_of, run_here, write_model
@@ -51,3 +51,17 @@ def test_run_on_another_base_than_the_adapters_is_refused_before_it_starts(
     changes = {"lora": None, "adapter": str(adapter), "model.path": str(other)}
     [problem] = problems_of(override(make("later"), changes))
     assert problem.startswith(f"model.path: {other} is not the base that {adapter} was trained on")
+
+
+def test_run_on_quantized_weights_or_on_an_adapter_as_its_model_is_refused_by_that_name(
+    make: MakeConfig, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    base = write_model(tmp_path / "base")
+    load_tokenizer(tokenizer_dir).save_pretrained(base)
+    settings = read_json(base / "config.json")
+    quantization = {"quant_method": "gptq", "bits": 4}
+    write_json_atomic(base / "config.json", settings | {"quantization_config": quantization})
+    config = override(make(), {"model.path": str(base)})
+    assert any("are quantized (gptq); use the model" in each for each in problems_of(config))
+    (base / "config.json").rename(base / "adapter_config.json")
+    assert any("is an adapter, not a model; name the base" in each for each in problems_of(config))
