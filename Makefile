@@ -11,8 +11,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Cached bytecode: without it, the asserts of all test files are rewritten at each start (10 s).
 unexport PYTHONDONTWRITEBYTECODE
 
-# Tests of a file stay on one process: they share what its fixtures made.
-PARALLEL := --numprocesses auto --dist loadfile
+# Each process begins with a range of consecutive tests, which share what their fixtures made, and
+# takes over some of the others' when it is done: no process is idle at the end.
+PARALLEL := --numprocesses auto --dist worksteal
 
 .PHONY: help demo test test-fast test-all chaos check fresh-check bench venv tools clean-demo
 
