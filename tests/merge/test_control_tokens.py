@@ -25,8 +25,8 @@ CHATML = (
 @pytest.fixture
 def tuned(make_base: MakeBase, make_adapter: MakeAdapter, tokenizer_dir: Path) -> tuple[Path, Path]:
     """A base whose settings name other tokens, and an adapter tuned with a chat template."""
-    base = make_base(eos_token_id=[2, 399], bos_token_id=5, pad_token_id=6)
-    settings = {"eos_token_id": [2, 399], "bos_token_id": 5, "temperature": 0.6, "do_sample": True}
+    base = make_base(eos_token_id=[0, 399], bos_token_id=5, pad_token_id=6)
+    settings = {"eos_token_id": [0, 399], "bos_token_id": 5, "temperature": 0.6, "do_sample": True}
     write_json_atomic(base / "generation_config.json", settings)
     adapter = make_adapter(base)
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -55,9 +55,9 @@ def test_merged_model_stops_at_the_ends_of_its_tokenizer_and_template(
     assert (settings["bos_token_id"], settings["eos_token_id"]) == (0, 1)
     assert settings["pad_token_id"] == stop
     generation = read_json(target / "generation_config.json")
-    # Id 2 is a control token of the tokenizer, 399 is a piece of text.
+    # Of the base's own, 0 is a control token of the tokenizer, and 399 a piece of text.
     assert stop == 2
-    assert generation["eos_token_id"] == [1, 2]
+    assert generation["eos_token_id"] == [1, 2, 0]
     assert generation["temperature"] == 0.6
     model: Any = AutoModelForCausalLM.from_pretrained(target)
     model.lm_head.weight.data.zero_()
