@@ -123,10 +123,10 @@ class Adapter:
         return self._file.path
 
     @property
-    def is_linear(self) -> bool:
-        """Whether it only adds low-rank updates to linear layers."""
+    def has_plain_updates(self) -> bool:
+        """Whether all that it does, besides replacing weights, is to add s B A to linear layers."""
         plain = all(set(update.keys) == {"a", "b"} for update in self.low_rank.values())
-        return plain and not self.replaced and not self.token_rows
+        return plain and not self.token_rows
 
     def check_values(self) -> None:
         """Read every tensor and refuse values that are not finite, or contradict each other.

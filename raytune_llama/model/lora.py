@@ -25,6 +25,8 @@ from raytune_llama.model.pissa import plain_lora_settings, to_plain_lora
 
 logger = logging.getLogger(__name__)
 
+_Shapes = Mapping[str, tuple[int, ...]]
+
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 """File of the weights of adapters that are written here."""
@@ -250,12 +252,13 @@ def _compare(
         except (ValueError, TypeError, KeyError) as error:
             return [f"{start} cannot be attached to {where}: {error}"], None
     assert isinstance(attached, PeftModel)
+    wanted = _trained_shapes(attached)
     problem = (
         _find_unsupported_layer(attached)
         or _find_unknown_weight(adapter, weights, where)
-        or _find_missing_tensor(adapter, attached, where)
-        or _find_other_shape(adapter, attached, weights, where)
-        or _find_unpromised_tensor(adapter, attached)
+        or _find_missing_tensor(adapter, wanted, where)
+        or _find_other_shape(adapter, wanted, weights, where)
+        or _find_unpromised_tensor(adapter, wanted)
     )
     return [] if problem is None else [f"{start} {problem}"], attached
 
@@ -272,9 +275,7 @@ def _find_unsupported_layer(attached: PeftModel) -> str | None:
     return None
 
 
-def _find_unknown_weight(
-    adapter: Adapter, weights: Mapping[str, tuple[int, ...]], where: str
-) -> str | None:
+def _find_unknown_weight(adapter: Adapter, weights: _Shapes, where: str) -> str | None:
     unknown = sorted(adapter.weight_names - weights.keys())
     if not unknown:
         return None
@@ -284,8 +285,7 @@ def _find_unknown_weight(
     )
 
 
-def _find_missing_tensor(adapter: Adapter, attached: PeftModel, where: str) -> str | None:
-    wanted = _trained_shapes(attached)
+def _find_missing_tensor(adapter: Adapter, wanted: _Shapes, where: str) -> str | None:
     missing = sorted(wanted.keys() - adapter.peft_shapes().keys())
     if not missing:
         return None
@@ -297,9 +297,9 @@ def _find_missing_tensor(adapter: Adapter, attached: PeftModel, where: str) -> s
 
 
 def _find_other_shape(
-    adapter: Adapter, attached: PeftModel, weights: Mapping[str, tuple[int, ...]], where: str
+    adapter: Adapter, wanted: _Shapes, weights: _Shapes, where: str
 ) -> str | None:
-    wanted, stored = _trained_shapes(attached), adapter.peft_shapes()
+    stored = adapter.peft_shapes()
     found = {key: (stored[key], shape) for key, shape in wanted.items()}
     found |= {name: (adapter.spec(name).shape, weights[name]) for name in adapter.replaced}
     other = sorted(key for key, shapes in found.items() if shapes[0] != shapes[1])
@@ -313,8 +313,8 @@ def _find_other_shape(
     )
 
 
-def _find_unpromised_tensor(adapter: Adapter, attached: PeftModel) -> str | None:
-    extra = sorted(adapter.peft_shapes().keys() - _trained_shapes(attached).keys())
+def _find_unpromised_tensor(adapter: Adapter, wanted: _Shapes) -> str | None:
+    extra = sorted(adapter.peft_shapes().keys() - wanted.keys())
     extra = [key for key in extra if ".lora_" in key or ".token_adapter." in key]
     if not extra:
         return None

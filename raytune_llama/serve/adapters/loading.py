@@ -147,17 +147,10 @@ class AdapterLoader:
         PEFT may save embedding tables that were not trained: equal to the base's, they change
         nothing.
         """
-        if adapter.is_linear:
-            return True
         weights = dict(self._base.model.named_parameters(remove_duplicate=False))
-        plain = all(set(update.keys) == {"a", "b"} for update in adapter.low_rank.values())
-        return (
-            plain
-            and not adapter.token_rows
-            and all(
-                torch.equal(adapter.read_replaced(name).to(weights[name]), weights[name].detach())
-                for name in adapter.replaced
-            )
+        return adapter.has_plain_updates and all(
+            torch.equal(adapter.read_replaced(name).to(weights[name]), weights[name].detach())
+            for name in adapter.replaced
         )
 
     def _read_updates(self, adapter: Adapter) -> dict[str, LoraLayerWeights]:
