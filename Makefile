@@ -30,9 +30,10 @@ test: test-fast ## Run the tests that need no minutes: without Ray in parallel, 
 test-fast: venv ## Run the tests that need neither minutes nor Ray, on all cores
 	python -m pytest -m "not ray and not slow" $(PARALLEL)
 
-test-all: venv ## Run every test
+test-all: venv ## Run every test, those of serving behind HAProxy and behind Ray Serve's own proxy
 	python -m pytest -m "not ray" $(PARALLEL)
 	python -m pytest -m ray
+	RAYTUNE_TEST_PROXY=python python -m pytest -m ray tests/serve
 
 chaos: venv ## Run whole runs that something happens to: killed, stopped, drained
 	python -m pytest tests/chaos

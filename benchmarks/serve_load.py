@@ -1,14 +1,21 @@
 """The endpoint under load: throughput and latency from one client to twice what it can do.
 
-    python benchmarks/serve_load.py [--seconds 60] [--cpus N] [--quick]
+    python benchmarks/serve_load.py [--seconds 60] [--cpus N] [--proxy python] [--quick]
 
-The demo's model in fp32 on the CPU, greedy streamed requests, one replica behind HTTP and Ray Serve
-on loopback. A closed loop of 1 to 32 clients finds the capacity, the most requests a second of any
-of them. Then an open loop sends at 0.5, 1 and 2 times the capacity, at times drawn from a seed,
-whatever the endpoint answers. What waits is bounded (`--waiting`), so that under overload some are
-refused with 429 or 503 and the others are answered about as fast as before: a queue of as many as
-there are slots doubles the time of a request at most. Beside twice the capacity stands the same
-figure at the capacity itself. Exit status 1: a request was neither answered nor refused.
+The demo's model in fp32 on the CPU, greedy streamed requests, one replica behind HAProxy (or Ray
+Serve's own proxy) on loopback. A closed loop of 1 to 32 clients finds the capacity, the most
+requests a second of any of them. Then an open loop sends at 0.5, 1 and 2 times the capacity, at
+times drawn from a seed, whatever the endpoint answers. What waits is bounded (`--waiting`), so that
+under overload some are refused with 429 or 503 and the others are answered about as fast as before:
+a queue of as many as there are slots doubles the time of a request at most. Beside twice the
+capacity stands the same figure at the capacity itself. Exit status 1: a request was neither
+answered nor refused.
+
+Whether the queue is fair is seen at twice the capacity, where nearly every request waits: in the
+p99 of the time to the first token, in units of its median; and in pairs of requests that waited for
+a slot at the same time: the share whose first tokens came in another order than they. Requests that
+are admitted in one step get their first tokens together; such pairs are in the strict share, but
+not in the one that ignores 10 ms.
 """
 
 import argparse
@@ -23,14 +30,18 @@ from harness.serve_driver import (
     HttpClient,
     LoadResult,
     closed_loop,
+    find_queued,
     open_loop,
     percentile,
     poisson_arrivals,
+    reordered_share,
 )
 from harness.serve_material import make_prompts
 from harness.serve_sides import build_request_bodies
 
 FACTORS = (0.5, 1.0, 2.0)
+TARGET_WAITS = 2.0
+TIE_SECONDS = 0.01
 NEEDS = """needs: the demo's model (`make demo`); 3 GB of memory.
 takes: about 10 minutes on two quiet cores; --quick about 2 minutes."""
 
@@ -99,6 +110,23 @@ def print_overload(loads: dict[float, LoadResult]) -> None:
     print(f"throughput at 2 times the capacity: {kept:.2f} of that at the capacity")
 
 
+def print_fairness(load: LoadResult, num_slots: int) -> None:
+    """Print how evenly and in which order the requests of an overloaded endpoint waited."""
+    waits = load.first_token_seconds
+    p50, p99 = (percentile(waits, percent) for percent in (50, 99))
+    print(
+        f"first token at 2 times the capacity: p99 {p99:.2f} s, median {p50:.2f} s: "
+        f"{p99 / p50:.2f} median waits; target at most {TARGET_WAITS:g}"
+    )
+    queued = find_queued(load, num_slots)
+    strict, tied = (reordered_share(queued, seconds) for seconds in (0.0, TIE_SECONDS))
+    print(
+        f"{len(queued)} of {len(load.answered)} answered requests waited for a slot; pairs that "
+        f"waited at the same time, first tokens in another order than they came: {strict:.2%}, "
+        f"by more than {TIE_SECONDS * 1000:g} ms: {tied:.2%}"
+    )
+
+
 async def run(url: str, options: argparse.Namespace) -> int:
     """Ask; return 1 where a request was neither answered nor refused for load."""
     prompts = make_prompts(options.model, 32, (8, 12, 16, 24))
@@ -113,6 +141,7 @@ async def run(url: str, options: argparse.Namespace) -> int:
         print(f"capacity: {capacity:.2f} requests/s; open loop, {options.seconds:g} s each:")
         opened = await run_open(client, capacity, options.seconds, options.seed)
     print_overload(opened)
+    print_fairness(opened[2.0], options.slots)
     failed = [
         one
         for load in [*closed, *opened.values()]
@@ -141,6 +170,7 @@ def main() -> int:
         default=os.cpu_count() or 1,
         help="threads of the model; as many as cores by default",
     )
+    parser.add_argument("--proxy", choices=["haproxy", "python"], default="haproxy")
     parser.add_argument("--seed", type=int, default=7, help="of the arrivals")
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
     parser.add_argument("--quick", action="store_true", help="try out; the figures mean little")
@@ -150,13 +180,13 @@ def main() -> int:
         options.slots, options.waiting = 4, 2
     print(
         f"{options.cpus} torch threads, {os.cpu_count()} cores, {options.slots} slots, "
-        f"{options.waiting} may wait, {options.tokens} new tokens a request",
+        f"{options.waiting} may wait, {options.tokens} new tokens a request, {options.proxy} proxy",
         flush=True,
     )
     config = serve_config(
         options.model, cpus=options.cpus, slots=options.slots, waiting=options.waiting
     )
-    with serve_endpoint(config) as url:
+    with serve_endpoint(config, proxy=options.proxy) as url:
         return asyncio.run(run(url, options))
 
 

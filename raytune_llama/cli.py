@@ -260,6 +260,18 @@ def serve(argv: list[str], program: str) -> int:
     return serve_until_interrupted(config, announce=_show)
 
 
+def serve_env(argv: list[str], program: str) -> int:
+    """Print the environment variables for `ray start` on a cluster that will serve models."""
+    from raytune_llama.serve.config import RequestLimits
+
+    limits = load(RequestLimits, argv, program=program)
+    from raytune_llama.serve.deploy import environment_lines
+
+    for line in environment_lines(limits):
+        _show(line)
+    return 0
+
+
 def _is_ray_serve_file(argument: str) -> bool:
     """Whether an argument is a config file of Ray Serve, which lists `applications`."""
     path = Path(argument)
@@ -400,6 +412,7 @@ VERBS: Final[dict[str, Callable[[list[str], str], int]]] = {
     "sweep": sweep,
     "merge": merge,
     "serve": serve,
+    "serve-env": serve_env,
     "chat": chat,
     "expand-vocab": expand_vocab,
     "convert-weights": convert_weights,

@@ -37,6 +37,17 @@ import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+from raytune_llama.serve.config import RequestLimits
+from raytune_llama.serve.proxy import proxy_environment
+
+# Ray Serve reads the choice of its proxy when it is imported.
+PROXY = "python" if os.environ.get("RAYTUNE_TEST_PROXY") == "python" else "haproxy"
+_PROXY_FOLDER = tempfile.TemporaryDirectory(prefix="raytune-tests-", dir="/tmp")
+os.environ |= {
+    **proxy_environment(PROXY, RequestLimits(), Path(_PROXY_FOLDER.name), free_ports=True),
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+}
+
 import hypothesis
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -148,8 +159,6 @@ def ray_cluster() -> Iterator[str]:
 
     from raytune_llama.connection import quoted_python
 
-    # Serve's controller starts a proxy anew at the third look, ten seconds apart by default.
-    os.environ["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] = "1"
     context = ray.init(
         address="local",  # not what a killed cluster has left behind
         num_cpus=2,

@@ -1,85 +1,105 @@
-"""Our endpoint on a Ray cluster of this machine, and what each of its processes takes."""
+"""Our endpoint on a Ray cluster of this machine."""
 
+import logging
 import os
-import socket
-from collections import defaultdict
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from raytune_llama.connection import connect_to_ray
-from raytune_llama.serve.app import build_app
-from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
+from raytune_llama.serve.config import ProxyChoice, ReplicaConfig, ServeConfig, ServedModelConfig
+from raytune_llama.serve.proxy import choose_proxy, find_free_ports, proxy_environment
 
 MODEL_NAME = "bench"
+OTHER_NAME = "other"
+"""Name of the second model, which gets no requests."""
+
 DEMO_MODEL = Path(__file__).resolve().parents[2] / "demo" / "model"
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def serve_config(model: Path, *, cpus: int, slots: int, waiting: int) -> ServeConfig:
-    """Return the config of one replica of a model in fp32."""
+def serve_config(
+    model: Path, *, cpus: int, slots: int, waiting: int, num_models: int = 1
+) -> ServeConfig:
+    """Return the config of one or two models in fp32 from the same directory, a replica each."""
+    names = (MODEL_NAME, OTHER_NAME)[:num_models]
     return ServeConfig(
-        models=(ServedModelConfig(path=str(model), name=MODEL_NAME, precision="fp32"),),
+        models=tuple(
+            ServedModelConfig(path=str(model), name=name, precision="fp32") for name in names
+        ),
         replicas=ReplicaConfig(cpus=cpus, slots=slots, waiting=waiting),
     )
 
 
 @contextmanager
-def serve_endpoint(config: ServeConfig) -> Iterator[str]:
-    """Serve on loopback; yield the base URL, and stop the endpoint and the cluster at the end."""
-    from ray import serve
+def serve_endpoint(config: ServeConfig, *, proxy: ProxyChoice = "haproxy") -> Iterator[str]:
+    """Serve on loopback; yield the base URL, and stop the endpoint and the cluster at the end.
 
-    port = free_port()
-    with connect_to_ray():
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        try:
-            serve.run(build_app(config), name="bench")
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            serve.shutdown()
-
-
-def free_port() -> int:
-    """Return a port of loopback that nobody uses now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def cpu_seconds() -> dict[str, float]:
-    """Return what this process and those below it have computed, in CPU seconds by their parts.
-
-    A process that has ended is not counted.
+    Raises:
+        RuntimeError: Ray Serve was imported before; it reads the choice of its proxy only then.
+        ConfigError: HAProxy is not installed.
     """
-    parents: dict[int, int] = {}
-    ticks: dict[int, int] = {}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdecimal():
-            continue
+    import ray
+
+    from raytune_llama.connection import quoted_python
+
+    if "ray.serve" in sys.modules:
+        raise RuntimeError("an endpoint needs a process that has not imported Ray Serve")
+    port = find_free_ports(1)[0]
+    num_cpus = int(config.replicas.cpus) * len(config.models)
+    # Not below TMPDIR, which may be too long for the path of a Unix socket.
+    with tempfile.TemporaryDirectory(prefix="raytune-bench-", dir="/tmp") as folder:
+        chosen = choose_proxy(proxy, "127.0.0.1")
+        os.environ |= proxy_environment(chosen, config.limits, Path(folder), free_ports=True)
+        ray.init(
+            address="local",
+            num_cpus=max(num_cpus, os.cpu_count() or 1),
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env={
+                **(quoted_python() or {}),
+                "worker_process_setup_hook": _make_thread_namer(),
+            },
+        )
         try:
-            # The name before the last bracket may hold blanks.
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # It has just ended.
-        pid = int(folder.name)
-        parents[pid], ticks[pid] = int(fields[1]), int(fields[11]) + int(fields[12])
-    own = os.getpid()
-    seconds: dict[str, float] = defaultdict(float)
-    for pid, count in ticks.items():
-        ancestor = pid
-        while ancestor not in {own, 0}:
-            ancestor = parents.get(ancestor, 0)
-        if ancestor == own:
-            part = "client" if pid == own else _part(pid)
-            seconds[part] += count / _TICKS
-    return dict(seconds)
+            from ray import serve
+
+            from raytune_llama.serve.app import build_apps
+
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            try:
+                for one in build_apps(config):
+                    serve.run(one.app, name=one.name, route_prefix=one.route_prefix)
+                yield f"http://127.0.0.1:{port}/v1"
+            finally:
+                serve.shutdown()
+        finally:
+            ray.shutdown()
 
 
-def _part(pid: int) -> str:
-    """Return which part of the endpoint a process is."""
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return "others"
-    parts = {f":model-{MODEL_NAME}": "replica", ":gateway": "gateway", "ProxyActor": "proxy"}
-    return next((part for sign, part in parts.items() if sign in command), "others")
+def _make_thread_namer() -> Callable[[], None]:
+    """Return a function that has threads bear their Python names in /proc as well.
+
+    Python does this itself from 3.14 on. A thread that a named one starts in C inherits the name,
+    as OpenMP's workers do: all threads that compute for the engine are called `engine`.
+    """
+
+    # A local function is sent to the processes by value: they need not find this module.
+    def name_threads() -> None:
+        import threading
+        from pathlib import Path
+
+        start = threading.Thread.start
+
+        def start_named(self: threading.Thread, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+            start(self, *args, **kwargs)
+            try:
+                name = Path(f"/proc/self/task/{self.native_id}/comm")
+                name.write_text(self.name[:15])
+            except OSError:
+                pass  # It has already ended.
+
+        threading.Thread.start = start_named
+
+    return name_threads

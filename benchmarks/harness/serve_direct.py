@@ -1,4 +1,4 @@
-"""The model's replica called directly in one process: no HTTP, no Ray.
+"""The loaded model called directly in one process, as a replica's HTTP application does: no Ray.
 
     python benchmarks/harness/serve_direct.py SETTINGS.json
 
@@ -23,9 +23,8 @@ else:
     from harness.endpoint import serve_config
     from harness.serve_driver import LoadResult, RequestResult, closed_loop
 
-from raytune_llama.serve.generation.output import OutputDelta
+from raytune_llama.serve.backend import LoadedModel
 from raytune_llama.serve.protocol.chat import CompletionRequest
-from raytune_llama.serve.replica import ModelReplica
 
 
 @dataclass(frozen=True)
@@ -41,21 +40,19 @@ class DirectSettings:
     slots: int
 
 
-async def send_request(replica: ModelReplica, body: dict[str, Any]) -> RequestResult:
-    """Ask as the gateway does."""
-    outcome, started = RequestResult(), time.perf_counter()
-    async with aclosing(replica.answer(CompletionRequest.model_validate(body))) as items:
-        async for item in items:
-            if not isinstance(item, OutputDelta):
-                continue
-            outcome.num_tokens += item.num_tokens
-            if item.text:
-                outcome.last_token = time.perf_counter() - started
+async def send_request(model: LoadedModel, body: dict[str, Any]) -> RequestResult:
+    """Ask as the HTTP application does."""
+    outcome = RequestResult(started=time.perf_counter())
+    async with aclosing(await model.respond(CompletionRequest.model_validate(body))) as stream:
+        async for delta in stream.deltas:
+            outcome.num_tokens += delta.num_tokens
+            if delta.text:
+                outcome.last_token = time.perf_counter() - outcome.started
                 if math.isnan(outcome.first_token):
                     outcome.first_token = outcome.last_token
-            outcome.text += item.text
-            outcome.finish = item.finish_reason or outcome.finish
-    outcome.status, outcome.seconds = 200, time.perf_counter() - started
+            outcome.text += delta.text
+            outcome.finish = delta.finish_reason or outcome.finish
+    outcome.status, outcome.seconds = 200, time.perf_counter() - outcome.started
     return outcome
 
 
@@ -64,11 +61,11 @@ async def run(settings: DirectSettings) -> list[LoadResult]:
     config = serve_config(
         Path(settings.model), cpus=settings.cpus, slots=settings.slots, waiting=10**6
     )
-    replica = ModelReplica(config.models[0], config)
+    model = LoadedModel(config.models[0], config)
     bodies = settings.bodies
 
     async def one(number: int) -> RequestResult:
-        return await send_request(replica, bodies[number % len(bodies)])
+        return await send_request(model, bodies[number % len(bodies)])
 
     await closed_loop(one, num_clients=settings.slots, num_requests=settings.slots)
     return [

@@ -56,6 +56,9 @@ class RequestResult:
     retry_after: str | None = None
     """Header of a refusal."""
 
+    started: float = math.nan
+    """When it was sent, on the clock of `time.perf_counter`."""
+
     @property
     def per_token(self) -> float:
         """Seconds for each token behind the first; not a number where there is none."""
@@ -172,6 +175,48 @@ async def open_loop(ask: SendRequest, arrivals: Sequence[float]) -> LoadResult:
     return LoadResult(outcomes, time.perf_counter() - started)
 
 
+def find_queued(load: LoadResult, num_slots: int) -> list[RequestResult]:
+    """Return the whole answers that had to wait for a slot, in the order of their arrival.
+
+    A request waits if, when it is sent, at least `num_slots` earlier ones that are answered whole
+    have not ended.
+    """
+    answered = sorted(
+        (one for one in load.answered if not math.isnan(one.first_token)),
+        key=lambda one: one.started,
+    )
+    running: list[float] = []
+    queued: list[RequestResult] = []
+    for one in answered:
+        running = [end for end in running if end > one.started]
+        if len(running) >= num_slots:
+            queued.append(one)
+        running.append(one.started + one.seconds)
+    return queued
+
+
+def reordered_share(queued: Sequence[RequestResult], tie_seconds: float = 0.0) -> float:
+    """Return the share of pairs that waited at the same time and were not served as they came.
+
+    Args:
+        queued: requests by arrival.
+        tie_seconds: up to so much earlier, a later request's first token counts as simultaneous.
+
+    Returns:
+        Of the pairs of which the second arrived before the first one's first token: those whose
+        first tokens came in the other order. Not a number without such pairs.
+    """
+    together = reordered = 0
+    for number, first in enumerate(queued):
+        token = first.started + first.first_token
+        for second in queued[number + 1 :]:
+            if second.started >= token:
+                break
+            together += 1
+            reordered += second.started + second.first_token < token - tie_seconds
+    return reordered / together if together else math.nan
+
+
 class HttpClient:
     """Sends streamed requests to an endpoint that speaks OpenAI's API."""
 
@@ -219,25 +264,23 @@ class HttpClient:
     async def ask(self, number: int) -> RequestResult:
         """Send a request and read its answer; what goes wrong is in the outcome."""
         assert self._session is not None, "used outside of `async with`"
-        outcome, started = RequestResult(), time.perf_counter()
+        outcome = RequestResult(started=time.perf_counter())
         body = self._bodies[number % len(self._bodies)]
         try:
             async with self._session.post(self._url, data=body, headers=self._headers) as answer:
                 if answer.status == 200:
-                    await _read_stream(answer, outcome, started)
+                    await read_stream(answer, outcome)
                 else:
                     outcome.status = answer.status
                     outcome.error = (await answer.text())[:500]
                     outcome.retry_after = answer.headers.get("Retry-After")
         except (aiohttp.ClientError, TimeoutError) as error:
             outcome.status, outcome.error = NO_STATUS, repr(error)
-        outcome.seconds = time.perf_counter() - started
+        outcome.seconds = time.perf_counter() - outcome.started
         return outcome
 
 
-async def _read_stream(
-    answer: aiohttp.ClientResponse, outcome: RequestResult, started: float
-) -> None:
+async def read_stream(answer: aiohttp.ClientResponse, outcome: RequestResult) -> None:
     """Read server-sent events to their end; the status is set where they have one."""
     num_parts, counted = 0, None
     async for line in answer.content:
@@ -253,7 +296,7 @@ async def _read_stream(
         counted = (event.get("usage") or {}).get("completion_tokens", counted)
         for text, finish in _choices(event):
             if text:
-                outcome.last_token = time.perf_counter() - started
+                outcome.last_token = time.perf_counter() - outcome.started
                 if not num_parts:
                     outcome.first_token = outcome.last_token
                 num_parts += 1

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .endpoint import free_port
+from raytune_llama.serve.proxy import find_free_ports
+
 from .peers import PACKAGES
 from .serve_material import Prompt
 from .serve_sides import thread_environment
@@ -52,7 +53,7 @@ def has_llama_cpp(folder: Path) -> bool:
 @contextmanager
 def transformers_serve(model: Path, cpus: int) -> Iterator[str]:
     """Start `transformers serve` with continuous batching, in fp32; yield its base URL."""
-    port = free_port()
+    port = find_free_ports(1)[0]
     program = "from transformers.cli.transformers import main; main()"
     command = [sys.executable, "-c", program, "serve", str(model), "--continuous-batching"]
     command += ["--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1"]
@@ -68,7 +69,7 @@ def llama_cpp_serve(gguf: Path, cpus: int, folder: Path) -> Iterator[str]:
     It answers one request at a time. What it is by default, to break an answer off when another
     request comes and to keep the logits of the whole prompt, is turned off.
     """
-    port = free_port()
+    port = find_free_ports(1)[0]
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--n_ctx", "512"]
     command += ["--n_threads", str(cpus), "--n_threads_batch", str(cpus)]

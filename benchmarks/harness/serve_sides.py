@@ -1,6 +1,5 @@
 """Runs one side of a benchmark of serving, and returns the load of each level of clients."""
 
-import asyncio
 import json
 import os
 import subprocess
@@ -10,11 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .endpoint import MODEL_NAME, cpu_seconds, serve_config, serve_endpoint
+from raytune_llama.serve.config import ProxyChoice
+
+from .endpoint import MODEL_NAME
 from .material import write_json
 from .serve_direct import DirectSettings
 from .serve_driver import HttpClient, LoadResult, RequestResult, closed_loop
 from .serve_material import Prompt
+from .serve_served import ServedRun, ServedSettings
 
 Levels = Sequence[tuple[int, int]]
 """Clients and requests of closed loops that run one after the other."""
@@ -72,38 +74,43 @@ def run_direct(
     file = write_json(folder / "direct.json", asdict(settings))
     program = Path(__file__).with_name("serve_direct.py")
     told = run_json([sys.executable, str(program), str(file)], thread_environment(cpus))
-    return [
-        LoadResult([RequestResult(**one) for one in load["outcomes"]], load["seconds"])
-        for load in told
-    ]
+    return [_load_of(load) for load in told]
 
 
 def run_served(
-    model: Path, bodies: list[dict[str, Any]], levels: Levels, *, cpus: int, slots: int
-) -> tuple[list[LoadResult], list[dict[str, float]]]:
-    """Ask through HTTP and Ray Serve, on a cluster for these levels alone.
+    folder: Path,
+    model: Path,
+    bodies: list[dict[str, Any]],
+    levels: Levels,
+    *,
+    cpus: int,
+    slots: int,
+    proxy: ProxyChoice = "haproxy",
+    num_models: int = 1,
+) -> ServedRun:
+    """Ask over HTTP, on a cluster for these levels alone, in a process of its own.
 
-    Returns:
-        The loads, and beside each the CPU seconds by part of the endpoint.
+    Args:
+        folder: for the settings of that process.
+        model: a model directory.
+        bodies: requests.
+        levels: closed loops.
+        cpus: threads of a model.
+        slots: requests answered at a time.
+        proxy: the proxy in front of the replica.
+        num_models: 2: the model under two names; the gateway forwards the requests to one.
     """
-    config = serve_config(model, cpus=cpus, slots=slots, waiting=10**6)
-    with serve_endpoint(config) as url:
-        return asyncio.run(_ask_levels(f"{url}/completions", bodies, levels, slots))
+    settings = ServedSettings(str(model), bodies, list(levels), cpus, slots, proxy, num_models)
+    file = write_json(folder / "served.json", asdict(settings))
+    program = Path(__file__).with_name("serve_served.py")
+    told = run_json([sys.executable, str(program), str(file)], dict(os.environ))
+    return ServedRun(
+        [_load_of(load) for load in told["loads"]], told["cpu_seconds"], told["idle_cpu"]
+    )
 
 
-async def _ask_levels(
-    url: str, bodies: list[dict[str, Any]], levels: Levels, slots: int
-) -> tuple[list[LoadResult], list[dict[str, float]]]:
-    loads: list[LoadResult] = []
-    taken: list[dict[str, float]] = []
-    async with HttpClient(url, bodies) as client:
-        await closed_loop(client.ask, num_clients=slots, num_requests=slots)
-        for clients, requests in levels:
-            before = cpu_seconds()
-            loads.append(await closed_loop(client.ask, num_clients=clients, num_requests=requests))
-            after = cpu_seconds()
-            taken.append({part: after[part] - before.get(part, 0.0) for part in after})
-    return loads, taken
+def _load_of(told: dict[str, Any]) -> LoadResult:
+    return LoadResult([RequestResult(**one) for one in told["outcomes"]], told["seconds"])
 
 
 async def run_load_level(

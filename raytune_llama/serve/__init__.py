@@ -1,6 +1,5 @@
 """Serving: a model directory becomes an OpenAI-compatible endpoint on Ray Serve.
 
-Read `app` first: it deploys the gateways (HTTP, no torch), the rate limiter that they share and
-one group of replicas per model. A request passes http -> gateway -> replica -> generation ->
-engine.
+Read `app` first: it deploys one group of replicas per model. A replica is the HTTP server of its
+model, to which `proxy` forwards: a request passes http -> backend -> generation -> engine.
 """

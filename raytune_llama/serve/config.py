@@ -1,6 +1,7 @@
 """Settings of a serving endpoint: models, replicas, API keys and limits."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +10,13 @@ from pydantic import Field, model_validator
 
 from raytune_llama.chat.config import TemplateName
 from raytune_llama.config.settings import ConfigError, load, settings
+
+ProxyChoice = Literal["auto", "haproxy", "python"]
+"""Proxy in front of the replicas."""
+
+_PATH_NAME = re.compile(r"[\w.~-]+(/[\w.~-]+)*", re.ASCII)
+_RESERVED = frozenset({"v1", "health", "openapi.json", "-"})
+"""First parts of the gateway's own paths."""
 
 _BOTH_GIVEN = "model_dir: got both model_dir and models, wanted only one of them"
 
@@ -62,8 +70,7 @@ class ServedModelConfig:
 
     adapters_dir: Annotated[str, Field(min_length=1)] | None = None
     """Folder of adapter directories, local or `s3://...` or `gs://...`; requests select one as
-    `model:adapter`, and a new version is used as soon as it is written. A local folder must exist
-    on the gateways' nodes too. null: no adapters."""
+    `model:adapter`, and a new version is used as soon as it is written. null: no adapters."""
 
     max_adapters: Annotated[int, Field(ge=1)] = 8
     """Maximum number of adapters in memory, not counting old versions that are still in use."""
@@ -85,10 +92,10 @@ class ReplicaConfig:
     """Maximum number of replicas."""
 
     slots: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Maximum number of concurrent requests per replica."""
+    """Maximum number of sequences generated at a time per replica, one for each choice."""
 
     waiting: Annotated[int, Field(ge=0)] = 64
-    """Maximum number of queued requests for all replicas together; more are rejected with 429."""
+    """Maximum number of queued sequences per replica; more are rejected with 429."""
 
     target_ongoing: Annotated[float, Field(gt=0)] | None = None
     """Autoscaling target of ongoing requests per replica; null: half of its slots."""
@@ -158,7 +165,7 @@ class RequestLimits:
 
 @settings
 class KeyLimits:
-    """Rate limits per API key over all gateways; without keys, all clients share them."""
+    """Rate limits per API key over all replicas; without keys, all clients share them."""
 
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
     """Average requests per minute, also the maximum burst; null: unlimited."""
@@ -175,7 +182,7 @@ class ServeConfig:
     """Served models; requests select one by its name."""
 
     keys_file: str | None = None
-    """File with the hashes of API keys, on every gateway's node; null: only the keys in the
+    """File with the hashes of API keys, on every replica's node; null: only the keys in the
     environment variable RAYTUNE_LLAMA_API_KEYS. Without any keys, only loopback is served."""
 
     limits: RequestLimits = RequestLimits()
@@ -190,8 +197,8 @@ class ServeConfig:
     replicas: ReplicaConfig = ReplicaConfig()
     """Replicas of each model."""
 
-    gateways: Annotated[int, Field(ge=1)] = 2
-    """Number of HTTP processes; while one is replaced, the others serve its requests."""
+    shared_limits_app: str | None = None
+    """Application whose rate limiter counts the requests of this one too; null: one of its own."""
 
     @model_validator(mode="after")
     def _check(self) -> "ServeConfig":
@@ -200,6 +207,35 @@ class ServeConfig:
         if duplicates:
             text = f"models: duplicate name {', '.join(duplicates)}; set models.N.name"
             raise ConfigError([text])
+        problems = _path_problems(names) if len(names) > 1 else []
+        if problems:
+            raise ConfigError(problems)
+        return self
+
+
+@settings
+class GatewayConfig:
+    """The gateway of several models, which are applications at `/NAME` each."""
+
+    models: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names of the models, in the order in which they are listed."""
+
+    keys_file: str | None = None
+    """File with the hashes of API keys, that of the models' applications; null: only the keys in the
+    environment variable RAYTUNE_LLAMA_API_KEYS."""
+
+    limits: RequestLimits = RequestLimits()
+    """Limits of every request, those of the models' applications."""
+
+    key_limits: KeyLimits = KeyLimits()
+    """Rate limits per API key, those of the models' applications; these set `shared_limits_app` to the
+    gateway's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "GatewayConfig":
+        problems = _path_problems(self.models)
+        if problems:
+            raise ConfigError(problems)
         return self
 
 
@@ -212,6 +248,22 @@ class EndpointConfig(ServeConfig):
 
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port that HTTP listens on."""
+
+    proxy: ProxyChoice = "auto"
+    """Proxy in front of the replicas: HAProxy, or Ray Serve's own in Python, which takes about ten
+    times as much CPU per token; auto: HAProxy if it is installed and `host` is 127.0.0.1 or
+    0.0.0.0. On a running cluster: what it was started with."""
+
+
+def _path_problems(names: Sequence[str]) -> list[str]:
+    """Return what is wrong with names of models that are paths of an endpoint's URL."""
+    return [
+        f"models: the name {name!r} can't be a path of the endpoint's URL, which each of several "
+        "models has; use letters, digits and ._~-/ only, and begin with none of "
+        f"{', '.join(sorted(_RESERVED))}"
+        for name in names
+        if not _PATH_NAME.fullmatch(name) or name.split("/")[0] in _RESERVED
+    ]
 
 
 def expand_model_dir(argv: Sequence[str]) -> list[str]:
@@ -247,6 +299,19 @@ def read_arguments(arguments: Mapping[str, Any]) -> ServeConfig:
         if "models" in data:
             raise ConfigError([_BOTH_GIVEN])
         data = {"models": [{"path": data.pop("model_dir")}], **data}
+    return load(ServeConfig, _assignments(data))
+
+
+def read_gateway_arguments(arguments: Mapping[str, Any]) -> GatewayConfig:
+    """Return the gateway's config given by the arguments of an application's YAML.
+
+    Raises:
+        ConfigError: all problems found.
+    """
+    return load(GatewayConfig, _assignments(arguments))
+
+
+def _assignments(data: Mapping[str, Any]) -> list[str]:
     # Strings come from a command line, where 2 is a number.
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in data.items()}
-    return load(ServeConfig, [f"{name}={text}" for name, text in texts.items()])
+    return [f"{name}={text}" for name, text in texts.items()]

@@ -2,22 +2,37 @@
 
 import contextlib
 import logging
+import os
+import shlex
+import tempfile
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
+import ray
 import yaml
-from ray import serve
-from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from raytune_llama.config.errors import UserError
+from raytune_llama.config.settings import ConfigError
 from raytune_llama.connection import connect_to_ray
 from raytune_llama.logs import waiting
-from raytune_llama.serve.app import build_app
-from raytune_llama.serve.config import EndpointConfig
+from raytune_llama.serve.config import EndpointConfig, RequestLimits
+from raytune_llama.serve.proxy import (
+    check_port,
+    choose_proxy,
+    is_loopback,
+    missing_variables,
+    proxy_environment,
+    read_key_hashes,
+)
 
 logger = logging.getLogger(__name__)
+
+SERVE_CONTROLLER_NAME, SERVE_NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
+"""Name of Ray Serve's controller and its namespace."""
 
 DASHBOARD_URL = "http://127.0.0.1:8265"
 """Where a cluster's dashboard listens, unless `address=URL` says otherwise."""
@@ -35,14 +50,27 @@ def serve_until_interrupted(config: EndpointConfig, announce: Callable[[str], ob
 
     Raises:
         ConfigError: The config, its models or keys do not allow it.
+        UserError: The port is in use.
         KeyboardInterrupt: It was interrupted before it answered.
     """
-    with connect_to_ray():
-        serve.start(http_options={"host": config.host, "port": config.port})
+    _check(config)
+    with _connect(config), ThreadPoolExecutor(1) as background:
+        # Ray Serve reads its environment when it is imported.
+        from ray import serve
+
+        from raytune_llama.serve.app import build_apps
+
         try:
+            # Proxies start while this process checks the models and the replicas load them.
+            options = {"host": config.host, "port": config.port}
+            proxies = background.submit(serve.start, http_options=options)
+            apps = build_apps(config)
             what = "starting replicas, which import PyTorch and load the model"
-            with waiting(logger, what, usually="20 to 60 s, and 2 to 10 s per GB of weights"):
-                serve.run(build_app(config), name="llm")
+            with waiting(logger, what, usually="15 to 40 s, and 2 to 10 s per GB of weights"):
+                _wait_for_controller(proxies)
+                for one in apps:
+                    serve.run(one.app, name=one.name, route_prefix=one.route_prefix)
+                proxies.result()
             names = ", ".join(model.served_name for model in config.models)
             announce(f"serving {names} at http://{config.host}:{config.port}/v1; Ctrl-C stops it")
             with contextlib.suppress(KeyboardInterrupt):
@@ -50,6 +78,97 @@ def serve_until_interrupted(config: EndpointConfig, announce: Callable[[str], ob
         finally:
             serve.shutdown()
     return 0
+
+
+def _check(config: EndpointConfig) -> None:
+    """Find what can be found before Ray is started.
+
+    Raises:
+        ConfigError: a model does not exist, the keys file is invalid, or there are no keys for an
+            address that other hosts reach.
+        UserError: the port is in use.
+    """
+    missing = [
+        f"models.{number}.path: {model.path} does not exist; give a model directory, as "
+        "`raytune merge` writes it"
+        for number, model in enumerate(config.models)
+        # On a cluster, an absolute path may exist only on the replicas' nodes.
+        if not Path(model.path).exists()
+        and not (is_on_cluster() and Path(model.path).is_absolute())
+    ]
+    if missing:
+        raise ConfigError(missing)
+    if not is_on_cluster():
+        check_port(config.host, config.port)
+    keys = read_key_hashes(config.keys_file)
+    if not keys.hashes and not is_loopback(config.host):
+        raise ConfigError(
+            [
+                f"keys_file: not set, but host is {config.host}, which other hosts may reach; set "
+                "keys_file to a file of key hashes (`raytune make-key`), or host to 127.0.0.1"
+            ]
+        )
+
+
+def is_on_cluster() -> bool:
+    """Whether the endpoint runs on a cluster that is already there."""
+    return ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
+
+
+def _wait_for_controller(starting: Future[Any]) -> None:
+    """Wait until applications can be deployed, or until it is clear that Ray Serve can't start."""
+    while not starting.done():
+        with contextlib.suppress(ValueError):  # there is none yet
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            return
+        time.sleep(0.1)
+    starting.result()
+
+
+@contextlib.contextmanager
+def _connect(config: EndpointConfig) -> Iterator[None]:
+    """Connect to the cluster of the environment, or start one that is set up to serve."""
+    proxy = choose_proxy(config.proxy, config.host)
+    is_new = not is_on_cluster()
+    # Not below TMPDIR, which may be too long for the path of a Unix socket.
+    with tempfile.TemporaryDirectory(prefix="raytune-serve-", dir="/tmp") as folder:
+        variables = proxy_environment(proxy, config.limits, Path(folder), free_ports=is_new)
+        os.environ.update(variables)
+        with connect_to_ray():
+            if not is_new:
+                missing = missing_variables(variables)
+                if missing and config.proxy == "haproxy":
+                    raise UserError(
+                        f"proxy: the cluster was started without {' '.join(missing)}; start Ray "
+                        'again after eval "$(raytune serve-env)", or set proxy=auto'
+                    )
+                if missing:
+                    logger.warning(
+                        "the cluster was started without %s: Ray Serve's own proxy is used, which "
+                        'takes more CPU; eval "$(raytune serve-env)" before `ray start` sets it',
+                        " ".join(missing),
+                    )
+            yield
+
+
+def environment_lines(limits: RequestLimits) -> list[str]:
+    """Return shell lines that set the environment in which `ray start` has to be run to serve.
+
+    They are the same on every node; HAProxy's files lie in a folder of this user.
+
+    Args:
+        limits: Limits of the endpoint's requests; HAProxy's own are set wider.
+
+    Raises:
+        UserError: Another user may enter the folder of HAProxy's files.
+    """
+    folder = Path(f"/tmp/raytune-serve-{os.getuid()}")  # noqa: S108  # a socket's path is short
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
+        raise UserError(f"{folder}: another user may enter it; delete it")
+    proxy = choose_proxy("auto", "127.0.0.1")
+    variables = proxy_environment(proxy, limits, folder, free_ports=False)
+    return [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
 
 
 def deploy_file(file: Path, arguments: Sequence[str]) -> str:
@@ -71,6 +190,8 @@ def deploy_file(file: Path, arguments: Sequence[str]) -> str:
                 f"change {file} instead"
             )
         address = value
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
     config = cast("dict[Any, Any]", yaml.safe_load(file.read_text(encoding="utf-8")))
     try:
         ServeSubmissionClient(address).deploy_applications(config)

@@ -1,5 +1,6 @@
-"""Many clients in threads that ask an endpoint over and over, and what became of that."""
+"""Many clients in threads that send requests to an endpoint, and what became of them."""
 
+import itertools
 import threading
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ import openai
 
 @dataclass
 class Clients:
-    """Asks without a pause until the block ends.
+    """Send requests one after the other until the block ends.
 
     with Clients(url, {"model": "tiny", ...}, num_clients=8).asking() as clients:
         ...
@@ -23,6 +24,9 @@ class Clients:
     url: str
     asked: Mapping[str, object]
     num_clients: int = 8
+    num_requests: int | None = None
+    """Number of requests of each client; None: until the block ends."""
+
     retry_seconds: float | None = None
     """How long a client waits before it asks once more what has failed; None: it does not."""
 
@@ -59,7 +63,10 @@ class Clients:
         client = openai.OpenAI(
             base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120
         )
-        while not self._over.is_set():
+        numbers = itertools.count() if self.num_requests is None else range(self.num_requests)
+        for _ in numbers:
+            if self._over.is_set():
+                break
             error = self._ask(client)
             if error is not None and self.retry_seconds is not None:
                 self.num_retried += 1

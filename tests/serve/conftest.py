@@ -1,4 +1,4 @@
-"""A tiny model that is served; nothing here needs Ray."""
+"""A tiny served model; nothing here needs Ray."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,12 +7,28 @@ import pytest
 import torch
 
 from raytune_llama.serve.config import SamplingDefaults, ServedModelConfig
+from raytune_llama.serve.engine.embed import Embedder
 from raytune_llama.serve.engine.loop import TransformersEngine
 from raytune_llama.serve.engine.scheduler import BatchScheduler
 from raytune_llama.serve.generation.completion import CompletionService
 from raytune_llama.serve.generation.model import ServedModel, load_served_model
 from raytune_llama.tokenizer.loader import load_tokenizer
 from tests.train.conftest import write_model
+
+
+class ObservedScheduler(BatchScheduler):
+    """A scheduler that keeps the embedder that an engine has got from it."""
+
+    embedder: Embedder
+
+    def build_embedder(self) -> Embedder:
+        self.embedder = super().build_embedder()
+        return self.embedder
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no sequence or job is running or waiting."""
+        return not (self.num_running or self.num_waiting or self.embedder.jobs)
 
 
 @pytest.fixture(scope="session")
@@ -30,13 +46,23 @@ def served(served_dir: Path) -> ServedModel:
 
 
 @pytest.fixture(scope="session")
-def answerer(served: ServedModel) -> Iterator[CompletionService]:
-    stepper = BatchScheduler(
+def scheduler(served: ServedModel) -> ObservedScheduler:
+    """The scheduler of `served_engine`."""
+    return ObservedScheduler(
         served.model,
         num_slots=4,
         max_context=served.max_context,
         num_tokens=len(served.tokenizer),
     )
-    engine = TransformersEngine(stepper, max_waiting=32)
-    yield CompletionService(served, engine, SamplingDefaults())
+
+
+@pytest.fixture(scope="session")
+def served_engine(scheduler: ObservedScheduler) -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(scheduler, max_waiting=32)
+    yield engine
     engine.close()
+
+
+@pytest.fixture(scope="session")
+def answerer(served: ServedModel, served_engine: TransformersEngine) -> CompletionService:
+    return CompletionService(served, served_engine, SamplingDefaults())

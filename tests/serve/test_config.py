@@ -6,15 +6,21 @@ import pytest
 
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.config.yaml12 import read_mapping
-from raytune_llama.serve.config import ServedModelConfig, read_arguments
+from raytune_llama.serve.config import (
+    ServedModelConfig,
+    read_arguments,
+    read_gateway_arguments,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_arguments_of_a_command_line_are_numbers_where_numbers_are_wanted() -> None:
-    config = read_arguments({"model_dir": "some/model", "replicas.max": "3", "gateways": "1"})
+    config = read_arguments(
+        {"model_dir": "some/model", "replicas.max": "3", "replicas.cpus": "0.5"}
+    )
     assert config.models == (ServedModelConfig(path="some/model"),)
-    assert (config.replicas.max, config.gateways) == (3, 1)
+    assert (config.replicas.max, config.replicas.cpus) == (3, 0.5)
 
 
 def test_arguments_of_a_file_may_be_nested() -> None:
@@ -31,6 +37,25 @@ def test_the_file_that_is_delivered_is_read() -> None:
     config = read_arguments(data["applications"][0]["args"])
     assert [model.served_name for model in config.models] == ["smollm2"]
     assert data["http_options"]["host"] == "127.0.0.1"
+
+
+def test_several_models_in_the_delivered_file_are_read_once_uncommented(tmp_path: Path) -> None:
+    text = (REPOSITORY / "serve" / "config.yaml").read_text(encoding="utf-8")
+    head, _, commented = text.partition("\n# Several models:")
+    lines = commented.split("\n#\n", 1)[1].splitlines()
+    file = tmp_path / "config.yaml"
+    applications = "\n".join(line.removeprefix("# ") for line in lines)
+    file.write_text(head.partition("applications:")[0] + "applications:\n" + applications)
+    data, problems = read_mapping(file)
+    assert data is not None
+    assert not problems
+    *models, front = data["applications"]
+    names = read_gateway_arguments(front["args"]).models
+    for name, one in zip(names, models, strict=True):
+        config = read_arguments(one["args"])
+        assert one["route_prefix"] == f"/{name}"
+        assert [model.served_name for model in config.models] == [name]
+        assert config.shared_limits_app == front["name"]
 
 
 @pytest.mark.parametrize(

@@ -36,33 +36,30 @@ def url() -> Iterator[str]:
     serve.shutdown()
 
 
-def config_of(path: Path, **replicas: Any) -> ServeConfig:  # noqa: ANN401  # a config's fields
+def run_model(path: Path, **replicas: Any) -> None:  # noqa: ANN401  # a config's fields
+    """Deploy a model as `tiny`, or its next version."""
     model = ServedModelConfig(path=str(path), name="tiny", template="belle")
-    return ServeConfig(models=(model,), gateways=1, replicas=ReplicaConfig(cpus=0.5, **replicas))
+    config = ServeConfig(models=(model,), replicas=ReplicaConfig(cpus=0.5, **replicas))
+    serve.run(build_app(config), name="llm")
+
+
+def states() -> dict[Any, int]:
+    """Number of the model's replicas by their state."""
+    return dict(serve.status().applications["llm"].deployments["model"].replica_states)
 
 
 def num_running() -> int:
-    app = serve.status().applications["llm"]
-    states = app.deployments["model-tiny"].replica_states
-    return sum(count for state, count in states.items() if state == "RUNNING")
+    return states().get("RUNNING", 0)
 
 
 def num_replicas() -> int:
-    return sum(serve.status().applications["llm"].deployments["model-tiny"].replica_states.values())
+    return sum(states().values())
 
 
 def test_replicas_grow_and_shrink_with_the_load_and_no_answer_is_lost(
     url: str, served_dir: Path
 ) -> None:
-    config = config_of(
-        served_dir,
-        max=2,
-        slots=4,
-        target_ongoing=2,
-        upscale_seconds=1,
-        downscale_seconds=2,
-    )
-    serve.run(build_app(config), name="llm")
+    run_model(served_dir, max=2, slots=4, target_ongoing=2, upscale_seconds=1, downscale_seconds=2)
     assert num_running() == 1
     with Clients(url, ASKED, num_clients=8).asking() as clients:
         wait_until(lambda: num_running() == 2, seconds=120, what="two replicas under load")
@@ -80,8 +77,7 @@ def test_replicas_grow_and_shrink_with_the_load_and_no_answer_is_lost(
 
 @pytest.mark.slow
 def test_replicas_go_to_none_and_a_request_brings_one_back(url: str, served_dir: Path) -> None:
-    config = config_of(served_dir, min=0, upscale_seconds=0.5, downscale_seconds=1)
-    serve.run(build_app(config), name="llm")
+    run_model(served_dir, min=0, upscale_seconds=0.5, downscale_seconds=1)
     wait_until(lambda: num_replicas() == 0, seconds=60, what="no replica")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
     assert client.completions.create(model="tiny", prompt="the quick", max_tokens=3).choices
@@ -101,10 +97,10 @@ def test_a_new_version_goes_live_under_load_and_no_answer_is_lost(
         for name, tensor in weights.items()
     }
     save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
-    serve.run(build_app(config_of(served_dir)), name="llm")
+    run_model(served_dir)
     with Clients(url, ASKED, num_clients=4).asking() as clients:
         wait_until(lambda: clients.num_answers > 8, seconds=60, what="answers of the old one")
-        serve.run(build_app(config_of(other)), name="llm")
+        run_model(other)
         wait_until(lambda: num_replicas() == 1, seconds=120, what="the old replica is gone")
         seen = clients.num_answers
         wait_until(lambda: clients.num_answers > seen + 8, seconds=60, what="the new one's answers")
@@ -114,7 +110,7 @@ def test_a_new_version_goes_live_under_load_and_no_answer_is_lost(
 
 
 def test_what_is_too_much_is_refused_and_the_rest_is_answered(url: str, served_dir: Path) -> None:
-    serve.run(build_app(config_of(served_dir, slots=2, waiting=2)), name="llm")
+    run_model(served_dir, slots=2, waiting=2)
     with Clients(url, ASKED, num_clients=16).asking() as clients:
         wait_until(lambda: clients.num_answers > 30, seconds=60, what="answers under overload")
     assert clients.failures
@@ -122,6 +118,23 @@ def test_what_is_too_much_is_refused_and_the_rest_is_answered(url: str, served_d
         assert isinstance(failure, openai.RateLimitError)
         assert int(failure.response.headers["Retry-After"]) >= 1
     assert len(clients.texts) == 1
+
+
+def test_requests_that_wait_when_a_replica_is_added_are_answered_before_later_ones(
+    url: str, served_dir: Path
+) -> None:
+    run_model(served_dir, max=2, slots=1, waiting=256, target_ongoing=1, upscale_seconds=0.5)
+    # They stay in the queue of the only replica that there is when they arrive.
+    asked = {**ASKED, "n": 2}
+    with Clients(url, asked, num_clients=100, num_requests=1).asking() as early:
+        wait_until(lambda: num_running() == 2, seconds=120, what="a second replica")
+        assert early.num_answers < 100, "too fast: none of them waits"
+        # These keep both replicas busy, the first one too, and must not overtake.
+        with Clients(url, ASKED, num_clients=8).asking() as late:
+            wait_until(lambda: early.num_answers == 100, seconds=120, what="the early answers")
+    assert not early.failures
+    assert not late.failures
+    assert late.num_answers > 0
 
 
 @pytest.mark.slow
@@ -136,7 +149,7 @@ def test_a_file_that_names_no_host_is_refused_without_keys(served_dir: Path) -> 
                 {
                     "name": "llm",
                     "import_path": "serve.app:app",
-                    "args": {"model_dir": str(served_dir), "gateways": 1},
+                    "args": {"model_dir": str(served_dir)},
                 }
             ],
         }
@@ -152,7 +165,7 @@ def test_a_file_that_names_no_host_is_refused_without_keys(served_dir: Path) -> 
             return apps["llm"].status if "llm" in apps else ApplicationStatus.NOT_STARTED
 
         wait_until(lambda: status() == ApplicationStatus.DEPLOY_FAILED, seconds=120, what="refused")
-        assert "keys_file: none, but the proxy listens at 0.0.0.0" in (
+        assert "keys_file: not set, but the proxy listens on 0.0.0.0" in (
             serve.status().applications["llm"].message
         )
     finally:
@@ -166,4 +179,4 @@ def test_a_damaged_model_is_refused_with_the_reason(
     file = damaged / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(Exception, match=r"model\.safetensors"):  # of Ray's choice
-        serve.run(build_app(config_of(damaged)), name="llm")
+        run_model(damaged)

@@ -8,9 +8,9 @@ request. Everything here runs on one event loop; only reading files runs in thre
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable
-from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 from raytune_llama.serve.adapters.loading import AdapterLoader, LoadedAdapter
 from raytune_llama.serve.adapters.registry import AdapterRegistry, RegisteredAdapter, RegistryError
@@ -24,7 +24,7 @@ from raytune_llama.serve.errors import (
 )
 from raytune_llama.serve.generation.completion import CompletionService
 from raytune_llama.serve.generation.model import ServedModel
-from raytune_llama.serve.generation.output import OutputDelta
+from raytune_llama.serve.generation.output import OutputDelta, Stream
 from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
 
 logger = logging.getLogger(__name__)
@@ -101,34 +101,42 @@ class AdapterPool:
         self._keys, self._uses = itertools.count(), itertools.count()
 
     @property
-    def names(self) -> frozenset[str]:
+    def loaded_names(self) -> frozenset[str]:
         """Names of the adapters in memory or being loaded."""
         return frozenset(self._slots)
 
-    async def respond(
-        self, request: ChatRequest | CompletionRequest
-    ) -> AsyncGenerator[int | OutputDelta, None]:
-        """Yield what `CompletionService.respond` yields, with the adapter that a request names.
+    async def respond(self, request: ChatRequest | CompletionRequest) -> Stream[OutputDelta]:
+        """Return what `CompletionService.respond` returns, with the adapter that a request names.
 
         Raises:
             UnknownModelError: the adapter does not exist.
             InvalidRequestError: the adapter can't be used, or the request can't be answered.
-            BusyError: all adapters in memory are in use, or too many requests are waiting.
-            EngineError: the registry can't be read, or the engine has failed.
+            BusyError: all adapters in memory are in use.
+            EngineError: the registry can't be read.
         """
         _, colon, name = request.model.partition(":")
         if not colon:
-            async with aclosing(self._base.respond(request)) as items:
-                async for item in items:
-                    yield item
-            return
-        async with self._use(name) as answerer, aclosing(answerer.respond(request)) as items:
-            async for item in items:
-                yield item
+            return await self._base.respond(request)
+        version = await self._find(name)
+        # Held until the stream is closed.
+        version.num_users += 1
+        version.last_use = next(self._uses)
 
-    @asynccontextmanager
-    async def _use(self, name: str) -> AsyncIterator[CompletionService]:
-        """Hold a version of an adapter in memory while the block runs."""
+        def release() -> None:
+            version.num_users -= 1
+            self._drop_unused(version)
+
+        try:
+            # Other requests wait for it too: one that is canceled must not cancel the loading.
+            answerer = await asyncio.shield(version.loading)
+            stream = await answerer.respond(request)
+        except BaseException:
+            release()
+            raise
+        return replace(stream, release=release)
+
+    async def _find(self, name: str) -> _Version:
+        """Return the version of an adapter that a request gets, which may still be loading."""
         names = await asyncio.to_thread(self._registry.list)
         listed = names.get(name)
         if listed is None:
@@ -136,15 +144,15 @@ class AdapterPool:
             known = ", ".join(sorted(names)[:_SHOWN_NAMES]) or "none"
             more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
             raise UnknownModelError(f"no adapter {name!r}; available: {known}{more}", "model")
-        version = self._choose(listed)
-        version.num_users += 1
-        version.last_use = next(self._uses)
-        try:
-            # Other requests wait for it too: one that is canceled must not cancel the loading.
-            yield await asyncio.shield(version.loading)
-        finally:
-            version.num_users -= 1
-            self._drop_unused(version)
+        return self._choose(listed)
+
+    async def names(self) -> list[str]:
+        """Return the names of all adapters in the registry, sorted.
+
+        Raises:
+            EngineError: the registry can't be read.
+        """
+        return sorted(await asyncio.to_thread(self._registry.list))
 
     def _choose(self, listed: RegisteredAdapter) -> _Version:
         """Return the version that a request gets, which may still be loading."""

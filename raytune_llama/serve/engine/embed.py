@@ -10,7 +10,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -44,7 +44,9 @@ class _Reading:
 
 
 @dataclass
-class _EmbeddingJob:
+class EmbeddingJob:
+    """Texts whose embeddings are still to be computed."""
+
     key: Hashable
     texts: deque[tuple[int, ...]]
     reading: _Reading | None = None
@@ -52,6 +54,9 @@ class _EmbeddingJob:
 
 class Embedder:
     """The queue of embedding jobs of one model. Not thread-safe."""
+
+    num_slots: Final = 1
+    """Number of jobs that run at a time; they take turns, so that the others count as waiting."""
 
     def __init__(
         self,
@@ -75,12 +80,8 @@ class Embedder:
         self._model, self._device = base, model.device
         self._max_context, self._pass_tokens = max_context, pass_tokens
         self._passes_positions = "position_ids" in inspect.signature(base.forward).parameters
-        self._jobs: deque[_EmbeddingJob] = deque()
-
-    @property
-    def num_jobs(self) -> int:
-        """Number of unfinished jobs."""
-        return len(self._jobs)
+        self.jobs: deque[EmbeddingJob] = deque()
+        """Unfinished jobs."""
 
     def check(self, texts: Sequence[tuple[int, ...]]) -> None:
         """Reject invalid texts; may be called from any thread.
@@ -103,31 +104,31 @@ class Embedder:
             ValueError: see `check`.
         """
         self.check(texts)
-        self._jobs.append(_EmbeddingJob(key, deque(texts)))
+        self.jobs.append(EmbeddingJob(key, deque(texts)))
 
     def remove(self, key: Hashable) -> None:
         """Drop a job; does nothing if it is done."""
-        self._jobs = deque(job for job in self._jobs if job.key != key)
+        self.jobs = deque(job for job in self.jobs if job.key != key)
 
     @torch.inference_mode()
     def step(self) -> list[EmbeddingOutput]:
         """Run one pass for one job; jobs take turns between texts or batches of texts."""
-        if not self._jobs:
+        if not self.jobs:
             return []
-        job = self._jobs[0]
+        job = self.jobs[0]
         self._before_pass()
         vectors_ND = self._pass(job)
         if not job.texts:
-            self._jobs.popleft()
+            self.jobs.popleft()
         elif job.reading is None:
             # Not within a long text: at most one cache exists at a time.
-            self._jobs.rotate(-1)
+            self.jobs.rotate(-1)
         if vectors_ND is None:
             return []
         normed_ND = torch.nn.functional.normalize(vectors_ND, dim=1)
         return [EmbeddingOutput(job.key, normed_ND.cpu().numpy(), not job.texts)]
 
-    def _pass(self, job: _EmbeddingJob) -> Tensor | None:
+    def _pass(self, job: EmbeddingJob) -> Tensor | None:
         """Return the means of a job's next texts, (N, D), or None if a long one continues."""
         if len(job.texts[0]) > self._pass_tokens:
             return self._read_on(job)
@@ -154,7 +155,7 @@ class Embedder:
         total_ND = states_NTD.masked_fill(~mask_NT.unsqueeze(2), 0.0).sum(1)
         return total_ND / lengths_N.unsqueeze(1)
 
-    def _read_on(self, job: _EmbeddingJob) -> Tensor | None:
+    def _read_on(self, job: EmbeddingJob) -> Tensor | None:
         """Read the next chunk of a long text; return its mean, (1, D), after the last chunk."""
         ids = job.texts[0]
         if job.reading is None:

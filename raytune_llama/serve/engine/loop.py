@@ -4,10 +4,12 @@ import asyncio
 import itertools
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator, Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from raytune_llama.serve.engine.embed import Embedder, EmbeddingOutput
 from raytune_llama.serve.engine.lora import LoraLayerWeights
@@ -17,8 +19,10 @@ from raytune_llama.serve.errors import BusyError, EngineError
 
 logger = logging.getLogger(__name__)
 
-_EngineOutput = TokenOutput | EmbeddingOutput
-"""Item that the engine thread delivers to a request."""
+T = TypeVar("T", TokenOutput, EmbeddingOutput)
+"""What the engine thread delivers to a request."""
+
+_Inbox = asyncio.Queue[TokenOutput | EmbeddingOutput | EngineError]
 
 
 class TransformersEngine:
@@ -29,7 +33,7 @@ class TransformersEngine:
 
         Args:
             stepper: scheduler around the model; only the thread uses it from here on.
-            max_waiting: maximum requests waiting for a slot; also of those for embeddings.
+            max_waiting: maximum sequences waiting for a slot; also of jobs for embeddings.
         """
         self._stepper, self._max_waiting = stepper, max_waiting
         # Schedulers of adapters that are merged into a copy of the model.
@@ -37,78 +41,91 @@ class TransformersEngine:
         self._attaching: set[Future[None]] = set()
         self._embedder = stepper.build_embedder()
         self._keys = itertools.count()
+        # Sequences and jobs, running or waiting, by who works on them.
+        self._num_open: Counter[BatchScheduler | Embedder] = Counter()
         self._wake = threading.Condition()
         self._todo: list[Callable[[], None]] = []
-        self._listeners: dict[Hashable, Callable[[_EngineOutput | EngineError], object]] = {}
+        self._inboxes: dict[Hashable, tuple[asyncio.AbstractEventLoop, _Inbox]] = {}
         self._failure: EngineError | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def generate(self, generation: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
+    @property
+    def capacity(self) -> int:
+        """Maximum number of sequences, running and waiting."""
+        return self._stepper.num_slots + self._max_waiting
+
+    def generate(self, generation: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
         """Yield a request's tokens; see `InferenceEngine`."""
         self.check_health()
         stepper = self._own.get(generation.adapter, self._stepper)
         if stepper is not self._stepper:
             generation = replace(generation, adapter=None)
         stepper.check(generation)
-        if stepper.num_waiting + len(self._todo) >= self._max_waiting:
-            raise BusyError(f"queue full: {self._max_waiting} requests are waiting; retry later")
         key = next(self._keys)
-        async with aclosing(
-            self._follow(
-                key,
-                start=lambda: stepper.add(key, generation),
-                stop=lambda: stepper.remove(key),
-            )
-        ) as items:
-            async for item in items:
-                assert isinstance(item, TokenOutput)
-                yield item
+        return self._follow(
+            key,
+            stepper,
+            start=lambda: stepper.add(key, generation),
+            is_last=lambda step: step.finish_reason is not None,
+        )
 
     async def embed(self, texts: Sequence[tuple[int, ...]]) -> AsyncGenerator[Vectors, None]:
         """Yield the embeddings of texts; see `InferenceEngine`."""
         self.check_health()
         self._embedder.check(texts)
-        if self._embedder.num_jobs + len(self._todo) >= self._max_waiting:
-            raise BusyError(f"queue full: {self._max_waiting} requests are waiting; retry later")
         key = next(self._keys)
-        async with aclosing(
-            self._follow(
-                key,
-                start=lambda: self._embedder.add(key, texts),
-                stop=lambda: self._embedder.remove(key),
-            )
-        ) as items:
-            async for item in items:
-                assert isinstance(item, EmbeddingOutput)
-                yield item.vectors
+        outputs: AsyncGenerator[EmbeddingOutput, None] = self._follow(
+            key,
+            self._embedder,
+            start=lambda: self._embedder.add(key, texts),
+            is_last=lambda output: output.is_last,
+        )
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output.vectors
 
     async def _follow(
-        self, key: Hashable, *, start: Callable[[], None], stop: Callable[[], None]
-    ) -> AsyncGenerator[_EngineOutput, None]:
+        self,
+        key: Hashable,
+        worker: BatchScheduler | Embedder,
+        *,
+        start: Callable[[], None],
+        is_last: Callable[[T], bool],
+    ) -> AsyncGenerator[T, None]:
         """Yield the items that the thread delivers for a request, up to its last.
 
-        `stop` is called in the thread if the caller leaves before the last item.
+        If the caller leaves before the last item, the thread removes the request from its worker.
         """
-        loop = asyncio.get_running_loop()
-        items: asyncio.Queue[_EngineOutput | EngineError] = asyncio.Queue()
-        self._listeners[key] = lambda item: loop.call_soon_threadsafe(items.put_nowait, item)
+        if self._num_open[worker] >= worker.num_slots + self._max_waiting:
+            raise BusyError(
+                f"queue full: {worker.num_slots} requests are running and {self._max_waiting} "
+                "are waiting; retry later"
+            )
+        self._num_open[worker] += 1
+        inbox: _Inbox = asyncio.Queue()
+        self._inboxes[key] = asyncio.get_running_loop(), inbox
         self._do(start)
         is_over = False
         try:
+            # The thread may have ended meanwhile, and notified only the inboxes that it knew of.
+            self.check_health()
             while not is_over:
-                item = await items.get()
+                item: Any = await inbox.get()
                 if isinstance(item, EngineError):
                     is_over = True
                     raise item
-                is_over = item.is_last
+                is_over = is_last(item)
                 yield item
         finally:
-            self._listeners.pop(key, None)
+            self._inboxes.pop(key, None)
+            self._num_open[worker] -= 1
+            if not self._num_open[worker]:
+                del self._num_open[worker]  # a merged copy of the model must not be kept
             if not is_over:
                 # The caller has left: free its slot before the next pass.
-                self._do(stop)
+                self._do(lambda: worker.remove(key))
 
     async def attach(
         self, key: Hashable, adapter: Mapping[str, LoraLayerWeights] | BatchScheduler
@@ -186,8 +203,7 @@ class TransformersEngine:
             failure = EngineError(f"the engine has failed: {error!r}")
             failure.__cause__ = error
         self._failure = failure
-        for listener in list(self._listeners.values()):
-            listener(failure)
+        self._deliver((key, failure) for key in list(self._inboxes))
         for done in list(self._attaching):
             if not done.done():
                 done.set_exception(failure)
@@ -203,11 +219,20 @@ class TransformersEngine:
         for action in todo:
             action()
         for worker in self._busy():
-            for item in worker.step():
-                listener = self._listeners.get(item.key)
-                if listener is not None:
-                    listener(item)
+            self._deliver((item.key, item) for item in worker.step())
         return True
+
+    def _deliver(
+        self, items: Iterable[tuple[Hashable, TokenOutput | EmbeddingOutput | EngineError]]
+    ) -> None:
+        """Put items into the inboxes of their requests: one wake-up of an event loop per pass."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Inbox, Any]]] = defaultdict(list)
+        for key, item in items:
+            loop, inbox = self._inboxes.get(key, (None, None))
+            if loop is not None and inbox is not None:
+                by_loop[loop].append((inbox, item))
+        for loop, pairs in by_loop.items():
+            loop.call_soon_threadsafe(_put_all, pairs)
 
     def _busy(self) -> list[BatchScheduler | Embedder]:
         """Return the schedulers and the embedder that have work to do."""
@@ -215,4 +240,9 @@ class TransformersEngine:
         busy: list[BatchScheduler | Embedder] = [
             s for s in steppers if s.num_running or s.num_waiting
         ]
-        return [*busy, self._embedder] if self._embedder.num_jobs else busy
+        return [*busy, self._embedder] if self._embedder.jobs else busy
+
+
+def _put_all(pairs: Iterable[tuple[_Inbox, Any]]) -> None:
+    for inbox, item in pairs:
+        inbox.put_nowait(item)

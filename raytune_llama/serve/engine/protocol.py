@@ -109,14 +109,14 @@ class TokenOutput:
     finish_reason: EngineFinishReason | None
     """Why the sequence has ended, set with its last token; None before."""
 
-    @property
-    def is_last(self) -> bool:
-        """Whether the sequence has ended."""
-        return self.finish_reason is not None
-
 
 class InferenceEngine(Protocol):
     """Generates tokens and embeddings for many requests concurrently."""
+
+    @property
+    def capacity(self) -> int:
+        """Maximum number of sequences, running and waiting."""
+        ...
 
     def generate(self, generation: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
         """Yield a request's tokens as they are sampled, the last one with its finish reason.

@@ -10,7 +10,7 @@ import inspect
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -57,10 +57,14 @@ class BatchScheduler:
             prefill_tokens: maximum prompt tokens per prefill pass, padding included.
         """
         self._model, self._device = model, model.device
-        self._num_slots, self._max_context = num_slots, max_context
+        self.num_slots: Final = num_slots
+        """Maximum number of running sequences."""
+
+        self._max_context = max_context
         self._num_tokens, self._prefill_tokens = num_tokens, prefill_tokens
         self._cache = SlotCache(model.config, num_slots)
-        self._lora = LoraLayers(model)
+        # None until an adapter is attached.
+        self._lora: LoraLayers | None = None
         accepted = inspect.signature(model.forward).parameters
         self._passes_positions = "position_ids" in accepted
         # The index in the list is the row in the cache.
@@ -80,10 +84,13 @@ class BatchScheduler:
 
     def attach(self, key: Hashable, updates: Mapping[str, LoraLayerWeights]) -> None:
         """Attach an adapter, which sequences may name from now on; see `LoraLayers.attach`."""
+        if self._lora is None:
+            self._lora = LoraLayers(self._model)
         self._lora.attach(key, updates)
 
     def detach(self, key: Hashable) -> None:
         """Detach an adapter; no sequence may use it any more."""
+        assert self._lora is not None, "the adapter is attached"
         self._lora.detach(key)
 
     def build_embedder(self) -> Embedder:
@@ -93,7 +100,7 @@ class BatchScheduler:
             max_context=self._max_context,
             pass_tokens=self._prefill_tokens,
             # Embeddings use no adapter, whatever the rows of the previous pass used.
-            before_pass=lambda: self._lora.set_row_adapters(()),
+            before_pass=lambda: self._set_row_adapters(()),
         )
 
     def check(self, generation: EngineRequest) -> None:
@@ -168,7 +175,7 @@ class BatchScheduler:
             return [self._prefilling]
         found: list[_SequenceState] = []
         longest = 0
-        while self._waiting and len(self._decoding) + len(found) < self._num_slots:
+        while self._waiting and len(self._decoding) + len(found) < self.num_slots:
             # Prompts are padded to the longest.
             longest = max(longest, len(self._waiting[0].generation.prompt))
             if found and longest * (len(found) + 1) > self._prefill_tokens:
@@ -192,7 +199,7 @@ class BatchScheduler:
         num_columns = max(sequence.num_stored for sequence in sequences) + longest
         assert longest == 1 or len({sequence.num_stored for sequence in sequences}) == 1
         self._cache.set_view(first, positions_NQ, num_columns)
-        self._lora.set_row_adapters([sequence.generation.adapter for sequence in sequences])
+        self._set_row_adapters([sequence.generation.adapter for sequence in sequences])
         options: dict[str, Any] = {}
         if self._passes_positions:
             options["position_ids"] = positions_NQ
@@ -212,6 +219,10 @@ class BatchScheduler:
         if self._num_tokens is not None:
             logits_NV[:, self._num_tokens :] = -torch.inf
         return logits_NV
+
+    def _set_row_adapters(self, adapters: Sequence[Hashable | None]) -> None:
+        if self._lora is not None:
+            self._lora.set_row_adapters(adapters)
 
     def _tensor(self, values: Sequence[object]) -> Tensor:
         return torch.tensor(values, device=self._device)

@@ -126,6 +126,11 @@ class VllmEngine:
         )
         self._engine: Any = AsyncLLM.from_engine_args(arguments)
 
+    @property
+    def capacity(self) -> int:
+        """Maximum number of sequences, running and waiting."""
+        return self._max_open
+
     async def generate(self, generation: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
         """Yield a request's tokens; see `InferenceEngine`."""
         from vllm.exceptions import VLLMClientError  # pyright: ignore[reportMissingImports]

@@ -1,10 +1,14 @@
-"""From a request to the text of its answers, streamed as deltas. Knows tokens, not HTTP."""
+"""From a request to the text of its choices, streamed as deltas. Knows tokens, not HTTP."""
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Hashable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
+from raytune_llama.chat.conversations import Conversation
+from raytune_llama.chat.tools import ChatMessage, ToolCall, join_tool_messages
+from raytune_llama.config.errors import UserError
 from raytune_llama.serve.config import SamplingDefaults
 from raytune_llama.serve.engine.grammar import Grammar, GrammarCompiler, ToolCallFormat
 from raytune_llama.serve.engine.protocol import (
@@ -14,16 +18,16 @@ from raytune_llama.serve.engine.protocol import (
     SamplingOptions,
 )
 from raytune_llama.serve.errors import InvalidRequestError, UnknownModelError
-from raytune_llama.serve.generation.messages import build_conversation
+from raytune_llama.serve.generation.detokenizer import CompletionDecoder
 from raytune_llama.serve.generation.model import ServedModel
-from raytune_llama.serve.generation.output import OutputDelta, OutputToken
-from raytune_llama.serve.generation.streams import CompletionDecoder
+from raytune_llama.serve.generation.output import OutputDelta, OutputToken, Stream
 from raytune_llama.serve.protocol.chat import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
+    Message,
 )
-from raytune_llama.serve.protocol.tools import NamedTool
+from raytune_llama.serve.protocol.tools import NamedTool, Tool
 
 
 @dataclass(frozen=True)
@@ -168,16 +172,15 @@ class CompletionService:
         generation = EngineRequest(tuple(ids), sampling, limit, stop_ids, adapter=self._adapter)
         return PreparedRequest(tuple(ids), generation, request.n, request.stops)
 
-    async def respond(
-        self, request: ChatRequest | CompletionRequest
-    ) -> AsyncGenerator[int | OutputDelta, None]:
-        """Yield the number of prompt tokens, then the deltas of all answers.
+    async def respond(self, request: ChatRequest | CompletionRequest) -> Stream[OutputDelta]:
+        """Return the stream of a request's answers.
+
+        The deltas of its choices come as they are generated. The first one raises BusyError if too
+        many requests are waiting; any raises EngineError if the engine has failed.
 
         Raises:
             UnknownModelError: the request names another adapter than this one.
-            InvalidRequestError: the request can't be answered; before the first item.
-            BusyError: too many requests are waiting.
-            EngineError: the engine has failed.
+            InvalidRequestError: the request can't be answered.
         """
         _, *adapter = request.model.partition(":")
         if adapter != list(self.name.partition(":")[1:]):
@@ -187,13 +190,16 @@ class CompletionService:
             prompt = await asyncio.to_thread(self.prepare_chat, request)
         else:
             prompt = self.prepare_completion(request)
-        yield len(prompt.ids)
-        async with aclosing(self.generate(prompt)) as parts:
-            async for part in parts:
-                yield part
+        if prompt.num_choices > self._engine.capacity:
+            raise InvalidRequestError(
+                f"n: got {prompt.num_choices}, but at most {self._engine.capacity} choices can be "
+                "generated and queued at a time",
+                "n",
+            )
+        return Stream(len(prompt.ids), self.generate(prompt))
 
-    async def generate(self, prompt: PreparedRequest) -> AsyncGenerator[OutputDelta, None]:
-        """Yield the deltas of all answers as they are generated.
+    def generate(self, prompt: PreparedRequest) -> AsyncGenerator[OutputDelta, None]:
+        """Yield the deltas of all choices as they are generated.
 
         A caller that closes the generator early frees the request's slots.
 
@@ -201,11 +207,10 @@ class CompletionService:
             BusyError: too many requests are waiting.
             EngineError: the engine has failed.
         """
-        if prompt.num_choices == 1:
-            async with aclosing(self._one(prompt, 0)) as parts:
-                async for part in parts:
-                    yield part
-            return
+        return self._one(prompt, 0) if prompt.num_choices == 1 else self._many(prompt)
+
+    async def _many(self, prompt: PreparedRequest) -> AsyncGenerator[OutputDelta, None]:
+        """Yield the deltas of several choices, in the order in which they are generated."""
         deltas: asyncio.Queue[OutputDelta | BaseException | None] = asyncio.Queue()
 
         async def run(index: int) -> None:
@@ -234,21 +239,25 @@ class CompletionService:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _one(self, prompt: PreparedRequest, index: int) -> AsyncGenerator[OutputDelta, None]:
-        """Yield the deltas of one answer."""
+        """Yield the deltas of one choice."""
         generation = prompt.generation
         if index and generation.sampling.seed is not None:
             seed = generation.sampling.seed + index
             generation = replace(generation, sampling=replace(generation.sampling, seed=seed))
-        stream = CompletionDecoder(self._served.tokenizer, prompt.stops, must_call=prompt.must_call)
+        decoder = CompletionDecoder(
+            self._served.tokenizer, prompt.stops, must_call=prompt.must_call
+        )
         async with aclosing(self._engine.generate(generation)) as steps:
             async for step in steps:
                 is_end = step.finish_reason == "stop"
                 token = None if is_end else step.sampled.token
-                text, calls = stream.push(token, is_last=step.finish_reason is not None)
-                finish = stream.finish_reason if is_end or stream.is_stopped else step.finish_reason
+                text, calls = decoder.push(token, is_last=step.finish_reason is not None)
+                finish = (
+                    decoder.finish_reason if is_end or decoder.is_stopped else step.finish_reason
+                )
                 tokens = self._tokens(step.sampled) if not is_end else ()
                 yield OutputDelta(index, text, 1, tokens, finish, calls)
-                if stream.is_stopped:
+                if decoder.is_stopped:
                     return
 
     def _tokens(self, choice: SampledToken) -> tuple[OutputToken, ...]:
@@ -266,3 +275,39 @@ class CompletionService:
 
 def _given(value: float | None, default: float) -> float:
     return default if value is None else value
+
+
+def build_conversation(messages: Sequence[Message], tools: Sequence[Tool]) -> Conversation:
+    """Return the conversation to render; only the first message may be a system message.
+
+    Args:
+        messages: messages of the request; at least one.
+        tools: tools shown to the model.
+
+    Raises:
+        ValueError: a message is out of place; the error names it.
+    """
+    system = messages[0].text if messages[0].role in {"system", "developer"} else None
+    first = int(system is not None)
+    turns = join_tool_messages(
+        [_read_message(first + number, message) for number, message in enumerate(messages[first:])],
+        first=first,
+    )
+    # As received: unset fields are not written.
+    written = [
+        json.dumps(tool.model_dump(exclude_unset=True), ensure_ascii=False) for tool in tools
+    ]
+    return Conversation(turns, system, tools=tuple(written))
+
+
+def _read_message(number: int, message: Message) -> ChatMessage:
+    if message.role not in ("user", "assistant", "tool"):
+        raise UserError(
+            f"messages: message {number + 1} has the role {message.role}, which only the first "
+            "message may have"
+        )
+    calls = tuple(
+        ToolCall(call.function.name, call.function.arguments, call.id)
+        for call in message.tool_calls or ()
+    )
+    return ChatMessage(message.role, message.text, calls, message.tool_call_id)

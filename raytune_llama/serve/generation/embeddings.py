@@ -1,13 +1,12 @@
 """From a request to the embeddings of its texts. Knows tokens, not HTTP."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import cast
 
 from raytune_llama.serve.engine.protocol import InferenceEngine, Vectors
 from raytune_llama.serve.errors import InvalidRequestError
 from raytune_llama.serve.generation.model import ServedModel
+from raytune_llama.serve.generation.output import Stream
 from raytune_llama.serve.protocol.embeddings import MAX_INPUT_TOKENS, EmbeddingRequest
 
 
@@ -63,15 +62,14 @@ class EmbeddingService:
             )
         return tuple(ids)
 
-    async def respond(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
-        """Yield the number of tokens, then the texts' embeddings, some at a time, in order.
+    async def respond(self, request: EmbeddingRequest) -> Stream[Vectors]:
+        """Return the stream of the embeddings of a request's texts, some at a time, in order.
 
-        A caller that closes the generator early cancels the work.
+        The first ones raise BusyError if too many requests are waiting; any raise EngineError if
+        the engine has failed.
 
         Raises:
-            InvalidRequestError: the request can't be answered; before the first item.
-            BusyError: too many requests are waiting.
-            EngineError: the engine has failed.
+            InvalidRequestError: the request can't be answered.
         """
         name = request.model
         if name.partition(":")[2]:
@@ -82,10 +80,7 @@ class EmbeddingService:
             )
         # In a thread, so that other streams continue: thousands of texts take seconds.
         texts = await asyncio.to_thread(self.tokenize, request)
-        yield sum(map(len, texts))
-        async with aclosing(self._engine.embed(texts)) as made:
-            async for vectors in made:
-                yield vectors
+        return Stream(sum(map(len, texts)), self._engine.embed(texts))
 
 
 def _listed(request: EmbeddingRequest) -> tuple[list[str] | list[list[int]], bool]:

@@ -1,9 +1,13 @@
-"""The deltas of streamed answers. Imports nothing heavy: the gateway needs no torch."""
+"""What a model returns for a request: a stream of deltas. Imports nothing heavy."""
 
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from raytune_llama.chat.tools import ToolCallChunk
 from raytune_llama.serve.protocol.chat import FinishReason
+
+T = TypeVar("T")
 
 REPLACEMENT = "\ufffd"
 """Character that a decoder emits for invalid bytes, and for an incomplete character."""
@@ -44,6 +48,31 @@ class OutputDelta:
 
     calls: tuple[ToolCallChunk, ...] = ()
     """New parts of the answer's tool calls, which come after all text."""
+
+
+def _do_nothing() -> None:
+    """Release nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stream(Generic[T]):
+    """The answer to an accepted request. Whoever gets it has to close it."""
+
+    num_prompt_tokens: int
+    """Number of tokens of the prompt, or of all input texts."""
+
+    deltas: AsyncGenerator[T, None]
+    """The parts of the answer as they are computed; see the method that returned the stream."""
+
+    release: Callable[[], None] = _do_nothing
+    """Called once when the stream is closed, whether or not it was read."""
+
+    async def aclose(self) -> None:
+        """Stop the computation and release what it holds."""
+        try:
+            await self.deltas.aclose()
+        finally:
+            self.release()
 
 
 def text_bytes(text: str) -> list[int] | None:

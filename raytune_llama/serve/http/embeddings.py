@@ -2,8 +2,7 @@
 
 import base64
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -12,8 +11,10 @@ from fastapi.responses import Response, StreamingResponse
 
 from raytune_llama.serve.config import RequestLimits
 from raytune_llama.serve.engine.protocol import Vectors
+from raytune_llama.serve.generation.output import Stream
 from raytune_llama.serve.http.description import MODEL_ERROR_STATUSES, describe_error_responses
-from raytune_llama.serve.http.timeouts import enforce_timeouts
+from raytune_llama.serve.http.metrics import RequestRecorder, ServeMetrics
+from raytune_llama.serve.http.stream import ObservedStream
 from raytune_llama.serve.protocol.embeddings import (
     Embedding,
     EmbeddingList,
@@ -28,19 +29,23 @@ _CLIENT_GONE = 499
 class EmbeddingBackend(Protocol):
     """A model that computes embeddings."""
 
-    def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
-        """Yield the total number of input tokens, then batches of vectors in input order.
+    async def embed(self, request: EmbeddingRequest) -> Stream[Vectors]:
+        """Return the stream of vectors, in batches and in input order.
+
+        The first batch raises BusyError if too many requests are queued; any raises EngineError if
+        the model has failed.
 
         Raises:
-            InvalidRequestError: the request is invalid; before the first item.
-            BusyError: too many requests are queued; before the first vectors.
-            EngineError: the model has failed.
+            InvalidRequestError: the request is invalid.
         """
         ...
 
 
 def add_embeddings(
-    app: FastAPI, backend_of: Callable[[str], EmbeddingBackend], limits: RequestLimits
+    app: FastAPI,
+    backend_of: Callable[[str], EmbeddingBackend],
+    limits: RequestLimits,
+    metrics: ServeMetrics,
 ) -> None:
     """Register the route.
 
@@ -48,6 +53,7 @@ def add_embeddings(
         app: application to extend.
         backend_of: returns the backend of a model name, or raises the client's error.
         limits: limits of every request.
+        metrics: metrics to update.
     """
 
     @app.post(
@@ -57,17 +63,15 @@ def add_embeddings(
     )
     async def embed(request: EmbeddingRequest, connection: Request) -> Response:
         """Create an embedding vector for each input text."""
-        items = enforce_timeouts(backend_of(request.model).embed(request), limits)
+        opening = backend_of(request.model).embed(request)
+        recorder = RequestRecorder(metrics, request.model)
         batches: list[Vectors] = []
-        async with aclosing(items):
-            num_tokens = await anext(items)
-            assert isinstance(num_tokens, int)
-            async for vectors in items:
-                assert not isinstance(vectors, int)
+        async with await ObservedStream.open(opening, limits, recorder) as stream:
+            async for vectors in stream:
                 batches.append(vectors)
                 if await connection.is_disconnected():
                     return Response(status_code=_CLIENT_GONE)
-        chunks = _encode_list(np.concatenate(batches), num_tokens, request)
+        chunks = _encode_list(np.concatenate(batches), stream.num_prompt_tokens, request)
         return StreamingResponse(chunks, media_type="application/json")
 
 

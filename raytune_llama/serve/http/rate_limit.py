@@ -1,25 +1,23 @@
-"""Rate limits per API key, shared by all gateways.
+"""Rate limits per API key, shared by all replicas.
 
-    rate_limiter = LocalRateLimitClient(KeyLimits(requests_per_minute=60), metrics)
+    rate_limiter = RateLimiter(KeyLimits(requests_per_minute=60))
 
-A gateway requests admission before it forwards a request, and releases it after the response. The
-client for several gateways is in `raytune_llama.serve.gateway`.
+A replica requests admission for each request, and releases it after the response. The deployment of
+the rate limiter and the replicas' client are in `raytune_llama.serve.rate_limiter`.
 """
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from prometheus_client.metrics_core import Metric
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from raytune_llama.serve.config import KeyLimits
-from raytune_llama.serve.http.metrics import ServeMetrics, sum_families
 
-GATEWAY_TIMEOUT_SECONDS = 15.0
-"""Seconds without a message after which a gateway counts as dead and its requests as ended."""
+REPLICA_TIMEOUT_SECONDS = 15.0
+"""Seconds without a message after which a replica counts as dead and its requests as ended."""
 
 ANONYMOUS_KEY = "anybody"
 """Key name of requests without an accepted API key."""
@@ -35,14 +33,13 @@ class _Bucket:
 
 
 @dataclass
-class _GatewayState:
+class _ReplicaState:
     last_seen: float
     running: Counter[str] = field(default_factory=Counter)
-    families: Sequence[Metric] = ()
 
 
 class RateLimiter:
-    """Rate limiter over all gateways; it also holds their metrics."""
+    """Rate limiter over all replicas of an endpoint."""
 
     def __init__(self, limits: KeyLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Create a rate limiter without any requests.
@@ -53,17 +50,15 @@ class RateLimiter:
         """
         self._limits, self._clock = limits, clock
         self._buckets: dict[str, _Bucket] = {}
-        self._gateways: dict[str, _GatewayState] = defaultdict(lambda: _GatewayState(clock()))
+        self._replicas: dict[str, _ReplicaState] = defaultdict(lambda: _ReplicaState(clock()))
 
-    def admit(self, gateway: str, key: str) -> float | None:
+    def admit(self, replica: str, key: str) -> float | None:
         """Admit a request of a key and return None, or return the seconds to wait."""
         now = self._clock()
-        here = self._mark_seen(gateway, now)
+        here = self._mark_seen(replica, now)
         limits = self._limits
         if limits.concurrent is not None:
-            running = sum(
-                one.running[key] for one in self._gateways.values() if self._is_alive(one, now)
-            )
+            running = sum(one.running[key] for one in self._replicas.values())
             if running >= limits.concurrent:
                 return 1.0
         if limits.requests_per_minute is not None:
@@ -78,38 +73,27 @@ class RateLimiter:
         here.running[key] += 1
         return None
 
-    def release(self, gateway: str, key: str) -> None:
+    def release(self, replica: str, key: str) -> None:
         """Record the end of an admitted request."""
-        running = self._mark_seen(gateway, self._clock()).running
+        running = self._mark_seen(replica, self._clock()).running
         running[key] = max(0, running[key] - 1)
 
-    def push(self, gateway: str, families: Sequence[Metric]) -> None:
-        """Store a gateway's metrics, counted since it started."""
-        self._mark_seen(gateway, self._clock()).families = families
+    def keep_alive(self, replica: str) -> None:
+        """Record that a replica with running requests is alive."""
+        self._mark_seen(replica, self._clock())
 
-    def families(self) -> list[Metric]:
-        """Return the sum of all gateways' metrics, dead gateways included."""
-        now = self._clock()
-        counted: list[Sequence[Metric]] = []
-        for one in self._gateways.values():
-            # A dead gateway's gauges are void; its counters and histograms are not.
-            is_alive = self._is_alive(one, now)
-            counted.append([f for f in one.families if is_alive or f.type != "gauge"])
-        return sum_families(counted)
-
-    def _mark_seen(self, gateway: str, now: float) -> _GatewayState:
-        one = self._gateways[gateway]
-        if not self._is_alive(one, now):
-            one.running.clear()
-        one.last_seen = now
-        return one
-
-    def _is_alive(self, one: _GatewayState, now: float) -> bool:
-        return now - one.last_seen < GATEWAY_TIMEOUT_SECONDS
+    def _mark_seen(self, replica: str, now: float) -> _ReplicaState:
+        """Return a replica's state; forget all replicas that count as dead."""
+        for name, one in list(self._replicas.items()):
+            if now - one.last_seen >= REPLICA_TIMEOUT_SECONDS:
+                del self._replicas[name]
+        here = self._replicas[replica]
+        here.last_seen = now
+        return here
 
 
 class RateLimitClient(Protocol):
-    """A gateway's interface to the rate limiter."""
+    """A replica's interface to the rate limiter."""
 
     async def admit(self, key: str) -> float | None:
         """Admit a request of a key and return None, or return the seconds to wait."""
@@ -118,29 +102,6 @@ class RateLimitClient(Protocol):
     def release(self, key: str) -> None:
         """Record the end of an admitted request."""
         ...
-
-    async def families(self) -> list[Metric]:
-        """Return the sum of all gateways' metrics."""
-        ...
-
-
-class LocalRateLimitClient:
-    """Rate limiter of a single gateway, in its own process."""
-
-    def __init__(self, limits: KeyLimits, metrics: ServeMetrics) -> None:
-        self._rate_limiter, self._metrics = RateLimiter(limits), metrics
-
-    async def admit(self, key: str) -> float | None:
-        """Admit a request; see `RateLimitClient`."""
-        return self._rate_limiter.admit("", key)
-
-    def release(self, key: str) -> None:
-        """Record the end of a request."""
-        self._rate_limiter.release("", key)
-
-    async def families(self) -> list[Metric]:
-        """Return this gateway's metrics."""
-        return self._metrics.families()
 
 
 class RateLimitMiddleware:
@@ -154,7 +115,7 @@ class RateLimitMiddleware:
         Args:
             app: the wrapped application.
             rate_limiter: admits or rejects requests.
-            reject: builds the response to a rejected request from the seconds to wait.
+            reject: returns the response to a request that has to wait so many seconds.
         """
         self._app, self._rate_limiter, self._reject = app, rate_limiter, reject
 

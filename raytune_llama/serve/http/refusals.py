@@ -15,7 +15,7 @@ from raytune_llama.serve.errors import (
     InvalidRequestError,
     UnknownModelError,
 )
-from raytune_llama.serve.http.timeouts import QueueTimeoutError, RequestTimeoutError
+from raytune_llama.serve.http.stream import QueueTimeoutError, RequestTimeoutError
 from raytune_llama.serve.protocol.chat import ErrorBody, ErrorResponse
 
 logger = logging.getLogger(__name__)

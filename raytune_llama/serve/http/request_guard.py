@@ -1,16 +1,29 @@
-"""Checks before every route: API keys and request limits; cancels requests of gone clients.
+"""What is accepted as a request: API keys, sizes, time limits and strict JSON.
 
-Plain ASGI: FastAPI's own kind of middleware hides from a stream that its client has disconnected.
+`RequestGuardMiddleware` runs before every route, and cancels requests of gone clients. It is plain
+ASGI: FastAPI's own kind of middleware hides from a stream that its client has disconnected.
 """
 
 import asyncio
+import json
 import logging
+import math
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn
 
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.serve.config import RequestLimits
 from raytune_llama.serve.http.keys import ApiKeys
+from raytune_llama.serve.http.metrics import route_path
 from raytune_llama.serve.http.rate_limit import ANONYMOUS_KEY, KEY_NAME
 from raytune_llama.serve.http.refusals import ApiError, build_api_error, build_error_response
 
@@ -20,6 +33,25 @@ PUBLIC_PATHS = frozenset({"/", "/health"})
 """Routes that need no API key."""
 
 _MAX_LENGTH_DIGITS = 18
+
+# Linear time on any input: an unterminated string extends to the end of the text.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_MAX_SHOWN_CHARACTERS = 64
+
+
+def add_request_guard(app: FastAPI, keys: ApiKeys, limits: RequestLimits) -> None:
+    """Add the guard to an application, and in front of it CORS, if other origins are allowed."""
+    app.add_middleware(RequestGuardMiddleware, keys=keys, limits=limits)
+    if limits.allow_origins:
+        # The last one added is the first to see a request: CORS preflights come without a key.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=limits.allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
 
 
 class _StalledError(RuntimeError):
@@ -58,7 +90,7 @@ class RequestGuardMiddleware:
             return build_api_error(431, message, headers=close)
         name = self._name(headers)
         scope[KEY_NAME] = name or ANONYMOUS_KEY
-        if scope["path"] not in PUBLIC_PATHS and self._keys.hashes and name is None:
+        if route_path(scope) not in PUBLIC_PATHS and self._keys.hashes and name is None:
             message = (
                 "Missing or incorrect API key. Provide your API key in an Authorization header "
                 "using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
@@ -73,6 +105,8 @@ class RequestGuardMiddleware:
 
     def _name(self, headers: Headers) -> str | None:
         """Return the name of the request's API key; None if missing or not accepted."""
+        if not self._keys.hashes:
+            return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         name = self._keys.find(key.strip())
         return name if scheme.lower() == "bearer" else None
@@ -159,3 +193,124 @@ class _Exchange:
             raise _StalledError(f"client read nothing for {self._send_seconds:g} s") from error
         is_body = message["type"] == "http.response.body"
         self.is_complete = is_body and not message.get("more_body", False)
+
+
+def read_json(body: bytes, max_depth: int) -> Any:  # noqa: ANN401  # any JSON value
+    """Parse a JSON body.
+
+    Stricter than Python's parser, as RFC 8259 recommends: only UTF-8, no NaN or Infinity, no
+    number beyond float64, no duplicate keys in an object, no lone surrogates.
+
+    Args:
+        body: JSON text, encoded.
+        max_depth: maximum nesting of objects and arrays.
+
+    Raises:
+        ValueError: the body is not valid JSON under these rules.
+    """
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = f"Invalid request body: not UTF-8 (invalid byte at position {error.start})"
+        raise UserError(message) from error
+    depth = measure_depth(body)
+    if depth > max_depth:
+        raise UserError(
+            f"Invalid request body: JSON nested {depth} levels deep, maximum {max_depth}"
+        )
+    try:
+        value = json.loads(
+            text,
+            parse_constant=_reject_constant,
+            parse_float=_parse_finite_float,
+            object_pairs_hook=_reject_duplicate_keys,
+        )
+    except json.JSONDecodeError as error:
+        raise UserError(f"Could not parse the JSON body of the request: {error}") from error
+    if _SURROGATE.search(body):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError("Invalid request body: lone surrogate in a string") from error
+    return value
+
+
+def measure_depth(body: bytes) -> int:
+    """Return the maximum nesting depth of a JSON text, ignoring brackets inside strings."""
+    brackets = np.frombuffer(_STRING.sub(b"", body).translate(None, _NO_BRACKETS), dtype=np.uint8)
+    is_open = (brackets == ord("[")) | (brackets == ord("{"))
+    depths = np.where(is_open, 1, -1).cumsum(dtype=np.int32)
+    return int(depths.max(initial=0))
+
+
+def _reject_constant(name: str) -> NoReturn:
+    raise UserError(f"Invalid request body: {name} is not valid JSON")
+
+
+def _parse_finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        shown = text[:_MAX_SHOWN_CHARACTERS]
+        raise UserError(f"Invalid request body: number {shown} is too large for float64")
+    return value
+
+
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        duplicate = next(name for name in found if names.count(name) > 1)
+        shown = duplicate[:_MAX_SHOWN_CHARACTERS]
+        raise UserError(f"Invalid request body: duplicate key {shown!r} in an object")
+    return found
+
+
+def build_route_class(max_depth: int) -> type[APIRoute]:
+    """Return a route class whose request bodies are parsed by `read_json`.
+
+    Args:
+        max_depth: maximum nesting of objects and arrays.
+    """
+
+    class StrictRequest(Request):
+        """A request whose body is parsed by `read_json`."""
+
+        async def json(self) -> Any:  # noqa: ANN401  # like Starlette's
+            try:
+                return read_json(await self.body(), max_depth)
+            except ValueError as error:
+                raise build_api_error(400, str(error)) from error
+
+    class StrictRoute(APIRoute):
+        """A route that requires a JSON body in UTF-8."""
+
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def handle_strictly(request: Request) -> Response:
+                if request.method == "POST":
+                    _check_type(request)
+                return await handle(StrictRequest(request.scope, request.receive))
+
+            return handle_strictly
+
+    return StrictRoute
+
+
+def _check_type(request: Request) -> None:
+    """Reject a Content-Type other than JSON in UTF-8.
+
+    Raises:
+        ApiError: status 400.
+    """
+    got = request.headers.get("content-type", "")
+    kind, _, rest = got.lower().partition(";")
+    charset = rest.partition("charset=")[2].strip(' "')
+    if kind.strip() != "application/json" or charset not in {"", "utf-8", "utf8"}:
+        raise _unsupported_content_type(got)
+
+
+def _unsupported_content_type(got: str) -> ApiError:
+    shown = repr(got[:_MAX_SHOWN_CHARACTERS]) if got else "none"
+    message = f"Invalid Content-Type header ({shown}), expected application/json in UTF-8"
+    return build_api_error(400, message, code="unsupported_content_type")

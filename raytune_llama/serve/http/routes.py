@@ -1,27 +1,23 @@
-"""OpenAI's API over HTTP: the application, its routes and middleware. Needs neither torch nor Ray.
+"""OpenAI's API over HTTP: the application of a replica, its routes and middleware.
 
-If API keys are configured, every route but `/health` and the chat page requires one. Errors have
-OpenAI's format. A stream's first delta is awaited before its status is sent, so that an error has a
-status of its own.
+Needs neither torch nor Ray. If API keys are configured, every route but `/health` and the chat page
+requires one. Errors have OpenAI's format. A stream's first delta is awaited before its status is
+sent, so that an error has a status of its own.
 """
 
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
-from starlette.middleware.cors import CORSMiddleware
 
-from raytune_llama.serve.config import KeyLimits, RequestLimits
+from raytune_llama.serve.config import RequestLimits
 from raytune_llama.serve.errors import BusyError, EngineError, UnknownModelError
-from raytune_llama.serve.generation.output import OutputDelta
-from raytune_llama.serve.http.bodies import build_route_class
+from raytune_llama.serve.generation.output import OutputDelta, Stream
 from raytune_llama.serve.http.description import (
     MODEL_ERROR_STATUSES,
     READ_ERROR_STATUSES,
@@ -30,26 +26,16 @@ from raytune_llama.serve.http.description import (
     describe_error_responses,
 )
 from raytune_llama.serve.http.embeddings import EmbeddingBackend, add_embeddings
-from raytune_llama.serve.http.events import EventStream
 from raytune_llama.serve.http.keys import ApiKeys
-from raytune_llama.serve.http.metrics import (
-    HttpMetricsMiddleware,
-    RequestMetricsRecorder,
-    ServeMetrics,
-    render_exposition,
-)
+from raytune_llama.serve.http.metrics import HttpMetricsMiddleware, RequestRecorder, ServeMetrics
 from raytune_llama.serve.http.page import add_page
-from raytune_llama.serve.http.rate_limit import (
-    LocalRateLimitClient,
-    RateLimitClient,
-    RateLimitMiddleware,
-)
+from raytune_llama.serve.http.rate_limit import RateLimitClient, RateLimitMiddleware
 from raytune_llama.serve.http.refusals import (
     add_error_handlers,
     build_api_error,
     build_error_response,
 )
-from raytune_llama.serve.http.request_guard import RequestGuardMiddleware
+from raytune_llama.serve.http.request_guard import add_request_guard, build_route_class
 from raytune_llama.serve.http.responses import (
     ChatResponseBuilder,
     ChoiceAccumulator,
@@ -57,7 +43,7 @@ from raytune_llama.serve.http.responses import (
     ResponseBuilder,
     TokenCounts,
 )
-from raytune_llama.serve.http.timeouts import RequestTimeoutError, enforce_timeouts
+from raytune_llama.serve.http.stream import EventStream, ObservedStream, RequestTimeoutError
 from raytune_llama.serve.protocol.chat import (
     ChatCompletion,
     ChatRequest,
@@ -75,14 +61,15 @@ logger = logging.getLogger(__name__)
 class ModelBackend(EmbeddingBackend, Protocol):
     """A model that generates text and computes embeddings."""
 
-    def answer(
-        self, request: ChatRequest | CompletionRequest
-    ) -> AsyncGenerator[int | OutputDelta, None]:
-        """Yield the number of prompt tokens, then the output deltas of all choices.
+    async def respond(self, request: ChatRequest | CompletionRequest) -> Stream[OutputDelta]:
+        """Return the stream of a request's answers, whose deltas are those of all choices.
+
+        The first delta raises BusyError if too many requests are queued; any raises EngineError if
+        the model has failed.
 
         Raises:
-            InvalidRequestError: the request is invalid; before the first item.
-            BusyError: too many requests are queued; before the first delta.
+            InvalidRequestError: the request is invalid.
+            BusyError: too many requests are queued.
             EngineError: the model has failed.
         """
         ...
@@ -103,9 +90,9 @@ class ModelBackend(EmbeddingBackend, Protocol):
 def build_http_app(
     backends: Mapping[str, ModelBackend],
     keys: ApiKeys,
-    limits: RequestLimits | None = None,
+    limits: RequestLimits,
     *,
-    metrics: ServeMetrics | None = None,
+    metrics: ServeMetrics,
     rate_limiter: RateLimitClient | None = None,
 ) -> FastAPI:
     """Build the application.
@@ -113,20 +100,16 @@ def build_http_app(
     Args:
         backends: models by their names in requests.
         keys: accepted API keys.
-        limits: limits of every request; None: the defaults.
-        metrics: metrics to update; None: new ones.
-        rate_limiter: admits requests and sums the metrics of all gateways; None: that of a single
-            gateway, without limits.
+        limits: limits of every request.
+        metrics: metrics to update.
+        rate_limiter: admits requests; None: no limits.
     """
-    limits = limits or RequestLimits()
-    metrics = metrics or ServeMetrics()
-    rate_limiter = rate_limiter or LocalRateLimitClient(KeyLimits(), metrics)
     app = DescribedApp(title="raytune_llama", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.needs_keys = bool(keys.hashes)
     app.router.route_class = build_route_class(limits.json_depth)
     add_error_handlers(app)
     _add_middleware(app, keys, limits, metrics, rate_limiter)
-    _add_monitoring(app, backends, rate_limiter)
+    _add_health(app, backends)
     add_page(app)
 
     def backend_of(name: str) -> ModelBackend:
@@ -139,15 +122,13 @@ def build_http_app(
             )
         return backends[base]
 
-    def counted(
-        request: ChatRequest | CompletionRequest,
-    ) -> AsyncGenerator[int | OutputDelta, None]:
-        items = enforce_timeouts(backend_of(request.model).answer(request), limits)
-        return RequestMetricsRecorder(metrics, request.model).record(items)
+    async def open_stream(request: ChatRequest | CompletionRequest) -> ObservedStream[OutputDelta]:
+        opening = backend_of(request.model).respond(request)
+        return await ObservedStream.open(opening, limits, RequestRecorder(metrics, request.model))
 
     _add_models(app, backends, backend_of)
-    _add_answers(app, counted)
-    add_embeddings(app, backend_of, limits)
+    _add_answers(app, open_stream)
+    add_embeddings(app, backend_of, limits, metrics)
     return app
 
 
@@ -169,7 +150,9 @@ def _add_models(
         )
 
     @app.get(
-        "/v1/models/{name}", responses=describe_error_responses(*READ_ERROR_STATUSES, 404, 503)
+        # Names may contain slashes.
+        "/v1/models/{name:path}",
+        responses=describe_error_responses(*READ_ERROR_STATUSES, 404, 503),
     )
     async def model(name: str) -> ModelCard:
         """Retrieve a model by its name."""
@@ -182,27 +165,29 @@ def _add_models(
 
 def _add_answers(
     app: FastAPI,
-    counted: Callable[[ChatRequest | CompletionRequest], AsyncGenerator[int | OutputDelta, None]],
+    open_stream: Callable[
+        [ChatRequest | CompletionRequest], Coroutine[Any, Any, ObservedStream[OutputDelta]]
+    ],
 ) -> None:
     """Register the routes that generate text.
 
     Args:
         app: application to extend.
-        counted: runs a request on its model and records its metrics.
+        open_stream: sends a request to its model.
     """
     responses = STREAM | describe_error_responses(*MODEL_ERROR_STATUSES)
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=responses)
     async def chat(request: ChatRequest) -> Response:
         """Create a model response for a conversation."""
-        return await _respond(counted(request), request, ChatResponseBuilder(request))
+        return await _respond(await open_stream(request), request, ChatResponseBuilder(request))
 
     @app.post("/v1/completions", response_model=Completion, responses=responses)
     async def complete(request: CompletionRequest) -> Response:
         """Create a completion of a prompt."""
         echoed = request.prompt if request.echo and isinstance(request.prompt, str) else ""
         builder = CompletionResponseBuilder(request, echoed)
-        return await _respond(counted(request), request, builder)
+        return await _respond(await open_stream(request), request, builder)
 
 
 def _add_middleware(
@@ -210,21 +195,14 @@ def _add_middleware(
     keys: ApiKeys,
     limits: RequestLimits,
     metrics: ServeMetrics,
-    rate_limiter: RateLimitClient,
+    rate_limiter: RateLimitClient | None,
 ) -> None:
     """Register the middleware; the last one added is the first to see a request."""
-    app.add_middleware(
-        RateLimitMiddleware, rate_limiter=rate_limiter, reject=_build_rate_limit_response
-    )
-    app.add_middleware(RequestGuardMiddleware, keys=keys, limits=limits)
-    if limits.allow_origins:
-        # Before the guard: browsers send CORS preflight requests without a key.
+    if rate_limiter is not None:
         app.add_middleware(
-            CORSMiddleware,
-            allow_origins=limits.allow_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            RateLimitMiddleware, rate_limiter=rate_limiter, reject=_build_rate_limit_response
         )
+    add_request_guard(app, keys, limits)
     app.add_middleware(HttpMetricsMiddleware, metrics=metrics)
 
 
@@ -237,10 +215,8 @@ def _build_rate_limit_response(seconds: float) -> JSONResponse:
     )
 
 
-def _add_monitoring(
-    app: FastAPI, backends: Mapping[str, ModelBackend], rate_limiter: RateLimitClient
-) -> None:
-    """Register the routes for health checks and metrics."""
+def _add_health(app: FastAPI, backends: Mapping[str, ModelBackend]) -> None:
+    """Register the route for health checks."""
 
     @app.get("/health", response_class=Response, responses=describe_error_responses(503))
     async def health() -> Response:
@@ -249,19 +225,6 @@ def _add_monitoring(
             await backend.check()
         return Response(status_code=200)
 
-    text = {"schema": {"type": "string"}}
-    exposition: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": text}}}
-
-    @app.get(
-        "/metrics",
-        response_class=Response,
-        responses=exposition | describe_error_responses(*READ_ERROR_STATUSES),
-    )
-    async def metrics() -> Response:
-        """Return the metrics of all gateways in Prometheus' text format."""
-        families = await rate_limiter.families()
-        return Response(render_exposition(families), media_type=CONTENT_TYPE_LATEST)
-
 
 async def _names(base: str, backend: ModelBackend) -> list[str]:
     """Return the names of a model and of its adapters in requests."""
@@ -269,52 +232,52 @@ async def _names(base: str, backend: ModelBackend) -> list[str]:
 
 
 async def _respond(
-    items: AsyncGenerator[int | OutputDelta, None],
+    stream: ObservedStream[OutputDelta],
     request: ChatRequest | CompletionRequest,
     builder: ResponseBuilder,
 ) -> Response:
-    counts = TokenCounts(prompt=_prompt_tokens(await anext(items)))
+    counts = TokenCounts(prompt=stream.num_prompt_tokens)
     if not request.stream:
         choices = [ChoiceAccumulator() for _ in range(request.n)]
-        async with aclosing(items):
-            async for item in items:
-                part = _part(item)
-                choices[part.index].add(part)
-                counts.completion += part.num_tokens
+        async with stream:
+            async for delta in stream:
+                choices[delta.index].add(delta)
+                counts.completion += delta.num_tokens
         return _json(builder.build_response(choices, counts))
-    # Overload errors come with the first delta, and must have a status of their own.
-    first = _part(await anext(items))
-    events = _events(first, items, request, builder, counts)
-    return EventStream(events)
+    try:
+        # Overload errors come with the first delta, and must have a status of their own.
+        first = await anext(stream)
+    except BaseException:
+        await stream.aclose()
+        raise
+    return EventStream(_events(first, stream, request, builder, counts), stream)
 
 
 async def _events(
     first: OutputDelta,
-    items: AsyncGenerator[int | OutputDelta, None],
+    stream: ObservedStream[OutputDelta],
     request: ChatRequest | CompletionRequest,
     builder: ResponseBuilder,
     counts: TokenCounts,
 ) -> AsyncGenerator[bytes, None]:
-    """Yield server-sent events; closing the generator stops the generation."""
-    async with aclosing(items):
-        for chunk in builder.build_first_chunks(request.n):
-            yield _event(chunk)
-        counts.completion += first.num_tokens
-        yield _event(builder.build_chunk(first))
-        try:
-            async for item in items:
-                part = _part(item)
-                counts.completion += part.num_tokens
-                # Deltas without any change for the client are not sent.
-                if part.text or part.calls or part.tokens or part.finish_reason:
-                    yield _event(builder.build_chunk(part))
-        except (RequestTimeoutError, BusyError, EngineError) as error:
-            # The status has already been sent.
-            yield _event(ErrorResponse(error=ErrorBody(message=str(error), type="server_error")))
-            return
-        if request.stream_options is not None and request.stream_options.include_usage:
-            yield _event(builder.build_usage_chunk(counts))
-        yield b"data: [DONE]\n\n"
+    """Yield server-sent events."""
+    for chunk in builder.build_first_chunks(request.n):
+        yield _event(chunk)
+    counts.completion += first.num_tokens
+    yield _event(builder.build_chunk(first))
+    try:
+        async for delta in stream:
+            counts.completion += delta.num_tokens
+            # Deltas without any change for the client are not sent.
+            if delta.text or delta.calls or delta.tokens or delta.finish_reason:
+                yield _event(builder.build_chunk(delta))
+    except (RequestTimeoutError, BusyError, EngineError) as error:
+        # The status has already been sent.
+        yield _event(ErrorResponse(error=ErrorBody(message=str(error), type="server_error")))
+        return
+    if request.stream_options is not None and request.stream_options.include_usage:
+        yield _event(builder.build_usage_chunk(counts))
+    yield b"data: [DONE]\n\n"
 
 
 def _event(chunk: BaseModel) -> bytes:
@@ -323,13 +286,3 @@ def _event(chunk: BaseModel) -> bytes:
 
 def _json(body: BaseModel) -> Response:
     return Response(body.model_dump_json(), media_type="application/json")
-
-
-def _prompt_tokens(item: int | OutputDelta) -> int:
-    assert isinstance(item, int)
-    return item
-
-
-def _part(item: int | OutputDelta) -> OutputDelta:
-    assert isinstance(item, OutputDelta)
-    return item

@@ -183,8 +183,9 @@ class ChatRequest(GenerationRequest):
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             message = "max_tokens: not allowed together with max_completion_tokens"
             raise UserError(message)
-        says_parallel = self.parallel_tool_calls is not None
-        check_tools(self.tools, self.tool_choice, says_parallel=says_parallel)
+        if (self.tools, self.tool_choice, self.parallel_tool_calls) != (None, None, None):
+            says_parallel = self.parallel_tool_calls is not None
+            check_tools(self.tools, self.tool_choice, says_parallel=says_parallel)
         return self
 
     @property

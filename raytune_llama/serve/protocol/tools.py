@@ -1,7 +1,9 @@
 """Tools in OpenAI's chat requests, and tool calls in responses."""
 
+import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -96,9 +98,8 @@ class ToolCall(StrictModel):
     function: CalledFunction
 
 
-def is_absent(value: object) -> bool:
-    """Whether a field is omitted from the response, as in OpenAI's API."""
-    return value is None
+is_absent: Callable[[object], bool] = partial(operator.is_, None)
+"""Whether a field is omitted from the response, as in OpenAI's API: if it is None."""
 
 
 class FunctionDelta(BaseModel):

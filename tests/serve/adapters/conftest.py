@@ -23,7 +23,6 @@ from raytune_llama.serve.engine.loop import TransformersEngine
 from raytune_llama.serve.engine.scheduler import BatchScheduler
 from raytune_llama.serve.generation.completion import CompletionService
 from raytune_llama.serve.generation.model import ServedModel, load_served_model
-from raytune_llama.serve.generation.output import OutputDelta
 from raytune_llama.serve.protocol.chat import CompletionRequest
 from raytune_llama.storage.files import OUTPUT_MANIFEST, write_json_atomic
 from raytune_llama.storage.hashes import hash_file
@@ -103,15 +102,16 @@ class Adapters:
     pool: AdapterPool
     base: Path
     folder: Path
-    stepper: BatchScheduler
+    served: ServedModel
+    """The base."""
 
     async def text(self, name: str | None, prompt: str = "the quick") -> str:
         """Return what is answered with an adapter, or by the base."""
         text = ""
         request = asked("tiny" if name is None else f"tiny:{name}", prompt)
-        async with aclosing(self.pool.respond(request)) as items:
-            async for item in items:
-                text += item.text if isinstance(item, OutputDelta) else ""
+        async with aclosing(await self.pool.respond(request)) as stream:
+            async for delta in stream.deltas:
+                text += delta.text
         return text
 
     def write(self, name: str, *, seed: int, **fields: Any) -> Path:  # noqa: ANN401
@@ -160,8 +160,7 @@ def make_adapters(base_dir: Path, tmp_path: Path) -> Iterator[MakeAdapters]:
                 num_tokens=len(served.tokenizer),
             )
 
-        stepper = make_stepper(served)
-        engine = TransformersEngine(stepper, max_waiting=100)
+        engine = TransformersEngine(make_stepper(served), max_waiting=100)
         engines.append(engine)
 
         def make_answerer(served: ServedModel, adapter: Any) -> CompletionService:  # noqa: ANN401
@@ -176,7 +175,7 @@ def make_adapters(base_dir: Path, tmp_path: Path) -> Iterator[MakeAdapters]:
             make_stepper=make_stepper,
             max_adapters=config.max_adapters,
         )
-        return Adapters(pool, base_dir, folder, stepper)
+        return Adapters(pool, base_dir, folder, served)
 
     yield make
     for engine in engines:

@@ -1,9 +1,10 @@
 """Adapters on a base that is served: as PEFT's own, whatever else runs, comes and goes."""
 
 import asyncio
+import logging
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +100,11 @@ def test_request_keeps_the_version_that_it_began_with(make_adapters: MakeAdapter
     old = adapters.wanted("poet")
 
     async def main() -> str:
-        answer = adapters.pool.respond(asked("tiny:poet"))
-        await anext(answer)
-        first = await anext(answer)
-        adapters.write("poet", seed=2)
-        await adapters.wait_for("poet", adapters.wanted("poet"))
-        return getattr(first, "text", "") + "".join(
-            [getattr(item, "text", "") async for item in answer]
-        )
+        async with aclosing(await adapters.pool.respond(asked("tiny:poet"))) as stream:
+            first = await anext(stream.deltas)
+            adapters.write("poet", seed=2)
+            await adapters.wait_for("poet", adapters.wanted("poet"))
+            return first.text + "".join([delta.text async for delta in stream.deltas])
 
     assert run(main) == old
 
@@ -122,10 +120,8 @@ def test_adapter_used_longest_ago_leaves_for_another_but_none_in_use(
         wanted = {name: adapters.wanted(name) for name in ("a", "b", "c")}
         for name, there in (("a", "a"), ("b", "ab"), ("a", "ab"), ("c", "ac"), ("b", "bc")):
             assert await adapters.text(name) == wanted[name]
-            assert adapters.pool.names == set(there)
-        held = [adapters.pool.respond(asked(f"tiny:{name}")) for name in ("b", "c")]
-        for answer in held:
-            await anext(answer)
+            assert adapters.pool.loaded_names == set(there)
+        held = [await adapters.pool.respond(asked(f"tiny:{name}")) for name in ("b", "c")]
         with pytest.raises(BusyError, match="all 2 adapters"):
             await adapters.text("a")
         assert await adapters.text("b") == wanted["b"]
@@ -137,10 +133,59 @@ def test_adapter_used_longest_ago_leaves_for_another_but_none_in_use(
     run(main)
 
 
+def test_adapter_of_a_stream_closed_unread_is_released(make_adapters: MakeAdapters) -> None:
+    adapters = make_adapters(max_adapters=1)
+    for seed, name in enumerate(("a", "b")):
+        adapters.write(name, seed=seed)
+
+    async def main() -> None:
+        stream = await adapters.pool.respond(asked("tiny:a"))
+        with pytest.raises(BusyError, match="all 1 adapters"):
+            await adapters.text("b")
+        await stream.aclose()
+        assert await adapters.text("b") == adapters.wanted("b")
+
+    run(main)
+
+
+def test_adapter_of_an_invalid_request_is_released(make_adapters: MakeAdapters) -> None:
+    adapters = make_adapters(max_adapters=1)
+    for seed, name in enumerate(("a", "b")):
+        adapters.write(name, seed=seed)
+
+    async def main() -> None:
+        with pytest.raises(InvalidRequestError, match="is 128 tokens"):
+            await adapters.pool.respond(asked("tiny:a", "fox " * 200))
+        assert await adapters.text("b") == adapters.wanted("b")
+
+    run(main)
+
+
+def test_old_version_is_dropped_when_its_last_stream_is_closed_unread(
+    make_adapters: MakeAdapters, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "raytune_llama.serve.adapters.pool")
+    adapters = make_adapters()
+    adapters.write("poet", seed=1)
+
+    def num_dropped() -> int:
+        return sum(message.endswith(": dropped") for message in caplog.messages)
+
+    async def main() -> None:
+        stream = await adapters.pool.respond(asked("tiny:poet"))
+        adapters.write("poet", seed=2)
+        await adapters.wait_for("poet", adapters.wanted("poet"))
+        assert num_dropped() == 0
+        await stream.aclose()
+        assert num_dropped() == 1
+
+    run(main)
+
+
 def test_model_is_as_it_was_when_all_adapters_have_left(make_adapters: MakeAdapters) -> None:
     adapters = make_adapters()
     adapters.write("a", seed=0)
-    model = adapters.stepper._model  # what this is about
+    model = adapters.served.model
     before = {name: type(module) for name, module in model.named_modules()}
 
     async def main() -> None:

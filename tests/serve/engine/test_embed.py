@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from raytune_llama.serve.engine.embed import Embedder, Vectors
+from raytune_llama.serve.engine.embed import Embedder
 from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.protocol import EngineRequest
+from raytune_llama.serve.engine.protocol import EngineRequest, Vectors
 from raytune_llama.serve.engine.scheduler import BatchScheduler
 from raytune_llama.serve.errors import BusyError
+from tests.serve.conftest import ObservedScheduler
 from tests.serve.engine.test_scheduler import (
     GREEDY,
     by_transformers,
@@ -36,7 +37,7 @@ def run(embedder: Embedder) -> dict[object, list[Vectors]]:
     """Make all passes; return each job's vectors, checked for being told in one go."""
     told: dict[object, list[Vectors]] = {}
     done: set[object] = set()
-    while embedder.num_jobs:
+    while embedder.jobs:
         for made in embedder.step():
             assert made.key not in done, "vectors behind the last"
             told.setdefault(made.key, []).append(made.vectors)
@@ -81,7 +82,7 @@ def test_small_job_does_not_wait_for_a_large_one() -> None:
     first = [made for _ in range(2) for made in embedder.step()]
     assert [(made.key, made.is_last) for made in first] == [("large", False), ("small", True)]
     embedder.remove("large")
-    assert embedder.num_jobs == 0
+    assert not embedder.jobs
 
 
 @pytest.mark.parametrize(
@@ -128,19 +129,19 @@ def test_answers_go_on_and_are_the_same_while_many_texts_are_read(llama: PreTrai
 
 
 def test_texts_of_callers_that_go_away_are_read_no_further(llama: PreTrainedModel) -> None:
-    stepper = BatchScheduler(llama, num_slots=2, max_context=200, prefill_tokens=16)
+    stepper = ObservedScheduler(llama, num_slots=2, max_context=200, prefill_tokens=16)
     engine = TransformersEngine(stepper, max_waiting=3)
-    embedder = engine._embedder  # what it has to do is what this is about
 
     async def main() -> None:
-        running = [engine.embed([(1, 2, 3)] * 100_000) for _ in range(3)]
+        # One runs and three wait; they take turns.
+        running = [engine.embed([(1, 2, 3)] * 100_000) for _ in range(4)]
         for one in running:
             await anext(one)
-        with pytest.raises(BusyError, match="3 requests are waiting"):
+        with pytest.raises(BusyError, match="3 are waiting"):
             await anext(engine.embed([(1,)]))
         for one in running:
             await one.aclose()
-        while embedder.num_jobs:
+        while stepper.embedder.jobs:
             await asyncio.sleep(0.01)
         # Free again.
         assert [len(vectors) async for vectors in engine.embed([(1, 2), (3,)])] == [2]

@@ -22,8 +22,12 @@ def model() -> PreTrainedModel:
 
 
 @pytest.fixture
-def engine(model: PreTrainedModel) -> Iterator[TransformersEngine]:
-    stepper = BatchScheduler(model, num_slots=4, max_context=20_000)
+def stepper(model: PreTrainedModel) -> BatchScheduler:
+    return BatchScheduler(model, num_slots=4, max_context=20_000)
+
+
+@pytest.fixture
+def engine(stepper: BatchScheduler) -> Iterator[TransformersEngine]:
     engine = TransformersEngine(stepper, max_waiting=3)
     yield engine
     engine.close()
@@ -45,13 +49,14 @@ def test_engine_answers_many_callers_as_the_model_would_each(
         assert tokens == by_transformers(model, generation.prompt, 12)
 
 
-async def wait_until_idle(engine: TransformersEngine) -> None:
-    stepper = engine._stepper  # the slots are what this is about
+async def wait_until_idle(stepper: BatchScheduler) -> None:
     while stepper.num_running or stepper.num_waiting:
         await asyncio.sleep(0.01)
 
 
-def test_engine_frees_the_slots_of_callers_that_go_away(engine: TransformersEngine) -> None:
+def test_engine_frees_the_slots_of_callers_that_go_away(
+    engine: TransformersEngine, stepper: BatchScheduler
+) -> None:
     async def main() -> None:
         for _ in range(5):
             tasks = [asyncio.create_task(collect(engine, LONG)) for _ in range(3)]
@@ -61,7 +66,7 @@ def test_engine_frees_the_slots_of_callers_that_go_away(engine: TransformersEngi
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.wait_for(wait_until_idle(engine), timeout=60)
+            await asyncio.wait_for(wait_until_idle(stepper), timeout=60)
         assert len(await collect(engine, EngineRequest((5,), GREEDY, 4))) == 4
 
     asyncio.run(main())
@@ -74,23 +79,55 @@ def test_engine_refuses_more_than_may_wait(engine: TransformersEngine) -> None:
         for one in running:
             await anext(one)
         waiting = [asyncio.ensure_future(anext(engine.generate(LONG))) for _ in range(3)]
-        await asyncio.sleep(0.1)
-        with pytest.raises(BusyError, match="3 requests are waiting"):
+        await asyncio.sleep(0)  # They start, which queues them.
+        with pytest.raises(BusyError, match="4 requests are running and 3 are waiting"):
             await anext(engine.generate(LONG))
         for task in waiting:
             task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        # The first of those that left is replaced.
+        again = asyncio.ensure_future(anext(engine.generate(LONG)))
+        await running[0].aclose()
+        await asyncio.wait_for(again, timeout=60)
 
     asyncio.run(main())
 
 
-def test_engine_refuses_a_prompt_that_is_too_long_before_it_waits(
-    engine: TransformersEngine,
+@pytest.mark.parametrize(("num_requests", "num_refused"), [(4, 0), (6, 2)])
+def test_engine_burst_on_free_slots_without_a_queue_is_accepted(
+    model: PreTrainedModel, num_requests: int, num_refused: int
 ) -> None:
-    async def main() -> None:
-        await anext(engine.generate(EngineRequest((1,) * 20_000, GREEDY, 1)))
+    stepper = BatchScheduler(model, num_slots=4, max_context=200)
+    engine = TransformersEngine(stepper, max_waiting=0)
+    wanted = by_transformers(model, (5,), 3)
 
+    async def main() -> list[list[int] | BaseException]:
+        tasks = [collect(engine, EngineRequest((5,), GREEDY, 3)) for _ in range(num_requests)]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    try:
+        results = asyncio.run(main())
+    finally:
+        engine.close()
+    assert results[:4] == [wanted] * 4
+    assert [type(one) for one in results[4:]] == [BusyError] * num_refused
+
+
+def test_engine_request_too_long_is_refused_when_called(engine: TransformersEngine) -> None:
     with pytest.raises(ValueError, match="20000 tokens"):
-        asyncio.run(main())
+        engine.generate(EngineRequest((1,) * 20_000, GREEDY, 1))
+
+
+def test_engine_closed_between_check_and_start_raises(engine: TransformersEngine) -> None:
+    steps = engine.generate(LONG)
+    engine.close()
+
+    async def main() -> None:
+        # A request that nobody works on would wait forever.
+        with pytest.raises(EngineError, match="was closed"):
+            await asyncio.wait_for(anext(steps), timeout=60)
+
+    asyncio.run(main())
 
 
 def test_engine_that_fails_tells_every_caller_and_answers_nothing_more(

@@ -12,13 +12,13 @@ import torch
 
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.model.vocab import num_embedding_rows
+from raytune_llama.serve.backend import LoadedModel
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
 from raytune_llama.serve.engine.grammar import GrammarCompiler
 from raytune_llama.serve.engine.protocol import EngineRequest, SamplingOptions, TokenOutput
 from raytune_llama.serve.engine.vllm import choose_engine
 from raytune_llama.serve.errors import BusyError, EngineError, InvalidRequestError
 from raytune_llama.serve.generation.model import ServedModel, load_served_model
-from raytune_llama.serve.replica import ModelReplica
 from tests.serve.engine.vllm_standin import (
     Answer,
     ClientError,
@@ -259,7 +259,7 @@ def test_replica_with_a_gpu_alone_is_told_to_install_vllm(served_dir: Path) -> N
         models=(ServedModelConfig(path=str(served_dir)),), replicas=ReplicaConfig(engine="vllm")
     )
     with pytest.raises(ConfigError, match=r"replicas\.engine: vllm"):
-        ModelReplica(config.models[0], config)
+        LoadedModel(config.models[0], config)
 
 
 def test_model_for_another_engine_is_described_without_its_weights(

@@ -2,12 +2,16 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import aclosing
 from typing import Any
 
 import pytest
 
 from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.chat.encoding import EncodedConversation
+from raytune_llama.serve.config import SamplingDefaults
+from raytune_llama.serve.engine.loop import TransformersEngine
+from raytune_llama.serve.engine.scheduler import BatchScheduler
 from raytune_llama.serve.errors import InvalidRequestError, UnknownModelError
 from raytune_llama.serve.generation.completion import CompletionService, PreparedRequest
 from raytune_llama.serve.generation.model import ServedModel
@@ -158,7 +162,26 @@ def test_older_name_of_content_is_read(answerer: CompletionService) -> None:
 def test_adapter_is_refused_where_there_are_none(answerer: CompletionService) -> None:
     async def main() -> None:
         request = complete("the").model_copy(update={"model": "tiny:poet"})
-        await anext(answerer.respond(request))
+        await answerer.respond(request)
 
     with pytest.raises(UnknownModelError, match="no adapter 'poet'"):
         asyncio.run(main())
+
+
+def test_choices_beyond_the_engines_capacity_are_invalid(served: ServedModel) -> None:
+    stepper = BatchScheduler(served.model, num_slots=2, max_context=served.max_context)
+    engine = TransformersEngine(stepper, max_waiting=1)
+    service = CompletionService(served, engine, SamplingDefaults())
+
+    async def respond(num_choices: int) -> int:
+        request = complete("the", n=num_choices, max_tokens=2)
+        async with aclosing(await service.respond(request)) as stream:
+            return len({delta.index async for delta in stream.deltas})
+
+    try:
+        assert asyncio.run(respond(3)) == 3
+        with pytest.raises(InvalidRequestError, match="n: got 4, but at most 3") as caught:
+            asyncio.run(respond(4))
+    finally:
+        engine.close()
+    assert caught.value.param == "n"

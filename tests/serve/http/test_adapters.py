@@ -1,13 +1,12 @@
 """Adapters as OpenAI's client sees them: in the list, by name, and not there."""
 
-from collections.abc import AsyncGenerator
 from typing import Any
 
 import openai
 import pytest
 
 from raytune_llama.serve.adapters.registry import AdapterRegistry
-from raytune_llama.serve.generation.output import OutputDelta
+from raytune_llama.serve.generation.output import OutputDelta, Stream
 from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
 from tests.serve.adapters.conftest import Adapters, MakeAdapters, base_dir, make_adapters
 from tests.serve.http.test_routes import Server
@@ -21,11 +20,8 @@ class Here:
     def __init__(self, adapters: Adapters) -> None:
         self._adapters = adapters
 
-    async def answer(
-        self, request: ChatRequest | CompletionRequest
-    ) -> AsyncGenerator[int | OutputDelta, None]:
-        async for item in self._adapters.pool.respond(request):
-            yield item
+    async def respond(self, request: ChatRequest | CompletionRequest) -> Stream[OutputDelta]:
+        return await self._adapters.pool.respond(request)
 
     async def adapters(self) -> list[str]:
         return sorted(AdapterRegistry.from_path(str(self._adapters.folder)).list())

@@ -12,9 +12,10 @@ import pytest
 
 from raytune_llama.serve.config import RequestLimits
 from raytune_llama.serve.generation.completion import CompletionService
-from raytune_llama.serve.generation.output import OutputDelta
+from raytune_llama.serve.generation.output import OutputDelta, Stream
 from raytune_llama.serve.http.keys import ApiKeys, make_key
 from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
+from tests.serve.conftest import ObservedScheduler
 from tests.serve.http.test_hostile import (
     ASKED,
     FEW_BYTES,
@@ -23,7 +24,6 @@ from tests.serve.http.test_hostile import (
     post,
     rss_bytes,
     until,
-    until_idle,
 )
 from tests.serve.http.test_routes import FOX, Here, Server, raw
 
@@ -31,26 +31,25 @@ QUICK = RequestLimits(body_seconds=0.5, queue_seconds=0.5, request_seconds=1.5, 
 
 
 class Endless:
-    """A model that says the same for ever, after a while; it counts who still waits for it."""
+    """A model that generates the same without end; it counts the streams that are not closed."""
 
     def __init__(self, text: str, *, before: float = 0.0, between: float = 0.0) -> None:
         self._text, self._before, self._between = text, before, between
         self.num_open, self.num_said = 0, 0
 
-    async def answer(
-        self,
-        request: ChatRequest | CompletionRequest,  # noqa: ARG002
-    ) -> AsyncGenerator[int | OutputDelta, None]:
+    async def respond(self, _: ChatRequest | CompletionRequest) -> Stream[OutputDelta]:
         self.num_open += 1
-        try:
-            yield 3
-            await asyncio.sleep(self._before)
-            while True:
-                await asyncio.sleep(self._between)
-                self.num_said += 1
-                yield OutputDelta(0, self._text, 1)
-        finally:
-            self.num_open -= 1
+        return Stream(3, self._generate(), self._end)
+
+    def _end(self) -> None:
+        self.num_open -= 1
+
+    async def _generate(self) -> AsyncGenerator[OutputDelta, None]:
+        await asyncio.sleep(self._before)
+        while True:
+            await asyncio.sleep(self._between)
+            self.num_said += 1
+            yield OutputDelta(0, self._text, 1)
 
     async def adapters(self) -> list[str]:
         return []
@@ -160,7 +159,7 @@ def test_client_that_goes_away_ends_its_answer(*, stream: bool) -> None:
 
 @pytest.mark.parametrize("num_clients", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_clients_that_go_away_leave_nothing(
-    server: Server, answerer: CompletionService, num_clients: int
+    server: Server, scheduler: ObservedScheduler, num_clients: int
 ) -> None:
     asked = {**ASKED, "max_tokens": 100, "stream": True, "n": 2}
     body = json.dumps(asked)
@@ -178,11 +177,11 @@ def test_clients_that_go_away_leave_nothing(
 
     for number in range(num_clients // 4):
         leave(number)
-    until_idle(answerer)
+    until(lambda: scheduler.is_idle)
     before = rss_bytes()
     for number in range(num_clients):
         leave(number)
-    until_idle(answerer)
+    until(lambda: scheduler.is_idle)
     assert rss_bytes() - before < 16 * MIB
     assert b" 200 " in post(server.port, json.dumps(ASKED).encode())[:20]
 

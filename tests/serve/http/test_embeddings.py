@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from raytune_llama.serve.config import RequestLimits
-from raytune_llama.serve.engine.embed import Vectors
+from raytune_llama.serve.engine.loop import TransformersEngine
+from raytune_llama.serve.engine.protocol import Vectors
 from raytune_llama.serve.errors import BusyError, InvalidRequestError
-from raytune_llama.serve.generation.completion import CompletionService
 from raytune_llama.serve.generation.embeddings import EmbeddingService
 from raytune_llama.serve.generation.model import ServedModel
+from raytune_llama.serve.generation.output import Stream
 from raytune_llama.serve.protocol.embeddings import EmbeddingRequest
+from tests.serve.conftest import ObservedScheduler
 from tests.serve.http.test_routes import Server
 
 
@@ -30,23 +32,24 @@ class Here:
     def __init__(self, vectors: EmbeddingService) -> None:
         self._vectors = vectors
 
-    async def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
-        async for item in self._vectors.respond(request):
-            yield item
+    async def embed(self, request: EmbeddingRequest) -> Stream[Vectors]:
+        return await self._vectors.respond(request)
 
 
 class Busy:
-    """A model that has too much to do."""
+    """A model with a full queue."""
 
-    async def embed(self, _: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
-        yield 3
-        raise BusyError("9 requests are waiting already")
+    async def embed(self, _: EmbeddingRequest) -> Stream[Vectors]:
+        async def refuse() -> AsyncGenerator[Vectors, None]:
+            raise BusyError("9 requests are waiting already")
+            yield
+
+        return Stream(3, refuse())
 
 
 @pytest.fixture(scope="module")
-def server(served: ServedModel, answerer: CompletionService) -> Iterator[Server]:
-    vectors = EmbeddingService(served, answerer._engine)  # one engine for both, as in a replica
-    server = Server({"tiny": Here(vectors), "busy": Busy()})
+def server(served: ServedModel, served_engine: TransformersEngine) -> Iterator[Server]:
+    server = Server({"tiny": Here(EmbeddingService(served, served_engine)), "busy": Busy()})
     yield server
     server.close()
 
@@ -140,9 +143,9 @@ def test_refusal_says_what_is_wrong_and_where(
 
 
 def test_texts_with_too_many_tokens_together_are_refused(
-    served: ServedModel, answerer: CompletionService
+    served: ServedModel, served_engine: TransformersEngine
 ) -> None:
-    vectors = EmbeddingService(replace(served, max_context=1000), answerer._engine)
+    vectors = EmbeddingService(replace(served, max_context=1000), served_engine)
     fields = {"model": "tiny", "input": [[5] * 200] * 1500}
     assert len(vectors.tokenize(EmbeddingRequest.model_validate(fields))) == 1500
     fields["input"] = [[5] * 200] * 1501
@@ -151,9 +154,8 @@ def test_texts_with_too_many_tokens_together_are_refused(
 
 
 def test_client_that_goes_away_ends_the_work(
-    server: Server, answerer: CompletionService, served: ServedModel
+    server: Server, scheduler: ObservedScheduler, served: ServedModel
 ) -> None:
-    embedder: Any = answerer._engine._embedder  # type: ignore[attr-defined]
     text = "the quick brown fox " * 8
     body = json.dumps({"model": "tiny", "input": [text] * 2048}).encode()
     head = (
@@ -166,13 +168,13 @@ def test_client_that_goes_away_ends_the_work(
         nonlocal read
         read += 1
 
-    handle = answerer._served.model.base_model.register_forward_hook(count)
+    handle = served.model.base_model.register_forward_hook(count)
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as one:
         one.sendall(head.encode() + body)
         while not read:
             time.sleep(0.001)
     deadline = time.monotonic() + 60
-    while embedder.num_jobs:
+    while not scheduler.is_idle:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     handle.remove()
@@ -204,18 +206,21 @@ def test_texts_far_beyond_the_context_are_refused_before_they_are_encoded(server
 
 
 class Waiting:
-    """A model that never gets to it; it counts who waits."""
+    """A model that computes nothing; it counts the streams that are not closed."""
 
     def __init__(self) -> None:
         self.num_open = 0
 
-    async def embed(self, _: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
+    async def embed(self, _: EmbeddingRequest) -> Stream[Vectors]:
         self.num_open += 1
-        try:
-            yield 3
-            await asyncio.Event().wait()
-        finally:
-            self.num_open -= 1
+        return Stream(3, self._wait(), self._end)
+
+    def _end(self) -> None:
+        self.num_open -= 1
+
+    async def _wait(self) -> AsyncGenerator[Vectors, None]:
+        await asyncio.Event().wait()
+        yield np.zeros((1, 2), dtype=np.float32)
 
 
 def test_vectors_that_do_not_come_are_refused_in_time() -> None:

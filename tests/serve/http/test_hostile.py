@@ -13,6 +13,7 @@ import pytest
 from raytune_llama.serve.config import RequestLimits
 from raytune_llama.serve.generation.completion import CompletionService
 from raytune_llama.serve.http.keys import ApiKeys, make_key
+from tests.serve.conftest import ObservedScheduler
 from tests.serve.http.test_routes import FOX, Here, Server, raw
 
 MIB = 2**20
@@ -234,7 +235,7 @@ def test_length_that_is_none_is_refused(server: Server, length: str) -> None:
     assert answer[9:12] in {b"400", b"413"}, answer[:300]
 
 
-def test_length_that_lies_harms_nobody_else(server: Server, answerer: CompletionService) -> None:
+def test_length_that_lies_harms_nobody_else(server: Server, scheduler: ObservedScheduler) -> None:
     body = json.dumps(ASKED).encode()
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -247,10 +248,4 @@ def test_length_that_lies_harms_nobody_else(server: Server, answerer: Completion
         shorter.sendall(f"{head}10\r\n\r\n".encode() + body)
         assert shorter.recv(12) == b"HTTP/1.1 400"
     assert b" 200 " in post(server.port, body)[:20]
-    until_idle(answerer)
-
-
-def until_idle(answerer: CompletionService) -> None:
-    engine: Any = answerer._engine  # the slots are what this is about
-    stepper = engine._stepper
-    until(lambda: not (stepper.num_running or stepper.num_waiting or engine._listeners))
+    until(lambda: scheduler.is_idle)

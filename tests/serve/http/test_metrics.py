@@ -1,54 +1,48 @@
-"""What `/metrics` tells of requests that went well, were refused, or whose client has gone."""
+"""Metrics and log lines of requests that were answered, refused, or left by their client."""
 
 import asyncio
 import json
+import logging
 import re
-import time
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
-from raytune_llama.serve.config import KeyLimits, RequestLimits
-from raytune_llama.serve.errors import BusyError, EngineError
+from raytune_llama.serve.config import RequestLimits
+from raytune_llama.serve.errors import BusyError, EngineError, InvalidRequestError
 from raytune_llama.serve.generation.completion import CompletionService
-from raytune_llama.serve.generation.output import OutputDelta
+from raytune_llama.serve.generation.output import OutputDelta, Stream
 from raytune_llama.serve.http.keys import ApiKeys, make_key
 from raytune_llama.serve.http.metrics import ServeMetrics
-from raytune_llama.serve.http.rate_limit import LocalRateLimitClient
+from tests.serve.http.recorded_metrics import RecordedMetrics
+from tests.serve.http.scripted import Scripted
 from tests.serve.http.test_routes import Asked, Failing, Here, Server
+
+REPOSITORY = next(path for path in Path(__file__).parents if (path / "pyproject.toml").is_file())
 
 
 @pytest.fixture
 def server(answerer: CompletionService) -> Iterator[Server]:
-    backends = {
-        "tiny": Here(answerer),
-        "busy": Failing(BusyError("full"), after=0),
-        "broken": Failing(EngineError("dead"), after=2),
-    }
-    one = Server(backends)
+    one = Server(
+        {
+            "tiny": Here(answerer),
+            "busy": Failing(BusyError("full"), after=0),
+            "broken": Failing(EngineError("dead"), after=2),
+            "held": Scripted("one", "two", held=True),
+        }
+    )
     yield one
     one.close()
 
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-LABELS = ("route", "status", "model", "adapter", "outcome", "le")
-
-
-def metrics(server: Server) -> dict[tuple[str, ...], float]:
-    """Samples by name and the values of their labels."""
-    text = httpx2.get(f"http://127.0.0.1:{server.port}/metrics").text
-    return {
-        (
-            sample.name.removeprefix("raytune_llama_"),
-            *(sample.labels[label] for label in LABELS if label in sample.labels),
-        ): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
+def closed(server: Server) -> RecordedMetrics:
+    """Return the metrics of a server once all its requests have ended."""
+    server.close()
+    return server.metrics
 
 
 def test_tokens_and_times_are_counted_by_model(server: Server) -> None:
@@ -56,16 +50,27 @@ def test_tokens_and_times_are_counted_by_model(server: Server) -> None:
     told = client.completions.create(model="tiny", prompt="the quick", max_tokens=7, temperature=0)
     list(client.completions.create(model="tiny", prompt="a", max_tokens=3, stream=True, n=2))
     assert told.usage is not None
-    counted = metrics(server)
-    assert counted["prompt_tokens_total", "tiny", ""] >= told.usage.prompt_tokens + 1
-    assert 7 < counted["completion_tokens_total", "tiny", ""] <= 7 + 6
-    assert counted["answers_total", "tiny", "", "ok"] == 2
-    assert counted["time_to_first_token_seconds_count", "tiny", ""] == 2
-    assert counted["time_per_output_token_seconds_count", "tiny", ""] >= 1
-    assert counted["request_seconds_count", "tiny", ""] == 2
-    assert counted["http_requests_total", "/v1/completions", "200"] == 2
-    assert counted["requests_running", "tiny", ""] == 0
-    assert counted["requests_waiting", "tiny", ""] == 0
+    metrics = closed(server)
+    values, observed = metrics.values, metrics.observations
+    assert values["prompt_tokens", "tiny", ""] >= told.usage.prompt_tokens + 1
+    assert 7 < values["completion_tokens", "tiny", ""] <= 7 + 6
+    assert values["answers", "tiny", "", "ok"] == 2
+    first = observed["time_to_first_token_seconds", "tiny", ""]
+    whole = observed["request_seconds", "tiny", ""]
+    assert [len(first), len(whole)] == [2, 2]
+    assert all(0 < one < other for one, other in zip(first, whole, strict=True))
+    assert len(observed["time_per_output_token_seconds", "tiny", ""]) >= 1
+    assert values["http_requests", "/v1/completions", "200"] == 2
+    assert values["requests_running", "tiny", ""] == 0
+    assert values["requests_waiting", "tiny", ""] == 0
+
+
+def test_open_request_is_counted_as_waiting_then_as_running(server: Server) -> None:
+    with server.client().completions.create(model="held", prompt="a", stream=True) as stream:
+        next(stream)
+        assert server.metrics.observations["requests_waiting", "held", ""] == [1, 0]
+        assert server.metrics.values["requests_running", "held", ""] == 1
+    assert closed(server).observations["requests_running", "held", ""] == [1, 0]
 
 
 def test_refusals_and_failures_are_counted_by_how_they_ended(server: Server) -> None:
@@ -79,94 +84,138 @@ def test_refusals_and_failures_are_counted_by_how_they_ended(server: Server) -> 
     for number in range(3):
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model=f"made-up-{number}", prompt="a")
-    counted = metrics(server)
-    assert counted["answers_total", "busy", "", "busy"] == 1
-    assert counted["answers_total", "broken", "", "failed"] == 1
-    assert counted["answers_total", "tiny", "", "refused"] == 1
-    assert counted["http_requests_total", "/v1/completions", "404"] == 3
-    assert not any("made-up" in part for key in counted for part in key)
-    assert all(value == 0 for key, value in counted.items() if key[0].startswith("requests_"))
+    metrics = closed(server)
+    assert metrics.values["answers", "busy", "", "busy"] == 1
+    assert metrics.values["answers", "broken", "", "failed"] == 1
+    assert metrics.values["answers", "tiny", "", "refused"] == 1
+    assert metrics.values["http_requests", "/v1/completions", "404"] == 3
+    assert not any("made-up" in value for value in metrics.tag_values)
+    open_counts = [n for key, n in metrics.values.items() if key[0].startswith("requests_")]
+    assert open_counts
+    assert not any(open_counts)
 
 
-def test_what_callers_make_up_makes_no_labels(server: Server) -> None:
+def test_names_that_clients_make_up_are_no_tag_values(server: Server) -> None:
     for number in range(5):
-        httpx2.get(f"http://127.0.0.1:{server.port}/no/{number}")
+        httpx2.get(f"{server.url}/no/{number}")
         httpx2.post(
-            f"http://127.0.0.1:{server.port}/v1/completions",
+            f"{server.url}/v1/completions",
             json={"model": f"tiny:adapter-{number}", "prompt": "a", "max_tokens": 1},
         )
-    counted = metrics(server)
-    assert counted["http_requests_total", "other", "404"] == 5
-    assert not any("adapter-" in part for key in counted for part in key)
+    metrics = closed(server)
+    assert metrics.values["http_requests", "other", "404"] == 5
+    assert not any("adapter-" in value for value in metrics.tag_values)
+
+
+def test_adapter_that_was_accepted_is_a_tag_value() -> None:
+    server = Server({"tiny": Scripted("one", adapters=["poet"])})
+    server.client().completions.create(model="tiny:poet", prompt="a")
+    assert closed(server).values["answers", "tiny", "poet", "ok"] == 1
 
 
 def test_a_client_that_leaves_is_counted_as_gone(server: Server) -> None:
-    stream = server.client().completions.create(
-        model="tiny", prompt="a", max_tokens=120, stream=True, temperature=1, seed=3
-    )
+    stream = server.client().completions.create(model="held", prompt="a", stream=True)
     next(stream)
     stream.close()
-    deadline = time.monotonic() + 30
-    while ("answers_total", "tiny", "", "gone") not in metrics(server):
-        assert time.monotonic() < deadline
-    assert metrics(server)["requests_running", "tiny", ""] == 0
-
-
-def test_a_key_that_asks_too_much_must_wait_and_others_need_not(
-    answerer: CompletionService,
-) -> None:
-    key, line = make_key()
-    other, other_line = make_key()
-    meter = ServeMetrics()
-    server = Server(
-        {"tiny": Here(answerer)},
-        ApiKeys((bytes.fromhex(line), bytes.fromhex(other_line))),
-        metrics=meter,
-        rate_limiter=LocalRateLimitClient(KeyLimits(requests_per_minute=2), meter),
-    )
-    try:
-        for _ in range(2):
-            server.client(key).completions.create(model="tiny", prompt="a", max_tokens=1)
-        with pytest.raises(openai.RateLimitError) as caught:
-            server.client(key).completions.create(model="tiny", prompt="a", max_tokens=1)
-        assert 0 < int(caught.value.response.headers["Retry-After"]) <= 30
-        assert caught.value.code == "rate_limit_exceeded"
-        server.client(other).completions.create(model="tiny", prompt="a", max_tokens=1)
-        # Reading costs nothing.
-        assert server.client(key).models.list().data
-    finally:
-        server.close()
+    values = closed(server).values
+    assert values["answers", "held", "", "gone"] == 1
+    assert values["requests_running", "held", ""] == 0
 
 
 class Silent(Failing):
-    """A model that never says a word."""
+    """A model that never generates a token."""
 
-    async def answer(self, request: Asked) -> AsyncGenerator[int | OutputDelta, None]:  # noqa: ARG002
-        yield 3
+    async def respond(self, _: Asked) -> Stream[OutputDelta]:
+        async def wait() -> AsyncGenerator[OutputDelta, None]:
+            await asyncio.Event().wait()
+            yield OutputDelta(0, "", 0)
+
+        return Stream(3, wait())
+
+
+class Loading(Failing):
+    """A model that never accepts a request."""
+
+    async def respond(self, _: Asked) -> Stream[OutputDelta]:
         await asyncio.Event().wait()
+        raise AssertionError
 
 
-def test_answers_that_do_not_come_in_time_are_counted_as_late() -> None:
-    server = Server({"silent": Silent(EngineError(""), 0)}, limits=RequestLimits(queue_seconds=0.2))
+@pytest.mark.parametrize("kind", [Silent, Loading])
+def test_answers_that_do_not_come_in_time_are_counted_as_late(kind: type[Failing]) -> None:
+    limits = RequestLimits(queue_seconds=0.2)
+    server = Server({"silent": kind(EngineError(""), 0)}, limits=limits)
+    with pytest.raises(openai.InternalServerError):
+        server.client().completions.create(model="silent", prompt="a")
+    values = closed(server).values
+    assert values["answers", "silent", "", "late"] == 1
+    assert values["requests_waiting", "silent", ""] == 0
+
+
+class Refusing(Failing):
+    """A model that raises an error instead of accepting a request."""
+
+    async def respond(self, _: Asked) -> Stream[OutputDelta]:
+        raise self._error
+
+
+REFUSALS: list[tuple[dict[str, Any], int]] = [
+    ({"model": "none"}, 404),
+    ({"model": "busy"}, 429),
+    ({"model": "busy", "stream": True}, 429),
+    ({"model": "broken"}, 503),
+    ({"model": "unfit"}, 400),
+    ({"model": "busy", "messages": []}, 400),
+    ({}, 401),
+]
+
+
+@pytest.mark.parametrize(("fields", "status"), REFUSALS)
+def test_refused_request_is_logged_as_one_line_without_traceback(
+    caplog: pytest.LogCaptureFixture, fields: dict[str, Any], status: int
+) -> None:
+    key, line = make_key()
+    backends = {
+        "busy": Failing(BusyError("full"), 0),
+        "broken": Failing(EngineError("dead"), 0),
+        "unfit": Refusing(InvalidRequestError("unfit"), 0),
+    }
+    server = Server(backends, ApiKeys((bytes.fromhex(line),)))
+    caplog.set_level(logging.INFO)
+    uvicorn = logging.getLogger("uvicorn")  # does not propagate
+    uvicorn.addHandler(caplog.handler)
+    asked = {"messages": [{"role": "user", "content": "a"}], **fields}
+    headers = {} if status == 401 else {"Authorization": f"Bearer {key}"}
     try:
-        with pytest.raises(openai.InternalServerError):
-            server.client().completions.create(model="silent", prompt="a")
-        counted = metrics(server)
-        assert counted["answers_total", "silent", "", "late"] == 1
-        assert counted["requests_waiting", "silent", ""] == 0
-    finally:
+        answer = httpx2.post(f"{server.url}/v1/chat/completions", json=asked, headers=headers)
         server.close()
+    finally:
+        uvicorn.removeHandler(caplog.handler)
+    assert answer.status_code == status
+    records = [one for one in caplog.records if not one.name.startswith("http")]
+    assert [one.getMessage() for one in records] == [f"POST /v1/chat/completions: status {status}"]
+    assert [(one.levelno, one.exc_info) for one in records] == [(logging.INFO, None)]
 
 
-def test_the_dashboard_asks_for_what_is_told() -> None:
-    dashboard = json.loads((REPOSITORY / "serve" / "grafana.json").read_text())
-    asked = {
+def test_answered_request_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    server = Server({"tiny": Scripted("one")})
+    caplog.set_level(logging.INFO)
+    server.client().completions.create(model="tiny", prompt="a")
+    server.close()
+    assert not [one for one in caplog.records if one.name.startswith("raytune_llama")]
+
+
+def test_dashboard_queries_every_metric_under_its_exported_name() -> None:
+    text = (REPOSITORY / "serve" / "grafana.json").read_text(encoding="utf-8")
+    dashboard = json.loads(text)
+    queried = {
         name
         for panel in dashboard["panels"]
         for target in panel["targets"]
-        for name in re.findall(r"raytune_llama_\w+", target["expr"])
+        for name in re.findall(r"\w*raytune_llama_\w+", target["expr"])
     }
-    families = ServeMetrics().families()
-    suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket",)}
-    told = {f.name + suffix for f in families for suffix in suffixes[f.type]}
-    assert asked == told
+    metrics = RecordedMetrics()
+    ServeMetrics(metrics)
+    assert queried == metrics.exported
+    # Its variables too.
+    assert set(re.findall(r"\w*raytune_llama_\w+", text)) == metrics.exported

@@ -1,6 +1,6 @@
 """The OpenAPI document is what the endpoint does, as schemathesis tries it out."""
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2 as httpx
@@ -19,10 +19,12 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from raytune_llama.serve.engine.loop import TransformersEngine
 from raytune_llama.serve.engine.protocol import Vectors
 from raytune_llama.serve.generation.completion import CompletionService
 from raytune_llama.serve.generation.embeddings import EmbeddingService
 from raytune_llama.serve.generation.model import ServedModel
+from raytune_llama.serve.generation.output import Stream
 from raytune_llama.serve.http.keys import ApiKeys, make_key
 from raytune_llama.serve.protocol.embeddings import EmbeddingRequest
 from tests.serve.http.test_routes import FOX, Here, Server
@@ -49,14 +51,15 @@ class Whole(Here):
         super().__init__(answerer)
         self._vectors = vectors
 
-    async def embed(self, request: EmbeddingRequest) -> AsyncGenerator[int | Vectors, None]:
-        async for item in self._vectors.respond(request):
-            yield item
+    async def embed(self, request: EmbeddingRequest) -> Stream[Vectors]:
+        return await self._vectors.respond(request)
 
 
 @pytest.fixture(scope="module")
-def guarded(answerer: CompletionService, served: ServedModel) -> Iterator[Server]:
-    whole = Whole(answerer, EmbeddingService(served, answerer._engine))
+def guarded(
+    answerer: CompletionService, served: ServedModel, served_engine: TransformersEngine
+) -> Iterator[Server]:
+    whole = Whole(answerer, EmbeddingService(served, served_engine))
     server = Server({"tiny": whole}, ApiKeys((bytes.fromhex(LINE),)))
     yield server
     server.close()

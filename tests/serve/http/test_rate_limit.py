@@ -1,10 +1,14 @@
-"""How much a key may ask for, over several gateways; and the sum of what they have counted."""
+"""Rate limits per key, over several replicas and over HTTP."""
 
+import openai
 import pytest
 
 from raytune_llama.serve.config import KeyLimits
-from raytune_llama.serve.http.metrics import ServeMetrics
-from raytune_llama.serve.http.rate_limit import GATEWAY_TIMEOUT_SECONDS, RateLimiter
+from raytune_llama.serve.http.keys import ApiKeys, make_key
+from raytune_llama.serve.http.rate_limit import REPLICA_TIMEOUT_SECONDS, RateLimiter
+from tests.serve.http.scripted import Scripted
+from tests.serve.http.test_hostile import until
+from tests.serve.http.test_routes import FOX, Server
 
 
 class Clock:
@@ -15,79 +19,110 @@ class Clock:
         return self.now
 
 
-def test_requests_a_minute_are_counted_over_all_gateways() -> None:
+def test_requests_a_minute_are_counted_over_all_replicas() -> None:
     clock = Clock()
-    ledger = RateLimiter(KeyLimits(requests_per_minute=4), clock=clock)
-    for gateway in ("a", "b", "a", "b"):
-        assert ledger.admit(gateway, "key") is None
-    wait = ledger.admit("a", "key")
+    limiter = RateLimiter(KeyLimits(requests_per_minute=4), clock=clock)
+    for replica in ("a", "b", "a", "b"):
+        assert limiter.admit(replica, "key") is None
+    wait = limiter.admit("a", "key")
     assert wait == pytest.approx(15.0)
-    assert ledger.admit("b", "other") is None
+    assert limiter.admit("b", "other") is None
     clock.now += 15.1
-    assert ledger.admit("b", "key") is None
-    assert ledger.admit("b", "key") is not None
+    assert limiter.admit("b", "key") is None
+    assert limiter.admit("b", "key") is not None
 
 
 def test_what_was_not_asked_for_does_not_add_up_without_end() -> None:
     clock = Clock()
-    ledger = RateLimiter(KeyLimits(requests_per_minute=3), clock=clock)
+    limiter = RateLimiter(KeyLimits(requests_per_minute=3), clock=clock)
     clock.now += 3600
-    assert [ledger.admit("a", "key") is None for _ in range(5)] == [True] * 3 + [False] * 2
+    assert [limiter.admit("a", "key") is None for _ in range(5)] == [True] * 3 + [False] * 2
 
 
 def test_requests_at_a_time_are_free_again_when_they_end() -> None:
-    ledger = RateLimiter(KeyLimits(concurrent=2), clock=Clock())
-    assert ledger.admit("a", "key") is None
-    assert ledger.admit("b", "key") is None
-    assert ledger.admit("a", "key") == 1.0
-    ledger.release("b", "key")
-    assert ledger.admit("a", "key") is None
-    assert ledger.admit("a", "key") is not None
+    limiter = RateLimiter(KeyLimits(concurrent=2), clock=Clock())
+    assert limiter.admit("a", "key") is None
+    assert limiter.admit("b", "key") is None
+    assert limiter.admit("a", "key") == 1.0
+    limiter.release("b", "key")
+    assert limiter.admit("a", "key") is None
+    assert limiter.admit("a", "key") is not None
 
 
-def test_what_a_dead_gateway_held_is_free() -> None:
+def test_requests_of_a_dead_replica_are_released() -> None:
     clock = Clock()
-    ledger = RateLimiter(KeyLimits(concurrent=1), clock=clock)
-    assert ledger.admit("dead", "key") is None
-    clock.now += GATEWAY_TIMEOUT_SECONDS - 1
-    assert ledger.admit("b", "key") is not None
+    limiter = RateLimiter(KeyLimits(concurrent=1), clock=clock)
+    assert limiter.admit("dead", "key") is None
+    clock.now += REPLICA_TIMEOUT_SECONDS - 1
+    assert limiter.admit("b", "key") is not None
     clock.now += 2
-    assert ledger.admit("b", "key") is None
+    assert limiter.admit("b", "key") is None
 
 
-def value(ledger: RateLimiter, name: str, **labels: str) -> float | None:
-    return next(
-        (
-            sample.value
-            for family in ledger.families()
-            for sample in family.samples
-            if sample.name == name and sample.labels == labels
-        ),
-        None,
-    )
-
-
-def test_counts_of_gateways_add_up_and_outlive_them() -> None:
+def test_requests_of_a_replica_that_is_kept_alive_stay_counted() -> None:
     clock = Clock()
-    ledger = RateLimiter(KeyLimits(), clock=clock)
-    meters = {"a": ServeMetrics(), "b": ServeMetrics()}
-    labels = {"model": "m", "adapter": ""}
-    for number, (gateway, meter) in enumerate(meters.items(), start=1):
-        meter.completion_tokens.labels("m", "").inc(10 * number)
-        meter.running_requests.labels("m", "").inc(number)
-        meter.time_to_first_token.labels("m", "").observe(0.03)
-        ledger.push(gateway, meter.families())
-    name = "raytune_llama_completion_tokens_total"
-    running = "raytune_llama_requests_running"
-    bucket = "raytune_llama_time_to_first_token_seconds_bucket"
-    assert value(ledger, name, **labels) == 30
-    assert value(ledger, running, **labels) == 3
-    assert value(ledger, bucket, **labels, le="0.05") == 2
-    assert value(ledger, bucket, **labels, le="0.025") == 0
-    clock.now += GATEWAY_TIMEOUT_SECONDS + 1
-    ledger.push("b", meters["b"].families())
-    assert value(ledger, name, **labels) == 30
-    assert value(ledger, running, **labels) == 2
-    # The same counts told again are not added again.
-    ledger.push("b", meters["b"].families())
-    assert value(ledger, name, **labels) == 30
+    limiter = RateLimiter(KeyLimits(concurrent=1), clock=clock)
+    assert limiter.admit("slow", "key") is None
+    for _ in range(5):
+        clock.now += REPLICA_TIMEOUT_SECONDS - 1
+        limiter.keep_alive("slow")
+    assert limiter.admit("b", "key") is not None
+    limiter.release("slow", "key")
+    assert limiter.admit("b", "key") is None
+
+
+class LocalRateLimits:
+    """The `RateLimitClient` of a replica in the same process."""
+
+    def __init__(self, limits: KeyLimits) -> None:
+        self._limiter = RateLimiter(limits)
+
+    async def admit(self, key: str) -> float | None:
+        return self._limiter.admit("here", key)
+
+    def release(self, key: str) -> None:
+        self._limiter.release("here", key)
+
+
+def test_a_key_that_asks_too_much_must_wait_and_others_need_not() -> None:
+    (key, line), (other, other_line) = make_key(), make_key()
+    server = Server(
+        {"tiny": Scripted("one")},
+        ApiKeys((bytes.fromhex(line), bytes.fromhex(other_line))),
+        rate_limiter=LocalRateLimits(KeyLimits(requests_per_minute=2)),
+    )
+    try:
+        for _ in range(2):
+            server.client(key).completions.create(model="tiny", prompt="a", max_tokens=1)
+        with pytest.raises(openai.RateLimitError) as caught:
+            server.client(key).completions.create(model="tiny", prompt="a", max_tokens=1)
+        assert 0 < int(caught.value.response.headers["Retry-After"]) <= 30
+        assert caught.value.code == "rate_limit_exceeded"
+        server.client(other).completions.create(model="tiny", prompt="a", max_tokens=1)
+        # Reading costs nothing.
+        assert server.client(key).models.list().data
+    finally:
+        server.close()
+
+
+def test_request_whose_client_left_is_released() -> None:
+    held = Scripted("one", "two", held=True)
+    limits = LocalRateLimits(KeyLimits(concurrent=1))
+    server = Server({"held": held, "free": Scripted("one")}, rate_limiter=limits)
+    client = server.client()
+
+    def is_admitted() -> bool:
+        try:
+            client.completions.create(model="free", prompt="a")
+        except openai.RateLimitError:
+            return False
+        return True
+
+    try:
+        stream = client.chat.completions.create(model="held", messages=FOX, stream=True)
+        next(iter(stream))
+        assert not is_admitted()
+        stream.close()
+        until(is_admitted)
+    finally:
+        server.close()

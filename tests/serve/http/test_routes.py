@@ -5,20 +5,25 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 import openai
 import pytest
 import uvicorn
+from starlette.types import ASGIApp
 
 from raytune_llama.serve.config import RequestLimits
 from raytune_llama.serve.errors import BusyError, EngineError
 from raytune_llama.serve.generation.completion import CompletionService
-from raytune_llama.serve.generation.output import OutputDelta
+from raytune_llama.serve.generation.output import OutputDelta, Stream
 from raytune_llama.serve.http.keys import ApiKeys, make_key
+from raytune_llama.serve.http.metrics import ServeMetrics
+from raytune_llama.serve.http.rate_limit import RateLimitClient
 from raytune_llama.serve.http.routes import build_http_app
 from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
+from tests.serve.conftest import ObservedScheduler
+from tests.serve.http.recorded_metrics import RecordedMetrics
 
 Asked = ChatRequest | CompletionRequest
 
@@ -26,12 +31,11 @@ Asked = ChatRequest | CompletionRequest
 class Here:
     """A model in this process."""
 
-    def __init__(self, answerer: CompletionService) -> None:
-        self._answerer = answerer
+    def __init__(self, service: CompletionService) -> None:
+        self._service = service
 
-    async def answer(self, request: Asked) -> AsyncGenerator[int | OutputDelta, None]:
-        async for item in self._answerer.respond(request):
-            yield item
+    async def respond(self, request: Asked) -> Stream[OutputDelta]:
+        return await self._service.respond(request)
 
     async def adapters(self) -> list[str]:
         return []
@@ -41,13 +45,15 @@ class Here:
 
 
 class Failing:
-    """A model that refuses or fails, after some parts."""
+    """A model that raises an error after some deltas; its health check does too."""
 
     def __init__(self, error: Exception, after: int) -> None:
         self._error, self._after = error, after
 
-    async def answer(self, request: Asked) -> AsyncGenerator[int | OutputDelta, None]:  # noqa: ARG002
-        yield 3
+    async def respond(self, _: Asked) -> Stream[OutputDelta]:
+        return Stream(3, self._fail())
+
+    async def _fail(self) -> AsyncGenerator[OutputDelta, None]:
         for number in range(self._after):
             yield OutputDelta(0, f"{number} ", 1)
         raise self._error
@@ -59,36 +65,65 @@ class Failing:
         raise self._error
 
 
-class Server:
-    """The application behind uvicorn, in a thread."""
+class AppServer:
+    """An ASGI application on uvicorn, in a thread, on a free port of loopback."""
+
+    def __init__(self, build: Callable[[str], ASGIApp]) -> None:
+        """Start serving.
+
+        Args:
+            build: returns the application that is served at a URL.
+        """
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        # Uvicorn's own records of requests are not shown.
+        config = uvicorn.Config(build(self.url), log_level="error")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            assert self._thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+
+    def client(self, key: str = "none", *, path: str = "") -> openai.OpenAI:
+        """Return a client.
+
+        Args:
+            key: API key.
+            path: path of the application.
+        """
+        return openai.OpenAI(base_url=f"{self.url}{path}/v1", api_key=key, max_retries=0)
+
+    def close(self) -> None:
+        """Wait until all responses have ended, and stop."""
+        self._server.should_exit = True
+        self._thread.join()
+
+
+class Server(AppServer):
+    """The application of models."""
 
     def __init__(
         self,
         backends: dict[str, Any],
         keys: ApiKeys | None = None,
         limits: RequestLimits | None = None,
-        **options: object,
+        rate_limiter: RateLimitClient | None = None,
     ) -> None:
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            self.port = one.getsockname()[1]
-        build: Any = build_http_app
-        app = build(backends, keys or ApiKeys(), limits, **options)
-        config = uvicorn.Config(app, host="127.0.0.1", port=self.port, log_level="error")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
-
-    def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0
+        self.metrics = RecordedMetrics()
+        app = build_http_app(
+            backends,
+            keys or ApiKeys(),
+            limits or RequestLimits(),
+            metrics=ServeMetrics(self.metrics),
+            rate_limiter=rate_limiter,
         )
+        super().__init__(lambda _: app)
 
     def close(self) -> None:
-        self._server.should_exit = True
-        self._thread.join()
+        super().close()
+        assert not self.metrics.problems
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +369,7 @@ def test_keys_guard_every_route_but_health(answerer: CompletionService) -> None:
 
 
 def test_client_that_goes_away_frees_what_it_held(
-    server: Server, answerer: CompletionService
+    server: Server, scheduler: ObservedScheduler
 ) -> None:
     client = server.client()
     for _ in range(20):
@@ -343,9 +378,7 @@ def test_client_that_goes_away_frees_what_it_held(
         )
         next(iter(stream))
         stream.close()
-    engine: Any = answerer._engine  # the slots are what this is about
-    stepper = engine._stepper
     deadline = time.monotonic() + 60
-    while stepper.num_running or stepper.num_waiting:
+    while not scheduler.is_idle:
         assert time.monotonic() < deadline
         time.sleep(0.05)

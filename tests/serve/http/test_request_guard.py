@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_llama.serve.http.bodies import measure_depth, read_json
+from raytune_llama.serve.http.request_guard import measure_depth, read_json
 
 VALUES = st.recursive(
     st.none()

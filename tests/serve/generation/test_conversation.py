@@ -16,7 +16,7 @@ from raytune_llama.chat.formats import RowFormat, read_row
 from raytune_llama.chat.row_fields import KeyCounts
 from raytune_llama.chat.templates.tokenizer import TokenizerTemplate
 from raytune_llama.chat.tools import ToolCallParser, place_tools
-from raytune_llama.serve.generation.messages import build_conversation
+from raytune_llama.serve.generation.completion import build_conversation
 from raytune_llama.serve.protocol.chat import ChatRequest
 from raytune_llama.tokenizer.loader import load_tokenizer
 from tests.chat.conftest import CHATML
