@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # takes over some of the others' when it is done: no process is idle at the end.
 PARALLEL := --numprocesses auto --dist worksteal
 
-.PHONY: help demo test test-fast test-all chaos check fresh-check bench venv tools clean-demo
+.PHONY: help demo test test-fast test-all chaos check fresh-check bench soak venv tools clean-demo
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -48,9 +48,15 @@ check: venv ## Check format, style, types, imports and language
 bench: venv ## Run the benchmarks: ours against a peer, a ratio each
 	python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	@set -e; for program in benchmarks/*.py; do \
+		[ "$$program" != benchmarks/serve_soak.py ] || continue; \
 		[ -e "$$program" ] || { echo "there are no benchmarks yet"; exit 0; }; \
 		echo "== $$program"; python "$$program"; \
 	done
+
+soak: venv ## Ask an endpoint for an hour and watch its processes (about 65 minutes)
+	python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	@echo "asks an endpoint for an hour: takes about 65 minutes; MINUTES=10 asks for ten"
+	python benchmarks/serve_soak.py --minutes $(or $(MINUTES),60)
 
 fresh-check: ## Try the README's commands on a bare Debian (needs root and debootstrap)
 	COMMANDS="$(COMMANDS)" tests/fresh/check.sh

@@ -132,17 +132,14 @@ async def watch(record: SoakRecord) -> None:
 
 async def send_all(client: MixedClient, record: SoakRecord, arrivals: Sequence[float]) -> None:
     """Send a request at each of the times, and await all answers."""
-    running: set[asyncio.Task[None]] = set()
 
     async def one(number: int) -> None:
         record.add(client.kind_of(number), await client.ask(number))
 
-    for number, when in enumerate(arrivals):
-        await asyncio.sleep(record.start + when - time.perf_counter())
-        task = asyncio.create_task(one(number))
-        running.add(task)
-        task.add_done_callback(running.discard)
-    await asyncio.gather(*running)
+    async with asyncio.TaskGroup() as group:
+        for number, when in enumerate(arrivals):
+            await asyncio.sleep(record.start + when - time.perf_counter())
+            group.create_task(one(number))
 
 
 def slope_per_hour(samples: Sequence[tuple[float, ProcessUsage]], warm_seconds: float) -> float:

@@ -124,8 +124,11 @@ def _part(pid: int) -> tuple[str, str]:
     name = command.rpartition("/")[2]
     if name == HAPROXY:
         return HAPROXY, HAPROXY
-    part = _COMMANDS.get(command, OTHERS)
-    return part, command.removeprefix("ray::").partition(":")[0] if part == PROXY else part
+    for actor, part in _COMMANDS.items():
+        # While a method runs, Ray appends its name.
+        if command == actor or command.startswith(f"{actor}."):
+            return part, actor.removeprefix("ray::") if part == PROXY else part
+    return OTHERS, OTHERS
 
 
 def _engine_threads(pid: int) -> Iterator[Path]:

@@ -24,7 +24,7 @@ _COMPLETIONS, _CHAT = "/completions", "/chat/completions"
 _EVENTS_BEFORE_LEAVING = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RequestKind:
     """A kind of request."""
 

@@ -221,15 +221,15 @@ class GatewayConfig:
     """Names of the models, in the order in which they are listed."""
 
     keys_file: str | None = None
-    """File with the hashes of API keys, that of the models' applications; null: only the keys in the
-    environment variable RAYTUNE_LLAMA_API_KEYS."""
+    """File with the hashes of API keys, that of the models' applications; null: only the keys in
+    the environment variable RAYTUNE_LLAMA_API_KEYS."""
 
     limits: RequestLimits = RequestLimits()
     """Limits of every request, those of the models' applications."""
 
     key_limits: KeyLimits = KeyLimits()
-    """Rate limits per API key, those of the models' applications; these set `shared_limits_app` to the
-    gateway's."""
+    """Rate limits per API key, those of the models' applications, which set `shared_limits_app` to
+    the gateway's."""
 
     @model_validator(mode="after")
     def _check(self) -> "GatewayConfig":

@@ -126,7 +126,9 @@ class _Upstream:
                 body = await response.aread()
             except httpx2.HTTPError as error:
                 raise _unavailable(name) from error
-            return Response(body, response.status_code, _end_to_end(response.headers))
+            headers = _end_to_end(response.headers)
+            headers.pop("content-encoding", None)  # decoded above
+            return Response(body, response.status_code, headers)
 
         return list(await asyncio.gather(*map(fetch, models)))
 

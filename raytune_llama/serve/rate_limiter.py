@@ -7,8 +7,8 @@ it, which is logged: API keys protect access, rate limits only share the load am
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable
-from typing import Any, TypeVar
+from collections.abc import Coroutine
+from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
@@ -22,8 +22,6 @@ from raytune_llama.serve.http.rate_limit import (
     RateLimitClient,
     RateLimiter,
 )
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +55,21 @@ class RateLimiterReplica:
 class RateLimiterHandle:
     """`RateLimitClient` of a replica."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle, self._name = handle, uuid.uuid4().hex
+    def __init__(self, app_name: str) -> None:
+        """Connect to an application's rate limiter at the first request.
+
+        Args:
+            app_name: application of the rate limiter, which may be deployed later than this one.
+        """
+        self._app_name, self._name = app_name, uuid.uuid4().hex
+        self._handle: DeploymentHandle | None = None
         self._num_running = 0
         # The event loop keeps no strong references to tasks.
         self._tasks: set[asyncio.Task[object]] = set()
 
     async def admit(self, key: str) -> float | None:
         """Admit a request; see `RateLimitClient`."""
-        wait = await self._ask(self._handle.admit.remote(self._name, key))
+        wait = await self._call("admit", key)
         if wait is None:
             self._num_running += 1
             if self._num_running == 1:
@@ -75,23 +79,30 @@ class RateLimiterHandle:
     def release(self, key: str) -> None:
         """Record the end of a request."""
         self._num_running -= 1
-        self._start(self._ask(self._handle.release.remote(self._name, key)))
+        self._start(self._call("release", key))
 
     async def _keep_alive(self) -> None:
         """Report this replica as alive as long as it has running requests."""
         while self._num_running:
             await asyncio.sleep(REPLICA_TIMEOUT_SECONDS / 4)
-            await self._ask(self._handle.keep_alive.remote(self._name))
+            await self._call("keep_alive")
 
-    def _start(self, work: Any) -> None:  # noqa: ANN401  # any coroutine
-        task = asyncio.ensure_future(work)
+    def _start(self, work: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _ask(self, response: Awaitable[T]) -> T | None:
+    async def _call(self, method: str, *arguments: str) -> float | None:
+        """Call a method of the deployment; return None if it does not respond."""
         try:
+            if self._handle is None:
+                # In a thread: it asks Ray Serve's controller whether the deployment exists.
+                self._handle = await asyncio.to_thread(
+                    serve.get_deployment_handle, RATE_LIMITER_NAME, self._app_name
+                )
+            response: Any = getattr(self._handle, method).remote(self._name, *arguments)
             return await asyncio.wait_for(response, TIMEOUT_SECONDS)
-        except (TimeoutError, RayError, RayServeException) as error:
+        except (KeyError, TimeoutError, RayError, RayServeException) as error:
             logger.warning("rate limiter does not respond, continuing without it: %r", error)
             return None
 
@@ -119,5 +130,4 @@ def connect_rate_limiter(limits: KeyLimits, app_name: str | None) -> RateLimitCl
     """
     if limits == KeyLimits():
         return None
-    app_name = app_name or serve.get_replica_context().app_name
-    return RateLimiterHandle(serve.get_deployment_handle(RATE_LIMITER_NAME, app_name))
+    return RateLimiterHandle(app_name or serve.get_replica_context().app_name)

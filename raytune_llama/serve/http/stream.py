@@ -99,8 +99,10 @@ class ObservedStream(Generic[T]):
         """Stop the model's work on the request, and record how the request has ended."""
         stream, self._stream = self._stream, None
         if stream is not None:
-            self._recorder.end(self._outcome)
-            await stream.aclose()
+            try:
+                await stream.aclose()
+            finally:
+                self._recorder.end(self._outcome)
 
     async def _in_time(self, item: Awaitable[V]) -> V:
         """Await an item within the time limits, and remember how the request ends with it."""
