@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raytune_llama.config.errors import UserError
 from raytune_llama.model.embeddings import embedding_layers, new_rows_name
-from raytune_llama.model.lora import is_tied
 from raytune_llama.model.tensors import TensorSpec, WeightsWriter, open_weights
 from raytune_llama.model.vocab import (
     has_tokenizer,
     initialize_new_rows,
+    is_tied,
     new_ids,
     split_new_tokens,
 )

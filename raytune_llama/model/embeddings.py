@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from raytune_llama.config.errors import UserError
 from raytune_llama.model.config import EmbeddingsConfig
-from raytune_llama.model.lora import is_tied
+from raytune_llama.model.vocab import is_tied
 
 logger = logging.getLogger(__name__)
 

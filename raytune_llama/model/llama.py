@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, BloomModel, PreTrainedModel
@@ -190,7 +189,9 @@ def load_model(
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """Return the causal LM inside an adapter wrapper, or the model itself."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    # PEFT's, which takes seconds to import and is not needed without an adapter.
+    get_base_model = getattr(model, "get_base_model", None)
+    inner = model if get_base_model is None else get_base_model()
     assert isinstance(inner, PreTrainedModel)
     return inner
 

@@ -22,6 +22,7 @@ from raytune_llama.model.adapter import Adapter
 from raytune_llama.model.adapter_config import ADAPTER_CONFIG_FILE
 from raytune_llama.model.config import LoraConfig
 from raytune_llama.model.pissa import plain_lora_settings, to_plain_lora
+from raytune_llama.model.vocab import is_tied
 
 logger = logging.getLogger(__name__)
 
@@ -328,12 +329,6 @@ def _trained_shapes(attached: PeftModel) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors that PEFT saves of a model, by key."""
     state = peft.get_peft_model_state_dict(attached, save_embedding_layers=False)
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the output projection and the input embedding share one table."""
-    output = model.get_output_embeddings()
-    return output is not None and output.weight is model.get_input_embeddings().weight
 
 
 def write_adapter(

@@ -238,3 +238,9 @@ def num_embedding_rows(model: PreTrainedModel) -> int:
 def _embedding_tables(model: PreTrainedModel) -> list[torch.Tensor]:
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     return [cast("torch.Tensor", layer.weight) for layer in layers if layer is not None]
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output projection and the input embedding share one table."""
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is model.get_input_embeddings().weight

@@ -9,7 +9,6 @@ the endpoint is served on loopback only, whichever config started the proxy.
 
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -21,6 +20,7 @@ from raytune_llama.serve.config import (
     GatewayConfig,
     ReplicaConfig,
     ServeConfig,
+    check_model_path,
     read_arguments,
     read_gateway_arguments,
 )
@@ -116,8 +116,7 @@ def build_app(config: ServeConfig) -> serve.Application:
 
     Raises:
         ConfigError: there are several models, the keys file is invalid, the running proxy is
-            reachable from other hosts without API keys, or a directory on this machine is not a
-            model directory.
+            reachable from other hosts without API keys, or a path is not a model directory.
     """
     model, *others = config.models
     if others:
@@ -129,14 +128,9 @@ def build_app(config: ServeConfig) -> serve.Application:
             ]
         )
     built_with = _check_keys(config.keys_file)
-    # On a cluster, an absolute path may exist only on the replicas' nodes.
-    if Path(model.path).exists() or not Path(model.path).is_absolute():
-        # Imports PyTorch and transformers.
-        from raytune_llama.model.llama import check_model_directory
-
-        problems = check_model_directory(Path(model.path))
-        if problems:
-            raise ConfigError([text.replace("model.path", "models.0.path", 1) for text in problems])
+    problems = check_model_path(model.path, may_be_remote=True)
+    if problems:
+        raise ConfigError([f"models.0.path: {text}" for text in problems])
     limiter = None if config.shared_limits_app else bind_rate_limiter(config.key_limits)
     bound = () if limiter is None else (limiter,)
     return _model_deployment(config.replicas).bind(model, config, built_with, *bound)

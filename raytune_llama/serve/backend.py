@@ -6,7 +6,6 @@ from collections.abc import Hashable
 import torch
 
 from raytune_llama.model.vocab import num_embedding_rows
-from raytune_llama.serve.adapters.loading import AdapterLoader
 from raytune_llama.serve.adapters.pool import AdapterPool
 from raytune_llama.serve.adapters.registry import AdapterRegistry
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
@@ -91,6 +90,9 @@ class LoadedModel:
 
         self._service = make_service(served, None)
         if model.adapters_dir is not None:
+            # Imports PEFT, which takes seconds.
+            from raytune_llama.serve.adapters.loading import AdapterLoader
+
             self._pool = AdapterPool(
                 self._service,
                 AdapterRegistry.from_path(model.adapters_dir),

@@ -255,6 +255,27 @@ class EndpointConfig(ServeConfig):
     0.0.0.0. On a running cluster: what it was started with."""
 
 
+def check_model_path(path: str, *, may_be_remote: bool) -> list[str]:
+    """Return why a path can't be a model directory; empty if it may be one.
+
+    Only names of files are looked at, which needs no PyTorch; replicas check the rest.
+
+    Args:
+        path: path of a model directory.
+        may_be_remote: whether an absolute path may exist only on the replicas' nodes.
+    """
+    folder = Path(path)
+    if may_be_remote and folder.is_absolute() and not folder.exists():
+        return []
+    if not folder.is_dir():
+        return [f"{path} does not exist; give a model directory, as `raytune merge` writes it"]
+    if not (folder / "config.json").is_file():
+        return [f"{path} has no config.json; give a Hugging Face model directory"]
+    if not any(folder.glob("*.safetensors")):
+        return [f"{path} has no weights as .safetensors; convert or download them in that format"]
+    return []
+
+
 def _path_problems(names: Sequence[str]) -> list[str]:
     """Return what is wrong with names of models that are paths of an endpoint's URL."""
     return [

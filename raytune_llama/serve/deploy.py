@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 import yaml
@@ -19,7 +19,7 @@ from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.connection import connect_to_ray
 from raytune_llama.logs import waiting
-from raytune_llama.serve.config import EndpointConfig, RequestLimits
+from raytune_llama.serve.config import EndpointConfig, RequestLimits, check_model_path
 from raytune_llama.serve.proxy import (
     check_port,
     choose_proxy,
@@ -28,6 +28,9 @@ from raytune_llama.serve.proxy import (
     proxy_environment,
     read_key_hashes,
 )
+
+if TYPE_CHECKING:
+    from raytune_llama.serve.app import NamedApp
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ def serve_until_interrupted(config: EndpointConfig, announce: Callable[[str], ob
             with waiting(logger, what, usually="15 to 40 s, and 2 to 10 s per GB of weights"):
                 _wait_for_controller(proxies)
                 for one in apps:
-                    serve.run(one.app, name=one.name, route_prefix=one.route_prefix)
+                    _deploy(one)
                 proxies.result()
             names = ", ".join(model.served_name for model in config.models)
             announce(f"serving {names} at http://{config.host}:{config.port}/v1; Ctrl-C stops it")
@@ -80,6 +83,28 @@ def serve_until_interrupted(config: EndpointConfig, announce: Callable[[str], ob
     return 0
 
 
+def _deploy(one: "NamedApp") -> None:
+    """Deploy an application and wait until its replicas are ready.
+
+    Raises:
+        UserError: a replica has found a mistake that the user has to fix.
+        RuntimeError: it failed for another reason.
+    """
+    from ray import serve
+
+    try:
+        serve.run(one.app, name=one.name, route_prefix=one.route_prefix)
+    except RuntimeError as error:
+        status = serve.status().applications.get(one.name)
+        messages = [part.message for part in status.deployments.values()] if status else []
+        # A replica's error arrives as the text of its traceback.
+        found = [text.partition(f"{ConfigError.__name__}: ")[2].strip() for text in messages]
+        reasons = [text for text in found if text]
+        if not reasons:
+            raise
+        raise UserError("\n".join(dict.fromkeys(reasons))) from error
+
+
 def _check(config: EndpointConfig) -> None:
     """Find what can be found before Ray is started.
 
@@ -88,16 +113,13 @@ def _check(config: EndpointConfig) -> None:
             address that other hosts reach.
         UserError: the port is in use.
     """
-    missing = [
-        f"models.{number}.path: {model.path} does not exist; give a model directory, as "
-        "`raytune merge` writes it"
+    problems = [
+        f"models.{number}.path: {text}"
         for number, model in enumerate(config.models)
-        # On a cluster, an absolute path may exist only on the replicas' nodes.
-        if not Path(model.path).exists()
-        and not (is_on_cluster() and Path(model.path).is_absolute())
+        for text in check_model_path(model.path, may_be_remote=is_on_cluster())
     ]
-    if missing:
-        raise ConfigError(missing)
+    if problems:
+        raise ConfigError(problems)
     if not is_on_cluster():
         check_port(config.host, config.port)
     keys = read_key_hashes(config.keys_file)

@@ -21,14 +21,13 @@ from raytune_llama.data.build.text_corpus import document_ends
 from raytune_llama.data.store.token_store import TokenSplit, TokenStore
 from raytune_llama.model.directory import stored_tables
 from raytune_llama.model.llama import has_weights
-from raytune_llama.model.lora import is_tied
 from raytune_llama.model.table_rows import (
     describe_rows,
     find_untrained_rows,
     read_rows,
     read_table_sample,
 )
-from raytune_llama.model.vocab import VocabularyFit
+from raytune_llama.model.vocab import VocabularyFit, is_tied
 from raytune_llama.tokenizer.loader import control_token_ids
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig, SftConfig
 from raytune_llama.train.untrained_rows import frozen_tables, modules_to_save

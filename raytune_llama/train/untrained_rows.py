@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from raytune_llama.model.adapter_config import read_adapter_config
 from raytune_llama.model.embeddings import embedding_layers, trained_layers
-from raytune_llama.model.lora import is_tied
-from raytune_llama.model.vocab import VocabularyFit
+from raytune_llama.model.vocab import VocabularyFit, is_tied
 from raytune_llama.storage.files import read_manifest
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 

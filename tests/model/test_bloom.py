@@ -9,8 +9,9 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from raytune_llama.model.config import LoraConfig
 from raytune_llama.model.llama import SummedLoss
-from raytune_llama.model.lora import attach_adapter, is_tied
+from raytune_llama.model.lora import attach_adapter
 from raytune_llama.model.loss import IGNORE_INDEX
+from raytune_llama.model.vocab import is_tied
 
 ROWS = 64
 

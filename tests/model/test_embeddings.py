@@ -22,8 +22,7 @@ from raytune_llama.model.config import EmbeddingsConfig, ModelConfig
 from raytune_llama.model.directory import stored_tables, write_with_trained_tables
 from raytune_llama.model.embeddings import check_embeddings, projection_weight, train_embeddings
 from raytune_llama.model.llama import SummedLoss, build_empty_model, load_model
-from raytune_llama.model.lora import is_tied
-from raytune_llama.model.vocab import new_ids
+from raytune_llama.model.vocab import is_tied, new_ids
 from raytune_llama.tokenizer.loader import load_tokenizer
 from tests.model.conftest import MakeModel
 

@@ -21,10 +21,10 @@ from raytune_llama.model.lora import (
     attach_adapter,
     check_adapter_targets,
     check_trainable,
-    is_tied,
     load_adapter,
     write_adapter,
 )
+from raytune_llama.model.vocab import is_tied
 from tests.model.conftest import MakeModel, llama_config
 
 IDS = torch.arange(5, 25)[None]

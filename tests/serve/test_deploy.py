@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,15 +14,22 @@ import pytest
 
 from raytune_llama.serve.config import RequestLimits
 from raytune_llama.serve.deploy import environment_lines
-from raytune_llama.serve.proxy import BINARY_VARIABLE, HAPROXY_SWITCH, WRAPPER
+from raytune_llama.serve.proxy import BINARY_VARIABLE, HAPROXY_SWITCH, WRAPPER, find_free_ports
 from tests.conftest import PROXY
 
 CODE = "from raytune_llama.cli import main; main()"
 
 
+def user_environment() -> dict[str, str]:
+    """The environment without the tests' own choice of ports, which is for their cluster."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_SERVE_")}
+
+
 def run_raytune(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", CODE, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=user_environment()
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,6 +63,22 @@ def test_environment_of_a_cluster_is_printed_for_a_shell_to_read() -> None:
     assert shlex.split(shown) == ["1", str(WRAPPER)]
 
 
+@pytest.mark.slow  # A Ray cluster and replicas of its own: a minute.
+@pytest.mark.ray
+def test_mistake_that_replicas_find_is_told_by_its_reason_alone(
+    served_dir: Path, tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(served_dir, tmp_path / "damaged")
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    done = run_raytune("serve", f"model_dir={damaged}", f"port={find_free_ports(1)[0]}")
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("path: ")
+    assert "model.safetensors" in last
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow  # A Ray cluster and a replica of its own: half a minute.
 @pytest.mark.ray
 def test_serve_answers_until_it_is_interrupted(served_dir: Path) -> None:
@@ -62,13 +86,11 @@ def test_serve_answers_until_it_is_interrupted(served_dir: Path) -> None:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     arguments = [f"model_dir={served_dir}", "models.0.template=belle", f"port={port}"]
-    # As a user's shell: the tests' own choice of ports is for their cluster.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_SERVE_")}
     with subprocess.Popen(
         [sys.executable, "-c", CODE, "serve", *arguments, f"proxy={PROXY}"],
         stdout=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=user_environment(),
     ) as served:
         assert served.stdout is not None
         line = served.stdout.readline()

@@ -178,5 +178,8 @@ def test_a_damaged_model_is_refused_with_the_reason(
     damaged = shutil.copytree(served_dir, tmp_path / "damaged")
     file = damaged / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(Exception, match=r"model\.safetensors"):  # of Ray's choice
+    with pytest.raises(RuntimeError):
         run_model(damaged)
+    message = serve.status().applications["llm"].deployments["model"].message
+    assert "ConfigError: path: " in message
+    assert "model.safetensors" in message

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 from raytune_llama.merge.config import MergeConfig
 from raytune_llama.merge.merger import merge_adapters
 from raytune_llama.model.llama import SummedLoss, causal_lm, load_model
-from raytune_llama.model.lora import is_tied
-from raytune_llama.model.vocab import new_ids
+from raytune_llama.model.vocab import is_tied, new_ids
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import hash_tokenizer, load_tokenizer
 from raytune_llama.train.checkpoint.layout import list_checkpoints

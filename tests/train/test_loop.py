@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.data.store.token_store import TokenStore
 from raytune_llama.model.llama import causal_lm
-from raytune_llama.model.lora import is_tied
 from raytune_llama.model.loss import IGNORE_INDEX
+from raytune_llama.model.vocab import is_tied
 from raytune_llama.storage.hashes import hash_file
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import load_tokenizer

@@ -26,12 +26,16 @@ from raytune_llama.model.lineage import CHAT_KEY, find_leading_ids
 from raytune_llama.model.llama import check_not_quantized
 from raytune_llama.model.lora import (
     check_adapter_fits,
-    is_tied,
     load_adapter_state,
     read_peft_config,
 )
 from raytune_llama.model.rope import apply_rope_settings, read_model_settings
-from raytune_llama.model.vocab import describe_tokenizer_mismatch, has_tokenizer, num_embedding_rows
+from raytune_llama.model.vocab import (
+    describe_tokenizer_mismatch,
+    has_tokenizer,
+    is_tied,
+    num_embedding_rows,
+)
 from raytune_llama.serve.config import ServedModelConfig
 from raytune_llama.serve.engine.lora import LoraLayerWeights
 from raytune_llama.serve.generation.model import (

@@ -11,8 +11,8 @@ import logging
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from raytune_llama.serve.adapters.loading import AdapterLoader, LoadedAdapter
 from raytune_llama.serve.adapters.registry import AdapterRegistry, RegisteredAdapter, RegistryError
 from raytune_llama.serve.engine.loop import TransformersEngine
 from raytune_llama.serve.engine.scheduler import BatchScheduler
@@ -26,6 +26,9 @@ from raytune_llama.serve.generation.completion import CompletionService
 from raytune_llama.serve.generation.model import ServedModel
 from raytune_llama.serve.generation.output import OutputDelta, Stream
 from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
+
+if TYPE_CHECKING:  # it imports PEFT, which takes seconds
+    from raytune_llama.serve.adapters.loading import AdapterLoader, LoadedAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ class AdapterPool:
         self,
         base: CompletionService,
         registry: AdapterRegistry,
-        loader: AdapterLoader,
+        loader: "AdapterLoader",
         engine: TransformersEngine,
         *,
         make_answerer: Callable[[ServedModel, Hashable | None], CompletionService],
@@ -217,7 +220,7 @@ class AdapterPool:
         logger.info("adapter %s, version %s: loaded", name, version.listed.version)
         return self._make_answerer(loaded.served, version.key)
 
-    def _read(self, listed: RegisteredAdapter) -> tuple[RegisteredAdapter, LoadedAdapter]:
+    def _read(self, listed: RegisteredAdapter) -> "tuple[RegisteredAdapter, LoadedAdapter]":
         """Read an adapter; retry if it is written meanwhile."""
         for _ in range(_NUM_ATTEMPTS):
             loaded, problem = None, ""
