@@ -12,7 +12,7 @@ import ipaddress
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from raytune_llama.config.errors import UserError
@@ -212,7 +212,10 @@ def is_loopback(host: str | None) -> bool:
 
 
 def check_exposure(
-    host: str | None, keys: ApiKeys, environment: Mapping[str, str] = os.environ
+    host: str | None,
+    keys: ApiKeys,
+    environment: Mapping[str, str] = os.environ,
+    machines: Sequence[str] | None = None,
 ) -> None:
     """Refuse to serve beyond loopback without keys, and on loopback of several machines.
 
@@ -220,6 +223,7 @@ def check_exposure(
         host: address that the proxy and, with HAProxy, the replicas listen on.
         keys: accepted API keys.
         environment: variables of a process of Ray Serve; by default this one's.
+        machines: addresses of the cluster's nodes; None: of those that are alive.
 
     Raises:
         ConfigError: there are no keys, and the host is unknown or not a loopback address, or
@@ -242,25 +246,26 @@ def check_exposure(
                 "that `raytune serve-env` prints, or set keys_file to a file of key hashes"
             ]
         )
-    if uses_haproxy and is_loopback(host) and len(_other_machines()) > 0:
-        raise ConfigError(
-            [
-                f"http_options.host: got {host}, but the cluster has nodes on other machines "
-                f"({', '.join(_other_machines())}), whose replicas HAProxy could not reach; set "
-                f"http_options.host to 0.0.0.0 and keys_file, or start Ray with {HAPROXY_SWITCH}=0"
-            ]
-        )
+    if uses_haproxy and is_loopback(host):
+        found = _node_addresses() if machines is None else machines
+        if sum(not is_loopback(address) for address in found) > 1:
+            raise ConfigError(
+                [
+                    f"http_options.host: got {host}, but the cluster has nodes on several machines "
+                    f"({', '.join(found)}), which HAProxy could not reach there; set it to 0.0.0.0 "
+                    f"and set keys_file, or start Ray with {HAPROXY_SWITCH}=0"
+                ]
+            )
 
 
 def _is_wrapped(environment: Mapping[str, str]) -> bool:
     return Path(environment.get(BINARY_VARIABLE, "")).name == WRAPPER.name
 
 
-def _other_machines() -> list[str]:
-    """Return the addresses of the cluster's nodes, if they are not all on one machine."""
+def _node_addresses() -> list[str]:
+    """Return the addresses of the cluster's nodes; none without a cluster."""
     import ray
 
     if not ray.is_initialized():
         return []
-    nodes = sorted({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
-    return nodes if sum(not is_loopback(address) for address in nodes) > 1 else []
+    return sorted({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})

@@ -22,6 +22,7 @@ from raytune_llama.serve.proxy import (
     check_port,
     choose_proxy,
     is_loopback,
+    missing_variables,
     proxy_environment,
 )
 from tests.conftest import PROXY
@@ -94,6 +95,27 @@ def speaks_http(address: str, port: int) -> bool:
     return True
 
 
+def test_loopback_of_several_machines_is_refused_with_haproxy_only() -> None:
+    machines = ["10.0.0.1", "10.0.0.2"]
+    with pytest.raises(ConfigError, match=r"http_options\.host: got 127\.0\.0\.1, but the cluster"):
+        check_exposure("127.0.0.1", KEYS, WRAPPED, machines)
+    check_exposure("0.0.0.0", KEYS, WRAPPED, machines)  # noqa: S104
+    check_exposure("127.0.0.1", KEYS, {}, machines)
+    # Several nodes of one machine reach each other, and so does one machine's address itself.
+    check_exposure("127.0.0.1", KEYS, WRAPPED, ["10.0.0.1"])
+    check_exposure("127.0.0.1", KEYS, WRAPPED, ["127.0.77.1", "127.0.77.2"])
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_variables_that_a_running_cluster_lacks_are_named() -> None:
+    names = (HAPROXY_SWITCH, BINARY_VARIABLE)
+    own = {name: os.environ[name] for name in names if name in os.environ}
+    assert missing_variables(own) == []
+    other = {HAPROXY_SWITCH: str(int(PROXY != "haproxy"))}
+    assert missing_variables(other) == [f"{HAPROXY_SWITCH}={other[HAPROXY_SWITCH]}"]
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_no_port_of_the_endpoint_listens_beyond_loopback(url: str, served_dir: Path) -> None:
@@ -105,26 +127,22 @@ def test_no_port_of_the_endpoint_listens_beyond_loopback(url: str, served_dir: P
         if found.status == psutil.CONN_LISTEN
     }
     closed = [port for address, port in listening if is_loopback(address)]
-    # The endpoint; behind HAProxy also its statistics and metrics, and the replica's own.
+    # The endpoint; with HAProxy also its statistics and metrics, and the replica's own.
     assert int(url.rpartition(":")[2]) in closed
     names = ("STATS_PORT", "METRICS_PORT") if PROXY == "haproxy" else ()
     assert {int(os.environ[f"RAY_SERVE_HAPROXY_{name}"]) for name in names} <= set(closed)
     assert all(map(speaks_http, ["127.0.0.1"] * len(closed), closed))
     opened = [(address, port) for address, port in listening if not is_loopback(address)]
     assert not [one for one in opened if speaks_http("127.0.0.1", one[1])]
+    if PROXY == "haproxy":
+        check_haproxy(url)
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.skipif(PROXY != "haproxy", reason="HAProxy's own files and limits")
-def test_haproxy_is_closed_to_other_users_and_leaves_limits_to_the_replica(
-    url: str, served_dir: Path
-) -> None:
-    run_model(served_dir)
+def check_haproxy(url: str) -> None:
+    """Check that HAProxy is closed to other users, and leaves limits to the replica."""
     node = ray.nodes()[0]["NodeID"]
     folder = Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
-    socket_mode = (folder / node / "admin.sock").stat().st_mode
-    assert stat.S_IMODE(socket_mode) == 0o600
+    assert stat.S_IMODE((folder / node / "admin.sock").stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     # Wider than HAProxy's default buffer, which would refuse it with a page of its own.
     wide = httpx2.get(f"{url}/v1/models", headers={"X-Note": "x" * 40_000}, trust_env=False)
