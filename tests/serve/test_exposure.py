@@ -1,5 +1,6 @@
 """Without keys nothing of the endpoint listens beyond loopback; see `raytune_llama.serve.proxy`."""
 
+import contextlib
 import os
 import socket
 import stat
@@ -79,11 +80,15 @@ def test_taken_port_is_refused_by_name_and_a_free_one_is_not() -> None:
     check_port("127.0.0.1", port)
 
 
-def serve_processes() -> list[psutil.Process]:
+def serve_pids() -> set[int]:
     """Processes of this cluster's endpoint: proxies, HAProxy and replicas."""
-    own = psutil.Process().children(recursive=True)
     signs = ("ServeReplica", "ProxyActor", "HAProxyMan", "haproxy")
-    return [one for one in own if any(sign in " ".join(one.cmdline()) for sign in signs)]
+    pids: set[int] = set()
+    for one in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a HAProxy that was replaced
+            if any(sign in " ".join(one.cmdline()) for sign in signs):
+                pids.add(one.pid)
+    return pids
 
 
 def speaks_http(address: str, port: int) -> bool:
@@ -120,11 +125,11 @@ def test_variables_that_a_running_cluster_lacks_are_named() -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_no_port_of_the_endpoint_listens_beyond_loopback(url: str, served_dir: Path) -> None:
     run_model(served_dir)
+    pids = serve_pids()
     listening = {
-        (found.laddr.ip, found.laddr.port)
-        for process in serve_processes()
-        for found in process.net_connections(kind="tcp")
-        if found.status == psutil.CONN_LISTEN
+        (found.laddr[0], found.laddr[1])
+        for found in psutil.net_connections(kind="tcp")
+        if found.status == psutil.CONN_LISTEN and found.pid in pids and found.laddr
     }
     closed = [port for address, port in listening if is_loopback(address)]
     # The endpoint; with HAProxy also its statistics and metrics, and the replica's own.
