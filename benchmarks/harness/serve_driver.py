@@ -217,7 +217,32 @@ def reordered_share(queued: Sequence[RequestResult], tie_seconds: float = 0.0) -
     return reordered / together if together else math.nan
 
 
-class HttpClient:
+class HttpSession:
+    """Connections of a client, open within `async with`."""
+
+    def __init__(self, timeout_seconds: float) -> None:
+        """Prepare; a request fails after so many seconds."""
+        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        """Open the connections' pool, which has no bound."""
+        connector = aiohttp.TCPConnector(limit=0)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close all connections."""
+        if self._session is not None:
+            await self._session.close()
+
+
+class HttpClient(HttpSession):
     """Sends streamed requests to an endpoint that speaks OpenAI's API."""
 
     def __init__(
@@ -242,24 +267,7 @@ class HttpClient:
         self._headers = {"Content-Type": "application/json"}
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
-        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
-        self._session: aiohttp.ClientSession | None = None
-
-    async def __aenter__(self) -> Self:
-        """Open the connections' pool, which has no bound."""
-        connector = aiohttp.TCPConnector(limit=0)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
+        super().__init__(timeout_seconds)
 
     async def ask(self, number: int) -> RequestResult:
         """Send a request and read its answer; what goes wrong is in the outcome."""

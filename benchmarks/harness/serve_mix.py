@@ -5,13 +5,12 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import aiohttp
 
 from .endpoint import MODEL_NAME
-from .serve_driver import NO_STATUS, RequestResult, read_stream
+from .serve_driver import NO_STATUS, HttpSession, RequestResult, read_stream
 from .serve_material import Prompt
 
 CLIENT_GONE = 499
@@ -64,7 +63,7 @@ KINDS = (
 """Kinds of requests of a soak test."""
 
 
-class MixedClient:
+class MixedClient(HttpSession):
     """Sends requests of all kinds in an order drawn from a seed."""
 
     def __init__(
@@ -82,24 +81,7 @@ class MixedClient:
         self._url, self._prompts, self._num_new = url, prompts, num_new
         self._order = [kind for kind in KINDS for _ in range(kind.weight)]
         random.Random(seed).shuffle(self._order)
-        self._timeout = aiohttp.ClientTimeout(total=seconds)
-        self._session: aiohttp.ClientSession | None = None
-
-    async def __aenter__(self) -> Self:
-        """Open the connections' pool, which has no bound."""
-        connector = aiohttp.TCPConnector(limit=0)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
+        super().__init__(seconds)
 
     def kind_of(self, number: int) -> RequestKind:
         """Return the kind of the request of a number."""

@@ -7,7 +7,6 @@ it, which is logged: API keys protect access, rate limits only share the load am
 import asyncio
 import logging
 import uuid
-from collections.abc import Coroutine
 from typing import Any
 
 from ray import serve
@@ -64,6 +63,7 @@ class RateLimiterHandle:
         self._app_name, self._name = app_name, uuid.uuid4().hex
         self._handle: DeploymentHandle | None = None
         self._num_running = 0
+        self._keeping_alive: asyncio.Task[None] | None = None
         # The event loop keeps no strong references to tasks.
         self._tasks: set[asyncio.Task[object]] = set()
 
@@ -72,25 +72,23 @@ class RateLimiterHandle:
         wait = await self._call("admit", key)
         if wait is None:
             self._num_running += 1
-            if self._num_running == 1:
-                self._start(self._keep_alive())
+            # One task, also if requests end and begin again while it sleeps.
+            if self._keeping_alive is None or self._keeping_alive.done():
+                self._keeping_alive = asyncio.create_task(self._keep_alive())
         return wait
 
     def release(self, key: str) -> None:
         """Record the end of a request."""
         self._num_running -= 1
-        self._start(self._call("release", key))
+        task = asyncio.create_task(self._call("release", key))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _keep_alive(self) -> None:
         """Report this replica as alive as long as it has running requests."""
         while self._num_running:
             await asyncio.sleep(REPLICA_TIMEOUT_SECONDS / 4)
             await self._call("keep_alive")
-
-    def _start(self, work: Coroutine[Any, Any, object]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _call(self, method: str, *arguments: str) -> float | None:
         """Call a method of the deployment; return None if it does not respond."""
