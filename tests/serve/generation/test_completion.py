@@ -127,7 +127,6 @@ def test_logprobs_name_the_chosen_token_among_the_likeliest(answerer: Completion
 @pytest.mark.parametrize(
     ("request_", "problem"),
     [
-        (chat("a", "b"), "messages"),
         (chat("word " * 200), "is 128 tokens, including the answer"),
         (complete([399, 405]), "token id 405 is outside the vocabulary"),
         (complete("word " * 200), "is 128 tokens, including the answer"),
@@ -145,11 +144,18 @@ def test_request_that_cannot_be_answered_is_refused(
         read(request_)
 
 
-def test_system_message_is_the_templates_or_refused(answerer: CompletionService) -> None:
+def test_system_message_is_part_of_a_question_where_the_template_has_none(
+    answerer: CompletionService,
+) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
     request = ChatRequest.model_validate({"model": "tiny", "messages": messages})
-    with pytest.raises(InvalidRequestError, match="role system"):
-        answerer.prepare_chat(request)
+    assert answerer.prepare_chat(request).ids == answerer.prepare_chat(chat("a\n\nb")).ids
+
+
+def test_answer_at_the_end_is_continued(answerer: CompletionService) -> None:
+    begun, asked = (answerer.prepare_chat(chat(*said)) for said in (("the fox", "a"), ("the fox",)))
+    assert begun.ids[: len(asked.ids)] == asked.ids
+    assert answerer.token_text(begun.ids[-1]) == "a"
 
 
 def test_older_name_of_content_is_read(answerer: CompletionService) -> None:
