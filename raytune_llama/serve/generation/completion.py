@@ -1,14 +1,10 @@
 """From a request to the text of its choices, streamed as deltas. Knows tokens, not HTTP."""
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Hashable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from raytune_llama.chat.conversations import Conversation
-from raytune_llama.chat.tools import ChatMessage, ToolCall, join_tool_messages
-from raytune_llama.config.errors import UserError
 from raytune_llama.serve.config import SamplingDefaults
 from raytune_llama.serve.engine.grammar import Grammar, GrammarCompiler, ToolCallFormat
 from raytune_llama.serve.engine.protocol import (
@@ -19,16 +15,15 @@ from raytune_llama.serve.engine.protocol import (
     TokenOutput,
 )
 from raytune_llama.serve.errors import InvalidRequestError, UnknownModelError
+from raytune_llama.serve.generation.conversation import build_conversation
 from raytune_llama.serve.generation.detokenizer import (
     CompletionDecoder,
     IncrementalDetokenizer,
 )
 from raytune_llama.serve.generation.model import ServedModel
 from raytune_llama.serve.generation.output import OutputDelta, OutputToken, Stream
-from raytune_llama.serve.protocol.chat import ChatRequest, GenerationRequest, Message
+from raytune_llama.serve.protocol.chat import ChatRequest, GenerationRequest
 from raytune_llama.serve.protocol.completions import CompletionRequest
-from raytune_llama.serve.protocol.tools import Tool
-
 
 _NUM_CONTEXT_TOKENS = 8
 """Tokens of a prompt from which the text of the first ones after it is decoded."""
@@ -359,39 +354,3 @@ def _vary(generation: EngineRequest, num_choices: int) -> list[EngineRequest]:
 
 def _given(value: float | None, default: float) -> float:
     return default if value is None else value
-
-
-def build_conversation(messages: Sequence[Message], tools: Sequence[Tool]) -> Conversation:
-    """Return the conversation to render; only the first message may be a system message.
-
-    Args:
-        messages: messages of the request; at least one.
-        tools: tools shown to the model.
-
-    Raises:
-        ValueError: a message is out of place; the error names it.
-    """
-    system = messages[0].text if messages[0].role in {"system", "developer"} else None
-    first = int(system is not None)
-    turns = join_tool_messages(
-        [_read_message(first + number, message) for number, message in enumerate(messages[first:])],
-        first=first,
-    )
-    # As received: unset fields are not written.
-    written = [
-        json.dumps(tool.model_dump(exclude_unset=True), ensure_ascii=False) for tool in tools
-    ]
-    return Conversation(turns, system, tools=tuple(written))
-
-
-def _read_message(number: int, message: Message) -> ChatMessage:
-    if message.role not in ("user", "assistant", "tool"):
-        raise UserError(
-            f"messages: message {number + 1} has the role {message.role}, which only the first "
-            "message may have"
-        )
-    calls = tuple(
-        ToolCall(call.function.name, call.function.arguments, call.id)
-        for call in message.tool_calls or ()
-    )
-    return ChatMessage(message.role, message.text, calls, message.tool_call_id)

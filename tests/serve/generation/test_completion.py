@@ -152,6 +152,25 @@ def test_request_that_cannot_be_answered_is_refused(
         read(request_)
 
 
+def test_system_message_is_part_of_a_question_where_the_template_has_none(
+    answerer: CompletionService,
+) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
+    request = ChatRequest.model_validate({"model": "tiny", "messages": messages})
+    wanted = ids_of(answerer.prepare_chat(chat("a\n\nb")))
+    assert ids_of(answerer.prepare_chat(request)) == wanted
+
+
+def test_answer_at_the_end_is_continued(
+    answerer: CompletionService, served: ServedModel
+) -> None:
+    begun, asked = (
+        ids_of(answerer.prepare_chat(chat(*said))) for said in (("the fox", "a"), ("the fox",))
+    )
+    assert begun[: len(asked)] == asked
+    assert served.tokenizer.decode(begun[-1:]) == "a"
+
+
 def test_older_name_of_content_is_read(answerer: CompletionService) -> None:
     old = ChatRequest.model_validate(
         {"model": "tiny", "messages": [{"role": "user", "message": "the fox"}]}
