@@ -47,6 +47,7 @@ from raytune_llama.serve.http.responses import (
     ResponseBuilder,
     TokenCounts,
 )
+from raytune_llama.serve.http.responses_api import add_responses
 from raytune_llama.serve.http.stream import EventStream, ObservedStream, RequestTimeoutError
 from raytune_llama.serve.protocol.chat import (
     ChatCompletion,
@@ -132,6 +133,7 @@ def build_http_app(
 
     _add_models(app, backends)
     _add_answers(app, open_stream)
+    add_responses(app, open_stream)
     add_embeddings(app, backend_of, limits, metrics)
     return app
 
