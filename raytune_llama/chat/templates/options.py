@@ -21,7 +21,7 @@ OPTIONS_FIELD = "chat_template_kwargs"
 
 
 class _GenerationTag(Extension):
-    """The tag around answers that `transformers` adds to Jinja; its content is rendered as it is."""
+    """The tag around answers that `transformers` adds to Jinja; its content is rendered."""
 
     tags: ClassVar[set[str]] = {"generation"}
 

@@ -1,6 +1,7 @@
 """From a request to the text of its choices, streamed as deltas. Knows tokens, not HTTP."""
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Hashable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -24,6 +25,9 @@ from raytune_llama.serve.generation.model import ServedModel
 from raytune_llama.serve.generation.output import OutputDelta, OutputToken, Stream
 from raytune_llama.serve.protocol.chat import ChatRequest, GenerationRequest
 from raytune_llama.serve.protocol.completions import CompletionRequest
+
+_PLACE = re.compile(r"([a-z][\w.]*): ")
+"""Place in a request at the beginning of an error."""
 
 _NUM_CONTEXT_TOKENS = 8
 """Tokens of a prompt from which the text of the first ones after it is decoded."""
@@ -95,12 +99,17 @@ class CompletionService:
             raise InvalidRequestError(
                 f"{self._served.name} has no chat template; use /v1/completions", "messages"
             )
+        effort = request.template_options.get("reasoning_effort")
+        if effort is not None and "reasoning_effort" not in chat.template.variables:
+            text = f"reasoning_effort: not supported by {self._served.name}; omit it"
+            raise InvalidRequestError(text, "reasoning_effort", "unsupported_parameter")
         self._served.check_size([message.text for message in request.messages], "messages")
         try:
             conversation = build_conversation(request.messages, request.shown_tools)
             ids = chat.encode_prompt(conversation, request.template_options).tolist()
         except ValueError as error:
-            raise InvalidRequestError(str(error), "messages") from error
+            place = _PLACE.match(str(error))
+            raise InvalidRequestError(str(error), place[1] if place else "messages") from error
         generation = replace(
             self._engine_request(request, ids, "messages"),
             max_tokens=self._limit(request.max_completion_tokens or request.max_tokens, ids),
@@ -232,7 +241,7 @@ class CompletionService:
         if adapter != list(self.name.partition(":")[1:]):
             raise UnknownModelError(request.model, [self.name])
         if isinstance(request, ChatRequest):
-                prompt = await asyncio.to_thread(self.prepare_chat, request)
+            prompt = await asyncio.to_thread(self.prepare_chat, request)
         else:
             prompt = await asyncio.to_thread(self.prepare_completion, request)
         if len(prompt.choices) > self._engine.capacity:

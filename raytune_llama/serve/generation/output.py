@@ -82,7 +82,7 @@ class Stream(Generic[T]):
 
 
 def token_text(content: bytes) -> str:
-    """Return a token's bytes as text; those of a part of a character as `bytes:\\xe4\\xb8`."""
+    r"""Return a token's bytes as text; those of a part of a character as `bytes:\xe4\xb8`."""
     try:
         return content.decode()
     except UnicodeDecodeError:

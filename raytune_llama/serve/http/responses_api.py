@@ -1,6 +1,6 @@
 """Route `POST /v1/responses`: OpenAI's Responses API, served by the same chat requests.
 
-    add_responses(app, open_stream)
+    add_responses(app, open_stream, policy)
 
 Responses are not stored: the other routes of that API answer 404.
 """
@@ -24,6 +24,7 @@ from raytune_llama.serve.http.description import (
     describe_error_responses,
 )
 from raytune_llama.serve.http.refusals import build_api_error
+from raytune_llama.serve.http.request_guard import FieldPolicy
 from raytune_llama.serve.http.responses import ChatResponseBuilder, TokenCounts
 from raytune_llama.serve.http.stream import EventStream, ObservedStream, RequestTimeoutError
 from raytune_llama.serve.protocol.chat import ChatChunk, ChatRequest, ContentLogprob
@@ -59,12 +60,13 @@ OpenStream = Callable[[ChatRequest], Coroutine[Any, Any, ObservedStream[OutputDe
 """Sends a chat request to its model."""
 
 
-def add_responses(app: FastAPI, open_stream: OpenStream) -> None:
+def add_responses(app: FastAPI, open_stream: OpenStream, policy: FieldPolicy) -> None:
     """Register the routes.
 
     Args:
         app: application to extend.
         open_stream: sends a chat request to its model.
+        policy: what is done about unknown fields.
     """
 
     @app.post(
@@ -74,6 +76,7 @@ def add_responses(app: FastAPI, open_stream: OpenStream) -> None:
     )
     async def respond(request: ResponsesRequest) -> Response:
         """Create a model response for a text or a list of input items."""
+        policy.check(request)
         chat = _to_chat(request)
         stream = await _open(request, chat, open_stream)
         events = ResponseEvents(request, chat, stream.num_prompt_tokens)

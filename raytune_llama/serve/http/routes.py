@@ -133,7 +133,7 @@ def build_http_app(
 
     _add_models(app, backends)
     _add_answers(app, open_stream)
-    add_responses(app, open_stream)
+    add_responses(app, open_stream, policy)
     add_embeddings(app, backend_of, limits, metrics)
     return app
 

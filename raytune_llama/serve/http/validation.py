@@ -41,6 +41,9 @@ _LENGTHS = {
     "too_short": ("at least {min_length} items", "array_below_min_length"),
     "too_long": ("at most {max_length} items", "array_above_max_length"),
 }
+_CHOICES = {"literal_error": "expected", "union_tag_invalid": "expected_tags"}
+"""What pydantic calls the possible values."""
+
 # How pydantic marks the variant of a union in a location: by a type or a class.
 _VARIANT = re.compile(r"[A-Z]|.*[\[(-]|(str|int|float|bool|list|dict)$")
 
@@ -91,38 +94,36 @@ def _join_variants(problems: Sequence[_Problem]) -> list[_Problem]:
 
 
 def _read_problem(error: Mapping[str, Any]) -> _Problem:
-    kind, value, context = error["type"], error.get("input"), error.get("ctx", {})
-    path, cause = _read_path(error["loc"]), context.get("error")
+    path, cause = _read_path(error["loc"]), error.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
         whole = ".".join(filter(None, (path, cause.field)))
         return _Problem(whole[:_MAX_PATH_CHARACTERS], cause.message, cause.code)
-    if kind == "missing":
-        return _Problem(path, "missing; this field is required", MISSING)
-    if kind in _TYPES:
-        got = _show(value) if kind == "int_from_float" else describe_type(value)
-        expected = _TYPES[kind]
-        return _Problem(path, f"got {got}, expected {expected}", "invalid_type", expected)
-    if kind in {"literal_error", "union_tag_invalid"}:
-        expected = str(context.get("expected") or context["expected_tags"])
-        got = _show(context.get("tag", value))
-        return _Problem(path, f"got {got}, expected {expected}", INVALID, expected)
-    if kind in _BOUNDS:
-        expected, suffix = _BOUNDS[kind]
-        number = "integer" if isinstance(value, int) else "decimal"
-        text = f"got {_show(value)}, expected {expected.format(**context)}"
-        return _Problem(path, text, f"{number}_{suffix}")
-    if kind in _LENGTHS:
-        expected, code = _LENGTHS[kind]
-        got = context.get("actual_length", len(value) if isinstance(value, str) else 0)
-        return _Problem(path, f"got {got}, expected {expected.format(**context)}", code)
-    if kind == "string_pattern_mismatch":
-        text = f"got {_show(value)}, expected a match of {context['pattern']}"
-        return _Problem(path, text, INVALID)
-    if kind == "union_tag_not_found":
-        return _Problem(path, "got an object without a type", MISSING)
     if cause is not None:
         return _Problem(path, str(cause), INVALID)
-    return _Problem(path, f"got {_show(value)}, which is not a valid value", INVALID)
+    if error["type"] in {"missing", "union_tag_not_found"}:
+        return _Problem(path, "missing; this field is required", MISSING)
+    got, expected, code = _compare(error["type"], error.get("input"), error.get("ctx", {}))
+    is_kind = code == "invalid_type" or error["type"] in _CHOICES
+    return _Problem(path, f"got {got}, expected {expected}", code, expected if is_kind else None)
+
+
+def _compare(kind: str, value: object, context: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return what was sent, what is expected, and the error code."""
+    got, expected, code = _show(value), "another value", INVALID
+    if kind in _TYPES:
+        expected, code = _TYPES[kind], "invalid_type"
+        got = got if kind == "int_from_float" else describe_type(value)
+    elif kind in _CHOICES:
+        got, expected = _show(context.get("tag", value)), str(context[_CHOICES[kind]])
+    elif kind in _BOUNDS:
+        expected, suffix = _BOUNDS[kind]
+        code = f"{'integer' if isinstance(value, int) else 'decimal'}_{suffix}"
+    elif kind in _LENGTHS:
+        expected, code = _LENGTHS[kind]
+        got = str(context.get("actual_length", len(value) if isinstance(value, str) else got))
+    elif kind == "string_pattern_mismatch":
+        expected = "a match of {pattern}"
+    return got, expected.format(**context) if kind not in _CHOICES else expected, code
 
 
 def _read_path(location: Sequence[str | int]) -> str:

@@ -35,7 +35,7 @@ def refuse_field(name: str, value: object, message: str) -> NoReturn:
     Raises:
         ValidationError: always; pydantic puts the object's own place in front of the name.
     """
-    context = {"error": FieldError(message, UNSUPPORTED)}
+    context = {"error": FieldError("", message, UNSUPPORTED)}
     details = InitErrorDetails(type="value_error", loc=(name,), input=value, ctx=context)
     raise ValidationError.from_exception_data("request", [details])
 
@@ -48,7 +48,7 @@ def shown(value: object) -> str:
 def _check_part_type(value: Any) -> Any:  # noqa: ANN401  # any JSON value
     if isinstance(value, str) and value not in _PART_TYPES:
         text = f"{shown(value)} is not supported: the model reads only text; send it as input_text"
-        raise FieldError(text, UNSUPPORTED)
+        raise FieldError("", text, UNSUPPORTED)
     return value
 
 
@@ -71,7 +71,7 @@ class ContentPart(RequestModel):
     def _check(self) -> "ContentPart":
         name = "refusal" if self.type == "refusal" else "text"
         if name not in self.model_fields_set:
-            raise FieldError(f"{name}: missing; a part of type {self.type} needs it", MISSING)
+            raise FieldError(name, f"missing; a part of type {self.type} needs it", MISSING)
         return self
 
 

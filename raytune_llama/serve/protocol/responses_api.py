@@ -90,14 +90,13 @@ def _read_choice(value: Any) -> ResponsesToolChoice:  # noqa: ANN401  # any JSON
         return value
     if not isinstance(value, dict):
         text = f"got {shown(value)}, expected none, auto, required or an object"
-        raise FieldError(text, INVALID)
-    match value.get("type"):
-        case "function":
-            return FunctionChoice.model_validate(value)
-        case "allowed_tools":
-            return AllowedChoice.model_validate(value)
-        case kind:
-            refuse_field("type", kind, f"{shown(kind)} is not supported: choose a function")
+        raise FieldError("", text, INVALID)
+    kind = value.get("type")
+    if kind == "allowed_tools":
+        return AllowedChoice.model_validate(value)
+    if kind != "function":
+        refuse_field("type", kind, f"{shown(kind)} is not supported: choose a function")
+    return FunctionChoice.model_validate(value)
 
 
 class TextFormat(RequestModel):
@@ -115,7 +114,7 @@ class TextFormat(RequestModel):
         given = {"name": self.name, "schema": self.schema_}
         for name in given if self.type == "json_schema" else ():
             if given[name] is None:
-                raise FieldError(f"{name}: missing; required with type=json_schema", MISSING)
+                raise FieldError(name, "missing; required with type=json_schema", MISSING)
         return self
 
 
@@ -144,7 +143,7 @@ class ReasoningOptions(RequestModel):
 def _check_include(value: Any) -> Any:  # noqa: ANN401  # any JSON value
     if isinstance(value, str) and value not in (LOGPROBS, *_IGNORED_INCLUDES):
         text = f"{shown(value)} is not supported; supported: {LOGPROBS}"
-        raise FieldError(text, UNSUPPORTED)
+        raise FieldError("", text, UNSUPPORTED)
     return value
 
 
@@ -164,7 +163,9 @@ class ResponsesRequest(RequestModel):
         "conversation": Unsupported(_NOT_STORED),
         "store": Unsupported("responses are not stored here; set store to false"),
         "background": Unsupported("the response comes with the request; set background to false"),
-        "prompt": Unsupported("prompts are not stored here; send the text as instructions or input"),
+        "prompt": Unsupported(
+            "prompts are not stored here; send the text as instructions or input"
+        ),
         "truncation": Unsupported("shorten the input yourself", neutral=("disabled",)),
         "context_management": Unsupported("shorten the input yourself"),
         "moderation": Unsupported("send the text to a moderation endpoint"),
@@ -276,7 +277,9 @@ class ResponsesRequest(RequestModel):
     def _translate(self) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """Return the chat messages, and the places of this request by those of the chat request."""
         messages: list[dict[str, Any]] = []
-        places = {f"tools.{number}.function": f"tools.{number}" for number in range(len(self.tools))}
+        places = {
+            f"tools.{number}.function": f"tools.{number}" for number in range(len(self.tools))
+        }
         if self.instructions:
             messages.append({"role": "system", "content": self.instructions})
             places["messages.0"] = "instructions"

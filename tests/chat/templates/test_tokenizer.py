@@ -293,7 +293,10 @@ def test_reasoning_is_refused_where_the_template_has_no_place_for_it(
         ("{% set effort = effort if effort is defined else 'low' %}" + CHATML, {"effort"}),
         ("{% if not effort is defined %}{% set effort = 1 %}{% endif %}" + CHATML, {"effort"}),
         ("{% macro f(a) %}{{ a }}{{ b }}{% endmacro %}" + CHATML, {"b"}),
-        (CHATML.replace("{% endfor %}", "{% if message.x %}{% break %}{% endif %}{% endfor %}"), set()),
+        (
+            CHATML.replace("{% endfor %}", "{% if message.x %}{% break %}{% endif %}{% endfor %}"),
+            set(),
+        ),
         (
             "{% for m in messages %}<s>{{ m.role }}\n{% generation %}{{ m.content }}{{ tone }}"
             "{% endgeneration %}<|im_end|>{% endfor %}",

@@ -161,9 +161,7 @@ def test_system_message_is_part_of_a_question_where_the_template_has_none(
     assert ids_of(answerer.prepare_chat(request)) == wanted
 
 
-def test_answer_at_the_end_is_continued(
-    answerer: CompletionService, served: ServedModel
-) -> None:
+def test_answer_at_the_end_is_continued(answerer: CompletionService, served: ServedModel) -> None:
     begun, asked = (
         ids_of(answerer.prepare_chat(chat(*said))) for said in (("the fox", "a"), ("the fox",))
     )

@@ -132,7 +132,12 @@ def test_calls_and_results_are_turns() -> None:
         ([ASK, CALLS, *RESULTS, RESULTS[0]], "messages.4.tool_call_id: 'b' has a result already"),
         ([SYSTEM, SYSTEM, {"role": "user", "content": "a\0b"}], "messages.2.content: NUL at .* 1"),
         (
-            [ASK, CALLS, *RESULTS, {"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}],
+            [
+                ASK,
+                CALLS,
+                *RESULTS,
+                {"role": "user", "content": [{"type": "text", "text": "\ud83d"}]},
+            ],
             "messages.4.content: lone surrogate",
         ),
         ([ASK, CALLS, {**RESULTS[0], "content": "\0"}, RESULTS[1]], "messages.2.content: NUL"),
@@ -176,7 +181,11 @@ def test_turns_of_one_speaker_stay_apart_until_they_are_rendered() -> None:
     said = {"role": "assistant", "content": "Warm."}
     told = read(said, said, ASK, ASK, said)
     assert [turn.role for turn in told.turns] == [
-        "assistant", "assistant", "user", "user", "assistant"
+        "assistant",
+        "assistant",
+        "user",
+        "user",
+        "assistant",
     ]
 
 
@@ -190,7 +199,9 @@ def test_empty_arguments_are_an_empty_object(arguments: str) -> None:
 
 @pytest.mark.parametrize("content", [None, "", "Let me see."])
 def test_answer_that_was_cut_in_a_call_is_what_the_model_wrote(content: str | None) -> None:
-    written = write_calls(content or "", [("weather", "{}"), ("weather", '{"city": "Rom", "a": [1]}')])
+    written = write_calls(
+        content or "", [("weather", "{}"), ("weather", '{"city": "Rom", "a": [1]}')]
+    )
     start, stop = written.index('{"city'), written.index("}\n</tool_call>", -18)
     for end in range(start + 1, stop):
         parser = ToolCallParser(must_call=False)

@@ -139,12 +139,18 @@ def test_unknown_fields_are_refused_where_requests_are_strict(
     [
         ({"messages": None}, "messages: missing; this field is required"),
         ({"messages": "x"}, "messages: got a string, expected a list"),
-        ({"messages": [{"role": "user", "content": 5}]},
-         "messages.0.content: got a number, expected a string or a list"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-         "messages.0.content.0.type: got 'image_url', expected 'text' or 'refusal'"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-         "messages.0.content.0.text: missing"),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages.0.content: got a number, expected a string or a list",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content.0.type: got 'image_url', expected 'text' or 'refusal'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages.0.content.0.text: missing",
+        ),
         ({"temperature": 3}, "temperature: got 3, expected at most 2"),
         ({"temperature": "1"}, "temperature: got a string, expected a number"),
         ({"n": 1.5}, "n: got 1.5, expected an integer"),
@@ -152,8 +158,10 @@ def test_unknown_fields_are_refused_where_requests_are_strict(
         ({"stream": "yes"}, "stream: got a string, expected true or false"),
         ({"stop": ["x"] * 17}, "stop: got 17, expected at most 16 items"),
         ({"stop": [5]}, "stop.0: got a number, expected a string"),
-        ({"tool_choice": "must", "tools": [TOOL]},
-         "tool_choice: got 'must', expected 'none', 'auto' or 'required'"),
+        (
+            {"tool_choice": "must", "tools": [TOOL]},
+            "tool_choice: got 'must', expected 'none', 'auto' or 'required'",
+        ),
         ({"tool_choice": {"type": "function"}, "tools": [TOOL]}, "tool_choice.function: missing"),
         ({"tool_choice": "required"}, "tool_choice: required, but there are no tools"),
         ({"tools": [{"type": "custom"}]}, "tools.0.type: got 'custom', expected 'function'"),

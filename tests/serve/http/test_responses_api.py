@@ -183,9 +183,7 @@ def test_json_object_is_an_object(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("name", list(SCHEMAS))
 def test_call_is_chats_call(client: openai.OpenAI, name: str) -> None:
     fields: dict[str, Any] = {"parallel_tool_calls": False}
-    response = ask(
-        client, tools=FLAT, tool_choice={"type": "function", "name": name}, **fields
-    )
+    response = ask(client, tools=FLAT, tool_choice={"type": "function", "name": name}, **fields)
     choice = {"type": "function", "function": {"name": name}}
     wanted = chat(client, tools=TOOLS, tool_choice=choice, **fields)
     (call,) = response.output
@@ -329,7 +327,9 @@ def test_logprobs_are_chats(client: openai.OpenAI, *, stream: bool) -> None:
     assert len(pairs) == 6
     if stream:
         events = list(ask(client, stream=True, **fields))
-        told = [one for event in events if event.type.endswith("text.delta") for one in event.logprobs]
+        told = [
+            one for event in events if event.type.endswith("text.delta") for one in event.logprobs
+        ]
         assert [(one.token, one.logprob) for one in told] == pairs
         response = events[-1].response
     else:
@@ -383,11 +383,19 @@ def test_field_that_means_something_else_is_refused_by_name(
         ({"input": 3}, "input", "list"),
         ({"input": [*ASK, 3]}, "input.1", "dictionary"),
         ({"input": [{"role": "wizard", "content": "x"}]}, "input.0.role", "'system'"),
-        ({"input": [*ASK, {"type": "item_reference", "id": "msg_1"}]}, "input.1.type", "store: false"),
+        (
+            {"input": [*ASK, {"type": "item_reference", "id": "msg_1"}]},
+            "input.1.type",
+            "store: false",
+        ),
         ({"input": [*ASK, {"id": "msg_1"}]}, "input.1.type", "send the whole conversation"),
         ({"input": [{"type": "web_search_call", "id": "1"}]}, "input.0.type", "supported types"),
         ({"input": [{"role": "user", "content": [PART]}]}, "input.0.content.0.type", "only text"),
-        ({"input": [*ASK, CALL, {**RESULT, "output": [PART]}]}, "input.2.output.0.type", "only text"),
+        (
+            {"input": [*ASK, CALL, {**RESULT, "output": [PART]}]},
+            "input.2.output.0.type",
+            "only text",
+        ),
         ({"input": [*ASK, {**CALL, "name": "no name"}]}, "input.1.name", "pattern"),
         ({"tools": [FLAT[0], {"type": "web_search"}]}, "tools.1.type", "no built-in tools"),
         ({"tools": [{"type": "custom", "name": "x"}]}, "tools.0.type", "define a function"),
@@ -400,7 +408,11 @@ def test_field_that_means_something_else_is_refused_by_name(
         ({"temperature": "hot"}, "temperature", "number"),
         # What chat finds wrong.
         ({"input": [*ASK, RESULT]}, "input", "input.1.call_id: '1' is no call"),
-        ({"instructions": "x", "input": [*ASK, RESULT]}, "input", "input.1.call_id: '1' is no call"),
+        (
+            {"instructions": "x", "input": [*ASK, RESULT]},
+            "input",
+            "input.1.call_id: '1' is no call",
+        ),
         ({"input": [*ASK, CALL]}, "input", "input.1: '1' has no result"),
         ({"input": [*ASK, CALL]}, "input", "followed by a function_call_output item"),
         ({"input": [*ASK, CALL, CALL]}, "input", "input.1: two calls have the same id"),
