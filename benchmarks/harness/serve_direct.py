@@ -24,7 +24,7 @@ else:
     from harness.serve_driver import LoadResult, RequestResult, closed_loop
 
 from raytune_llama.serve.backend import LoadedModel
-from raytune_llama.serve.protocol.chat import CompletionRequest
+from raytune_llama.serve.protocol.completions import CompletionRequest
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@
 A bad row is data, not an exception: a file with a million rows has some.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-Role = Literal["user", "assistant"]
-"""Role of a turn; the system message is not a turn, and results of tools are in the user's."""
+Role = Literal["system", "user", "assistant"]
+"""Role of a turn; results of tools are in the user's. The first system message is not a turn, and
+only prompts have further ones."""
 
 DefectReason = Literal[
     "unknown_format",
@@ -30,7 +31,6 @@ DefectReason = Literal[
     "user_twice",
     "assistant_twice",
     "last_not_assistant",
-    "last_not_user",
     "empty_target",
     "not_representable",
     "unrenderable",
@@ -58,7 +58,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Alternating turns of a user and an assistant."""
+    """Turns of a user and an assistant; they alternate in training, and may not in a prompt."""
 
     turns: tuple[Turn, ...]
     """The turns, in order."""
@@ -68,6 +68,8 @@ class Conversation:
     """Id of the row in its file; None if it has none."""
     tools: tuple[str, ...] = ()
     """Definitions of the tools that the assistant may call, each in JSON."""
+    places: tuple[int, ...] = field(default=(), compare=False)
+    """Index of each turn's first message in its request, for error messages; empty in rows."""
 
     @property
     def texts(self) -> list[str]:
@@ -88,15 +90,44 @@ class Defect:
     """Length of the conversation in tokens; 0 if it was not encoded."""
 
 
+def begin_first_turn(conversation: Conversation, text: str) -> Conversation:
+    """Return a conversation whose first turn, the user's, begins with a text and a blank line.
+
+    If the first turn is not the user's, the text becomes a turn of the user before it.
+    """
+    turns = conversation.turns
+    if not turns or turns[0].role != "user":
+        return insert_user_turn(conversation, text)
+    first = replace(turns[0], content=f"{text}\n\n{turns[0].content}")
+    return replace(conversation, turns=(first, *turns[1:]))
+
+
+def insert_user_turn(conversation: Conversation, text: str) -> Conversation:
+    """Return a conversation with a turn of the user before its first turn."""
+    turns, places = conversation.turns, conversation.places
+    if places or not turns:
+        # Errors name it as the message that it precedes.
+        places = (places[:1] or (0,)) + places
+    return replace(conversation, turns=(Turn("user", text), *turns), places=places)
+
+
 def find_defect(conversation: Conversation) -> Defect | None:
     """Return why a conversation cannot be trained on; None if it can.
 
     Turns must alternate, the first must be the user's and the last the assistant's, and no answer
     may be blank. A user's turn may be empty.
     """
-    defect = _find_in_turns(conversation)
+    if not conversation.turns:
+        return Defect("empty_conversation", "the conversation has no turns")
+    defect = _find_before_turns(conversation)
     if defect is not None:
         return defect
+    before: Role | None = None
+    for number, turn in enumerate(conversation.turns):
+        defect = _find_in_turn(turn, number, before)
+        if defect is not None:
+            return defect
+        before = turn.role
     last = len(conversation.turns) - 1
     if conversation.turns[last].role != "assistant":
         return Defect("last_not_assistant", f"turn {last} is the user's; there is no answer")
@@ -107,19 +138,26 @@ def find_defect(conversation: Conversation) -> Defect | None:
 
 
 def find_prompt_defect(conversation: Conversation) -> Defect | None:
-    """Return why a conversation can't be answered; None if it can: the last turn is the user's."""
-    defect = _find_in_turns(conversation)
+    """Return why a conversation can't be a prompt; None if a template may render it.
+
+    Turns of any role may follow each other: which sequences can be rendered depends on the
+    template. After an assistant's last turn, the answer is continued.
+    """
+    if not conversation.turns and conversation.system is None:
+        return Defect("empty_conversation", "the conversation has no messages")
+    defect = _find_before_turns(conversation)
     if defect is not None:
         return defect
-    last = len(conversation.turns) - 1
-    if conversation.turns[last].role != "user":
-        return Defect("last_not_user", f"turn {last} is the assistant's; there is no question")
+    first = int(conversation.system is not None)
+    places = conversation.places or range(first, first + len(conversation.turns))
+    for place, turn in zip(places, conversation.turns, strict=True):
+        defect = _find_in_content(turn, f"messages.{place}")
+        if defect is not None:
+            return defect
     return None
 
 
-def _find_in_turns(conversation: Conversation) -> Defect | None:
-    if not conversation.turns:
-        return Defect("empty_conversation", "the conversation has no turns")
+def _find_before_turns(conversation: Conversation) -> Defect | None:
     if conversation.system is not None:
         defect = find_text_defect(conversation.system, "system")
         if defect is not None:
@@ -128,29 +166,33 @@ def _find_in_turns(conversation: Conversation) -> Defect | None:
         defect = find_text_defect(tool, "tools")
         if defect is not None:
             return defect
-    before: Role | None = None
-    for number, turn in enumerate(conversation.turns):
-        defect = _find_in_turn(turn, number, before)
-        if defect is not None:
-            return defect
-        before = turn.role
     return None
 
 
 def _find_in_turn(turn: Turn, number: int, before: Role | None) -> Defect | None:
-    if turn.role not in get_args(Role):
-        return Defect("unknown_role", f"turn {number}: role {turn.role!r}")
-    for text in (turn.content, "" if turn.reasoning is None else turn.reasoning):
-        defect = find_text_defect(text, f"turn {number}")
-        if defect is not None:
-            return defect
-    if turn.reasoning is not None and turn.role == "user":
-        return Defect("unsupported_value", f"turn {number}: reasoning in a turn of the user")
+    if turn.role == "system":
+        detail = f"turn {number} is a system message; only the first message can be one"
+        return Defect("late_system", detail)
+    defect = _find_in_content(turn, f"turn {number}")
+    if defect is not None:
+        return defect
     if turn.role == before:
         reason: DefectReason = "user_twice" if turn.role == "user" else "assistant_twice"
         return Defect(reason, f"turns {number - 1} and {number} are both the {turn.role}'s")
     if before is None and turn.role == "assistant":
         return Defect("assistant_first", "turn 0 is the assistant's")
+    return None
+
+
+def _find_in_content(turn: Turn, where: str) -> Defect | None:
+    if turn.role not in get_args(Role):
+        return Defect("unknown_role", f"{where}: role {turn.role!r}")
+    for text in (turn.content, "" if turn.reasoning is None else turn.reasoning):
+        defect = find_text_defect(text, where)
+        if defect is not None:
+            return defect
+    if turn.reasoning is not None and turn.role != "assistant":
+        return Defect("unsupported_value", f"{where}: reasoning in a turn of the {turn.role}")
     return None
 
 

@@ -3,16 +3,18 @@
     encoder = build_chat_encoder(load_tokenizer(path), ChatConfig(template="alpaca"))
     rows = encoder.encode(conversations)        # `EncodedConversation` or `Defect`
     counts = count_encoded(rows)
-    ids = encoder.encode_prompt(conversation)   # last turn is the user's
+    ids = encoder.encode_prompt(conversation)   # the answer comes next, or continues
 
 Content is plain text: a control token that is written in it stays text. The loss is on answers and
 the tokens that end them. The ids of a prompt are a prefix of those that training uses for the same
-conversation.
+conversation. A prompt may also have what training refuses, such as two turns of one speaker in a
+row; see `prompts`.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +28,16 @@ from raytune_llama.chat.conversations import (
     find_defect,
     find_prompt_defect,
 )
+from raytune_llama.chat.prompts import leave_open, list_forms
 from raytune_llama.chat.spans import NoBoundaryError, SpanEncoder, TextSpan, join_segments
 from raytune_llama.chat.templates.choice import build_template
-from raytune_llama.chat.templates.segments import Segment, Template, UnrenderableError
+from raytune_llama.chat.templates.options import check_options
+from raytune_llama.chat.templates.segments import (
+    NO_OPTIONS,
+    Segment,
+    Template,
+    UnrenderableError,
+)
 from raytune_llama.chat.tools import place_tools
 from raytune_llama.chat.truncation import truncate
 from raytune_llama.config.errors import UserError
@@ -132,19 +141,47 @@ class ChatEncoder:
             self._truncate(next(encoded)) if isinstance(one, _Rendered) else one for one in rendered
         ]
 
-    def encode_prompt(self, conversation: Conversation) -> NDArray[np.uint32]:
+    def encode_prompt(
+        self, conversation: Conversation, options: Mapping[str, Any] = NO_OPTIONS
+    ) -> NDArray[np.uint32]:
         """Return the ids of a prompt, the same as before the answer in training.
 
+        If the assistant has the last turn, its answer is continued: the ids end with its content.
+        What the template can't render is joined; see `list_forms`.
+
+        Args:
+            conversation: Turns of any role, in any order.
+            options: Values of `Template.variables`, in plain JSON.
+
         Raises:
-            ValueError: The conversation has a defect, or the template can't render it.
+            UserError: The conversation has a defect, the template can't render it even when joined,
+                or an option is not a variable of the template or has a wrong value.
         """
         defect = find_prompt_defect(conversation)
         if defect is not None:
             raise UserError(f"messages: {defect.reason}: {defect.detail}")
-        row = self.encode_segments(self._write(conversation))
+        check_options(options, self.template.variables)
+        segments = self._write_prompt(conversation, options)
+        if not any(segment.text for segment in segments):
+            raise UserError("messages: the prompt is empty; send a message that is not")
+        row = self.encode_segments(segments)
         if isinstance(row, Defect):
             raise UserError(f"messages: {row.reason}: {row.detail}")
         return row.ids
+
+    def _write_prompt(
+        self, conversation: Conversation, options: Mapping[str, Any]
+    ) -> list[Segment]:
+        """Return the segments of the first form of a conversation that the template renders."""
+        reason: UnrenderableError | None = None
+        for form in list_forms(conversation, allows_system=self.template.allows_system):
+            try:
+                segments = self.template.render(form, options)
+            except UnrenderableError as error:
+                reason = error
+            else:
+                return leave_open(segments, form)
+        raise UserError(f"messages: {reason}") from reason
 
     def encode_segments(self, segments: Sequence[Segment]) -> EncodedConversation | Defect:
         """Return ids and targets of rendered segments, not truncated."""

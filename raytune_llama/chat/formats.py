@@ -253,10 +253,10 @@ def _conversation(
         raise DefectError("ambiguous_field", detail)
     before = _read_history(fields, row_format, counts)
     try:
-        turns = join_tool_messages([*before, *said], may_end_with_calls=True)
+        joined = join_tool_messages([*before, *said], may_end_with_calls=True)
     except UserError as error:
         raise DefectError("invalid_tools", str(error)) from error
-    return Conversation(turns, own or system, fields.id(), _read_tools(fields))
+    return Conversation(joined.turns, own or system, fields.id(), _read_tools(fields))
 
 
 def _read_history(fields: RowFields, row_format: RowFormat, counts: KeyCounts) -> list[ChatMessage]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from raytune_llama.chat.conversations import Conversation, Turn
+from raytune_llama.chat.conversations import Conversation, Turn, begin_first_turn
 from raytune_llama.config.errors import UserError
 
 TOOL_CALL_OPEN_TAG = "<tool_call>"
@@ -47,12 +47,20 @@ def write_tools(tools: Sequence[str]) -> str:
     return _BEFORE_TOOLS + "\n".join(tools) + _AFTER_TOOLS
 
 
-def write_calls(text: str, calls: Sequence[tuple[str, str]]) -> str:
-    """Return an assistant's turn: its text, then its calls as (name, arguments in JSON)."""
+def write_calls(text: str, calls: Sequence[tuple[str, str]], *, is_cut: bool = False) -> str:
+    """Return an assistant's turn: its text, then its calls.
+
+    Args:
+        text: Text before the calls.
+        calls: Name and arguments, in JSON, of each call.
+        is_cut: Whether the turn ends with the arguments of its last call, which are incomplete.
+    """
     written = [
         f"{TOOL_CALL_OPEN_TAG}{CALL_START}{name}{CALL_MIDDLE}{arguments}{CALL_END}{TOOL_CALL_CLOSE_TAG}"
         for name, arguments in calls
     ]
+    if is_cut:
+        written[-1] = written[-1].removesuffix(CALL_END + TOOL_CALL_CLOSE_TAG)
     return "\n".join([text, *written] if text else written)
 
 
@@ -71,13 +79,17 @@ class ToolCall:
     """Arguments, a JSON object."""
     id: str | None = None
     """Id that its result refers to; None: results follow in the order of the calls."""
+    is_cut: bool = False
+    """Whether a token limit has cut the arguments: they are written as they are."""
+    needs_result: bool = True
+    """Whether a conversation without its result is refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
     """A message of a request or of a row, before tool results have become turns."""
 
-    role: Literal["user", "assistant", "tool"]
+    role: Literal["system", "user", "assistant", "tool"]
     """Author of the message."""
     text: str
     """Text of the message."""
@@ -91,15 +103,26 @@ class ChatMessage:
     """See `Turn.reasoning`."""
 
 
+@dataclass(frozen=True, slots=True)
+class JoinedMessages:
+    """Messages as turns."""
+
+    turns: tuple[Turn, ...]
+    """The turns, in order."""
+    places: tuple[int, ...]
+    """Index of the first message of each turn, in its request or row."""
+
+
 def join_tool_messages(
     messages: Sequence[ChatMessage], *, first: int = 0, may_end_with_calls: bool = False
-) -> tuple[Turn, ...]:
+) -> JoinedMessages:
     """Return messages as turns: calls become text of the answer, results a turn of the user.
 
-    The results are in the order of the calls; the user's text follows them if it comes next.
+    The results are in the order of the calls; the user's text follows them if it comes next. A
+    system message is a turn, and does not come between a call and its result.
 
     Args:
-        messages: Messages without the system message.
+        messages: Messages after the first system message.
         first: Index of the first message in its request or row, for error messages.
         may_end_with_calls: Whether the last message may have calls without results.
 
@@ -111,7 +134,7 @@ def join_tool_messages(
         reader.read(message)
     if not (may_end_with_calls and messages and messages[-1].calls):
         reader.end_results()
-    return tuple(reader.turns)
+    return JoinedMessages(tuple(reader.turns), tuple(reader.places))
 
 
 def place_tools(conversation: Conversation, *, allows_system: bool) -> Conversation:
@@ -123,13 +146,11 @@ def place_tools(conversation: Conversation, *, allows_system: bool) -> Conversat
     """
     if not conversation.tools:
         return conversation
-    written, turns = write_tools(conversation.tools), conversation.turns
-    if allows_system:
-        system = f"{conversation.system}\n\n{written}" if conversation.system else written
-        return replace(conversation, system=system, tools=())
-    assert turns, "conversations are checked before they are rendered"
-    first = replace(turns[0], content=f"{written}\n\n{turns[0].content}")
-    return replace(conversation, turns=(first, *turns[1:]), tools=())
+    written, placed = write_tools(conversation.tools), replace(conversation, tools=())
+    if not allows_system:
+        return begin_first_turn(placed, written)
+    system = f"{conversation.system}\n\n{written}" if conversation.system else written
+    return replace(placed, system=system)
 
 
 @dataclass
@@ -139,10 +160,16 @@ class _MessageReader:
     number: int
     """Index of the next message."""
     turns: list[Turn] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    """Index of the first message of each turn."""
     caller: int = 0
     """Index of the message with the pending calls."""
     results: dict[str, str | None] = field(default_factory=dict)
     """Results by call id, in the order of the calls; None: pending."""
+    optional: set[str] = field(default_factory=set)
+    """Ids of the calls that need no result."""
+    first_result: int | None = None
+    """Index of the first message with one of the results; None: none has come."""
 
     def read(self, message: ChatMessage) -> None:
         """Add a message."""
@@ -150,26 +177,41 @@ class _MessageReader:
             case "tool":
                 self._read_result(message)
             case "user":
+                place = self.number if self.first_result is None else self.first_result
                 before = self._take_results()
                 text = f"{before}\n{message.text}" if before else message.text
-                self.turns.append(Turn("user", text))
+                self._add(Turn("user", text), place)
             case "assistant":
                 self.end_results()
-                text = write_calls(message.text, self._read_calls(message))
-                self.turns.append(Turn("assistant", text, message.is_trained, message.reasoning))
+                calls = self._read_calls(message)
+                is_cut = bool(message.calls) and message.calls[-1].is_cut
+                text = write_calls(message.text, calls, is_cut=is_cut)
+                turn = Turn("assistant", text, message.is_trained, message.reasoning)
+                self._add(turn, self.number)
+            case "system":
+                self.end_results()
+                self._add(Turn("system", message.text), self.number)
         self.number += 1
 
     def end_results(self) -> None:
         """Add a turn for the results that no text of the user follows."""
+        place = self.first_result
         before = self._take_results()
         if before:
-            self.turns.append(Turn("user", before))
+            assert place is not None, "results come with messages"
+            self._add(Turn("user", before), place)
+
+    def _add(self, turn: Turn, place: int) -> None:
+        self.turns.append(turn)
+        self.places.append(place)
 
     def _read_calls(self, message: ChatMessage) -> list[tuple[str, str]]:
         where = f"messages.{self.number}.tool_calls"
         self.caller = self.number
         ids = [call.id or f"call {place}" for place, call in enumerate(message.calls)]
         self.results = dict.fromkeys(ids)
+        pairs = zip(ids, message.calls, strict=True)
+        self.optional = {name for name, call in pairs if not call.needs_result}
         if len(self.results) < len(ids):
             raise UserError(f"{where}: two calls have the same id")
         for place, call in enumerate(message.calls):
@@ -178,13 +220,14 @@ class _MessageReader:
                     f"{where}.{place}.function.name: got {call.name[:80]!r}, wanted 1 to 64 "
                     "letters, digits, '_' and '-'"
                 )
-            if not _is_object(call.arguments):
+            if not call.is_cut and not _is_object(call.arguments):
                 raise UserError(f"{where}.{place}.function.arguments: is not a JSON object")
         return [(call.name, call.arguments) for call in message.calls]
 
     def _read_result(self, message: ChatMessage) -> None:
         where, name = f"messages.{self.number}.tool_call_id", message.call_id
         pending = [call for call, text in self.results.items() if text is None]
+        self.first_result = self.number if self.first_result is None else self.first_result
         if name is None and not pending and self._calls_are_text():
             found = _RESULT.findall(message.text) or [message.text]
             self.results |= {f"{self.number}.{place}": text for place, text in enumerate(found)}
@@ -207,13 +250,14 @@ class _MessageReader:
     def _take_results(self) -> str:
         """Return the text of all results, in the order of the calls, and clear them."""
         texts = [text for text in self.results.values() if text is not None]
-        missing = [name for name, text in self.results.items() if text is None]
+        pending = [name for name, text in self.results.items() if text is None]
+        missing = [name for name in pending if name not in self.optional]
         if missing:
             raise UserError(
                 f"messages.{self.caller}.tool_calls: {missing[0]!r} has no result; each call "
                 "must be followed by a message with role tool"
             )
-        self.results = {}
+        self.results, self.first_result = {}, None
         return write_results(texts)
 
 

@@ -17,7 +17,8 @@ from raytune_llama.serve.generation.completion import CompletionService
 from raytune_llama.serve.generation.embeddings import EmbeddingService
 from raytune_llama.serve.generation.model import ServedModel, load_served_model
 from raytune_llama.serve.generation.output import OutputDelta, Stream
-from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
+from raytune_llama.serve.protocol.chat import ChatRequest
+from raytune_llama.serve.protocol.completions import CompletionRequest
 from raytune_llama.serve.protocol.embeddings import EmbeddingRequest
 
 logger = logging.getLogger(__name__)

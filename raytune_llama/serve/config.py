@@ -50,7 +50,7 @@ class ServedModelConfig:
 
     name: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^:\s]+$")] | None = None
     """Name of the model in requests; null: the directory's name. No colon: it separates the name
-    of an adapter."""
+    of an adapter. Parts between slashes are not empty, `.` or `..`, which URLs can't have."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Data type of the weights; auto: as stored, but fp32 on CPUs."""
@@ -74,6 +74,14 @@ class ServedModelConfig:
 
     max_adapters: Annotated[int, Field(ge=1)] = 8
     """Maximum number of adapters in memory, not counting old versions that are still in use."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ServedModelConfig":
+        if {"", ".", ".."} & set((self.name or "x").split("/")):
+            raise ConfigError(
+                [f"name: got {self.name!r}, whose parts between slashes no URL can have"]
+            )
+        return self
 
     @property
     def served_name(self) -> str:
@@ -158,6 +166,9 @@ class RequestLimits:
 
     send_seconds: Annotated[float, Field(gt=0)] = 60.0
     """Maximum seconds that a client may leave sent data unread; then its response is aborted."""
+
+    strict_requests: bool = False
+    """Whether fields that are not documented are rejected; false: ignored, counted and logged."""
 
     allow_origins: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Origins allowed by CORS, such as `https://example.org`, or `*` for all; empty: none."""

@@ -87,9 +87,7 @@ def build_gateway_app(
         # Without a name, any model's application refuses the request, in its own words.
         base = models[0] if name is None else name.partition(":")[0]
         if base not in models:
-            raise UnknownModelError(
-                f"The model `{base}` does not exist. Available models: {', '.join(models)}", "model"
-            )
+            raise UnknownModelError(base, models)
         return await upstream.forward(base, request)
 
     return app

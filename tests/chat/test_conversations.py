@@ -58,8 +58,34 @@ def test_system_text_is_checked_too() -> None:
     )
 
 
-def test_prompt_needs_the_user_to_speak_last() -> None:
-    assert find_prompt_defect(talk("q", "a", "r")) is None
-    defect = find_prompt_defect(talk("q", "a"))
+def test_system_message_after_the_first_message_is_not_trained_on() -> None:
+    defect = find_defect(Conversation((USER, BOT, turn("system", "Be brief."), USER, BOT)))
     assert defect is not None
-    assert defect.reason == "last_not_user"
+    assert defect.reason == "late_system"
+    assert "turn 2" in defect.detail
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [(BOT, USER), (USER, USER), (USER, BOT, BOT), (USER, turn("system", "x")), (turn("user", ""),)],
+)
+def test_prompt_may_have_turns_in_any_order(turns: tuple[Turn, ...]) -> None:
+    assert find_prompt_defect(Conversation(turns)) is None
+
+
+@pytest.mark.parametrize(
+    ("conversation", "reason", "detail"),
+    [
+        (Conversation(()), "empty_conversation", "no messages"),
+        (Conversation((USER, turn("tool", "x"))), "unknown_role", "messages.1: role 'tool'"),
+        (Conversation((USER, turn("user", 2)), "s"), "wrong_type", "messages.2 is a number"),
+        (Conversation((USER, turn("user", "\0")), places=(3, 7)), "nul", "messages.7: NUL"),
+    ],
+)
+def test_defect_of_a_prompt_names_its_message(
+    conversation: Conversation, reason: str, detail: str
+) -> None:
+    defect = find_prompt_defect(conversation)
+    assert defect is not None
+    assert defect.reason == reason
+    assert detail in defect.detail

@@ -236,6 +236,8 @@ def test_answers_inside_a_prompt_of_messages_are_not_trained() -> None:
         ({"instruction": "q", "output": "a", "history": ["r"]}, "wrong_type"),
         ({"instruction": "q", "output": "a", "tools": "{"}, "invalid_tools"),
         (exchange({"tool_calls": [{"function": {}}]}), "invalid_tools"),
+        (exchange({"tool_calls": [{"name": "f", "arguments": '{"a'}]}), "invalid_tools"),
+        (exchange({"tool_calls": [{"name": "f", "arguments": ""}]}), "invalid_tools"),
         (
             {"prompt": MESSAGES[:1], "completion": [{"role": "system", "content": "s"}]},
             "late_system",

@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 
 from raytune_llama.chat.tools import (
+    ChatMessage,
+    ToolCall,
     ToolCallChunk,
     ToolCallParser,
+    join_tool_messages,
     write_calls,
     write_results,
     write_tools,
@@ -116,3 +119,38 @@ def test_tools_and_results_have_qwens_form() -> None:
     assert write_results(["12", "a\nb"]) == (
         "<tool_response>\n12\n</tool_response>\n<tool_response>\na\nb\n</tool_response>"
     )
+
+
+def test_turn_is_placed_at_its_first_message() -> None:
+    calls = (ToolCall("f", "{}", "a"), ToolCall("f", "{}", "b"))
+    joined = join_tool_messages(
+        [
+            ChatMessage("system", "Be brief."),
+            ChatMessage("user", "q"),
+            ChatMessage("assistant", "", calls),
+            ChatMessage("tool", "2", call_id="b"),
+            ChatMessage("tool", "1", call_id="a"),
+            ChatMessage("user", "r"),
+            ChatMessage("assistant", "s"),
+        ],
+        first=1,
+    )
+    assert [turn.role for turn in joined.turns] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
+    assert joined.places == (1, 2, 3, 4, 7)
+
+
+def test_call_that_needs_no_result_takes_one() -> None:
+    call = ToolCall("f", '{"a', "a", is_cut=True, needs_result=False)
+    asked = [ChatMessage("user", "q"), ChatMessage("assistant", "", (call,))]
+    without = join_tool_messages([*asked, ChatMessage("user", "r")]).turns
+    result = ChatMessage("tool", "1", call_id="a")
+    with_result = join_tool_messages([*asked, result, ChatMessage("user", "r")]).turns
+    written = '<tool_call>\n{"name": "f", "arguments": {"a'
+    assert [turn.content for turn in without] == ["q", written, "r"]
+    assert [turn.content for turn in with_result] == ["q", written, write_results(["1"]) + "\nr"]

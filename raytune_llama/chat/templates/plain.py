@@ -1,12 +1,13 @@
 """Plain-text templates: fixed text around the contents, optional BOS, and EOS after each answer."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from raytune_llama.chat.conversations import Conversation, Turn
+from raytune_llama.chat.conversations import Conversation, Role, Turn
 from raytune_llama.chat.templates.segments import (
+    NO_OPTIONS,
     ControlTokens,
     PromptBoundary,
     Segment,
@@ -57,6 +58,7 @@ class PlainTemplate:
 
     boundary: PromptBoundary = "apart"
     needs_system: bool = False
+    variables: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -90,10 +92,14 @@ class PlainTemplate:
         content = [self.name, self.spec.version, self.boundary, written]
         return hash_bytes(json.dumps(content, ensure_ascii=False).encode(), like)
 
-    def render(self, conversation: Conversation) -> list[Segment]:
+    def render(
+        self, conversation: Conversation, options: Mapping[str, Any] = NO_OPTIONS
+    ) -> list[Segment]:
         """See `Template.render`."""
+        assert not options, "a plain template has no variables"
         if conversation.system is not None and not self.allows_system:
             raise UnrenderableError(f"template {self.name} does not support system messages")
+        self._check_order(conversation)
         written: list[Segment] = []
         for number, turn in enumerate(conversation.turns):
             if turn.reasoning is not None:
@@ -110,6 +116,15 @@ class PlainTemplate:
             system = conversation.system if is_first else None
             written += self.spec.write_prompt(PromptContent(turn.content, system, is_first))
         return written
+
+    def _check_order(self, conversation: Conversation) -> None:
+        roles = [turn.role for turn in conversation.turns]
+        alternating: tuple[Role, Role] = ("user", "assistant")
+        if not roles or roles != [alternating[number % 2] for number in range(len(roles))]:
+            raise UnrenderableError(
+                f"template {self.name} needs turns of the user and the assistant that alternate, "
+                "the user's first"
+            )
 
     def _needs_bos(self, *, is_first: bool) -> bool:
         """Whether BOS precedes an exchange."""

@@ -1,7 +1,9 @@
 """Segments of a rendered conversation, and the `Template` protocol that renders them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedTokenizerFast
 
@@ -14,6 +16,9 @@ SegmentKind = Literal["template", "system", "user", "assistant", "control"]
 PromptBoundary = Literal["apart", "joint"]
 """How prompt and answer are encoded. `apart`: separately, as LLaMA's fine-tuning scripts do.
 `joint`: all text between two control tokens together, as `transformers` does."""
+
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+"""Options of a template whose variables have no values, as in training."""
 
 
 class UnrenderableError(UserError):
@@ -82,14 +87,26 @@ class Template(Protocol):
         """Ids that end an answer; serving stops at them."""
         ...
 
-    def render(self, conversation: Conversation) -> list[Segment]:
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names of the variables that options of a prompt may set, such as `enable_thinking`."""
+        ...
+
+    def render(
+        self, conversation: Conversation, options: Mapping[str, Any] = NO_OPTIONS
+    ) -> list[Segment]:
         """Render a conversation without defects.
 
-        If the last turn is the user's, the segments end where the answer begins: they are a prefix
-        of the segments of the same conversation with an answer.
+        If the last turn is not the assistant's, the segments end where the answer begins: they are
+        a prefix of the segments of the same conversation with an answer.
+
+        Args:
+            conversation: Conversation to render.
+            options: Values of `variables`, in plain JSON; empty in training.
 
         Raises:
             UnrenderableError: This template can't render the conversation.
+            UserError: A value of an option can't be rendered.
         """
         ...
 

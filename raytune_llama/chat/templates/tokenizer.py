@@ -7,20 +7,27 @@ at its ends. Anything else is rejected, not guessed.
 
 The loss covers everything from the end of the generation prompt up to and including the control
 token after the answer. The template needs no {% generation %} markers for that.
+
+Turns of prompts may have any order, and a prompt may have options. Training's conversations have
+neither, so that their answers must begin where the generation prompt ends.
 """
 
+import inspect
 import json
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
 
-from raytune_llama.chat.conversations import Conversation
+from raytune_llama.chat.conversations import Conversation, Role
+from raytune_llama.chat.templates.options import OPTIONS_FIELD, find_texts, find_variables
 from raytune_llama.chat.templates.segments import (
+    NO_OPTIONS,
     PromptBoundary,
     Segment,
     UnrenderableError,
@@ -37,13 +44,28 @@ _VERSION = 1
 _DATE = "26 Jul 2024"  # the default date of LLaMA 3's templates
 _PROBED_TOOL = "probed_tool_X7q9k2"
 _PLACEHOLDER = "Content{}OfX7q9k2"
+_GIVEN = frozenset(
+    {
+        *("messages", "conversations", "tools", "documents", "add_generation_prompt"),
+        *("date_string", "strftime_now", "raise_exception"),
+    }
+)
+"""Variables that every rendering gives to a template; options can't set them."""
+_FAILURES = (
+    jinja2.TemplateError,
+    # A template may calculate with an option, or look something up in it.
+    *(TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
+)
+"""Errors of a template that can't render what it is given."""
+_MAX_CACHED_CHARACTERS = 2_000_000
+"""Size of the cache of rendered shapes; requests may have any number of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Speaker:
     """What the shape of a rendered message depends on."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     is_masked: bool = False
     has_reasoning: bool = False
 
@@ -70,6 +92,10 @@ class _RenderedShape:
     """The texts, split at control tokens."""
 
 
+_ShapeKey = tuple[tuple[_Speaker, ...], str]
+"""Speakers of a conversation, and the options in JSON."""
+
+
 class TokenizerTemplate:
     """Runs the tokenizer's own template; text between control tokens is encoded together."""
 
@@ -89,7 +115,8 @@ class TokenizerTemplate:
         self._tokenizer = tokenizer
         self._controls = find_control_tokens(tokenizer)
         self._spelled = _pattern(control_token_strings(tokenizer))
-        self._skeletons: dict[tuple[_Speaker, ...], _RenderedShape] = {}
+        self._skeletons: dict[_ShapeKey, _RenderedShape] = {}
+        self._num_cached_characters = 0
         if tokenizer.chat_template is None:
             raise UserError(
                 f"template: {tokenizer.name_or_path} has no chat template; set another template, "
@@ -99,13 +126,17 @@ class TokenizerTemplate:
         self._check_date(text)
         self._content = json.dumps([self.name, _VERSION, _DATE, text], ensure_ascii=False).encode()
         self.allows_system, self.needs_system, self.stop_ids = self._probe()
+        self.variables = find_variables(text) - _GIVEN - self._find_reserved()
 
     def hash(self, like: str | None = None) -> str:
         """See `Template.hash`."""
         return hash_bytes(self._content, like)
 
-    def render(self, conversation: Conversation) -> list[Segment]:
+    def render(
+        self, conversation: Conversation, options: Mapping[str, Any] = NO_OPTIONS
+    ) -> list[Segment]:
         """See `Template.render`."""
+        self._check_options(options)
         speakers = [
             _Speaker(
                 turn.role, turn.role == "assistant" and not turn.is_trained, bool(turn.reasoning)
@@ -116,8 +147,8 @@ class TokenizerTemplate:
         if conversation.system is not None:
             speakers.insert(0, _Speaker("system"))
             contents.insert(0, ("", conversation.system))
-        skeleton = self._get_rendered_shape(tuple(speakers))
-        text = self._write(speakers, contents)
+        skeleton = self._get_rendered_shape(tuple(speakers), options, _name_messages(conversation))
+        text = self._write(speakers, contents, options)
         said = [contents[slot.message][not slot.is_reasoning] for slot in skeleton.slots]
         spans = _match(text, skeleton.texts, said)
         if spans is None:
@@ -146,7 +177,7 @@ class TokenizerTemplate:
             ChatMessage("tool", "D"),
             ChatMessage("assistant", "E"),
         ]
-        ours = Conversation(join_tool_messages(said), "A", tools=(json.dumps(tool),))
+        ours = Conversation(join_tool_messages(said).turns, "A", tools=(json.dumps(tool),))
         try:
             written = self.render(place_tools(ours, allows_system=self.allows_system))
         except UnrenderableError:
@@ -171,13 +202,38 @@ class TokenizerTemplate:
             return None
         return str(own)
 
-    def _write(self, speakers: list[_Speaker], contents: list[tuple[str, str]]) -> str:
-        """Render a conversation, as a generation prompt if its last turn is the user's.
+    def _find_reserved(self) -> set[str]:
+        """Return the names of special tokens, and of transformers' own parameters."""
+        tokens = {*self._tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *self._tokenizer.special_tokens_map}
+        return tokens | set(inspect.signature(self._tokenizer.apply_chat_template).parameters)
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Check that no option writes a control token: only the template does."""
+        for name, value in options.items():
+            found = next(filter(None, map(self._spelled.search, find_texts(value))), None)
+            if found is not None:
+                raise UserError(
+                    f"{OPTIONS_FIELD}.{name}: has the control token {found[0]!r}; only the chat "
+                    "template writes control tokens, so remove it"
+                )
+
+    def _write(
+        self,
+        speakers: Sequence[_Speaker],
+        contents: Sequence[tuple[str, str]],
+        options: Mapping[str, Any],
+        *,
+        is_prompt: bool = False,
+    ) -> str:
+        """Render a conversation, as a generation prompt if its last turn is not the assistant's.
 
         Args:
             speakers: Author of each message.
             contents: Reasoning and content of each message.
+            options: Values of the template's variables.
+            is_prompt: Whether it is a generation prompt whatever its last turn is.
         """
+        is_prompt = is_prompt or speakers[-1].role != "assistant"
         messages = [
             {"role": speaker.role, "content": content}
             | ({"reasoning_content": reasoning} if speaker.has_reasoning else {})
@@ -187,26 +243,43 @@ class TokenizerTemplate:
             written = self._tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
-                add_generation_prompt=speakers[-1].role == "user",
+                add_generation_prompt=is_prompt,
                 date_string=_DATE,
+                **options,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except _FAILURES as error:
             raise UnrenderableError(f"the chat template fails: {error}") from error
         assert isinstance(written, str)
         return written
 
-    def _get_rendered_shape(self, speakers: tuple[_Speaker, ...]) -> _RenderedShape:
-        if speakers not in self._skeletons:
-            self._skeletons[speakers] = self._build_rendered_shape(list(speakers))
-        return self._skeletons[speakers]
+    def _get_rendered_shape(
+        self,
+        speakers: tuple[_Speaker, ...],
+        options: Mapping[str, Any] = NO_OPTIONS,
+        names: Sequence[str] | None = None,
+    ) -> _RenderedShape:
+        key = (speakers, json.dumps(dict(options), sort_keys=True))
+        shape = self._skeletons.get(key)
+        if shape is None:
+            shape = self._build_rendered_shape(
+                speakers, options, names or [f"message {number}" for number in range(len(speakers))]
+            )
+            self._num_cached_characters += sum(map(len, shape.texts)) + len(key[1])
+            if self._num_cached_characters > _MAX_CACHED_CHARACTERS:
+                self._skeletons.clear()
+                self._num_cached_characters = 0
+            self._skeletons[key] = shape
+        return shape
 
-    def _build_rendered_shape(self, speakers: list[_Speaker]) -> _RenderedShape:
-        names = [
+    def _build_rendered_shape(
+        self, speakers: Sequence[_Speaker], options: Mapping[str, Any], names: Sequence[str]
+    ) -> _RenderedShape:
+        contents = [
             (_PLACEHOLDER.format(f"{number}Reasoning"), _PLACEHOLDER.format(number))
             for number in range(len(speakers))
         ]
-        text = self._write(speakers, names)
-        slots, places = _find_slots(text, speakers, names)
+        text = self._write(speakers, contents, options)
+        slots, places = _find_slots(text, speakers, contents, names)
         texts = [text[start:stop] for start, stop in list(pairwise(places))[::2]]
         said = [0] * len(texts)
         for number, slot in enumerate(slots):
@@ -215,12 +288,10 @@ class TokenizerTemplate:
             if number and slots[number - 1].message == slot.message:
                 said[number] = len(texts[number])  # between reasoning and answer
                 continue
-            prompt = self._write(speakers[: slot.message], names[: slot.message])
-            if not text.startswith(prompt) or len(prompt) > places[2 * number + 1]:
-                raise UnrenderableError(
-                    "the generation prompt of the chat template is not a prefix of its answers"
-                )
-            said[number] = places[2 * number + 1] - len(prompt)
+            start, stop = places[2 * number], places[2 * number + 1]
+            said[number] = self._count_said(
+                text[:stop], start, speakers[: slot.message], contents[: slot.message], options
+            )
         # Between reasoning and answer nothing ends.
         authors = [speakers[slot.message] for slot in slots]
         ended = [
@@ -232,6 +303,45 @@ class TokenizerTemplate:
             for part in zip(texts, said, [None, *ended], [*authors, None], strict=True)
         )
         return _RenderedShape(tuple(slots), tuple(texts), segments)
+
+    def _count_said(
+        self,
+        text: str,
+        start: int,
+        speakers: Sequence[_Speaker],
+        contents: Sequence[tuple[str, str]],
+        options: Mapping[str, Any],
+    ) -> int:
+        """Return how many characters at the end of a text the assistant says itself.
+
+        These are all after the generation prompt. Where training never has such a prompt, a
+        template may write another one before its answers: then they begin with their content.
+
+        Args:
+            text: Rendered text up to the content of an answer.
+            start: End of the content before it.
+            speakers: Authors of the messages before it.
+            contents: Contents of these messages.
+            options: Values of the template's variables.
+
+        Raises:
+            UnrenderableError: The text does not begin with the prompt of an answer that training
+                may have.
+        """
+        is_trained = not options and bool(speakers) and speakers[-1].role == "user"
+        try:
+            prompt = self._write(speakers, contents, options, is_prompt=True)
+        except UnrenderableError:
+            if is_trained:
+                raise
+            return 0
+        if text.startswith(prompt) and len(prompt) >= start:
+            return len(text) - len(prompt)
+        if is_trained:
+            raise UnrenderableError(
+                "the generation prompt of the chat template is not a prefix of its answers"
+            )
+        return 0
 
     def _split(
         self, text: str, num_said: int, ended: _Speaker | None, after: _Speaker | None
@@ -301,7 +411,7 @@ class TokenizerTemplate:
             )
         ends = {
             next(segment.token_id for segment in after if segment.token_id is not None)
-            for speakers, skeleton in self._skeletons.items()
+            for (speakers, _), skeleton in self._skeletons.items()
             for slot, after in zip(skeleton.slots, skeleton.segments[1:], strict=True)
             if speakers[slot.message].role == "assistant"
         }
@@ -320,10 +430,28 @@ def _pattern(spelled: frozenset[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
 
+def _name_messages(conversation: Conversation) -> list[str]:
+    """Return how errors name the rendered messages: as the request counts them, if it is one."""
+    num_systems = int(conversation.system is not None)
+    places = conversation.places
+    if not places:
+        return [f"message {number}" for number in range(num_systems + len(conversation.turns))]
+    return [*["messages.0"] * num_systems, *(f"messages.{place}" for place in places)]
+
+
 def _find_slots(
-    text: str, speakers: list[_Speaker], names: list[tuple[str, str]]
+    text: str,
+    speakers: Sequence[_Speaker],
+    placeholders: Sequence[tuple[str, str]],
+    names: Sequence[str],
 ) -> tuple[list[_Slot], list[int]]:
     """Return the contents in a rendered text, and the ends of the texts around them, from 0.
+
+    Args:
+        text: Rendered text.
+        speakers: Author of each message.
+        placeholders: Reasoning and content of each message in the text.
+        names: Name of each message in errors.
 
     Raises:
         UnrenderableError: A content is missing, repeated or out of order. Reasoning may be missing
@@ -333,21 +461,21 @@ def _find_slots(
     places = [0]
     for number, speaker in enumerate(speakers):
         for is_reasoning in (True, False):
-            name = names[number][not is_reasoning]
-            times = text.count(name)
+            placeholder = placeholders[number][not is_reasoning]
+            times = text.count(placeholder)
             if is_reasoning and (
                 not speaker.has_reasoning or (not times and number + 1 < len(speakers))
             ):
                 continue
             if is_reasoning and not times:
                 raise UnrenderableError("the chat template does not take reasoning_content")
-            if times != 1 or text.index(name) < places[-1]:
+            if times != 1 or text.index(placeholder) < places[-1]:
                 what = "reasoning" if is_reasoning else "content"
                 raise UnrenderableError(
-                    f"the chat template renders the {speaker.role} {what} of message {number} "
+                    f"the chat template renders the {speaker.role} {what} of {names[number]} "
                     f"{times} times, or out of order"
                 )
-            places += [text.index(name), text.index(name) + len(name)]
+            places += [text.index(placeholder), text.index(placeholder) + len(placeholder)]
             slots.append(_Slot(number, is_reasoning))
     return slots, [*places, len(text)]
 

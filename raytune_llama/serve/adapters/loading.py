@@ -7,7 +7,8 @@ without weights, and the factors are read from there. Adapters that change more 
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from raytune_llama.config.errors import UserError
 from raytune_llama.model.adapter import Adapter
 from raytune_llama.model.adapter_lineage import check_chain
-from raytune_llama.model.lineage import CHAT_KEY, find_leading_ids
+from raytune_llama.model.lineage import CHAT_KEY
 from raytune_llama.model.llama import check_not_quantized
 from raytune_llama.model.lora import (
     check_adapter_fits,
@@ -42,6 +43,7 @@ from raytune_llama.serve.generation.model import (
     ServedModel,
     check_files,
     context_tokens,
+    find_text_ids,
     load_chat_encoder,
 )
 from raytune_llama.storage.files import read_manifest
@@ -65,6 +67,15 @@ class LoadedAdapter:
 
     updates: Mapping[str, LoraLayerWeights] | None
     """LoRA factors by the name of the base's linear layer; None: merged into a copy."""
+
+
+@contextmanager
+def _as_user_error(folder: Path) -> Iterator[None]:
+    """Raise what PEFT and transformers raise for incomplete files as a UserError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} can't be read as an adapter: {error}") from error
 
 
 class AdapterLoader:
@@ -92,12 +103,25 @@ class AdapterLoader:
             ValueError: the adapter is damaged, made for another base, or can't be served.
             OSError: a file can't be read.
         """
+        with _ONE_AT_A_TIME, _as_user_error(folder):
+            return self._load(folder, name)
+
+    def find_problem(self, folder: Path) -> str | None:
+        """Return why an adapter can't be served, or None if its settings show no reason.
+
+        Neither the values of its weights nor the hashes of its files are checked, which takes time.
+        """
         try:
-            with _ONE_AT_A_TIME:
-                return self._load(folder, name)
-        except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            # Raised by PEFT and transformers for incomplete files.
-            raise UserError(f"{folder} can't be read as an adapter: {error}") from error
+            with _as_user_error(folder):
+                adapter = Adapter.open(folder, field="adapter")
+                is_own = has_tokenizer(folder)
+                tokenizer = load_tokenizer(folder) if is_own else self._base.tokenizer
+                self._check(adapter, len(tokenizer), verify=False)
+        except OSError:
+            return None  # being written or removed
+        except ValueError as error:
+            return str(error).replace(str(folder), folder.name)
+        return None
 
     def _load(self, folder: Path, name: str) -> LoadedAdapter:
         adapter = Adapter.open(folder, field="adapter")
@@ -105,7 +129,7 @@ class AdapterLoader:
         is_own_tokenizer = has_tokenizer(folder)
         if is_own_tokenizer:
             tokenizer = load_tokenizer(folder)
-        self._check(adapter, len(tokenizer))
+        self._check(adapter, len(tokenizer), verify=self._config.verify)
         recorded = read_manifest(folder).get(CHAT_KEY)
         chat = self._base.chat
         if recorded or (is_own_tokenizer and chat is not None):
@@ -116,7 +140,7 @@ class AdapterLoader:
                 wanted=None if recorded or chat is None else chat.config.template,
                 allow_other=self._config.allow_other_template,
             )
-        begin = find_leading_ids([self._path, folder], tokenizer)
+        begin = find_text_ids([self._path, folder], tokenizer)
         served = replace(self._base, name=name, tokenizer=tokenizer, chat=chat, leading_ids=begin)
         adapter.check_values()
         is_plain = len(tokenizer) == len(self._base.tokenizer) and not read_model_settings(folder)
@@ -126,10 +150,10 @@ class AdapterLoader:
         limit = context_tokens(self._config, model)
         return LoadedAdapter(replace(served, model=model, max_context=limit), None)
 
-    def _check(self, adapter: Adapter, num_ids: int) -> None:
+    def _check(self, adapter: Adapter, num_ids: int, *, verify: bool) -> None:
         """Reject an adapter that is incomplete, or was made for another base."""
         folder, model = adapter.path, self._base.model
-        problems = check_files(folder) if self._config.verify else []
+        problems = check_files(folder) if verify else []
         problems = problems or check_not_quantized(self._path, "base")
         if not problems:
             problems = check_chain(self._path, [adapter], base_field="base")

@@ -8,7 +8,7 @@ request. Everything here runs on one event loop; only reading files runs in thre
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -25,14 +25,14 @@ from raytune_llama.serve.errors import (
 from raytune_llama.serve.generation.completion import CompletionService
 from raytune_llama.serve.generation.model import ServedModel
 from raytune_llama.serve.generation.output import OutputDelta, Stream
-from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
+from raytune_llama.serve.protocol.chat import ChatRequest
+from raytune_llama.serve.protocol.completions import CompletionRequest
 
 if TYPE_CHECKING:  # it imports PEFT, which takes seconds
     from raytune_llama.serve.adapters.loading import AdapterLoader, LoadedAdapter
 
 logger = logging.getLogger(__name__)
 
-_SHOWN_NAMES = 20
 _NUM_ATTEMPTS = 3
 """Maximum reads of an adapter that is being written meanwhile."""
 
@@ -101,6 +101,8 @@ class AdapterPool:
         self._slots: dict[str, _Slot] = {}
         # Version and error of the last failure, so that it is not read again for every request.
         self._failed: dict[str, tuple[str, str]] = {}
+        # Versions whose settings were checked, by name.
+        self._checked: dict[str, str] = {}
         self._keys, self._uses = itertools.count(), itertools.count()
 
     @property
@@ -144,18 +146,44 @@ class AdapterPool:
         listed = names.get(name)
         if listed is None:
             self._forget(name)
-            known = ", ".join(sorted(names)[:_SHOWN_NAMES]) or "none"
-            more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-            raise UnknownModelError(f"no adapter {name!r}; available: {known}{more}", "model")
+            base = self._base.name
+            known = [base, *(f"{base}:{one}" for one in self._usable(names))]
+            raise UnknownModelError(f"{base}:{name}", known)
         return self._choose(listed)
 
     async def names(self) -> list[str]:
-        """Return the names of all adapters in the registry, sorted.
+        """Return the names of the adapters in the registry that can be used, sorted.
 
         Raises:
             EngineError: the registry can't be read.
         """
-        return sorted(await asyncio.to_thread(self._registry.list))
+        listed = await asyncio.to_thread(self._registry.list)
+        new = [
+            one
+            for name, one in listed.items()
+            if name not in self._slots and self._checked.get(name) != one.version
+        ]
+        for one, problem in await asyncio.to_thread(self._find_problems, new):
+            self._checked[one.name] = one.version
+            if problem is not None and one.name not in self._slots:
+                self._failed[one.name] = one.version, f"adapter {one.name}: {problem}"
+                logger.error("adapter %s, version %s: %s", one.name, one.version, problem)
+        return self._usable(listed)
+
+    def _find_problems(
+        self, listed: Sequence[RegisteredAdapter]
+    ) -> list[tuple[RegisteredAdapter, str | None]]:
+        """Return why adapters can't be used, as far as their settings tell; those on this disk."""
+        local = [one for one in listed if one.place.is_local]
+        return [(one, self._loader.find_problem(one.place.path)) for one in local]
+
+    def _usable(self, listed: Mapping[str, RegisteredAdapter]) -> list[str]:
+        """Return the sorted names without those whose current version is known to be unusable."""
+        return sorted(
+            name
+            for name, one in listed.items()
+            if name in self._slots or self._failed.get(name, ("",))[0] != one.version
+        )
 
     def _choose(self, listed: RegisteredAdapter) -> _Version:
         """Return the version that a request gets, which may still be loading."""

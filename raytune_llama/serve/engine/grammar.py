@@ -107,9 +107,18 @@ class GrammarCompiler:
             if token.content in (TOOL_CALL_OPEN_TAG, TOOL_CALL_CLOSE_TAG)
             or id_ not in control_token_ids(tokenizer)
         }
+        self._spelled = {
+            id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()
+        }
         self._tokenizer = llguidance.hf.from_tokenizer(
             tokenizer, n_vocab=self._num_tokens, eos_token=sorted(stop_ids)
         )
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; of a control token its spelling."""
+        if token in self._spelled:
+            return self._spelled[token].encode()
+        return self._tokenizer.decode_bytes([token])
 
     def compile_schema(self, schema: dict[str, Any]) -> Grammar:
         """Return the grammar of a JSON schema.

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Literal, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from raytune_llama.config.errors import UserError
+from raytune_llama.serve.errors import InvalidRequestError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,7 +23,11 @@ EngineFinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Sampling parameters of a sequence."""
+    """Sampling parameters of a sequence.
+
+    The logits are changed in this order: bias, repetition penalty, frequency and presence
+    penalties, temperature. Log-probabilities are those of the unchanged logits.
+    """
 
     temperature: float = 1.0
     """Divisor of the logits; 0: greedy decoding."""
@@ -31,9 +38,26 @@ class SamplingOptions:
     top_k: int | None = None
     """Number of most likely tokens to sample from; None: all."""
 
+    min_p: float = 0.0
+    """Minimum probability of a token relative to the most likely one, from 0 to 1: less likely
+    tokens are not sampled. Applied to the probabilities at `temperature`, before top-p; 0: no
+    minimum."""
+
     repetition_penalty: float = 1.0
     """Penalty for tokens that the sequence already has: divides positive logits and multiplies
     negative ones (Keskar et al. 2019)."""
+
+    frequency_penalty: float = 0.0
+    """Number subtracted from a token's logit for each time that it was generated; tokens of the
+    prompt do not count."""
+
+    presence_penalty: float = 0.0
+    """Number subtracted from the logit of every token that was generated at least once."""
+
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Distinct token ids, and what is added to the logit of each: -100 practically bans a token,
+    and 100 practically forces it. No bias makes a token possible that a constraint or the end of
+    the vocabulary excludes."""
 
     seed: int | None = None
     """Seed of the sampler: equal seeds give equal tokens; None: a random seed per request."""
@@ -61,13 +85,14 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A sampled token."""
+    """A token, sampled or of the prompt."""
 
     token: int
     """Token id."""
 
     logprob: float | None = None
-    """Natural log-probability, before temperature, top-p and top-k; None: not requested."""
+    """Natural log-probability under the model's own logits: before bias, penalties, temperature,
+    top-p, top-k and any constraint. None: not requested."""
 
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """Ids and log-probabilities of the most likely tokens, in descending order."""
@@ -95,6 +120,30 @@ class EngineRequest:
     adapter: Hashable | None = None
     """Key of an attached adapter; None: the base model only."""
 
+    num_prompt_logprobs: int | None = None
+    """Number of most likely tokens returned for each position of the prompt besides the prompt's
+    own token; None: no log-probabilities of the prompt."""
+
+    def check(self, *, max_context: int, num_tokens: int) -> None:
+        """Reject a request that an engine can't run.
+
+        Args:
+            max_context: maximum tokens per sequence, prompt and answer.
+            num_tokens: vocabulary size.
+
+        Raises:
+            ValueError: the prompt is empty, or leaves no room for a token; or `logit_bias` names a
+                token that does not exist.
+        """
+        length = len(self.prompt)
+        if not 1 <= length < max_context:
+            raise UserError(f"got a prompt of {length} tokens, wanted 1 to {max_context - 1}")
+        for token, _ in self.sampling.logit_bias:
+            if not 0 <= token < num_tokens:
+                raise InvalidRequestError(
+                    f"logit_bias: got token id {token}, wanted 0 to {num_tokens - 1}", "logit_bias"
+                )
+
 
 @dataclass(frozen=True)
 class TokenOutput:
@@ -108,6 +157,10 @@ class TokenOutput:
 
     finish_reason: EngineFinishReason | None
     """Why the sequence has ended, set with its last token; None before."""
+
+    prompt: tuple[SampledToken, ...] = ()
+    """Log-probabilities of the prompt's tokens but the first, with the sequence's first token;
+    empty with the others, and if not requested."""
 
 
 class InferenceEngine(Protocol):
@@ -125,7 +178,7 @@ class InferenceEngine(Protocol):
 
         Raises:
             BusyError: too many requests are waiting.
-            ValueError: the prompt does not fit the context.
+            ValueError: the request can't be run; see `EngineRequest.check`.
             EngineError: the engine has failed.
         """
         ...

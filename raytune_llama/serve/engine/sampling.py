@@ -1,8 +1,9 @@
-"""Sampling: from logits to the next token of each sequence.
+"""Sampling: from logits to the next token of each sequence, and to log-probabilities.
 
-Shapes: N sequences, V vocabulary rows.
+Shapes: N sequences or positions, V vocabulary rows.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -25,7 +26,14 @@ class Sampler:
 
     generator: torch.Generator = field(init=False)
 
+    is_plain: bool = field(init=False)
+    """Whether each token is the most likely one, and nothing else is returned."""
+
+    counts: Counter[int] = field(init=False, default_factory=Counter)
+    """How often each token was sampled, counted only if a penalty depends on it."""
+
     def __post_init__(self) -> None:
+        self.is_plain = self.constraint is None and self.sampling == SamplingOptions(temperature=0)
         self.generator = torch.Generator()
         if self.sampling.seed is None:
             self.generator.seed()
@@ -39,21 +47,34 @@ class Sampler:
             logits_V: logits in float32; -inf for tokens that are never generated.
         """
         sampling = self.sampling
-        raw_V = logits_V
-        if sampling.repetition_penalty != 1.0 and self.seen:
-            logits_V = self._penalized(logits_V)
+        changed_V = self._changed(logits_V)
         if self.constraint is not None:
-            logits_V = _restricted(logits_V, self.constraint.allowed_tokens())
-        token = int(logits_V.argmax()) if sampling.temperature == 0 else self._draw(logits_V)
+            changed_V = _restricted(changed_V, self.constraint.allowed_tokens())
+        token = int(changed_V.argmax()) if sampling.temperature == 0 else self._draw(changed_V)
         self.seen.add(token)
+        if sampling.frequency_penalty or sampling.presence_penalty:
+            self.counts[token] += 1
         if self.constraint is not None:
             self.constraint.advance(token)
         if sampling.num_logprobs is None:
             return SampledToken(token)
-        logprobs_V = raw_V.log_softmax(0)
-        top = logprobs_V.topk(sampling.num_logprobs)
-        likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        return SampledToken(token, float(logprobs_V[token]), likeliest)
+        return score_tokens(logits_V.unsqueeze(0), [token], sampling.num_logprobs)[0]
+
+    def _changed(self, logits_V: Tensor) -> Tensor:
+        """Return the logits with the bias and the penalties, in vLLM's order."""
+        sampling = self.sampling
+        if sampling.logit_bias:
+            ids, bias = zip(*sampling.logit_bias, strict=True)
+            logits_V = _added(logits_V, ids, bias)
+        if sampling.repetition_penalty != 1.0 and self.seen:
+            logits_V = self._penalized(logits_V)
+        if self.counts:
+            penalties = [
+                -(count * sampling.frequency_penalty + sampling.presence_penalty)
+                for count in self.counts.values()
+            ]
+            logits_V = _added(logits_V, list(self.counts), penalties)
+        return logits_V
 
     def _penalized(self, logits_V: Tensor) -> Tensor:
         ids = torch.tensor(sorted(self.seen), device=logits_V.device)
@@ -69,12 +90,22 @@ class Sampler:
         # Shifted to a maximum of 0: with a tiny temperature others become -inf, and none inf.
         below = kept.double().cpu() - float(kept[0])
         weights = (below / sampling.temperature).softmax(0)
+        if sampling.min_p > 0.0:
+            weights = weights.masked_fill(weights < sampling.min_p * weights[0], 0.0)
+            weights = weights / weights.sum()
         if sampling.top_p < 1.0:
             # The token that crosses the threshold is kept.
             before = weights.cumsum(0) - weights
             weights = weights.masked_fill(before >= sampling.top_p, 0.0)
         place = torch.multinomial(weights, 1, generator=self.generator)
         return int(ids[int(place)])
+
+
+def _added(logits_V: Tensor, ids: Sequence[int], values: Sequence[float]) -> Tensor:
+    """Return the logits with a value added to each of some tokens; -inf remains -inf."""
+    device = logits_V.device
+    places = torch.tensor(ids, device=device)
+    return logits_V.index_add(0, places, torch.tensor(values, dtype=logits_V.dtype, device=device))
 
 
 def _restricted(logits_V: Tensor, allowed: Tensor) -> Tensor:
@@ -87,14 +118,33 @@ def _restricted(logits_V: Tensor, allowed: Tensor) -> Tensor:
 
 def sample_batch(logits_NV: Tensor, choosers: Sequence[Sampler]) -> list[SampledToken]:
     """Sample the next token of every sequence; plain greedy ones with a single argmax."""
-    plain = [chooser.sampling == SamplingOptions(temperature=0) for chooser in choosers]
-    simple = [p and c.constraint is None for p, c in zip(plain, choosers, strict=True)]
-    likeliest = logits_NV.argmax(1).tolist() if any(simple) else []
+    has_plain = any(chooser.is_plain for chooser in choosers)
+    likeliest = logits_NV.argmax(1).tolist() if has_plain else []
     choices: list[SampledToken] = []
     for row, chooser in enumerate(choosers):
-        if simple[row]:
+        if chooser.is_plain:
             chooser.seen.add(likeliest[row])
             choices.append(SampledToken(likeliest[row]))
         else:
             choices.append(chooser.sample(logits_NV[row]))
     return choices
+
+
+def score_tokens(logits_NV: Tensor, tokens: Sequence[int], num_top: int) -> list[SampledToken]:
+    """Return a token's log-probability in each row, and those of the row's most likely tokens.
+
+    Args:
+        logits_NV: logits in float32; -inf for tokens that are never generated.
+        tokens: one token id per row.
+        num_top: number of most likely tokens.
+    """
+    logprobs_NV = logits_NV.log_softmax(1)
+    ids_N1 = torch.tensor(tokens, device=logits_NV.device).unsqueeze(1)
+    own = logprobs_NV.gather(1, ids_N1).squeeze(1).tolist()
+    top = logprobs_NV.topk(num_top, dim=1)
+    return [
+        SampledToken(token, logprob, tuple(zip(ids, values, strict=True)))
+        for token, logprob, ids, values in zip(
+            tokens, own, top.indices.tolist(), top.values.tolist(), strict=True
+        )
+    ]

@@ -1,6 +1,6 @@
 """Continuous batching: one forward pass gives every running sequence its next token.
 
-Shapes: N sequences, Q new tokens per row, L columns, V vocabulary rows.
+Shapes: N sequences, Q new tokens per row, L columns, U columns with logits, V vocabulary rows.
 
 Sequences join and leave between two passes. Decode and prefill passes alternate; a prefill reads
 a chunk of a long prompt, so that running sequences are not delayed, or several short prompts.
@@ -16,12 +16,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raytune_llama.config.errors import UserError
+from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.engine.cache import SlotCache
 from raytune_llama.serve.engine.embed import Embedder
 from raytune_llama.serve.engine.lora import LoraLayers, LoraLayerWeights
-from raytune_llama.serve.engine.protocol import EngineFinishReason, EngineRequest, TokenOutput
-from raytune_llama.serve.engine.sampling import Sampler, sample_batch
+from raytune_llama.serve.engine.protocol import (
+    EngineFinishReason,
+    EngineRequest,
+    SampledToken,
+    TokenOutput,
+)
+from raytune_llama.serve.engine.sampling import Sampler, sample_batch, score_tokens
 
 
 @dataclass
@@ -32,6 +37,15 @@ class _SequenceState:
     num_stored: int = 0
     """Number of tokens whose keys and values are in the cache."""
     generated: list[int] = field(default_factory=list)
+    scored: list[SampledToken] = field(default_factory=list)
+    """Log-probabilities of the prompt so far, until they are returned with the first token."""
+
+    def tokens_to_score(self, count: int) -> tuple[int, ...]:
+        """Return the tokens of the prompt that the next `count` positions predict, if wanted."""
+        if self.generation.num_prompt_logprobs is None:
+            return ()
+        start = self.num_stored + 1
+        return self.generation.prompt[start : start + count]
 
 
 class BatchScheduler:
@@ -61,7 +75,8 @@ class BatchScheduler:
         """Maximum number of running sequences."""
 
         self._max_context = max_context
-        self._num_tokens, self._prefill_tokens = num_tokens, prefill_tokens
+        self._num_tokens = num_embedding_rows(model) if num_tokens is None else num_tokens
+        self._prefill_tokens = prefill_tokens
         self._cache = SlotCache(model.config, num_slots)
         # None until an adapter is attached.
         self._lora: LoraLayers | None = None
@@ -107,17 +122,15 @@ class BatchScheduler:
         """Reject an invalid request; may be called from any thread.
 
         Raises:
-            ValueError: the prompt is empty, or leaves no room for a token.
+            ValueError: see `EngineRequest.check`.
         """
-        length = len(generation.prompt)
-        if not 1 <= length < self._max_context:
-            raise UserError(f"got a prompt of {length} tokens, wanted 1 to {self._max_context - 1}")
+        generation.check(max_context=self._max_context, num_tokens=self._num_tokens)
 
     def add(self, key: Hashable, generation: EngineRequest) -> None:
         """Queue a sequence.
 
         Raises:
-            ValueError: the prompt is empty, or leaves no room for a token.
+            ValueError: see `EngineRequest.check`.
         """
         self.check(generation)
         constraint = generation.constraint.copy() if generation.constraint else None
@@ -188,6 +201,9 @@ class BatchScheduler:
     ) -> Tensor:
         """Store each sequence's new tokens; return the logits of the last, (N, V) in float32.
 
+        Also scores the tokens of prompts whose log-probabilities are requested; only then are
+        logits computed at all positions.
+
         Rows are right-padded: the padding's keys and values are masked, and overwritten by later
         tokens. Rows of several tokens start in the same column, as causal masks do.
         """
@@ -203,21 +219,33 @@ class BatchScheduler:
         options: dict[str, Any] = {}
         if self._passes_positions:
             options["position_ids"] = positions_NQ
-        last_U, place_N = self._tensor(counts).sub(1).unique(return_inverse=True)
+        scored = [s.tokens_to_score(count) for s, count in zip(sequences, counts, strict=True)]
+        last_N = self._tensor(counts).sub(1)
+        if any(scored):
+            kept_U, place_N = torch.arange(longest, device=self._device), last_N
+        else:
+            kept_U, place_N = last_N.unique(return_inverse=True)
         output = self._model(
             input_ids=ids_NQ,
             attention_mask=torch.arange(num_columns, device=self._device)
             < start_N1 + self._tensor(counts).unsqueeze(1),
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=last_U,
+            logits_to_keep=kept_U,
             **options,
         )
-        for sequence, count in zip(sequences, counts, strict=True):
-            sequence.num_stored += count
-        logits_NV = output.logits[torch.arange(len(counts)), place_N].float()
-        if self._num_tokens is not None:
-            logits_NV[:, self._num_tokens :] = -torch.inf
+        for row, (sequence, tokens) in enumerate(zip(sequences, scored, strict=True)):
+            num_top = sequence.generation.num_prompt_logprobs
+            if tokens and num_top is not None:
+                logits_QV = self._without_surplus(output.logits[row, : len(tokens)])
+                sequence.scored += score_tokens(logits_QV, tokens, num_top)
+            sequence.num_stored += counts[row]
+        return self._without_surplus(output.logits[torch.arange(len(counts)), place_N])
+
+    def _without_surplus(self, logits_NV: Tensor) -> Tensor:
+        """Return logits in float32, -inf beyond the vocabulary; may change its argument."""
+        logits_NV = logits_NV.float()
+        logits_NV[:, self._num_tokens :] = -torch.inf
         return logits_NV
 
     def _set_row_adapters(self, adapters: Sequence[Hashable | None]) -> None:
@@ -232,7 +260,8 @@ class BatchScheduler:
         steps: list[TokenOutput] = []
         for sequence, choice in zip(sequences, choices, strict=True):
             sequence.generated.append(choice.token)
-            steps.append(TokenOutput(sequence.key, choice, self._finish(sequence)))
+            prompt, sequence.scored = tuple(sequence.scored), []
+            steps.append(TokenOutput(sequence.key, choice, self._finish(sequence), prompt))
         return steps
 
     def _finish(self, sequence: _SequenceState) -> EngineFinishReason | None:

@@ -5,13 +5,15 @@ never run on a GPU. vLLM is imported when an engine is started, so that everythi
 without it (`pip install raytune_llama[vllm]`).
 
 Differences from `TransformersEngine`: equal seeds give other tokens, and a temperature below 0.01
-that is not 0 counts as 0.01. Grammars are enforced by the same library, llguidance.
+that is not 0 counts as 0.01. Log-probabilities are normalized over all rows of the model: those
+beyond the vocabulary of the tokenizer count too, and may be among the most likely. Grammars are
+enforced by the same library, llguidance.
 """
 
 import importlib.util
 import itertools
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
 
@@ -24,7 +26,6 @@ from raytune_llama.serve.engine.protocol import (
     EngineFinishReason,
     EngineRequest,
     SampledToken,
-    SamplingOptions,
     TokenOutput,
     Vectors,
 )
@@ -104,6 +105,7 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
 
         self._max_context, self._max_open = max_context, num_slots + max_waiting
+        self._num_tokens = num_tokens
         # The full list is sent with each request, so only if some rows must not be generated.
         self._allowed = list(range(num_tokens)) if num_tokens < num_rows else None
         self._names, self._prefix = itertools.count(), uuid.uuid4().hex
@@ -138,9 +140,7 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError  # pyright: ignore[reportMissingImports]
 
         self.check_health()
-        length = len(generation.prompt)
-        if not 1 <= length < self._max_context:
-            raise UserError(f"got a prompt of {length} tokens, wanted 1 to {self._max_context - 1}")
+        generation.check(max_context=self._max_context, num_tokens=self._num_tokens)
         if self._num_open >= self._max_open:
             raise BusyError(
                 f"queue full: {self._max_open} requests are running or waiting; retry later"
@@ -150,20 +150,22 @@ class VllmEngine:
                 "adapters are not supported on vLLM; merge the adapter, or set "
                 "replicas.engine=transformers"
             )
-        parameters = self._parameters(generation)
         key = f"{self._prefix}-{next(self._names)}"
         self._num_open += 1
         try:
+            parameters = self._parameters(generation)
+            is_first = True
             # Closing vLLM's generator aborts its request.
             answers = self._engine.generate(
                 tokens_input(list(generation.prompt)), parameters, request_id=key
             )
             async with aclosing(answers):
                 async for answer in answers:
-                    for step in _steps(key, answer.outputs[0], generation.sampling):
+                    for step in _steps(key, answer, generation, is_first=is_first):
+                        is_first = False
                         yield step
         except VLLMClientError as error:
-            raise UserError(str(error)) from error
+            raise InvalidRequestError(str(error)) from error
         except (EngineDeadError, EngineGenerateError) as error:
             raise EngineError(f"the engine has failed: {error}") from error
         finally:
@@ -212,9 +214,14 @@ class VllmEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k or 0,
+            min_p=sampling.min_p,
             repetition_penalty=sampling.repetition_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+            logit_bias=dict(sampling.logit_bias) or None,
             seed=_seed(sampling.seed),
             logprobs=sampling.num_logprobs,
+            prompt_logprobs=generation.num_prompt_logprobs,
             stop_token_ids=sorted(generation.stop_ids),
             max_tokens=min(generation.max_tokens, self._max_context - len(generation.prompt)),
             allowed_token_ids=self._allowed,
@@ -229,23 +236,56 @@ def _seed(seed: int | None) -> int | None:
     return 2**63 - 1 if seed == -1 else seed
 
 
-def _steps(key: str, output: Any, sampling: SamplingOptions) -> Iterator[TokenOutput]:  # noqa: ANN401  # vLLM's
+def _steps(
+    key: str,
+    answer: Any,  # noqa: ANN401  # vLLM's
+    generation: EngineRequest,
+    *,
+    is_first: bool,
+) -> Iterator[TokenOutput]:
     """Yield the tokens of one of vLLM's outputs, which may hold several."""
+    output, num_top = answer.outputs[0], generation.sampling.num_logprobs
     finish = _finish(output.finish_reason)
     tokens = list(output.token_ids)
     if finish is not None and not tokens:
         raise EngineError("vLLM ended a sequence without its last token")
     for place, token in enumerate(tokens):
         choice = SampledToken(token)
-        if sampling.num_logprobs is not None:
-            found = output.logprobs[place]
-            ranked = sorted((one.rank, other, one.logprob) for other, one in found.items())
-            # vLLM adds the sampled token to the most likely ones, whatever its rank.
-            likeliest = tuple(
-                (other, value) for rank, other, value in ranked if rank <= sampling.num_logprobs
-            )
-            choice = SampledToken(token, found[token].logprob, likeliest[: sampling.num_logprobs])
-        yield TokenOutput(key, choice, finish if place == len(tokens) - 1 else None)
+        if num_top is not None:
+            choice = _scored(token, output.logprobs[place], num_top)
+        is_start, is_end = is_first and place == 0, place == len(tokens) - 1
+        prompt = _scored_prompt(answer.prompt_logprobs, generation) if is_start else ()
+        yield TokenOutput(key, choice, finish if is_end else None, prompt)
+
+
+def _scored(token: int, found: Mapping[int, Any], num_top: int) -> SampledToken:
+    """Return a token with the log-probabilities that vLLM found at its position."""
+    ranked = sorted((one.rank, other, one.logprob) for other, one in found.items())
+    # vLLM adds the token itself to the most likely ones, whatever its rank.
+    likeliest = tuple((other, value) for rank, other, value in ranked if rank <= num_top)
+    return SampledToken(token, found[token].logprob, likeliest[:num_top])
+
+
+def _scored_prompt(
+    found: Sequence[Mapping[int, Any] | None] | None, generation: EngineRequest
+) -> tuple[SampledToken, ...]:
+    """Return the log-probabilities of a prompt's tokens but the first, if they are requested.
+
+    Raises:
+        EngineError: vLLM has not returned them for every token.
+    """
+    num_top = generation.num_prompt_logprobs
+    if num_top is None:
+        return ()
+    num_found, num_tokens = len(found or ()), len(generation.prompt)
+    # The first token has none.
+    later = [one for one in found or () if one is not None]
+    if num_found != num_tokens or len(later) != num_tokens - 1:
+        raise EngineError(
+            f"vLLM returned log-probabilities of {num_found} tokens of a prompt of {num_tokens}"
+        )
+    pairs = zip(generation.prompt[1:], later, strict=True)
+    return tuple(_scored(token, one, num_top) for token, one in pairs)
 
 
 def _finish(reason: str | None) -> EngineFinishReason | None:

@@ -1,14 +1,11 @@
 """From a request to the text of its choices, streamed as deltas. Knows tokens, not HTTP."""
 
 import asyncio
-import json
+import re
 from collections.abc import AsyncGenerator, Hashable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from raytune_llama.chat.conversations import Conversation
-from raytune_llama.chat.tools import ChatMessage, ToolCall, join_tool_messages
-from raytune_llama.config.errors import UserError
 from raytune_llama.serve.config import SamplingDefaults
 from raytune_llama.serve.engine.grammar import Grammar, GrammarCompiler, ToolCallFormat
 from raytune_llama.serve.engine.protocol import (
@@ -16,38 +13,58 @@ from raytune_llama.serve.engine.protocol import (
     InferenceEngine,
     SampledToken,
     SamplingOptions,
+    TokenOutput,
 )
 from raytune_llama.serve.errors import InvalidRequestError, UnknownModelError
-from raytune_llama.serve.generation.detokenizer import CompletionDecoder
+from raytune_llama.serve.generation.conversation import build_conversation
+from raytune_llama.serve.generation.detokenizer import (
+    CompletionDecoder,
+    IncrementalDetokenizer,
+)
 from raytune_llama.serve.generation.model import ServedModel
 from raytune_llama.serve.generation.output import OutputDelta, OutputToken, Stream
-from raytune_llama.serve.protocol.chat import (
-    ChatRequest,
-    CompletionRequest,
-    GenerationRequest,
-    Message,
-)
-from raytune_llama.serve.protocol.tools import NamedTool, Tool
+from raytune_llama.serve.protocol.chat import ChatRequest, GenerationRequest
+from raytune_llama.serve.protocol.completions import CompletionRequest
+
+_PLACE = re.compile(r"([a-z][\w.]*): ")
+"""Place in a request at the beginning of an error."""
+
+_NUM_CONTEXT_TOKENS = 8
+"""Tokens of a prompt from which the text of the first ones after it is decoded."""
+
+
+@dataclass(frozen=True)
+class PreparedChoice:
+    """One choice of a request, ready for the engine."""
+
+    generation: EngineRequest
+    """Request of the choice."""
+
+    echo: str | None = None
+    """Text of the prompt, with which the choice begins; None: it is not echoed."""
+
+    continues_text: bool = False
+    """Whether the choice continues the prompt's text, rather than answering it."""
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A tokenized request, ready for the engine."""
+    """A tokenized request."""
 
-    ids: tuple[int, ...]
-    """Token ids of the prompt."""
+    choices: tuple[PreparedChoice, ...]
+    """The choices, in the order of their indices."""
 
-    generation: EngineRequest
-    """Engine request of the first answer; further answers use other seeds."""
-
-    num_choices: int
-    """Number of answers."""
+    num_prompt_tokens: int
+    """Number of tokens of all prompts."""
 
     stops: tuple[str, ...]
     """Stop strings."""
 
     must_call: bool | None = None
-    """Whether answers are tool calls only; None: the request has no tools."""
+    """Whether choices are tool calls only; None: the request has no tools."""
+
+    is_score: bool = False
+    """Whether only the prompt is returned, and no generated token."""
 
 
 class CompletionService:
@@ -82,19 +99,31 @@ class CompletionService:
             raise InvalidRequestError(
                 f"{self._served.name} has no chat template; use /v1/completions", "messages"
             )
+        effort = request.template_options.get("reasoning_effort")
+        if effort is not None and "reasoning_effort" not in chat.template.variables:
+            text = f"reasoning_effort: not supported by {self._served.name}; omit it"
+            raise InvalidRequestError(text, "reasoning_effort", "unsupported_parameter")
         self._served.check_size([message.text for message in request.messages], "messages")
         try:
             conversation = build_conversation(request.messages, request.shown_tools)
-            ids = chat.encode_prompt(conversation).tolist()
+            ids = chat.encode_prompt(conversation, request.template_options).tolist()
         except ValueError as error:
-            raise InvalidRequestError(str(error), "messages") from error
-        wanted = request.max_tokens or request.max_completion_tokens
-        num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        prompt = self._prompt(request, ids, wanted, num_logprobs, "messages")
-        must_call = request.must_call if request.shown_tools else None
-        constraint = self._constraint(request)
-        generation = replace(prompt.generation, constraint=constraint)
-        return replace(prompt, generation=generation, must_call=must_call)
+            place = _PLACE.match(str(error))
+            raise InvalidRequestError(str(error), place[1] if place else "messages") from error
+        generation = replace(
+            self._engine_request(request, ids, "messages"),
+            max_tokens=self._limit(request.max_completion_tokens or request.max_tokens, ids),
+            constraint=self._constraint(request),
+        )
+        if request.logprobs:
+            sampling = replace(generation.sampling, num_logprobs=request.top_logprobs)
+            generation = replace(generation, sampling=sampling)
+        return PreparedRequest(
+            tuple(PreparedChoice(one) for one in _vary(generation, request.n)),
+            len(ids),
+            request.stops,
+            must_call=request.must_call if request.shown_tools else None,
+        )
 
     def _constraint(self, request: ChatRequest) -> Grammar | None:
         """Return the grammar that answers must follow; None: any text."""
@@ -106,13 +135,10 @@ class CompletionService:
                 return self._grammars.compile_schema(schema)
             except ValueError as error:
                 raise InvalidRequestError(str(error), "response_format") from error
-        choice = request.tool_choice
-        wanted = choice.function.name if isinstance(choice, NamedTool) else None
-        functions = [tool.function for tool in request.shown_tools]
         form = ToolCallFormat(
-            [(one.name, one.schema_) for one in functions if wanted in {None, one.name}],
+            [(tool.function.name, tool.function.schema_) for tool in request.callable_tools],
             must_call=request.must_call,
-            is_single=request.parallel_tool_calls is False,
+            is_single=not request.parallel_tool_calls,
             text_schema=schema,
         )
         try:
@@ -121,56 +147,85 @@ class CompletionService:
             raise InvalidRequestError(f"tools: {error}", "tools") from error
 
     def prepare_completion(self, request: CompletionRequest) -> PreparedRequest:
-        """Tokenize a text as the start of a document, control tokens in it as text; or take ids.
+        """Tokenize texts as starts of documents, control tokens in them as text; or take ids.
 
         Raises:
-            InvalidRequestError: an id is outside the vocabulary, or the prompt leaves no room for
-                an answer.
+            InvalidRequestError: an id is outside the vocabulary, or a prompt leaves no room for an
+                answer.
         """
-        tokenizer = self._served.tokenizer
-        if isinstance(request.prompt, str):
-            self._served.check_size([request.prompt], "prompt")
-            ids = self._served.encode_texts([request.prompt])[0]
-        else:
-            ids = request.prompt
-            beyond = [token for token in ids if token >= len(tokenizer)]
-            if beyond:
-                raise InvalidRequestError(
-                    f"token id {beyond[0]} is outside the vocabulary of {self._served.name}",
-                    "prompt",
-                )
-        return self._prompt(request, ids, request.max_tokens, request.logprobs, "prompt")
+        choices: list[PreparedChoice] = []
+        num_tokens = 0
+        for number, prompt in enumerate(request.prompts):
+            param = f"prompt.{number}" if len(request.prompts) > 1 else "prompt"
+            ids = self._encode(prompt, param)
+            num_tokens += len(ids)
+            generation = self._engine_request(request, ids, param)
+            generation = replace(
+                generation,
+                max_tokens=self._limit(request.max_tokens, ids),
+                sampling=replace(generation.sampling, num_logprobs=request.logprobs),
+                num_prompt_logprobs=request.logprobs if request.echo else None,
+            )
+            echo = prompt if isinstance(prompt, str) else None
+            if request.echo and echo is None:
+                echo = self._served.tokenizer.decode(ids, skip_special_tokens=True)
+            choices += [
+                PreparedChoice(one, echo if request.echo else None, continues_text=True)
+                for one in _vary(generation, request.n)
+            ]
+        is_score = request.max_tokens == 0
+        return PreparedRequest(tuple(choices), num_tokens, request.stops, is_score=is_score)
 
-    def _prompt(
-        self,
-        request: GenerationRequest,
-        ids: Sequence[int],
-        wanted: int | None,
-        num_logprobs: int | None,
-        param: str,
-    ) -> PreparedRequest:
-        room = self._served.max_context - len(ids)
+    def _encode(self, prompt: str | list[int], param: str) -> list[int]:
+        if isinstance(prompt, str):
+            self._served.check_size([prompt], param)
+            return self._served.encode_texts([prompt])[0]
+        beyond = [token for token in prompt if token >= len(self._served.tokenizer)]
+        if beyond:
+            text = f"token id {beyond[0]} is outside the vocabulary of {self._served.name}"
+            raise InvalidRequestError(text, param)
+        return prompt
+
+    def _engine_request(
+        self, request: GenerationRequest, ids: Sequence[int], param: str
+    ) -> EngineRequest:
+        """Return a request to the engine, for one token."""
+        max_context = self._served.max_context
         if not ids:
             raise InvalidRequestError("the prompt has no tokens", param)
-        if room < 1:
+        if len(ids) >= max_context:
             raise InvalidRequestError(
-                f"the prompt has {len(ids)} tokens, but the context length of "
-                f"{self._served.name} is {self._served.max_context} tokens, including the answer",
+                f"This model's maximum context length is {max_context} tokens, including the "
+                f"answer, but the prompt has {len(ids)} tokens; shorten it",
                 param,
+                "context_length_exceeded",
             )
+        beyond = [id_ for id_ in request.logit_bias if int(id_) >= len(self._served.tokenizer)]
+        if beyond:
+            text = f"logit_bias: token id {beyond[0]} is outside the vocabulary"
+            raise InvalidRequestError(text, "logit_bias")
         defaults = self._defaults
+        top_k = defaults.top_k if request.top_k is None else request.top_k
         sampling = SamplingOptions(
             temperature=_given(request.temperature, defaults.temperature),
             top_p=_given(request.top_p, defaults.top_p),
-            top_k=request.top_k or defaults.top_k,
+            top_k=None if top_k in (0, -1) else top_k,
+            min_p=request.min_p,
             repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
+            frequency_penalty=request.frequency_penalty,
+            presence_penalty=request.presence_penalty,
+            logit_bias=tuple((int(id_), bias) for id_, bias in request.logit_bias.items() if bias),
             seed=request.seed,
-            num_logprobs=num_logprobs,
         )
-        limit = min(wanted or defaults.max_tokens or room, room)
         stop_ids = self._served.stop_ids
-        generation = EngineRequest(tuple(ids), sampling, limit, stop_ids, adapter=self._adapter)
-        return PreparedRequest(tuple(ids), generation, request.n, request.stops)
+        return EngineRequest(tuple(ids), sampling, 1, stop_ids, adapter=self._adapter)
+
+    def _limit(self, wanted: int | None, ids: Sequence[int]) -> int:
+        """Return the maximum number of generated tokens."""
+        room = self._served.max_context - len(ids)
+        wanted = self._defaults.max_tokens if wanted is None else wanted
+        # Of a prompt that is only scored, the generated token is dropped.
+        return room if wanted is None else max(1, min(wanted, room))
 
     async def respond(self, request: ChatRequest | CompletionRequest) -> Stream[OutputDelta]:
         """Return the stream of a request's answers.
@@ -184,19 +239,18 @@ class CompletionService:
         """
         _, *adapter = request.model.partition(":")
         if adapter != list(self.name.partition(":")[1:]):
-            raise UnknownModelError(f"{self.name} has no adapter {adapter[1]!r}", "model")
+            raise UnknownModelError(request.model, [self.name])
         if isinstance(request, ChatRequest):
-            # In a thread, so that other streams continue: a hundred tools take a second.
             prompt = await asyncio.to_thread(self.prepare_chat, request)
         else:
-            prompt = self.prepare_completion(request)
-        if prompt.num_choices > self._engine.capacity:
+            prompt = await asyncio.to_thread(self.prepare_completion, request)
+        if len(prompt.choices) > self._engine.capacity:
             raise InvalidRequestError(
-                f"n: got {prompt.num_choices}, but at most {self._engine.capacity} choices can be "
-                "generated and queued at a time",
+                f"n: got {len(prompt.choices)} choices, but at most {self._engine.capacity} can be "
+                "generated and queued at a time; send several requests",
                 "n",
             )
-        return Stream(len(prompt.ids), self.generate(prompt))
+        return Stream(prompt.num_prompt_tokens, self.generate(prompt))
 
     def generate(self, prompt: PreparedRequest) -> AsyncGenerator[OutputDelta, None]:
         """Yield the deltas of all choices as they are generated.
@@ -207,7 +261,7 @@ class CompletionService:
             BusyError: too many requests are waiting.
             EngineError: the engine has failed.
         """
-        return self._one(prompt, 0) if prompt.num_choices == 1 else self._many(prompt)
+        return self._one(prompt, 0) if len(prompt.choices) == 1 else self._many(prompt)
 
     async def _many(self, prompt: PreparedRequest) -> AsyncGenerator[OutputDelta, None]:
         """Yield the deltas of several choices, in the order in which they are generated."""
@@ -222,7 +276,7 @@ class CompletionService:
             except (RuntimeError, ValueError) as error:
                 deltas.put_nowait(error)
 
-        tasks = [asyncio.create_task(run(index)) for index in range(prompt.num_choices)]
+        tasks = [asyncio.create_task(run(index)) for index in range(len(prompt.choices))]
         try:
             num_open = len(tasks)
             while num_open:
@@ -240,74 +294,72 @@ class CompletionService:
 
     async def _one(self, prompt: PreparedRequest, index: int) -> AsyncGenerator[OutputDelta, None]:
         """Yield the deltas of one choice."""
-        generation = prompt.generation
-        if index and generation.sampling.seed is not None:
-            seed = generation.sampling.seed + index
-            generation = replace(generation, sampling=replace(generation.sampling, seed=seed))
+        choice = prompt.choices[index]
+        generation, echo = choice.generation, choice.echo
+        context = generation.prompt[-_NUM_CONTEXT_TOKENS:] if choice.continues_text else ()
         decoder = CompletionDecoder(
-            self._served.tokenizer, prompt.stops, must_call=prompt.must_call
+            self._served.tokenizer, prompt.stops, must_call=prompt.must_call, context=context
         )
         async with aclosing(self._engine.generate(generation)) as steps:
             async for step in steps:
+                tokens: list[OutputToken] = []
+                if echo is not None:
+                    if generation.num_prompt_logprobs is not None:
+                        tokens += await asyncio.to_thread(self._prompt_tokens, generation, step)
+                    if prompt.is_score:
+                        yield OutputDelta(index, echo, 0, tuple(tokens), "length")
+                        return
                 is_end = step.finish_reason == "stop"
+                start = decoder.num_characters + len(choice.echo or "")
+                tokens += self._tokens(step.sampled, start, is_end=is_end)
                 token = None if is_end else step.sampled.token
                 text, calls = decoder.push(token, is_last=step.finish_reason is not None)
                 finish = (
                     decoder.finish_reason if is_end or decoder.is_stopped else step.finish_reason
                 )
-                tokens = self._tokens(step.sampled) if not is_end else ()
-                yield OutputDelta(index, text, 1, tokens, finish, calls)
+                yield OutputDelta(index, (echo or "") + text, 1, tuple(tokens), finish, calls)
+                echo = None
                 if decoder.is_stopped:
                     return
 
-    def _tokens(self, choice: SampledToken) -> tuple[OutputToken, ...]:
-        if choice.logprob is None:
-            return ()
-        likeliest = tuple((self.token_text(token), value) for token, value in choice.top_logprobs)
-        return (OutputToken(self.token_text(choice.token), choice.logprob, likeliest),)
+    def _prompt_tokens(self, generation: EngineRequest, step: TokenOutput) -> list[OutputToken]:
+        """Return the tokens of an echoed prompt with their log-probabilities."""
+        stream = IncrementalDetokenizer(self._served.tokenizer)
+        tokens: list[OutputToken] = []
+        first = SampledToken(generation.prompt[0])
+        for sampled in (first, *step.prompt):
+            tokens += self._tokens(sampled, stream.num_characters, is_in_prompt=True)
+            stream.push(sampled.token)
+        return tokens
 
-    def token_text(self, token: int) -> str:
-        """Return the text of a token decoded alone, control tokens included."""
-        text = self._served.tokenizer.decode([token], skip_special_tokens=False)
-        assert isinstance(text, str)
-        return text
+    def _tokens(
+        self,
+        sampled: SampledToken,
+        offset: int,
+        *,
+        is_end: bool = False,
+        is_in_prompt: bool = False,
+    ) -> tuple[OutputToken, ...]:
+        if sampled.logprob is None and not is_in_prompt:
+            return ()
+        likeliest = tuple((self._bytes(token), value) for token, value in sampled.top_logprobs)
+        content = self._bytes(sampled.token)
+        return (OutputToken(content, sampled.logprob, likeliest, offset, is_end),)
+
+    def _bytes(self, token: int) -> bytes:
+        return self._grammars.token_bytes(token)
+
+
+def _vary(generation: EngineRequest, num_choices: int) -> list[EngineRequest]:
+    """Return the engine's requests of several choices of a prompt, each with a seed of its own."""
+    sampling = generation.sampling
+    if sampling.seed is None:
+        return [generation] * num_choices
+    return [
+        replace(generation, sampling=replace(sampling, seed=sampling.seed + number))
+        for number in range(num_choices)
+    ]
 
 
 def _given(value: float | None, default: float) -> float:
     return default if value is None else value
-
-
-def build_conversation(messages: Sequence[Message], tools: Sequence[Tool]) -> Conversation:
-    """Return the conversation to render; only the first message may be a system message.
-
-    Args:
-        messages: messages of the request; at least one.
-        tools: tools shown to the model.
-
-    Raises:
-        ValueError: a message is out of place; the error names it.
-    """
-    system = messages[0].text if messages[0].role in {"system", "developer"} else None
-    first = int(system is not None)
-    turns = join_tool_messages(
-        [_read_message(first + number, message) for number, message in enumerate(messages[first:])],
-        first=first,
-    )
-    # As received: unset fields are not written.
-    written = [
-        json.dumps(tool.model_dump(exclude_unset=True), ensure_ascii=False) for tool in tools
-    ]
-    return Conversation(turns, system, tools=tuple(written))
-
-
-def _read_message(number: int, message: Message) -> ChatMessage:
-    if message.role not in ("user", "assistant", "tool"):
-        raise UserError(
-            f"messages: message {number + 1} has the role {message.role}, which only the first "
-            "message may have"
-        )
-    calls = tuple(
-        ToolCall(call.function.name, call.function.arguments, call.id)
-        for call in message.tool_calls or ()
-    )
-    return ChatMessage(message.role, message.text, calls, message.tool_call_id)

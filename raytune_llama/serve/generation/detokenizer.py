@@ -30,19 +30,28 @@ class IncrementalDetokenizer:
         tokenizer: PreTrainedTokenizerBase,
         *,
         shown: AbstractSet[int] = frozenset(),
+        context: Sequence[int] = (),
     ) -> None:
         """Start without tokens.
 
         Args:
             tokenizer: tokenizer of the model.
             shown: control tokens to decode as text.
+            context: tokens before the first one, whose text is not returned.
         """
         self._tokenizer = tokenizer
         self._skips_control = not shown
         self._hidden = control_token_ids(tokenizer) - shown if shown else frozenset()
-        self._tokens: list[int] = []
+        self._tokens = list(context)
         # Decoding needs context: a token's text depends on the token before it.
-        self._context_start = self._emitted_end = 0
+        self._context_start, self._emitted_end = 0, len(self._tokens)
+        # A context may end within a character, which is then returned once it is complete.
+        while self._emitted_end and self._decode(self._tokens[: self._emitted_end]).endswith(
+            REPLACEMENT
+        ):
+            self._emitted_end -= 1
+        self.num_characters = 0
+        """Number of characters returned so far."""
 
     def push(self, token: int) -> str:
         """Add a token; return the text that is now final, which may be empty."""
@@ -71,6 +80,7 @@ class IncrementalDetokenizer:
         if not is_last and (text.endswith(REPLACEMENT) or len(text) <= len(known)):
             return ""
         self._context_start, self._emitted_end = self._emitted_end, len(self._tokens)
+        self.num_characters += len(text) - len(known)
         return text[len(known) :]
 
 
@@ -116,7 +126,12 @@ class CompletionDecoder:
     """Decodes the streamed tokens of an answer into text and tool calls."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], *, must_call: bool | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[str],
+        *,
+        must_call: bool | None = None,
+        context: Sequence[int] = (),
     ) -> None:
         """Start without tokens.
 
@@ -124,6 +139,7 @@ class CompletionDecoder:
             tokenizer: tokenizer of the model.
             stops: stop strings of the answer's text; tool calls are not searched for them.
             must_call: whether the answer is tool calls only; None: the request has no tools.
+            context: last tokens of the prompt that the answer continues, as in "a" and " b".
         """
         self._cutter = StopStringFilter(stops)
         self._parser = None if must_call is None else ToolCallParser(must_call=must_call)
@@ -134,12 +150,17 @@ class CompletionDecoder:
             for id_, token in added.items()
             if token.content in (TOOL_CALL_OPEN_TAG, TOOL_CALL_CLOSE_TAG)
         }
-        self._stream = IncrementalDetokenizer(tokenizer, shown=shown)
+        self._stream = IncrementalDetokenizer(tokenizer, shown=shown, context=context)
 
     @property
     def is_stopped(self) -> bool:
         """Whether a stop string has been found."""
         return self._cutter.is_stopped
+
+    @property
+    def num_characters(self) -> int:
+        """Number of decoded characters, also of those that are held back."""
+        return self._stream.num_characters
 
     @property
     def _num_calls(self) -> int:

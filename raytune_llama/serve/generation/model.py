@@ -33,7 +33,7 @@ from raytune_llama.serve.config import ServedModelConfig
 from raytune_llama.serve.errors import InvalidRequestError
 from raytune_llama.storage.files import OUTPUT_MANIFEST, read_json
 from raytune_llama.storage.hashes import find_hash, hash_file, show_hash
-from raytune_llama.tokenizer.loader import encode_text, load_tokenizer
+from raytune_llama.tokenizer.loader import encode_text, leading_ids, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class ServedModel:
     """Maximum tokens per request, prompt and answer."""
 
     leading_ids: tuple[int, ...]
-    """Ids that a text begins with, as in the model's training; see `find_leading_ids`."""
+    """Ids that the tokenizer puts before a text: BOS, or none."""
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -142,8 +142,32 @@ def load_served_model(config: ServedModelConfig, device: torch.device) -> Served
     limit = context_tokens(config, model)
     logger.info("%s: %s, context length %d tokens", path, model.dtype, limit)
     nn.Module.to(model.eval(), device)
-    begin = find_leading_ids([path], tokenizer)
+    begin = find_text_ids([path], tokenizer)
     return ServedModel(config.served_name, model, tokenizer, chat, limit, begin)
+
+
+def find_text_ids(
+    directories: Sequence[Path], tokenizer: PreTrainedTokenizerFast
+) -> tuple[int, ...]:
+    """Return the ids that the tokenizer puts before a text, as transformers and llama.cpp do.
+
+    Logs a warning if the texts that the model was trained on began otherwise.
+
+    Args:
+        directories: the model and its adapters, in the order of their training.
+        tokenizer: tokenizer of the last of them.
+    """
+    own, trained = leading_ids(tokenizer), find_leading_ids(directories, tokenizer)
+    if own != trained:
+        logger.warning(
+            "%s was trained on texts that begin with the token ids %s, but its tokenizer puts %s "
+            "before a text, which completions and embeddings do too; send token ids to choose "
+            "otherwise, or train with data.bos=auto",
+            directories[-1],
+            list(trained),
+            list(own),
+        )
+    return own
 
 
 def _outline(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -15,16 +15,22 @@ REPLACEMENT = "\ufffd"
 
 @dataclass(frozen=True)
 class OutputToken:
-    """A token of an answer with its log-probability."""
+    """A token of an answer, or of its echoed prompt, with its log-probability."""
 
-    text: str
-    """Text of the token decoded alone."""
+    content: bytes
+    """Bytes that the token stands for; of a control token its spelling."""
 
-    logprob: float
-    """Natural logarithm of the token's probability."""
+    logprob: float | None
+    """Natural logarithm of the token's probability; None for the first token of a prompt."""
 
-    top_logprobs: tuple[tuple[str, float], ...] = ()
-    """Texts and log-probabilities of the most likely tokens at this position."""
+    top_logprobs: tuple[tuple[bytes, float], ...] = ()
+    """Bytes and log-probabilities of the most likely tokens at this place, in descending order."""
+
+    offset: int = 0
+    """Number of characters of the answer before the token; a part of a character is at its own."""
+
+    is_end: bool = False
+    """Whether the token only ends the answer, as EOS does."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,9 @@ class Stream(Generic[T]):
             self.release()
 
 
-def text_bytes(text: str) -> list[int] | None:
-    """Return the bytes of a token's text, or None if it holds only part of a character."""
-    return None if REPLACEMENT in text else list(text.encode())
+def token_text(content: bytes) -> str:
+    r"""Return a token's bytes as text; those of a part of a character as `bytes:\xe4\xb8`."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)

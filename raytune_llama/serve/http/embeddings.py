@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -43,7 +43,7 @@ class EmbeddingBackend(Protocol):
 
 def add_embeddings(
     app: FastAPI,
-    backend_of: Callable[[str], EmbeddingBackend],
+    backend_of: Callable[[EmbeddingRequest], Awaitable[EmbeddingBackend]],
     limits: RequestLimits,
     metrics: ServeMetrics,
 ) -> None:
@@ -51,7 +51,7 @@ def add_embeddings(
 
     Args:
         app: application to extend.
-        backend_of: returns the backend of a model name, or raises the client's error.
+        backend_of: returns the backend of a request's model, or raises the client's error.
         limits: limits of every request.
         metrics: metrics to update.
     """
@@ -63,7 +63,7 @@ def add_embeddings(
     )
     async def embed(request: EmbeddingRequest, connection: Request) -> Response:
         """Create an embedding vector for each input text."""
-        opening = backend_of(request.model).embed(request)
+        opening = (await backend_of(request)).embed(request)
         recorder = RequestRecorder(metrics, request.model)
         batches: list[Vectors] = []
         async with await ObservedStream.open(opening, limits, recorder) as stream:

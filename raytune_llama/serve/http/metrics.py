@@ -26,6 +26,7 @@ REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0
 KNOWN_ROUTES = (
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/responses",
     "/v1/embeddings",
     "/v1/models",
     "/health",
@@ -116,6 +117,9 @@ class ServeMetrics:
         )
         self.finished_requests = counter(
             "answers", "Model requests by outcome", (*_MODEL, "outcome")
+        )
+        self.ignored_fields = counter(
+            "ignored_fields", "Fields of requests that nobody documents and that were ignored", ()
         )
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens processed", _MODEL)
         self.completion_tokens = counter("completion_tokens", "Tokens generated", _MODEL)

@@ -16,6 +16,7 @@ from raytune_llama.serve.errors import (
     UnknownModelError,
 )
 from raytune_llama.serve.http.stream import QueueTimeoutError, RequestTimeoutError
+from raytune_llama.serve.http.validation import describe_invalid_body
 from raytune_llama.serve.protocol.chat import ErrorBody, ErrorResponse
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,6 @@ RETRY_SECONDS = 1
 """Default of the header Retry-After for 429 and 503, in seconds."""
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
-_MAX_PROBLEMS = 8
 _MAX_MESSAGE_CHARACTERS = 2000
 
 
@@ -79,10 +79,13 @@ def add_error_handlers(app: FastAPI) -> None:
 
     on(RequestValidationError, _from_validation_error)
     on(HTTPException, _from_http_exception)
-    on(InvalidRequestError, lambda error: build_api_error(400, error.message, error.param))
+    on(
+        InvalidRequestError,
+        lambda error: build_api_error(400, error.message, error.param, error.code),
+    )
     on(
         UnknownModelError,
-        lambda error: build_api_error(404, error.message, error.param, "model_not_found"),
+        lambda error: build_api_error(404, error.message, error.param, error.code),
     )
     on(BusyError, lambda error: build_api_error(429, str(error), code="rate_limit_exceeded"))
     on(EngineError, lambda error: build_api_error(503, str(error)))
@@ -99,16 +102,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _from_validation_error(error: RequestValidationError) -> ApiError:
-    problems = error.errors()[:_MAX_PROBLEMS]
-    text = "; ".join(
-        f"{_path(one) or 'body'}: {one['msg'].removeprefix('Value error, ')}" for one in problems
-    )
-    return build_api_error(400, text, _path(problems[0]) or None)
-
-
-def _path(one: Mapping[str, Any]) -> str:
-    """Return the dotted path of the invalid field."""
-    return ".".join(str(part) for part in one["loc"] if part not in {"body", "path"})[:256]
+    body = describe_invalid_body(error.errors())
+    return build_api_error(400, body.message, body.param, body.code)
 
 
 def _from_http_exception(error: HTTPException) -> ApiError:

@@ -23,9 +23,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from raytune_llama.config.errors import UserError
 from raytune_llama.serve.config import RequestLimits
 from raytune_llama.serve.http.keys import ApiKeys
-from raytune_llama.serve.http.metrics import route_path
+from raytune_llama.serve.http.metrics import ServeMetrics, route_path
 from raytune_llama.serve.http.rate_limit import ANONYMOUS_KEY, KEY_NAME
 from raytune_llama.serve.http.refusals import ApiError, build_api_error, build_error_response
+from raytune_llama.serve.protocol.fields import RequestModel
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MAX_SHOWN_CHARACTERS = 64
+_MAX_LOGGED_FIELDS = 100
 
 
 def add_request_guard(app: FastAPI, keys: ApiKeys, limits: RequestLimits) -> None:
@@ -49,8 +51,10 @@ def add_request_guard(app: FastAPI, keys: ApiKeys, limits: RequestLimits) -> Non
         app.add_middleware(
             CORSMiddleware,
             allow_origins=limits.allow_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_methods=["GET", "HEAD", "POST"],
+            # OpenAI's client for browsers sends many of its own.
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Should-Retry"],
         )
 
 
@@ -69,6 +73,7 @@ class RequestGuardMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = _normalize(scope)
         # Check the key before waiting for the body.
         found = self._check_headers(scope) or await self._body(receive)
         match found:
@@ -154,6 +159,49 @@ class RequestGuardMiddleware:
             responding.result()
         except _StalledError as error:
             logger.warning("%s; response aborted", error)
+
+
+def _normalize(scope: Scope) -> Scope:
+    """Return a request without slashes at the end of its path; HEAD as GET.
+
+    The server sends no body in response to HEAD.
+    """
+    path, prefix = scope["path"], scope.get("root_path", "")
+    trimmed = path.rstrip("/")
+    if trimmed in {"", prefix}:
+        trimmed = path
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    return {**scope, "path": trimmed, "method": method}
+
+
+class FieldPolicy:
+    """What is done about fields of requests that nobody documents."""
+
+    def __init__(self, metrics: ServeMetrics, *, is_strict: bool) -> None:
+        """Start without known fields.
+
+        Args:
+            metrics: metrics to update.
+            is_strict: whether such fields are refused.
+        """
+        self._metrics, self._is_strict = metrics, is_strict
+        self._logged: set[str] = set()
+
+    def check(self, request: RequestModel) -> None:
+        """Count and log the ignored fields of a request, each name once.
+
+        Raises:
+            ApiError: status 400, there are some and they are refused.
+        """
+        for name in request.ignored_fields():
+            shown = name[:_MAX_SHOWN_CHARACTERS]
+            if self._is_strict:
+                text = f"{shown}: unknown field; remove it, or set limits.strict_requests=false"
+                raise build_api_error(400, text, shown, "unknown_parameter")
+            self._metrics.ignored_fields.inc()
+            if shown not in self._logged and len(self._logged) < _MAX_LOGGED_FIELDS:
+                self._logged.add(shown)
+                logger.warning("requests have the unknown field %r, which is ignored", shown)
 
 
 class _Exchange:

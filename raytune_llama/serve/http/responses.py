@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel
 
 from raytune_llama.chat.tools import ToolCallChunk
-from raytune_llama.serve.generation.output import OutputDelta, text_bytes
+from raytune_llama.serve.generation.output import OutputDelta, OutputToken, token_text
 from raytune_llama.serve.protocol.chat import (
     AnswerMessage,
     ChatChoice,
@@ -17,15 +17,17 @@ from raytune_llama.serve.protocol.chat import (
     ChatRequest,
     ChoiceLogprobs,
     ChunkChoice,
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionRequest,
     ContentLogprob,
     Delta,
     FinishReason,
     TokenLogprob,
     Usage,
+)
+from raytune_llama.serve.protocol.completions import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
 )
 from raytune_llama.serve.protocol.tools import (
     CalledFunction,
@@ -113,7 +115,8 @@ class ChatResponseBuilder:
 
     def build_chunk(self, part: OutputDelta) -> BaseModel:
         """Return the chunk of a delta."""
-        has_text = part.text or (part.tokens and not part.calls)
+        has_tokens = any(not token.is_end for token in part.tokens)
+        has_text = part.text or (has_tokens and not part.calls)
         calls = [_call_delta(chunk) for chunk in part.calls]
         delta = Delta(content=part.text if has_text else None, tool_calls=calls or None)
         chunk = self._chunk(part.index, delta)
@@ -140,17 +143,9 @@ class ChatResponseBuilder:
 class CompletionResponseBuilder:
     """Builds the responses of `/v1/completions`."""
 
-    def __init__(self, request: CompletionRequest, prompt_text: str = "") -> None:
-        """Create a builder for one request.
-
-        Args:
-            request: request to respond to.
-            prompt_text: prompt echoed before each completion; empty without `echo`.
-        """
+    def __init__(self, request: CompletionRequest) -> None:
         self._model, self._wants_logprobs = request.model, request.logprobs is not None
-        self._prompt_text = prompt_text
         self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
-        self._num_sent_characters: dict[int, int] = {}
 
     def build_response(
         self, answers: Sequence[ChoiceAccumulator], counts: TokenCounts
@@ -159,29 +154,24 @@ class CompletionResponseBuilder:
         choices = [
             CompletionChoice(
                 index=index,
-                text=self._prompt_text + answer.text,
-                logprobs=self._logprobs(answer.deltas, len(self._prompt_text)),
+                text=answer.text,
+                logprobs=self._logprobs(answer.deltas),
                 finish_reason=answer.finish_reason,
             )
             for index, answer in enumerate(answers)
         ]
         return self._completion(choices, counts.usage)
 
-    def build_first_chunks(self, num_choices: int) -> Iterator[BaseModel]:
-        """Yield the chunks that precede the first delta."""
-        for index in range(num_choices if self._prompt_text else 0):
-            self._num_sent_characters[index] = len(self._prompt_text)
-            choice = CompletionChoice(index=index, text=self._prompt_text, finish_reason=None)
-            yield self._completion([choice])
+    def build_first_chunks(self, num_choices: int) -> Iterator[BaseModel]:  # noqa: ARG002
+        """Yield the chunks that precede the first delta: none."""
+        return iter(())
 
     def build_chunk(self, part: OutputDelta) -> BaseModel:
         """Return the chunk of a delta."""
-        start = self._num_sent_characters.get(part.index, 0)
-        self._num_sent_characters[part.index] = start + len(part.text)
         choice = CompletionChoice(
             index=part.index,
             text=part.text,
-            logprobs=self._logprobs([part], start),
+            logprobs=self._logprobs([part]),
             finish_reason=part.finish_reason,
         )
         return self._completion([choice])
@@ -197,19 +187,15 @@ class CompletionResponseBuilder:
             id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
         )
 
-    def _logprobs(self, parts: Sequence[OutputDelta], start: int) -> CompletionLogprobs | None:
+    def _logprobs(self, parts: Sequence[OutputDelta]) -> CompletionLogprobs | None:
         if not self._wants_logprobs:
             return None
         tokens = [token for part in parts for token in part.tokens]
-        offsets: list[int] = []
-        for token in tokens:
-            offsets.append(start)
-            start += len(token.text)
         return CompletionLogprobs(
-            tokens=[token.text for token in tokens],
+            tokens=[token_text(token.content) for token in tokens],
             token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=[dict(token.top_logprobs) for token in tokens],
-            text_offset=offsets,
+            top_logprobs=[_top_logprobs(token) for token in tokens],
+            text_offset=[token.offset for token in tokens],
         )
 
 
@@ -228,12 +214,33 @@ def _call_delta(chunk: ToolCallChunk) -> ToolCallDelta:
 
 def _content_logprobs(part: OutputDelta) -> Iterator[ContentLogprob]:
     for token in part.tokens:
-        yield ContentLogprob(
-            token=token.text,
-            logprob=token.logprob,
-            bytes=text_bytes(token.text),
-            top_logprobs=[
-                TokenLogprob(token=text, logprob=value, bytes=text_bytes(text))
-                for text, value in token.top_logprobs
-            ],
-        )
+        if not token.is_end and token.logprob is not None:
+            yield ContentLogprob(
+                token=token_text(token.content),
+                logprob=token.logprob,
+                bytes=list(token.content),
+                top_logprobs=[
+                    TokenLogprob(token=token_text(content), logprob=value, bytes=list(content))
+                    for content, value in token.top_logprobs
+                ],
+            )
+
+
+def _top_logprobs(token: OutputToken) -> dict[str, float] | None:
+    """Return the log probabilities of a place by text, the token's own included.
+
+    Tokens with the same text get a number, so that none is lost.
+    """
+    if token.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    own = (token.content, token.logprob)
+    pairs = token.top_logprobs if own in token.top_logprobs else (*token.top_logprobs, own)
+    for content, value in pairs:
+        text = token_text(content)
+        number = 2
+        while text in found:
+            text = f"{token_text(content)} ({number})"
+            number += 1
+        found[text] = value
+    return found

@@ -35,7 +35,11 @@ from raytune_llama.serve.http.refusals import (
     build_api_error,
     build_error_response,
 )
-from raytune_llama.serve.http.request_guard import add_request_guard, build_route_class
+from raytune_llama.serve.http.request_guard import (
+    FieldPolicy,
+    add_request_guard,
+    build_route_class,
+)
 from raytune_llama.serve.http.responses import (
     ChatResponseBuilder,
     ChoiceAccumulator,
@@ -43,19 +47,24 @@ from raytune_llama.serve.http.responses import (
     ResponseBuilder,
     TokenCounts,
 )
+from raytune_llama.serve.http.responses_api import add_responses
 from raytune_llama.serve.http.stream import EventStream, ObservedStream, RequestTimeoutError
 from raytune_llama.serve.protocol.chat import (
     ChatCompletion,
     ChatRequest,
-    Completion,
-    CompletionRequest,
     ErrorBody,
     ErrorResponse,
     ModelCard,
     ModelList,
 )
+from raytune_llama.serve.protocol.completions import Completion, CompletionRequest
+from raytune_llama.serve.protocol.embeddings import EmbeddingRequest
 
 logger = logging.getLogger(__name__)
+
+
+ModelRequest = ChatRequest | CompletionRequest | EmbeddingRequest
+"""A request that names a model."""
 
 
 class ModelBackend(EmbeddingBackend, Protocol):
@@ -112,29 +121,44 @@ def build_http_app(
     _add_health(app, backends)
     add_page(app)
 
-    def backend_of(name: str) -> ModelBackend:
-        # The part after the colon is the backend's to resolve.
-        base = name.partition(":")[0]
-        if base not in backends:
-            known = ", ".join(backends)
-            raise UnknownModelError(
-                f"The model `{base}` does not exist. Available models: {known}", "model"
-            )
-        return backends[base]
+    policy = FieldPolicy(metrics, is_strict=limits.strict_requests)
+
+    async def backend_of(request: ModelRequest) -> ModelBackend:
+        policy.check(request)
+        return await _find_backend(backends, request.model)
 
     async def open_stream(request: ChatRequest | CompletionRequest) -> ObservedStream[OutputDelta]:
-        opening = backend_of(request.model).respond(request)
+        opening = (await backend_of(request)).respond(request)
         return await ObservedStream.open(opening, limits, RequestRecorder(metrics, request.model))
 
-    _add_models(app, backends, backend_of)
+    _add_models(app, backends)
     _add_answers(app, open_stream)
+    add_responses(app, open_stream, policy)
     add_embeddings(app, backend_of, limits, metrics)
     return app
 
 
-def _add_models(
-    app: FastAPI, backends: Mapping[str, ModelBackend], backend_of: Callable[[str], ModelBackend]
-) -> None:
+async def _find_backend(backends: Mapping[str, ModelBackend], name: str) -> ModelBackend:
+    """Return the backend of a model; the part of its name after a colon is the backend's.
+
+    Raises:
+        UnknownModelError: there is none.
+    """
+    base = name.partition(":")[0]
+    if base not in backends:
+        raise await _unknown_model(backends, name)
+    return backends[base]
+
+
+async def _unknown_model(backends: Mapping[str, ModelBackend], name: str) -> UnknownModelError:
+    try:
+        known = [one for base, backend in backends.items() for one in await _names(base, backend)]
+    except EngineError:  # its adapters can't be listed
+        known = list(backends)
+    return UnknownModelError(name, known)
+
+
+def _add_models(app: FastAPI, backends: Mapping[str, ModelBackend]) -> None:
     """Register the routes that list and describe the models."""
     created = int(time.time())
 
@@ -156,10 +180,9 @@ def _add_models(
     )
     async def model(name: str) -> ModelCard:
         """Retrieve a model by its name."""
-        if name not in await _names(name.partition(":")[0], backend_of(name)):
-            raise UnknownModelError(
-                f"The model `{name}` does not exist. GET /v1/models lists all models.", "model"
-            )
+        backend = await _find_backend(backends, name)
+        if name not in await _names(name.partition(":")[0], backend):
+            raise await _unknown_model(backends, name)
         return ModelCard(id=name, created=created)
 
 
@@ -185,8 +208,7 @@ def _add_answers(
     @app.post("/v1/completions", response_model=Completion, responses=responses)
     async def complete(request: CompletionRequest) -> Response:
         """Create a completion of a prompt."""
-        echoed = request.prompt if request.echo and isinstance(request.prompt, str) else ""
-        builder = CompletionResponseBuilder(request, echoed)
+        builder = CompletionResponseBuilder(request)
         return await _respond(await open_stream(request), request, builder)
 
 
@@ -238,7 +260,7 @@ async def _respond(
 ) -> Response:
     counts = TokenCounts(prompt=stream.num_prompt_tokens)
     if not request.stream:
-        choices = [ChoiceAccumulator() for _ in range(request.n)]
+        choices = [ChoiceAccumulator() for _ in range(request.num_choices)]
         async with stream:
             async for delta in stream:
                 choices[delta.index].add(delta)
@@ -261,7 +283,7 @@ async def _events(
     counts: TokenCounts,
 ) -> AsyncGenerator[bytes, None]:
     """Yield server-sent events."""
-    for chunk in builder.build_first_chunks(request.n):
+    for chunk in builder.build_first_chunks(request.num_choices):
         yield _event(chunk)
     counts.completion += first.num_tokens
     yield _event(builder.build_chunk(first))
@@ -275,7 +297,7 @@ async def _events(
         # The status has already been sent.
         yield _event(ErrorResponse(error=ErrorBody(message=str(error), type="server_error")))
         return
-    if request.stream_options is not None and request.stream_options.include_usage:
+    if request.includes_usage:
         yield _event(builder.build_usage_chunk(counts))
     yield b"data: [DONE]\n\n"
 

@@ -1,18 +1,25 @@
-"""OpenAI's chat and completion requests and responses, every number bounded.
+"""OpenAI's chat requests and responses, and what all requests for text share; numbers are bounded.
 
-Fields of OpenAI's API that have no effect here are rejected rather than ignored, except those that
-clients always send (`user`, `metadata`, `store`). Values are not coerced: "3" is not a number.
+`fields.py` says which fields are used, have no effect, are refused or ignored.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from raytune_llama.config.errors import UserError
+from raytune_llama.serve.protocol.fields import (
+    INVALID,
+    MISSING,
+    FieldError,
+    RequestModel,
+    Unsupported,
+)
 from raytune_llama.serve.protocol.tools import (
     MAX_CALLS,
     MAX_TOOLS,
-    StrictModel,
+    AllowedTools,
+    NamedTool,
     Tool,
     ToolCall,
     ToolCallDelta,
@@ -22,8 +29,9 @@ from raytune_llama.serve.protocol.tools import (
 )
 
 MAX_CHOICES = 16
-MAX_STOPS = 4
+MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_BIASED_TOKENS = 1024
 MAX_MESSAGES = 4096
 MAX_TOKENS = 1_000_000
 """Bound on the number itself; the model's context bounds the generated tokens."""
@@ -31,114 +39,182 @@ MAX_TOKENS = 1_000_000
 ANY_OBJECT = {"type": "object"}
 """Schema of `response_format: {"type": "json_object"}`."""
 
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stop = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+TokenIdText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+"""Token ID as the key of a JSON object."""
+
+OTHER_SERVERS = {
+    # Documented by vLLM or Hugging Face, and sent by clients of theirs.
+    **dict.fromkeys(
+        (
+            *("allowed_token_ids", "bad_words", "stop_token_ids", "min_tokens", "ignore_eos"),
+            *("use_beam_search", "early_stopping", "logits_processors", "truncate_prompt_tokens"),
+            *("include_stop_str_in_output", "prompt_logprobs", "vllm_xargs"),
+        ),
+        Unsupported(),
+    ),
+    **dict.fromkeys(
+        (
+            *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+            *("structured_outputs", "structural_tag"),
+        ),
+        Unsupported("use response_format with a JSON schema"),
+    ),
+    "num_beams": Unsupported(neutral=(1,)),
+    "length_penalty": Unsupported(neutral=(1,)),
+    "typical_p": Unsupported(neutral=(1,)),
+    "do_sample": Unsupported("set temperature to 0 for greedy decoding", neutral=(True,)),
+    "skip_special_tokens": Unsupported(neutral=(True,)),
+    "spaces_between_special_tokens": Unsupported(neutral=(True,)),
+}
+"""Fields of other servers that would change the response."""
 
 
-class GenerationRequest(StrictModel):
+class GenerationRequest(RequestModel):
     """Fields that chat and completion requests share."""
+
+    no_effect: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("user", "metadata", "store", "service_tier", "prediction", "safety_identifier"),
+            *("prompt_cache_key", "prompt_cache_retention"),
+        }
+    )
+    unsupported: ClassVar[Mapping[str, Unsupported]] = OTHER_SERVERS
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
     """Name of a model, or `model:adapter`."""
 
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     """Maximum number of generated tokens; null: limited only by the context."""
 
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Not in OpenAI's API; vLLM and others support it."""
+    temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
+    frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[
+        dict[TokenIdText, Annotated[Finite, Field(ge=-100, le=100)]],
+        Field(max_length=MAX_BIASED_TOKENS),
+    ] = {}
+    """Values added to the logits of tokens, by token ID."""
 
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] | None = None
-    """Not in OpenAI's API; vLLM and others support it."""
+    top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = None
+    """Number of most likely tokens to sample from; 0 or -1: all. Not in OpenAI's API, as the next
+    two; vLLM and others support them."""
+
+    min_p: Annotated[Finite, Field(ge=0, le=1)] = 0.0
+    """Tokens less likely than this share of the most likely token's probability are not sampled."""
+
+    repetition_penalty: Annotated[Finite, Field(ge=0.01, le=10)] | None = None
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     """Number of choices, sampled independently."""
 
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = []
     stream: bool = False
     stream_options: "StreamOptions | None" = None
-    user: Annotated[str, Field(max_length=512)] | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
-    store: bool | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> "GenerationRequest":
-        if self.stream_options is not None and not self.stream:
-            raise UserError("stream_options: only allowed when stream=true")
-        return self
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return tuple(filter(None, [self.stop] if isinstance(self.stop, str) else self.stop))
+
+    @property
+    def num_choices(self) -> int:
+        """Number of choices of the response."""
+        return self.n
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with a chunk of token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
 
-class StreamOptions(StrictModel):
+class StreamOptions(RequestModel):
     """Options of a streamed response."""
+
+    no_effect: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
 
     include_usage: bool = False
     """Whether to send a last chunk with the token counts."""
 
 
-class TextPart(StrictModel):
-    """A text part of a message's content; images and audio are not supported."""
+class ContentPart(RequestModel):
+    """A part of a message's content; images, audio and files are not supported."""
 
-    type: Literal["text"]
-    text: str
+    type: Literal["text", "refusal"]
+    text: str = ""
+    refusal: str = ""
+    """Text of the assistant's refusal."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ContentPart":
+        if self.type not in self.model_fields_set:
+            raise FieldError(self.type, f"missing; a {self.type} part needs it", MISSING)
+        return self
 
 
-class Message(StrictModel):
+class Message(RequestModel):
     """A message of a conversation."""
 
+    no_effect: ClassVar[frozenset[str]] = frozenset({"name"})
+    # Clients send responses back unchanged, with empty values for what they do not have.
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        "audio": Unsupported("send the message's text"),
+        "function_call": Unsupported("use tool_calls"),
+        "annotations": Unsupported("put what the answer has to know into the content"),
+    }
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=256)] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=256)] | None = None
     message: str | None = None
     """Older name of `content` in the servers of the Chinese-LLaMA scripts."""
 
-    name: Annotated[str, Field(max_length=64)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MAX_CALLS)] | None = None
+    refusal: str | None = None
+    """The assistant's refusal to answer."""
+
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] = []
     """Tool calls that the assistant has made."""
 
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     """ID of the tool call that a tool message is the result of."""
 
-    # Clients send responses back unchanged; unsupported fields must be null or empty.
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-
     @model_validator(mode="after")
     def _check(self) -> "Message":
-        num_texts = (self.content is not None) + (self.message is not None)
-        if num_texts > 1 or (num_texts == 0 and self.tool_calls is None):
-            raise UserError("content: got neither or both of content and message, expected one")
-        if self.tool_calls is not None and self.role != "assistant":
-            raise UserError("tool_calls: only allowed in messages with role=assistant")
+        if self.content is not None and self.message is not None:
+            raise FieldError("content", "got both content and message, expected one", INVALID)
+        if self.role != "assistant":
+            if self.content is None and self.message is None:
+                raise FieldError("content", "missing; this field is required", MISSING)
+            if self.tool_calls or self.refusal:
+                name = "tool_calls" if self.tool_calls else "refusal"
+                raise FieldError(name, "only allowed with role=assistant", INVALID)
         if (self.tool_call_id is not None) != (self.role == "tool"):
-            raise UserError("tool_call_id: required with role=tool, not allowed otherwise")
+            code = INVALID if self.tool_call_id else MISSING
+            text = "required with role=tool, not allowed otherwise"
+            raise FieldError("tool_call_id", text, code)
         return self
 
     @property
     def text(self) -> str:
         """Content as a single string."""
         if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content if self.content is not None else self.message or ""
+            return "".join(part.text or part.refusal for part in self.content)
+        return self.content or self.message or self.refusal or ""
 
 
-class JsonSchema(StrictModel):
+class JsonSchema(RequestModel):
     """JSON schema that the response follows."""
 
     name: Annotated[str, Field(max_length=64)]
     description: Annotated[str, Field(max_length=4096)] | None = None
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = ANY_OBJECT
     strict: bool | None = None
     """Accepted; the schema is always enforced."""
 
 
-class ResponseFormat(StrictModel):
+class ResponseFormat(RequestModel):
     """Format of the response."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -147,7 +223,9 @@ class ResponseFormat(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise UserError("json_schema: required with type=json_schema, not allowed otherwise")
+            code = INVALID if self.json_schema else MISSING
+            text = "required with type=json_schema, not allowed otherwise"
+            raise FieldError("json_schema", text, code)
         return self
 
     @property
@@ -161,54 +239,87 @@ class ResponseFormat(StrictModel):
 class ChatRequest(GenerationRequest):
     """Body of `POST /v1/chat/completions`."""
 
+    # An assistant message at the end is always continued, which these two ask for.
+    no_effect: ClassVar[frozenset[str]] = GenerationRequest.no_effect | {
+        "continue_final_message",
+        "add_generation_prompt",
+    }
+    unsupported: ClassVar[Mapping[str, Unsupported]] = OTHER_SERVERS | {
+        "audio": Unsupported("this model generates text only"),
+        "modalities": Unsupported("this model generates text only", neutral=(["text"],)),
+        "verbosity": Unsupported("ask for it in a message", neutral=("medium",)),
+        "web_search_options": Unsupported("this model can't search the web"),
+        "functions": Unsupported("use tools"),
+        "function_call": Unsupported("use tool_choice", neutral=("none", "auto")),
+        "best_of": Unsupported("use n", neutral=(1,)),
+        "echo": Unsupported("use /v1/completions"),
+        "suffix": Unsupported(),
+        "chat_template": Unsupported("set template in the endpoint's config"),
+        "documents": Unsupported("put them into a message"),
+    }
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     """OpenAI's newer name of `max_tokens`; set only one of them."""
 
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = []
     tool_choice: ToolChoice | None = None
     """Whether tools are called; null: `auto` if `tools` is given."""
 
-    parallel_tool_calls: bool | None = None
-    """Whether a response may have several tool calls; null: true."""
+    parallel_tool_calls: bool = True
+    """Whether a response may have several tool calls."""
 
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template, such as `enable_thinking`; not in OpenAI's API."""
+
+    reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
+    """Variable `reasoning_effort` of the chat template; null or `none`: not set."""
 
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
-            raise UserError("top_logprobs: only allowed when logprobs=true")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            message = "max_tokens: not allowed together with max_completion_tokens"
-            raise UserError(message)
-        if (self.tools, self.tool_choice, self.parallel_tool_calls) != (None, None, None):
-            says_parallel = self.parallel_tool_calls is not None
-            check_tools(self.tools, self.tool_choice, says_parallel=says_parallel)
+        if self.top_logprobs and not self.logprobs:
+            raise FieldError("top_logprobs", "only allowed when logprobs=true", INVALID)
+        if self.max_tokens == 0:
+            raise FieldError("max_tokens", "got 0, expected at least 1", "integer_below_min_value")
+        if self.max_completion_tokens not in (None, self.max_tokens) and self.max_tokens:
+            message = "differs from max_completion_tokens; set only one of them"
+            raise FieldError("max_tokens", message, INVALID)
+        check_tools(self.tools, self.tool_choice)
         return self
 
     @property
     def shown_tools(self) -> list[Tool]:
         """Tools that the prompt describes to the model."""
-        return [] if self.tool_choice == "none" else self.tools or []
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """Tools that the response may call."""
+        match self.tool_choice:
+            case NamedTool(function=function):
+                names = {function.name}
+            case AllowedTools(allowed_tools=allowed):
+                names = {tool.function.name for tool in allowed.tools}
+            case _:
+                return self.shown_tools
+        return [tool for tool in self.tools if tool.function.name in names]
 
     @property
     def must_call(self) -> bool:
         """Whether the response has to consist of tool calls only."""
-        return self.tool_choice not in (None, "none", "auto")
+        if isinstance(self.tool_choice, AllowedTools):
+            return self.tool_choice.allowed_tools.mode == "required"
+        return bool(self.tools) and self.tool_choice not in (None, "none", "auto")
 
-
-class CompletionRequest(GenerationRequest):
-    """Body of `POST /v1/completions`."""
-
-    prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    """Prompt to complete: a string or token IDs."""
-
-    echo: bool = False
-    """Whether to begin each completion with the prompt."""
-
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """Variables of the chat template."""
+        if self.reasoning_effort in (None, "none"):
+            return self.chat_template_kwargs
+        return {"reasoning_effort": self.reasoning_effort, **self.chat_template_kwargs}
 
 
 class Usage(BaseModel):
@@ -300,36 +411,6 @@ class ChatChunk(BaseModel):
     created: int
     model: str
     choices: list[ChunkChoice]
-    usage: Usage | None = None
-    system_fingerprint: str | None = None
-
-
-class CompletionLogprobs(BaseModel):
-    """Log probabilities of a completion's tokens, in the legacy format."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class CompletionChoice(BaseModel):
-    """One of the `n` choices of a completion, or its delta in a chunk."""
-
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: FinishReason | None
-
-
-class Completion(BaseModel):
-    """Response to a completion request, or one chunk of it if streamed."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
     usage: Usage | None = None
     system_fingerprint: str | None = None
 

@@ -1,11 +1,18 @@
 """OpenAI's embedding requests and responses."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from raytune_llama.config.errors import UserError
-from raytune_llama.serve.protocol.tools import StrictModel
+from raytune_llama.serve.protocol.fields import (
+    INVALID,
+    FieldError,
+    RequestModel,
+    Unsupported,
+    check_texts_or_ids,
+    list_texts_or_ids,
+)
 
 MAX_INPUTS = 2048
 MAX_INPUT_TOKENS = 300_000
@@ -16,34 +23,25 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 def _check_input(value: Any) -> Any:  # noqa: ANN401  # any JSON value
-    """Reject invalid input; a union's own errors would list all its variants, and no index."""
-    if isinstance(value, str):
-        texts: list[Any] = [value]
-    elif not isinstance(value, list) or not value:
-        raise UserError("expected a string, a list of token IDs, or a non-empty list of either")
-    else:
-        texts = [value] if _is_id(value[0]) else value
-    if len(texts) > MAX_INPUTS:
-        raise UserError(f"got {len(texts)} inputs, expected at most {MAX_INPUTS}")
-    is_text = isinstance(texts[0], str)
+    check_texts_or_ids(value, MAX_INPUTS)
+    texts = list_texts_or_ids(value)
     for number, text in enumerate(texts):
-        where = f"input.{number}" if texts is value else "input"
-        if is_text != isinstance(text, str) or not isinstance(text, str | list):
-            raise UserError(f"{where}: expected all strings or all lists of token IDs")
         if not text:
-            raise UserError(f"{where}: must not be empty")
-        wrong = [place for place, token in enumerate(text) if not (is_text or _is_id(token))]
-        if wrong:
-            raise UserError(f"{where}.{wrong[0]}: expected a token ID, a non-negative integer")
+            where = str(number) if texts is value else ""
+            raise FieldError(where, "must not be empty", INVALID)
     return value
 
 
-def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-
-
-class EmbeddingRequest(StrictModel):
+class EmbeddingRequest(RequestModel):
     """Body of `POST /v1/embeddings`."""
+
+    no_effect: ClassVar[frozenset[str]] = frozenset({"user"})
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        # Documented by vLLM and others.
+        "truncate_prompt_tokens": Unsupported("shorten the text"),
+        "add_special_tokens": Unsupported("send token IDs", neutral=(True,)),
+        "input_type": Unsupported("write it into the text"),
+    }
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
     """Name of a model."""
@@ -62,8 +60,6 @@ class EmbeddingRequest(StrictModel):
 
     dimensions: Annotated[int, Field(ge=1)] | None = None
     """Must be the model's own number of dimensions; its vectors can't be shortened."""
-
-    user: Annotated[str, Field(max_length=512)] | None = None
 
 
 class Embedding(BaseModel):

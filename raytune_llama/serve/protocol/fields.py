@@ -12,21 +12,36 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from raytune_llama.chat.conversations import describe_type
 from raytune_llama.config.errors import UserError
+
+INVALID, MISSING, UNSUPPORTED = (
+    "invalid_value",
+    "missing_required_parameter",
+    "unsupported_parameter",
+)
+"""OpenAI's error codes of fields."""
 
 _NOTHING = (False, 0, "", [], {})
 
 
 class FieldError(UserError):
-    """An invalid field of a request, with OpenAI's error code."""
+    """An invalid field of a request."""
 
-    def __init__(self, message: str, code: str) -> None:
+    def __init__(self, field: str, message: str, code: str) -> None:
+        """Describe the problem.
+
+        Args:
+            field: dotted path of the field in the object that is validated; may be empty.
+            message: what is wrong with it.
+            code: OpenAI's error code.
+        """
         # All arguments, so that the error can be unpickled.
-        super().__init__(message, code)
-        self.message, self.code = message, code
+        super().__init__(field, message, code)
+        self.field, self.message, self.code = field, message, code
 
     def __str__(self) -> str:
-        return self.message
+        return f"{self.field}: {self.message}" if self.field else self.message
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ class RequestModel(BaseModel):
         for name in self.unsupported.keys() & (self.model_extra or {}).keys():
             value, refusal = (self.model_extra or {})[name], self.unsupported[name]
             if value not in _NOTHING and value not in refusal.neutral:
-                raise FieldError(f"{name}: not supported; {refusal.advice}", "unsupported_parameter")
+                raise FieldError(name, f"not supported; {refusal.advice}", UNSUPPORTED)
         return self
 
     def ignored_fields(self) -> Iterator[str]:
@@ -79,3 +94,45 @@ class RequestModel(BaseModel):
             for one in value if isinstance(value, list) else (value,):
                 if isinstance(one, RequestModel):
                     yield from (f"{name}.{inner}" for inner in one.ignored_fields())
+
+
+def check_texts_or_ids(value: Any, max_items: int) -> Any:  # noqa: ANN401  # any JSON value
+    """Return a value that is a text, token IDs, or a list of either; reject any other.
+
+    A union's own errors would list all its variants, and no place.
+
+    Args:
+        value: value of the field.
+        max_items: maximum number of texts or lists of token IDs.
+
+    Raises:
+        FieldError: the value is something else; the error names the place.
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        got = "an empty list" if value == [] else describe_type(value)
+        text = f"got {got}, expected a string, a list of token IDs, or a list of either"
+        raise FieldError("", text, INVALID)
+    items = list_texts_or_ids(value)
+    if len(items) > max_items:
+        raise FieldError("", f"got {len(items)} items, expected at most {max_items}", INVALID)
+    is_text = isinstance(items[0], str)
+    for number, item in enumerate(items):
+        if is_text != isinstance(item, str) or not isinstance(item, str | list):
+            text = "expected all strings or all lists of token IDs"
+            raise FieldError(str(number), text, INVALID)
+        for place, id_ in enumerate(() if is_text else item):
+            if not _is_id(id_):
+                where = f"{number}.{place}" if items is value else str(place)
+                raise FieldError(where, "expected a token ID, a non-negative integer", INVALID)
+    return value
+
+
+def list_texts_or_ids(value: str | list[Any]) -> list[str | list[int]]:
+    """Return the texts or lists of token IDs of a value that `check_texts_or_ids` has checked."""
+    return [value] if isinstance(value, str) or _is_id(value[0]) else value
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from raytune_llama.chat.tools import TOOL_NAME
-from raytune_llama.config.errors import UserError
+from raytune_llama.serve.protocol.fields import INVALID, FieldError, RequestModel
 
 MAX_TOOLS = 128
 MAX_CALLS = 128
@@ -24,13 +24,7 @@ MAX_TOOLS_CHARACTERS = 100_000
 ToolName = Annotated[str, Field(pattern=f"^{TOOL_NAME}$")]
 
 
-class StrictModel(BaseModel):
-    """Base class of request models. Unknown fields are rejected, and "3" is not a number."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Function(StrictModel):
+class Function(RequestModel):
     """A function that the model may call."""
 
     name: ToolName
@@ -45,9 +39,10 @@ class Function(StrictModel):
     def _check(self) -> "Function":
         kind = (self.parameters or {}).get("type", "object")
         if kind != "object":
-            raise UserError(f"parameters: got type {kind!r}, expected 'object'")
+            raise FieldError("parameters", f"got type {kind!r}, expected 'object'", INVALID)
         if _is_deeper(self.parameters, MAX_SCHEMA_DEPTH):
-            raise UserError(f"parameters: nested more than {MAX_SCHEMA_DEPTH} levels deep")
+            text = f"nested more than {MAX_SCHEMA_DEPTH} levels deep"
+            raise FieldError("parameters", text, INVALID)
         return self
 
     @property
@@ -58,31 +53,48 @@ class Function(StrictModel):
         return {"type": "object", **self.parameters}
 
 
-class Tool(StrictModel):
+class Tool(RequestModel):
     """A tool; only functions are supported."""
 
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(StrictModel):
+class FunctionName(RequestModel):
     """Name of a function."""
 
     name: ToolName
 
 
-class NamedTool(StrictModel):
+class NamedTool(RequestModel):
     """Tool choice of one function, which has to be called."""
 
     type: Literal["function"]
     function: FunctionName
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
-"""Whether tools are called: never, if the model decides so, at least one, or this one."""
+class ToolSubset(RequestModel):
+    """Some of the tools, and whether one of them has to be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
-class CalledFunction(StrictModel):
+class AllowedTools(RequestModel):
+    """Tool choice of some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: ToolSubset
+
+
+ToolChoice = (
+    Literal["none", "auto", "required"]
+    | Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
+)
+"""Whether tools are called: never, if the model decides so, at least one, this one, or some."""
+
+
+class CalledFunction(RequestModel):
     """Function of a tool call and its arguments."""
 
     name: ToolName
@@ -90,7 +102,7 @@ class CalledFunction(StrictModel):
     """JSON object; truncated if the response reached its token limit."""
 
 
-class ToolCall(StrictModel):
+class ToolCall(RequestModel):
     """Tool call that the assistant has made."""
 
     id: Annotated[str, Field(min_length=1, max_length=256)]
@@ -118,29 +130,32 @@ class ToolCallDelta(BaseModel):
     function: FunctionDelta
 
 
-def check_tools(
-    tools: Sequence[Tool] | None, choice: ToolChoice | None, *, says_parallel: bool
-) -> None:
+def check_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
     """Reject inconsistent tool fields.
 
     Raises:
-        ValueError: two tools have the same name, all together are too large, `choice` is not one of
-            them, or `choice` or `parallel_tool_calls` is given without tools.
+        FieldError: two tools have the same name, all together are too large, or a tool must be
+            called that is not one of them.
     """
-    if tools is None:
-        if choice is not None or says_parallel:
-            name = "parallel_tool_calls" if choice is None else "tool_choice"
-            raise UserError(f"{name}: only allowed when tools are specified")
-        return
     names = Counter(tool.function.name for tool in tools)
-    name, count = names.most_common(1)[0]
-    if count > 1:
-        raise UserError(f"tools: got {count} functions named {name}, names must be unique")
+    for name, count in names.most_common(1):
+        if count > 1:
+            text = f"got {count} functions named {name}, names must be unique"
+            raise FieldError("tools", text, INVALID)
     size = sum(len(tool.model_dump_json(exclude_unset=True)) for tool in tools)
     if size > MAX_TOOLS_CHARACTERS:
-        raise UserError(f"tools: got {size} characters, expected at most {MAX_TOOLS_CHARACTERS}")
-    if isinstance(choice, NamedTool) and choice.function.name not in names:
-        raise UserError(f"tool_choice: function {choice.function.name} not found in tools")
+        text = f"got {size} characters, expected at most {MAX_TOOLS_CHARACTERS}"
+        raise FieldError("tools", text, INVALID)
+    if choice == "required" and not tools:
+        raise FieldError("tool_choice", "required, but there are no tools", INVALID)
+    chosen: list[str] = []
+    if isinstance(choice, NamedTool):
+        chosen = [choice.function.name]
+    elif isinstance(choice, AllowedTools):
+        chosen = [tool.function.name for tool in choice.allowed_tools.tools]
+    for name in chosen:
+        if name not in names:
+            raise FieldError("tool_choice", f"function {name} not found in tools", INVALID)
 
 
 def _is_deeper(value: object, limit: int) -> bool:

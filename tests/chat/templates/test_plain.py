@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.chat.config import ChatConfig
-from raytune_llama.chat.conversations import Conversation
+from raytune_llama.chat.conversations import Conversation, Role, Turn
 from raytune_llama.chat.encoding import EncodedConversation, build_chat_encoder
 from raytune_llama.chat.templates.choice import TemplateName, build_template, check_roles
 from raytune_llama.chat.templates.plain import PlainTemplate
@@ -119,6 +119,17 @@ def test_system_text_without_a_place_is_refused(
     with pytest.raises(ValueError, match=r"^template: .* 2 of 5 conversations"):
         check_roles(template, num_conversations=5, num_with_system=2)
     check_roles(template, num_conversations=5, num_with_system=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("roles", [(), ("assistant",), ("user", "user"), ("user", "system")])
+def test_turns_that_do_not_alternate_are_refused(
+    byte_level: PreTrainedTokenizerFast, name: TemplateName, roles: tuple[Role, ...]
+) -> None:
+    template = build_template(name, byte_level)
+    conversation = Conversation(tuple(Turn(role, "x") for role in roles))
+    with pytest.raises(UnrenderableError, match="alternate"):
+        template.render(conversation)
 
 
 def test_no_two_forms_have_one_hash(byte_level: PreTrainedTokenizerFast) -> None:

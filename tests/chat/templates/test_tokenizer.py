@@ -1,6 +1,7 @@
 """A tokenizer's own chat template gives the ids of transformers, or is refused."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,64 @@ def test_reasoning_is_refused_where_the_template_has_no_place_for_it(
     assert isinstance(row, Defect)
     assert row.reason == "unrenderable"
     assert "reasoning" in row.detail
+
+
+@pytest.mark.parametrize(
+    ("text", "variables"),
+    [
+        (CHATML, set()),
+        (LLAMA3, set()),
+        (CHATML + "{% if tools or documents or pad_token %}{% endif %}", set()),
+        (CHATML + "{% if padding %}{{ raise_exception('never') }}{% endif %}", set()),
+        (
+            "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}"
+            "{% endif %}" + CHATML,
+            set(),
+        ),
+        ("{% set effort = effort if effort is defined else 'low' %}" + CHATML, {"effort"}),
+        ("{% if not effort is defined %}{% set effort = 1 %}{% endif %}" + CHATML, {"effort"}),
+        ("{% macro f(a) %}{{ a }}{{ b }}{% endmacro %}" + CHATML, {"b"}),
+        (
+            CHATML.replace("{% endfor %}", "{% if message.x %}{% break %}{% endif %}{% endfor %}"),
+            set(),
+        ),
+        (
+            "{% for m in messages %}<s>{{ m.role }}\n{% generation %}{{ m.content }}{{ tone }}"
+            "{% endgeneration %}<|im_end|>{% endfor %}",
+            {"tone"},
+        ),
+    ],
+)
+def test_variables_are_what_a_template_reads_and_nobody_gives(
+    byte_level: PreTrainedTokenizerFast, text: str, variables: set[str]
+) -> None:
+    assert TokenizerTemplate(with_template(byte_level, text)).variables == variables
+
+
+def test_memory_does_not_grow_with_every_new_option(byte_level: PreTrainedTokenizerFast) -> None:
+    text = CHATML + "{% if note %}{% endif %}"
+    template = TokenizerTemplate(with_template(byte_level, text))
+    size = len(pickle.dumps(template))
+    for number in range(1000):
+        template.render(talk("q"), {"note": f"{number:010000d}"})
+    assert len(pickle.dumps(template)) - size < 4_000_000
+
+
+def test_template_that_writes_an_earlier_answer_without_its_prompt_takes_options(
+    byte_level: PreTrainedTokenizerFast,
+) -> None:
+    # As Qwen 3's template without thinking: only the prompt and the last answer have the tags.
+    text = (
+        "{% for m in messages %}<s>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
+        "{% if quick %}<think></think>{% endif %}{% endif %}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<s>assistant\n"
+        "{% if quick %}<think></think>{% endif %}{% endif %}"
+    )
+    encoder = build_chat_encoder(with_template(byte_level, text), ChatConfig())
+    early = "<s>user\nq<|im_end|>\n<s>assistant\na<|im_end|>\n<s>user\nr<|im_end|>\n<s>assistant\n"
+    for conversation, end in (
+        (talk("q", "a", "r"), "<think></think>"),
+        (talk("q", "a", "r", "b"), "<think></think>b"),
+    ):
+        ids = encoder.encode_prompt(conversation, {"quick": True})
+        assert byte_level.decode(ids) == early + end

@@ -23,7 +23,7 @@ from raytune_llama.serve.engine.loop import TransformersEngine
 from raytune_llama.serve.engine.scheduler import BatchScheduler
 from raytune_llama.serve.generation.completion import CompletionService
 from raytune_llama.serve.generation.model import ServedModel, load_served_model
-from raytune_llama.serve.protocol.chat import CompletionRequest
+from raytune_llama.serve.protocol.completions import CompletionRequest
 from raytune_llama.storage.files import OUTPUT_MANIFEST, write_json_atomic
 from raytune_llama.storage.hashes import hash_file
 from raytune_llama.storage.place import Place

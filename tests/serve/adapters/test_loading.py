@@ -39,16 +39,19 @@ def test_adapter_speaks_by_the_template_that_it_was_tuned_with(
     assert [one.template.name for one in templates if one] == ["alpaca", "belle"]
 
 
-def test_adapter_begins_texts_as_in_its_training_and_else_as_its_base(
-    base_dir: Path, tmp_path: Path
+def test_adapter_begins_texts_as_its_tokenizer_and_says_where_its_training_differed(
+    base_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with_bos = write_adapter_directory(
         base_dir, tmp_path / "bos", seed=0, manifest={"text": {"bos_id": 0}}
     )
     plain = write_adapter_directory(base_dir, tmp_path / "plain", seed=1)
     loads = loader(base_dir)
-    ids = [loads.load(path, "tiny:x").served.encode_texts(["fox"])[0] for path in (with_bos, plain)]
-    assert ids[0] == [0, *ids[1]]
+    wanted = load_tokenizer(base_dir)("fox")["input_ids"]
+    for path, num_warnings in ((plain, 0), (with_bos, 1)):
+        caplog.clear()
+        assert loads.load(path, "tiny:x").served.encode_texts(["fox"])[0] == wanted
+        assert sum("before a text" in record.msg for record in caplog.records) == num_warnings
 
 
 @pytest.mark.parametrize("has_tables", [True, False])

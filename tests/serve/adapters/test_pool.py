@@ -213,7 +213,7 @@ def test_name_that_is_not_listed_is_unknown(make_adapters: MakeAdapters, name: s
     shutil.copytree(adapters.folder / "a", adapters.folder.parent / "x")
     shutil.copytree(adapters.folder / "a", adapters.folder / ".hidden")
     shutil.copytree(adapters.folder / "a", adapters.folder / "a" / "b")
-    with pytest.raises(UnknownModelError, match=r"available: a$"):
+    with pytest.raises(UnknownModelError, match=r"Available models: `tiny`, `tiny:a`$"):
         run(lambda: adapters.text(name))
 
 
@@ -324,7 +324,7 @@ def test_adapters_in_object_storage_are_served_and_swapped(
         new = await asyncio.to_thread(publish, 2)
         assert new != old
         await adapters.wait_for("poet", new)
-        with pytest.raises(UnknownModelError, match="available: poet"):
+        with pytest.raises(UnknownModelError, match="Available models: `tiny`, `tiny:poet`"):
             await adapters.text("../poet")
 
     run(main)

@@ -15,7 +15,12 @@ from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.backend import LoadedModel
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
 from raytune_llama.serve.engine.grammar import GrammarCompiler
-from raytune_llama.serve.engine.protocol import EngineRequest, SamplingOptions, TokenOutput
+from raytune_llama.serve.engine.protocol import (
+    EngineRequest,
+    SampledToken,
+    SamplingOptions,
+    TokenOutput,
+)
 from raytune_llama.serve.engine.vllm import choose_engine
 from raytune_llama.serve.errors import BusyError, EngineError, InvalidRequestError
 from raytune_llama.serve.generation.model import ServedModel, load_served_model
@@ -91,6 +96,81 @@ def test_logprobs_are_the_chosen_ones_and_the_likeliest_in_order(standin: Standi
     assert likeliest.sampled.top_logprobs == ((4, -0.25), (9, -2.0))
     assert [unlikely.finish_reason, likeliest.finish_reason] == [None, "length"]
     assert standin.vllm.asked[0][1]["logprobs"] == 2
+
+
+def test_penalties_bias_and_min_p_are_vllms_own(standin: Standin) -> None:
+    standin.vllm.told = [Answer([Output([2], "stop")], finished=True)]
+    sampling = SamplingOptions(
+        min_p=0.1, frequency_penalty=0.5, presence_penalty=-0.25, logit_bias=((7, -100.0), (9, 2.5))
+    )
+    standin.ask(EngineRequest((1,), sampling, 9, num_prompt_logprobs=3))
+    wanted = {
+        "min_p": 0.1,
+        "frequency_penalty": 0.5,
+        "presence_penalty": -0.25,
+        "logit_bias": {7: -100.0, 9: 2.5},
+        "prompt_logprobs": 3,
+    }
+    settings = standin.vllm.asked[0][1]
+    assert {name: settings[name] for name in wanted} == wanted
+
+
+def test_request_without_penalties_and_bias_sets_none(standin: Standin) -> None:
+    standin.vllm.told = [Answer([Output([2], "stop")], finished=True)]
+    standin.ask(EngineRequest((1,), SamplingOptions(), 9))
+    settings = standin.vllm.asked[0][1]
+    assert [settings[f"{name}_penalty"] for name in ("frequency", "presence")] == [0.0, 0.0]
+    assert (settings["min_p"], settings["logit_bias"]) == (0.0, None)
+    assert settings["prompt_logprobs"] is None
+
+
+def test_logprobs_of_the_prompt_come_with_the_first_token(standin: Standin) -> None:
+    second = {6: Logprob(-3.0, rank=7), 4: Logprob(-0.5, rank=1), 5: Logprob(-1.0, rank=2)}
+    third = {4: Logprob(-0.25, rank=1), 9: Logprob(-2.0, rank=2)}
+    standin.vllm.told = [
+        Answer([Output([7, 8])], prompt_logprobs=[None, second, third]),
+        Answer([Output([2], "stop")], prompt_logprobs=[], finished=True),
+    ]
+    generation = EngineRequest((5, 6, 4), SamplingOptions(), 9, num_prompt_logprobs=2)
+    first, *later = standin.ask(generation)
+    assert first.prompt == (
+        SampledToken(6, -3.0, ((4, -0.5), (5, -1.0))),
+        SampledToken(4, -0.25, ((4, -0.25), (9, -2.0))),
+    )
+    assert [step.prompt for step in later] == [(), ()]
+
+
+def test_prompt_of_one_token_has_no_logprobs(standin: Standin) -> None:
+    standin.vllm.told = [Answer([Output([2], "stop")], finished=True, prompt_logprobs=[None])]
+    (step,) = standin.ask(EngineRequest((5,), SamplingOptions(), 9, num_prompt_logprobs=2))
+    assert step.prompt == ()
+
+
+@pytest.mark.parametrize("found", [None, [], [None], [None, {6: Logprob(-1.0, rank=1)}]])
+def test_logprobs_of_the_prompt_that_are_missing_are_an_error(
+    standin: Standin, found: list[dict[int, Logprob] | None] | None
+) -> None:
+    standin.vllm.told = [Answer([Output([2], "stop")], finished=True, prompt_logprobs=found)]
+    with pytest.raises(EngineError, match="of a prompt of 3"):
+        standin.ask(EngineRequest((5, 6, 4), SamplingOptions(), 9, num_prompt_logprobs=0))
+
+
+@pytest.mark.parametrize("token", [-1, 400])
+def test_bias_of_a_token_that_does_not_exist_is_refused(vllm_modules: None, token: int) -> None:
+    standin = build(num_rows=410)
+    sampling = SamplingOptions(logit_bias=((3, 1.0), (token, 1.0)))
+    with pytest.raises(InvalidRequestError, match=f"got token id {token}, wanted 0 to 399"):
+        standin.ask(EngineRequest((1,), sampling, 9))
+    assert not standin.vllm.asked
+
+
+def test_settings_that_vllm_refuses_are_an_invalid_request(standin: Standin) -> None:
+    standin.vllm.told = [Answer([Output([2], "stop")], finished=True)]
+    # As often as requests may be open: none of those refused stays open.
+    for _ in range(4):
+        with pytest.raises(InvalidRequestError, match="presence_penalty"):
+            standin.ask(EngineRequest((1,), SamplingOptions(presence_penalty=3.0), 9))
+    assert tokens_of(standin.ask(EngineRequest((1,), SamplingOptions(), 9))) == [2]
 
 
 def test_rows_beyond_the_tokens_are_never_generated(vllm_modules: None) -> None:

@@ -75,6 +75,16 @@ class GenerateError(ServerError):
     """`EngineGenerateError`: raised to one."""
 
 
+class Sampling(taking(SAMPLING)):
+    """`SamplingParams`, with the checks of its own that our requests may meet."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2.0 <= given.get(name, 0.0) <= 2.0:
+                raise ClientError(f"{name} must be in [-2, 2], got {given[name]}.")
+
+
 class OutputKind(enum.Enum):
     CUMULATIVE = 0
     DELTA = 1
@@ -105,6 +115,7 @@ class Answer:
 
     outputs: list[Output]
     finished: bool = False
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 class Async:
@@ -189,7 +200,7 @@ def vllm_modules(monkeypatch: pytest.MonkeyPatch) -> None:
         module("vllm.inputs", tokens_input=tokens_input),
         module(
             "vllm.sampling_params",
-            SamplingParams=taking(SAMPLING),
+            SamplingParams=Sampling,
             StructuredOutputsParams=taking(FORMS),
             RequestOutputKind=OutputKind,
         ),

@@ -16,7 +16,8 @@ from raytune_llama.serve.errors import InvalidRequestError, UnknownModelError
 from raytune_llama.serve.generation.completion import CompletionService, PreparedRequest
 from raytune_llama.serve.generation.model import ServedModel
 from raytune_llama.serve.generation.output import OutputDelta
-from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
+from raytune_llama.serve.protocol.chat import ChatRequest
+from raytune_llama.serve.protocol.completions import CompletionRequest
 from raytune_llama.tokenizer.loader import encode_text
 from tests.serve.engine.test_scheduler import by_transformers
 
@@ -44,8 +45,12 @@ def parts_of(answerer: CompletionService, prompt: PreparedRequest) -> list[Outpu
     return asyncio.run(main())
 
 
+def ids_of(prompt: PreparedRequest) -> tuple[int, ...]:
+    return prompt.choices[0].generation.prompt
+
+
 def texts_of(answerer: CompletionService, prompt: PreparedRequest) -> list[str]:
-    texts = [""] * prompt.num_choices
+    texts = [""] * len(prompt.choices)
     for part in parts_of(answerer, prompt):
         texts[part.index] += part.text
     return texts
@@ -59,11 +64,13 @@ def test_chat_prompt_is_what_the_template_trains_on(
     turns = [Turn("user", "the fox"), Turn("assistant", "jumps"), Turn("user", "</s> over")]
     trained = served.chat.encode([Conversation((*turns, Turn("assistant", "the dog")))])[0]
     assert isinstance(trained, EncodedConversation)
-    assert tuple(trained.ids[: len(prompt.ids)]) == prompt.ids
-    assert trained.targets[len(prompt.ids) :].all()
+    ids = ids_of(prompt)
+    assert prompt.num_prompt_tokens == len(ids)
+    assert tuple(trained.ids[: len(ids)]) == ids
+    assert trained.targets[len(ids) :].all()
     # A control token that a user types is text: only the one behind the first answer is one.
-    assert prompt.ids.count(1) == 1
-    assert "</s> over" in served.tokenizer.decode(list(prompt.ids))
+    assert ids.count(1) == 1
+    assert "</s> over" in served.tokenizer.decode(list(ids))
 
 
 def test_completion_prompt_begins_as_transformers_begins_it_and_holds_plain_text(
@@ -72,21 +79,22 @@ def test_completion_prompt_begins_as_transformers_begins_it_and_holds_plain_text
     text = "the </s> fox"
     prompt = answerer.prepare_completion(complete(text))
     # The tokenizer has a BOS token, but puts none before a text.
-    assert list(prompt.ids) == encode_text(served.tokenizer, [text])[0]
+    assert list(ids_of(prompt)) == encode_text(served.tokenizer, [text])[0]
     plain = "the fox"
     prompt = answerer.prepare_completion(complete(plain))
-    assert list(prompt.ids) == served.tokenizer(plain)["input_ids"]
-    assert answerer.prepare_completion(complete([5, 6])).ids == (5, 6)
+    assert list(ids_of(prompt)) == served.tokenizer(plain)["input_ids"]
+    assert ids_of(answerer.prepare_completion(complete([5, 6]))) == (5, 6)
 
 
 def test_answer_is_the_models_own(answerer: CompletionService, served: ServedModel) -> None:
     prompt = answerer.prepare_completion(complete("the quick", max_tokens=16))
-    tokens = by_transformers(served.model, prompt.ids, 16)
+    tokens = by_transformers(served.model, ids_of(prompt), 16)
     if 1 in tokens:
         tokens = tokens[: tokens.index(1)]
     parts = parts_of(answerer, prompt)
     told = "".join(part.text for part in parts)
-    assert told == served.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    whole = [*ids_of(prompt), *tokens]
+    assert "the quick" + told == served.tokenizer.decode(whole, clean_up_tokenization_spaces=False)
     assert sum(part.num_tokens for part in parts) == min(len(tokens) + 1, 16)
     assert [part.finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
     assert parts[-1].finish_reason in {"stop", "length"}
@@ -120,14 +128,13 @@ def test_logprobs_name_the_chosen_token_among_the_likeliest(answerer: Completion
     for token in tokens:
         assert len(token.top_logprobs) == 3
         # The likeliest is chosen at temperature 0.
-        assert token.top_logprobs[0] == (token.text, token.logprob)
+        assert token.top_logprobs[0] == (token.content, token.logprob)
         assert token.logprob <= 0
 
 
 @pytest.mark.parametrize(
     ("request_", "problem"),
     [
-        (chat("a", "b"), "messages"),
         (chat("word " * 200), "is 128 tokens, including the answer"),
         (complete([399, 405]), "token id 405 is outside the vocabulary"),
         (complete("word " * 200), "is 128 tokens, including the answer"),
@@ -145,18 +152,28 @@ def test_request_that_cannot_be_answered_is_refused(
         read(request_)
 
 
-def test_system_message_is_the_templates_or_refused(answerer: CompletionService) -> None:
+def test_system_message_is_part_of_a_question_where_the_template_has_none(
+    answerer: CompletionService,
+) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
     request = ChatRequest.model_validate({"model": "tiny", "messages": messages})
-    with pytest.raises(InvalidRequestError, match="role system"):
-        answerer.prepare_chat(request)
+    wanted = ids_of(answerer.prepare_chat(chat("a\n\nb")))
+    assert ids_of(answerer.prepare_chat(request)) == wanted
+
+
+def test_answer_at_the_end_is_continued(answerer: CompletionService, served: ServedModel) -> None:
+    begun, asked = (
+        ids_of(answerer.prepare_chat(chat(*said))) for said in (("the fox", "a"), ("the fox",))
+    )
+    assert begun[: len(asked)] == asked
+    assert served.tokenizer.decode(begun[-1:]) == "a"
 
 
 def test_older_name_of_content_is_read(answerer: CompletionService) -> None:
     old = ChatRequest.model_validate(
         {"model": "tiny", "messages": [{"role": "user", "message": "the fox"}]}
     )
-    assert answerer.prepare_chat(old).ids == answerer.prepare_chat(chat("the fox")).ids
+    assert ids_of(answerer.prepare_chat(old)) == ids_of(answerer.prepare_chat(chat("the fox")))
 
 
 def test_adapter_is_refused_where_there_are_none(answerer: CompletionService) -> None:
@@ -164,7 +181,7 @@ def test_adapter_is_refused_where_there_are_none(answerer: CompletionService) ->
         request = complete("the").model_copy(update={"model": "tiny:poet"})
         await answerer.respond(request)
 
-    with pytest.raises(UnknownModelError, match="no adapter 'poet'"):
+    with pytest.raises(UnknownModelError, match="`tiny:poet` does not exist"):
         asyncio.run(main())
 
 
@@ -180,7 +197,7 @@ def test_choices_beyond_the_engines_capacity_are_invalid(served: ServedModel) ->
 
     try:
         assert asyncio.run(respond(3)) == 3
-        with pytest.raises(InvalidRequestError, match="n: got 4, but at most 3") as caught:
+        with pytest.raises(InvalidRequestError, match="n: got 4 choices, but at most 3") as caught:
             asyncio.run(respond(4))
     finally:
         engine.close()

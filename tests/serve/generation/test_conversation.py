@@ -10,14 +10,14 @@ from pydantic import ValidationError
 from transformers import AddedToken
 
 from raytune_llama.chat.config import ChatConfig
-from raytune_llama.chat.conversations import Conversation
+from raytune_llama.chat.conversations import Conversation, Turn
 from raytune_llama.chat.encoding import EncodedConversation, build_chat_encoder
 from raytune_llama.chat.formats import RowFormat, read_row
 from raytune_llama.chat.row_fields import KeyCounts
 from raytune_llama.chat.templates.tokenizer import TokenizerTemplate
-from raytune_llama.chat.tools import ToolCallParser, place_tools
-from raytune_llama.serve.generation.completion import build_conversation
-from raytune_llama.serve.protocol.chat import ChatRequest
+from raytune_llama.chat.tools import ToolCallParser, place_tools, write_calls
+from raytune_llama.serve.generation.conversation import build_conversation
+from raytune_llama.serve.protocol.chat import ChatRequest, Message
 from raytune_llama.tokenizer.loader import load_tokenizer
 from tests.chat.conftest import CHATML
 
@@ -123,15 +123,119 @@ def test_calls_and_results_are_turns() -> None:
             "messages.1.tool_calls: two calls have the same id",
         ),
         ([ASK, called(("a", "[]"))], "tool_calls.0.function.arguments: is not a JSON object"),
-        ([ASK, called(("a", "{}"), ("b", '{"a": '))], "tool_calls.1.function.arguments"),
-        ([ASK, called(("a", "[" * 100_000))], "tool_calls.0.function.arguments"),
-        ([ASK, {"role": "system", "content": "x"}], "message 2 has the role system"),
+        # The first call is complete.
+        ([ASK, called(("a", '{"a": 1}'), ("b", '{"a": '))], "messages.1.tool_calls: 'a' has no"),
+        ([ASK, CALLS, RESULTS[0], SYSTEM, RESULTS[1]], "messages.1.tool_calls: 'a' has no result"),
+        # As the request counts, whatever has been joined.
+        ([SYSTEM, SYSTEM, ASK, CALLS, ASK], "messages.3.tool_calls: 'a' has no result"),
+        ([SYSTEM, ASK, CALLS, *RESULTS, ASK, SYSTEM, CALLS], "messages.7.tool_calls: 'a' has no"),
+        ([ASK, CALLS, *RESULTS, RESULTS[0]], "messages.4.tool_call_id: 'b' has a result already"),
+        ([SYSTEM, SYSTEM, {"role": "user", "content": "a\0b"}], "messages.2.content: NUL at .* 1"),
+        (
+            [
+                ASK,
+                CALLS,
+                *RESULTS,
+                {"role": "user", "content": [{"type": "text", "text": "\ud83d"}]},
+            ],
+            "messages.4.content: lone surrogate",
+        ),
+        ([ASK, CALLS, {**RESULTS[0], "content": "\0"}, RESULTS[1]], "messages.2.content: NUL"),
+        ([{**SYSTEM, "content": "\0"}, ASK], "messages.0.content: NUL"),
+        (
+            [ASK, called(("a", "{}"), ("b", '{"\0'))],
+            "messages.1.tool_calls.1.function.arguments: NUL",
+        ),
     ],
 )
 def test_messages_that_do_not_fit_together_are_refused(messages: list[Any], problem: str) -> None:
     asked = request(*messages)
     with pytest.raises(ValueError, match=problem):
         build_conversation(asked.messages, [])
+
+
+def test_tool_whose_text_cannot_be_encoded_is_named() -> None:
+    asked = request(ASK, tools=[TOOL, tool(description="\ud83d")])
+    with pytest.raises(ValueError, match=r"tools\.1: lone surrogate"):
+        build_conversation(asked.messages, asked.shown_tools)
+
+
+def test_system_messages_may_be_anywhere() -> None:
+    developer = {"role": "developer", "content": "In French."}
+    said = {"role": "assistant", "content": "Chaud."}
+    told = read(SYSTEM, developer, ASK, said, SYSTEM, ASK)
+    assert told.system == "Be brief."
+    assert [(turn.role, turn.content) for turn in told.turns] == [
+        ("system", "In French."),
+        ("user", ASK["content"]),
+        ("assistant", "Chaud."),
+        ("system", "Be brief."),
+        ("user", ASK["content"]),
+    ]
+    assert read(developer, ASK).system == "In French."
+    late = read(ASK, CALLS, *RESULTS, developer, ASK)
+    assert [turn.role for turn in late.turns] == ["user", "assistant", "user", "system", "user"]
+
+
+def test_turns_of_one_speaker_stay_apart_until_they_are_rendered() -> None:
+    said = {"role": "assistant", "content": "Warm."}
+    told = read(said, said, ASK, ASK, said)
+    assert [turn.role for turn in told.turns] == [
+        "assistant",
+        "assistant",
+        "user",
+        "user",
+        "assistant",
+    ]
+
+
+@pytest.mark.parametrize("arguments", ["", " \n"])
+def test_empty_arguments_are_an_empty_object(arguments: str) -> None:
+    # Where they were cut, the result is missing.
+    for results in ([], [RESULTS[1]]):
+        told = read(ASK, called(("a", arguments), content=None), *results, ASK)
+        assert told.turns[1].content == write_calls("", [("weather", "{}")])
+
+
+@pytest.mark.parametrize("content", [None, "", "Let me see."])
+def test_answer_that_was_cut_in_a_call_is_what_the_model_wrote(content: str | None) -> None:
+    written = write_calls(
+        content or "", [("weather", "{}"), ("weather", '{"city": "Rom", "a": [1]}')]
+    )
+    start, stop = written.index('{"city'), written.index("}\n</tool_call>", -18)
+    for end in range(start + 1, stop):
+        parser = ToolCallParser(must_call=False)
+        text, chunks = parser.push(written[:end])
+        calls = [["", ""], ["", ""]]
+        for chunk in chunks:
+            calls[chunk.index][0] = chunk.id or calls[chunk.index][0]
+            calls[chunk.index][1] += chunk.arguments
+        assert text == (content or "")
+        answer = called(*((name, arguments) for name, arguments in calls), content=content)
+        first = {"role": "tool", "tool_call_id": calls[0][0], "content": "warm"}
+        told = read(ASK, answer, first, ASK)
+        assert told.turns[1].content == written[:end]
+        # A result that is there all the same is used.
+        second = {"role": "tool", "tool_call_id": calls[1][0], "content": "cold"}
+        told = read(ASK, answer, first, second, ASK)
+        assert "cold" in told.turns[2].content
+
+
+def test_arguments_that_nest_too_deeply_are_text() -> None:
+    told = read(ASK, called(("a", "[" * 100_000)), ASK)
+    assert told.turns[1].content.endswith("[" * 100_000)
+
+
+@pytest.mark.parametrize("content", [None, "", []])
+def test_assistant_message_without_text_is_empty(content: Any) -> None:  # noqa: ANN401
+    empty = Message.model_construct(role="assistant", content=content)
+    asked = request(ASK, ASK).messages
+    told = build_conversation([asked[0], empty, asked[1]], [])
+    assert told.turns[1] == Turn("assistant", "")
+    called_ = request(ASK, called(("a", "{}"), content="x"), RESULTS[1]).messages
+    beside = called_[1].model_copy(update={"content": content})
+    told = build_conversation([called_[0], beside, called_[2]], [])
+    assert told.turns[1].content == write_calls("", [("weather", "{}")])
 
 
 def tool(**function: Any) -> dict[str, Any]:  # noqa: ANN401

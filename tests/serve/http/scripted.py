@@ -8,7 +8,8 @@ import numpy as np
 
 from raytune_llama.serve.engine.protocol import Vectors
 from raytune_llama.serve.generation.output import OutputDelta, Stream
-from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
+from raytune_llama.serve.protocol.chat import ChatRequest
+from raytune_llama.serve.protocol.completions import CompletionRequest
 from raytune_llama.serve.protocol.embeddings import EmbeddingRequest
 
 

@@ -14,7 +14,8 @@ from raytune_llama.serve.config import RequestLimits
 from raytune_llama.serve.generation.completion import CompletionService
 from raytune_llama.serve.generation.output import OutputDelta, Stream
 from raytune_llama.serve.http.keys import ApiKeys, make_key
-from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
+from raytune_llama.serve.protocol.chat import ChatRequest
+from raytune_llama.serve.protocol.completions import CompletionRequest
 from tests.serve.conftest import ObservedScheduler
 from tests.serve.http.test_hostile import (
     ASKED,

@@ -21,7 +21,8 @@ from raytune_llama.serve.http.keys import ApiKeys, make_key
 from raytune_llama.serve.http.metrics import ServeMetrics
 from raytune_llama.serve.http.rate_limit import RateLimitClient
 from raytune_llama.serve.http.routes import build_http_app
-from raytune_llama.serve.protocol.chat import ChatRequest, CompletionRequest
+from raytune_llama.serve.protocol.chat import ChatRequest
+from raytune_llama.serve.protocol.completions import CompletionRequest
 from tests.serve.conftest import ObservedScheduler
 from tests.serve.http.recorded_metrics import RecordedMetrics
 
