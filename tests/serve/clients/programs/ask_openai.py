@@ -144,7 +144,7 @@ def chat_other_fields(endpoint: Endpoint) -> object:
         store=False,
         tool_choice="auto",
         tools=[TOOL],
-        verbosity="low",
+        verbosity="medium",
         extra_body={"field_of_another_server": 1},
     )
     return completion.choices[0].message.content
