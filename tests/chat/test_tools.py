@@ -136,7 +136,11 @@ def test_turn_is_placed_at_its_first_message() -> None:
         first=1,
     )
     assert [turn.role for turn in joined.turns] == [
-        "system", "user", "assistant", "user", "assistant"
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
     ]
     assert joined.places == (1, 2, 3, 4, 7)
 

@@ -122,9 +122,7 @@ def test_system_text_without_a_place_is_refused(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "roles", [(), ("assistant",), ("user", "user"), ("user", "system")]
-)
+@pytest.mark.parametrize("roles", [(), ("assistant",), ("user", "user"), ("user", "system")])
 def test_turns_that_do_not_alternate_are_refused(
     byte_level: PreTrainedTokenizerFast, name: TemplateName, roles: tuple[Role, ...]
 ) -> None:

@@ -287,13 +287,16 @@ def test_reasoning_is_refused_where_the_template_has_no_place_for_it(
         (CHATML + "{% if padding %}{{ raise_exception('never') }}{% endif %}", set()),
         (
             "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}"
-            "{% endif %}" + CHATML,
+            "{% endif %}{{ date_string }}" + CHATML,
             set(),
         ),
         ("{% set effort = effort if effort is defined else 'low' %}" + CHATML, {"effort"}),
         ("{% if not effort is defined %}{% set effort = 1 %}{% endif %}" + CHATML, {"effort"}),
         ("{% macro f(a) %}{{ a }}{{ b }}{% endmacro %}" + CHATML, {"b"}),
-        (CHATML.replace("{% endfor %}", "{% if message.x %}{% break %}{% endif %}{% endfor %}"), set()),
+        (
+            CHATML.replace("{% endfor %}", "{% if message.x %}{% break %}{% endif %}{% endfor %}"),
+            set(),
+        ),
         (
             "{% for m in messages %}<s>{{ m.role }}\n{% generation %}{{ m.content }}{{ tone }}"
             "{% endgeneration %}<|im_end|>{% endfor %}",
