@@ -289,7 +289,9 @@ def test_stepper_refuses_a_bias_of_a_token_that_does_not_exist(
 ) -> None:
     stepper = BatchScheduler(llama, num_slots=1, max_context=9)
     sampling = SamplingOptions(logit_bias=((token, 1.0),))
-    with pytest.raises(InvalidRequestError, match=f"got token id {token}, wanted 0 to 96") as caught:
+    with pytest.raises(
+        InvalidRequestError, match=f"got token id {token}, wanted 0 to 96"
+    ) as caught:
         stepper.add("a", EngineRequest((1,), sampling, 1))
     assert caught.value.param == "logit_bias"
 
