@@ -7,6 +7,7 @@ a chunk of a long prompt, so that running sequences are not delayed, or several 
 """
 
 import inspect
+import itertools
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,7 +150,14 @@ class BatchScheduler:
 
     @torch.inference_mode()
     def step(self) -> list[TokenOutput]:
-        """Sample the next token of every running sequence, then prefill prompts."""
+        """Sample the next token of every running sequence, then prefill prompts.
+
+        If more sequences join in the next prefill pass than are running, it comes first: a decoding
+        pass takes about as long for one sequence as for many. The number of running sequences more
+        than doubles each time, so they are delayed by at most log2(slots) passes.
+        """
+        if self._prefilling is None and self._num_joining() > len(self._decoding):
+            return self._prefill()
         # Decode first: a sequence whose prefill ends in this step gets only its first token.
         steps = self._decode()
         return steps + self._prefill()
@@ -186,15 +194,18 @@ class BatchScheduler:
         """Return the sequences to prefill next: one long prompt, or as many as fit, in order."""
         if self._prefilling is not None:
             return [self._prefilling]
-        found: list[_SequenceState] = []
-        longest = 0
-        while self._waiting and len(self._decoding) + len(found) < self.num_slots:
+        return [self._waiting.popleft() for _ in range(self._num_joining())]
+
+    def _num_joining(self) -> int:
+        """Return the number of waiting sequences that the next prefill pass takes, in order."""
+        number = longest = 0
+        for sequence in itertools.islice(self._waiting, self.num_slots - len(self._decoding)):
             # Prompts are padded to the longest.
-            longest = max(longest, len(self._waiting[0].generation.prompt))
-            if found and longest * (len(found) + 1) > self._prefill_tokens:
+            longest = max(longest, len(sequence.generation.prompt))
+            if number and longest * (number + 1) > self._prefill_tokens:
                 break
-            found.append(self._waiting.popleft())
-        return found
+            number += 1
+        return number
 
     def _forward(
         self, chunks: Sequence[Sequence[int]], sequences: Sequence[_SequenceState], *, first: int

@@ -224,3 +224,23 @@ def test_stepper_reads_short_prompts_together_up_to_the_bound(llama: PreTrainedM
         began.append({step.key for step in stepper.step()} - known)
     # Padded to 9 tokens two fit; the long one takes three passes alone.
     assert began == [{"a", "b"}, {"c"}, set(), set(), {"d"}, {"e"}]
+
+
+def test_prompts_come_before_the_next_token_where_more_join_than_run(
+    llama: PreTrainedModel,
+) -> None:
+    stepper = BatchScheduler(llama, num_slots=8, max_context=64)
+    asked = EngineRequest((5, 6, 7), GREEDY, 8)
+
+    def step_with(*new: str) -> list[Hashable]:
+        for key in new:
+            stepper.add(key, asked)
+        return [output.key for output in stepper.step()]
+
+    assert step_with("a") == ["a"]
+    assert step_with("b", "c") == ["b", "c"]
+    # As many as run, or fewer, delay nobody.
+    assert step_with("d", "e", "f") == ["a", "b", "c", "d", "e", "f"]
+    # Of many that wait, those that get a slot count.
+    assert step_with(*"ghijklmnopqrst") == [*"abcdef", "g", "h"]
+    assert step_with() == [*"abcdefgh"]
