@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from raytune_llama.chat.tools import ToolCallChunk
 from raytune_llama.serve.generation.output import OutputDelta
 from raytune_llama.serve.http.responses_api import ResponseEvents
+from raytune_llama.serve.protocol.chat import FinishReason
 from raytune_llama.serve.protocol.responses_api import ResponsesRequest
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(openai.types.responses.ResponseStreamEvent)
@@ -38,10 +39,9 @@ def answers(draw: st.DrawFn) -> tuple[list[str], list[Call], list[OutputDelta]]:
         chunks = [ToolCallChunk(number, id=f"call_{number}", name=name)]
         chunks += [ToolCallChunk(number, piece) for piece in arguments]
         deltas += [OutputDelta(0, "", 1, calls=(chunk,)) for chunk in chunks]
-    finish = draw(st.sampled_from(["stop", "length"]))
-    deltas.append(OutputDelta(0, "", 1, finish_reason="tool_calls" if calls else finish))
-    if finish == "length":
-        deltas[-1] = OutputDelta(0, "", 1, finish_reason="length")
+    finish: FinishReason = "tool_calls" if calls else "stop"
+    finish = "length" if draw(st.booleans()) else finish
+    deltas.append(OutputDelta(0, "", 1, finish_reason=finish))
     cuts = sorted(draw(st.sets(st.integers(1, len(deltas)), max_size=len(deltas))) | {len(deltas)})
     groups = [deltas[start:end] for start, end in zip([0, *cuts], cuts, strict=False)]
     return pieces, calls, [join(group) for group in groups]

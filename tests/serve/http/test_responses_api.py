@@ -152,7 +152,8 @@ def test_events_are_named_and_end_without_the_mark_of_chats_streams(server: Serv
 
 def test_clients_stream_accumulates_the_response(client: openai.OpenAI) -> None:
     with client.responses.stream(model="scripted", input="the fox") as stream:
-        snapshots = [event.snapshot for event in stream if event.type.endswith("text.delta")]
+        events: Any = list(stream)
+        snapshots = [event.snapshot for event in events if event.type.endswith("text.delta")]
         assert snapshots == ["Yes", "Yes."]
         assert stream.get_final_response().output_text == "Yes."
 
@@ -388,7 +389,11 @@ INVALID: list[tuple[dict[str, Any], str, str]] = [
     ({"input": 3}, "input", "expected a list"),
     ({"input": [*ASK, 3]}, "input.1", "expected an object"),
     ({"input": [{"role": "wizard", "content": "x"}]}, "input.0.role", "'system'"),
-    ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input.0.content.0.text", ""),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_text"}]}]},
+        "input.0.content.0.text",
+        "",
+    ),
     ({"input": [*ASK, {**CALL, "name": "no name"}]}, "input.1.name", "a match of"),
     ({"tools": [{"type": "function", "name": "a b"}]}, "tools.0.name", "a match of"),
     ({"tools": [{"type": "function"}]}, "tools.0.name", "missing"),
