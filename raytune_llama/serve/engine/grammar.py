@@ -118,7 +118,8 @@ class GrammarCompiler:
         """Return the bytes that a token stands for; of a control token its spelling."""
         if token in self._spelled:
             return self._spelled[token].encode()
-        return self._tokenizer.decode_bytes([token])
+        # llguidance marks control tokens with this byte, and leaves it out.
+        return self._tokenizer.decode_bytes([token]) or b"\xff"
 
     def compile_schema(self, schema: dict[str, Any]) -> Grammar:
         """Return the grammar of a JSON schema.

@@ -166,11 +166,9 @@ class CompletionService:
                 sampling=replace(generation.sampling, num_logprobs=request.logprobs),
                 num_prompt_logprobs=request.logprobs if request.echo else None,
             )
-            echo = prompt if isinstance(prompt, str) else None
-            if request.echo and echo is None:
-                echo = self._served.tokenizer.decode(ids, skip_special_tokens=True)
+            echo = self._decode(prompt) if request.echo else None
             choices += [
-                PreparedChoice(one, echo if request.echo else None, continues_text=True)
+                PreparedChoice(one, echo, continues_text=True)
                 for one in _vary(generation, request.n)
             ]
         is_score = request.max_tokens == 0
@@ -185,6 +183,13 @@ class CompletionService:
             text = f"token id {beyond[0]} is outside the vocabulary of {self._served.name}"
             raise InvalidRequestError(text, param)
         return prompt
+
+    def _decode(self, prompt: str | list[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        text = self._served.tokenizer.decode(prompt, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
 
     def _engine_request(
         self, request: GenerationRequest, ids: Sequence[int], param: str
@@ -310,10 +315,12 @@ class CompletionService:
                         yield OutputDelta(index, echo, 0, tuple(tokens), "length")
                         return
                 is_end = step.finish_reason == "stop"
-                start = decoder.num_characters + len(choice.echo or "")
-                tokens += self._tokens(step.sampled, start, is_end=is_end)
-                token = None if is_end else step.sampled.token
-                text, calls = decoder.push(token, is_last=step.finish_reason is not None)
+                if step.sampled.logprob is not None:
+                    token = self._token(step.sampled, decoder, len(choice.echo or ""))
+                    tokens.append(replace(token, is_end=is_end))
+                is_last = step.finish_reason is not None
+                pushed = None if is_end else step.sampled.token
+                text, calls = decoder.push(pushed, is_last=is_last)
                 finish = (
                     decoder.finish_reason if is_end or decoder.is_stopped else step.finish_reason
                 )
@@ -326,25 +333,22 @@ class CompletionService:
         """Return the tokens of an echoed prompt with their log-probabilities."""
         stream = IncrementalDetokenizer(self._served.tokenizer)
         tokens: list[OutputToken] = []
-        first = SampledToken(generation.prompt[0])
-        for sampled in (first, *step.prompt):
-            tokens += self._tokens(sampled, stream.num_characters, is_in_prompt=True)
+        for sampled in (SampledToken(generation.prompt[0]), *step.prompt):
+            tokens.append(self._token(sampled, stream))
             stream.push(sampled.token)
         return tokens
 
-    def _tokens(
+    def _token(
         self,
         sampled: SampledToken,
-        offset: int,
-        *,
-        is_end: bool = False,
-        is_in_prompt: bool = False,
-    ) -> tuple[OutputToken, ...]:
-        if sampled.logprob is None and not is_in_prompt:
-            return ()
+        stream: IncrementalDetokenizer | CompletionDecoder,
+        start: int = 0,
+    ) -> OutputToken:
+        """Return a token that is pushed next to a stream whose text begins at a place."""
         likeliest = tuple((self._bytes(token), value) for token, value in sampled.top_logprobs)
         content = self._bytes(sampled.token)
-        return (OutputToken(content, sampled.logprob, likeliest, offset, is_end),)
+        offset = start + stream.find_offset(content)
+        return OutputToken(content, sampled.logprob, likeliest, offset)
 
     def _bytes(self, token: int) -> bytes:
         return self._grammars.token_bytes(token)

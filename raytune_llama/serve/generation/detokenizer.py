@@ -50,8 +50,7 @@ class IncrementalDetokenizer:
             REPLACEMENT
         ):
             self._emitted_end -= 1
-        self.num_characters = 0
-        """Number of characters returned so far."""
+        self._num_characters = 0
 
     def push(self, token: int) -> str:
         """Add a token; return the text that is now final, which may be empty."""
@@ -62,6 +61,18 @@ class IncrementalDetokenizer:
     def finish(self) -> str:
         """Return the held-back text, once no more input follows."""
         return self._certain(is_last=True)
+
+    def find_offset(self, content: bytes) -> int:
+        """Return the place of the token that is pushed next, in characters from the first token.
+
+        Args:
+            content: bytes of the token; one that continues a character is at its beginning.
+        """
+        known = self._decode(self._tokens[self._context_start : self._emitted_end])
+        held = self._decode(self._tokens[self._context_start :])[len(known) :]
+        if content and content[0] & 0xC0 == 0x80:
+            held = held.rstrip(REPLACEMENT)
+        return self._num_characters + len(held)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         text = self._tokenizer.decode(
@@ -80,7 +91,7 @@ class IncrementalDetokenizer:
         if not is_last and (text.endswith(REPLACEMENT) or len(text) <= len(known)):
             return ""
         self._context_start, self._emitted_end = self._emitted_end, len(self._tokens)
-        self.num_characters += len(text) - len(known)
+        self._num_characters += len(text) - len(known)
         return text[len(known) :]
 
 
@@ -157,10 +168,9 @@ class CompletionDecoder:
         """Whether a stop string has been found."""
         return self._cutter.is_stopped
 
-    @property
-    def num_characters(self) -> int:
-        """Number of decoded characters, also of those that are held back."""
-        return self._stream.num_characters
+    def find_offset(self, content: bytes) -> int:
+        """Return the place of the next token in the text; see `IncrementalDetokenizer`."""
+        return self._stream.find_offset(content)
 
     @property
     def _num_calls(self) -> int:

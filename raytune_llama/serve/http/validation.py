@@ -88,7 +88,9 @@ def _join_variants(problems: Sequence[_Problem]) -> list[_Problem]:
         if one.expected and any(other.path.startswith(inner) for other in problems):
             continue
         known = joined.setdefault(one.path, one)
-        if known is not one and known.expected and one.expected:
+        if known.expected and not one.expected:
+            joined[one.path] = one
+        elif known is not one and known.expected:
             known.message += f" or {one.expected}"
     return list(joined.values())
 
@@ -112,7 +114,7 @@ def _compare(kind: str, value: object, context: Mapping[str, Any]) -> tuple[str,
     got, expected, code = _show(value), "another value", INVALID
     if kind in _TYPES:
         expected, code = _TYPES[kind], "invalid_type"
-        got = got if kind == "int_from_float" else describe_type(value)
+        got = got if isinstance(value, float) else describe_type(value)
     elif kind in _CHOICES:
         got, expected = _show(context.get("tag", value)), str(context[_CHOICES[kind]])
     elif kind in _BOUNDS:

@@ -71,6 +71,15 @@ OTHER_SERVERS = {
 """Fields of other servers that would change the response."""
 
 
+class StreamOptions(RequestModel):
+    """Options of a streamed response."""
+
+    no_effect: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
+
+    include_usage: bool = False
+    """Whether to send a last chunk with the token counts."""
+
+
 class GenerationRequest(RequestModel):
     """Fields that chat and completion requests share."""
 
@@ -113,7 +122,7 @@ class GenerationRequest(RequestModel):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = []
     stream: bool = False
-    stream_options: "StreamOptions | None" = None
+    stream_options: StreamOptions | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -129,15 +138,6 @@ class GenerationRequest(RequestModel):
     def includes_usage(self) -> bool:
         """Whether a stream ends with a chunk of token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
-
-
-class StreamOptions(RequestModel):
-    """Options of a streamed response."""
-
-    no_effect: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
-
-    include_usage: bool = False
-    """Whether to send a last chunk with the token counts."""
 
 
 class ContentPart(RequestModel):
