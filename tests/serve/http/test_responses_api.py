@@ -386,7 +386,8 @@ UNSUPPORTED: list[tuple[dict[str, Any], str, str]] = [
 ]
 INVALID: list[tuple[dict[str, Any], str, str]] = [
     ({"input": []}, "input", "at least 1"),
-    ({"input": 3}, "input", "expected a list"),
+    ({"input": 3}, "input", "got a number, expected a string or a list"),
+    ({"input": [{"role": "user", "content": {}}]}, "input.0.content", "expected a string or"),
     ({"input": [*ASK, 3]}, "input.1", "expected an object"),
     ({"input": [{"role": "wizard", "content": "x"}]}, "input.0.role", "'system'"),
     (
