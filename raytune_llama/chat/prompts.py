@@ -36,7 +36,8 @@ def list_forms(conversation: Conversation, *, allows_system: bool) -> Iterator[C
     """
     before: Conversation | None = None
     for form in _list_all(conversation, allows_system=allows_system):
-        if form != before:
+        is_empty = form.system is None and not form.turns
+        if form != before and not is_empty:
             yield form
         before = form
 

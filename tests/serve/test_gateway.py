@@ -170,7 +170,7 @@ def test_gateway_unknown_model_is_refused_as_by_a_model(endpoint: Endpoint, path
     assert answer.status_code == 404
     error = read_error(answer)
     assert (error["code"], error["param"]) == ("model_not_found", "model")
-    assert "`none` does not exist. Available models: one, two, held" in error["message"]
+    assert "`none` does not exist. Available models: `one`, `two`, `held`" in error["message"]
 
 
 JSON = {"Content-Type": "application/json"}

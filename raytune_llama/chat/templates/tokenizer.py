@@ -203,7 +203,7 @@ class TokenizerTemplate:
         return str(own)
 
     def _find_reserved(self) -> set[str]:
-        """Return the names of special tokens, and of transformers' own parameters."""
+        """Return the names of special tokens, and of parameters of transformers."""
         tokens = {*self._tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *self._tokenizer.special_tokens_map}
         return tokens | set(inspect.signature(self._tokenizer.apply_chat_template).parameters)
 

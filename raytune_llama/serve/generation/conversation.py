@@ -7,7 +7,7 @@ Errors name a message by its index in the request: `messages.0` is the first one
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from raytune_llama.chat.conversations import Conversation, find_text_defect
 from raytune_llama.chat.tools import ChatMessage, ToolCall, join_tool_messages
@@ -31,7 +31,7 @@ def build_conversation(messages: Sequence[Message], tools: Sequence[Tool]) -> Co
             message.
     """
     for number, message in enumerate(messages):
-        _check_texts(_list_texts(number, message))
+        _check_texts(number, message)
     system = messages[0].text if messages[0].role in _SYSTEM else None
     first = int(system is not None)
     joined = join_tool_messages([_read_message(one) for one in messages[first:]], first=first)
@@ -39,21 +39,15 @@ def build_conversation(messages: Sequence[Message], tools: Sequence[Tool]) -> Co
     written = [
         json.dumps(tool.model_dump(exclude_unset=True), ensure_ascii=False) for tool in tools
     ]
-    _check_texts((f"tools.{number}", tool) for number, tool in enumerate(written))
     return Conversation(joined.turns, system, tools=tuple(written), places=joined.places)
 
 
-def _list_texts(number: int, message: Message) -> Iterator[tuple[str, str]]:
-    """Yield the texts of a message, each after its name."""
-    yield f"messages.{number}.content", message.text
+def _check_texts(number: int, message: Message) -> None:
+    texts = {"content": message.text}
     for place, call in enumerate(message.tool_calls or ()):
-        name = f"messages.{number}.tool_calls.{place}.function.arguments"
-        yield name, call.function.arguments
-
-
-def _check_texts(texts: Iterator[tuple[str, str]]) -> None:
-    for name, text in texts:
-        defect = find_text_defect(text, name)
+        texts[f"tool_calls.{place}.function.arguments"] = call.function.arguments
+    for name, text in texts.items():
+        defect = find_text_defect(text, f"messages.{number}.{name}")
         if defect is not None:
             raise UserError(defect.detail)
 

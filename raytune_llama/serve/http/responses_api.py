@@ -119,7 +119,6 @@ def _to_chat(request: ResponsesRequest) -> ChatRequest:
             {
                 **problem,
                 "loc": tuple(request.rename_places(".".join(map(str, problem["loc"]))).split(".")),
-                "msg": request.rename_places(problem["msg"]),
             }
             for problem in error.errors()
         ]

@@ -125,7 +125,14 @@ def _compare(kind: str, value: object, context: Mapping[str, Any]) -> tuple[str,
         got = str(context.get("actual_length", len(value) if isinstance(value, str) else got))
     elif kind == "string_pattern_mismatch":
         expected = "a match of {pattern}"
-    return got, expected.format(**context) if kind not in _CHOICES else expected, code
+    if kind not in _CHOICES:
+        # A bound of 2 is written so, also if the field is a float.
+        numbers = {
+            name: int(bound) if isinstance(bound, float) and bound.is_integer() else bound
+            for name, bound in context.items()
+        }
+        expected = expected.format(**numbers)
+    return got, expected, code
 
 
 def _read_path(location: Sequence[str | int]) -> str:

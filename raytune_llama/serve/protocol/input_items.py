@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
+from raytune_llama.chat.conversations import describe_type
 from raytune_llama.serve.protocol.chat import MAX_MESSAGES
 from raytune_llama.serve.protocol.fields import (
     MISSING,
@@ -45,6 +46,13 @@ def shown(value: object) -> str:
     return repr(value)[:_MAX_SHOWN_CHARACTERS]
 
 
+def _check_list(value: Any) -> Any:  # noqa: ANN401  # any JSON value
+    if not isinstance(value, list):
+        text = f"got {describe_type(value)}, expected a string or a list"
+        raise FieldError("", text, "invalid_type")
+    return value
+
+
 def _check_part_type(value: Any) -> Any:  # noqa: ANN401  # any JSON value
     if isinstance(value, str) and value not in _PART_TYPES:
         text = f"{shown(value)} is not supported: the model reads only text; send it as input_text"
@@ -76,7 +84,9 @@ class ContentPart(RequestModel):
 
 
 def _read_text(value: Any) -> Any:  # noqa: ANN401  # any JSON value
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    return _check_list(value)
 
 
 Content = Annotated[
@@ -178,7 +188,9 @@ def _read_item(value: Any) -> InputItem:  # noqa: ANN401  # any JSON value
 
 
 def _read_items(value: Any) -> Any:  # noqa: ANN401  # any JSON value
-    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    return _check_list(value)
 
 
 InputItems = Annotated[

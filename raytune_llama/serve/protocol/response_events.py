@@ -134,22 +134,21 @@ class ResponseObject(BaseModel):
     user: str | None = None
 
 
-class Event(BaseModel):
+class NumberedEvent(BaseModel):
     """An event of a streamed response."""
 
-    type: str
     sequence_number: int
     """Number of the event in its stream, from 0."""
 
 
-class ResponseEvent(Event):
+class ResponseEvent(NumberedEvent):
     """The response has another status."""
 
     type: ResponseEventType
     response: ResponseObject
 
 
-class ItemEvent(Event):
+class ItemEvent(NumberedEvent):
     """An item of the output has begun or ended."""
 
     type: ItemEventType
@@ -157,7 +156,7 @@ class ItemEvent(Event):
     item: OutputItem
 
 
-class PartEvent(Event):
+class PartEvent(NumberedEvent):
     """A message's text has begun or ended."""
 
     type: PartEventType
@@ -167,7 +166,7 @@ class PartEvent(Event):
     part: OutputText
 
 
-class TextDelta(Event):
+class TextDelta(NumberedEvent):
     """New text of a message."""
 
     type: Literal["response.output_text.delta"] = "response.output_text.delta"
@@ -178,7 +177,7 @@ class TextDelta(Event):
     logprobs: list[ContentLogprob]
 
 
-class TextDone(Event):
+class TextDone(NumberedEvent):
     """The complete text of a message."""
 
     type: Literal["response.output_text.done"] = "response.output_text.done"
@@ -189,7 +188,7 @@ class TextDone(Event):
     logprobs: list[ContentLogprob]
 
 
-class ArgumentsDelta(Event):
+class ArgumentsDelta(NumberedEvent):
     """New characters of a call's arguments."""
 
     type: Literal["response.function_call_arguments.delta"] = (
@@ -200,7 +199,7 @@ class ArgumentsDelta(Event):
     delta: str
 
 
-class ArgumentsDone(Event):
+class ArgumentsDone(NumberedEvent):
     """The complete arguments of a call."""
 
     type: Literal["response.function_call_arguments.done"] = "response.function_call_arguments.done"
@@ -219,7 +218,7 @@ class ErrorDetails(BaseModel):
     param: None = None
 
 
-class ErrorEvent(Event):
+class ErrorEvent(NumberedEvent):
     """The response has failed.
 
     OpenAI's reference has the fields in the event itself, its endpoint sends them in `error`, and
@@ -231,3 +230,16 @@ class ErrorEvent(Event):
     message: str
     param: None = None
     error: ErrorDetails
+
+
+Event = (
+    ResponseEvent
+    | ItemEvent
+    | PartEvent
+    | TextDelta
+    | TextDone
+    | ArgumentsDelta
+    | ArgumentsDone
+    | ErrorEvent
+)
+"""Any event; its type says which one it is."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
-from raytune_llama.serve.protocol.chat import MAX_TOKENS, ChatRequest
+from raytune_llama.serve.protocol.chat import MAX_TOKENS, OTHER_SERVERS, ChatRequest
 from raytune_llama.serve.protocol.fields import (
     INVALID,
     MISSING,
@@ -158,7 +158,7 @@ class ResponsesRequest(RequestModel):
             *("access_programs", "background_options", "image"),
         }
     )
-    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+    unsupported: ClassVar[Mapping[str, Unsupported]] = OTHER_SERVERS | {
         "previous_response_id": Unsupported(_NOT_STORED),
         "conversation": Unsupported(_NOT_STORED),
         "store": Unsupported("responses are not stored here; set store to false"),
@@ -180,9 +180,18 @@ class ResponsesRequest(RequestModel):
         **dict.fromkeys(
             (
                 *("stop", "seed", "logit_bias", "frequency_penalty", "presence_penalty"),
-                *("top_k", "min_p", "repetition_penalty", "chat_template_kwargs"),
+                *("min_p", "chat_template_kwargs"),
             ),
             Unsupported(_CHAT_ONLY),
+        ),
+        "top_k": Unsupported(_CHAT_ONLY, neutral=(-1,)),
+        "repetition_penalty": Unsupported(_CHAT_ONLY, neutral=(1,)),
+        **dict.fromkeys(
+            (
+                *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+                *("structured_outputs", "structural_tag"),
+            ),
+            Unsupported("use text.format with a JSON schema"),
         ),
     }
 
@@ -319,7 +328,11 @@ def _add_item(
         case FunctionOutputItem():
             content = join_parts(item.output)
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
-            places |= {here: place, f"{here}.tool_call_id": f"{place}.call_id"}
+            places |= {
+                here: place,
+                f"{here}.tool_call_id": f"{place}.call_id",
+                f"{here}.content": f"{place}.output",
+            }
         case FunctionCallItem():
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant"})

@@ -287,7 +287,7 @@ def test_reasoning_is_refused_where_the_template_has_no_place_for_it(
         (CHATML + "{% if padding %}{{ raise_exception('never') }}{% endif %}", set()),
         (
             "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}"
-            "{% endif %}" + CHATML,
+            "{% endif %}{{ date_string }}" + CHATML,
             set(),
         ),
         ("{% set effort = effort if effort is defined else 'low' %}" + CHATML, {"effort"}),

@@ -22,13 +22,15 @@ def updates_of(*, rank: int, seed: int) -> dict[str, LoraLayerWeights]:
     return updates
 
 
-def merged(updates: dict[str, LoraLayerWeights]) -> PreTrainedModel:
-    model = make_llama()
+def merged(
+    updates: dict[str, LoraLayerWeights], *, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    model = make_llama().to(dtype)
     with torch.no_grad():
         for name, update in updates.items():
             weight = model.get_submodule(name).weight
             assert isinstance(weight, torch.Tensor)
-            weight += update.b_RO.T @ update.a_RI
+            weight += update.b_RO.to(dtype).T @ update.a_RI.to(dtype)
     return model
 
 

@@ -1,6 +1,7 @@
 """What the step loop generates, whatever else runs beside it."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import (
 
 from raytune_llama.serve.engine.protocol import EngineFinishReason, EngineRequest, SamplingOptions
 from raytune_llama.serve.engine.scheduler import BatchScheduler
+from raytune_llama.serve.errors import InvalidRequestError
 
 GREEDY = SamplingOptions(temperature=0)
 ROWS = 97
@@ -244,3 +246,69 @@ def test_prompts_come_before_the_next_token_where_more_join_than_run(
     # Of many that wait, those that get a slot count.
     assert step_with(*"ghijklmnopqrst") == [*"abcdef", "g", "h"]
     assert step_with() == [*"abcdefgh"]
+
+
+def test_stepper_with_penalties_and_bias_generates_as_one_sequence_alone(
+    llama: PreTrainedModel,
+) -> None:
+    settings: list[dict[str, Any]] = [
+        {},
+        {"frequency_penalty": 1.5},
+        {"presence_penalty": 2.0, "frequency_penalty": 0.5},
+        {"logit_bias": tuple((token, -6.0) for token in range(0, ROWS, 2))},
+        {"logit_bias": ((8, 4.0), (9, -4.0)), "presence_penalty": 1.0},
+    ]
+    asked = {
+        n: EngineRequest(prompt, SamplingOptions(temperature=0, **settings[n % 5]), 20)
+        for n, prompt in enumerate(prompts(10))
+    }
+    told = run(BatchScheduler(llama, num_slots=4, max_context=200), asked.items(), joining_every=2)
+    changed: set[int] = set()
+    for n, generation in asked.items():
+        fields = settings[n % 5]
+        ids: list[int] = []
+        for _ in range(20):
+            with torch.no_grad():
+                whole = torch.tensor([[*generation.prompt, *ids]])
+                logits_V = llama(input_ids=whole).logits[0, -1].clone()
+            for token, bias in fields.get("logit_bias", ()):
+                logits_V[token] += bias
+            for token in set(ids):
+                logits_V[token] -= ids.count(token) * fields.get("frequency_penalty", 0.0)
+                logits_V[token] -= fields.get("presence_penalty", 0.0)
+            ids.append(int(logits_V.argmax()))
+        assert told[n] == (ids, "length")
+        if ids != by_transformers(llama, generation.prompt, 20):
+            changed.add(n % 5)
+    assert changed == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("token", [-1, ROWS])
+def test_stepper_refuses_a_bias_of_a_token_that_does_not_exist(
+    llama: PreTrainedModel, token: int
+) -> None:
+    stepper = BatchScheduler(llama, num_slots=1, max_context=9)
+    sampling = SamplingOptions(logit_bias=((token, 1.0),))
+    with pytest.raises(
+        InvalidRequestError, match=f"got token id {token}, wanted 0 to 96"
+    ) as caught:
+        stepper.add("a", EngineRequest((1,), sampling, 1))
+    assert caught.value.param == "logit_bias"
+
+
+def test_stepper_gives_slots_in_the_order_of_arrival(llama: PreTrainedModel) -> None:
+    stepper = BatchScheduler(llama, num_slots=3, max_context=200, prefill_tokens=16)
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(1, 60, (40,), generator=generator).tolist()
+    limits = torch.randint(1, 9, (40,), generator=generator).tolist()
+    waiting = [
+        (key, EngineRequest((5,) * length, GREEDY, limit))
+        for key, (length, limit) in enumerate(zip(lengths, limits, strict=True))
+    ]
+    began: list[Hashable] = []
+    while waiting or stepper.num_running or stepper.num_waiting:
+        # Twice as many as have slots and wait at any time.
+        while waiting and stepper.num_running + stepper.num_waiting < 6:
+            stepper.add(*waiting.pop(0))
+        began += [step.key for step in stepper.step() if step.key not in began]
+    assert began == list(range(40))

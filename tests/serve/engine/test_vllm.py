@@ -99,7 +99,7 @@ def test_logprobs_are_the_chosen_ones_and_the_likeliest_in_order(standin: Standi
 
 
 def test_penalties_bias_and_min_p_are_vllms_own(standin: Standin) -> None:
-    standin.vllm.told = [Answer([Output([2], "stop")], finished=True)]
+    standin.vllm.told = [Answer([Output([2], "stop")], finished=True, prompt_logprobs=[None])]
     sampling = SamplingOptions(
         min_p=0.1, frequency_penalty=0.5, presence_penalty=-0.25, logit_bias=((7, -100.0), (9, 2.5))
     )

@@ -154,12 +154,6 @@ def test_messages_that_do_not_fit_together_are_refused(messages: list[Any], prob
         build_conversation(asked.messages, [])
 
 
-def test_tool_whose_text_cannot_be_encoded_is_named() -> None:
-    asked = request(ASK, tools=[TOOL, tool(description="\ud83d")])
-    with pytest.raises(ValueError, match=r"tools\.1: lone surrogate"):
-        build_conversation(asked.messages, asked.shown_tools)
-
-
 def test_system_messages_may_be_anywhere() -> None:
     developer = {"role": "developer", "content": "In French."}
     said = {"role": "assistant", "content": "Chaud."}

@@ -122,7 +122,7 @@ def test_async_client_streams(server: Server, client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "code"),
     [
-        ({"max_tokens": "many"}, openai.BadRequestError, None),
+        ({"max_tokens": "many"}, openai.BadRequestError, "invalid_type"),
         ({"model": "none"}, openai.NotFoundError, "model_not_found"),
         ({"messages": [{"role": "user", "content": "x" * 2**16}]}, openai.APIStatusError, None),
         ({"model": "busy"}, openai.RateLimitError, "rate_limit_exceeded"),

@@ -35,6 +35,9 @@ class Here:
     async def embed(self, request: EmbeddingRequest) -> Stream[Vectors]:
         return await self._vectors.respond(request)
 
+    async def adapters(self) -> list[str]:
+        return []
+
 
 class Busy:
     """A model with a full queue."""
@@ -45,6 +48,9 @@ class Busy:
             yield
 
         return Stream(3, refuse())
+
+    async def adapters(self) -> list[str]:
+        return []
 
 
 @pytest.fixture(scope="module")
@@ -113,22 +119,27 @@ def test_as_many_texts_as_may_be_come_back(client: openai.OpenAI) -> None:
         ({"model": "gpt-9"}, 404, "The model `gpt-9` does not exist", "model"),
         ({"model": "busy"}, 429, "9 requests are waiting", None),
         ({"input": ""}, 400, "input: must not be empty", "input"),
-        ({"input": []}, 400, "non-empty list", "input"),
-        ({"input": ["a", ""]}, 400, "input.1: must not be empty", "input"),
-        ({"input": [[1], []]}, 400, "input.1: must not be empty", "input"),
-        ({"input": ["a", [1]]}, 400, "input.1: expected all strings", "input"),
-        ({"input": [["a"]]}, 400, "input.0.0: expected a token ID", "input"),
-        ({"input": [1, True]}, 400, "input.1: expected a token ID", "input"),
-        ({"input": [1, -1]}, 400, "input.1: expected a token ID", "input"),
-        ({"input": [1, 2.5]}, 400, "input.1: expected a token ID", "input"),
+        ({"input": []}, 400, "input: got an empty list", "input"),
+        ({"input": ["a", ""]}, 400, "input.1: must not be empty", "input.1"),
+        ({"input": [[1], []]}, 400, "input.1: must not be empty", "input.1"),
+        ({"input": ["a", [1]]}, 400, "input.1: expected all strings", "input.1"),
+        ({"input": [["a"]]}, 400, "input.0.0: expected a token ID", "input.0.0"),
+        ({"input": [1, True]}, 400, "input.1: expected a token ID", "input.1"),
+        ({"input": [1, -1]}, 400, "input.1: expected a token ID", "input.1"),
+        ({"input": [1, 2.5]}, 400, "input.1: expected a token ID", "input.1"),
         ({"input": {"text": "a"}}, 400, "expected a string", "input"),
-        ({"input": ["a"] * 2049}, 400, "got 2049 inputs", "input"),
+        ({"input": ["a"] * 2049}, 400, "got 2049 items", "input"),
         ({"input": ["a", "the fox " * 99]}, 400, "wanted 1 to 128", "input.1"),
         ({"input": [[1, 2], [3, 400]]}, 400, "token id 400 is outside the vocabulary", "input.1"),
-        ({"input": ["a"] * 3000 + [""]}, 400, "got 3001 inputs", "input"),
+        ({"input": ["a"] * 3000 + [""]}, 400, "got 3001 items", "input"),
         ({"dimensions": 16}, 400, "embeddings of tiny have 32", "dimensions"),
         ({"encoding_format": "hex"}, 400, "encoding_format", "encoding_format"),
-        ({"extra_body": {"truncate": True}}, 400, "truncate", "truncate"),
+        (
+            {"extra_body": {"truncate_prompt_tokens": 9}},
+            400,
+            "not supported",
+            "truncate_prompt_tokens",
+        ),
     ],
 )
 def test_refusal_says_what_is_wrong_and_where(

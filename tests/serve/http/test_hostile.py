@@ -84,10 +84,8 @@ def with_text(inserted: str) -> bytes:
         (b"[" * 100_000, "100000 levels deep"),
         (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "100000 levels deep"),
         (with_text('"metadata": ' + "[" * 64 + "]" * 64), "65 levels deep"),
-        (with_text('"a": "\\"' + "[" * 1000 + '"'), "a: Extra inputs"),
         (b'"' + b'\\"' * (MIB // 2), "Could not parse the JSON body"),
         (b"\0" * 100_000, "Could not parse the JSON body"),
-        (with_text('"' + "x" * 100_000 + '": 1'), "Extra inputs"),
     ],
 )
 def test_body_that_can_be_no_request_is_refused(server: Server, body: bytes, problem: str) -> None:

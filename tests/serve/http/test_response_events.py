@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from raytune_llama.chat.tools import ToolCallChunk
-from raytune_llama.serve.generation.output import OutputDelta
+from raytune_llama.serve.generation.output import OutputDelta, OutputToken
 from raytune_llama.serve.http.responses_api import ResponseEvents
-from raytune_llama.serve.protocol.responses_api import ResponsesRequest
+from raytune_llama.serve.protocol.chat import FinishReason
+from raytune_llama.serve.protocol.response_events import TextDelta
+from raytune_llama.serve.protocol.responses_api import LOGPROBS, ResponsesRequest
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(openai.types.responses.ResponseStreamEvent)
 
@@ -38,10 +40,9 @@ def answers(draw: st.DrawFn) -> tuple[list[str], list[Call], list[OutputDelta]]:
         chunks = [ToolCallChunk(number, id=f"call_{number}", name=name)]
         chunks += [ToolCallChunk(number, piece) for piece in arguments]
         deltas += [OutputDelta(0, "", 1, calls=(chunk,)) for chunk in chunks]
-    finish = draw(st.sampled_from(["stop", "length"]))
-    deltas.append(OutputDelta(0, "", 1, finish_reason="tool_calls" if calls else finish))
-    if finish == "length":
-        deltas[-1] = OutputDelta(0, "", 1, finish_reason="length")
+    finish: FinishReason = "tool_calls" if calls else "stop"
+    finish = "length" if draw(st.booleans()) else finish
+    deltas.append(OutputDelta(0, "", 1, finish_reason=finish))
     cuts = sorted(draw(st.sets(st.integers(1, len(deltas)), max_size=len(deltas))) | {len(deltas)})
     groups = [deltas[start:end] for start, end in zip([0, *cuts], cuts, strict=False)]
     return pieces, calls, [join(group) for group in groups]
@@ -89,6 +90,42 @@ def test_events_are_in_order_and_add_up_to_the_response(
     assert statuses == ["completed"] * (len(statuses) - 1) + [end]
     assert response.usage.output_tokens == sum(delta.num_tokens for delta in deltas)
     check_items(parsed, response)
+
+
+def tell(deltas: Sequence[OutputDelta]) -> tuple[list[Any], Any]:
+    """Return the logprobs of each text delta, and the items, of a request that wants them."""
+    fields: dict[str, Any] = {"model": "tiny", "input": "the fox", "include": [LOGPROBS]}
+    request = ResponsesRequest.model_validate(fields)
+    events = ResponseEvents(request, request.to_chat(), 3)
+    told = [event for delta in deltas for event in events.add(delta)]
+    told += events.end()
+    logprobs = [
+        [(one.token, one.logprob) for one in event.logprobs]
+        for event in told
+        if isinstance(event, TextDelta)
+    ]
+    return logprobs, events.response.output
+
+
+def test_logprobs_come_with_the_text_of_their_tokens() -> None:
+    tokens = [(OutputToken(text.encode(), -number),) for number, text in enumerate("abcdef")]
+    held = [OutputDelta(0, "", 1, tokens[0]), OutputDelta(0, "ab", 1, tokens[1])]
+    calls = [
+        # The text of a call is no text.
+        OutputDelta(0, "", 1, tokens[2]),
+        OutputDelta(0, "", 1, tokens[3], calls=(ToolCallChunk(0, id="1", name="now"),)),
+        OutputDelta(0, "", 1, tokens[4], calls=(ToolCallChunk(0, "{}"),)),
+        OutputDelta(0, "", 1, tokens[5], "tool_calls"),
+    ]
+    wanted = [("a", 0.0), ("b", -1.0)]
+    logprobs, (message, call) = tell([*held, *calls])
+    assert logprobs == [wanted]
+    assert [(one.token, one.logprob) for one in message.content[0].logprobs] == wanted
+    assert (message.status, call.arguments) == ("completed", "{}")
+    # Text that is held back until the end may be incomplete, and is dropped.
+    logprobs, (message,) = tell([*held, OutputDelta(0, "", 1, tokens[2], "stop")])
+    assert logprobs == [wanted, [("c", -2.0)]]
+    assert len(message.content[0].logprobs) == 3
 
 
 def check_items(events: Sequence[Any], response: Any) -> None:  # noqa: ANN401

@@ -193,7 +193,7 @@ def test_completion_streamed_is_the_completion_at_once(client: openai.OpenAI) ->
     assert logprobs is not None
     assert logprobs.tokens
     assert logprobs.text_offset
-    assert logprobs.text_offset[0] == len("the 人")
+    assert len("the 人") in logprobs.text_offset
 
 
 def test_chat_logprobs_have_the_likeliest(client: openai.OpenAI) -> None:
@@ -268,10 +268,10 @@ def test_async_clients_at_a_time_get_what_they_get_alone(server: Server) -> None
 @pytest.mark.parametrize(
     ("fields", "status", "problem"),
     [
-        ({"model": "gpt-9"}, 404, "The model `gpt-9` does not exist. Available models: tiny"),
+        ({"model": "gpt-9"}, 404, "The model `gpt-9` does not exist. Available models: `tiny`"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages.0.role"),
-        ({"messages": [{"role": "user"}]}, 400, "content: got neither"),
+        ({"messages": [{"role": "user"}]}, 400, "messages.0.content: missing"),
         ({"messages": [{"role": "user", "content": "x " * 500}]}, 400, "is 128 tokens"),
         ({"n": 10**9}, 400, "n: "),
         ({"max_tokens": 10**9}, 400, "max_tokens"),
@@ -279,7 +279,7 @@ def test_async_clients_at_a_time_get_what_they_get_alone(server: Server) -> None
         ({"temperature": -1}, 400, "temperature"),
         ({"temperature": "hot"}, 400, "temperature"),
         ({"top_logprobs": 3}, 400, "only allowed when logprobs=true"),
-        ({"stop": [""]}, 400, "stop"),
+        ({"stop": ["x" * 257]}, 400, "stop.0"),
         ({"extra_body": {"best_of": 3}}, 400, "best_of"),
         ({"response_format": {"type": "json_schema"}}, 400, "json_schema"),
         (

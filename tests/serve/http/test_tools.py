@@ -267,17 +267,17 @@ def test_conversation_goes_on_behind_a_call(client: openai.OpenAI) -> None:
         (
             {"messages": [*ASK, {"role": "tool", "tool_call_id": "x", "content": "1"}]},
             "'x' is no call",
-            "messages",
+            "messages.1.tool_call_id",
         ),
         (
             {"tool_choice": {"type": "function", "function": {"name": "g"}}},
             "function g not found",
-            None,
+            "tool_choice",
         ),
         (
-            {"tools": openai.omit, "tool_choice": "auto"},
-            "only allowed when tools are specified",
-            None,
+            {"tools": openai.omit, "tool_choice": "required"},
+            "required, but there are no tools",
+            "tool_choice",
         ),
         ({"messages": [{"role": "user", "content": "fox " * 9000}]}, "is 4096 tokens", "messages"),
     ],
