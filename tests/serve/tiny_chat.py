@@ -48,8 +48,8 @@ def write_tiny_chat(folder: Path, tokenizer_dir: Path) -> ServeConfig:
     write_adapter_directory(path, adapters / ADAPTER, seed=1)
     return ServeConfig(
         models=(ServedModelConfig(path=str(path), name=NAME, adapters_dir=str(adapters)),),
-        # For clients that set no limit: what such a model generates in a second.
-        defaults=SamplingDefaults(max_tokens=200),
+        # For clients that set neither: the same answer at each run, of a second.
+        defaults=SamplingDefaults(max_tokens=200, temperature=0),
         # Few, so that some requests of many are refused.
         replicas=ReplicaConfig(slots=4, waiting=8),
     )

@@ -44,6 +44,7 @@ def endpoint(
         f"models.0.adapters_dir={model.adapters_dir}",
         f"keys_file={folder / 'keys.txt'}",
         f"defaults.max_tokens={config.defaults.max_tokens}",
+        f"defaults.temperature={config.defaults.temperature}",
         f"replicas.slots={replicas.slots}",
         f"replicas.waiting={replicas.waiting}",
         f"port={port}",

@@ -3,7 +3,8 @@
     python -m tests.serve.clients.environments [CLIENT ...]
 
 makes those that are missing or whose pinned packages have changed. What a client needs is in
-`packages/CLIENT.txt`, and for Node.js in `packages/package.json` and its lock file.
+`packages/CLIENT.txt`; what those on Node.js need in `packages/package.json` and its lock file, and
+Node.js itself in `packages/node.txt`.
 """
 
 import json
@@ -44,8 +45,10 @@ class Client:
 
     @property
     def files(self) -> list[Path]:
-        """The files that pin its packages."""
-        names = ["package.json", "package-lock.json"] if self.is_node else [f"{self.name}.txt"]
+        """The files that pin its packages; the first one names its own."""
+        names = [f"{self.name}.txt"]
+        if self.is_node:
+            names = ["package.json", "package-lock.json", "node.txt"]
         return [PACKAGES / name for name in names]
 
     @property
@@ -66,26 +69,28 @@ class Client:
     def install(self) -> None:
         """Make its environment anew."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", str(self.folder)], check=True)
+        pip = [str(self._bin / "python"), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, "-r", str(self.files[-1])], check=True)
         if self.is_node:
-            self.folder.mkdir(parents=True)
             for file in self.files:
                 shutil.copy(file, self.folder)
-            command = ["npm", "ci", "--no-audit", "--no-fund"]
-            subprocess.run(command, cwd=self.folder, check=True)
-        else:
-            subprocess.run([sys.executable, "-m", "venv", str(self.folder)], check=True)
-            pip = [str(self.folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-            subprocess.run([*pip, "-r", str(self.files[0])], check=True)
+            npm = [str(self._bin / "npm"), "ci", "--no-audit", "--no-fund"]
+            subprocess.run(npm, cwd=self.folder, check=True)
         (self.folder / "pinned").write_bytes(self._pinned)
 
     def command(self) -> list[str]:
         """Return the command that runs its program, without arguments."""
         if not self.is_node:
-            return [str(self.folder / "bin" / "python"), str(PROGRAMS / self.program)]
+            return [str(self._bin / "python"), str(PROGRAMS / self.program)]
         # Node.js looks for packages in the program's folder and above it.
         for program in PROGRAMS.glob("*.mjs"):
             shutil.copy(program, self.folder)
-        return ["node", str(self.folder / self.program)]
+        return [str(self._bin / "node"), str(self.folder / self.program)]
+
+    @property
+    def _bin(self) -> Path:
+        return self.folder / "bin"
 
     @property
     def _pinned(self) -> bytes:
@@ -115,8 +120,6 @@ def choose(names: list[str]) -> list[Client]:
 
 def install(clients: list[Client]) -> None:
     """Make the environments that are not ready."""
-    if any(client.is_node for client in clients) and shutil.which("npm") is None:
-        sys.exit("npm is not in PATH: two of the clients need Node.js 20 or newer; install it")
     for client in clients:
         if not client.is_ready:
             sys.stdout.write(f"installing {client.name} in {client.folder}\n")

@@ -59,12 +59,19 @@ async function tools(model) {
     tools: TOOLS,
     toolChoice: "required",
     stopWhen: isStepCount(2),
+    providerOptions: ONE_CALL,
     prompt: QUESTION,
   });
   assert.equal(steps.length, 2);
   assert.match(steps[0].toolResults[0].output, /^sunny in (Paris|Rome)$/);
   return steps[0].toolCalls[0].input;
 }
+
+// A model of random weights might call without end.
+const ONE_CALL = {
+  openai: { parallelToolCalls: false },
+  raytune: { parallel_tool_calls: false },
+};
 
 // Function names are the steps' names.
 const openaiText = (endpoint) => text(openaiProvider(endpoint)(endpoint.model));

@@ -4,14 +4,16 @@ from typing import Any, Literal
 
 import instructor
 from openai import OpenAI
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from steps import Endpoint, run
 
 MESSAGES: Any = [{"role": "user", "content": "John Doe is 30 years old."}]
 
 
 class User(BaseModel):
-    """A person; the fields are bounded, so that any model comes to an end."""
+    """A person; bounded, so that any model comes to an end."""
+
+    model_config = ConfigDict(extra="forbid")
 
     name: str = Field(max_length=12)
     age: int = Field(ge=0, le=120)

@@ -4,11 +4,12 @@ from typing import Any, Literal
 
 import openai
 from langchain.agents import create_agent
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, Field
-from steps import QUESTION, Endpoint, joined, run
+from steps import QUESTION, Endpoint, error_of, joined, run
 
 
 class Trip(BaseModel):
@@ -64,7 +65,8 @@ def batch(endpoint: Endpoint) -> object:
 
 def bind_tools(endpoint: Endpoint) -> object:
     llm = connect(endpoint)
-    message = llm.bind_tools([get_weather], tool_choice="any").invoke(QUESTION)
+    bound = llm.bind_tools([get_weather], tool_choice="any", parallel_tool_calls=False)
+    message = bound.invoke(QUESTION)
     call = message.tool_calls[0]
     assert call["name"] == "get_weather"
     assert call["args"]["city"] in ("Paris", "Rome")
@@ -104,16 +106,12 @@ def responses_api(endpoint: Endpoint) -> object:
 
 
 def completions(endpoint: Endpoint) -> object:
-    llm = OpenAI(
-        model=endpoint.model, base_url=endpoint.url, api_key=endpoint.key, max_tokens=12
-    )
+    llm = OpenAI(model=endpoint.model, base_url=endpoint.url, api_key=endpoint.key, max_tokens=12)
     return llm.invoke("Once upon a time"), llm.batch(["Once upon a time", "The end"])
 
 
 def completions_stream(endpoint: Endpoint) -> object:
-    llm = OpenAI(
-        model=endpoint.model, base_url=endpoint.url, api_key=endpoint.key, max_tokens=20
-    )
+    llm = OpenAI(model=endpoint.model, base_url=endpoint.url, api_key=endpoint.key, max_tokens=20)
     return joined(list(llm.stream("Once upon a time")))
 
 
@@ -134,21 +132,11 @@ def embeddings(endpoint: Endpoint) -> object:
 
 def error_of_an_unknown_model(endpoint: Endpoint) -> object:
     llm = ChatOpenAI(model="gpt-9", base_url=endpoint.url, api_key=endpoint.key)
-    try:
-        llm.invoke(QUESTION)
-    except openai.NotFoundError as error:
-        return error.message
-    raise AssertionError("an unknown model was accepted")
+    return error_of(lambda: llm.invoke(QUESTION), openai.NotFoundError).message
 
 
 def error_of_a_long_prompt(endpoint: Endpoint) -> object:
-    from langchain_core.exceptions import ContextOverflowError
-
-    try:
-        connect(endpoint).invoke("fox " * 5000)
-    except ContextOverflowError as error:
-        return str(error)
-    raise AssertionError("a prompt beyond the context was accepted")
+    return str(error_of(lambda: connect(endpoint).invoke("fox " * 5000), ContextOverflowError))
 
 
 if __name__ == "__main__":

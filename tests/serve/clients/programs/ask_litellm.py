@@ -9,7 +9,7 @@ from typing import Any
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
 import litellm
-from steps import QUESTION, Endpoint, joined, provoke, run
+from steps import QUESTION, Endpoint, error_of, joined, provoke, run
 
 MESSAGES: Any = [{"role": "user", "content": QUESTION}]
 TOOLS: Any = [
@@ -75,7 +75,7 @@ def completion_async(endpoint: Endpoint) -> object:
 
 
 def completion_tools(endpoint: Endpoint) -> object:
-    response = ask(endpoint, tools=TOOLS, tool_choice="required")
+    response = ask(endpoint, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
     call = response.choices[0].message.tool_calls[0]
     assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
     results = [
@@ -121,36 +121,23 @@ def responses(endpoint: Endpoint) -> object:
 
 
 def error_bad_request(endpoint: Endpoint) -> object:
-    try:
-        ask(endpoint, temperature=9)
-    except litellm.BadRequestError as error:
-        assert "temperature" in str(error)
-        return str(error)
-    raise AssertionError("temperature=9 was accepted")
+    error = error_of(lambda: ask(endpoint, temperature=9), litellm.BadRequestError)
+    assert "temperature" in str(error)
+    return str(error)
 
 
 def error_not_found(endpoint: Endpoint) -> object:
-    try:
-        ask(endpoint, model="openai/gpt-9")
-    except litellm.NotFoundError as error:
-        return str(error)
-    raise AssertionError("an unknown model was accepted")
+    return str(error_of(lambda: ask(endpoint, model="openai/gpt-9"), litellm.NotFoundError))
 
 
 def error_authentication(endpoint: Endpoint) -> object:
-    try:
-        ask(endpoint, api_key="sk-wrong")
-    except litellm.AuthenticationError as error:
-        return str(error)
-    raise AssertionError("a wrong key was accepted")
+    return str(error_of(lambda: ask(endpoint, api_key="sk-wrong"), litellm.AuthenticationError))
 
 
 def error_context_window(endpoint: Endpoint) -> object:
-    try:
-        ask(endpoint, messages=[{"role": "user", "content": "fox " * 5000}])
-    except litellm.ContextWindowExceededError as error:
-        return str(error)
-    raise AssertionError("a prompt beyond the context was accepted")
+    messages = [{"role": "user", "content": "fox " * 5000}]
+    kind = litellm.ContextWindowExceededError
+    return str(error_of(lambda: ask(endpoint, messages=messages), kind))
 
 
 def error_rate_limit(endpoint: Endpoint) -> object:

@@ -73,9 +73,7 @@ def tools(endpoint: Endpoint) -> object:
     calls = llm.get_tool_calls_from_response(response)
     assert calls[0].tool_kwargs["city"] in ("Paris", "Rome")
     results = [
-        ChatMessage(
-            role="tool", content="sunny", additional_kwargs={"tool_call_id": call.tool_id}
-        )
+        ChatMessage(role="tool", content="sunny", additional_kwargs={"tool_call_id": call.tool_id})
         for call in calls
     ]
     history = [ChatMessage(role="user", content=QUESTION), response.message, *results]

@@ -107,6 +107,7 @@ async function chatTools(endpoint) {
     messages,
     tools,
     tool_choice: "required",
+    parallel_tool_calls: false,
   });
   const { message } = completion.choices[0];
   assert.equal(completion.choices[0].finish_reason, "tool_calls");

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import openai
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, Field
-from steps import QUESTION, Endpoint, joined, provoke, run
+from steps import QUESTION, Endpoint, error_of, joined, provoke, run
 
 TOOL: Any = {
     "type": "function",
@@ -34,6 +34,12 @@ class Trip(BaseModel):
 
 def connect(endpoint: Endpoint) -> OpenAI:
     return OpenAI(base_url=endpoint.url, api_key=endpoint.key, max_retries=0)
+
+
+def ask(endpoint: Endpoint, **fields: Any) -> Any:
+    """Ask the question; fields replace those of the request."""
+    asked = {"model": endpoint.model, "messages": [{"role": "user", "content": QUESTION}]}
+    return connect(endpoint).chat.completions.create(**(asked | fields))
 
 
 def models(endpoint: Endpoint) -> object:
@@ -74,13 +80,15 @@ def chat_stream(endpoint: Endpoint) -> object:
 def chat_stream_helper(endpoint: Endpoint) -> object:
     client = connect(endpoint)
     messages: Any = [{"role": "user", "content": QUESTION}]
+    # An answer that is cut is an error of this helper: the schema lets any model come to an end.
     with client.chat.completions.stream(
-        model=endpoint.model, messages=messages, max_completion_tokens=20
+        model=endpoint.model, messages=messages, response_format=Trip
     ) as stream:
         parts = [event.delta for event in stream if event.type == "content.delta"]
-        answer = stream.get_final_completion().choices[0].message.content
-    assert joined(parts) == answer
-    return answer
+        message = stream.get_final_completion().choices[0].message
+    assert joined(parts) == message.content
+    assert isinstance(message.parsed, Trip)
+    return message.content
 
 
 def chat_async(endpoint: Endpoint) -> object:
@@ -302,12 +310,11 @@ def responses_stream(endpoint: Endpoint) -> object:
 
 def responses_stream_helper(endpoint: Endpoint) -> object:
     client = connect(endpoint)
-    with client.responses.stream(
-        model=endpoint.model, input=QUESTION, max_output_tokens=20
-    ) as stream:
+    with client.responses.stream(model=endpoint.model, input=QUESTION, text_format=Trip) as stream:
         deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
         final = stream.get_final_response()
     assert joined(deltas) == final.output_text
+    assert isinstance(final.output_parsed, Trip)
     return final.output_text
 
 
@@ -350,54 +357,32 @@ def responses_tools(endpoint: Endpoint) -> object:
 
 def error_of_a_wrong_key(endpoint: Endpoint) -> object:
     client = OpenAI(base_url=endpoint.url, api_key="sk-wrong", max_retries=0)
-    try:
-        client.models.list()
-    except openai.AuthenticationError as error:
-        assert error.code == "invalid_api_key"
-        return error.message
-    raise AssertionError("a wrong key was accepted")
+    error = error_of(client.models.list, openai.AuthenticationError)
+    assert error.code == "invalid_api_key"
+    return error.message
 
 
 def error_of_an_unknown_model(endpoint: Endpoint) -> object:
-    try:
-        connect(endpoint).chat.completions.create(
-            model="gpt-9", messages=[{"role": "user", "content": QUESTION}]
-        )
-    except openai.NotFoundError as error:
-        assert (error.code, error.type) == ("model_not_found", "invalid_request_error")
-        return error.message
-    raise AssertionError("an unknown model was accepted")
+    error = error_of(lambda: ask(endpoint, model="gpt-9"), openai.NotFoundError)
+    assert (error.code, error.type) == ("model_not_found", "invalid_request_error")
+    return error.message
 
 
 def error_of_a_bad_field(endpoint: Endpoint) -> object:
-    try:
-        connect(endpoint).chat.completions.create(
-            model=endpoint.model, messages=[{"role": "user", "content": QUESTION}], temperature=9
-        )
-    except openai.BadRequestError as error:
-        assert (error.param, error.type) == ("temperature", "invalid_request_error")
-        return error.message
-    raise AssertionError("temperature=9 was accepted")
+    error = error_of(lambda: ask(endpoint, temperature=9), openai.BadRequestError)
+    assert (error.param, error.type) == ("temperature", "invalid_request_error")
+    return error.message
 
 
 def error_of_a_long_prompt(endpoint: Endpoint) -> object:
-    try:
-        connect(endpoint).chat.completions.create(
-            model=endpoint.model, messages=[{"role": "user", "content": "fox " * 5000}]
-        )
-    except openai.BadRequestError as error:
-        assert (error.code, error.param) == ("context_length_exceeded", "messages")
-        return error.message
-    raise AssertionError("a prompt beyond the context was accepted")
+    messages = [{"role": "user", "content": "fox " * 5000}]
+    error = error_of(lambda: ask(endpoint, messages=messages), openai.BadRequestError)
+    assert (error.code, error.param) == ("context_length_exceeded", "messages")
+    return error.message
 
 
 def error_of_too_many_requests(endpoint: Endpoint) -> object:
-    client = connect(endpoint)
-    messages: Any = [{"role": "user", "content": QUESTION}]
-    error = provoke(
-        lambda: client.chat.completions.create(model=endpoint.model, messages=messages),
-        openai.RateLimitError,
-    )
+    error = provoke(lambda: ask(endpoint), openai.RateLimitError)
     assert int(error.response.headers["Retry-After"]) >= 1
     return error.message
 

@@ -5,7 +5,7 @@ Its own quick start for a server is
     lm_eval --model local-completions --tasks TASK \
         --model_args model=NAME,base_url=http://127.0.0.1:8000/v1/completions,tokenizer=MODEL_DIR
 
-`simple_evaluate` is what that command calls. The tasks are in `lm_eval/`, with their data.
+`simple_evaluate` is what that command calls. The tasks are in `tasks/`, with their data.
 """
 
 import os
@@ -19,7 +19,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 from steps import Endpoint, run
 
-FOLDER = Path(__file__).with_name("lm_eval")
+FOLDER = Path(__file__).with_name("tasks")
 TASKS = ("raytune_choice", "raytune_perplexity", "raytune_answer")
 TOLERANCE = 1e-4
 
@@ -90,7 +90,7 @@ def choice(endpoint: Endpoint) -> object:
 
 
 def choice_several_at_a_time(endpoint: Endpoint) -> object:
-    return compare(endpoint, "raytune_choice", num_concurrent=4, max_retries=3)
+    return compare(endpoint, "raytune_choice", num_concurrent=2, max_retries=3)
 
 
 def choice_with_prompts_as_text(endpoint: Endpoint) -> object:

@@ -1,6 +1,7 @@
 """Runs the steps of a client's program against an endpoint, and prints what each has got.
 
-    ENDPOINT_KEY=sk-... python ask_openai.py --url http://127.0.0.1:8000/v1 --model smollm2 [STEP ...]
+    export ENDPOINT_KEY=sk-...
+    python ask_openai.py --url http://127.0.0.1:8000/v1 --model smollm2 [STEP ...]
 
 A step is a function of the endpoint that returns what to print. Those whose names begin with
 `error` expect one. Exit status 1: a step has failed; its traceback is printed. The programs run in
@@ -56,7 +57,8 @@ def run(*steps: Step) -> NoReturn:
         if (step.__name__ in given.names or not given.names)
         and not (given.without_errors and step.__name__.startswith("error"))
     ]
-    sys.exit(int(any([_run_step(step, endpoint) for step in chosen])))
+    num_failed = sum(_run_step(step, endpoint) for step in chosen)
+    sys.exit(int(num_failed > 0))
 
 
 def _run_step(step: Step, endpoint: Endpoint) -> bool:
@@ -71,6 +73,15 @@ def _run_step(step: Step, endpoint: Endpoint) -> bool:
     sys.stdout.write(f"failed {step.__name__}\n")
     traceback.print_exception(error, file=sys.stdout)
     return True
+
+
+def error_of(ask: Callable[[], object], kind: type[E]) -> E:
+    """Return the error of this class that a request is answered with."""
+    try:
+        answer = ask()
+    except kind as error:
+        return error
+    raise AssertionError(f"no {kind.__name__}, but {answer}")
 
 
 def provoke(ask: Callable[[], object], kind: type[E], *, num_clients: int = 32) -> E:
