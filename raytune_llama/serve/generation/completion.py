@@ -138,7 +138,7 @@ class CompletionService:
         form = ToolCallFormat(
             [(tool.function.name, tool.function.schema_) for tool in request.callable_tools],
             must_call=request.must_call,
-            is_single=not request.parallel_tool_calls,
+            is_single=request.calls_one_tool,
             text_schema=schema,
         )
         try:

@@ -308,6 +308,11 @@ class ChatRequest(GenerationRequest):
         return [tool for tool in self.tools if tool.function.name in names]
 
     @property
+    def calls_one_tool(self) -> bool:
+        """Whether a response may have one tool call only; so it is where a function is named."""
+        return not self.parallel_tool_calls or isinstance(self.tool_choice, NamedTool)
+
+    @property
     def must_call(self) -> bool:
         """Whether the response has to consist of tool calls only."""
         if isinstance(self.tool_choice, AllowedTools):

@@ -101,10 +101,11 @@ def test_negative_penalties_prefer_what_was_generated() -> None:
 
 def test_bias_bans_and_forces_tokens_but_none_that_does_not_exist() -> None:
     logits_V = torch.tensor([8.0, -8.0, 0.0, 1.0, -torch.inf])
-    for fields, wanted in (
+    cases: list[tuple[dict[str, Any], set[int]]] = [
         ({"logit_bias": ((0, -100.0), (3, -100.0))}, {2, 1}),
         ({"logit_bias": ((1, 100.0), (4, 100.0))}, {1}),
-    ):
+    ]
+    for fields, wanted in cases:
         chooser = Sampler(SamplingOptions(temperature=2.0, seed=2, **fields), set())
         assert {chooser.sample(logits_V).token for _ in range(500)} == wanted
         assert greedy_tokens(logits_V, 2, **fields)[0] in wanted
