@@ -14,6 +14,7 @@ import torch
 
 from raytune_llama.serve.backend import LoadedModel
 from raytune_llama.serve.http.keys import ApiKeys, make_key
+from tests.serve.clients.environments import CLIENTS
 from tests.serve.http.test_routes import Server
 from tests.serve.tiny_chat import write_tiny_chat
 
@@ -66,17 +67,6 @@ def test_request_of_a_client_is_answered(server: Server, record: dict[str, Any])
 
 
 def test_requests_are_those_of_every_client_and_route() -> None:
-    clients = {record["client"] for record in RECORDS}
-    assert clients == {
-        "openai",
-        "litellm",
-        "langchain",
-        "llama_index",
-        "instructor",
-        "httpx",
-        "lm_eval",
-        "openai_node",
-        "ai_sdk",
-    }
+    assert {record["client"] for record in RECORDS} == {client.name for client in CLIENTS}
     routes = {record["path"].removeprefix("/v1/") for record in RECORDS}
     assert routes >= {"chat/completions", "completions", "embeddings", "responses", "models"}
