@@ -208,6 +208,21 @@ def test_roles_stay_as_they_are_where_the_template_renders_them(
     assert byte_level.decode(ids) == text + "<s>assistant\n"
 
 
+def test_system_message_stays_one_where_only_turns_of_one_speaker_have_to_be_joined(
+    byte_level: PreTrainedTokenizerFast,
+) -> None:
+    apart = CHATML.replace(
+        "in messages %}",
+        "in messages %}{% if not loop.first and message.role == loop.previtem.role %}"
+        "{{ raise_exception('twice') }}{% endif %}",
+    )
+    encoder = with_template(byte_level, apart)
+    ids = encoder.encode_prompt(said("s:A s:B u:C s:D s:E u:F u:G"))
+    roles = ("system\nA\n\nB", "user\nC", "system\nD\n\nE", "user\nF\n\nG")
+    text = "".join(f"<s>{message}<|im_end|>\n" for message in roles)
+    assert byte_level.decode(ids) == text + "<s>assistant\n"
+
+
 @pytest.mark.parametrize(
     ("messages", "text"),
     [

@@ -132,17 +132,13 @@ def test_turn_is_placed_at_its_first_message() -> None:
             ChatMessage("tool", "1", call_id="a"),
             ChatMessage("user", "r"),
             ChatMessage("assistant", "s"),
+            ChatMessage("user", "t"),
         ],
         first=1,
     )
-    assert [turn.role for turn in joined.turns] == [
-        "system",
-        "user",
-        "assistant",
-        "user",
-        "assistant",
-    ]
-    assert joined.places == (1, 2, 3, 4, 7)
+    roles = ["system", "user", "assistant", "user", "assistant", "user"]
+    assert [turn.role for turn in joined.turns] == roles
+    assert joined.places == (1, 2, 3, 4, 7, 8)
 
 
 def test_call_that_needs_no_result_takes_one() -> None:

@@ -317,6 +317,12 @@ def test_options_become_chats_options(scripted: tuple[Scripted, openai.OpenAI]) 
     assert (form["type"], form["json_schema"]["name"]) == ("json_schema", "x")
     assert form["json_schema"]["schema_"] == schema
     assert not fields.keys() & {"tools", "tool_choice", "parallel_tool_calls"}
+    choice = {"type": "function", "name": "now"}
+    ask(client, tools=FLAT, tool_choice=choice, parallel_tool_calls=False)
+    fields = model.fields
+    assert fields["tools"] == TOOLS
+    assert fields["tool_choice"] == {"type": "function", "function": {"name": "now"}}
+    assert fields["parallel_tool_calls"] is False
 
 
 @pytest.mark.parametrize("stream", [False, True])
