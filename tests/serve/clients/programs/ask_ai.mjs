@@ -67,6 +67,18 @@ async function tools(model) {
   return steps[0].toolCalls[0].input;
 }
 
+async function toolsStream(model) {
+  const result = streamText({
+    model,
+    tools: TOOLS,
+    toolChoice: { type: "tool", toolName: "getWeather" },
+    prompt: QUESTION,
+  });
+  const [call] = await result.toolCalls;
+  assert.match(call.input.city, /^(Paris|Rome)$/);
+  return call.input;
+}
+
 // A model of random weights might call without end.
 const ONE_CALL = {
   openai: { parallelToolCalls: false },
@@ -78,14 +90,20 @@ const openaiText = (endpoint) => text(openaiProvider(endpoint)(endpoint.model));
 const openaiStream = (endpoint) => stream(openaiProvider(endpoint)(endpoint.model));
 const openaiObject = (endpoint) => object(openaiProvider(endpoint)(endpoint.model));
 const openaiTools = (endpoint) => tools(openaiProvider(endpoint)(endpoint.model));
+const openaiToolsStream = (endpoint) => toolsStream(openaiProvider(endpoint)(endpoint.model));
 const openaiChatText = (endpoint) => text(openaiProvider(endpoint).chat(endpoint.model));
 const openaiChatStream = (endpoint) => stream(openaiProvider(endpoint).chat(endpoint.model));
 const openaiChatObject = (endpoint) => object(openaiProvider(endpoint).chat(endpoint.model));
 const openaiChatTools = (endpoint) => tools(openaiProvider(endpoint).chat(endpoint.model));
+const openaiChatToolsStream = (endpoint) =>
+  toolsStream(openaiProvider(endpoint).chat(endpoint.model));
 const compatibleText = (endpoint) => text(compatibleProvider(endpoint)(endpoint.model));
 const compatibleStream = (endpoint) => stream(compatibleProvider(endpoint)(endpoint.model));
 const compatibleObject = (endpoint) => object(compatibleProvider(endpoint)(endpoint.model));
 const compatibleTools = (endpoint) => tools(compatibleProvider(endpoint)(endpoint.model));
+
+const compatibleToolsStream = (endpoint) =>
+  toolsStream(compatibleProvider(endpoint)(endpoint.model));
 
 async function openaiCompletion(endpoint) {
   const model = openaiProvider(endpoint).completion(endpoint.model);
@@ -133,16 +151,19 @@ await run(
   openaiStream,
   openaiObject,
   openaiTools,
+  openaiToolsStream,
   openaiChatText,
   openaiChatStream,
   openaiChatObject,
   openaiChatTools,
+  openaiChatToolsStream,
   openaiCompletion,
   openaiEmbeddings,
   compatibleText,
   compatibleStream,
   compatibleObject,
   compatibleTools,
+  compatibleToolsStream,
   compatibleCompletion,
   compatibleEmbeddings,
   errorOfAnUnknownModel,

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import instructor
 from openai import OpenAI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from steps import Endpoint, run
 
 MESSAGES: Any = [{"role": "user", "content": "John Doe is 30 years old."}]
@@ -21,6 +21,8 @@ class User(BaseModel):
 
 class Group(BaseModel):
     """A person's group."""
+
+    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["family", "friends"]
     size: Literal[1, 2, 3]
@@ -70,6 +72,27 @@ def stream_partial(endpoint: Endpoint) -> object:
     return parts[-1].model_dump()
 
 
+def extract_again(endpoint: Endpoint) -> object:
+    """Refuse the first answer: Instructor sends it back with what is wrong."""
+    refused: list[str] = []
+
+    class Choosy(Group):
+        @field_validator("kind")
+        @classmethod
+        def _refuse_once(cls, value: str) -> str:
+            if not refused:
+                refused.append(value)
+                raise ValueError("not this one")
+            return value
+
+    client = instructor.from_openai(OpenAI(base_url=endpoint.url, api_key=endpoint.key))
+    found: Any = client.chat.completions.create(
+        model=endpoint.model, response_model=Choosy, messages=MESSAGES, max_retries=2
+    )
+    assert refused
+    return found.model_dump()
+
+
 def extract_with_usage(endpoint: Endpoint) -> object:
     client = instructor.from_openai(OpenAI(base_url=endpoint.url, api_key=endpoint.key))
     user, completion = client.chat.completions.create_with_completion(
@@ -80,4 +103,11 @@ def extract_with_usage(endpoint: Endpoint) -> object:
 
 
 if __name__ == "__main__":
-    run(extract, extract_from_a_client, extract_by_a_schema, stream_partial, extract_with_usage)
+    run(
+        extract,
+        extract_from_a_client,
+        extract_by_a_schema,
+        extract_again,
+        stream_partial,
+        extract_with_usage,
+    )

@@ -77,6 +77,15 @@ def bind_tools(endpoint: Endpoint) -> object:
     return call["args"], answer.text
 
 
+def stream_tools(endpoint: Endpoint) -> object:
+    llm = connect(endpoint).bind_tools([get_weather], tool_choice="get_weather")
+    whole: Any = None
+    for chunk in llm.stream(QUESTION):
+        whole = chunk if whole is None else whole + chunk
+    assert whole.tool_calls[0]["args"]["city"] in ("Paris", "Rome")
+    return whole.tool_calls[0]["args"]
+
+
 def structured_output(endpoint: Endpoint) -> object:
     trip = connect(endpoint).with_structured_output(Trip).invoke(QUESTION)
     assert isinstance(trip, Trip)
@@ -147,6 +156,7 @@ if __name__ == "__main__":
         stream_with_usage,
         batch,
         bind_tools,
+        stream_tools,
         structured_output,
         structured_output_by_a_call,
         agent,

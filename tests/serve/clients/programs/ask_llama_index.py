@@ -81,6 +81,14 @@ def tools(endpoint: Endpoint) -> object:
     return calls[0].tool_kwargs, answer.message.content
 
 
+def stream_tools(endpoint: Endpoint) -> object:
+    llm, weather = connect(endpoint), FunctionTool.from_defaults(get_weather)
+    *_, last = llm.stream_chat_with_tools([weather], user_msg=QUESTION, tool_required=True)
+    call = llm.get_tool_calls_from_response(last)[0]
+    assert call.tool_kwargs["city"] in ("Paris", "Rome")
+    return call.tool_kwargs
+
+
 def structured(endpoint: Endpoint) -> object:
     trip = connect(endpoint).structured_predict(Trip, PromptTemplate(QUESTION))
     assert isinstance(trip, Trip)
@@ -124,6 +132,7 @@ if __name__ == "__main__":
         stream_chat,
         stream_complete,
         tools,
+        stream_tools,
         structured,
         structured_by_a_schema,
         completions,

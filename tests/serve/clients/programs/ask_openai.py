@@ -221,6 +221,23 @@ def chat_tools(endpoint: Endpoint) -> object:
     return call.function.arguments, answer.choices[0].message.content
 
 
+def chat_tools_stream(endpoint: Endpoint) -> object:
+    client = connect(endpoint)
+    messages: Any = [{"role": "user", "content": "How is the weather in Rome?"}]
+    with client.chat.completions.stream(
+        model=endpoint.model,
+        messages=messages,
+        tools=[TOOL],
+        tool_choice={"type": "function", "function": {"name": "get_weather"}},
+    ) as stream:
+        kind = "tool_calls.function.arguments.delta"
+        parts = [event.arguments_delta for event in stream if event.type == kind]
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert joined(parts) == call.function.arguments
+    assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
+    return call.function.arguments
+
+
 def completion(endpoint: Endpoint) -> object:
     client = connect(endpoint)
     told = client.completions.create(model=endpoint.model, prompt="Once upon a time", max_tokens=12)
@@ -355,6 +372,25 @@ def responses_tools(endpoint: Endpoint) -> object:
     return call.arguments, answer.output_text
 
 
+def responses_tools_stream(endpoint: Endpoint) -> object:
+    client = connect(endpoint)
+    tools: Any = [{"type": "function", **TOOL["function"]}]
+    stream = client.responses.create(
+        model=endpoint.model,
+        input="How is the weather in Rome?",
+        tools=tools,
+        tool_choice={"type": "function", "name": "get_weather"},
+        stream=True,
+    )
+    events: list[Any] = list(stream)
+    kind = "response.function_call_arguments"
+    parts = [event.delta for event in events if event.type == f"{kind}.delta"]
+    (whole,) = [event.arguments for event in events if event.type == f"{kind}.done"]
+    assert joined(parts) == whole
+    assert json.loads(whole)["city"] in ("Paris", "Rome")
+    return whole
+
+
 def error_of_a_wrong_key(endpoint: Endpoint) -> object:
     client = OpenAI(base_url=endpoint.url, api_key="sk-wrong", max_retries=0)
     error = error_of(client.models.list, openai.AuthenticationError)
@@ -400,6 +436,7 @@ if __name__ == "__main__":
         chat_roles,
         chat_parse,
         chat_tools,
+        chat_tools_stream,
         completion,
         completion_stream,
         completion_lists,
@@ -410,6 +447,7 @@ if __name__ == "__main__":
         responses_stream_helper,
         responses_parse,
         responses_tools,
+        responses_tools_stream,
         error_of_a_wrong_key,
         error_of_an_unknown_model,
         error_of_a_bad_field,
