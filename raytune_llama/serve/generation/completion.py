@@ -118,8 +118,17 @@ class CompletionService:
         if request.logprobs:
             sampling = replace(generation.sampling, num_logprobs=request.top_logprobs)
             generation = replace(generation, sampling=sampling)
+        is_continued = request.messages[-1].role == "assistant"
+        if is_continued and generation.constraint is not None and not request.may_be_text:
+            text = "an answer that is continued can't be held to a schema or a tool call"
+            raise InvalidRequestError(
+                f"messages: {text}; let the user's message be last", "messages"
+            )
         return PreparedRequest(
-            tuple(PreparedChoice(one) for one in _vary(generation, request.n)),
+            tuple(
+                PreparedChoice(one, continues_text=is_continued)
+                for one in _vary(generation, request.n)
+            ),
             len(ids),
             request.stops,
             must_call=request.must_call if request.shown_tools else None,

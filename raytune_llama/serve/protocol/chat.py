@@ -308,6 +308,12 @@ class ChatRequest(GenerationRequest):
         return [tool for tool in self.tools if tool.function.name in names]
 
     @property
+    def may_be_text(self) -> bool:
+        """Whether a response may be any text."""
+        schema = self.response_format.kept if self.response_format else None
+        return schema is None and not self.must_call
+
+    @property
     def calls_one_tool(self) -> bool:
         """Whether a response may have one tool call only; so it is where a function is named."""
         return not self.parallel_tool_calls or isinstance(self.tool_choice, NamedTool)

@@ -169,6 +169,25 @@ def test_answer_at_the_end_is_continued(answerer: CompletionService, served: Ser
     assert served.tokenizer.decode(list(begun[-1:])) == "a"
 
 
+def test_continued_answer_has_the_space_that_it_goes_on_with(
+    answerer: CompletionService, served: ServedModel
+) -> None:
+    prompt = answerer.prepare_chat(chat("the fox", "the quick", max_tokens=8))
+    told = texts_of(answerer, prompt)[0]
+    tokens = by_transformers(served.model, ids_of(prompt), 8)
+    tokens = tokens[: tokens.index(1)] if 1 in tokens else tokens
+    whole = served.tokenizer.decode([*ids_of(prompt), *tokens], skip_special_tokens=True)
+    assert isinstance(whole, str)
+    assert whole.endswith("the quick" + told)
+
+
+def test_continued_answer_can_not_be_held_to_a_schema(answerer: CompletionService) -> None:
+    request = chat("the fox", "{", response_format={"type": "json_object"})
+    with pytest.raises(InvalidRequestError, match="is continued can't be held"):
+        answerer.prepare_chat(request)
+    answerer.prepare_chat(chat("the fox", "{", response_format={"type": "text"}))
+
+
 def test_older_name_of_content_is_read(answerer: CompletionService) -> None:
     old = ChatRequest.model_validate(
         {"model": "tiny", "messages": [{"role": "user", "message": "the fox"}]}
