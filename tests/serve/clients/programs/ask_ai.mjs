@@ -3,7 +3,16 @@
 import assert from "node:assert/strict";
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { APICallError, Output, embed, embedMany, generateText, isStepCount, streamText, tool } from "ai";
+import {
+  APICallError,
+  Output,
+  embed,
+  embedMany,
+  generateText,
+  isStepCount,
+  streamText,
+  tool,
+} from "ai";
 import { z } from "zod";
 import { QUESTION, errorOf, joined, run } from "./steps.mjs";
 

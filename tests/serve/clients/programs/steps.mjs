@@ -1,6 +1,7 @@
 // Runs the steps of a client's program against an endpoint; see steps.py.
 //
-//     ENDPOINT_KEY=sk-... node ask_openai.mjs --url http://127.0.0.1:8000/v1 --model smollm2 [STEP ...]
+//     export ENDPOINT_KEY=sk-...
+//     node ask_openai.mjs --url http://127.0.0.1:8000/v1 --model smollm2 [STEP ...]
 
 import assert from "node:assert/strict";
 import { parseArgs } from "node:util";
