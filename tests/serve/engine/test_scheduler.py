@@ -233,7 +233,7 @@ def test_stepper_with_penalties_and_bias_generates_as_one_sequence_alone(
 ) -> None:
     settings: list[dict[str, Any]] = [
         {},
-        {"frequency_penalty": 1.5},
+        {"frequency_penalty": -1.5},
         {"presence_penalty": 2.0, "frequency_penalty": 0.5},
         {"logit_bias": tuple((token, -6.0) for token in range(0, ROWS, 2))},
         {"logit_bias": ((8, 4.0), (9, -4.0)), "presence_penalty": 1.0},
@@ -269,7 +269,9 @@ def test_stepper_refuses_a_bias_of_a_token_that_does_not_exist(
 ) -> None:
     stepper = BatchScheduler(llama, num_slots=1, max_context=9)
     sampling = SamplingOptions(logit_bias=((token, 1.0),))
-    with pytest.raises(InvalidRequestError, match=f"got token id {token}, wanted 0 to 96") as caught:
+    with pytest.raises(
+        InvalidRequestError, match=f"got token id {token}, wanted 0 to 96"
+    ) as caught:
         stepper.add("a", EngineRequest((1,), sampling, 1))
     assert caught.value.param == "logit_bias"
 
