@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # takes over some of the others' when it is done: no process is idle at the end.
 PARALLEL := --numprocesses auto --dist worksteal
 
-.PHONY: help demo test test-fast test-all chaos check fresh-check bench soak venv tools clean-demo
+.PHONY: help demo test test-fast test-all test-clients chaos check fresh-check bench soak venv tools clean-demo
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -34,6 +34,10 @@ test-all: venv ## Run every test, those of serving behind HAProxy and behind Ray
 	python -m pytest -m "not ray" $(PARALLEL)
 	python -m pytest -m ray
 	RAYTUNE_TEST_PROXY=python python -m pytest -m ray tests/serve
+
+test-clients: venv ## Run the quick starts of clients of OpenAI's API (in .clients; PyPI and npm)
+	python -m tests.serve.clients.environments $(CLIENTS)
+	python -m pytest tests/serve/clients
 
 chaos: venv ## Run whole runs that something happens to: killed, stopped, drained
 	python -m pytest tests/chaos

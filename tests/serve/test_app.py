@@ -15,8 +15,8 @@ from raytune_llama.config.settings import ConfigError, load
 from raytune_llama.serve.app import build_app, build_apps
 from raytune_llama.serve.config import KeyLimits, ReplicaConfig, ServeConfig, ServedModelConfig
 from raytune_llama.serve.generation.model import ServedModel
-from tests.serve.clients import wait_until
 from tests.serve.engine.test_scheduler import by_transformers
+from tests.serve.many_clients import wait_until
 from tests.serve.test_scaling import url
 
 __all__ = ["url"]

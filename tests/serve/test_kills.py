@@ -19,7 +19,7 @@ from ray.util.state import list_actors
 from raytune_llama.serve.app import build_app
 from raytune_llama.serve.config import KeyLimits, ReplicaConfig, ServeConfig, ServedModelConfig
 from tests.conftest import PROXY
-from tests.serve.clients import Clients, wait_until
+from tests.serve.many_clients import Clients, wait_until
 from tests.serve.test_scaling import ASKED, url
 
 __all__ = ["url"]

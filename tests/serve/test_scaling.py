@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from raytune_llama.serve.app import build_app
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
-from tests.serve.clients import Clients, wait_until
+from tests.serve.many_clients import Clients, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
