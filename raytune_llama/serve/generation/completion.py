@@ -15,7 +15,7 @@ from raytune_llama.serve.engine.protocol import (
     SamplingOptions,
     TokenOutput,
 )
-from raytune_llama.serve.errors import InvalidRequestError, UnknownModelError
+from raytune_llama.serve.errors import ContextLengthError, InvalidRequestError, UnknownModelError
 from raytune_llama.serve.generation.conversation import build_conversation
 from raytune_llama.serve.generation.detokenizer import (
     CompletionDecoder,
@@ -208,12 +208,7 @@ class CompletionService:
         if not ids:
             raise InvalidRequestError("the prompt has no tokens", param)
         if len(ids) >= max_context:
-            raise InvalidRequestError(
-                f"This model's maximum context length is {max_context} tokens, including the "
-                f"answer, but the prompt has {len(ids)} tokens; shorten it",
-                param,
-                "context_length_exceeded",
-            )
+            raise ContextLengthError(max_context, f"{len(ids)} tokens", param)
         beyond = [id_ for id_ in request.logit_bias if int(id_) >= len(self._served.tokenizer)]
         if beyond:
             text = f"logit_bias: token id {beyond[0]} is outside the vocabulary"
