@@ -99,14 +99,11 @@ class CompletionService:
             raise InvalidRequestError(
                 f"{self._served.name} has no chat template; use /v1/completions", "messages"
             )
-        effort = request.template_options.get("reasoning_effort")
-        if effort is not None and "reasoning_effort" not in chat.template.variables:
-            text = f"reasoning_effort: not supported by {self._served.name}; omit it"
-            raise InvalidRequestError(text, "reasoning_effort", "unsupported_parameter")
         self._served.check_size([message.text for message in request.messages], "messages")
         try:
             conversation = build_conversation(request.messages, request.shown_tools)
-            ids = chat.encode_prompt(conversation, request.template_options).tolist()
+            options = request.template_options(chat.template.variables)
+            ids = chat.encode_prompt(conversation, options).tolist()
         except ValueError as error:
             place = _PLACE.match(str(error))
             raise InvalidRequestError(str(error), place[1] if place else "messages") from error
