@@ -21,6 +21,22 @@ class InvalidRequestError(UserError):
         return self.message
 
 
+class ContextLengthError(InvalidRequestError):
+    """A prompt that leaves no room for an answer.
+
+    LiteLLM and LangChain recognize it by words of its message.
+    """
+
+    def __init__(self, max_context: int, length: str, param: str) -> None:
+        """Name the maximum number of tokens, the prompt's length with its unit, and its field."""
+        text = (
+            f"This model's maximum context length is {max_context} tokens, including the answer, "
+            f"but the prompt is too long: {length}; shorten it"
+        )
+        super().__init__(text, param, "context_length_exceeded")
+        self.args = max_context, length, param
+
+
 class UnknownModelError(InvalidRequestError):
     """A request for a model or an adapter that does not exist."""
 

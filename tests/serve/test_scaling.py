@@ -126,7 +126,7 @@ def test_requests_that_wait_when_a_replica_is_added_are_answered_before_later_on
 ) -> None:
     run_model(served_dir, max=2, slots=1, waiting=256, target_ongoing=1, upscale_seconds=0.5)
     # They stay in the queue of the only replica that there is when they arrive.
-    asked = {**ASKED, "n": 2}
+    asked = {**ASKED, "n": 6}
     with Clients(url, asked, num_clients=40, num_requests=1).asking() as early:
         wait_until(lambda: num_running() == 2, seconds=120, what="a second replica")
         assert early.num_answers < 40, "too fast: none of them waits"

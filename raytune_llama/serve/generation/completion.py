@@ -15,7 +15,7 @@ from raytune_llama.serve.engine.protocol import (
     SamplingOptions,
     TokenOutput,
 )
-from raytune_llama.serve.errors import InvalidRequestError, UnknownModelError
+from raytune_llama.serve.errors import ContextLengthError, InvalidRequestError, UnknownModelError
 from raytune_llama.serve.generation.conversation import build_conversation
 from raytune_llama.serve.generation.detokenizer import (
     CompletionDecoder,
@@ -99,14 +99,11 @@ class CompletionService:
             raise InvalidRequestError(
                 f"{self._served.name} has no chat template; use /v1/completions", "messages"
             )
-        effort = request.template_options.get("reasoning_effort")
-        if effort is not None and "reasoning_effort" not in chat.template.variables:
-            text = f"reasoning_effort: not supported by {self._served.name}; omit it"
-            raise InvalidRequestError(text, "reasoning_effort", "unsupported_parameter")
         self._served.check_size([message.text for message in request.messages], "messages")
         try:
             conversation = build_conversation(request.messages, request.shown_tools)
-            ids = chat.encode_prompt(conversation, request.template_options).tolist()
+            options = request.template_options(chat.template.variables)
+            ids = chat.encode_prompt(conversation, options).tolist()
         except ValueError as error:
             place = _PLACE.match(str(error))
             raise InvalidRequestError(str(error), place[1] if place else "messages") from error
@@ -208,12 +205,7 @@ class CompletionService:
         if not ids:
             raise InvalidRequestError("the prompt has no tokens", param)
         if len(ids) >= max_context:
-            raise InvalidRequestError(
-                f"This model's maximum context length is {max_context} tokens, including the "
-                f"answer, but the prompt has {len(ids)} tokens; shorten it",
-                param,
-                "context_length_exceeded",
-            )
+            raise ContextLengthError(max_context, f"{len(ids)} tokens", param)
         beyond = [id_ for id_ in request.logit_bias if int(id_) >= len(self._served.tokenizer)]
         if beyond:
             text = f"logit_bias: token id {beyond[0]} is outside the vocabulary"

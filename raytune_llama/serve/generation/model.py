@@ -30,7 +30,7 @@ from raytune_llama.model.lineage import (
 from raytune_llama.model.llama import DTYPES, check_model_directory
 from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.config import ServedModelConfig
-from raytune_llama.serve.errors import InvalidRequestError
+from raytune_llama.serve.errors import ContextLengthError
 from raytune_llama.storage.files import OUTPUT_MANIFEST, read_json
 from raytune_llama.storage.hashes import find_hash, hash_file, show_hash
 from raytune_llama.tokenizer.loader import encode_text, leading_ids, load_tokenizer
@@ -83,15 +83,11 @@ class ServedModel:
             param: request field with the texts.
 
         Raises:
-            InvalidRequestError: more characters than a full context of the longest token.
+            ContextLengthError: more characters than a full context of the longest token.
         """
         num_characters = sum(map(len, texts))
         if num_characters > self.max_context * self.longest_token:
-            raise InvalidRequestError(
-                f"{param}: got {num_characters} characters, but the context length of "
-                f"{self.name} is {self.max_context} tokens",
-                param,
-            )
+            raise ContextLengthError(self.max_context, f"{num_characters} characters", param)
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of texts as starts of documents: `leading_ids`, then plain text."""

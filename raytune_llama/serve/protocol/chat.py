@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -276,7 +277,8 @@ class ChatRequest(GenerationRequest):
     """Variables of the chat template, such as `enable_thinking`; not in OpenAI's API."""
 
     reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
-    """Variable `reasoning_effort` of the chat template; null or `none`: not set."""
+    """Variable `reasoning_effort` of the chat template; null or `none`: not set. Without effect on
+    a model whose template does not read it: agents send it to all models."""
 
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatRequest":
@@ -325,12 +327,16 @@ class ChatRequest(GenerationRequest):
             return self.tool_choice.allowed_tools.mode == "required"
         return bool(self.tools) and self.tool_choice not in (None, "none", "auto")
 
-    @property
-    def template_options(self) -> dict[str, Any]:
-        """Variables of the chat template."""
-        if self.reasoning_effort in (None, "none"):
+    def template_options(self, variables: AbstractSet[str]) -> dict[str, Any]:
+        """Return the variables of the chat template that the request sets.
+
+        Args:
+            variables: variables that the template reads.
+        """
+        effort = self.reasoning_effort
+        if effort in (None, "none") or "reasoning_effort" not in variables:
             return self.chat_template_kwargs
-        return {"reasoning_effort": self.reasoning_effort, **self.chat_template_kwargs}
+        return {"reasoning_effort": effort, **self.chat_template_kwargs}
 
 
 class Usage(BaseModel):

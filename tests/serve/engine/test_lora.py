@@ -23,14 +23,14 @@ def updates_of(*, rank: int, seed: int) -> dict[str, LoraLayerWeights]:
 
 
 def merged(
-    updates: dict[str, LoraLayerWeights], *, dtype: torch.dtype = torch.float32
+    updates: dict[str, LoraLayerWeights], model: PreTrainedModel | None = None
 ) -> PreTrainedModel:
-    model = make_llama().to(dtype)
+    model = model or make_llama()
     with torch.no_grad():
         for name, update in updates.items():
             weight = model.get_submodule(name).weight
             assert isinstance(weight, torch.Tensor)
-            weight += update.b_RO.to(dtype).T @ update.a_RI.to(dtype)
+            weight += update.b_RO.T @ update.a_RI
     return model
 
 

@@ -3,6 +3,7 @@
 In float64, so that the order of sums, which differs between passes, does not matter at 1e-5.
 """
 
+import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import pytest
@@ -135,7 +136,7 @@ def test_prompt_logprobs_are_those_of_the_rows_own_adapter() -> None:
     stepper = BatchScheduler(model, num_slots=6, max_context=200, prefill_tokens=60)
     for key, updates in adapters.items():
         stepper.attach(key, updates)
-    asked = {
+    asked: dict[Hashable, EngineRequest] = {
         (adapter, length): EngineRequest(
             prompt_of(length), GREEDY, 2, adapter=adapter, num_prompt_logprobs=NUM_TOP
         )
@@ -143,8 +144,8 @@ def test_prompt_logprobs_are_those_of_the_rows_own_adapter() -> None:
         for adapter in (None, *adapters)
     }
     told = outputs_of(stepper, asked)
-    for adapter, length in asked:
-        alone = merged(adapters[adapter] if adapter else {}, dtype=torch.float64)
+    for adapter, length in itertools.product((None, *adapters), (7, 12, 130)):
+        alone = merged(adapters[adapter] if adapter else {}, make_llama().double())
         assert_scored(told[adapter, length][0].prompt, alone, prompt_of(length))
 
 

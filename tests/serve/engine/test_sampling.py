@@ -92,23 +92,25 @@ def test_greedy_tokens_follow_penalties_on_what_was_generated(
     assert greedy_tokens(torch.tensor([3.0, 2.5, -3.0]), 6, **fields) == wanted
 
 
-def test_negative_penalties_prefer_what_was_generated() -> None:
-    for fields in ({"presence_penalty": -2.0}, {"frequency_penalty": -2.0}):
-        chooser = Sampler(SamplingOptions(temperature=0, **fields), set())
-        assert chooser.sample(torch.tensor([1.0, 0.0, 0.0])).token == 0
-        assert chooser.sample(torch.tensor([0.0, 1.0, 0.9])).token == 0
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
+def test_negative_penalty_prefers_what_was_generated(name: str) -> None:
+    fields: dict[str, Any] = {name: -2.0}
+    chooser = Sampler(SamplingOptions(temperature=0, **fields), set())
+    assert chooser.sample(torch.tensor([1.0, 0.0, 0.0])).token == 0
+    assert chooser.sample(torch.tensor([0.0, 1.0, 0.9])).token == 0
 
 
-def test_bias_bans_and_forces_tokens_but_none_that_does_not_exist() -> None:
+@pytest.mark.parametrize(
+    ("bias", "wanted"),
+    [(((0, -100.0), (3, -100.0)), {2, 1}), (((1, 100.0), (4, 100.0)), {1})],
+)
+def test_bias_bans_and_forces_tokens_but_none_that_does_not_exist(
+    bias: tuple[tuple[int, float], ...], wanted: set[int]
+) -> None:
     logits_V = torch.tensor([8.0, -8.0, 0.0, 1.0, -torch.inf])
-    cases: list[tuple[dict[str, Any], set[int]]] = [
-        ({"logit_bias": ((0, -100.0), (3, -100.0))}, {2, 1}),
-        ({"logit_bias": ((1, 100.0), (4, 100.0))}, {1}),
-    ]
-    for fields, wanted in cases:
-        chooser = Sampler(SamplingOptions(temperature=2.0, seed=2, **fields), set())
-        assert {chooser.sample(logits_V).token for _ in range(500)} == wanted
-        assert greedy_tokens(logits_V, 2, **fields)[0] in wanted
+    chooser = Sampler(SamplingOptions(temperature=2.0, seed=2, logit_bias=bias), set())
+    assert {chooser.sample(logits_V).token for _ in range(500)} == wanted
+    assert greedy_tokens(logits_V, 2, logit_bias=bias)[0] in wanted
 
 
 def test_logprobs_are_those_of_the_model_whatever_changes_the_choice() -> None:

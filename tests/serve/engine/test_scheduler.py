@@ -253,7 +253,7 @@ def test_stepper_with_penalties_and_bias_generates_as_one_sequence_alone(
 ) -> None:
     settings: list[dict[str, Any]] = [
         {},
-        {"frequency_penalty": 1.5},
+        {"frequency_penalty": -1.5},
         {"presence_penalty": 2.0, "frequency_penalty": 0.5},
         {"logit_bias": tuple((token, -6.0) for token in range(0, ROWS, 2))},
         {"logit_bias": ((8, 4.0), (9, -4.0)), "presence_penalty": 1.0},

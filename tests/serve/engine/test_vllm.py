@@ -158,6 +158,7 @@ def test_logprobs_of_the_prompt_that_are_missing_are_an_error(
 @pytest.mark.parametrize("token", [-1, 400])
 def test_bias_of_a_token_that_does_not_exist_is_refused(vllm_modules: None, token: int) -> None:
     standin = build(num_rows=410)
+    standin.vllm.told = [Answer([Output([2], "stop")], finished=True)]
     sampling = SamplingOptions(logit_bias=((3, 1.0), (token, 1.0)))
     with pytest.raises(InvalidRequestError, match=f"got token id {token}, wanted 0 to 399"):
         standin.ask(EngineRequest((1,), sampling, 9))
