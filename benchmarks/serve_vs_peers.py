@@ -1,4 +1,4 @@
-"""Serving against vLLM, `transformers serve`, llama.cpp's server, serial generation and a static batch.
+"""Serving against vLLM, `transformers serve`, llama.cpp's server, serial and batched generation.
 
     python benchmarks/serve_vs_peers.py [--rounds 3] [--cpus N] [--quick]
 

@@ -12,16 +12,11 @@ from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.adapters.pool import AdapterPool
 from raytune_llama.serve.adapters.registry import AdapterRegistry
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
+from raytune_llama.serve.engine.choice import choose_engine, find_vllm
 from raytune_llama.serve.engine.loop import TransformersEngine
 from raytune_llama.serve.engine.protocol import InferenceEngine, Vectors
 from raytune_llama.serve.engine.scheduler import BatchScheduler
-from raytune_llama.serve.engine.vllm import (
-    VLLM_ADAPTER_RANK,
-    AdapterLimits,
-    VllmEngine,
-    choose_engine,
-    find_vllm,
-)
+from raytune_llama.serve.engine.vllm import VLLM_ADAPTER_RANK, AdapterLimits, VllmEngine
 from raytune_llama.serve.generation.completion import CompletionService
 from raytune_llama.serve.generation.embeddings import EmbeddingService
 from raytune_llama.serve.generation.model import ServedModel, load_served_model
@@ -156,7 +151,10 @@ class LoadedModel:
             )
 
     def close(self) -> None:
-        """Stop the engine; running requests end with an EngineError."""
+        """Stop the engine, on the event loop of its requests or while that runs.
+
+        Running requests end with an EngineError.
+        """
         self._engine.close()
 
     async def respond(self, request: ChatRequest | CompletionRequest) -> Stream[OutputDelta]:

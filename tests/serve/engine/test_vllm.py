@@ -11,8 +11,8 @@ from raytune_llama.config.settings import ConfigError
 from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.backend import LoadedModel
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
+from raytune_llama.serve.engine.choice import VllmBuild, choose_engine, find_vllm
 from raytune_llama.serve.engine.protocol import EngineRequest, SamplingOptions, TokenOutput
-from raytune_llama.serve.engine.vllm import VllmBuild, choose_engine, find_vllm
 from raytune_llama.serve.errors import EngineError, InvalidRequestError
 from raytune_llama.serve.generation.model import ServedModel, load_served_model
 from tests.serve.engine.vllm_standin import (

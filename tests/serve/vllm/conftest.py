@@ -1,6 +1,6 @@
 """One model behind both engines, over real HTTP: vLLM is the real package (`make test-vllm`)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from raytune_llama.serve.backend import LoadedModel
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
-from raytune_llama.serve.engine.vllm import find_vllm
+from raytune_llama.serve.engine.choice import find_vllm
 from raytune_llama.tokenizer.loader import load_tokenizer
 from tests.serve.http.test_routes import Server
 
@@ -74,6 +74,13 @@ def load(base: Path, engine: str, *, adapters: Path | None = None, num_slots: in
     return LoadedModel(model, ServeConfig(models=(model,), replicas=replicas))
 
 
+def close(server: Server, loaded: Mapping[str, LoadedModel]) -> None:
+    """Stop the engines while the server's event loop still runs, which they need, then the server."""
+    for one in loaded.values():
+        one.close()
+    server.close()
+
+
 @pytest.fixture(scope="session")
 def contract_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
     return write_contract_model(tmp_path_factory.mktemp("contract") / "tiny", tokenizer_dir)
@@ -89,6 +96,4 @@ def both(contract_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     }
     server = Server(dict(loaded))
     yield Served(server.client(), contract_dir, adapters)
-    server.close()
-    for one in loaded.values():
-        one.close()
+    close(server, loaded)

@@ -12,8 +12,17 @@ import openai
 import pytest
 from openai.types import CompletionChoice
 
+from tests.serve.http.test_routes import Server
 from tests.serve.http.test_tools import ASK, SCHEMAS, TOOLS
-from tests.serve.vllm.conftest import ENGINES, NEEDS_VLLM, NUM_SLOTS, NUM_WAITING, Served, load
+from tests.serve.vllm.conftest import (
+    ENGINES,
+    NEEDS_VLLM,
+    NUM_SLOTS,
+    NUM_WAITING,
+    Served,
+    close,
+    load,
+)
 
 pytestmark = NEEDS_VLLM
 
@@ -64,14 +73,10 @@ def test_greedy_answers_to_50_prompts_are_equal(both: Served) -> None:
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[openai.OpenAI]:
-    from tests.serve.http.test_routes import Server
-
     loaded = {engine: load(DEMO, engine, num_slots=8) for engine in ENGINES}
     server = Server(dict(loaded))
     yield server.client()
-    server.close()
-    for one in loaded.values():
-        one.close()
+    close(server, loaded)
 
 
 @pytest.mark.skipif(not DEMO.is_dir(), reason="no demo model: make demo")

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.serve.http.test_routes import Server
-from tests.serve.vllm.conftest import NEEDS_VLLM, load
+from tests.serve.vllm.conftest import NEEDS_VLLM, close, load
 
 pytestmark = NEEDS_VLLM
 
@@ -58,5 +58,4 @@ def test_killed_engine_ends_its_requests_and_its_health(contract_dir: Path) -> N
             client._client.get(str(client.base_url).replace("/v1/", "/health")).status_code == 503
         )
     finally:
-        server.close()
-        loaded.close()
+        close(server, {"vllm": loaded})
