@@ -164,11 +164,12 @@ class AdapterLoader:
         begin = find_text_ids([self._path, folder], tokenizer)
         served = replace(self._base, name=name, tokenizer=tokenizer, chat=chat, leading_ids=begin)
         adapter.check_values()
+        if not self._has_weights:
+            self._refuse_other_changes(adapter, len(tokenizer))
         is_plain = len(tokenizer) == len(self._base.tokenizer) and not read_model_settings(folder)
         if is_plain and self._is_linear(adapter):
             return LoadedAdapter(served, self._read_updates(adapter))
         if not self._has_weights:
-            self._refuse_other_changes(adapter, len(tokenizer))
             raise _need_copy(adapter, "it replaces embedding tables")
         model = self._merge(adapter, len(tokenizer))
         limit = context_tokens(self._config, model)
@@ -234,6 +235,10 @@ class AdapterLoader:
             raise _need_copy(adapter, "it changes settings of the model")
         if not adapter.has_plain_updates:
             raise _need_copy(adapter, "it uses DoRA or changes rows of embedding tables")
+        tables = {f"{layer}.weight" for layer in embedding_layers(self._base.model)}
+        if tables & set(adapter.low_rank):
+            # Not tested with vLLM, where a tied head is no module of its own.
+            raise _need_copy(adapter, "it updates an embedding table or the output head")
 
     def _read_updates(self, adapter: Adapter) -> dict[str, LoraLayerWeights]:
         """Return the LoRA factors of an adapter by the name of the base's layer."""

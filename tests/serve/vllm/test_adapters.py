@@ -67,6 +67,7 @@ def test_adapters_of_every_kind_answer_as_under_peft_more_than_fit_at_once(both:
     [
         ({"use_dora": True}, "DoRA"),
         ({"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}, "tables"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "head"),
     ],
 )
 def test_adapter_that_vllm_can_not_run_is_refused_with_what_to_do(
