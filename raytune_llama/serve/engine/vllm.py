@@ -97,10 +97,14 @@ class VllmEngine:
 
         self._max_context, self._max_open = max_context, num_slots + max_waiting
         self._num_tokens = num_tokens
-        self._has_surplus_rows = num_tokens < num_rows
+        self._changes: list[tuple[str, tuple[int, ...]]] = []
+        if num_tokens < num_rows:
+            self._changes.append(("limit_vocabulary", (num_tokens,)))
+        if adapters is not None and cpu_threads is not None:
+            self._changes.append(("add_empty_adapter", ()))
         self._names, self._prefix = itertools.count(1), uuid.uuid4().hex
         self._num_open, self._is_closed = 0, False
-        self._limiting: asyncio.Task[None] | None = None
+        self._preparing: asyncio.Task[None] | None = None
         self._adapters: dict[Hashable, _AttachedAdapter] = {}
         self._detaching: set[asyncio.Task[None]] = set()
         _set_environment(cpu_threads)
@@ -156,7 +160,7 @@ class VllmEngine:
         self._num_open += 1
         try:
             parameters = self._parameters(generation)
-            await self._limit_vocabulary()
+            await self._prepare()
             is_first = True
             # Closing vLLM's generator aborts its request.
             answers = self._engine.generate(
@@ -194,6 +198,7 @@ class VllmEngine:
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
         self.check_health()
+        await self._prepare()
         files = await asyncio.to_thread(AdapterFiles, updates)
         number = next(self._names)
         # vLLM tells cached prompts of adapters apart by their names.
@@ -233,22 +238,21 @@ class VllmEngine:
         self._is_closed = True
         self._engine.shutdown()
 
-    async def _limit_vocabulary(self) -> None:
-        """Exclude surplus rows before the first request."""
-        if not self._has_surplus_rows:
-            return
-        if self._limiting is None:
+    async def _prepare(self) -> None:
+        """Change vLLM's worker before the first request, as `vllm_worker` says."""
+        if self._preparing is None:
 
-            async def limit() -> None:
+            async def prepare() -> None:
                 try:
-                    await self._engine.collective_rpc("limit_vocabulary", args=(self._num_tokens,))
+                    for method, arguments in self._changes:
+                        await self._engine.collective_rpc(method, args=arguments)
                 except Exception as error:
                     # A failure of the worker comes as a plain Exception.
                     raise EngineError(f"the engine has failed: {error}") from error
 
-            self._limiting = asyncio.create_task(limit())
+            self._preparing = asyncio.create_task(prepare())
         # Other requests wait for it too: one that is canceled must not cancel it.
-        await asyncio.shield(self._limiting)
+        await asyncio.shield(self._preparing)
 
     def _parameters(self, generation: EngineRequest) -> Any:  # noqa: ANN401  # vLLM's
         """Return vLLM's sampling parameters of a request."""

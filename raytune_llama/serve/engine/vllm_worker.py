@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WORKER_EXTENSION = "raytune_llama.serve.engine.vllm_worker.VocabularyLimit"
-"""Name under which vLLM imports `VocabularyLimit`."""
+WORKER_EXTENSION = "raytune_llama.serve.engine.vllm_worker.WorkerExtension"
+"""Name under which vLLM imports `WorkerExtension`."""
 
 
-class VocabularyLimit:
+class WorkerExtension:
     """Base class that vLLM adds to its worker (`worker_extension_cls`)."""
 
     model_runner: Any
@@ -35,3 +35,24 @@ class VocabularyLimit:
             return logits_NV
 
         model.compute_logits = limited
+
+    def add_empty_adapter(self) -> None:
+        """Add an adapter of zeros at the end, for rows without an adapter on CPUs.
+
+        vLLM 0.29 marks such rows in a mixed batch by the index -1, and its operations for CPUs
+        (`lora/ops/torch_ops`) read that as the last adapter: the base would answer with it.
+        """
+        for layer in self.model_runner.get_model().modules():
+            # Embedding tables keep a view of theirs; no adapter that changes them is attached.
+            if hasattr(layer, "lora_a_stacked_2d"):
+                continue
+            for name in ("lora_a_stacked", "lora_b_stacked"):
+                stacked = getattr(layer, name, None)
+                if isinstance(stacked, tuple):
+                    setattr(layer, name, tuple(_with_zeros(one) for one in stacked))
+                elif isinstance(stacked, Tensor):
+                    setattr(layer, name, _with_zeros(stacked))
+
+
+def _with_zeros(stacked: Tensor) -> Tensor:
+    return torch.cat([stacked, torch.zeros_like(stacked[:1])])

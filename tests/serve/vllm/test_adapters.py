@@ -27,10 +27,19 @@ PROMPTS = ("the quick", "x", "人民 日报 over")
 
 def ask(both: Served, name: str | None, prompt: str = "the quick") -> str:
     model = "vllm" if name is None else f"vllm:{name}"
-    answer = both.client.completions.create(
-        model=model, prompt=prompt, temperature=0, max_tokens=NUM_TOKENS
-    )
-    return answer.choices[0].text
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            answer = both.client.completions.create(
+                model=model, prompt=prompt, temperature=0, max_tokens=NUM_TOKENS
+            )
+        except openai.NotFoundError:
+            # The last listing of the directory may be a second old.
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+        else:
+            return answer.choices[0].text
 
 
 def wanted(both: Served, name: str | None, prompt: str = "the quick") -> str:
