@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
+from raytune_llama.model.embeddings import embedding_layers
 from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.adapters.pool import AdapterPool
 from raytune_llama.serve.adapters.registry import AdapterRegistry
@@ -42,7 +45,11 @@ def _start_vllm(model: ServedModelConfig, replicas: ReplicaConfig) -> "_Started"
     served = load_served_model(model, torch.device("meta"))
     adapters = None
     if model.adapters_dir is not None:
-        adapters = AdapterLimits(model.max_adapters, model.max_adapter_rank or VLLM_ADAPTER_RANK)
+        adapters = AdapterLimits(
+            model.max_adapters,
+            model.max_adapter_rank or VLLM_ADAPTER_RANK,
+            _linear_layers(served.model),
+        )
     engine = VllmEngine(
         model.path,
         dtype=served.model.dtype,
@@ -57,6 +64,13 @@ def _start_vllm(model: ServedModelConfig, replicas: ReplicaConfig) -> "_Started"
         adapters=adapters,
     )
     return _Started(served, engine, None)
+
+
+def _linear_layers(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the last parts of the names of the linear layers, without the output head."""
+    heads = embedding_layers(model)
+    linear = (name for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+    return tuple(sorted({name.rpartition(".")[2] for name in linear if name not in heads}))
 
 
 def _cpu_cache_bytes(served: ServedModel, num_slots: int) -> int:

@@ -237,7 +237,7 @@ class AdapterLoader:
             raise _need_copy(adapter, "it uses DoRA or changes rows of embedding tables")
         tables = {f"{layer}.weight" for layer in embedding_layers(self._base.model)}
         if tables & set(adapter.low_rank):
-            # Not tested with vLLM, where a tied head is no module of its own.
+            # See `AdapterLimits.layers`.
             raise _need_copy(adapter, "it updates an embedding table or the output head")
 
     def _read_updates(self, adapter: Adapter) -> dict[str, LoraLayerWeights]:

@@ -54,6 +54,10 @@ class AdapterLimits:
     max_rank: int
     """Maximum rank of an adapter, at most 512."""
 
+    layers: tuple[str, ...]
+    """Last parts of the names of the linear layers that adapters may change, without the output
+    head: with it, vLLM 0.29 dies of log-probabilities of a prompt of an adapter."""
+
 
 class VllmEngine:
     """vLLM's engine with the interfaces of `InferenceEngine` and `AdapterEngine`."""
@@ -299,7 +303,7 @@ class _AttachedAdapter:
     files: AdapterFiles
 
 
-def _adapter_arguments(adapters: AdapterLimits | None) -> dict[str, int]:
+def _adapter_arguments(adapters: AdapterLimits | None) -> dict[str, Any]:
     if adapters is None:
         return {}
     return {
@@ -307,6 +311,7 @@ def _adapter_arguments(adapters: AdapterLimits | None) -> dict[str, int]:
         # Old versions that are still in use come on top.
         "max_cpu_loras": 2 * adapters.max_adapters,
         "max_lora_rank": round_up_rank(adapters.max_rank),
+        "lora_target_modules": list(adapters.layers),
     }
 
 

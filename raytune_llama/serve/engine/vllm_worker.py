@@ -40,7 +40,8 @@ class WorkerExtension:
         """Add an adapter of zeros at the end, for rows without an adapter on CPUs.
 
         vLLM 0.29 marks such rows in a mixed batch by the index -1, and its operations for CPUs
-        (`lora/ops/torch_ops`) read that as the last adapter: the base would answer with it.
+        (`lora/ops/torch_ops`) read that as the last adapter: the base would answer with it. A
+        known bug: https://github.com/vllm-project/vllm/pull/48421.
         """
         for layer in self.model_runner.get_model().modules():
             # Embedding tables keep a view of theirs; no adapter that changes them is attached.

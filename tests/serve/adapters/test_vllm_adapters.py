@@ -45,7 +45,7 @@ def test_files_for_vllm_mean_the_same_to_peft_without_its_patterns(
     assert updates is not None
     files = AdapterFiles(updates)
     # PEFT, unlike vLLM, takes ranks other than the config's only from a pattern.
-    settings = peft.LoraConfig.from_pretrained(str(files.path))
+    settings: Any = peft.LoraConfig.from_pretrained(str(files.path))
     assert not settings.use_rslora
     assert settings.lora_alpha == settings.r
     settings.rank_pattern = {name: len(update.a_RI) for name, update in updates.items()}
@@ -68,7 +68,7 @@ def test_saved_tables_that_equal_the_bases_are_no_change(base_dir: Path, tmp_pat
         modules_to_save=tables,
         ensure_weight_tying=True,
     )
-    peft.get_peft_model(model, config).save_pretrained(adapter)
+    peft.get_peft_model(model, config).save_pretrained(str(adapter))
     updates = loader(base_dir).load(adapter, "tiny:x").updates
     assert updates is not None
     assert all("q_proj" in name for name in updates)

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.serve.adapters.conftest import NUM_TOKENS, by_peft, write_adapter_directory
-from tests.serve.vllm.conftest import MAX_RANK, NEEDS_VLLM, Served
+from tests.serve.vllm.conftest import ENGINES, MAX_RANK, NEEDS_VLLM, Served
 
 pytestmark = NEEDS_VLLM
 
@@ -128,3 +128,33 @@ def test_new_version_under_load_takes_over_without_a_mixed_answer(both: Served) 
     # Those that were running with the old version have ended.
     assert set(told[first_new + 6 :]) == {new}
     assert ask(both, None) == wanted(both, None)
+
+
+def test_logprobs_with_adapters_are_equal_also_of_prompts_in_one_batch(both: Served) -> None:
+    for seed, name in enumerate(("one", "two")):
+        write(both, name, seed=20 + seed)
+        ask(both, name)
+
+    def score(model: str) -> tuple[list[str], list[float | None]]:
+        answer = both.client.with_options(max_retries=5).completions.create(
+            model=model,
+            prompt="人民 日报 over the",
+            echo=True,
+            logprobs=1,
+            max_tokens=4,
+            temperature=0,
+        )
+        found = answer.choices[0].logprobs
+        assert found is not None
+        return found.tokens or [], list(found.token_logprobs or [])
+
+    models = [f"{engine}{name}" for name in ("", ":one", ":two") for engine in ENGINES]
+    # Loads the adapters, too.
+    ask_again = {name: score(name) for name in models}
+    with ThreadPoolExecutor(len(models)) as pool:
+        told = dict(zip(models, pool.map(score, models), strict=True))
+    for name in ("", ":one", ":two"):
+        own, other = told[f"transformers{name}"], told[f"vllm{name}"]
+        assert own[0] == other[0] == ask_again[f"vllm{name}"][0]
+        assert own[1][1:] == pytest.approx(other[1][1:], abs=1e-3)
+    assert len({tuple(tokens) for tokens, _ in told.values()}) == 3
