@@ -174,7 +174,7 @@ class AdapterPool:
     def _find_problems(
         self, listed: Sequence[RegisteredAdapter]
     ) -> list[tuple[RegisteredAdapter, str | None]]:
-        """Return why adapters can't be used, as far as their settings tell; those on this disk."""
+        """Return why adapters can't be used, as far as their settings show; those on this disk."""
         local = [one for one in listed if one.place.is_local]
         return [(one, self._loader.find_problem(one.place.path)) for one in local]
 

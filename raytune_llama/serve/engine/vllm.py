@@ -205,7 +205,7 @@ class VllmEngine:
         await self._prepare()
         files = await asyncio.to_thread(AdapterFiles, updates)
         number = next(self._names)
-        # vLLM tells cached prompts of adapters apart by their names.
+        # vLLM distinguishes cached prompts of adapters by their names.
         request = LoRARequest(f"{self._prefix}-{number}", number, str(files.path))
         try:
             await self._engine.add_lora(request)
