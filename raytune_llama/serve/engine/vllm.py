@@ -95,10 +95,6 @@ class VllmEngine:
         Raises:
             EngineError: vLLM could not start; its own log says why.
         """
-        from vllm.config import StructuredOutputsConfig  # pyright: ignore[reportMissingImports]
-        from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
-        from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
-
         self._max_context, self._max_open = max_context, num_slots + max_waiting
         self._num_tokens = num_tokens
         self._changes: list[tuple[str, tuple[int, ...]]] = []
@@ -112,7 +108,7 @@ class VllmEngine:
         self._adapters: dict[Hashable, _AttachedAdapter] = {}
         self._detaching: set[asyncio.Task[None]] = set()
         _set_environment(cpu_threads)
-        arguments = AsyncEngineArgs(
+        self._engine: Any = _start_engine(
             model=model_dir,
             # Never `auto`, with which vLLM loads float32 weights in half precision.
             dtype=str(dtype).removeprefix("torch."),
@@ -120,27 +116,11 @@ class VllmEngine:
             max_num_seqs=num_slots,
             # A pass holds chunks of prompts and one token per running sequence.
             max_num_batched_tokens=prefill_tokens and prefill_tokens + num_slots,
-            enable_chunked_prefill=True,
             kv_cache_memory_bytes=cache_bytes,
             # On CPUs, compiling takes minutes.
             enforce_eager=cpu_threads is not None,
-            load_format="safetensors",
-            # Its sampling defaults would apply to requests that set none.
-            generation_config="vllm",
-            trust_remote_code=False,
-            enable_log_requests=False,
-            disable_log_stats=True,
-            max_logprobs=_MAX_LOGPROBS,
-            logprobs_mode="raw_logprobs",
-            structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
-            worker_extension_cls=WORKER_EXTENSION,
-            enable_lora=adapters is not None,
             **_adapter_arguments(adapters),
         )
-        try:
-            self._engine: Any = AsyncLLM.from_engine_args(arguments)
-        except RuntimeError as error:
-            raise EngineError(f"vLLM could not start: {error}") from error
 
     @property
     def capacity(self) -> int:
@@ -303,10 +283,37 @@ class _AttachedAdapter:
     files: AdapterFiles
 
 
+def _start_engine(**chosen: Any) -> Any:  # noqa: ANN401  # vLLM's
+    """Start vLLM with the chosen arguments, and with those that all engines share."""
+    from vllm.config import StructuredOutputsConfig  # pyright: ignore[reportMissingImports]
+    from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
+    from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
+
+    arguments = AsyncEngineArgs(
+        enable_chunked_prefill=True,
+        load_format="safetensors",
+        # Its sampling defaults would apply to requests that set none.
+        generation_config="vllm",
+        trust_remote_code=False,
+        enable_log_requests=False,
+        disable_log_stats=True,
+        max_logprobs=_MAX_LOGPROBS,
+        logprobs_mode="raw_logprobs",
+        structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
+        worker_extension_cls=WORKER_EXTENSION,
+        **chosen,
+    )
+    try:
+        return AsyncLLM.from_engine_args(arguments)
+    except RuntimeError as error:
+        raise EngineError(f"vLLM could not start: {error}") from error
+
+
 def _adapter_arguments(adapters: AdapterLimits | None) -> dict[str, Any]:
     if adapters is None:
         return {}
     return {
+        "enable_lora": True,
         "max_loras": adapters.max_adapters,
         # Old versions that are still in use come on top.
         "max_cpu_loras": 2 * adapters.max_adapters,
