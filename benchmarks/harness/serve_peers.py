@@ -18,6 +18,8 @@ from typing import Any
 
 from raytune_llama.serve.proxy import find_free_ports
 
+from .corpus import ROOT
+from .endpoint import MODEL_NAME
 from .peers import PACKAGES
 from .serve_material import Prompt
 from .serve_sides import thread_environment
@@ -31,6 +33,9 @@ INSTALL_LLAMA_CPP = (
     "starlette-context pydantic-settings   # compiles for about 12 minutes"
 )
 INSTALL_TRANSFORMERS = "pip install fastapi uvicorn openai   # what `transformers serve` imports"
+
+INSTALL_VLLM = "make test-vllm   # vLLM for CPUs, in .vllm-venv"
+VLLM_PYTHON = ROOT / ".vllm-venv" / "bin" / "python"
 
 
 def has_modules(names: Sequence[str], folder: Path | None = None) -> bool:
@@ -48,6 +53,28 @@ def has_transformers_serve() -> bool:
 def has_llama_cpp(folder: Path) -> bool:
     """Say whether llama.cpp's server can start with the packages of a folder."""
     return has_modules(_LLAMA_MODULES, folder)
+
+
+def has_vllm_serve() -> bool:
+    """Say whether `vllm serve` is installed in its own environment."""
+    return (VLLM_PYTHON.with_name("vllm")).exists()
+
+
+@contextmanager
+def vllm_serve(model: Path, cpus: int, *, slots: int) -> Iterator[str]:
+    """Start `vllm serve` in fp32, set up as our engine sets up vLLM; yield its base URL."""
+    port = find_free_ports(1)[0]
+    command = [str(VLLM_PYTHON.with_name("vllm")), "serve", str(model)]
+    command += ["--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--max-num-seqs", str(slots), "--enforce-eager"]
+    command += ["--kv-cache-memory-bytes", str(2**30), "--max-model-len", "512"]
+    command += ["--generation-config", "vllm", "--disable-log-stats"]
+    environment = thread_environment(cpus) | {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    with _running(command, f"http://127.0.0.1:{port}", "/health", environment) as url:
+        yield url
 
 
 @contextmanager

@@ -123,6 +123,15 @@ class Adapter:
         return self._file.path
 
     @property
+    def max_rank(self) -> int:
+        """Largest rank of its low-rank updates; 0 if it has none."""
+        shapes = [
+            self._file.specs[update.keys["embedding_a" if update.is_embedding else "a"]].shape
+            for update in self.low_rank.values()
+        ]
+        return max((shape[0] for shape in shapes), default=0)
+
+    @property
     def has_plain_updates(self) -> bool:
         """Whether all that it does, besides replacing weights, is to add s B A to linear layers."""
         plain = all(set(update.keys) == {"a", "b"} for update in self.low_rank.values())

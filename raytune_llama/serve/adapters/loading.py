@@ -2,7 +2,8 @@
 
 PEFT defines what an adapter's files mean: it builds the adapter around a skeleton of the base
 without weights, and the factors are read from there. Adapters that change more than linear layers
-(fully trained embeddings, a grown vocabulary, DoRA, other RoPE settings) are merged into a copy.
+(fully trained embeddings, a grown vocabulary, DoRA, other RoPE settings) are merged into a copy,
+or refused if the base's weights are with an engine of its own.
 """
 
 import logging
@@ -17,12 +18,14 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from raytune_llama.config.errors import UserError
 from raytune_llama.model.adapter import Adapter
 from raytune_llama.model.adapter_lineage import check_chain
+from raytune_llama.model.directory import stored_tables
+from raytune_llama.model.embeddings import embedding_layers
 from raytune_llama.model.lineage import CHAT_KEY
 from raytune_llama.model.llama import check_not_quantized
 from raytune_llama.model.lora import (
@@ -31,6 +34,7 @@ from raytune_llama.model.lora import (
     read_peft_config,
 )
 from raytune_llama.model.rope import apply_rope_settings, read_model_settings
+from raytune_llama.model.tensors import open_weights
 from raytune_llama.model.vocab import (
     describe_tokenizer_mismatch,
     has_tokenizer,
@@ -39,6 +43,7 @@ from raytune_llama.model.vocab import (
 )
 from raytune_llama.serve.config import ServedModelConfig
 from raytune_llama.serve.engine.lora import LoraLayerWeights
+from raytune_llama.serve.engine.vllm import VLLM_ADAPTER_RANK
 from raytune_llama.serve.generation.model import (
     ServedModel,
     check_files,
@@ -66,7 +71,8 @@ class LoadedAdapter:
     """Name, tokenizer, template and model: the base model, or a merged copy."""
 
     updates: Mapping[str, LoraLayerWeights] | None
-    """LoRA factors by the name of the base's linear layer; None: merged into a copy."""
+    """LoRA factors by the name of the base's linear layer, on the base's device; None: merged into
+    a copy."""
 
 
 @contextmanager
@@ -78,6 +84,14 @@ def _as_user_error(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} can't be read as an adapter: {error}") from error
 
 
+def _need_copy(adapter: Adapter, reason: str) -> UserError:
+    return UserError(
+        f"{adapter.path} changes more than linear layers, which vLLM does not support: {reason}; "
+        "merge it into the base with `raytune merge` and serve the result, or set "
+        "replicas.engine=transformers"
+    )
+
+
 class AdapterLoader:
     """Loads adapters for one base model, without touching the base model, which is in use."""
 
@@ -86,11 +100,16 @@ class AdapterLoader:
 
         Args:
             config: config of the base model.
-            base: the loaded base model.
+            base: the loaded base model. On the meta device, an engine of its own has its weights:
+                adapters are not merged into a copy, and their factors are on the CPU.
         """
         self._config, self._base, self._path = config, base, Path(config.path)
         self._num_rows = num_embedding_rows(base.model)
         self._dtype, self._device = base.model.dtype, base.model.device
+        self._has_weights = self._device.type != "meta"
+        self._max_rank = config.max_adapter_rank
+        if self._max_rank is None and not self._has_weights:
+            self._max_rank = VLLM_ADAPTER_RANK
 
     def load(self, folder: Path, name: str) -> LoadedAdapter:
         """Verify an adapter and load it; takes time in proportion to its size.
@@ -117,6 +136,8 @@ class AdapterLoader:
                 is_own = has_tokenizer(folder)
                 tokenizer = load_tokenizer(folder) if is_own else self._base.tokenizer
                 self._check(adapter, len(tokenizer), verify=False)
+                if not self._has_weights:
+                    self._refuse_other_changes(adapter, len(tokenizer))
         except OSError:
             return None  # being written or removed
         except ValueError as error:
@@ -143,16 +164,25 @@ class AdapterLoader:
         begin = find_text_ids([self._path, folder], tokenizer)
         served = replace(self._base, name=name, tokenizer=tokenizer, chat=chat, leading_ids=begin)
         adapter.check_values()
+        if not self._has_weights:
+            self._refuse_other_changes(adapter, len(tokenizer))
         is_plain = len(tokenizer) == len(self._base.tokenizer) and not read_model_settings(folder)
         if is_plain and self._is_linear(adapter):
             return LoadedAdapter(served, self._read_updates(adapter))
+        if not self._has_weights:
+            raise _need_copy(adapter, "it replaces embedding tables")
         model = self._merge(adapter, len(tokenizer))
         limit = context_tokens(self._config, model)
         return LoadedAdapter(replace(served, model=model, max_context=limit), None)
 
     def _check(self, adapter: Adapter, num_ids: int, *, verify: bool) -> None:
-        """Reject an adapter that is incomplete, or was made for another base."""
+        """Reject an adapter that is incomplete, too large, or was made for another base."""
         folder, model = adapter.path, self._base.model
+        if self._max_rank is not None and adapter.max_rank > self._max_rank:
+            raise UserError(
+                f"{folder} has rank {adapter.max_rank}, and max_adapter_rank is {self._max_rank}; "
+                "set models.N.max_adapter_rank"
+            )
         problems = check_files(folder) if verify else []
         problems = problems or check_not_quantized(self._path, "base")
         if not problems:
@@ -175,11 +205,40 @@ class AdapterLoader:
         PEFT may save embedding tables that were not trained: equal to the base's, they change
         nothing.
         """
-        weights = dict(self._base.model.named_parameters(remove_duplicate=False))
-        return adapter.has_plain_updates and all(
-            torch.equal(adapter.read_replaced(name).to(weights[name]), weights[name].detach())
+        if not adapter.has_plain_updates:
+            return False
+        weights = self._read_tables() if adapter.replaced else {}
+        return all(
+            name in weights
+            and torch.equal(adapter.read_replaced(name).to(weights[name]), weights[name])
             for name in adapter.replaced
         )
+
+    def _read_tables(self) -> dict[str, Tensor]:
+        """Return the base's weights, or only its embedding tables if they are read from disk."""
+        model = self._base.model
+        if self._has_weights:
+            parameters = model.named_parameters(remove_duplicate=False)
+            return {name: weight.detach() for name, weight in parameters}
+        stored, weights = stored_tables(model, self._path), open_weights(self._path)
+        tables = {name: weights.read(file) for file, name in stored.items()}
+        if is_tied(model):
+            (table,) = tables.values()
+            return {f"{layer}.weight": table for layer in embedding_layers(model)}
+        return tables
+
+    def _refuse_other_changes(self, adapter: Adapter, num_ids: int) -> None:
+        """Reject an adapter whose settings show that it changes more than linear layers."""
+        if num_ids != len(self._base.tokenizer):
+            raise _need_copy(adapter, f"its tokenizer has {num_ids} ids")
+        if read_model_settings(adapter.path):
+            raise _need_copy(adapter, "it changes settings of the model")
+        if not adapter.has_plain_updates:
+            raise _need_copy(adapter, "it uses DoRA or changes rows of embedding tables")
+        tables = {f"{layer}.weight" for layer in embedding_layers(self._base.model)}
+        if tables & set(adapter.low_rank):
+            # See `AdapterLimits.layers`.
+            raise _need_copy(adapter, "it updates an embedding table or the output head")
 
     def _read_updates(self, adapter: Adapter) -> dict[str, LoraLayerWeights]:
         """Return the LoRA factors of an adapter by the name of the base's layer."""
@@ -189,7 +248,9 @@ class AdapterLoader:
             b_OR, a_RI, _ = adapter.factors(name)
             scaled_RO = (b_OR.T * update.scale).contiguous()
             layer = name.removesuffix(".weight")
-            updates[layer] = LoraLayerWeights(a_RI.to(self._device), scaled_RO.to(self._device))
+            if self._has_weights:
+                a_RI, scaled_RO = a_RI.to(self._device), scaled_RO.to(self._device)
+            updates[layer] = LoraLayerWeights(a_RI, scaled_RO)
         return updates
 
     def _merge(self, adapter: Adapter, num_ids: int) -> PreTrainedModel:

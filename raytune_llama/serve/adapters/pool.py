@@ -8,14 +8,14 @@ request. Everything here runs on one event loop; only reading files runs in thre
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.serve.adapters.registry import AdapterRegistry, RegisteredAdapter, RegistryError
-from raytune_llama.serve.engine.loop import TransformersEngine
-from raytune_llama.serve.engine.scheduler import BatchScheduler
+from raytune_llama.serve.engine.protocol import AdapterEngine
 from raytune_llama.serve.errors import (
     BusyError,
     EngineError,
@@ -78,10 +78,10 @@ class AdapterPool:
         base: CompletionService,
         registry: AdapterRegistry,
         loader: "AdapterLoader",
-        engine: TransformersEngine,
+        engine: AdapterEngine,
         *,
         make_answerer: Callable[[ServedModel, Hashable | None], CompletionService],
-        make_stepper: Callable[[ServedModel], BatchScheduler],
+        attach_copy: Callable[[Hashable, ServedModel], Awaitable[None]] | None,
         max_adapters: int,
     ) -> None:
         """Start without adapters in memory.
@@ -92,11 +92,12 @@ class AdapterPool:
             loader: loads adapters.
             engine: engine of the base model.
             make_answerer: creates the service for an attached adapter, by its key.
-            make_stepper: creates the scheduler for a copy of the base with a merged adapter.
+            attach_copy: attaches a copy of the base with a merged adapter to the engine; None: the
+                loader makes no copies.
             max_adapters: maximum adapters in memory; old versions in use come on top.
         """
         self._base, self._registry, self._loader, self._engine = base, registry, loader, engine
-        self._make_answerer, self._make_stepper = make_answerer, make_stepper
+        self._make_answerer, self._attach_copy = make_answerer, attach_copy
         self._max_adapters = max_adapters
         self._slots: dict[str, _Slot] = {}
         # Version and error of the last failure, so that it is not read again for every request.
@@ -236,17 +237,24 @@ class AdapterPool:
         try:
             # The version that is read may be newer than the one listed.
             version.listed, loaded = await asyncio.to_thread(self._read, version.listed)
+            await self._attach(version, loaded)
         except _UnfitError as error:
             self._failed[name] = error.version, f"adapter {name}: {error}"
             logger.error("adapter %s, version %s: %s", name, error.version, error)  # noqa: TRY400
             raise InvalidRequestError(f"adapter {name}: {error}", "model") from error
         self._failed.pop(name, None)
-        if loaded.updates is None:
-            await self._engine.attach(version.key, self._make_stepper(loaded.served))
-        else:
-            await self._engine.attach(version.key, loaded.updates)
         logger.info("adapter %s, version %s: loaded", name, version.listed.version)
         return self._make_answerer(loaded.served, version.key)
+
+    async def _attach(self, version: _Version, loaded: "LoadedAdapter") -> None:
+        if loaded.updates is None:
+            assert self._attach_copy is not None, "the loader makes no copies"
+            await self._attach_copy(version.key, loaded.served)
+            return
+        try:
+            await self._engine.attach(version.key, loaded.updates)
+        except UserError as error:
+            raise _UnfitError(str(error), version.listed.version) from error
 
     def _read(self, listed: RegisteredAdapter) -> "tuple[RegisteredAdapter, LoadedAdapter]":
         """Read an adapter; retry if it is written meanwhile."""

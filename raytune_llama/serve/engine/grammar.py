@@ -9,6 +9,7 @@ Shapes: V tokens.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -65,7 +66,8 @@ class Grammar:
     def __init__(self, matcher: llguidance.LLMatcher, num_tokens: int, lark: str) -> None:
         self._matcher, self._num_tokens = matcher, num_tokens
         self.lark = lark
-        """The grammar in llguidance's Lark syntax, for engines that enforce it themselves."""
+        """The grammar in llguidance's Lark syntax, for engines that enforce it themselves: with the
+        stop tokens as its endings, as those engines know only the tokenizer's own."""
 
     def allowed_tokens(self) -> Tensor:
         """Return the mask of tokens allowed next, (V,); stop tokens once the format is complete."""
@@ -110,6 +112,7 @@ class GrammarCompiler:
         self._spelled = {
             id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()
         }
+        self._endings = sorted(stop_ids)
         self._tokenizer = llguidance.hf.from_tokenizer(
             tokenizer, n_vocab=self._num_tokens, eos_token=sorted(stop_ids)
         )
@@ -155,9 +158,15 @@ class GrammarCompiler:
     def _build(self, lark: str, name: str) -> Grammar:
         try:
             matcher = self._matcher(llguidance.LLMatcher.grammar_from_lark(lark))
-            return Grammar(matcher.deep_copy(), self._num_tokens, lark)
+            return Grammar(matcher.deep_copy(), self._num_tokens, self._with_endings(lark))
         except ValueError as error:
             raise UserError(f"{name} can't be used: {error}") from error
+
+    def _with_endings(self, lark: str) -> str:
+        """Return a grammar whose answers may end with any of the stop tokens."""
+        answer = re.sub(r"^start:", "answer:", lark, flags=re.MULTILINE)
+        listed = ",".join(map(str, self._endings))
+        return f"{answer}\nending: <[{listed}]>\nstart: answer ending?"
 
     def _new_matcher(self, grammar: str) -> llguidance.LLMatcher:
         matcher = llguidance.LLMatcher(self._tokenizer, grammar)

@@ -127,30 +127,35 @@ class TransformersEngine:
                 # The caller has left: free its slot before the next pass.
                 self._do(lambda: worker.remove(key))
 
-    async def attach(
-        self, key: Hashable, adapter: Mapping[str, LoraLayerWeights] | BatchScheduler
-    ) -> None:
-        """Attach an adapter between two steps; requests may name it afterwards.
+    async def attach(self, key: Hashable, updates: Mapping[str, LoraLayerWeights]) -> None:
+        """Attach an adapter between two steps; see `AdapterEngine`."""
+        await self._attach(lambda: self._stepper.attach(key, updates))
+
+    async def attach_copy(self, key: Hashable, copy: BatchScheduler) -> None:
+        """Attach an adapter that is merged into a copy of the model, which takes turns with it.
 
         Args:
             key: unique key of the adapter, never reused.
-            adapter: LoRA factors of the model's layers, which run in one batch with the base; or
-                the scheduler of a merged copy, which takes turns with it.
+            copy: scheduler of the copy.
 
         Raises:
-            EngineError: out of memory for the adapter, which affects nothing else; or the engine
-                has failed.
+            EngineError: the engine has failed.
         """
+
+        def attach() -> None:
+            self._own[key] = copy
+
+        await self._attach(attach)
+
+    async def _attach(self, action: Callable[[], None]) -> None:
+        """Run an action between two steps, and wait until it is done."""
         self.check_health()
         done: Future[None] = Future()
         self._attaching.add(done)
 
         def attach() -> None:
             try:
-                if isinstance(adapter, BatchScheduler):
-                    self._own[key] = adapter
-                else:
-                    self._stepper.attach(key, adapter)
+                action()
             except RuntimeError as error:
                 done.set_exception(EngineError(f"the adapter can't be attached: {error}"))
             else:

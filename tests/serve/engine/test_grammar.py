@@ -3,6 +3,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import llguidance
+import llguidance.hf
 import pytest
 import torch
 from transformers import AddedToken, PreTrainedTokenizerFast
@@ -34,6 +36,21 @@ def test_grammar_lets_a_text_of_the_form_through_and_then_only_the_end(
         grammar.advance(token)
     ends = grammar.allowed_tokens().nonzero().squeeze(1).tolist()
     assert set(ends) & served.stop_ids
+
+
+def test_form_for_another_engine_ends_with_any_stop_token(served: ServedModel) -> None:
+    # That engine knows only the tokenizer's own end.
+    other_end = 7
+    stop_ids = frozenset({other_end})
+    assert served.tokenizer.eos_token_id not in stop_ids
+    grammar = GrammarCompiler(served.tokenizer, stop_ids).compile_schema(PERSON)
+    theirs = llguidance.hf.from_tokenizer(served.tokenizer, eos_token=[1])
+    text, *_ = encode_text(served.tokenizer, ['{"name": "ab", "age": 7}'])
+    for ending, is_kept in ((other_end, True), (1, True), (8, False)):
+        read = llguidance.grammar_from("grammar", grammar.lark)
+        matcher = llguidance.LLMatcher(theirs, read)
+        assert matcher.consume_tokens(list(text))
+        assert matcher.consume_token(ending) == is_kept
 
 
 @pytest.mark.parametrize("text", ["[", '{"n": 1', '{"name": 3', '{"name": "abcdef'])
