@@ -33,6 +33,7 @@ from harness.serve_peers import (
     INSTALL_LLAMA_CPP,
     INSTALL_TRANSFORMERS,
     INSTALL_VLLM,
+    VLLM_PYTHON,
     has_llama_cpp,
     has_transformers_serve,
     has_vllm_serve,
@@ -63,8 +64,10 @@ LENGTHS = (8, 12, 16, 24)
 SERIAL, STATIC = "transformers, serial", "transformers, static batch"
 OURS, ENGINE = "ours, HAProxy and Ray Serve", "ours, called directly"
 CB, LLAMA_CPP = "transformers serve, continuous batching", "llama.cpp's server"
-VLLM = "vllm serve"
+VLLM, OVER_VLLM = "vllm serve", "ours, with vLLM as engine"
 TARGETS = {SERIAL: 3.5, STATIC: 0.93, CB: 1.0}
+VLLM_TARGET = 0.95
+"""Least throughput of our endpoint with vLLM as engine, in units of `vllm serve`'s."""
 NEEDS = f"""needs: the demo's model (`make demo`); 3 GB of memory, 2 GB on the disk.
   transformers serve: {INSTALL_TRANSFORMERS}
   llama.cpp's server: {INSTALL_LLAMA_CPP}
@@ -143,9 +146,16 @@ class PeerBenchmark:
         return {LLAMA_CPP: self._ask(LLAMA_CPP, server, bodies)}
 
     def run_vllm(self) -> dict[str, PeerMeasurement]:
-        """Ask `vllm serve`."""
+        """Ask `vllm serve`, then our endpoint with vLLM as engine."""
         server = vllm_serve(self.model, self.cpus, slots=CLIENTS)
-        return {VLLM: self._ask(VLLM, server, self._ours)}
+        theirs = self._ask(VLLM, server, self._ours)
+        run = run_served(
+            *(self.folder, self.model, self._ours, self._levels),
+            cpus=self.cpus,
+            slots=CLIENTS,
+            vllm_python=VLLM_PYTHON,
+        )
+        return {VLLM: theirs, OVER_VLLM: self._run_of(OVER_VLLM, run.loads[0])}
 
     @property
     def _ours(self) -> list[dict[str, Any]]:
@@ -254,6 +264,10 @@ def print_table(measured: dict[str, list[PeerMeasurement]]) -> None:
             f"{name:<41}{speed:>9.1f}{ratios[0]:>10.2f}{ratios[1]:>12.2f}"
             f"{f'{same} of {len(wanted)}':>19}{target}"
         )
+    if VLLM in measured:
+        pairs = zip(measured[OVER_VLLM], measured[VLLM], strict=True)
+        ratio = statistics.median(a.tokens_per_second / b.tokens_per_second for a, b in pairs)
+        print(f"{OVER_VLLM}: {ratio:.2f} of {VLLM}, target {VLLM_TARGET}")
     for name, runs in measured.items():
         load = runs[0].load
         if load is not None:

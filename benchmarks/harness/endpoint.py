@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from raytune_llama.serve.config import ProxyChoice, ReplicaConfig, ServeConfig, ServedModelConfig
 from raytune_llama.serve.proxy import choose_proxy, find_free_ports, proxy_environment
@@ -20,7 +20,13 @@ DEMO_MODEL = Path(__file__).resolve().parents[2] / "demo" / "model"
 
 
 def serve_config(
-    model: Path, *, cpus: int, slots: int, waiting: int, num_models: int = 1
+    model: Path,
+    *,
+    cpus: int,
+    slots: int,
+    waiting: int,
+    num_models: int = 1,
+    engine: Literal["transformers", "vllm"] = "transformers",
 ) -> ServeConfig:
     """Return the config of one or two models in fp32 from the same directory, a replica each."""
     names = (MODEL_NAME, OTHER_NAME)[:num_models]
@@ -28,7 +34,7 @@ def serve_config(
         models=tuple(
             ServedModelConfig(path=str(model), name=name, precision="fp32") for name in names
         ),
-        replicas=ReplicaConfig(cpus=cpus, slots=slots, waiting=waiting),
+        replicas=ReplicaConfig(cpus=cpus, slots=slots, waiting=waiting, engine=engine),
     )
 
 

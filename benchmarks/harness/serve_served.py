@@ -12,7 +12,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if __package__:
     from .endpoint import serve_config, serve_endpoint
@@ -44,6 +44,8 @@ class ServedSettings:
     proxy: ProxyChoice
     num_models: int
     """2: with the gateway, which is asked at `/`; 1: without."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
 
 
 @dataclass
@@ -96,6 +98,7 @@ def main() -> None:
         slots=settings.slots,
         waiting=10**6,
         num_models=settings.num_models,
+        engine=settings.engine,
     )
     with serve_endpoint(config, proxy=settings.proxy) as url:
         told = asyncio.run(run(f"{url}/completions", settings))

@@ -87,6 +87,7 @@ def run_served(
     slots: int,
     proxy: ProxyChoice = "haproxy",
     num_models: int = 1,
+    vllm_python: Path | None = None,
 ) -> ServedRun:
     """Ask over HTTP, on a cluster for these levels alone, in a process of its own.
 
@@ -99,11 +100,16 @@ def run_served(
         slots: requests answered at a time.
         proxy: the proxy in front of the replica.
         num_models: 2: the model under two names; the gateway forwards the requests to one.
+        vllm_python: Python of an environment with vLLM, which is the engine then; None: ours is.
     """
-    settings = ServedSettings(str(model), bodies, list(levels), cpus, slots, proxy, num_models)
+    settings = ServedSettings(
+        *(str(model), bodies, list(levels), cpus, slots, proxy, num_models),
+        engine="vllm" if vllm_python else "transformers",
+    )
     file = write_json(folder / "served.json", asdict(settings))
     program = Path(__file__).with_name("serve_served.py")
-    told = run_json([sys.executable, str(program), str(file)], dict(os.environ))
+    python = str(vllm_python or sys.executable)
+    told = run_json([python, str(program), str(file)], dict(os.environ))
     return ServedRun(
         [_load_of(load) for load in told["loads"]], told["cpu_seconds"], told["idle_cpu"]
     )

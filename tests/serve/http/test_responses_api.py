@@ -388,7 +388,6 @@ UNSUPPORTED: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{"type": "custom", "name": "x"}]}, "tools.0.type", "define a function"),
     ({"tool_choice": {"type": "mcp"}}, "tool_choice.type", "choose a function"),
     ({"include": ["file_search_call.results"]}, "include.0", "not supported"),
-    ({"reasoning": {"effort": "high"}}, "reasoning.effort", "reasoning.effort"),
 ]
 INVALID: list[tuple[dict[str, Any], str, str]] = [
     ({"input": []}, "input", "at least 1"),

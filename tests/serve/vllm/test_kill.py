@@ -12,7 +12,7 @@ from ray import serve
 
 from raytune_llama.serve.app import build_app
 from raytune_llama.serve.config import ReplicaConfig, ServeConfig, ServedModelConfig
-from tests.serve.clients import wait_until
+from tests.serve.many_clients import wait_until
 from tests.serve.test_kills import pids
 from tests.serve.test_scaling import url
 from tests.serve.vllm.conftest import NEEDS_VLLM
