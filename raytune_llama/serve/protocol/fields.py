@@ -54,6 +54,14 @@ class Unsupported:
     neutral: tuple[Any, ...] = ()
     """Values that do not change the response, besides false, 0 and empty ones."""
 
+    is_zero_a_value: bool = False
+    """Whether 0 changes the response too, as that of a seed."""
+
+    def refuses(self, value: object) -> bool:
+        """Whether a value would change the response."""
+        means_nothing = value in _NOTHING and not (self.is_zero_a_value and value == 0)
+        return not means_nothing and value not in self.neutral
+
 
 class RequestModel(BaseModel):
     """Base class of request models.
@@ -80,8 +88,8 @@ class RequestModel(BaseModel):
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> "RequestModel":
         for name in self.unsupported.keys() & (self.model_extra or {}).keys():
-            value, refusal = (self.model_extra or {})[name], self.unsupported[name]
-            if value not in _NOTHING and value not in refusal.neutral:
+            refusal = self.unsupported[name]
+            if refusal.refuses((self.model_extra or {})[name]):
                 raise FieldError(name, f"not supported; {refusal.advice}", UNSUPPORTED)
         return self
 

@@ -177,9 +177,10 @@ class ResponsesRequest(RequestModel):
         "reasoning_effort": Unsupported("use reasoning.effort"),
         "logprobs": Unsupported(f"set include to ['{LOGPROBS}']"),
         "n": Unsupported("send several requests", neutral=(1,)),
+        "seed": Unsupported(_CHAT_ONLY, is_zero_a_value=True),
         **dict.fromkeys(
             (
-                *("stop", "seed", "logit_bias", "frequency_penalty", "presence_penalty"),
+                *("stop", "logit_bias", "frequency_penalty", "presence_penalty"),
                 *("min_p", "chat_template_kwargs"),
             ),
             Unsupported(_CHAT_ONLY),

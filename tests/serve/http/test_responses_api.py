@@ -364,6 +364,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], str, str]] = [
     ({"reasoning": {"mode": "pro"}}, "reasoning.mode", "omit it"),
     ({"extra_body": {"max_tokens": 3}}, "max_tokens", "use max_output_tokens"),
     ({"extra_body": {"seed": 3}}, "seed", "use /v1/chat/completions"),
+    ({"extra_body": {"seed": 0}}, "seed", "use /v1/chat/completions"),
     ({"extra_body": {"guided_regex": "a"}}, "guided_regex", "use text.format"),
     ({"extra_body": {"ignore_eos": True}}, "ignore_eos", "omit it"),
     (
