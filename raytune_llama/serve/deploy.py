@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
+import ray.exceptions
 import yaml
 
 from raytune_llama.config.errors import UserError
@@ -217,6 +218,11 @@ def deploy_file(file: Path, arguments: Sequence[str]) -> str:
     config = cast("dict[Any, Any]", yaml.safe_load(file.read_text(encoding="utf-8")))
     try:
         ServeSubmissionClient(address).deploy_applications(config)
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(
+            f"address: {address} wants the cluster's token; export RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN_PATH if it is not in ~/.ray/auth_token"
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         raise UserError(
             f"address: {address} does not accept the deployment ({error}); start a cluster with "
