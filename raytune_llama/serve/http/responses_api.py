@@ -86,12 +86,7 @@ def add_responses(app: FastAPI, open_stream: OpenStream, policy: FieldPolicy) ->
                     events.add(delta)
             events.end()
             return Response(events.response.model_dump_json(), media_type="application/json")
-        try:
-            # Overload errors come with the first delta, and must have a status of their own.
-            first = await anext(stream)
-        except BaseException:
-            await stream.aclose()
-            raise
+        first = await stream.read_first()
         return EventStream(_encode_events(first, stream, events), stream)
 
     @app.api_route(

@@ -266,12 +266,7 @@ async def _respond(
                 choices[delta.index].add(delta)
                 counts.completion += delta.num_tokens
         return _json(builder.build_response(choices, counts))
-    try:
-        # Overload errors come with the first delta, and must have a status of their own.
-        first = await anext(stream)
-    except BaseException:
-        await stream.aclose()
-        raise
+    first = await stream.read_first()
     return EventStream(_events(first, stream, request, builder, counts), stream)
 
 

@@ -89,6 +89,21 @@ class ObservedStream(Generic[T]):
         self._recorder.record_delta(delta)
         return delta
 
+    async def read_first(self) -> T:
+        """Return the first delta; close the stream if it can't be had.
+
+        Errors of overload come with it. A streamed response reads it before its status is sent, so
+        that they have a status of their own.
+
+        Raises:
+            RuntimeError: as `__anext__`.
+        """
+        try:
+            return await anext(self)
+        except BaseException:
+            await self.aclose()
+            raise
+
     async def __aenter__(self) -> Self:
         return self
 
