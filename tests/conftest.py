@@ -55,6 +55,7 @@ from transformers import PreTrainedTokenizerFast
 
 from raytune_llama.storage.place import Place
 from tests.faulty_s3 import FaultyServer
+from tests.hub_server import HubServer
 
 # A busy machine is no failure.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -150,6 +151,50 @@ def faulty_s3(s3: Place) -> Iterator[FaultyServer]:
     server = FaultyServer()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[HubServer]:
+    """A hub on loopback that all tests share; other processes of this machine see it."""
+    server = HubServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub(
+    hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[HubServer]:
+    """An empty hub that this process's client of it asks, with empty caches of the test's own.
+
+    The library reads its environment when it is imported, so its constants are changed too.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    close_session()
+    monkeypatch.setattr(constants, "ENDPOINT", hub_server.url)
+    template = f"{hub_server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_URL_HOSTS", frozenset({"127.0.0.1"}))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name, value in hub_environment(hub_server, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    hub_server.clear()
+    yield hub_server
+    hub_server.clear()
+
+
+def hub_environment(server: HubServer, folder: Path) -> dict[str, str]:
+    """Return the environment of another process that asks a hub, with caches in a folder."""
+    return {
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_CACHE": str(folder / "hub-cache"),
+        "RAYTUNE_LLAMA_CACHE_DIR": str(folder / "cache"),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -48,8 +48,10 @@ class FaultyServer:
     def _answer(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         query = environ["QUERY_STRING"]
         request = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}" + (query and f"?{query}")
-        status = self.fault(request, self.requests.count(request))
+        times = self.requests.count(request)
+        # Before the fault: one that kills the client lets the test go on at once, and it counts.
         self.requests.append(request)
+        status = self.fault(request, times)
         if status is None:
             return self._inner(environ, start)
         # What was sent has to be read, or the client sees a broken connection instead.

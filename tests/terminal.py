@@ -79,6 +79,10 @@ class Terminal:
             assert time.monotonic() < deadline, f"not in time: {self.printed[-4000:]}"
             time.sleep(0.05)
 
+    def type(self, text: str) -> None:
+        """Type a text."""
+        os.write(self._master, text.encode())
+
     def press_ctrl_c(self) -> None:
         """Press Ctrl-C: SIGINT for the whole foreground group."""
         os.write(self._master, b"\x03")

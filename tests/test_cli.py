@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from raytune_llama.cli import VERBS, default_config
+from raytune_llama import __version__
+from raytune_llama.cli import VERBS
+from raytune_llama.config.command_line import default_config
 from raytune_llama.config.errors import UserError
 from raytune_llama.serve.config import expand_model_dir
 
@@ -55,7 +57,19 @@ def test_help_of_a_section_shows_that_section_alone() -> None:
     assert "no section 'optym'" in raytune("pretrain", "--help", "optym").stderr
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "sft", "sweep", "prepare-data", "expand-vocab"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "pretrain",
+        "sft",
+        "sweep",
+        "prepare-data",
+        "expand-vocab",
+        "generate",
+        "make-data",
+        "evaluate",
+    ],
+)
 def test_typo_in_an_override_of_a_default_config_exits_2(verb: str) -> None:
     done = raytune(verb, "no_such_field=1")
     assert done.returncode == 2
@@ -118,6 +132,7 @@ def test_wheel_in_an_empty_environment_has_the_command_and_its_configs(tmp_path:
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"raytune_llama-{__version__}-")
     install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)]
     subprocess.run(install, check=True)
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")

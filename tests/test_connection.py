@@ -1,7 +1,10 @@
 """How a job connects to Ray."""
 
+import os
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,3 +25,30 @@ def test_workers_start_from_a_python_whose_path_has_a_space(
     command = f"exec {environment['py_executable']} -c 'print(6 * 7)'"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout == "42\n"
+
+
+@pytest.mark.ray
+def test_address_of_a_killed_cluster_is_named_and_a_local_one_is_started() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    code = (
+        "import logging, ray; logging.basicConfig()\n"
+        "from raytune_llama.connection import connect_to_ray\n"
+        "with connect_to_ray(): print(len(ray.nodes()), 'node')"
+    )
+    # Not in pytest's folder, whose path is too long for Ray's sockets.
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}")
+        environment = {**os.environ, "RAY_TMPDIR": folder}
+        environment.pop("RAY_ADDRESS", None)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=120,
+            check=False,
+        )
+    assert "1 node" in done.stdout, done.stderr
+    assert f"the cluster at 127.0.0.1:{port} that was started here does not answer" in done.stderr

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -32,8 +33,12 @@ class LocalNodes:
             "RAYTUNE_CLUSTER_DASHBOARD_PORT": str(_free_port()),
         }
 
-    def run(self, *arguments: str, status: int = 0) -> str:
+    def run(
+        self, *arguments: str, status: int = 0, variables: Mapping[str, str] | None = None
+    ) -> str:
         """Call the script from another folder; return what it printed.
+
+        `variables` are added to its environment, which is that of the nodes that it starts.
 
         Raises:
             RuntimeError: its exit status is another one.
@@ -41,7 +46,7 @@ class LocalNodes:
         done = subprocess.run(
             [str(REPOSITORY / "cluster" / "local.sh"), *arguments],
             cwd="/",
-            env=self._environment,
+            env={**self._environment, **(variables or {})},
             capture_output=True,
             text=True,
             timeout=TIMEOUT_SECONDS,

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from raytune_llama.model.config import LoraConfig
+from raytune_llama.model.lora import attach_adapter
 from raytune_llama.tokenizer.loader import load_tokenizer
 
 LICENCE = Path(__file__).resolve().parents[2] / "LICENSE"
@@ -73,3 +75,22 @@ def generate(
             pad_token_id=0,
         )
     return told[:, longest:].tolist()
+
+
+def write_random_adapter(model_dir: Path, target: Path, *, seed: int) -> Path:
+    """Write an adapter of rank 8 on all linear layers with small random weights; return its place.
+
+    Args:
+        model_dir: directory of the base model.
+        target: directory of the adapter.
+        seed: of the weights.
+    """
+    tuned = attach_adapter(load_reference(model_dir), LoraConfig(rank=8, alpha=0.02), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.02, generator=generator)
+    tuned.save_pretrained(str(target))
+    load_tokenizer(model_dir).save_pretrained(target)
+    return target

@@ -10,6 +10,8 @@ Field names are matched ignoring case and surrounding spaces and colons: real fi
 of a field hold different values, or if it has a field that may carry meaning and is not used; see
 `row_fields`. Aliased and ignored fields are counted by name.
 
+Rows of prompts, which `read_prompt` reads, need no answer; one that they have is kept apart.
+
 A turn marked with a `weight`, `train` or `loss` of 0 or false is not learned, nor is an answer in a
 `prompt` that is a list of messages.
 """
@@ -20,7 +22,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeGuard
 
 from raytune_llama.chat.config import FieldName, FormatName, RepairConfig
-from raytune_llama.chat.conversations import Conversation, Defect, describe_type, find_defect
+from raytune_llama.chat.conversations import (
+    Conversation,
+    Defect,
+    describe_type,
+    find_defect,
+    find_prompt_defect,
+)
 from raytune_llama.chat.repairs import NO_REPAIRS, repair
 from raytune_llama.chat.row_fields import DefectError, KeyCounts, RowFields, is_metadata
 from raytune_llama.chat.tools import ChatMessage, ToolCall, join_tool_messages
@@ -76,6 +84,18 @@ class RowFormat:
     """Names of fields to ignore, as `plain_name` returns them."""
     repairs: RepairConfig = NO_REPAIRS
     """Repairs of conversations with defects."""
+    needs_answer: bool = True
+    """Whether a row without an answer is refused; false for prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """A row as a prompt."""
+
+    conversation: Conversation
+    """The conversation before the answer."""
+    reference: str | None
+    """Answer that the row has; None if it has none."""
 
 
 def detect_row_format(
@@ -101,6 +121,15 @@ def detect_row_format(
     return None
 
 
+def detect_prompt_format(
+    row: Mapping[str, Any], columns: Mapping[FieldName, str] | None = None
+) -> FormatName | None:
+    """Return the format of a row that need not have an answer; see `detect_row_format`."""
+    fields = RowFields(row, KeyCounts(), columns=columns)
+    is_prompt = fields.has("prompt") or fields.has("input")
+    return detect_row_format(row, columns) or ("completion" if is_prompt else None)
+
+
 def describe_columns(row: Mapping[str, Any]) -> str:
     """Return the columns of a row in no known format, and how a config would name them."""
     listed = f"the columns are {', '.join(map(repr, row)) or 'none'}"
@@ -123,20 +152,48 @@ def read_row(
         row_format: Format of the row, and how to read it.
         counts: Counts of field names, updated in place.
     """
-    fields = RowFields(row, counts, ignored=row_format.ignored, columns=row_format.columns)
     try:
-        if row_format.name in ("conversations", "messages"):
-            read = _read_turns(fields, row_format, counts)
-        elif row_format.name == "alpaca":
-            read = _read_alpaca(fields, row_format, counts)
-        else:
-            read = _read_completion(fields, row_format, counts)
-        is_flat = row_format.name in ("alpaca", "completion")
-        fields.finish((is_flat and fields.read_texts()) or read.texts)
+        read = _read(row, row_format, counts)
     except DefectError as error:
         return error.defect
     read = repair(read, row_format.repairs, counts.repaired)
     return find_defect(read) or read
+
+
+def read_prompt(
+    row: Mapping[str, Any], row_format: RowFormat, counts: KeyCounts
+) -> PromptRow | Defect:
+    """Return a row as a prompt for its last answer, or its defect.
+
+    An answer at the end is the reference. Without one, the conversation is the prompt as it is.
+
+    Args:
+        row: A JSON object.
+        row_format: Format of the row, and how to read it; its repairs are not used.
+        counts: Counts of field names, updated in place.
+    """
+    try:
+        read = _read(row, replace(row_format, needs_answer=False), counts)
+    except DefectError as error:
+        return error.defect
+    reference = None
+    if read.turns and read.turns[-1].role == "assistant":
+        reference = read.turns[-1].content
+        read = replace(read, turns=read.turns[:-1])
+    return find_prompt_defect(read) or PromptRow(read, reference)
+
+
+def _read(row: Mapping[str, Any], row_format: RowFormat, counts: KeyCounts) -> Conversation:
+    fields = RowFields(row, counts, ignored=row_format.ignored, columns=row_format.columns)
+    if row_format.name in ("conversations", "messages"):
+        read = _read_turns(fields, row_format, counts)
+    elif row_format.name == "alpaca":
+        read = _read_alpaca(fields, row_format, counts)
+    else:
+        read = _read_completion(fields, row_format, counts)
+    is_flat = row_format.name in ("alpaca", "completion")
+    fields.finish((is_flat and fields.read_texts()) or read.texts)
+    return read
 
 
 def write_row(conversation: Conversation, row_format: FormatName) -> dict[str, Any] | Defect:
@@ -182,9 +239,15 @@ def _written_turns(conversation: Conversation, row_format: FormatName) -> list[d
 
 def _read_alpaca(fields: RowFields, row_format: RowFormat, counts: KeyCounts) -> Conversation:
     user = _with_input(fields, fields.text(fields.aliases("instruction")), row_format)
-    answer = fields.text(fields.aliases("output"))
-    said = [ChatMessage("user", user), ChatMessage("assistant", answer)]
+    said = [ChatMessage("user", user)]
+    if _has_answer(fields, "output", row_format):
+        said.append(ChatMessage("assistant", fields.text(fields.aliases("output"))))
     return _conversation(fields, row_format, counts, said)
+
+
+def _has_answer(fields: RowFields, name: FieldName, row_format: RowFormat) -> bool:
+    """Whether to read the column of a row's answer, which a prompt may lack or leave empty."""
+    return row_format.needs_answer or fields.optional(fields.aliases(name)) is not None
 
 
 def _read_completion(fields: RowFields, row_format: RowFormat, counts: KeyCounts) -> Conversation:
@@ -192,7 +255,7 @@ def _read_completion(fields: RowFields, row_format: RowFormat, counts: KeyCounts
     aliases = fields.aliases("prompt")
     if not fields.has("prompt"):
         aliases = fields.aliases("input")
-    prompt, answer = fields.value(aliases), fields.column("completion")
+    prompt = fields.value(aliases)
     said: list[ChatMessage] = []
     system: str | None = None
     if holds_messages(prompt):
@@ -204,6 +267,9 @@ def _read_completion(fields: RowFields, row_format: RowFormat, counts: KeyCounts
         if fields.has("prompt"):
             text = _with_input(fields, text, row_format)
         said = [ChatMessage("user", text)]
+    if not _has_answer(fields, "completion", row_format):
+        return _conversation(fields, row_format, counts, said, system)
+    answer = fields.column("completion")
     if holds_messages(answer):
         late, answers = _read_messages(answer, row_format, counts)
         if late is not None:

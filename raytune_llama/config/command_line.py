@@ -36,6 +36,8 @@ _OUTPUTS_BY_INPUT: Final = {
 A new model may use an existing store of the same tokenizer; another tokenizer makes it stale.
 """
 
+_PACKAGE: Final = Path(__file__).parents[1]
+
 _WITHOUT_OUTPUT: Final = ("plan", "preview")
 """Fields that, if true, make a job print something and write nothing."""
 
@@ -49,6 +51,12 @@ _KINDS: Final = (*_KINDS_BY_TYPE.values(), _VALUE)
 """What a job says of a field of another job's config."""
 
 _MAX_FIELDS: Final = 3  # named per kind
+
+
+def default_config(name: str) -> Path:
+    """Return a config that ships with the package, in a checkout or in an installed wheel."""
+    packaged = _PACKAGE / "configs" / name
+    return packaged if packaged.is_file() else _PACKAGE.parent / "jobs" / "configs" / name
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -15,6 +15,7 @@ A file and overrides, nothing else: no includes, no interpolation, no environmen
 mistake of both is reported at once, in one `ConfigError`. How YAML is read is in `yaml12.py`.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -50,6 +51,29 @@ class ConfigError(UserError):
 
     def __str__(self) -> str:
         return "\n".join(self.problems)
+
+
+@contextlib.contextmanager
+def renamed_fields(names: Mapping[str, str]) -> Iterator[None]:
+    """Name other fields in the errors of the block, for a config that is made from another one.
+
+    Args:
+        names: field of the made config -> field of the user's config.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        problems = [rename_fields(problem, names) for problem in error.problems]
+        raise ConfigError(problems) from error
+    except UserError as error:
+        raise type(error)(rename_fields(str(error), names)) from error
+
+
+def rename_fields(text: str, names: Mapping[str, str]) -> str:
+    """Return a message with other names of fields; see `renamed_fields`."""
+    for field, name in names.items():
+        text = text.replace(field, name)
+    return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,16 +149,27 @@ def load(
     if "-h" in argv or "--help" in argv:
         sys.stdout.write(_help_text(cls, argv, default, program or Path(sys.argv[0]).name))
         raise SystemExit(0)
-    data, problems = read_arguments(argv, default=default, program=program)
+    data, problems = read_arguments(argv, default=default, program=program, cls=cls)
     if data is None:
         raise ConfigError(problems)
     return _validate(cls, data, problems)
 
 
 def read_arguments(
-    argv: Sequence[str], *, default: Path | None = None, program: str | None = None
+    argv: Sequence[str],
+    *,
+    default: Path | None = None,
+    program: str | None = None,
+    cls: type[Any] | None = None,
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Read a config as `load` does, but as plain data that is not validated.
+
+    Args:
+        argv: Arguments without the program's name.
+        default: File to read if `argv` names none; None means an empty config.
+        program: What the usage line calls the program; None: the name of the script.
+        cls: Root settings class, if it is known: an override may replace a number by a mapping
+            where the class allows both.
 
     Returns:
         The data, None if the file could not be read, and the mistakes that are found without a
@@ -150,8 +185,9 @@ def read_arguments(
         problems += command_line.check_mixing(data, default, argv, program or sys.argv[0])
     # A file that could not be read lacks every field; the overrides are still checked for form.
     target = {} if data is None else data
+    known = frozenset[str]() if cls is None else _known_paths(cls)
     for argument in overrides:
-        problems += _apply_argument(target, argument)
+        problems += _apply_argument(target, argument, known)
     return data, problems
 
 
@@ -205,7 +241,10 @@ def override(config: T, values: Mapping[str, Any]) -> T:
         ConfigError: All mistakes, unknown paths and broken relations included.
     """
     data = to_dict(config)
-    problems = [problem for path, value in values.items() for problem in _put(data, path, value)]
+    known = _known_paths(type(config))
+    problems = [
+        problem for path, value in values.items() for problem in _put(data, path, value, known)
+    ]
     return _validate(type(config), data, problems)
 
 
@@ -278,7 +317,7 @@ def _validate(cls: type[T], data: Mapping[str, Any], problems: list[str]) -> T:
     return config
 
 
-def _apply_argument(data: dict[str, Any], argument: str) -> list[str]:
+def _apply_argument(data: dict[str, Any], argument: str, known: frozenset[str]) -> list[str]:
     """Put one `a.b=c` into plain data; return what is wrong with it."""
     path, equals, text = argument.partition("=")
     if not equals or not path or path.startswith("-"):
@@ -288,13 +327,18 @@ def _apply_argument(data: dict[str, Any], argument: str) -> list[str]:
     value, problems = yaml12.read_value(text)
     if problems:
         return [f"{path}: {problem}" for problem in problems]
-    return _put(data, path, value)
+    return _put(data, path, value, known)
 
 
-def _put(data: dict[str, Any], path: str, value: object) -> list[str]:
+def _known_paths(cls: type[Any]) -> frozenset[str]:
+    return frozenset(path for path, _ in fields.walk_fields(cls))
+
+
+def _put(data: dict[str, Any], path: str, value: object, known: frozenset[str]) -> list[str]:
     """Set the value at a dotted path of plain data, making mappings on the way.
 
-    A key of a mapping may contain dots: the rest of the path may be an existing key.
+    A key of a mapping may contain dots: the rest of the path may be an existing key. A number where
+    a mapping with the `known` path may be, as in `scale.num_workers.min`, is replaced by one.
     """
     *parents, last = path.split(".")
     here: Any = data
@@ -307,7 +351,9 @@ def _put(data: dict[str, Any], path: str, value: object) -> list[str]:
         key, problem = _key_in(here, part, seen, path)
         if problem:
             return [problem]
-        if isinstance(here, dict) and here.get(key) is None:
+        if isinstance(here, dict) and (
+            here.get(key) is None or (path in known and not isinstance(here[key], dict | list))
+        ):
             here[key] = {}
         here = here[key]
     key, problem = _key_in(here, last, ".".join(parents), path)

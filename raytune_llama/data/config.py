@@ -109,7 +109,8 @@ class PrepareConfig:
     """Settings of the `prepare_data` job that do not depend on what its rows are."""
 
     tokenizer: str
-    """Directory of a tokenizer, or of a model that includes one."""
+    """Directory of a tokenizer, or of a model that includes one: local, `s3://...` or `gs://...`,
+    or on the hub, `hf://org/name[@revision]`."""
     rows: Literal["auto", "text", "conversations"] = "auto"
     """What the rows of `data.sources` are. `auto`: conversations if `data` has a field that only
     conversations have, such as `chat` or `validation`, or if its fields fit both and the first row

@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 
 from raytune_llama.chat.conversations import Conversation, Defect
 from raytune_llama.chat.formats import write_row
-from raytune_llama.config.settings import ConfigError, to_dict
+from raytune_llama.config.settings import ConfigError, override, to_dict
 from raytune_llama.data.build.text_corpus import choose_splits
 from raytune_llama.data.config import ConvertDataConfig, DevSplit
 from raytune_llama.data.readers.conversations import (
@@ -30,6 +30,7 @@ from raytune_llama.data.readers.conversations import (
 )
 from raytune_llama.data.readers.rows import BadRow, SourceError
 from raytune_llama.data.readers.sources import SourceFile
+from raytune_llama.storage.directories import pin_source_fields
 from raytune_llama.storage.files import publish_directory, write_json_atomic
 from raytune_llama.storage.hashes import hash_file
 from raytune_llama.storage.place import local_path
@@ -64,6 +65,8 @@ def convert_data(config: ConvertDataConfig) -> Conversion:
     target = local_path(config.target, "target")
     if target.exists():
         raise ConfigError([f"target: {target} exists; delete it or choose another directory"])
+    paths = (source.path for source in config.sources)
+    config = override(config, pin_source_fields(paths, "sources"))
     sources = find_conversation_files(config.sources)
     counts = ConversationCounts()
     with publish_directory(target) as folder:

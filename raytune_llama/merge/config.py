@@ -17,11 +17,13 @@ class MergeConfig:
     """A base, the adapters to merge into it, and the output."""
 
     base: str
-    """Hugging Face model directory that the first adapter was trained on."""
+    """Hugging Face model directory that the first adapter was trained on: local, `s3://...` or
+    `gs://...`, or a model on the hub, `hf://org/name[@revision]`."""
     adapters: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Adapter directories, in the order in which they were trained."""
+    """Adapter directories, in the order in which they were trained; where `base` may be."""
     target: str
-    """Directory to create; it must not exist, or must be empty."""
+    """Directory to create, local or `s3://...` or `gs://...`; it must not exist, or must be
+    empty. In a bucket it is complete once it has a `manifest.json`, which is uploaded last."""
     output_format: Literal["huggingface", "pth", "gguf"] = "huggingface"
     """Output: a Hugging Face model directory, Meta's .pth shards, or a GGUF file for llama.cpp."""
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
@@ -61,6 +63,12 @@ class MergeConfig:
             problems.append(
                 f"verify: logits are computed by transformers, which cannot read "
                 f"{self.output_format}; verify a merge to huggingface: the weights are the same"
+            )
+        if self.num_workers > 1 and "://" in self.target:
+            problems.append(
+                f"num_workers: got {self.num_workers}, but a result for a bucket is written on "
+                "this machine's disk first, which other nodes do not see; set it to 1, or merge to "
+                "a folder that all nodes mount"
             )
         if self.verify_text is not None and self.verify != "logits":
             problems.append("verify_text: is only for verify=logits; set that, or remove it")

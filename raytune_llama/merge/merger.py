@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from transformers import LlamaConfig
 
 import raytune_llama
 from raytune_llama.config.errors import UserError
+from raytune_llama.config.settings import ConfigError, override, to_dict
 from raytune_llama.merge.config import MergeConfig
 from raytune_llama.merge.export import (
     ExportResult,
@@ -36,13 +36,18 @@ from raytune_llama.model.lineage import (
     CHAT_KEY,
     TEXT_KEY,
     TOKENIZER_KEY,
+    TRACKERS_KEY,
     find_chat_template,
     find_text_start,
+    find_trackers,
 )
 from raytune_llama.model.meta.layout import build_meta_params, check_target, count_published_shards
 from raytune_llama.model.meta.to_meta import plan_meta, plan_tokenizer
 from raytune_llama.model.tensors import TensorSpec
-from raytune_llama.storage.files import OUTPUT_MANIFEST, publish_directory, sync, write_json_atomic
+from raytune_llama.storage.directories import fetch_directory, fetched, pin_directory
+from raytune_llama.storage.files import OUTPUT_MANIFEST, sync, write_json_atomic
+from raytune_llama.storage.place import Place, check_place, check_writable
+from raytune_llama.storage.transfers import is_published, publish_place
 from raytune_llama.tokenizer.loader import hash_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -61,8 +66,9 @@ def merge_adapters(config: MergeConfig) -> None:
             the format cannot hold the model, or the target is not empty; nothing is written.
         AssertionError: Verification failed; nothing is written.
     """
-    target = Path(config.target)
-    check_target(target)
+    target = Place.parse(config.target, "target")
+    _check_target(target)
+    config = _pin(config)
     plan = _open_plan(config)
     check_adapters(plan)
     export = _prepare(config, plan)
@@ -72,7 +78,7 @@ def merge_adapters(config: MergeConfig) -> None:
         load_comparison_ids(plan.tokenizer_dir, config.verify_text, lineage) if is_sampled else None
     )
     inputs = plan.hash_inputs()
-    with publish_directory(target) as folder:
+    with publish_place(target, last=OUTPUT_MANIFEST, entry="config.json") as folder:
         exported = export(folder)
         changed, tokenizer_dir = exported.num_changed, plan.tokenizer_dir
         if not changed:
@@ -89,10 +95,54 @@ def merge_adapters(config: MergeConfig) -> None:
             LINEAGE_KEY: describe_merge(plan.base_dir, plan.adapters),
             CHAT_KEY: chat[1] if chat else None,
             TEXT_KEY: find_text_start(lineage),
+            TRACKERS_KEY: find_trackers(lineage),
+            "config": to_dict(config),
             **exported.hashes,
         }
         write_json_atomic(folder / OUTPUT_MANIFEST, manifest)
     logger.info("%d of %d weights changed, all verified: %s", changed, len(plan.recipes), target)
+
+
+def _pin(config: MergeConfig) -> MergeConfig:
+    """Return a config whose paths mean the same on every node; fetch its inputs to this one.
+
+    Raises:
+        ConfigError: They can't be fetched.
+    """
+    paths = {"base": config.base}
+    paths |= {f"adapters.{number}": path for number, path in enumerate(config.adapters)}
+    problems: list[str] = []
+    pinned: dict[str, str] = {}
+    for field, path in paths.items():
+        try:
+            pinned[field] = pin_directory(path, field)
+            fetch_directory(pinned[field], field)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
+    return override(config, pinned)
+
+
+def _check_target(target: Place) -> None:
+    """Refuse a target that exists.
+
+    Raises:
+        ValueError: It is a directory with files, or a bucket can't be reached.
+    """
+    if target.is_local:
+        check_target(target.path)
+        return
+    problem = check_place(target, "target") or check_writable(target, "target")
+    if problem is not None:
+        raise UserError(problem)
+    if is_published(target, OUTPUT_MANIFEST):
+        raise UserError(f"target: {target} exists; delete it or choose another path")
+    if left := target.files(recursive=True):
+        raise UserError(
+            f"target: {target} has {len(left)} files but no {OUTPUT_MANIFEST}, as an interrupted "
+            "upload leaves them; delete them or choose another path"
+        )
 
 
 def _open_plan(config: MergeConfig) -> MergePlan:
@@ -103,7 +153,7 @@ def _open_plan(config: MergeConfig) -> MergePlan:
             return gguf_dtype(config.gguf_type or "f16", spec)
         return _DTYPES.get(config.dtype, spec.dtype)
 
-    return plan_merge(Path(config.base), [Path(path) for path in config.adapters], dtype_of)
+    return plan_merge(fetched(config.base), [fetched(path) for path in config.adapters], dtype_of)
 
 
 def _prepare(config: MergeConfig, plan: MergePlan) -> Callable[[Path], ExportResult]:
@@ -144,12 +194,6 @@ def _run_shards(
         return _run_here(config, plan, folder, files)
     from raytune_llama.merge.on_ray import run_on_ray
 
-    # Workers have another working directory.
-    config = replace(
-        config,
-        base=str(Path(config.base).absolute()),
-        adapters=tuple(str(Path(path).absolute()) for path in config.adapters),
-    )
     make = partial(_make_shard, config, folder.absolute())
     return run_on_ray(make, files, num_workers=config.num_workers)
 

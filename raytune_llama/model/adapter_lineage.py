@@ -274,7 +274,11 @@ def _check_named_base(base: Path, adapter: Adapter, field: str) -> str | None:
             f"weights are not those of {base}; set {field}={named}, or, if it is the same model, "
             "correct base_model_name_or_path"
         )
-    names = {base.name, _own_name(base).rpartition("/")[2]}
+    # A model of the hub lies in `models--ORG--NAME/snapshots/COMMIT` of its cache.
+    cached = [
+        one.name.rpartition("--")[2] for one in base.parents if one.name.startswith("models--")
+    ]
+    names = {base.name, _own_name(base).rpartition("/")[2], *cached}
     if other.name not in names:
         logger.warning(
             "%s names the base %s, which is not here: %s", adapter.path, named, unchecked
@@ -290,6 +294,26 @@ def _own_name(base: Path) -> str:
 def hash_weights(path: Path) -> dict[str, str]:
     """Return the hashes of the weight files of a model directory, by name."""
     return hash_files(sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]))
+
+
+def fingerprint_model(path: Path, like: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the hashes of a model's configuration and weight files, by file name.
+
+    Args:
+        path: Model directory.
+        like: Recorded fingerprint to compare with, whose algorithms to use; None: a new one.
+    """
+    return hash_files([path / "config.json", *sorted(path.glob("*.safetensors"))], like)
+
+
+def hash_adapter(adapter: Adapter, like: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the hashes of an adapter's settings and weights, by file name.
+
+    Args:
+        adapter: Adapter.
+        like: Recorded hashes to compare with, whose algorithms to use; None: new ones.
+    """
+    return hash_files([adapter.path / ADAPTER_CONFIG_FILE, adapter.file], like)
 
 
 def hash_files(files: Sequence[Path], like: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -68,11 +68,13 @@ class ModelConfig:
     """
 
     path: Annotated[str, Field(min_length=1), PLACEMENT]
-    """Directory of a Hugging Face causal LM with safetensors weights."""
+    """Directory of a Hugging Face causal LM with safetensors weights: local, `s3://...` or
+    `gs://...`, or a model on the hub, `hf://org/name[@revision]`. The latter are fetched once to
+    each node; a resumed run keeps the commit that its revision was at its start."""
 
     tokenizer: Annotated[str | None, PLACEMENT] = None
-    """Directory of the tokenizer; null: the one in `path`. It may have more tokens than that one
-    if the old ones keep their ids: the embeddings then grow."""
+    """Directory of the tokenizer, where `path` may be; null: the one in `path`. It may have more
+    tokens than that one if the old ones keep their ids: the embeddings then grow."""
 
     attention: Annotated[Literal["auto", "sdpa", "flash_attention_2"], PLACEMENT] = "auto"
     """Attention kernel. auto: FlashAttention 2 if installed, on CUDA in half precision; otherwise

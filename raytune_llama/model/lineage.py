@@ -28,6 +28,21 @@ TEXT_KEY = "text"
 """Manifest key of how the texts began that a model or adapter was trained on: `bos_id`, or null."""
 
 
+TRACKERS_KEY = "trackers"
+"""Manifest key of the tracked run that a model or adapter comes from: addresses by tracker."""
+
+
+def find_trackers(directories: Sequence[Path]) -> dict[str, Any]:
+    """Return the addresses in trackers of the last run that has one, by tracker; empty: none has.
+
+    Args:
+        directories: A base and its adapters, in the order of their training.
+    """
+    manifests = [read_manifest(directory) for directory in reversed(directories)]
+    found = next((one for each in manifests if (one := each.get(TRACKERS_KEY))), {})
+    return found if isinstance(found, dict) else {}
+
+
 def find_chat_template(directories: Sequence[Path]) -> tuple[Path, dict[str, Any]] | None:
     """Return the directory of the last recorded chat template, and the template; None if none is.
 

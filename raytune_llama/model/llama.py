@@ -22,6 +22,7 @@ from raytune_llama.model.loss import IGNORE_INDEX, summed_cross_entropy
 from raytune_llama.model.rope import apply_rope_settings, build_rope_settings
 from raytune_llama.model.tensors import SAFETENSORS, SAFETENSORS_INDEX, SafetensorsFile
 from raytune_llama.model.vocab import grow_embeddings, has_tokenizer
+from raytune_llama.storage.directories import fetched, published_name
 from raytune_llama.storage.files import read_json
 from raytune_llama.tokenizer.loader import load_tokenizer
 
@@ -144,7 +145,7 @@ def choose_attention(wanted: str, precision: Precision, device: torch.device) ->
 
 def model_settings(config: ModelConfig) -> dict[str, Any]:
     """Return the config.json fields in which a run's model differs from its base."""
-    own = AutoConfig.from_pretrained(config.path, local_files_only=True)
+    own = AutoConfig.from_pretrained(fetched(config.path), local_files_only=True)
     return build_rope_settings(own, config.rope_scaling)
 
 
@@ -161,11 +162,11 @@ def load_model(
     are stored in the wanted precision stay memory-mapped, so that the workers of a node share one
     copy until the engine moves or partitions them; the rest is converted, one copy per worker.
     """
-    attention = choose_attention(config.attention, precision, device)
-    changed = AutoConfig.from_pretrained(config.path, local_files_only=True)
+    attention, path = choose_attention(config.attention, precision, device), fetched(config.path)
+    changed = AutoConfig.from_pretrained(path, local_files_only=True)
     apply_rope_settings(changed, model_settings(config))
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        config.path,
+        path,
         config=changed,
         dtype=DTYPES[precision],
         # None selects SDPA, or the model's own code if it does not support SDPA (Bloom).
@@ -177,8 +178,11 @@ def load_model(
     )
     logger.info("attention: %s", model.config._attn_implementation)
     model.config.use_cache = False
-    if config.tokenizer is not None and has_tokenizer(Path(config.path)):
-        old, new = load_tokenizer(Path(config.path)), load_tokenizer(Path(config.tokenizer))
+    if str(path) != config.path:
+        # What an adapter's settings name as its base: not this node's copy.
+        model.name_or_path = published_name(config.path)
+    if config.tokenizer is not None and has_tokenizer(path):
+        old, new = load_tokenizer(path), load_tokenizer(fetched(config.tokenizer))
         grow_embeddings(model, old, new)
     if config.quantization is not None:
         from raytune_llama.model.quantized_layers import quantize_base
@@ -225,7 +229,9 @@ class SummedLoss(nn.Module):
             each.kind is inspect.Parameter.VAR_KEYWORD for each in accepted.values()
         )
 
-    def forward(self, ids_BT: Tensor, positions_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    def forward(
+        self, ids_BT: Tensor, positions_BT: Tensor, labels_BT: Tensor, *, by_row: bool = False
+    ) -> Tensor:
         """Return the summed loss in nats of the labels that are not IGNORE.
 
         Args:
@@ -233,10 +239,14 @@ class SummedLoss(nn.Module):
             positions_BT: position of each token in its document. No attention mask is passed,
                 so the model isolates documents wherever positions restart.
             labels_BT: the id that follows each token, or IGNORE.
+            by_row: return one sum per row, (B), instead of one over all rows.
         """
         lm = causal_lm(self.model)
         hidden_BTD = self._hidden(lm, ids_BT, positions_BT)
         weight_VD = projection_weight(lm)
+        if by_row:
+            rows = zip(hidden_BTD, labels_BT, strict=True)
+            return torch.stack([summed_cross_entropy(row, weight_VD, own) for row, own in rows])
         return summed_cross_entropy(hidden_BTD.flatten(0, 1), weight_VD, labels_BT.flatten())
 
     def loss_from_logits(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
@@ -251,18 +261,23 @@ class SummedLoss(nn.Module):
             reduction="sum",
         )
 
+    def embed(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """Return the input embeddings, (B, T, D), in training with NEFTune's noise."""
+        embedded_BTD = causal_lm(self.model).get_input_embeddings()(ids_BT)
+        if self._neftune_alpha is None or not self.training:
+            return embedded_BTD
+        return add_noise(embedded_BTD, positions_BT, self._neftune_alpha)
+
     def _hidden(self, lm: PreTrainedModel, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
         """Return the last hidden states, (B, T, D)."""
         decoder = lm.get_decoder()
         options: dict[str, Any] = {"use_cache": False}
         if self._passes_positions:
             options["position_ids"] = positions_BT
-        alpha = self._neftune_alpha if self.training else None
-        if alpha is None and not isinstance(decoder, BloomModel):
+        is_noisy = self.training and self._neftune_alpha is not None
+        if not is_noisy and not isinstance(decoder, BloomModel):
             return decoder(input_ids=ids_BT, **options).last_hidden_state
-        embedded_BTD = lm.get_input_embeddings()(ids_BT)
-        if alpha is not None:
-            embedded_BTD = add_noise(embedded_BTD, positions_BT, alpha)
+        embedded_BTD = self.embed(ids_BT, positions_BT)
         if isinstance(decoder, BloomModel):
             return run_bloom(decoder, embedded_BTD, positions_BT)
         return decoder(inputs_embeds=embedded_BTD, **options).last_hidden_state

@@ -26,6 +26,7 @@ from raytune_llama.serve.config import (
 )
 from raytune_llama.serve.gateway import GATEWAY_NAME, NUM_GATEWAYS, GatewayReplica
 from raytune_llama.serve.http.keys import ApiKeys, keys_from_environment
+from raytune_llama.serve.model_paths import pin_models
 from raytune_llama.serve.proxy import check_exposure, proxy_host, read_key_hashes
 from raytune_llama.serve.rate_limiter import bind_rate_limiter
 from raytune_llama.serve.replica import ModelReplica
@@ -88,6 +89,7 @@ def build_apps(config: ServeConfig) -> list[NamedApp]:
     Raises:
         ConfigError: see `build_app`.
     """
+    config = pin_models(config)
     if len(config.models) == 1:
         return [NamedApp(APP_NAME, "/", build_app(config))]
     front = GatewayConfig(
@@ -118,7 +120,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         ConfigError: there are several models, the keys file is invalid, the running proxy is
             reachable from other hosts without API keys, or a path is not a model directory.
     """
-    model, *others = config.models
+    _, *others = config.models
     if others:
         raise ConfigError(
             [
@@ -128,6 +130,8 @@ def build_app(config: ServeConfig) -> serve.Application:
             ]
         )
     built_with = _check_keys(config.keys_file)
+    config = pin_models(config)
+    model = config.models[0]
     problems = check_model_path(model.path, may_be_remote=True)
     if problems:
         raise ConfigError([f"models.0.path: {text}" for text in problems])
@@ -185,6 +189,11 @@ def _model_deployment(replicas: ReplicaConfig) -> serve.Deployment:
         # A model that can't be loaded will not load on the twentieth retry either.
         max_constructor_retry_count=3,
         max_surge_percent=100 if replicas.surge else 0,
-        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": int(replicas.use_gpu)},
+        ray_actor_options={
+            "num_cpus": replicas.cpus,
+            "num_gpus": int(replicas.use_gpu),
+            "accelerator_type": replicas.accelerator_type,
+            "label_selector": replicas.label_selector or None,
+        },
     )
     return deployment

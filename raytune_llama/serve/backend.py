@@ -1,9 +1,14 @@
-"""A model in this process with its engine and adapters: a `routes.ModelBackend`."""
+"""A model in this process with its engine and adapters.
+
+`start_model` loads one and starts its engine, for any job. `LoadedModel` is a replica's, with a
+pool of adapters: a `routes.ModelBackend`.
+"""
 
 import logging
 import os
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +32,7 @@ from raytune_llama.serve.generation.output import OutputDelta, Stream
 from raytune_llama.serve.protocol.chat import ChatRequest
 from raytune_llama.serve.protocol.completions import CompletionRequest
 from raytune_llama.serve.protocol.embeddings import EmbeddingRequest
+from raytune_llama.storage.directories import fetched
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +44,7 @@ _CPU_CACHE_SHARE = 4
 """vLLM's cache of keys and values takes at most one part of so many of a CPU machine's memory."""
 
 
-def _start_vllm(model: ServedModelConfig, replicas: ReplicaConfig) -> "_Started":
+def _start_vllm(model: ServedModelConfig, replicas: ReplicaConfig) -> "StartedModel":
     """Start a vLLM engine, which loads the model."""
     if model.precision == "auto" and not replicas.use_gpu:
         model = replace(model, precision="fp32")
@@ -51,7 +57,7 @@ def _start_vllm(model: ServedModelConfig, replicas: ReplicaConfig) -> "_Started"
             _linear_layers(served.model),
         )
     engine = VllmEngine(
-        model.path,
+        str(fetched(model.path)),
         dtype=served.model.dtype,
         num_slots=replicas.slots,
         max_waiting=replicas.waiting,
@@ -63,7 +69,7 @@ def _start_vllm(model: ServedModelConfig, replicas: ReplicaConfig) -> "_Started"
         cache_bytes=None if replicas.use_gpu else _cpu_cache_bytes(served, replicas.slots),
         adapters=adapters,
     )
-    return _Started(served, engine, None)
+    return StartedModel(served, engine, None)
 
 
 def _linear_layers(model: PreTrainedModel) -> tuple[str, ...]:
@@ -96,16 +102,79 @@ AttachCopy = Callable[[Hashable, ServedModel], Awaitable[None]]
 
 
 @dataclass(frozen=True)
-class _Started:
+class StartedModel:
     """A model and the engine that runs it."""
 
     served: ServedModel
+    """The model; on the meta device if the engine has loaded the weights itself."""
+
     engine: VllmEngine | TransformersEngine
+    """The running engine. Whoever has started it closes it."""
+
     attach_copy: AttachCopy | None
-    """None: the engine runs no copies."""
+    """Attaches a copy of the model with a merged adapter; None: the engine runs no copies."""
+
+    async def attach_adapter(
+        self, config: ServedModelConfig, folder: Path, key: Hashable
+    ) -> ServedModel:
+        """Load an adapter, attach it to the engine, and return the model that requests get with it.
+
+        Args:
+            config: config of the model, as given to `start_model`, with `adapters_dir`.
+            folder: local directory of the adapter.
+            key: unique key of the adapter, which requests to the engine name.
+
+        Raises:
+            UserError: the adapter is damaged, made for another base, or the engine can't run it.
+            EngineError: the engine has failed.
+        """
+        # Imports PEFT, which takes seconds.
+        from raytune_llama.serve.adapters.loading import AdapterLoader
+
+        loaded = AdapterLoader(config, self.served).load(folder, self.served.name)
+        if loaded.updates is not None:
+            await self.engine.attach(key, loaded.updates)
+        else:
+            assert self.attach_copy is not None, "the loader makes no copies"
+            await self.attach_copy(key, loaded.served)
+        return loaded.served
 
 
-def _start_own(model: ServedModelConfig, replicas: ReplicaConfig) -> _Started:
+def start_model(
+    model: ServedModelConfig,
+    replicas: ReplicaConfig,
+    *,
+    section: str = "replicas",
+    default_prefill_tokens: int = PREFILL_TOKENS,
+) -> StartedModel:
+    """Load a model into this process and start its engine.
+
+    Args:
+        model: settings of the model; `adapters_dir` makes room for adapters.
+        replicas: engine, device, threads and batch of the process.
+        section: where the config has the engine and the device, for error messages.
+        default_prefill_tokens: of our own engine, where the config has none.
+
+    Raises:
+        ConfigError: the model is incomplete or was tuned with another chat template, or the engine
+            can't be used.
+    """
+    torch.set_num_threads(max(1, int(replicas.cpus)))
+    chosen = choose_engine(
+        replicas.engine,
+        has_gpu=replicas.use_gpu and torch.cuda.is_available(),
+        build=find_vllm(),
+        section=section,
+    )
+    logger.info("model %s: using the %s engine", model.served_name, chosen)
+    if chosen == "vllm":
+        return _start_vllm(model, replicas)
+    return _start_own(model, replicas, replicas.prefill_tokens or default_prefill_tokens)
+
+
+def _start_own(
+    model: ServedModelConfig, replicas: ReplicaConfig, prefill_tokens: int
+) -> StartedModel:
     """Load a model into this process."""
     served = load_served_model(model, torch.device("cuda" if replicas.use_gpu else "cpu"))
 
@@ -115,7 +184,7 @@ def _start_own(model: ServedModelConfig, replicas: ReplicaConfig) -> _Started:
             num_slots=replicas.slots,
             max_context=served.max_context,
             num_tokens=len(served.tokenizer),
-            prefill_tokens=replicas.prefill_tokens or PREFILL_TOKENS,
+            prefill_tokens=prefill_tokens,
         )
 
     engine = TransformersEngine(make_stepper(served), max_waiting=replicas.waiting)
@@ -123,7 +192,7 @@ def _start_own(model: ServedModelConfig, replicas: ReplicaConfig) -> _Started:
     async def attach_copy(key: Hashable, served: ServedModel) -> None:
         await engine.attach_copy(key, make_stepper(served))
 
-    return _Started(served, engine, attach_copy)
+    return StartedModel(served, engine, attach_copy)
 
 
 class LoadedModel:
@@ -131,16 +200,7 @@ class LoadedModel:
 
     def __init__(self, model: ServedModelConfig, config: ServeConfig) -> None:
         """Load the model; reject a damaged one, or one tuned with another chat template."""
-        replicas = config.replicas
-        torch.set_num_threads(max(1, int(replicas.cpus)))
-        chosen = choose_engine(
-            replicas.engine,
-            has_gpu=replicas.use_gpu and torch.cuda.is_available(),
-            build=find_vllm(),
-        )
-        logger.info("model %s: using the %s engine", model.served_name, chosen)
-        start = _start_vllm if chosen == "vllm" else _start_own
-        started = start(model, replicas)
+        started = start_model(model, config.replicas)
         engine = started.engine
         self._engine: InferenceEngine = engine
         self._pool: AdapterPool | None = None

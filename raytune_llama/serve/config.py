@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from raytune_llama.chat.config import TemplateName
+from raytune_llama.config.node_selection import NodeSelection, check_node_selection
+from raytune_llama.config.paths import path_name
 from raytune_llama.config.settings import ConfigError, load, settings
 
 ProxyChoice = Literal["auto", "haproxy", "python"]
@@ -46,7 +48,8 @@ class ServedModelConfig:
     """A served model and how to load it."""
 
     path: Annotated[str, Field(min_length=1)]
-    """Model directory, as written by `jobs/merge.py`; safetensors only."""
+    """Model directory, as written by `jobs/merge.py`; safetensors only. Local, `s3://...` or
+    `gs://...`, or a model on the hub, `hf://org/name[@revision]`: replicas fetch the latter."""
 
     name: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^:\s]+$")] | None = None
     """Name of the model in requests; null: the directory's name. No colon: it separates the name
@@ -90,12 +93,13 @@ class ServedModelConfig:
     @property
     def served_name(self) -> str:
         """Name of the model in requests."""
-        return self.name or Path(self.path).resolve().name.replace(":", "-")
+        path = self.path if "://" in self.path else str(Path(self.path).resolve())
+        return self.name or path_name(path).replace(":", "-")
 
 
 @settings
-class ReplicaConfig:
-    """Replicas of a model, their autoscaling and their resources."""
+class ReplicaConfig(NodeSelection):
+    """Replicas of a model, their autoscaling, their resources and nodes."""
 
     min: Annotated[int, Field(ge=0)] = 1
     """Minimum number of replicas; 0: none when idle, and the next request waits for a start."""
@@ -141,8 +145,11 @@ class ReplicaConfig:
 
     @model_validator(mode="after")
     def _check(self) -> "ReplicaConfig":
+        problems = check_node_selection(self, use_gpu=self.use_gpu)
         if self.min > self.max:
-            raise ConfigError([f"min: got {self.min}, more than max, {self.max}"])
+            problems.append(f"min: got {self.min}, more than max, {self.max}")
+        if problems:
+            raise ConfigError(problems)
         return self
 
 
@@ -279,6 +286,8 @@ def check_model_path(path: str, *, may_be_remote: bool) -> list[str]:
         path: path of a model directory.
         may_be_remote: whether an absolute path may exist only on the replicas' nodes.
     """
+    if "://" in path:  # pinned before, and fetched by the replicas
+        return []
     folder = Path(path)
     if may_be_remote and folder.is_absolute() and not folder.exists():
         return []

@@ -21,6 +21,7 @@ from raytune_llama.config.settings import ConfigError
 from raytune_llama.connection import connect_to_ray
 from raytune_llama.logs import waiting
 from raytune_llama.serve.config import EndpointConfig, RequestLimits, check_model_path
+from raytune_llama.serve.model_paths import pin_models
 from raytune_llama.serve.proxy import (
     check_port,
     choose_proxy,
@@ -57,6 +58,7 @@ def serve_until_interrupted(config: EndpointConfig, announce: Callable[[str], ob
         UserError: The port is in use.
         KeyboardInterrupt: It was interrupted before it answered.
     """
+    config = pin_models(config)
     _check(config)
     with _connect(config), ThreadPoolExecutor(1) as background:
         # Ray Serve reads its environment when it is imported.

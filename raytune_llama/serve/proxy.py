@@ -182,8 +182,11 @@ def read_key_hashes(keys_file: str | None) -> ApiKeys:
 
 def proxy_host() -> str | None:
     """Return the host that Ray Serve's proxy listens on; None if it is not running."""
+    import ray
     from ray.serve.context import _get_global_client
 
+    if not ray.is_initialized():
+        return None  # asked for its client, Ray Serve would start or join a cluster
     client = _get_global_client(raise_if_no_controller_running=False)
     return None if client is None else client.http_config.host
 

@@ -1,12 +1,14 @@
 """Connect to object storage and upload objects: URI options, retries, credentials.
 
 Credentials come only from the vendor's own chain: the environment, its credentials file, or the
-machine's role.
+machine's role; for the Hugging Face Hub, from which datasets are only read, from HF_TOKEN.
 """
 
 import functools
+import os
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Literal
 from urllib.parse import parse_qsl
 
 import pyarrow as pa
@@ -17,6 +19,9 @@ REMOTE_OPTIONS = {
     "gs": {"endpoint_override", "scheme"},
 }
 """Supported schemes, and the query options of their URIs."""
+
+HUB_TOKEN_ENVIRONMENT = "HF_TOKEN"  # noqa: S105  # its name
+"""Environment variable with the token of the Hugging Face Hub, on every node that reads from it."""
 
 NUM_ATTEMPTS = 8
 """Number of attempts per S3 request, with backoff: it fails after about a minute."""
@@ -38,7 +43,7 @@ def connect(scheme: str, bucket: str, options: str) -> pafs.FileSystem:
     """Return the file system of a bucket, without a request to the bucket itself.
 
     Args:
-        scheme: `s3`, `gs`, or empty for the local disk.
+        scheme: `s3`, `gs`, `hf` for datasets on the hub, or empty for the local disk.
         bucket: Name of the bucket; empty for the local disk.
         options: Query string of the URI.
 
@@ -47,6 +52,8 @@ def connect(scheme: str, bucket: str, options: str) -> pafs.FileSystem:
     """
     if not scheme:
         return pafs.LocalFileSystem()
+    if scheme == "hf":
+        return _connect_hub()
     given = dict(parse_qsl(options))
     if scheme == "gs":
         return pafs.GcsFileSystem(**given, retry_time_limit=timedelta(seconds=RETRY_LIMIT_SECONDS))
@@ -65,6 +72,18 @@ def connect(scheme: str, bucket: str, options: str) -> pafs.FileSystem:
         background_writes=True,
         allow_delayed_open=False,
     )
+
+
+def _connect_hub() -> pafs.FileSystem:
+    """Return the hub as a file system; reading a range of a file requests no more than that."""
+    from huggingface_hub import HfFileSystem
+
+    return pafs.PyFileSystem(pafs.FSSpecHandler(HfFileSystem(token=hub_token())))
+
+
+def hub_token() -> str | Literal[False]:
+    """Return the hub's token of the environment; False: none, even if one is stored on the disk."""
+    return os.environ.get(HUB_TOKEN_ENVIRONMENT) or False
 
 
 def write_object(filesystem: pafs.FileSystem, key: str, data: pa.Buffer) -> None:

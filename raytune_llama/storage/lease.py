@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Self
 
 from raytune_llama.config.errors import UserError
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 LEASE_FOLDER = ".lease"
 _ATTEMPTS = 8
+_CAUSE_CHARACTERS = 2000
 
 
 class LeaseError(UserError):
@@ -80,6 +82,55 @@ def check_lease(run_dir: Place, number: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class LeaseState:
+    """The newest claim on a run directory, as its files show it."""
+
+    process: ProcessIdentity
+    """The driver that made the claim."""
+
+    released: bool
+    """Whether the driver has released the directory; a killed one has not."""
+
+    cause: str | None
+    """Error that the driver failed with; None: none, or it has not released the directory."""
+
+    @property
+    def is_held(self) -> bool | None:
+        """Whether the driver holds the directory; None: it is not visible from this machine."""
+        if self.released:
+            return False
+        has_exited = self.process.has_exited
+        return None if has_exited is None else not has_exited
+
+
+def read_lease(run_dir: Place) -> LeaseState | None:
+    """Return the newest claim on a run directory, without waiting for a heartbeat.
+
+    For people who look at a directory: whoever writes to it takes a `Lease`.
+
+    Args:
+        run_dir: directory of a run, a sweep or any other job.
+
+    Returns:
+        The claim; of several with the same number, one that may be held. None without a claim.
+
+    Raises:
+        UserError: a claim is not of the form that this release writes.
+        OSError: the directory cannot be reached.
+    """
+    found: list[LeaseState] = []
+    for claim, says in _top_claims(run_dir).items():
+        if says is None:
+            continue
+        try:
+            process = ProcessIdentity.from_json(says["process"])
+            found.append(LeaseState(process, bool(says["released"]), says.get("cause")))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{claim}: not a claim of a driver ({error!r})") from error
+    return min(found, key=lambda state: state.is_held is False, default=None)
+
+
 class Lease:
     """A driver's claim on a run directory within a `with` block; held once `confirm` returns."""
 
@@ -126,13 +177,18 @@ class Lease:
             f"{self._times.settle_seconds:g} s; check the storage"
         )
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._closed.set()
         self._thread.join()
         if self._is_confirmed:
             if self._lost is None:
                 # Kept, since the next holder's number must be higher.
-                self._write(released=True)
+                self._write(released=True, cause=_describe_failure(error))
         else:
             self._place.delete()
         self._clear()
@@ -177,12 +233,11 @@ class Lease:
     def _place(self) -> Place:
         return _folder(self._run_dir) / f"{self._number:08d}-{self._owner}.json"
 
-    def _write(self, *, released: bool = False) -> None:
+    def _write(self, *, released: bool = False, cause: str | None = None) -> None:
         self._heartbeats += 1
         process = ProcessIdentity.current().to_json()
-        self._place.write_json(
-            {"process": process, "beats": self._heartbeats, "released": released}
-        )
+        claim = {"process": process, "beats": self._heartbeats, "released": released}
+        self._place.write_json({**claim, "cause": cause})
 
     def _wait_for_holder(self) -> dict[Place, dict[str, Any] | None]:
         """Return the newest claims once none of them belongs to a live holder.
@@ -255,6 +310,14 @@ def _is_held(claim: dict[str, Any] | None) -> bool:
     if claim is None or claim["released"]:
         return False
     return ProcessIdentity.from_json(claim["process"]).has_exited is not True
+
+
+def _describe_failure(error: BaseException | None) -> str | None:
+    """Return the error that ends a driver, for people; None if it was only interrupted."""
+    if error is None or not isinstance(error, Exception):
+        return None
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return text[:_CAUSE_CHARACTERS]
 
 
 def _name(claim: dict[str, Any] | None) -> str:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -33,6 +34,8 @@ from raytune_llama.storage.files import (
 from raytune_llama.storage.hashes import Hasher, show_hash
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
+_NEAR_SCHEME = re.compile(r"^(s3[an]?|gcs|gs|hf|https?|file):(?!//)/*", re.IGNORECASE)
+_HUB = "hf"
 _COPY_BYTES = 8 * 2**20
 _SERVER_COPY_BYTES = 5 * 2**30  # limit of a server-side copy on S3
 
@@ -52,7 +55,7 @@ class Place:
     """Path of a file or folder; hashable and picklable. `str()` gives it as a user writes it."""
 
     scheme: str
-    """`s3`, `gs`, or empty for a local path."""
+    """`s3`, `gs`, `hf` for a dataset on the hub, which is only read, or empty for a local path."""
     key: str
     """Absolute path, or `bucket/key`; without a slash at its end."""
     options: str = ""
@@ -74,14 +77,21 @@ class Place:
         """
         if not text.strip():
             raise UserError(f"{field}: got an empty path; wanted a file or folder")
+        near = _NEAR_SCHEME.match(text)
+        if near:
+            scheme = near[1].lower()
+            raise UserError(
+                f"{field}: got {text!r}; a URI has two slashes after its scheme: "
+                f"{scheme}://{text[near.end() :]}"
+            )
         if not _SCHEME.match(text):
             return cls("", os.path.normpath(Path(text).expanduser().absolute()))
         parts = urlsplit(text)
-        known = REMOTE_OPTIONS.get(parts.scheme)
+        known = None if parts.scheme == _HUB else REMOTE_OPTIONS.get(parts.scheme)
         if known is None:
-            raise UserError(
-                f"{field}: got {text!r}; wanted a local path, s3://bucket/key or gs://bucket/key"
-            )
+            hub = "; only models and sources can be on the hub" if parts.scheme == _HUB else ""
+            wanted = f"a local path, s3://bucket/key or gs://bucket/key{hub}"
+            raise UserError(f"{field}: got {text!r}; wanted {wanted}")
         if "@" in parts.netloc:
             raise UserError(
                 f"{field}: contains a user name or password; remove it and put the credentials in "
@@ -350,6 +360,8 @@ class Place:
 
     def _status(self, info: pafs.FileInfo) -> FileStatus:
         size = int(info.size or 0)
+        if self.scheme == _HUB:
+            return FileStatus(size, info.path.split("/")[2])  # name@commit
         if not self.is_local:
             return FileStatus(size, str(info.mtime_ns))
         # A changed file can have its old size and mtime, but not its old ctime.
@@ -383,6 +395,25 @@ def check_place(place: Place, field: str) -> str | None:
     return f"{field}: {place}: there is no bucket {bucket.key}; create it, or use an existing one"
 
 
+def check_writable(place: Place, field: str) -> str | None:
+    """Return why nothing can be written below a place, or None; a file is written and deleted.
+
+    Args:
+        place: Place to check; it need not exist.
+        field: Config field that holds it, for the message.
+    """
+    probe = place / f".probe-{uuid.uuid4().hex}"
+    try:
+        probe.write_bytes(b"")
+        probe.delete()
+    except (OSError, pa.ArrowException) as error:
+        return (
+            f"{field}: {place} cannot be written to ({error}); check that this machine's "
+            "credentials allow write and delete access"
+        )
+    return None
+
+
 def local_path(text: str, field: str) -> Path:
     """Return a configured path as an absolute local one.
 
@@ -399,3 +430,28 @@ def local_path(text: str, field: str) -> Path:
             "that every node mounts and set that path"
         )
     return Place.parse(text, field).path
+
+
+def is_url(text: str) -> bool:
+    """Whether a configured path has a scheme, such as `s3://`; else it is a local one."""
+    return _SCHEME.match(text) is not None
+
+
+def is_submitted_job() -> bool:
+    """Whether this process is the driver of a job that was submitted to a cluster."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def check_run_dir(run_dir: str) -> list[str]:
+    """Return why the driver can't keep its results in a directory; empty if it can.
+
+    Args:
+        run_dir: directory as the user wrote it.
+    """
+    is_absolute = "://" in run_dir or Path(run_dir).expanduser().is_absolute()
+    if not is_submitted_job() or is_absolute:
+        return []
+    return [
+        f"run_dir: {run_dir!r} is relative, and a submitted job's directory is deleted when the "
+        "job ends; give an absolute path"
+    ]

@@ -20,13 +20,15 @@ from raytune_llama.storage.place import Place
 
 
 @contextlib.contextmanager
-def publish_place(target: Place, last: str) -> Iterator[Path]:
+def publish_place(target: Place, last: str, entry: str | None = None) -> Iterator[Path]:
     """Build a directory that is complete only after the block has succeeded.
 
     Args:
         target: A local folder appears by a rename; in object storage the files are uploaded. Files
             of an earlier attempt are kept, unless a new file has the same name.
         last: File to upload last, relative to the folder; readers ignore a folder without it.
+        entry: File to upload just before it, if there is one: what other programs look for, so that
+            they see no folder of which files are missing either.
 
     Yields:
         An empty local folder to write into; removed if the block raises.
@@ -43,14 +45,16 @@ def publish_place(target: Place, last: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         yield folder
-        files = [path for path in folder.rglob("*") if path.is_file() and path != folder / last]
+        ends = [folder / name for name in (entry, last) if name and (folder / name).is_file()]
+        files = [path for path in folder.rglob("*") if path.is_file() and path not in ends]
 
         def upload(path: Path) -> None:
             (target / path.relative_to(folder).as_posix()).upload(path)
 
         with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
             list(pool.map(upload, sorted(files)))
-        upload(folder / last)
+        for path in ends:
+            upload(path)
 
 
 def is_published(target: Place, last: str) -> bool:
@@ -97,8 +101,15 @@ class Mirror:
                 self._temporary.cleanup()
 
 
+CACHE_ENVIRONMENT = "RAYTUNE_LLAMA_CACHE_DIR"
+"""Environment variable with a node's cache folder, on a disk of its own."""
+
+
 def default_cache_dir() -> Path:
-    """Return this node's default cache folder: `raytune_llama` in the user's cache folder."""
+    """Return this node's cache folder: that of `CACHE_ENVIRONMENT`, or one in the user's cache."""
+    chosen = os.environ.get(CACHE_ENVIRONMENT)
+    if chosen:
+        return Path(chosen).expanduser().absolute()
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "raytune_llama"
 

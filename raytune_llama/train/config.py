@@ -42,8 +42,8 @@ class TrainConfig:
     """Settings of a new adapter; null: `adapter` is trained further, or no adapter is trained."""
 
     adapter: Annotated[str | None, PLACEMENT] = None
-    """Directory of an adapter in PEFT's format to continue training, with its own settings; null:
-    start a new one."""
+    """Directory of an adapter in PEFT's format to continue training, with its own settings: local,
+    `s3://...` or `gs://...`, or on the hub, `hf://org/name[@revision]`; null: start a new one."""
 
     model: ModelConfig
     """Base model and tokenizer."""
@@ -162,15 +162,26 @@ class TrainConfig:
                 f"num_epochs: got {self.num_epochs}, but sources with weights have epochs of their "
                 "own; set max_steps, or drop the weights"
             )
-        num_workers, micro_batch = self.scale.max_workers, batch.micro_batch_sequences
-        if num_workers * micro_batch > batch.sequences_per_step:
-            field = "scale.num_workers.max" if self.scale.elastic_range else "scale.num_workers"
-            problems.append(
-                f"{field}: {num_workers} workers with micro-batches of {micro_batch} "
-                f"exceed batch.sequences_per_step, {batch.sequences_per_step}; use fewer "
-                "workers, smaller micro-batches or a larger step"
-            )
+        if self.scale.max_workers * batch.micro_batch_sequences > batch.sequences_per_step:
+            problems.append(self._describe_too_many_workers(batch))
         return problems
+
+    def _describe_too_many_workers(self, batch: BatchConfig) -> str:
+        """Return that a step has fewer micro-batches than there are workers, and what to set."""
+        num_workers, per_step = self.scale.max_workers, batch.sequences_per_step
+        micro_batch = batch.micro_batch_sequences
+        field = "scale.num_workers.max" if self.scale.elastic_range else "scale.num_workers"
+        remedies = [f"{field} to {per_step // micro_batch} at most"]
+        smaller = [n for n in range(1, per_step // num_workers + 1) if per_step % n == 0]
+        if smaller:
+            remedies.append(f"batch.micro_batch_sequences={smaller[-1]}")
+        remedies.append(
+            f"batch.sequences_per_step={num_workers * micro_batch}, which changes what is learned"
+        )
+        return (
+            f"{field}: {num_workers} workers with micro-batches of {micro_batch} exceed "
+            f"batch.sequences_per_step, {per_step}; set {', or '.join(remedies)}"
+        )
 
     @property
     def run_place(self) -> "Place":
@@ -205,6 +216,12 @@ class PretrainConfig(TrainConfig):
                 f"embeddings: train is {self.train}, which ignores these fields; remove them, or "
                 "set train=embeddings"
             )
+        problems += [
+            f"eval.tasks.{number}.chat_template: got true, but a pre-training run has no chat "
+            "template; set it to false"
+            for number, task in enumerate(self.eval.tasks)
+            if task.chat_template
+        ]
         return problems + self._check_steps(self.batch, self.data.sources)
 
     @property

@@ -28,6 +28,7 @@ from raytune_llama.model.table_rows import (
     read_table_sample,
 )
 from raytune_llama.model.vocab import VocabularyFit, is_tied
+from raytune_llama.storage.directories import fetched
 from raytune_llama.tokenizer.loader import control_token_ids
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig, SftConfig
 from raytune_llama.train.untrained_rows import frozen_tables, modules_to_save
@@ -80,7 +81,7 @@ def find_untrained_control_rows(
         tokenizer: tokenizer of the run.
         fit: the tokenizer against the model's rows.
     """
-    path = Path(config.model.path)
+    path = fetched(config.model.path)
     frozen = frozen_tables(config, model)
     if not frozen or not has_weights(path):
         return []

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 from raytune_llama.config.command_line import find_misfits
-from raytune_llama.config.settings import ConfigError, from_dict, load, read_arguments, to_dict
+from raytune_llama.config.settings import (
+    ConfigError,
+    from_dict,
+    load,
+    override,
+    read_arguments,
+    to_dict,
+)
 from raytune_llama.data.config import (
     AnyDataConfig,
     AnyPrepareConfig,
@@ -57,9 +64,13 @@ class Preparation:
         """Return the data settings that the run would use: a former default is kept if recorded."""
         if self.run is None:
             return self.config.data
+        from raytune_llama.storage.directories import pin_directory
         from raytune_llama.train.identity import keep_recorded_bos
 
-        return keep_recorded_bos(self.run, self.run.run_place).encoded_data
+        field = self.tokenizer_field
+        pinned = pin_directory(self.run.model.tokenizer_path, field)
+        run = override(self.run, {field: pinned})
+        return keep_recorded_bos(run, run.run_place).encoded_data
 
 
 def load_preparation(

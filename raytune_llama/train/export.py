@@ -14,14 +14,25 @@ from raytune_llama.chat.templates.choice import find_stop_ids
 from raytune_llama.config.settings import to_dict
 from raytune_llama.data.store.token_store import TokenStore
 from raytune_llama.model.adapter import Adapter
-from raytune_llama.model.adapter_config import ADAPTER_CONFIG_FILE
-from raytune_llama.model.adapter_lineage import LINEAGE_KEY, describe_training, hash_files
+from raytune_llama.model.adapter_lineage import (
+    LINEAGE_KEY,
+    describe_training,
+    fingerprint_model,
+    hash_adapter,
+)
 from raytune_llama.model.directory import write_token_settings, write_with_trained_tables
-from raytune_llama.model.lineage import CHAT_KEY, TEXT_KEY, TOKENIZER_KEY, find_text_start
+from raytune_llama.model.lineage import (
+    CHAT_KEY,
+    TEXT_KEY,
+    TOKENIZER_KEY,
+    TRACKERS_KEY,
+    find_text_start,
+)
 from raytune_llama.model.llama import DTYPES, causal_lm, model_settings
 from raytune_llama.model.lora import write_adapter
 from raytune_llama.model.rope import MODEL_SETTINGS_KEY
 from raytune_llama.model.vocab import new_ids
+from raytune_llama.storage.directories import fetched
 from raytune_llama.storage.files import OUTPUT_MANIFEST, write_json_atomic
 from raytune_llama.storage.hashes import hash_file
 from raytune_llama.storage.place import Place
@@ -31,13 +42,12 @@ from raytune_llama.train.checkpoint.initial_adapter import read_initial_factors
 from raytune_llama.train.checkpoint.layout import RunState
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.engines.protocol import TrainEngine
+from raytune_llama.train.monitoring.trackers.state import read_addresses
 from raytune_llama.train.process_group import ProcessGroup
+from raytune_llama.train.run_files import RUN_KEY
 from raytune_llama.train.untrained_rows import UNTRAINED_ROWS, count_untrained_rows
 
 logger = logging.getLogger(__name__)
-
-RUN_KEY = "run"
-"""Manifest key of a result: last step of its run, best step and loss, and steps without effect."""
 
 
 def result_path(config: AnyTrainConfig) -> Place:
@@ -78,7 +88,7 @@ def write_result(
     trained = {name: tensor for name, tensor in engine.full_weights() if workers.is_rank_zero}
     if not workers.is_rank_zero:
         return
-    base, tokenizer = Path(config.model.path), Path(config.model.tokenizer_path)
+    base, tokenizer = fetched(config.model.path), fetched(config.model.tokenizer_path)
     lm = causal_lm(engine.module.model)
     with publish_place(result_path(config), last=OUTPUT_MANIFEST) as folder:
         norms = _write_weights(config, engine, trained, folder)
@@ -116,23 +126,24 @@ def _describe_result(
         "step": state.step,
         "tokens": state.tokens,
         RUN_KEY: _run_record(last),
-        "base": fingerprint_model(Path(config.model.path)),
+        "base": fingerprint_model(fetched(config.model.path)),
         # Quantization of the base during training; merging uses the unquantized base.
         "base_quantization": config.model.quantization,
         MODEL_SETTINGS_KEY: model_settings(config.model) if config.train == "lora" else {},
         "adapter": fingerprint_adapter(config),
         LINEAGE_KEY: _lineage(config) if config.train == "lora" else None,
-        TOKENIZER_KEY: hash_tokenizer(Path(config.model.tokenizer_path)),
+        TOKENIZER_KEY: hash_tokenizer(fetched(config.model.tokenizer_path)),
         "store": store.fingerprint,
         CHAT_KEY: store.manifest.inputs.get(CHAT_KEY),
         TEXT_KEY: _text_start(config, store),
+        TRACKERS_KEY: read_addresses(config.run_place),
         "config": to_dict(config),
     }
 
 
 def _lineage(config: AnyTrainConfig) -> dict[str, Any]:
-    before = Adapter.open(Path(config.adapter), field="adapter") if config.adapter else None
-    return describe_training(Path(config.model.path), before)
+    before = Adapter.open(fetched(config.adapter), field="adapter") if config.adapter else None
+    return describe_training(fetched(config.model.path), before)
 
 
 def _run_record(last: RunState) -> dict[str, Any]:
@@ -153,7 +164,7 @@ def _text_start(config: AnyTrainConfig, store: TokenStore) -> dict[str, Any] | N
     if CHAT_KEY not in inputs and "tokenizer" in inputs:
         return {"bos_id": inputs["tokenizer"]["bos_id"]}
     before = [config.model.path, *([config.adapter] if config.adapter else [])]
-    return find_text_start([Path(path) for path in before])
+    return find_text_start([fetched(path) for path in before])
 
 
 def _write_weights(
@@ -168,7 +179,7 @@ def _write_weights(
         return write_adapter(model, trained, folder, initial=initial)
     lm = causal_lm(model)
     if config.train == "embeddings":
-        base, tokenizer = Path(config.model.path), Path(config.model.tokenizer_path)
+        base, tokenizer = fetched(config.model.path), fetched(config.model.tokenizer_path)
         changed = model_settings(config.model)
         return write_with_trained_tables(lm, base, tokenizer, trained, folder, settings=changed)
     dtype = DTYPES[config.engine.precision]
@@ -176,16 +187,6 @@ def _write_weights(
         folder, state_dict={name: tensor.to(dtype) for name, tensor in trained.items()}
     )
     return {name: float(tensor.norm()) for name, tensor in trained.items()}
-
-
-def fingerprint_model(path: Path, like: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the hashes of a model's configuration and weight files, by file name.
-
-    Args:
-        path: model directory.
-        like: recorded fingerprint to compare with, whose algorithms to use; None: a new one.
-    """
-    return hash_files([path / "config.json", *sorted(path.glob("*.safetensors"))], like)
 
 
 def fingerprint_adapter(
@@ -199,5 +200,4 @@ def fingerprint_adapter(
     """
     if config.adapter is None:
         return None
-    adapter = Adapter.open(Path(config.adapter), field="adapter")
-    return hash_files([adapter.path / ADAPTER_CONFIG_FILE, adapter.file], like)
+    return hash_adapter(Adapter.open(fetched(config.adapter), field="adapter"), like)

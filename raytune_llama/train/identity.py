@@ -6,8 +6,7 @@ The identity is the settings that decide the result, and the inputs by hash. It 
 
 import logging
 import shlex
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from raytune_llama.config.settings import (
@@ -21,22 +20,23 @@ from raytune_llama.config.settings import (
 )
 from raytune_llama.config.yaml12 import format_value, parse_mapping
 from raytune_llama.data.build.text_corpus import keep_store_bos
+from raytune_llama.data.store.token_store import TokenStore
+from raytune_llama.evaluate.tasks.task import EvaluationTask
+from raytune_llama.model.adapter_lineage import fingerprint_model
+from raytune_llama.storage.directories import fetched
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import hash_tokenizer, load_tokenizer
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.export import (
     fingerprint_adapter,
-    fingerprint_model,
     read_result,
     result_path,
 )
+from raytune_llama.train.run_files import IDENTITY_FILE, RUN_CONFIG_FILE
 
 logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=AnyTrainConfig)
-
-IDENTITY_FILE = "identity.json"
-RUN_CONFIG_FILE = "run.yaml"
 
 _HORIZON = ("max_steps", "num_epochs", "stop_step")
 """Fields that say where a run ends."""
@@ -57,10 +57,24 @@ def identify(config: AnyTrainConfig, like: Mapping[str, Any] | None = None) -> d
         "config": identity(config),
         # All other `data` settings that affect the result are in the store's fingerprint.
         "data": {"sources": [{"weight": source.weight} for source in config.data.sources]},
-        "model": fingerprint_model(Path(config.model.path), then.get("model")),
+        "model": fingerprint_model(fetched(config.model.path), then.get("model")),
         "adapter": fingerprint_adapter(config, then.get("adapter") or then.get("model")),
-        "tokenizer": hash_tokenizer(Path(config.model.tokenizer_path), then.get("tokenizer")),
+        "tokenizer": hash_tokenizer(fetched(config.model.tokenizer_path), then.get("tokenizer")),
     }
+
+
+def identify_evaluated(texts: TokenStore | None, tasks: Sequence[EvaluationTask]) -> dict[str, Any]:
+    """Return what identifies `eval.texts` and each of `eval.tasks`, by name.
+
+    Args:
+        texts: token store of the texts; None without texts.
+        tasks: tasks with their questions.
+    """
+    found: dict[str, Any] = {} if texts is None else {"eval.texts": texts.fingerprint}
+    for task in tasks:
+        files = dict(task.file_hashes)
+        found[f"eval.tasks.{task.name}"] = {"settings": identity(task.config), "files": files}
+    return found
 
 
 def read_identity(place: Place) -> dict[str, Any]:
@@ -161,18 +175,16 @@ def describe_continuation(config: AnyTrainConfig, purpose: str, changes: Mapping
     """
     result, place = result_path(config), config.run_place
     first = "" if read_result(config) is not None else f"finish this run, so that {result} exists; "
-    copy = "" if result.is_local else f"copy {result} to the current folder; "
-    source = str(result) if result.is_local else f"./{result.name}"
     target = f"{place.name}-evaluated" if config.max_steps == 0 else f"{place.name}-continued"
     values = {
-        **continuation_overrides(config, source),
+        **continuation_overrides(config, str(result)),
         "run_dir": str(place.with_name(target)),
         **changes,
     }
     schedule = "" if config.max_steps == 0 else ", with a learning rate schedule of its own"
     command = shlex.join(f"{field}={format_value(value)}" for field, value in values.items())
     return (
-        f"run_dir: to {purpose}, {first}{copy}start another run from the result{schedule}: "
+        f"run_dir: to {purpose}, {first}start another run from the result{schedule}: "
         f"the same config with {command}"
     )
 
@@ -184,7 +196,7 @@ def continuation_overrides(config: AnyTrainConfig, source: str) -> dict[str, Any
 
     Args:
         config: config of the run that made the result.
-        source: path of the result, or of its copy.
+        source: path of the result.
     """
     if config.train == "lora":
         values: dict[str, Any] = {"adapter": source}
@@ -221,7 +233,7 @@ def keep_recorded_bos(config: C, run_dir: Place) -> C:
     if recorded and isinstance(recorded.get("data"), dict) and recorded["data"].get("bos") is True:
         return override(config, {"data.bos": True})
     try:
-        tokenizer = load_tokenizer(Path(config.model.tokenizer_path))
+        tokenizer = load_tokenizer(fetched(config.model.tokenizer_path))
     except (ValueError, OSError):
         return config  # reported by the checks of the inputs
     store = Place.parse(config.data.store_dir, "data.store_dir")

@@ -1,12 +1,18 @@
-"""The sources and batch plan of a run, from its config and token store; needs no model."""
+"""The sources and batch plan of a run, from its config and token stores; needs no model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+from raytune_llama.config.fields import fields_of
+from raytune_llama.config.settings import ConfigError, from_dict, to_dict
+from raytune_llama.data.batches.config import source_names
 from raytune_llama.data.batches.evaluation import EvaluationSource, select_evaluation_sources
 from raytune_llama.data.batches.mixture import TrainingSource, cut_sources
 from raytune_llama.data.batches.step_batches import BatchPlan
-from raytune_llama.data.store.token_store import TokenStore
+from raytune_llama.data.config import DataConfig
+from raytune_llama.data.store.config import StoreConfig
+from raytune_llama.data.store.token_store import TokenStore, open_store
+from raytune_llama.storage.place import Place
 from raytune_llama.train.config import AnyTrainConfig, SftConfig
 from raytune_llama.train.schedule import count_warmup_steps, learning_rate_factor
 
@@ -76,6 +82,73 @@ def build_evaluation_sources(
     )
 
 
+def text_store_config(config: AnyTrainConfig) -> DataConfig | None:
+    """Return the settings of the token store of `eval.texts`, or None without texts.
+
+    Documents begin and end as those that the run trains on or, for conversations, as in the
+    default store of text; they are not cleaned.
+    """
+    if not config.eval.texts:
+        return None
+    place = Place.parse(config.data.store_dir, "data.store_dir")
+    shared = {"bos", "eos", *fields_of(StoreConfig)}
+    data = {name: value for name, value in to_dict(config.data).items() if name in shared}
+    own = {
+        "sources": [to_dict(text) for text in config.eval.texts],
+        "store_dir": config.eval.store_dir or str(place.with_name(f"{place.name}-texts")),
+        "validation_fraction": 0.0,
+    }
+    return from_dict(DataConfig, data | own)
+
+
+def open_text_store(config: AnyTrainConfig) -> TokenStore | None:
+    """Open the existing token store of `eval.texts`; None without texts.
+
+    Raises:
+        StoreError: there is no token store, or it is damaged.
+        OSError: the store cannot be reached.
+    """
+    store_config = text_store_config(config)
+    return None if store_config is None else open_store(store_config)
+
+
+def build_text_sources(
+    config: AnyTrainConfig, store: TokenStore | None
+) -> tuple[EvaluationSource, ...]:
+    """Return the evaluation sequences of each of `eval.texts`.
+
+    Args:
+        config: config of the run.
+        store: token store of the texts; None: there are none.
+
+    Raises:
+        ConfigError: a text has nothing to evaluate, or `eval.max_sequences` is less than the number
+            of texts.
+    """
+    if store is None:
+        return ()
+    form = config.batch.evaluation_form
+    found = select_evaluation_sources(
+        config.eval.texts,
+        store.split("train"),
+        "isolated" if form == "fitted" else form,
+        config.batch.sequence_tokens,
+        config.eval.max_sequences,
+    )
+    evaluated = {source.name for source in found}
+    problems = [
+        f"eval.texts.{number}: {text.path} has less than two tokens, so nothing of it can be "
+        "evaluated; remove it"
+        for number, (name, text) in enumerate(
+            zip(source_names(config.eval.texts), config.eval.texts, strict=True)
+        )
+        if name not in evaluated
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
 def check_evaluated(config: AnyTrainConfig) -> list[str]:
     """Return which fields need an evaluation, for a run that has no validation text."""
     names = ["data.validation_fraction"]
@@ -83,7 +156,7 @@ def check_evaluated(config: AnyTrainConfig) -> list[str]:
     needing = {
         "eval.patience": config.eval.patience is not None,
         "checkpoint.result": config.checkpoint.result == "best",
-        "max_steps": config.max_steps == 0,
+        "max_steps": config.max_steps == 0 and not (config.eval.texts or config.eval.tasks),
     }
     values = {
         "eval.patience": config.eval.patience,

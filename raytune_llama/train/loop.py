@@ -23,8 +23,18 @@ from raytune_llama.train.engines.build import build_engine
 from raytune_llama.train.engines.protocol import StepResult, TrainEngine
 from raytune_llama.train.eval_config import EvalConfig
 from raytune_llama.train.export import write_result
-from raytune_llama.train.inputs import build_batch_plan, build_evaluation_sources, build_sources
-from raytune_llama.train.monitoring.metrics import EvaluationResult, evaluation_metrics
+from raytune_llama.train.inputs import (
+    build_batch_plan,
+    build_evaluation_sources,
+    build_sources,
+    build_text_sources,
+    open_text_store,
+)
+from raytune_llama.train.monitoring.metrics import (
+    EVAL_LOSS,
+    EvaluationResult,
+    evaluation_metrics,
+)
 from raytune_llama.train.monitoring.nonfinite import (
     check_updates,
     choose_action,
@@ -38,8 +48,12 @@ from raytune_llama.train.monitoring.self_test import run_self_tests
 from raytune_llama.train.process_group import ProcessGroup
 from raytune_llama.train.result import RunResult
 from raytune_llama.train.schedule import learning_rate_factor
+from raytune_llama.train.tasks import TaskEvaluator
 
 logger = logging.getLogger(__name__)
+
+EngineBuilder = Callable[[AnyTrainConfig, BatchPlan, ProcessGroup], TrainEngine]
+"""Builds the engine of a run; collective."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,8 @@ class Session:
     store: TokenStore
     sources: tuple[TrainingSource, ...]
     evaluation_sources: tuple[EvaluationSource, ...]
+    text_sources: tuple[EvaluationSource, ...]
+    tasks: TaskEvaluator | None
     plan: BatchPlan
     engine: TrainEngine
     process_group: ProcessGroup
@@ -66,17 +82,26 @@ class Session:
 
 
 def train(
-    config: AnyTrainConfig, workers: ProcessGroup, stop_requested: Callable[[], bool]
+    config: AnyTrainConfig,
+    workers: ProcessGroup,
+    stop_requested: Callable[[], bool],
+    build: EngineBuilder = build_engine,
 ) -> RunResult:
     """Train from the newest checkpoint to the end of the run; collective.
 
     With `max_steps: 0`, evaluate only.
 
+    Args:
+        config: config of the run.
+        workers: all workers of the run.
+        stop_requested: whether the run is asked to save and stop; called once per step.
+        build: builds the run's engine.
+
     Raises:
         FloatingPointError: the loss or gradient of a step is not finite, no step has updated the
             weights, or `max_steps` is 0 and the evaluation is not finite.
     """
-    session = open_session(config, workers)
+    session = open_session(config, workers, build)
     run_self_tests(
         session.engine,
         config.engine.precision,
@@ -110,22 +135,24 @@ def train(
                 saver.save(state)
 
     if session.plan.num_steps == 0:
-        check_evaluation(state)
-        return RunResult("finished", state.step)
-    check_updates(state, workers)
-    last, state = state, choose_result(session, state)
-    mixture = summarize_mixture(session, state)
-    write_result(config, session.store, session.engine, state, workers, mixture=mixture, last=last)
-    return RunResult("finished", last.step)
+        check_evaluation(session, state)
+    else:
+        check_updates(state, workers)
+        export_result(session, state)
+    return RunResult("finished", state.step)
 
 
-def open_session(config: AnyTrainConfig, workers: ProcessGroup) -> Session:
+def open_session(
+    config: AnyTrainConfig, workers: ProcessGroup, build: EngineBuilder = build_engine
+) -> Session:
     """Open the token store, plan the batches and build the engine."""
     store = open_store(config.data)
     sources, evaluated = build_sources(config, store), build_evaluation_sources(config, store)
+    texts = build_text_sources(config, open_text_store(config))
     plan = build_batch_plan(config, sources)
-    engine = build_engine(config, plan, workers)
-    return Session(config, store, sources, evaluated, plan, engine, workers)
+    engine = build(config, plan, workers)
+    tasks = TaskEvaluator.open(config, engine, workers)
+    return Session(config, store, sources, evaluated, texts, tasks, plan, engine, workers)
 
 
 def read_batches(session: Session, start_step: int) -> Iterator[StepBatch]:
@@ -224,26 +251,56 @@ def check_replicas(session: Session, state: RunState) -> None:
 
 
 def evaluate(session: Session, state: RunState, reporter: Reporter) -> RunState:
-    """Evaluate on the validation split, if it has text; return the state with the best step."""
-    if not session.evaluation_sources:
+    """Evaluate on the validation split, `eval.texts` and `eval.tasks`, as far as there are any.
+
+    Returns:
+        The state with the best step.
+    """
+    sources = (*session.evaluation_sources, *session.text_sources)
+    if not sources and session.tasks is None:
         return state
     start = time.perf_counter()
-    num_sequences = sum(source.num_evaluated for source in session.evaluation_sources)
+    num_sequences = sum(source.num_evaluated for source in sources)
     # A forward pass takes a third of a training step's time.
     num_steps = math.ceil(num_sequences / session.plan.sequences_per_step / 3)
     what, usually = f"evaluating {num_sequences} sequences", f"as long as {num_steps} steps"
+    if session.tasks is not None:
+        what += f" and {session.tasks.num_questions} questions"
     with (
         session.process_group.progress.during("evaluating"),
         waiting(logger, what, usually=usually),
     ):
         values = evaluation_metrics(evaluate_sources(session, session.evaluation_sources))
+        values |= evaluation_metrics(evaluate_sources(session, session.text_sources), "eval/text")
+        if session.tasks is not None and are_tasks_due(session, state, values.get(EVAL_LOSS)):
+            values |= session.tasks.evaluate()
+    if not values:
+        return state
     return reporter.log_evaluation(state, values, time.perf_counter() - start)
+
+
+def are_tasks_due(session: Session, state: RunState, loss: float | None) -> bool:
+    """Whether an evaluation includes `eval.tasks`: every n-th does, the first and the last.
+
+    Args:
+        session: session of the run.
+        state: state before the evaluation.
+        loss: evaluation loss, after which early stopping may end the run; None: there is none.
+    """
+    config = session.config.eval
+    is_last = state.step == session.last_step or is_early_stopping_due(
+        config, state.with_loss(loss)
+    )
+    interval = (config.every_steps or session.last_step) * config.tasks_every
+    return is_last or state.step % interval == 0
 
 
 def evaluate_sources(
     session: Session, sources: Sequence[EvaluationSource]
 ) -> list[EvaluationResult]:
-    """Return the validation loss of each source, summed over all workers; collective."""
+    """Return the loss of each source, summed over all workers; collective."""
+    if not sources:
+        return []
     workers = session.process_group
     sums: list[float] = []
     for source in sources:
@@ -263,6 +320,21 @@ def evaluate_sources(
         EvaluationResult(source.name, loss_sum, round(num_targets), source.num_bytes)
         for source, loss_sum, num_targets in zip(sources, totals[::2], totals[1::2], strict=True)
     ]
+
+
+def export_result(session: Session, last: RunState) -> None:
+    """Write the result of the run, of its best or its last step; collective."""
+    state = choose_result(session, last)
+    mixture = summarize_mixture(session, state)
+    write_result(
+        session.config,
+        session.store,
+        session.engine,
+        state,
+        session.process_group,
+        mixture=mixture,
+        last=last,
+    )
 
 
 def summarize_mixture(session: Session, state: RunState) -> dict[str, dict[str, Any]]:
@@ -288,13 +360,13 @@ def is_early_stopping_due(config: EvalConfig, state: RunState) -> bool:
     return state.step - state.best_step >= config.patience * config.every_steps
 
 
-def check_evaluation(state: RunState) -> None:
+def check_evaluation(session: Session, state: RunState) -> None:
     """Check the only evaluation of a run that trains nothing.
 
     Raises:
         FloatingPointError: its loss is not finite.
     """
-    if state.best_loss is None:
+    if session.evaluation_sources and state.best_loss is None:
         raise FloatingPointError(
             "the evaluation's loss is not finite: check the weights of model.path and of the "
             "adapter, or use engine.precision=bf16 or fp32"

@@ -1,6 +1,8 @@
 """Checks of the config and its input files before Ray starts anything; all problems at once."""
 
+import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -8,8 +10,11 @@ from typing import TypeVar
 from transformers import PreTrainedModel
 
 from raytune_llama.chat.templates.choice import build_template
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError, override
 from raytune_llama.data.build.preparation import DataInputs, open_data
+from raytune_llama.data.store.manifest import read_revisions
+from raytune_llama.evaluate.tasks.task import EvaluationTask
 from raytune_llama.model.adapter import Adapter
 from raytune_llama.model.adapter_lineage import check_chain
 from raytune_llama.model.directory import stored_tables
@@ -38,8 +43,10 @@ from raytune_llama.model.rope import (
     read_model_settings,
 )
 from raytune_llama.model.vocab import VocabularyFit, check_vocabulary, num_embedding_rows
+from raytune_llama.storage.directories import fetched, pin_directory, pin_source
 from raytune_llama.storage.hashes import find_hash, show_hash
-from raytune_llama.storage.place import Place, check_place, local_path
+from raytune_llama.storage.hub import find_hub_paths, may_be_on_hub
+from raytune_llama.storage.place import Place, check_place, is_url, local_path
 from raytune_llama.tokenizer.loader import load_tokenizer
 from raytune_llama.train.config import (
     DORA_PARTITIONED,
@@ -49,8 +56,12 @@ from raytune_llama.train.config import (
 )
 from raytune_llama.train.control_rows import find_untrained_control_rows
 from raytune_llama.train.engines.config import strategies_with
-from raytune_llama.train.identity import IDENTITY_FILE
-from raytune_llama.train.inputs import check_evaluated
+from raytune_llama.train.fetched_inputs import input_directories
+from raytune_llama.train.identity import IDENTITY_FILE, RUN_CONFIG_FILE
+from raytune_llama.train.inputs import check_evaluated, text_store_config
+from raytune_llama.train.monitoring.trackers.session import find_problems
+from raytune_llama.train.tasks import open_tasks
+from raytune_llama.train.texts import open_texts
 from raytune_llama.train.untrained_rows import (
     check_embedding_rate,
     check_untrained_rows,
@@ -60,54 +71,53 @@ from raytune_llama.train.untrained_rows import (
 logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=AnyTrainConfig)
+T = TypeVar("T")
 
-_ON_ANY_STORAGE = {"run_dir", "data.store_dir"}
-_SOURCES = ("data.sources.", "data.validation.")
+_ON_ANY_STORAGE = {"run_dir", "data.store_dir", "eval.store_dir"}
+_SOURCES = ("data.sources.", "data.validation.", "eval.texts.", "eval.tasks.")
 _WRITTEN = {
     "run_dir": "a path that every node mounts, such as run_dir=/shared/{}",
     "data.store_dir": "a path that every node mounts, such as data.store_dir=/shared/{}",
     "data.cache_dir": "one on each node's own disk, such as data.cache_dir=/local/{}",
+    "eval.store_dir": "a path that every node mounts, such as eval.store_dir=/shared/{}",
 }
 
 
-def resolve_places(config: C, *, in_job: bool) -> C:
-    """Make every path of a config absolute, relative to the current directory.
+def resolve_places(config: C, *, in_job: bool, recorded_in: Place | None = None) -> C:
+    """Make every path of a config absolute, and those on the hub those of one commit.
+
+    A resumed run keeps the commits that its `run.yaml` or its token store recorded.
 
     Args:
         config: config as the user wrote it.
         in_job: whether this is the driver of a submitted job, whose directory is temporary.
+        recorded_in: directory of another run whose commits to keep too, such as a sweep's first.
 
     Raises:
         ConfigError: a field does not accept this kind of path, or an output path is relative in a
             submitted job.
     """
-    fields: dict[str, str | None] = {
-        "run_dir": config.run_dir,
-        "data.store_dir": config.data.store_dir,
-        "data.cache_dir": config.data.cache_dir,
-        "model.path": config.model.path,
-        "model.tokenizer": config.model.tokenizer,
-        "adapter": config.adapter,
-    }
-    for number, source in enumerate(config.data.sources):
-        fields[f"data.sources.{number}.path"] = source.path
-    for number, source in enumerate(config.data.validation):
-        fields[f"data.validation.{number}.path"] = source.path
     problems: list[str] = []
     resolved: dict[str, str] = {}
-    for field, text in fields.items():
+    recorded: list[str] | None = None
+    directories = input_directories(config)
+    for field, text in _named_paths(config).items():
         if text is None:
             continue
         try:
-            is_any = field in _ON_ANY_STORAGE or field.startswith(
-                ("data.sources.", "data.validation.")
-            )
-            place = Place.parse(text, field) if is_any else Place.local(local_path(text, field))
+            if field in directories or field.startswith(_SOURCES):
+                if recorded is None and may_be_on_hub(text):
+                    recorded = _find_recorded(config, recorded_in)
+                pin = pin_directory if field in directories else pin_source
+                resolved[field] = pin(text, field, recorded or [])
+            elif field in _ON_ANY_STORAGE:
+                resolved[field] = str(Place.parse(text, field))
+            else:
+                resolved[field] = str(local_path(text, field))
         except ValueError as error:
             problems.append(str(error))
             continue
-        resolved[field] = str(place)
-        is_relative = place.is_local and not Path(text).expanduser().is_absolute()
+        is_relative = not is_url(text) and not Path(text).expanduser().is_absolute()
         if in_job and is_relative and field in _WRITTEN:
             problems.append(
                 f"{field}: {text!r} is relative, and a submitted job's directory is deleted when "
@@ -118,12 +128,56 @@ def resolve_places(config: C, *, in_job: bool) -> C:
     return override(config, resolved)
 
 
+def _find_recorded(config: AnyTrainConfig, other: Place | None) -> list[str]:
+    """Return the pinned paths on the hub of a run's earlier start, and of its token stores."""
+    found: list[str] = []
+    with contextlib.suppress(ValueError, OSError):  # reported with the other paths
+        for run_dir in (config.run_place, *(() if other is None else (other,))):
+            file = run_dir / RUN_CONFIG_FILE
+            text = file.read_bytes().decode(errors="replace") if file.exists() else ""
+            found += find_hub_paths(text)
+    for field, text in (
+        ("data.store_dir", config.data.store_dir),
+        ("eval.store_dir", config.eval.store_dir),
+    ):
+        with contextlib.suppress(ValueError, OSError):
+            found += [] if text is None else read_revisions(Place.parse(text, field))
+    return found
+
+
+def _named_paths(config: AnyTrainConfig) -> dict[str, str | None]:
+    """Return the paths of a config by their field; None: not set."""
+    fields = {
+        "run_dir": config.run_dir,
+        "data.store_dir": config.data.store_dir,
+        "data.cache_dir": config.data.cache_dir,
+        **input_directories(config),
+    }
+    for number, source in enumerate(config.data.sources):
+        fields[f"data.sources.{number}.path"] = source.path
+    for number, source in enumerate(config.data.validation):
+        fields[f"data.validation.{number}.path"] = source.path
+    fields["eval.store_dir"] = config.eval.store_dir
+    for number, text in enumerate(config.eval.texts):
+        fields[f"eval.texts.{number}.path"] = text.path
+    for number, task in enumerate(config.eval.tasks):
+        for name in ("path", "shots_path", "include"):
+            fields[f"eval.tasks.{number}.{name}"] = getattr(task, name)
+    return fields
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Opened inputs of a run; opened once per start and shared by all later checks."""
 
     data: DataInputs
     """Tokenizer and corpus of the run."""
+
+    texts: DataInputs | None
+    """Tokenizer and corpus of `eval.texts`; None without texts."""
+
+    tasks: tuple[EvaluationTask, ...]
+    """Tasks of `eval.tasks`, with their questions."""
 
     skeleton: PreTrainedModel
     """Model without weights, on PyTorch's meta device."""
@@ -135,42 +189,58 @@ class Inputs:
     """What keeps no run from starting but is likely not meant; each begins with its field."""
 
 
-def open_inputs(config: AnyTrainConfig, data: DataInputs | None = None) -> Inputs:
+def open_inputs(config: AnyTrainConfig, opened: Inputs | None = None) -> Inputs:
     """Open the files that a config with absolute paths names, and check the config against them.
 
-    Warnings are logged once: not for a plan, which shows them, nor if `data` is given.
+    Warnings are logged once: not for a plan, which shows them, nor if `opened` is given.
 
     Args:
         config: config of the run.
-        data: tokenizer and corpus, if another run on the same store has already opened them.
+        opened: inputs of another run on the same stores, whose tokenizer and files are not opened
+            again; None: all are opened.
 
     Raises:
         ConfigError: lists every problem found.
     """
-    is_logged = data is None and not config.plan
+    is_logged = opened is None and not config.plan
     skeleton, fit, problems = _open_model(config)
     problems += _check_adapter(config) + _check_template(config)
-    try:
-        data = data or open_data(config.encoded_data, Path(config.model.tokenizer_path))
-    except ConfigError as error:
-        problems += error.problems
+    if opened is not None:
+        data, texts, tasks = opened.data, opened.texts, opened.tasks
+    else:
+        tokenizer = fetched(config.model.tokenizer_path)
+        data = _collect(lambda: open_data(config.encoded_data, tokenizer), problems)
+        texts = _collect(lambda: open_texts(config), problems)
+        tasks = _collect(lambda: open_tasks(config), problems)
     if not config.data.validation_fraction and not config.data.validation:
         problems += check_evaluated(config)
     problems += _check_run_dir(config)
-    if problems or data is None or skeleton is None or fit is None:
+    problems += [] if config.plan else find_problems(config.logging, config.run_place)
+    if problems or data is None or tasks is None or skeleton is None or fit is None:
         # The vocabulary and the data checks report the same tokenizer problem.
         raise ConfigError(list(dict.fromkeys(problems)))
     warnings = find_untrained_control_rows(config, skeleton, data.tokenizer, fit)
     for warning in warnings if is_logged else ():
         logger.warning("%s", warning)
-    return Inputs(data, skeleton, fit, tuple(warnings))
+    return Inputs(data, texts, tasks, skeleton, fit, tuple(warnings))
+
+
+def _collect(open_one: Callable[[], T], problems: list[str]) -> T | None:
+    """Open some of the inputs; add the problems to the others and return None if it fails."""
+    try:
+        return open_one()
+    except ConfigError as error:
+        problems += error.problems
+    except UserError as error:  # such as a package that is not installed
+        problems.append(str(error))
+    return None
 
 
 def _open_model(
     config: AnyTrainConfig,
 ) -> tuple[PreTrainedModel | None, VocabularyFit | None, list[str]]:
     """Open the model without weights and compare its tokenizer; also return the problems."""
-    path = Path(config.model.path)
+    path = fetched(config.model.path)
     try:
         # A plan needs no weights, but weights that exist must be complete.
         no_weights_needed = config.plan and not has_weights(path)
@@ -183,7 +253,9 @@ def _open_model(
         return None, None, [f"model.path: cannot load a causal LM from {path}: {error}"]
     problems = _check_model(config, model)
     try:
-        fit = check_vocabulary(num_embedding_rows(model), path, Path(config.model.tokenizer_path))
+        fit = check_vocabulary(
+            num_embedding_rows(model), path, fetched(config.model.tokenizer_path)
+        )
     except (ValueError, OSError) as error:
         return model, None, [*problems, str(error)]
     return model, fit, problems + _check_vocabulary(config, model, fit)
@@ -212,12 +284,13 @@ def _check_template(config: AnyTrainConfig) -> list[str]:
     """Refuse a chat template other than the one that the model or adapter was tuned with."""
     if not isinstance(config, SftConfig) or config.allow_other_template:
         return []
-    found = find_chat_template([Path(path) for path in (config.model.path, config.adapter) if path])
+    paths = (config.model.path, config.adapter)
+    found = find_chat_template([fetched(path) for path in paths if path])
     if found is None:
         return []
     directory, chat = found
     try:
-        tokenizer = load_tokenizer(Path(config.model.tokenizer_path))
+        tokenizer = load_tokenizer(fetched(config.model.tokenizer_path))
         template = build_template(config.data.chat.template, tokenizer)
     except (ValueError, OSError):
         return []  # reported by the data check
@@ -236,7 +309,7 @@ def _check_adapter(config: AnyTrainConfig) -> list[str]:
     if config.adapter is None:
         return []
     try:
-        adapter = Adapter.open(Path(config.adapter), field="adapter")
+        adapter = Adapter.open(fetched(config.adapter), field="adapter")
     except (ValueError, OSError) as error:
         return str(error).split("\n")
     is_dora = adapter.settings.get("use_dora")
@@ -254,7 +327,7 @@ def _check_positions(config: AnyTrainConfig, model: PreTrainedModel) -> list[str
     too_long = check_context(model.config, scaling, longest, field=field, adapter=config.adapter)
     if config.adapter is None or _check_adapter(config):
         return too_long
-    trained = read_model_settings(Path(config.adapter))
+    trained = read_model_settings(fetched(config.adapter))
     wanted = build_rope_settings(model.config, scaling)
     if trained == wanted:
         return too_long
@@ -289,12 +362,12 @@ def _check_vocabulary(
     problems += check_embedding_rate(config, model)
     if isinstance(config, PretrainConfig) and config.train == "embeddings":
         problems += check_embeddings(model, config.embeddings, fit.new_ids)
-        if has_weights(Path(config.model.path)):  # a plan works without weights
-            problems += _check_stored_tables(model, Path(config.model.path))
+        if has_weights(fetched(config.model.path)):  # a plan works without weights
+            problems += _check_stored_tables(model, fetched(config.model.path))
     if not problems and config.adapter is not None and not _check_adapter(config):
-        adapter = Adapter.open(Path(config.adapter), field="adapter")
-        problems = check_adapter_tokenizer(adapter.path, Path(config.model.tokenizer_path))
-        base = Path(config.model.path)
+        adapter = Adapter.open(fetched(config.adapter), field="adapter")
+        problems = check_adapter_tokenizer(adapter.path, fetched(config.model.tokenizer_path))
+        base = fetched(config.model.path)
         if has_weights(base):  # a plan works without weights
             problems += check_chain(base, [adapter], base_field="model.path", field="adapter")
         return problems or check_trainable(model, adapter, num_rows=fit.num_ids)
@@ -318,8 +391,11 @@ def _check_run_dir(config: AnyTrainConfig) -> list[str]:
         return []
     if not run_dir.is_dir():
         return [f"run_dir: {run_dir} is a file; use a directory"]
-    store_dir = Place.parse(config.data.store_dir, "data.store_dir")
-    if all(_is_leftover(place, store_dir) for place in [*run_dir.files(), *run_dir.folders()]):
+    stores = [Place.parse(config.data.store_dir, "data.store_dir")]
+    texts = text_store_config(config)
+    stores += [] if texts is None else [Place.parse(texts.store_dir, "eval.store_dir")]
+    found = [*run_dir.files(), *run_dir.folders()]
+    if all(any(_is_leftover(place, store) for store in stores) for place in found):
         return []
     return [
         f"run_dir: {run_dir} exists and is not the directory of a run (it has no {IDENTITY_FILE}); "

@@ -2,11 +2,18 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 Phase = Literal["starting", "training", "evaluating", "saving", "finishing", "over"]
 """Phase that a worker is in."""
+
+STEP = "step"
+"""Key of the number of optimizer steps in what `Progress.pop_values` returns."""
+
+_MAX_VALUES = 1000
+"""Records that are kept for the next heartbeat; of more, the newest."""
 
 
 class Progress:
@@ -18,6 +25,30 @@ class Progress:
         self.phase: Phase = "starting"
         self._slowest = 0.0
         self._since = time.monotonic()
+        # Appending and popping are atomic, so that the loop needs no lock.
+        self._values: deque[tuple[str, int, Mapping[str, float]]] = deque(maxlen=_MAX_VALUES)
+
+    def record_values(self, run: str, step: int, values: Mapping[str, float]) -> None:
+        """Record metrics of a run; the runs of a pack share this object.
+
+        Args:
+            run: label of the run.
+            step: optimizer steps done.
+            values: metrics by name.
+        """
+        self._values.append((run, step, values))
+
+    def pop_values(self) -> dict[str, dict[str, float]]:
+        """Return the newest metrics by run since the last call, each with its `STEP`."""
+        newest: dict[str, dict[str, float]] = {}
+        with contextlib.suppress(IndexError):
+            while True:
+                run, step, values = self._values.popleft()
+                known = newest.setdefault(run, {STEP: step})
+                known.update(values)
+                # A checkpoint's record comes some steps later.
+                known[STEP] = max(known[STEP], step)
+        return newest
 
     def record_step(self, step: int) -> None:
         """Record the end of a step; its time counts only if it directly followed another step."""

@@ -5,6 +5,15 @@ from typing import Literal
 
 from raytune_llama.config.errors import UserError
 
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
+"""Errors of data, files or config, which a retry would repeat; others may be hardware faults."""
+
 
 class InvalidRunError(UserError):
     """The run's data, files or settings are invalid; a retry would fail in the same way."""

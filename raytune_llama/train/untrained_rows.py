@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from raytune_llama.model.adapter_config import read_adapter_config
 from raytune_llama.model.embeddings import embedding_layers, trained_layers
 from raytune_llama.model.vocab import VocabularyFit, is_tied
+from raytune_llama.storage.directories import fetched
 from raytune_llama.storage.files import read_manifest
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 
@@ -34,7 +35,7 @@ def count_untrained_rows(
     Returns:
         Row counts by the last part of the layer's name; tables without such rows are omitted.
     """
-    before = read_untrained_rows(Path(config.model.path))
+    before = read_untrained_rows(fetched(config.model.path))
     counts = {name: num_new_ids + before.get(name, 0) for name in frozen_tables(config, model)}
     return {name: count for name, count in counts.items() if count}
 
@@ -108,7 +109,7 @@ def modules_to_save(config: AnyTrainConfig) -> tuple[str, ...]:
     if config.adapter is None:
         return ()
     try:
-        settings = read_adapter_config(Path(config.adapter), "adapter")
+        settings = read_adapter_config(fetched(config.adapter), "adapter")
     except (ValueError, OSError):
         return ()  # reported by the checks before a run
     return tuple(settings.get("modules_to_save") or ())

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from raytune_llama.config.command_line import describe_other_job
+from raytune_llama.config.command_line import default_config, describe_other_job
 from raytune_llama.config.settings import PLACEMENT, ConfigError, from_dict, override, settings
 from raytune_llama.config.yaml12 import read_mapping
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig, SftConfig
+from raytune_llama.tune.constraints import Constraint
 from raytune_llama.tune.space import Distribution, TrialSample, check_space
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ class SweepConfig:
     """Training job that each trial runs."""
 
     base: Annotated[str, Field(min_length=1), PLACEMENT]
-    """Config file of that job, to which each trial applies its sample. A resumed sweep compares its
-    content, not its path."""
+    """Config file of that job, to which each trial applies its sample: a path, or the name of one
+    of the demo's, `sft_smollm2.yaml`. A resumed sweep compares its content, not its path."""
 
     fixed: Annotated[dict[str, JsonValue], PLACEMENT, Field(default_factory=dict)]
     """Fields of `base` to override in every trial, by dotted path."""
@@ -98,11 +99,18 @@ class SweepConfig:
     """Early stopping of trials."""
 
     metric: Annotated[str, Field(min_length=1)] = "eval/loss"
-    """Metric by which trials are compared: `eval/loss`, `eval/bits_per_byte`, or the loss of one
-    source, `eval/loss/NAME`."""
+    """Metric by which trials are compared: `eval/loss`, `eval/bits_per_byte`, the loss of one
+    source, `eval/loss/NAME`, `eval/text/bits_per_byte` of the base's `eval.texts`, or
+    `eval/NAME/accuracy` of its `eval.tasks` (with `mode: max`)."""
 
     mode: Literal["min", "max"] = "min"
     """Whether a lower or a higher metric is better."""
+
+    constraints: Annotated[dict[str, Constraint], Field(default_factory=dict)]
+    """Bounds of metrics, such as `{eval/text/bits_per_byte: {max: 0.9}}`. A trial whose result
+    violates one is not the best, whatever its metric: without a trial that meets all of them, the
+    sweep fails and has no `best.yaml`. `tpe` prefers samples that meet them. For early stopping, an
+    evaluation that violates one is worse than all that don't."""
 
     max_steps: Annotated[int, Field(ge=1)]
     """Optimizer steps of a trial that is not stopped early; also the horizon of its learning rate
@@ -114,8 +122,17 @@ class SweepConfig:
     max_concurrent: Annotated[int | None, Field(ge=1), PLACEMENT] = None
     """Maximum number of concurrent trials; null: as many as the cluster can hold."""
 
+    pack: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, PLACEMENT] = None
+    """Number of trials that train at once on one base model, in one group of workers that starts
+    once for the whole sweep; `auto`: as many as fit into memory by its estimate. Each trial learns
+    what it would learn alone; a new one takes the place of one that ends. Needs new LoRA adapters
+    with `engine.strategy: ddp`. Null: each trial has workers and a base of its own."""
+
     max_restarts: Annotated[int, Field(ge=0), PLACEMENT] = 3
     """Maximum restarts of a trial whose node was lost, each from its newest checkpoint."""
+
+    plan: Annotated[bool, PLACEMENT] = False
+    """Print the number of trials and the memory of packs of several sizes, and start nothing."""
 
     @model_validator(mode="after")
     def _check(self) -> "SweepConfig":
@@ -179,7 +196,10 @@ def load_base(sweep: SweepConfig) -> AnyTrainConfig:
     Raises:
         ConfigError: lists every mistake in the file or in `fixed`.
     """
-    data, problems = read_mapping(Path(sweep.base))
+    path = Path(sweep.base)
+    # The name alone means one that ships with the package, unless there is such a file here.
+    shipped = default_config(sweep.base) if path.name == sweep.base else path
+    data, problems = read_mapping(shipped if shipped.is_file() and not path.is_file() else path)
     if data is None or problems:
         raise ConfigError([f"base: {line}" for line in problems])
     try:

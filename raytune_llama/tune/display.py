@@ -4,7 +4,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from raytune_llama.tune.config import SweepConfig
+from raytune_llama.tune.constraints import Constraint, find_violations
 from raytune_llama.tune.findings import count_states
 from raytune_llama.tune.journal import Journal, TrialRecord
 from raytune_llama.tune.space import format_sample
@@ -68,6 +69,9 @@ def format_trial_line(sweep: SweepConfig, trial: TrialRecord) -> str:
     """Return the status of a trial as one line."""
     value = "" if trial.value is None else f", {sweep.metric} {trial.value:.4f}"
     cause = f": {trial.cause}" if trial.cause else ""
+    violations = find_violations(sweep.constraints, trial.others.get(trial.step, {}))
+    if value and violations:
+        value += f", violates {'; '.join(map(str, violations))}"
     head = f"trial {trial.number} {trial.state}, step {trial.step}/{sweep.max_steps}{value}"
     return f"{head}{_remaining_steps(sweep, trial)}{cause} ({format_sample(trial.sample)})"
 
@@ -76,19 +80,38 @@ def build_trial_table(sweep: SweepConfig, journal: Journal) -> Table:
     """Return the trials as a table: running ones first, then the newest."""
     trials = sorted(journal.trials.values(), key=lambda t: (t.has_ended, -t.number))
     table = Table(title=f"{sweep.sweep_dir}: {count_states(sweep, trials)}")
-    for head in ("trial", "state", "step", sweep.metric, "to go"):
+    heads = ["trial", "state", "step", sweep.metric, *sweep.constraints, "to go"]
+    is_packed = any(trial.slot_uses for trial in trials)
+    for head in heads + is_packed * ["slot"]:
         table.add_column(head, justify="right")
     table.add_column("sample")
     for trial in trials[:MAX_ROWS]:
         value = "" if trial.value is None else f"{trial.value:.4f}"
         step = f"{trial.step}/{sweep.max_steps}"
+        others = trial.others.get(trial.step, {})
+        limited = [_limited_cell(name, each, others) for name, each in sweep.constraints.items()]
         to_go = _remaining_steps(sweep, trial).removeprefix(", ").removesuffix(" to go")
+        slot = is_packed * [_slot_cell(trial)]
         table.add_row(
-            str(trial.number), trial.state, step, value, to_go, format_sample(trial.sample)
+            *(str(trial.number), trial.state, step, value),
+            *(*limited, to_go, *slot, format_sample(trial.sample)),
         )
     if len(trials) > MAX_ROWS:
         table.caption = f"and {len(trials) - MAX_ROWS} more"
     return table
+
+
+def _slot_cell(trial: TrialRecord) -> str:
+    """Return the pack and the slot in it that a trial trains or has last trained in."""
+    return f"{trial.slot_uses[-1].pack}/{trial.slot_uses[-1].slot}" if trial.slot_uses else ""
+
+
+def _limited_cell(name: str, constraint: Constraint, values: Mapping[str, float | None]) -> str:
+    """Return the value of a metric that has a constraint, and whether it violates it."""
+    value = values.get(name)
+    if value is None:
+        return ""
+    return f"{value:.4f}{' (violates)' if constraint.violation(value) else ''}"
 
 
 def _remaining_steps(sweep: SweepConfig, trial: TrialRecord) -> str:

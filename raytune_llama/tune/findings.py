@@ -19,9 +19,21 @@ from raytune_llama.train.checkpoint.layout import list_checkpoints
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.export import result_path
 from raytune_llama.train.identity import RUN_CONFIG_FILE, continuation_overrides
+from raytune_llama.train.monitoring.metrics import (
+    EVAL_TEXT_BITS_PER_BYTE,
+    describe_accuracy_change,
+    describe_text_change,
+    is_accuracy,
+)
 from raytune_llama.tune.config import SweepConfig, build_trial_config
 from raytune_llama.tune.journal import TrialRecord, trial_dir
-from raytune_llama.tune.results import BEST_FILE, RESOLVED_SWEEP_FILE, score_trial
+from raytune_llama.tune.results import (
+    BEST_FILE,
+    RESOLVED_SWEEP_FILE,
+    check_trial,
+    find_best,
+    score_trial,
+)
 from raytune_llama.tune.search import build_study, count_trials, optuna_distributions
 from raytune_llama.tune.space import (
     Distribution,
@@ -140,17 +152,12 @@ def describe_findings(
         importances: importances of the fields, from `measure_importances`.
     """
     found = [Finding(count_states(sweep, trials))]
-    best = trials[0] if trials else None
-    score = score_trial(best, base, sweep.mode) if best else None
-    if best is None or score is None:
+    found += describe_violations(sweep, base, trials)
+    best = find_best(sweep, base, trials)
+    if best is None:
         return found
-    step, value = score
-    found.append(
-        Finding(
-            f"best: trial {best.number}, {sweep.metric} {value:.4f} at step {step} "
-            f"({format_sample(best.sample)})"
-        )
-    )
+    found.append(Finding(f"best: {_describe_score(sweep, base, best)}"))
+    found += describe_changes(sweep, base, best)
     if not sweep.place.is_local:
         found.append(
             Finding(
@@ -164,6 +171,61 @@ def describe_findings(
         found.append(Finding(str(edges[-1]), _wider_command(sweep, edges)))
     found.append(Finding(str(importances)))
     return found + describe_winner(sweep, base, best)
+
+
+def _describe_score(sweep: SweepConfig, base: AnyTrainConfig, trial: TrialRecord) -> str:
+    score = score_trial(trial, base, sweep.mode)
+    assert score is not None
+    step, value = score
+    sample = format_sample(trial.sample)
+    return f"trial {trial.number}, {sweep.metric} {value:.4f} at step {step} ({sample})"
+
+
+def describe_violations(
+    sweep: SweepConfig, base: AnyTrainConfig, trials: Sequence[TrialRecord]
+) -> list[Finding]:
+    """Return how many trials violate a constraint and, if all do, which is the nearest.
+
+    Args:
+        sweep: config of the sweep.
+        base: config of every trial, without its sample.
+        trials: trials, best first.
+    """
+    scored = [trial for trial in trials if score_trial(trial, base, sweep.mode)]
+    violating = [trial for trial in scored if check_trial(sweep, base, trial)]
+    if not violating:
+        return []
+    count = f"{len(violating)} of {len(scored)} trials with a score violate a constraint"
+    if len(violating) < len(scored):
+        return [Finding(f"{count}, and none of them is the best")]
+    nearest = violating[0]
+    violated = "; ".join(map(str, check_trial(sweep, base, nearest)))
+    return [
+        Finding(
+            f"{count}, so there is no best trial and no {BEST_FILE}; the nearest is "
+            f"{_describe_score(sweep, base, nearest)}: {violated}"
+        )
+    ]
+
+
+def describe_changes(sweep: SweepConfig, base: AnyTrainConfig, best: TrialRecord) -> list[Finding]:
+    """Return how the best trial's tuning has changed `eval.texts` and the results of tasks."""
+    score = score_trial(best, base, sweep.mode)
+    assert score is not None
+    before, after = (best.others.get(step, {}) for step in (0, score[0]))
+    found: list[Finding] = []
+    old, new = (values.get(EVAL_TEXT_BITS_PER_BYTE) for values in (before, after))
+    if new is not None:
+        text = f"the best trial's {describe_text_change(old, new)}"
+        is_limited = EVAL_TEXT_BITS_PER_BYTE in {sweep.metric, *sweep.constraints}
+        if old is not None and new > old and not is_limited:
+            text += f"; constraints.{EVAL_TEXT_BITS_PER_BYTE}.max limits it in a new sweep"
+        found.append(Finding(text))
+    return found + [
+        Finding(f"the best trial's {describe_accuracy_change(name, before.get(name), value)}")
+        for name, value in after.items()
+        if is_accuracy(name)
+    ]
 
 
 def count_states(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> str:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -20,6 +21,23 @@ JOURNAL_FILE = "journal.jsonl"
 
 TrialState = Literal["running", "finished", "stopped", "diverged", "failed"]
 """State of a trial. Stopped: by the scheduler. Diverged: an evaluation was not finite."""
+
+
+@dataclass(frozen=True)
+class SlotUse:
+    """A span of time in which a trial trained in a pack."""
+
+    pack: int
+    """Number of the pack."""
+
+    slot: int
+    """Place among the runs of the pack, from 0."""
+
+    started: float
+    """Start, in seconds since the epoch."""
+
+    ended: float | None = None
+    """End of the trial; None if it still trains, or was interrupted."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +56,18 @@ class TrialRecord:
     values: dict[int, float] = field(default_factory=dict)
     """Metric of each finite evaluation, by step."""
 
+    others: dict[int, dict[str, float | None]] = field(default_factory=dict)
+    """Other metrics that the sweep shows or limits, by step and name: at each evaluation the newest
+    value, None if not finite. Step 0 is before training."""
+
     seconds: float = 0.0
     """Seconds from the first start to the newest report, without pauses between drivers."""
 
     cause: str | None = None
     """Why the trial failed or diverged; None if it did neither."""
+
+    slot_uses: tuple[SlotUse, ...] = ()
+    """When and where the trial has trained in a pack; empty if it had workers of its own."""
 
     @property
     def step(self) -> int:
@@ -84,17 +109,46 @@ class Journal:
             logger.warning("%s: dropped the last line, which is truncated", self._place)
             self._place.write_bytes(self._text.encode())
         for line in self._text.splitlines():
-            self._apply(json.loads(line))
+            _apply(self.trials, json.loads(line))
 
     def start(self, number: int, sample: dict[str, Any]) -> None:
         """Record that a trial starts, with its sample."""
         self._append({"event": "start", "trial": number, "sample": sample})
 
-    def report(self, number: int, step: int, value: float, seconds: float) -> None:
-        """Record an evaluation of a trial."""
-        self._append(
-            {"event": "report", "trial": number, "step": step, "value": value, "seconds": seconds}
+    def join(self, number: int, pack: int, slot: int) -> None:
+        """Record that a trial joins a pack.
+
+        Args:
+            number: number of the trial.
+            pack: number of the pack.
+            slot: place among the runs of the pack.
+        """
+        self._append({"event": "join", "trial": number, "pack": pack, "slot": slot})
+
+    def report(
+        self,
+        number: int,
+        step: int,
+        value: float,
+        seconds: float,
+        others: Mapping[int, Mapping[str, float | None]] | None = None,
+    ) -> None:
+        """Record an evaluation of a trial.
+
+        Args:
+            number: number of the trial.
+            step: step of the evaluation.
+            value: the sweep's metric.
+            seconds: seconds that the trial has run.
+            others: other metrics by step and name, those before training at step 0.
+        """
+        event = {"event": "report", "trial": number, "step": step, "value": value}
+        event |= {"seconds": seconds}
+        # JSON has no integer keys.
+        event |= (
+            {"others": {str(at): dict(found) for at, found in others.items()}} if others else {}
         )
+        self._append(event)
 
     def end(self, number: int, state: TrialState, cause: str | None = None) -> None:
         """Record that a trial has ended, and how."""
@@ -112,17 +166,49 @@ class Journal:
                 os.fsync(file.fileno())
         else:
             self._place.write_bytes(self._text.encode())
-        self._apply(event)
+        _apply(self.trials, event)
 
-    def _apply(self, event: dict[str, Any]) -> None:
-        number = event["trial"]
-        match event["event"]:
-            case "start":
-                self.trials[number] = TrialRecord(number, event["sample"])
-            case "report":
-                trial = self.trials[number]
-                values = {**trial.values, event["step"]: event["value"]}
-                self.trials[number] = replace(trial, values=values, seconds=event["seconds"])
-            case _:
-                ended = replace(self.trials[number], state=event["state"], cause=event["cause"])
-                self.trials[number] = ended
+
+def read_trials(sweep_dir: Place) -> dict[int, TrialRecord]:
+    """Return the trials of a sweep by number, without writing: its driver may be running.
+
+    Raises:
+        ValueError: a line other than the last is damaged.
+        OSError: the journal cannot be read.
+    """
+    place = sweep_dir / JOURNAL_FILE
+    trials: dict[int, TrialRecord] = {}
+    lines = place.read_bytes().decode().split("\n") if place.status() is not None else [""]
+    for line in lines[:-1]:  # the last one is being written, or was cut off by a crash
+        _apply(trials, json.loads(line))
+    return trials
+
+
+def _apply(trials: dict[int, TrialRecord], event: dict[str, Any]) -> None:
+    """Update the trials by an event of the journal."""
+    number = event["trial"]
+    match event["event"]:
+        case "start":
+            trials[number] = TrialRecord(number, event["sample"])
+        case "join":
+            trial = trials[number]
+            use = SlotUse(event["pack"], event["slot"], event["time"])
+            trials[number] = replace(trial, slot_uses=(*trial.slot_uses, use))
+        case "report":
+            trial = trials[number]
+            values = {**trial.values, event["step"]: event["value"]}
+            added = {int(at): found for at, found in event.get("others", {}).items()}
+            trials[number] = replace(
+                trial,
+                values=values,
+                others={**trial.others, **added},
+                seconds=event["seconds"],
+            )
+        case _:
+            trial = trials[number]
+            slot_uses = trial.slot_uses
+            if slot_uses:
+                slot_uses = (*slot_uses[:-1], replace(slot_uses[-1], ended=event["time"]))
+            trials[number] = replace(
+                trial, state=event["state"], cause=event["cause"], slot_uses=slot_uses
+            )

@@ -9,11 +9,12 @@ from typing import Any
 
 from raytune_llama.storage.place import Place
 from raytune_llama.train.config import AnyTrainConfig
-from raytune_llama.train.monitoring.metrics import EVAL_LOSS
+from raytune_llama.train.monitoring.metrics import EVAL_LOSS, EVAL_TEXT_LOSS, is_accuracy
 from raytune_llama.tune.config import SweepConfig
 from raytune_llama.tune.findings import STATE_NAMES, Finding, Importances
 from raytune_llama.tune.journal import TrialRecord
-from raytune_llama.tune.results import score_trial
+from raytune_llama.tune.pack_table import render_packs
+from raytune_llama.tune.results import check_trial, find_best, score_trial, shown_metrics
 from raytune_llama.tune.space import Distribution
 
 SWEEP_PLOT_FILE = "sweep.png"
@@ -39,6 +40,7 @@ th, td { padding: .25rem .6rem; border-bottom: 1px solid #d8dde3; text-align: ri
 pre { background: #f3f5f7; padding: .4rem .6rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 th { color: #56606b; font-weight: 600; } tr.best td { background: #e8f1fb; }
 tr.failed td, tr.diverged td { color: #a03a22; } td.cause { text-align: left; }
+tr.violating td { color: #8a8f96; }
 """
 
 
@@ -85,7 +87,7 @@ def draw_sweep(
     halves: Any = figure.subfigures(2, 1, height_ratios=[1, 1.1])
     upper, lower = halves
     curves, bars = upper.subplots(1, 2, width_ratios=[2, 1])
-    _draw_curves(curves, sweep, trials)
+    _draw_curves(curves, sweep, base, trials)
     _draw_importances(bars, importances)
     _draw_coordinates(lower, sweep, base, trials)
     buffer = io.BytesIO()
@@ -93,13 +95,19 @@ def draw_sweep(
     return buffer.getvalue()
 
 
-def _draw_curves(axes: Any, sweep: SweepConfig, trials: Sequence[TrialRecord]) -> None:  # noqa: ANN401
+def _draw_curves(
+    axes: Any,  # noqa: ANN401
+    sweep: SweepConfig,
+    base: AnyTrainConfig,
+    trials: Sequence[TrialRecord],
+) -> None:
     """Draw each trial's evaluations; the best last, on top of the others."""
     drawn = [trial for trial in trials if trial.values]
+    best = find_best(sweep, base, trials)
     labelled: set[str] = set()
     for trial in reversed(drawn):
         steps, values = list(trial.values), list(trial.values.values())
-        is_best = trial is drawn[0]
+        is_best = trial is best
         color = _BEST_COLOR if is_best else "0.65"
         label = f"best: trial {trial.number}" if is_best else "other trials"
         axes.plot(
@@ -117,7 +125,7 @@ def _draw_curves(axes: Any, sweep: SweepConfig, trials: Sequence[TrialRecord]) -
             labelled.add(label)
     axes.set_title("evaluations of each trial", fontsize="medium")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel(_metric_label(sweep), parse_math=False)
+    axes.set_ylabel(_metric_label(sweep.metric), parse_math=False)
     handles, texts = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], texts[::-1], fontsize="small")
     axes.grid(alpha=0.3)
@@ -178,13 +186,14 @@ def _draw_coordinates(
     if not scored:
         axes.set_axis_off()
         return
+    best = find_best(sweep, base, trials)
     scores = [value for _, value in scored]
     spread = Normalize(min(scores), max(scores) if max(scores) > min(scores) else None)
     colors: Any = ScalarMappable(spread, "viridis" if sweep.mode == "min" else "viridis_r")
     for trial, value in reversed(scored):
         heights = [sweep.space[name].position(trial.sample[name]) for name in fields]
         heights.append(float(spread(value)) if max(scores) > min(scores) else 0.5)
-        is_best = trial is scored[0][0]
+        is_best = trial is best
         axes.plot(
             heights,
             color=_BEST_COLOR if is_best else colors.to_rgba(value),
@@ -207,9 +216,11 @@ def _draw_coordinates(
     axes.margins(x=0.06)
     axes.set_ylim(-0.05, 1.05)
     axes.set_yticks([])
-    axes.legend(fontsize="small", loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    if best is not None:
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
+        axes.legend(fontsize="small", **place)
     if max(scores) > min(scores):
-        figure.colorbar(colors, ax=axes, label=_metric_label(sweep), pad=0.01)
+        figure.colorbar(colors, ax=axes, label=_metric_label(sweep.metric), pad=0.01)
 
 
 def _write_tick(axes: Any, position: int, height: float, text: str) -> None:  # noqa: ANN401
@@ -246,9 +257,11 @@ def _field_label(field: str) -> str:
     return f"{section}{dot}\n{name}" if dot else field
 
 
-def _metric_label(sweep: SweepConfig) -> str:
-    is_loss = sweep.metric.startswith(EVAL_LOSS)
-    return f"{sweep.metric} ({'nats per token' if is_loss else 'bits per byte of text'})"
+def _metric_label(name: str) -> str:
+    if is_accuracy(name):
+        return f"{name} (share of right answers)"
+    is_loss = name.startswith((EVAL_LOSS, EVAL_TEXT_LOSS))
+    return f"{name} ({'nats per token' if is_loss else 'bits per byte of text'})"
 
 
 def render_page(
@@ -259,19 +272,12 @@ def render_page(
     findings: Sequence[Finding],
 ) -> str:
     """Return the page as a single HTML file without scripts."""
-    fields = list(sweep.space)
-    head = ["trial", "state", _metric_label(sweep), "at step", "seconds", *fields, "cause"]
-    names = "".join(f"<th>{escape(name)}</th>" for name in head)
-    rows: list[str] = []
-    for position, trial in enumerate(trials):
-        found = score_trial(trial, base, sweep.mode)
-        step, value = (str(found[0]), f"{found[1]:.5f}") if found else (str(trial.step), "")
-        cells = [str(trial.number), STATE_NAMES[trial.state], value, step, f"{trial.seconds:.0f}"]
-        cells += [_cell(trial.sample[field]) for field in fields]
-        best = "best" if position == 0 and found else ""
-        row = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        cause = f'<td class="cause">{escape(trial.cause or "")}</td>'
-        rows.append(f'<tr class="{trial.state} {best}">{row}{cause}</tr>')
+    others = shown_metrics(sweep, trials)
+    head = ["trial", "state", *map(_metric_label, [sweep.metric, *others]), "at step", "seconds"]
+    head += ["violates"] if sweep.constraints else []
+    names = "".join(f"<th>{escape(name)}</th>" for name in [*head, *sweep.space, "cause"])
+    best = find_best(sweep, base, trials)
+    rows = [_trial_row(sweep, base, trial, others, is_best=trial is best) for trial in trials]
     image = base64.b64encode(picture).decode()
     items = "\n".join(f"<li>{_finding_item(finding)}</li>" for finding in findings)
     return (
@@ -281,8 +287,32 @@ def render_page(
         f"<ul>\n{items}\n</ul>\n"
         f'<img alt="curves, importance, parallel coordinates" src="data:image/png;base64,{image}">'
         f"\n<table><thead><tr>{names}</tr></thead><tbody>\n" + "\n".join(rows) + "\n"
-        "</tbody></table>\n</body></html>\n"
+        f"</tbody></table>\n{render_packs(sweep.place, trials)}\n</body></html>\n"
     )
+
+
+def _trial_row(
+    sweep: SweepConfig,
+    base: AnyTrainConfig,
+    trial: TrialRecord,
+    others: Sequence[str],
+    *,
+    is_best: bool,
+) -> str:
+    """Return the row of a trial in the page's table, with these metrics besides the sweep's."""
+    found = score_trial(trial, base, sweep.mode)
+    step, value = (str(found[0]), f"{found[1]:.5f}") if found else (str(trial.step), "")
+    known = trial.others.get(found[0], {}) if found else {}
+    shown = [f"{other:.5f}" if (other := known.get(name)) is not None else "" for name in others]
+    cells = [str(trial.number), STATE_NAMES[trial.state], value, *shown, step]
+    cells.append(f"{trial.seconds:.0f}")
+    violations = check_trial(sweep, base, trial)
+    cells += ["; ".join(map(str, violations))] if sweep.constraints else []
+    cells += [_cell(trial.sample[field]) for field in sweep.space]
+    row = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+    classes = f"{trial.state} {'best' if is_best else ''} {'violating' if violations else ''}"
+    cause = f'<td class="cause">{escape(trial.cause or "")}</td>'
+    return f'<tr class="{classes}">{row}{cause}</tr>'
 
 
 def _finding_item(finding: Finding) -> str:

@@ -13,13 +13,19 @@ from ray.tune.schedulers import (
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.tune.config import SweepConfig
 from raytune_llama.tune.journal import Journal
-from raytune_llama.tune.trial import OBJECTIVE_KEY, STEP_KEY, WORST_OBJECTIVE
+from raytune_llama.tune.metric_checks import evaluation_interval
+from raytune_llama.tune.trial import (
+    OBJECTIVE_KEY,
+    STEP_KEY,
+    WORST_OBJECTIVE,
+    compute_objective,
+)
 
 
 def build_scheduler(sweep: SweepConfig, base: AnyTrainConfig) -> TrialScheduler:
     """Return the Tune scheduler, which gets optimizer steps and an objective to minimize."""
     config = sweep.scheduler
-    grace = config.grace_steps or base.eval.every_steps or sweep.max_steps
+    grace = config.grace_steps or evaluation_interval(sweep, base) or sweep.max_steps
     common: dict[str, Any] = {"time_attr": STEP_KEY, "metric": OBJECTIVE_KEY, "mode": "min"}
     match config.kind:
         case "asha":
@@ -38,9 +44,8 @@ def build_scheduler(sweep: SweepConfig, base: AnyTrainConfig) -> TrialScheduler:
             return FIFOScheduler()
 
 
-def replay_journal(scheduler: TrialScheduler, journal: Journal, mode: str) -> None:
+def replay_journal(scheduler: TrialScheduler, journal: Journal, sweep: SweepConfig) -> None:
     """Report the ended trials to a scheduler; resumed ones report everything again."""
-    sign = 1.0 if mode == "min" else -1.0
     nobody: Any = None
     # The median rule rejects results of a trial that it would have stopped in this order.
     is_median = isinstance(scheduler, MedianStoppingRule)
@@ -50,7 +55,10 @@ def replay_journal(scheduler: TrialScheduler, journal: Journal, mode: str) -> No
             continue
         ended = Trial("ended", trial_id=f"ended-{trial.number}", stub=True)
         scheduler.on_trial_add(nobody, ended)
-        values = {step: sign * value for step, value in trial.values.items()}
+        values = {
+            step: compute_objective(sweep, value, trial.others.get(step, {}))
+            for step, value in trial.values.items()
+        }
         if trial.state == "diverged":
             values[trial.step + 1] = WORST_OBJECTIVE
         for step, value in values.items():

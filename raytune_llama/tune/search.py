@@ -11,6 +11,7 @@ from raytune_llama.config.settings import ConfigError
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.orchestration.launch import PreparedRun
 from raytune_llama.tune.config import SearchConfig, SweepConfig, build_trial_config
+from raytune_llama.tune.constraints import Constraints
 from raytune_llama.tune.journal import Journal, TrialRecord, trial_dir
 from raytune_llama.tune.space import (
     RandomSuggester,
@@ -64,26 +65,36 @@ class TpeSampler:
     It is rebuilt for each sample from the journal's trials and a seed per trial: a suggestion
     depends only on the journal, so a killed driver loses nothing. A stopped trial counts as pruned,
     with its evaluations; a running one counts as bad until it ends, so that concurrent trials
-    differ.
+    differ. A trial that violates a constraint is worse than all that don't, and the worse the more
+    it does.
     """
 
-    def __init__(self, space: SearchSpace, config: SearchConfig, mode: str) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        config: SearchConfig,
+        mode: str,
+        constraints: Constraints | None = None,
+    ) -> None:
         self._space, self._config, self._mode = space, config, mode
+        self._constraints = constraints or {}
 
     def sample(self, number: int, history: Sequence[TrialRecord]) -> TrialSample:
         """Return the sample of a trial."""
         import optuna
 
         with warnings.catch_warnings():
-            # Two of its arguments have been marked experimental since 2020 and 2021.
+            # Three of its arguments have been marked experimental since 2020 and 2021.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = optuna.samplers.TPESampler(
                 n_startup_trials=self._config.startup_trials,
                 seed=self._config.seed * 1_000_003 + number,
                 multivariate=True,
                 constant_liar=True,
+                # Never called, since the trials of the study have their violations already.
+                constraints_func=(lambda _: ()) if self._constraints else None,
             )
-        study = build_study(self._space, self._mode, history, sampler)
+        study = build_study(self._space, self._mode, history, sampler, self._constraints)
         return draw_sample(self._space, study.ask())
 
 
@@ -99,7 +110,7 @@ def build_sampler(sweep: SweepConfig) -> TrialSampler:
         case "grid":
             return GridSampler(sweep.space)
         case "tpe":
-            return TpeSampler(sweep.space, sweep.search, sweep.mode)
+            return TpeSampler(sweep.space, sweep.search, sweep.mode, sweep.constraints)
 
 
 def build_study(
@@ -107,6 +118,7 @@ def build_study(
     mode: str,
     history: Sequence[TrialRecord],
     sampler: Any = None,  # noqa: ANN401
+    constraints: Constraints | None = None,
 ) -> Any:  # noqa: ANN401  # optuna is imported where it is used: it takes a second
     """Return an Optuna study with a sweep's trials."""
     import optuna
@@ -131,10 +143,19 @@ def build_study(
                 params=drawn_parameters(space, trial.sample),
                 distributions=optuna_distributions(space),
                 intermediate_values=trial.values,
+                system_attrs=_describe_feasibility(trial, constraints or {}),
                 value=trial.value if state == TrialState.COMPLETE else None,
             )
         )
     return study
+
+
+def _describe_feasibility(trial: TrialRecord, constraints: Constraints) -> dict[str, Any]:
+    """Return how much a trial violates each constraint, where Optuna's samplers look for it."""
+    if not constraints:
+        return {}
+    values = trial.others.get(trial.step, {})
+    return {"constraints": [each.violation(values.get(name)) for name, each in constraints.items()]}
 
 
 def optuna_distributions(space: SearchSpace) -> dict[str, Any]:

@@ -5,71 +5,79 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
 
 from raytune_llama.config.settings import (
     ConfigError,
     find_differences,
     identity,
     override,
+    renamed_fields,
     to_dict,
     to_yaml,
 )
 from raytune_llama.connection import connect_to_ray
 from raytune_llama.data.build.preparation import (
-    DataInputs,
     describe_inputs,
     open_current_store,
     prepare_data,
 )
 from raytune_llama.data.store.manifest import fingerprint_of
 from raytune_llama.data.store.token_store import TokenStore
+from raytune_llama.evaluate.tasks.task import EvaluationTask
 from raytune_llama.signals import StopSignal
 from raytune_llama.storage.lease import Fence, Lease
-from raytune_llama.storage.place import Place
+from raytune_llama.storage.place import Place, is_submitted_job
 from raytune_llama.train.config import AnyTrainConfig
+from raytune_llama.train.eval_config import EvalConfig
 from raytune_llama.train.export import read_result
+from raytune_llama.train.fetched_inputs import fetch_inputs, find_remote_inputs
 from raytune_llama.train.identity import (
     IDENTITY_FILE,
     check_identity,
     identify,
+    identify_evaluated,
     keep_recorded_bos,
     read_identity,
 )
 from raytune_llama.train.inputs import build_evaluation_sources
-from raytune_llama.train.monitoring.metrics import EVAL_BITS_PER_BYTE, EVAL_LOSS
+from raytune_llama.train.monitoring.trackers.session import check_trackers
 from raytune_llama.train.orchestration.channel import Channel
 from raytune_llama.train.orchestration.launch import PreparedRun
-from raytune_llama.train.orchestration.nodes import (
-    check_nodes,
-    count_worker_slots,
-    is_submitted_job,
-    wait_for_resources,
-)
+from raytune_llama.train.orchestration.nodes import check_nodes
 from raytune_llama.train.orchestration.placement_group import WorkerPlacement
-from raytune_llama.train.preflight import open_inputs, resolve_places
+from raytune_llama.train.orchestration.resources import wait_for_resources
+from raytune_llama.train.preflight import Inputs, open_inputs, resolve_places
+from raytune_llama.train.run_files import EVALUATED_KEY
+from raytune_llama.train.texts import check_text_store, prepare_texts
 from raytune_llama.train.trainer import prepare_run
 from raytune_llama.tune.config import SweepConfig, build_trial_config, load_base
 from raytune_llama.tune.display import ProgressDisplay
 from raytune_llama.tune.findings import Finding, describe_findings, measure_importances
 from raytune_llama.tune.journal import Journal, TrialRecord, trial_dir
+from raytune_llama.tune.metric_checks import check_metrics, evaluation_interval, watched_metrics
+from raytune_llama.tune.pack_plan import check_pack, choose_num_slots, render_sweep_plan
+from raytune_llama.tune.packed import PackedTrials
 from raytune_llama.tune.plot import write_page
 from raytune_llama.tune.results import (
+    BEST_FILE,
     RESOLVED_SWEEP_FILE,
+    find_best,
     rank_trials,
-    score_trial,
     write_best,
     write_leaderboard,
 )
 from raytune_llama.tune.scheduler import build_scheduler, replay_journal
 from raytune_llama.tune.search import TrialSearcher, check_samples, count_remaining
 from raytune_llama.tune.space import TrialSample
+from raytune_llama.tune.tracking import track_sweep
 from raytune_llama.tune.trial import STEP_KEY, build_trainable
 
 logger = logging.getLogger(__name__)
@@ -83,16 +91,17 @@ class SweepSummary:
     """State of a sweep when its driver ends."""
 
     status: Literal["finished", "stopped", "failed"]
-    """Stopped: trials remain, and the same command resumes them. Failed: no trial has a result."""
+    """Stopped: trials remain, and the same command resumes them. Failed: no trial has a result that
+    meets the constraints."""
 
     sweep_dir: Place
     """Directory of the sweep."""
 
     trials: tuple[TrialRecord, ...]
-    """All trials, best first."""
+    """All trials, best first; those that violate a constraint after the others."""
 
     best_config: Place | None
-    """Config file of the best trial; None if no trial has a score."""
+    """Config file of the best trial; None if no trial has a score and meets the constraints."""
 
     page: Place | None
     """HTML page with plots; None if no trial has been evaluated."""
@@ -108,82 +117,150 @@ def run_sweep(sweep: SweepConfig) -> SweepSummary:
         ConfigError: the sweep, its base or the cluster does not allow it; raised before any trial
             starts.
     """
-    base = _resolve(sweep)
-    check_sweep(sweep, base)
-    configs = check_samples(sweep, base)
-    _check_stores(base, configs)
-    data = open_inputs(configs[0]).data
-    # Trials are compared by their evaluations, so eval settings may not change, unlike a run's.
+    base, configs = _open_configs(sweep)
+    fetch_inputs(configs[0])
+    inputs = open_inputs(configs[0])
     then = read_identity(sweep.place)
-    base_identity = identify(base, like=then.get("base", {}))
-    known = {"sweep": identity(sweep), "base": base_identity, "eval": to_dict(base.eval)}
+    known = identify_sweep(sweep, base, then)
     check_identity(sweep.place, known, field="sweep_dir")
     journal = Journal(sweep.place)
-    if count_remaining(sweep, journal):
-        # Before Ray starts: the store may be damaged, or stale.
-        open_current_store(base.encoded_data, data)
-        # A lease on the sweep's directory, which contains the trials' directories.
-        with Lease(sweep.place) as lease, connect_to_ray():
-            store = _prepare(sweep, base, data)
-            _check_store(sweep, store.fingerprint)
-            fence = lease.confirm()
-            (sweep.place / IDENTITY_FILE).write_json({**known, "store": store.fingerprint})
-            (sweep.place / RESOLVED_SWEEP_FILE).write_bytes(to_yaml(sweep).encode())
-            _run_trials(sweep, base, journal, data=data, store=store, fence=fence)
-    else:
-        recorded = then.get("store")
-        described = describe_inputs(base.encoded_data, data, like=recorded)
-        _check_store(sweep, fingerprint_of(described, like=recorded))
-    return _sum_up(sweep, base, journal)
+    with track_sweep(sweep, base, journal) as tracked:
+        if count_remaining(sweep, journal):
+            # Before Ray starts: the store may be damaged, or stale.
+            open_current_store(base.encoded_data, inputs.data)
+            check_text_store(base, inputs.texts)
+            check_trackers(base.logging)
+            # A lease on the sweep's directory, which contains the trials' directories.
+            with Lease(sweep.place) as lease, connect_to_ray():
+                stores = _prepare(sweep, base, inputs)
+                inputs_now = stores.identify(inputs.tasks)
+                _check_stored(sweep, inputs_now)
+                fence = lease.confirm()
+                (sweep.place / IDENTITY_FILE).write_json({**known, **inputs_now})
+                (sweep.place / RESOLVED_SWEEP_FILE).write_bytes(to_yaml(sweep).encode())
+                tracked.start()
+                _run_trials(sweep, base, journal, inputs=inputs, stores=stores, fence=fence)
+        else:
+            recorded = then.get("store")
+            described = describe_inputs(base.encoded_data, inputs.data, like=recorded)
+            _check_stored(sweep, {"store": fingerprint_of(described, like=recorded)})
+            tracked.start()
+        summary = _sum_up(sweep, base, journal)
+        tracked.end("interrupted" if summary.status == "stopped" else summary.status)
+    return summary
 
 
-def _check_store(sweep: SweepConfig, fingerprint: str) -> None:
-    """Refuse a sweep whose earlier trials were trained on other data."""
-    # Sweeps of earlier versions have not recorded it.
-    if "store" in read_identity(sweep.place):
-        check_identity(sweep.place, {"store": fingerprint}, field="sweep_dir")
+def plan_sweep(sweep: SweepConfig) -> str:
+    """Return what a sweep will take, as text for a terminal; nothing is written.
+
+    Raises:
+        ConfigError: the sweep or its base does not allow it.
+    """
+    _, configs = _open_configs(sweep)
+    open_inputs(override(configs[0], {"plan": True}))
+    return render_sweep_plan(sweep, configs)
+
+
+def _open_configs(sweep: SweepConfig) -> tuple[AnyTrainConfig, list[AnyTrainConfig]]:
+    """Return the base of a sweep and configs of its samples, checked, their models fetched.
+
+    Weights are not fetched: trials that are never run need none.
+    """
+    base = _resolve(sweep)
+    check_sweep(sweep, base)
+    configs = _resolve_samples(check_samples(sweep, base))
+    _check_stores(base, configs)
+    # Most samples share them, and each fetch asks the hub.
+    unlike = {tuple(find_remote_inputs(config).items()): config for config in configs}
+    for config in unlike.values():
+        fetch_inputs(config, weights=False)
+    if sweep.pack is not None:
+        check_pack(configs)
+    return base, configs
+
+
+def _resolve_samples(configs: Sequence[AnyTrainConfig]) -> list[AnyTrainConfig]:
+    """Return configs with the places that their samples name, on the hub at one commit.
+
+    Raises:
+        ConfigError: lists every place that can't be used once.
+    """
+    in_job = is_submitted_job()
+    problems: dict[str, None] = {}
+    resolved: list[AnyTrainConfig] = []
+    for config in configs:
+        try:
+            resolved.append(resolve_places(config, in_job=in_job))
+        except ConfigError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise ConfigError(list(problems))
+    return resolved
+
+
+def identify_sweep(
+    sweep: SweepConfig, base: AnyTrainConfig, then: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the identity of a sweep, to which its token stores and tasks are added.
+
+    Args:
+        sweep: config of the sweep.
+        base: config of every trial, without its sample, with absolute paths.
+        then: recorded identity to compare with; empty for a new sweep.
+    """
+    # Trials are compared by their evaluations, so eval settings may not change, unlike a run's.
+    known = {"sweep": identity(sweep), "eval": identity(base.eval)}
+    defaults = {"sweep": {"constraints": {}}, "eval": identity(EvalConfig())}
+    for part, fields in known.items():
+        # An earlier release has not recorded the fields that it did not have.
+        old = then.get(part, fields)
+        known[part] = {
+            name: value
+            for name, value in fields.items()
+            if name in old or value != defaults[part].get(name)
+        }
+    return {**known, "base": identify(base, like=then.get("base", {}))}
+
+
+def _check_stored(sweep: SweepConfig, now: Mapping[str, Any]) -> None:
+    """Refuse a sweep whose earlier trials were trained or evaluated on other data."""
+    # Sweeps of earlier versions have not recorded all of it.
+    recorded = read_identity(sweep.place)
+    known = {key: value for key, value in now.items() if key in recorded}
+    check_identity(sweep.place, known, field="sweep_dir")
 
 
 def _resolve(sweep: SweepConfig) -> AnyTrainConfig:
     """Return the base config with all paths absolute; its run directory is the sweep's."""
     base = override(load_base(sweep), {"run_dir": sweep.sweep_dir})
-    try:
-        base = resolve_places(base, in_job=is_submitted_job())
-    except ConfigError as error:
-        named = [
-            f"sweep_dir:{p.removeprefix('run_dir:')}" if p.startswith("run_dir:") else p
-            for p in error.problems
-        ]
-        raise ConfigError([text.replace("run_dir=", "sweep_dir=") for text in named]) from None
+    with renamed_fields({"run_dir:": "sweep_dir:", "run_dir=": "sweep_dir="}):
+        first = trial_dir(sweep.place, 0)
+        base = resolve_places(base, in_job=is_submitted_job(), recorded_in=first)
+    fetch_inputs(base, weights=not sweep.plan)
     return keep_recorded_bos(base, trial_dir(sweep.place, 0))
 
 
 def check_sweep(sweep: SweepConfig, base: AnyTrainConfig) -> None:
-    """Reject a metric that is never reported, and trials that are never evaluated.
+    """Reject metrics that are never reported, and trials that are never evaluated.
 
     Raises:
         ConfigError: names the fields.
     """
-    problems: list[str] = []
-    every = base.eval.every_steps
-    name = sweep.metric
-    if not (name in {EVAL_LOSS, EVAL_BITS_PER_BYTE} or name.startswith(f"{EVAL_LOSS}/")):
-        problems.append(
-            f"metric: got {name}, wanted {EVAL_LOSS}, {EVAL_BITS_PER_BYTE} or {EVAL_LOSS}/SOURCE"
-        )
-    if name.startswith(EVAL_BITS_PER_BYTE) and sweep.job == "sft":
-        problems.append(f"metric: got {name}, which sft runs don't report; use {EVAL_LOSS}")
+    problems = check_metrics(sweep, base)
+    every = evaluation_interval(sweep, base)
     if sweep.scheduler.kind != "none":
         if every is None or every >= sweep.max_steps:
             problems.append(
-                f"max_steps: a trial has {sweep.max_steps} steps and base's eval.every_steps is "
-                f"{every}, so no evaluation could stop it; lower it with fixed.eval.every_steps, "
-                "or set scheduler.kind=none"
+                f"max_steps: a trial has {sweep.max_steps} steps and base evaluates {sweep.metric} "
+                f"every {every} (eval.every_steps, for tasks times eval.tasks_every), so no "
+                "evaluation could stop it; lower it with fixed.eval.every_steps, or set "
+                "scheduler.kind=none"
             )
         elif sweep.scheduler.grace_steps is not None and sweep.scheduler.grace_steps % every:
             problems.append(
                 f"scheduler.grace_steps: got {sweep.scheduler.grace_steps}, wanted a multiple of "
-                f"base's eval.every_steps, {every}, since trials are compared by their evaluations"
+                f"base's eval.every_steps, {every} (for tasks times eval.tasks_every), since "
+                "trials are compared by their evaluations"
             )
     if problems:
         raise ConfigError(problems)
@@ -212,28 +289,30 @@ def _check_stores(base: AnyTrainConfig, configs: list[AnyTrainConfig]) -> None:
         )
 
 
-def _prepare(sweep: SweepConfig, base: AnyTrainConfig, data: DataInputs) -> TokenStore:
-    """Wait for the cluster's resources and build the token store, once for all trials."""
+@dataclass(frozen=True)
+class _Stores:
+    """Token stores that all trials share."""
+
+    data: TokenStore
+    texts: TokenStore | None
+
+    def identify(self, tasks: Sequence[EvaluationTask]) -> dict[str, Any]:
+        """Return what is trained and evaluated on, by its key in the sweep's identity."""
+        evaluated = identify_evaluated(self.texts, tasks)
+        return {"store": self.data.fingerprint, EVALUATED_KEY: evaluated}
+
+
+def _prepare(sweep: SweepConfig, base: AnyTrainConfig, inputs: Inputs) -> _Stores:
+    """Wait for the cluster's resources and build the token stores, once for all trials."""
     wait_for_resources(base.scale)
-    store = prepare_data(base.encoded_data, data)
+    store = prepare_data(base.encoded_data, inputs.data)
+    texts = prepare_texts(base, inputs.texts)
     evaluated = build_evaluation_sources(base, store)
-    if not evaluated:
-        raise ConfigError(
-            [
-                "metric: nothing is evaluated, since the store has no validation split; set "
-                "data.validation_fraction or data.validation of the base"
-            ]
-        )
-    names = {f"{EVAL_LOSS}/{source.name}" for source in evaluated if len(evaluated) > 1}
-    if sweep.metric.count("/") > 1 and sweep.metric not in names:
-        raise ConfigError(
-            [
-                f"metric: got {sweep.metric}, wanted one of the sources' metrics: "
-                f"{', '.join(sorted(names)) or 'none, with a single source'}"
-            ]
-        )
+    problems = check_metrics(sweep, base, validated=[source.name for source in evaluated])
+    if problems:
+        raise ConfigError(problems)
     check_nodes(base)
-    return store
+    return _Stores(store, texts)
 
 
 def _run_trials(
@@ -241,38 +320,71 @@ def _run_trials(
     base: AnyTrainConfig,
     journal: Journal,
     *,
-    data: DataInputs,
-    store: TokenStore,
+    inputs: Inputs,
+    stores: _Stores,
     fence: Fence,
 ) -> None:
-    """Run the remaining trials with Tune, until all have ended or it is interrupted."""
+    """Run the remaining trials, until all have ended or it is interrupted."""
 
     def prepare(number: int, sample: TrialSample) -> PreparedRun | None:
         config = build_trial_config(base, sample, trial_dir(sweep.place, number))
         # A sample may name paths too.
         config = resolve_places(config, in_job=is_submitted_job())
-        open_inputs(config, data)
-        return None if read_result(config) is not None else prepare_run(config, store, fence)
+        fetch_inputs(config)
+        open_inputs(config, inputs)
+        if read_result(config) is not None:
+            return None
+        return prepare_run(config, stores.data, fence, texts=stores.texts, tasks=inputs.tasks)
 
-    num_left = count_remaining(sweep, journal)
     # An elastic trial takes up to its maximum of workers; if only fewer fit, it runs alone.
-    fit = max(
-        1, count_worker_slots(ray.nodes(), base.scale.worker_resources) // base.scale.max_workers
-    )
+    fit = max(1, base.scale.worker_needs.count_groups(ray.nodes(), base.scale.max_workers))
+    display = ProgressDisplay(sweep, journal)
+    scheduler = build_scheduler(sweep, base)
+    replay_journal(scheduler, journal, sweep)
+    searcher = TrialSearcher(sweep, journal, prepare)
+    others = watched_metrics(sweep, base, inputs.tasks)
+    if sweep.pack is None:
+        _run_in_tune(sweep, journal, searcher, scheduler, display, others=others, fit=fit)
+        return
+    # The workers of a trial are those of its pack, which frees them itself.
+    recorder = JournalCallback(journal, display.refresh, lambda number: None)  # noqa: ARG005
+    trials = PackedTrials(sweep, journal, searcher, scheduler, recorder, others=others)
+    configs = _resolve_samples(check_samples(sweep, base)) if sweep.pack == "auto" else ()
+    num_slots = choose_num_slots(sweep, configs, ray.nodes())
+    num_packs = min(fit, -(-count_remaining(sweep, journal) // num_slots))
+    trials.run_in(num_packs, num_slots, display)
+
+
+def _run_in_tune(
+    sweep: SweepConfig,
+    journal: Journal,
+    searcher: TrialSearcher,
+    scheduler: TrialScheduler,
+    display: ProgressDisplay,
+    *,
+    others: tuple[str, ...],
+    fit: int,
+) -> None:
+    """Run trials with workers of their own with Tune.
+
+    Args:
+        sweep: config of the sweep.
+        journal: journal of the sweep.
+        searcher: gives the trials.
+        scheduler: decides after each evaluation whether a trial continues.
+        display: shows the progress.
+        others: metrics to report besides that of the sweep.
+        fit: number of trials that the cluster can hold.
+    """
+    num_left = count_remaining(sweep, journal)
     at_a_time = min(fit, sweep.max_concurrent or fit, num_left)
     logger.info("%d trials remaining, at most %d concurrently", num_left, at_a_time)
-    display = ProgressDisplay(sweep, journal)
     freeing = TrialCleanup(sweep.place)
-    scheduler = build_scheduler(sweep, base)
-    replay_journal(scheduler, journal, sweep.mode)
     _configure_tune()
-    searcher = TrialSearcher(sweep, journal, prepare)
     with _stopped_by_signals(searcher) as channel:
+        trainable = build_trainable(sweep, others, channel)
         tuner = tune.Tuner(
-            tune.with_resources(
-                build_trainable(sweep.place, sweep.metric, sweep.mode, sweep.max_steps, channel),
-                _driver_resources(),
-            ),
+            tune.with_resources(trainable, _driver_resources()),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=scheduler,
@@ -361,10 +473,16 @@ class JournalCallback(tune.Callback):
         result: dict[str, Any],
         **info: Any,  # noqa: ANN401, ARG002
     ) -> None:
+        """Record an evaluation of a trial."""
+        self.record_report(trial.config["number"], result)
+
+    def record_report(self, number: int, report: Mapping[str, Any]) -> None:
         """Record an evaluation that the journal does not have yet."""
-        number, value = trial.config["number"], result.get("value")
-        if value is not None and result[STEP_KEY] > self._journal.trials[number].step:
-            self._journal.report(number, result[STEP_KEY], value, result["seconds"])
+        value = report.get("value")
+        if value is not None and report[STEP_KEY] > self._journal.trials[number].step:
+            self._journal.report(
+                number, report[STEP_KEY], value, report["seconds"], report["others"]
+            )
 
     def on_trial_complete(
         self,
@@ -374,19 +492,22 @@ class JournalCallback(tune.Callback):
         **info: Any,  # noqa: ANN401, ARG002
     ) -> None:
         """Record how a trial has ended."""
-        result = trial.last_result or {}
-        state = result.get("state", "running")
+        self.record_end(trial.config["number"], trial.last_result or {})
+
+    def record_end(self, number: int, report: Mapping[str, Any]) -> None:
+        """Record how a trial has ended, from its last report, and free its workers."""
+        state = report.get("state", "running")
         if state == "interrupted":
             # It continues when the sweep is resumed.
-            self._free(trial.config["number"])
+            self._free(number)
             return
-        # Tune completes a trial that is still running only if the scheduler stops it.
+        # A trial that is still running has ended only if the scheduler stops it.
         state = "stopped" if state == "running" else state
-        cause = result.get("cause") if state in {"failed", "diverged"} else None
+        cause = report.get("cause") if state in {"failed", "diverged"} else None
         if state == "diverged" and cause is None:
-            cause = f"the evaluation at step {result[STEP_KEY]} is not finite"
-        self._journal.end(trial.config["number"], state, cause)
-        self._free(trial.config["number"])
+            cause = f"the evaluation at step {report[STEP_KEY]} is not finite"
+        self._journal.end(number, state, cause)
+        self._free(number)
 
     def on_trial_error(
         self,
@@ -412,15 +533,18 @@ class JournalCallback(tune.Callback):
 
 
 def _sum_up(sweep: SweepConfig, base: AnyTrainConfig, journal: Journal) -> SweepSummary:
-    trials = rank_trials(list(journal.trials.values()), base, sweep.mode)
+    trials = rank_trials(sweep, base, list(journal.trials.values()))
     write_leaderboard(sweep, base, trials)
-    best = trials[0] if trials and score_trial(trials[0], base, sweep.mode) else None
+    best = find_best(sweep, base, trials)
     importances = measure_importances(sweep, base, trials)
     findings = describe_findings(sweep, base, trials, importances)
     page = write_page(sweep, base, trials, importances, findings)
     is_over = not count_remaining(sweep, journal)
     status = "stopped" if not is_over else "finished" if best else "failed"
     file = write_best(sweep, base, best) if best else None
+    if best is None:
+        # Of a trial that violates a constraint only since it was resumed.
+        (sweep.place / BEST_FILE).delete()
     return SweepSummary(status, sweep.place, tuple(trials), file, page, tuple(findings))
 
 

@@ -5,9 +5,9 @@ A trial's process imports only this module: the sweep's driver has already check
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayError
@@ -17,13 +17,14 @@ from raytune_llama.logs import setup_logging
 from raytune_llama.signals import StopSignal
 from raytune_llama.storage.place import Place
 from raytune_llama.train.monitoring.metrics import (
-    EVAL_LOSS,
     EVAL_SECONDS,
     STEP_SECONDS,
     read_metrics,
 )
 from raytune_llama.train.orchestration.launch import PreparedRun, launch
 from raytune_llama.train.result import RetriesExhaustedError, RunResult
+from raytune_llama.tune.config import SweepConfig
+from raytune_llama.tune.constraints import constrained_objective, find_violations
 from raytune_llama.tune.journal import TrialState, trial_dir
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,9 @@ class Evaluation:
     seconds: float
     """Time that the run had spent on steps and evaluations, in seconds."""
 
+    others: Mapping[int, Mapping[str, float | None]] = field(default_factory=dict)
+    """Newest value of each other metric at this step, and before training as step 0."""
+
 
 @dataclass(frozen=True)
 class EvaluationReader:
@@ -62,25 +66,65 @@ class EvaluationReader:
     metric: str
     """Name of the metric to read."""
 
+    others: Sequence[str] = ()
+    """Names of the other metrics to read."""
+
     def read_evaluations(self) -> list[Evaluation]:
-        """Return all evaluations so far, except the one before the first step.
+        """Return all evaluations of the metric so far, except the one before the first step.
 
         Raises:
-            ValueError: the run's evaluations have no such metric.
+            ValueError: the evaluation before the first step lacks one of the metrics.
         """
         found: list[Evaluation] = []
         seconds = 0.0
+        before: dict[str, float | None] = {}
+        newest: dict[str, float | None] = {}
         for record in read_metrics(self.run_dir):
             seconds += record.get(STEP_SECONDS) or 0.0
             seconds += record.get(EVAL_SECONDS) or 0.0
-            if EVAL_LOSS not in record:
+            if EVAL_SECONDS not in record:
                 continue
-            if self.metric not in record:
-                names = ", ".join(name for name in record if name.startswith("eval/"))
-                raise UserError(f"metric: {self.metric} is not evaluated; available: {names}")
-            if record["step"] > 0:
-                found.append(Evaluation(int(record["step"]), record[self.metric], seconds))
+            step = int(record["step"])
+            newest |= {name: record[name] for name in self.others if name in record}
+            if step == 0:
+                _check_names([self.metric, *self.others], record)
+                before = dict(newest)
+            elif self.metric in record:  # tasks are not part of every evaluation
+                others = {0: before, step: dict(newest)} if self.others else {}
+                found.append(Evaluation(step, record[self.metric], seconds, others))
         return found
+
+
+def _check_names(names: Sequence[str], record: Mapping[str, float]) -> None:
+    available = ", ".join(name for name in record if name.startswith("eval/"))
+    for name in names:
+        if name not in record:
+            raise UserError(f"metric: {name} is not evaluated; available: {available}")
+
+
+class FollowedRun(Protocol):
+    """A run whose evaluations are followed while it trains elsewhere."""
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether the run has saved and stopped before its end."""
+        ...
+
+    def start(self) -> None:
+        """Start the run."""
+        ...
+
+    def is_alive(self) -> bool:
+        """Whether the run has started and not ended."""
+        ...
+
+    def join(self, timeout: float) -> None:
+        """Wait at most `timeout` seconds for the end of the run."""
+        ...
+
+    def check(self) -> None:
+        """Raise the error of the run, if it has failed."""
+        ...
 
 
 class RunThread(threading.Thread):
@@ -138,20 +182,32 @@ def forward_stop(channel: Any, stop_signal: StopSignal) -> None:  # noqa: ANN401
     stop_signal.request()
 
 
+def compute_objective(
+    sweep: SweepConfig, value: float | None, others: Mapping[str, float | None]
+) -> float:
+    """Return what a scheduler minimizes at an evaluation.
+
+    Args:
+        sweep: config of the sweep, with its constraints.
+        value: the sweep's metric; None if it is not finite.
+        others: other metrics at the evaluation.
+    """
+    if value is None:
+        return WORST_OBJECTIVE
+    signed = value if sweep.mode == "min" else -value
+    return constrained_objective(signed, find_violations(sweep.constraints, others))
+
+
 def build_trainable(
-    sweep_dir: Place,
-    metric: str,
-    mode: str,
-    max_steps: int,
+    sweep: SweepConfig,
+    others: Sequence[str],
     channel: Any,  # noqa: ANN401  # an actor
 ) -> Callable[[dict[str, Any]], Iterator[dict[str, Any]]]:
     """Return the trainable that Tune runs in a trial's process: a generator of reports.
 
     Args:
-        sweep_dir: directory of the sweep.
-        metric: metric by which trials are compared.
-        mode: "min" or "max".
-        max_steps: optimizer steps of a trial that is not stopped early.
+        sweep: config of the sweep.
+        others: metrics to report besides that of the sweep.
         channel: a `ChannelActor` by which the sweep's driver asks its trials to save and stop.
     """
 
@@ -160,35 +216,49 @@ def build_trainable(
         stop = StopSignal()
         run = RunThread(config["run"], stop)
         threading.Thread(target=forward_stop, args=(channel, stop), daemon=True).start()
-        follower = EvaluationReader(trial_dir(sweep_dir, config["number"]), metric)
-        sign = 1.0 if mode == "min" else -1.0
-        # Schedulers look for both keys in every report, the last one included.
-        last = {STEP_KEY: 1, OBJECTIVE_KEY: WORST_OBJECTIVE}
-        try:
-            for evaluation, state in follow_run(run, follower, max_steps):
-                value = evaluation.value
-                last[STEP_KEY] = evaluation.step + 1
-                yield {
-                    STEP_KEY: evaluation.step,
-                    OBJECTIVE_KEY: WORST_OBJECTIVE if value is None else sign * value,
-                    "value": value,
-                    "seconds": evaluation.seconds,
-                    "state": state,
-                }
-            if run.was_stopped:
-                yield {**last, "state": "interrupted"}
-        except FloatingPointError as error:
-            yield {**last, "state": "diverged", "cause": str(error)}
-        except (ValueError, RetriesExhaustedError) as error:
-            # Another attempt would fail the same way, or the retries are exhausted.
-            logger.exception("trial %d failed", config["number"])
-            yield {**last, "state": "failed", "cause": str(error)}
+        yield from report_run(sweep, config["number"], run, others)
 
     return run_trial
 
 
+def report_run(
+    sweep: SweepConfig, number: int, run: FollowedRun, others: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Start a trial's run, and yield its evaluations and its end as Tune's schedulers read them.
+
+    Args:
+        sweep: config of the sweep.
+        number: number of the trial.
+        run: its run.
+        others: metrics to report besides that of the sweep.
+    """
+    follower = EvaluationReader(trial_dir(sweep.place, number), sweep.metric, others)
+    # Schedulers look for both keys in every report, the last one included.
+    last = {STEP_KEY: 1, OBJECTIVE_KEY: WORST_OBJECTIVE}
+    try:
+        for evaluation, state in follow_run(run, follower, sweep.max_steps):
+            last[STEP_KEY] = evaluation.step + 1
+            newest = evaluation.others.get(evaluation.step, {})
+            yield {
+                STEP_KEY: evaluation.step,
+                OBJECTIVE_KEY: compute_objective(sweep, evaluation.value, newest),
+                "value": evaluation.value,
+                "others": evaluation.others,
+                "seconds": evaluation.seconds,
+                "state": state,
+            }
+        if run.was_stopped:
+            yield {**last, "state": "interrupted"}
+    except FloatingPointError as error:
+        yield {**last, "state": "diverged", "cause": str(error)}
+    except (ValueError, RetriesExhaustedError) as error:
+        # Another attempt would fail the same way, or the retries are exhausted.
+        logger.exception("trial %d failed", number)
+        yield {**last, "state": "failed", "cause": str(error)}
+
+
 def follow_run(
-    run: RunThread, follower: EvaluationReader, last_step: int
+    run: FollowedRun, follower: EvaluationReader, last_step: int
 ) -> Iterator[tuple[Evaluation, TrialState]]:
     """Start a run and yield its evaluations as they appear, each with the trial's state.
 

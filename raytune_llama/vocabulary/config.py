@@ -51,7 +51,8 @@ class ExpandVocabConfig:
     """A tokenizer to grow, and the text to learn new tokens from."""
 
     model: str
-    """Model directory with its tokenizer, or the directory of a tokenizer alone."""
+    """Model directory with its tokenizer, or the directory of a tokenizer alone: local, `s3://...`
+    or `gs://...`, or on the hub, `hf://org/name[@revision]`."""
     target: str
     """Output directory, of the same kind; it must be new or empty."""
     sources: tuple[SourceConfig, ...]

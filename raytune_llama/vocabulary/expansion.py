@@ -19,11 +19,12 @@ import numpy as np
 
 import raytune_llama
 from raytune_llama.config.errors import UserError
-from raytune_llama.config.settings import ConfigError, to_dict
+from raytune_llama.config.settings import ConfigError, override, to_dict
 from raytune_llama.data.readers.sources import check_sources
 from raytune_llama.model.lineage import TOKENIZER_KEY
 from raytune_llama.model.meta.layout import check_target
 from raytune_llama.model.vocab import count_ids
+from raytune_llama.storage.directories import fetch_directory, pin_directory, pin_source_fields
 from raytune_llama.storage.files import (
     OUTPUT_MANIFEST,
     publish_directory,
@@ -31,6 +32,7 @@ from raytune_llama.storage.files import (
     write_json_atomic,
 )
 from raytune_llama.storage.hashes import hash_file
+from raytune_llama.storage.place import local_path
 from raytune_llama.tokenizer.loader import (
     TOKENIZER_FILES,
     hash_tokenizer,
@@ -113,7 +115,11 @@ def expand_vocabulary(config: ExpandVocabConfig) -> str:
         ValueError: The tokenizer is of a kind that can't be grown, the text is too short, or the
             model does not match it. Nothing is written then.
     """
-    base, target = Path(config.model), Path(config.target)
+    pinned = {"model": pin_directory(config.model, "model")}
+    for name, sources in (("sources", config.sources), ("old_sources", config.old_sources)):
+        pinned |= pin_source_fields((source.path for source in sources), name)
+    config = override(config, pinned)
+    base, target = fetch_directory(config.model, "model"), local_path(config.target, "target")
     _check_inputs(config, base, target)
     sample = sample_documents(config.sources, config.sample_mib << 20, held_out=_HELD_OUT)
     old_text = TextSample()
@@ -164,7 +170,9 @@ def _check_inputs(config: ExpandVocabConfig, base: Path, target: Path) -> None:
         problems.append(str(error) if str(error).startswith("model") else f"model: {error}")
     if config.pieces is not None:
         try:
-            read_pieces(Path(config.pieces).read_bytes(), f"pieces: {config.pieces}")
+            read_pieces(
+                local_path(config.pieces, "pieces").read_bytes(), f"pieces: {config.pieces}"
+            )
         except (ValueError, OSError) as error:
             problems.append(str(error) if "pieces:" in str(error) else f"pieces: {error}")
     try:

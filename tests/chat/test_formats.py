@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from raytune_llama.chat.config import FieldName, FormatName, RepairConfig
 from raytune_llama.chat.conversations import Conversation, Defect
 from raytune_llama.chat.formats import (
+    PromptRow,
     RowFormat,
     describe_columns,
+    detect_prompt_format,
     detect_row_format,
+    read_prompt,
     read_row,
     write_row,
 )
@@ -368,3 +371,40 @@ def test_conversation_with_tools_marks_and_reasoning_survives_formats_with_turns
     defect = write_row(conversation, "completion")
     assert isinstance(defect, Defect)
     assert defect.reason == "not_representable"
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"prompt": "a"}, "completion"),
+        ({"input": "a"}, "completion"),
+        ({"instruction": "a"}, "alpaca"),
+        ({"messages": []}, "messages"),
+        ({"text": "a"}, None),
+    ],
+)
+def test_format_of_a_prompt_is_detected_without_an_answer(
+    row: dict[str, object], found: str | None
+) -> None:
+    assert detect_prompt_format(row) == found
+
+
+def test_prompt_ends_before_the_last_answer_which_is_its_reference() -> None:
+    said = [
+        {"role": "user", "content": "Rome?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather"}}]},
+    ]
+    row = read_prompt({"messages": said}, RowFormat("messages"), KeyCounts())
+    assert isinstance(row, PromptRow)
+    assert [turn.content for turn in row.conversation.turns] == ["Rome?"]
+    assert row.reference is not None
+    assert '"name": "weather"' in row.reference
+    open_row = read_prompt({"messages": said[:1]}, RowFormat("messages"), KeyCounts())
+    assert isinstance(open_row, PromptRow)
+    assert (open_row.conversation, open_row.reference) == (row.conversation, None)
+
+
+def test_prompt_with_an_unknown_column_is_refused() -> None:
+    row = read_prompt({"prompt": "a", "loss_scale": 2}, RowFormat("completion"), KeyCounts())
+    assert isinstance(row, Defect)
+    assert row.reason == "unknown_field"

@@ -19,7 +19,11 @@ from raytune_llama.vocabulary.config import ExpandVocabConfig
 CONFIGS = next(
     path for path in Path(__file__).parents if (path / "pyproject.toml").is_file()
 ) / "jobs" / "configs"  # fmt: skip
-JOBS = {"prepare_data": "prepare-data", "expand_vocab": "expand-vocab"}
+JOBS = {
+    "prepare_data": "prepare-data",
+    "expand_vocab": "expand-vocab",
+    "make_data": "make-data",
+}
 
 
 def job_of(file: Path) -> str:

@@ -226,6 +226,32 @@ def test_override_below_a_null_makes_the_mapping(path: Path) -> None:
     assert load(Run, [str(path), "adapter.rank=4"]).adapter == Adapter(rank=4)
 
 
+def test_override_below_a_number_that_may_be_a_mapping_makes_the_mapping(path: Path) -> None:
+    @settings
+    class Limits:
+        """Limits."""
+
+        low: int = 0
+        """Low."""
+
+        high: int
+        """High."""
+
+    @settings
+    class Sizes:
+        """Sizes."""
+
+        size: int | Limits = 1
+        """One size, or its limits."""
+
+    path.write_text("size: 3\n")
+    loaded = load(Sizes, [str(path), "size.low=2", "size.high=5"])
+    assert loaded == override(Sizes(), {"size.low": 2, "size.high": 5})
+    assert loaded.size == Limits(low=2, high=5)
+    with pytest.raises(ConfigError, match=r"size\.mid: size is 1, which has no field 'mid'"):
+        override(Sizes(), {"size.mid": 2})
+
+
 def test_nested_validator_may_report_several_problems() -> None:
     @settings
     class Inner:

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 ROOT = next(path for path in Path(__file__).parents if (path / "pyproject.toml").is_file())
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
-DOCUMENTS += [path for path in sorted(ROOT.glob("docs/*.md")) if path not in DOCUMENTS]
-DIRECTORY_READMES = [path for path in DOCUMENTS[1:] if path.name == "README.md"]
+DIRECTORY_READMES = sorted(ROOT.glob("*/README.md"))
+PLACES = ("*.md", "[a-z]*/README.md", "examples/*/README.md", "docs/**/*.md", ".github/**/*.md")
+DOCUMENTS = sorted({path for place in PLACES for path in ROOT.glob(place)})
 
 LINK = re.compile(r"\[([^\]\n]*)\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ +(.+?) *#*$", re.MULTILINE)
+ANCHOR = re.compile(r"<a id=\"([^\"]+)\"></a>")
 MAX_README_LINES = 40
 
 
@@ -26,15 +28,39 @@ def read_prose(path: Path) -> str:
     )
 
 
-def relative_links(path: Path) -> Iterator[tuple[str, str]]:
+def relative_links(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield label, file and anchor of each link; the file is empty for the page itself."""
     for label, target in LINK.findall(read_prose(path)):
-        if "://" not in target and not target.startswith("#"):
-            yield label, target.partition("#")[0]
+        if "://" not in target and not target.startswith("mailto:"):
+            file, _, anchor = target.partition("#")
+            yield label, file, anchor
+
+
+def anchors_of(path: Path) -> set[str]:
+    """Return the anchors of a page: its own, and those of headings, as GitHub makes them."""
+    prose = read_prose(path)
+    found = set(ANCHOR.findall(prose))
+    for heading in HEADING.findall(prose):
+        text = re.sub(r"[^\w\- ]", "", LINK.sub(r"\1", heading).lower()).replace(" ", "-")
+        repeats = sum(re.fullmatch(rf"{re.escape(text)}(-\d+)?", old) is not None for old in found)
+        found.add(f"{text}-{repeats}" if repeats else text)
+    return found
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 def test_relative_links_point_to_existing_files(path: Path) -> None:
-    missing = [target for _, target in relative_links(path) if not (path.parent / target).exists()]
+    targets = {file for _, file, _ in relative_links(path)}
+    missing = [target for target in targets if not (path.parent / target).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_anchors_of_links_are_those_of_headings(path: Path) -> None:
+    missing = [
+        f"{file}#{anchor}"
+        for _, file, anchor in relative_links(path)
+        if anchor and anchor not in anchors_of(path.parent / file if file else path)
+    ]
     assert not missing
 
 
@@ -42,7 +68,7 @@ def test_relative_links_point_to_existing_files(path: Path) -> None:
 def test_label_that_is_a_file_name_is_that_of_the_target(path: Path) -> None:
     differing = [
         (label, target)
-        for label, target in relative_links(path)
+        for label, target, _ in relative_links(path)
         if label.endswith(".py") and not f"/{target}".endswith(f"/{label}")
     ]
     assert not differing

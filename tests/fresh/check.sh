@@ -9,6 +9,7 @@
 # Needs root and debootstrap. FRESH_ROOT: where the root is made (deleted at the next start).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+. tests/fresh/debian_root.sh
 
 SUITE=${SUITE:-bookworm}
 FRESH_ROOT=${FRESH_ROOT:-/var/tmp/raytune-fresh}
@@ -29,39 +30,11 @@ fi
 packages=$(sed -n 's/^ *\(sudo \)\?apt-get install \(-y \)\?\(python3 .*\)$/\3/p' README.md | head -n 1)
 [ -n "$packages" ] || { echo "README.md has no 'apt-get install python3 ...' line" >&2; exit 1; }
 
-# Let pip in the root see the indexes, certificates and archives that it sees here. Copied before
-# anything is mounted: pip may be set up by files, by environment variables, or not at all.
-copy_pip_setup() {
-	local path
-	for path in /etc/pip.conf /etc/xdg/pip /etc/ssl/certs; do
-		[ -e "$path" ] || continue
-		mkdir -p "$FRESH_ROOT$(dirname "$path")"
-		rm -rf "${FRESH_ROOT:?}$path"
-		cp -aL "$path" "$FRESH_ROOT$path"
-	done
-	env | grep '^PIP_' | sed "s/=\(.*\)/='\1'/; s/^/export /" >"$FRESH_ROOT/etc/pip-environment" || true
-	python3 -m pip config list | grep -E 'find-links|index-url' | grep -oE "(file://)?/[^' ]+" | sed 's,^file://,,' |
-		sort -u | while read -r path; do
-		[ -d "$path" ] || continue
-		mkdir -p "$FRESH_ROOT$path"
-		mount --bind -o ro "$path" "$FRESH_ROOT$path"
-	done
-}
-
-mount_kernel_folders() {
-	mount -t proc proc "$FRESH_ROOT/proc"
-	mount --rbind /sys "$FRESH_ROOT/sys"
-	mount --rbind /dev "$FRESH_ROOT/dev"
-}
-
 echo "debootstrap $SUITE with $packages"
-rm -rf --one-file-system "${FRESH_ROOT:?}"
-debootstrap --variant=minbase --include="ca-certificates,$(echo "$packages" | tr -s ' ' ',')" \
-	"$SUITE" "$FRESH_ROOT" >"$FRESH_ROOT.log" 2>&1 || { tail -n 20 "$FRESH_ROOT.log" >&2; exit 1; }
-cp /etc/resolv.conf "$FRESH_ROOT/etc/resolv.conf"
-cp /etc/hosts "$FRESH_ROOT/etc/hosts"
-copy_pip_setup
-mount_kernel_folders
+make_root "$FRESH_ROOT" "$SUITE" "ca-certificates,$(echo "$packages" | tr -s ' ' ',')"
+copy_pip_setup "$FRESH_ROOT"
+mount_pip_archives "$FRESH_ROOT"
+mount_kernel_folders "$FRESH_ROOT"
 chroot "$FRESH_ROOT" useradd --home-dir "$HOME_FOLDER" --create-home --shell /bin/bash "$ACCOUNT"
 git clone --quiet --no-hardlinks . "$FRESH_ROOT$HOME_FOLDER/raytune_llama"
 chroot "$FRESH_ROOT" chown -R "$ACCOUNT:$ACCOUNT" "$HOME_FOLDER"

@@ -1,17 +1,24 @@
 """Promise: workers on Ray make the same bytes as this process, whatever their number."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
 
+from raytune_llama.storage.files import OUTPUT_MANIFEST
 from tests.merge.conftest import MakeAdapter, MakeBase, left_over, merge, rewrite_base
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+def contents(folder: Path) -> dict[str, Any]:
+    """Return a merged model's files; its manifest without the number of workers it records."""
+    files: dict[str, Any] = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    manifest = json.loads(files[OUTPUT_MANIFEST])
+    del manifest["config"]["num_workers"]
+    return {**files, OUTPUT_MANIFEST: manifest}
 
 
 def test_merge_on_any_number_of_workers_has_the_same_bytes(

@@ -27,10 +27,12 @@ from raytune_llama.model.llama import (
     check_output_projection,
     choose_attention,
     load_model,
+    model_settings,
 )
 from raytune_llama.model.lora import attach_adapter
 from raytune_llama.model.loss import IGNORE_INDEX
 from raytune_llama.storage.hashes import hash_file
+from tests.hub_server import HubServer
 from tests.model.conftest import MakeModel
 
 CPU = torch.device("cpu")
@@ -108,6 +110,18 @@ def test_loss_of_other_families_equals_that_of_their_own_logits(
     loaded = load_model(ModelConfig(path=str(tmp_path)), "fp32", CPU)
     ids_T = document(20, rows=64)
     torch.testing.assert_close(loss_of(loaded, ids_T), own_loss_of(model, ids_T))
+
+
+def test_model_on_the_hub_is_loaded_from_its_copy_on_this_node(
+    make_llama: MakeModel, tmp_path: Path, hub: HubServer
+) -> None:
+    model = make_llama()
+    model.save_pretrained(tmp_path / "model")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    config = ModelConfig(path=f"hf://org/tiny@{hub.publish('org/tiny', files)}")
+    ids_T = document(20)
+    assert model_settings(config) == {}
+    assert loss_of(load_model(config, "fp32", CPU), ids_T) == loss_of(model, ids_T)
 
 
 def test_loss_of_packed_documents_equals_their_losses_alone(make_llama: MakeModel) -> None:

@@ -237,16 +237,8 @@ def test_sweep_killed_with_kill_9_and_run_again_knows_its_trials(
     assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
-def test_sweep_that_loses_a_node_ends_as_if_it_had_not(
-    make_sweep: MakeSweep, tmp_path: Path
-) -> None:
-    fields: dict[str, Any] = {
-        "space": {"optim.learning_rate": {"choice": [1e-2, 1e-3]}},
-        "scheduler": {"kind": "none"},
-        "max_steps": 40,
-    }
-    sweep = make_sweep(**fields)
+def run_on_nodes_of_which_one_is_lost(sweep: SweepConfig, tmp_path: Path) -> None:
+    """Run a sweep on two nodes, kill one on the way, and check that all trials finish."""
     write_yaml(sweep, tmp_path / "sweep.yaml")
     # A process of its own: the cluster of two nodes must not meet the tests' shared one.
     command = [sys.executable, "-m", "tests.pipeline.sweep_lost_node", str(tmp_path / "sweep.yaml")]
@@ -258,8 +250,21 @@ def test_sweep_that_loses_a_node_ends_as_if_it_had_not(
     told = {"node lost", "finished", "stopped", "failed"}
     lines = [line for line in done.stdout.splitlines() if line in told]
     assert lines == ["node lost", "finished"], done.stdout + done.stderr
+    assert {trial.state for trial in Journal(sweep.place).trials.values()} == {"finished"}
+
+
+@pytest.mark.slow
+def test_sweep_that_loses_a_node_ends_as_if_it_had_not(
+    make_sweep: MakeSweep, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {
+        "space": {"optim.learning_rate": {"choice": [1e-2, 1e-3]}},
+        "scheduler": {"kind": "none"},
+        "max_steps": 40,
+    }
+    sweep = make_sweep(**fields)
+    run_on_nodes_of_which_one_is_lost(sweep, tmp_path)
     trials = Journal(sweep.place).trials
-    assert {trial.state for trial in trials.values()} == {"finished"}
 
     undisturbed = run_sweep(make_sweep(**fields, sweep_dir=str(tmp_path / "undisturbed")))
     for trial in undisturbed.trials:

@@ -1,6 +1,11 @@
-"""Run a pre-training config on a Ray cluster of two nodes with one CPU each, on this machine."""
+"""Run a pre-training config on a Ray cluster of two nodes with one CPU each, on this machine.
 
+With the environment variable NODE_CACHES, each node has caches of its own below that folder.
+"""
+
+import os
 import sys
+from pathlib import Path
 
 import ray
 from ray.cluster_utils import Cluster
@@ -19,7 +24,10 @@ def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for address in ("127.0.0.2", "127.0.0.3"):
         cluster.add_node(
-            node_ip_address=address, num_cpus=1, object_store_memory=OBJECT_STORE_BYTES
+            node_ip_address=address,
+            num_cpus=1,
+            object_store_memory=OBJECT_STORE_BYTES,
+            env_vars=own_caches(address),
         )
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False, runtime_env=quoted_python())
@@ -31,6 +39,17 @@ def main() -> None:
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def own_caches(address: str) -> dict[str, str]:
+    """Return the environment of a node with caches of its own, if they are asked for."""
+    folder = os.environ.get("NODE_CACHES")
+    if folder is None:
+        return {}
+    return {
+        "RAYTUNE_LLAMA_CACHE_DIR": str(Path(folder, address, "cache")),
+        "HF_HUB_CACHE": str(Path(folder, address, "hub-cache")),
+    }
 
 
 if __name__ == "__main__":

@@ -59,17 +59,36 @@ def num_replicas() -> int:
 def test_replicas_grow_and_shrink_with_the_load_and_no_answer_is_lost(
     url: str, served_dir: Path
 ) -> None:
-    run_model(served_dir, max=2, slots=4, target_ongoing=2, upscale_seconds=1, downscale_seconds=2)
+    run_model(served_dir, **FOLLOWING)
+    check_replicas_follow_the_load(url)
+
+
+FOLLOWING: dict[str, Any] = {
+    "max": 2,
+    "slots": 4,
+    "target_ongoing": 2,
+    "upscale_seconds": 1,
+    "downscale_seconds": 2,
+}
+"""Settings of replicas for `check_replicas_follow_the_load`."""
+
+
+def check_replicas_follow_the_load(
+    url: str, *, start_seconds: float = 120, stop_seconds: float = 180
+) -> None:
+    """Check that a deployed model gets a second replica under load and loses it after it."""
     assert num_running() == 1
     with Clients(url, ASKED, num_clients=8).asking() as clients:
-        wait_until(lambda: num_running() == 2, seconds=120, what="two replicas under load")
+        wait_until(
+            lambda: num_running() == 2, seconds=start_seconds, what="two replicas under load"
+        )
         grown = clients.num_answers
         wait_until(
             lambda: clients.num_answers > grown + 20, seconds=60, what="answers of two replicas"
         )
     # A few clients are left while the second replica is taken away again.
     with Clients(url, ASKED, num_clients=1).asking() as few:
-        wait_until(lambda: num_replicas() == 1, seconds=180, what="one replica again")
+        wait_until(lambda: num_replicas() == 1, seconds=stop_seconds, what="one replica again")
     assert not clients.failures
     assert not few.failures
     assert len(clients.texts | few.texts) == 1

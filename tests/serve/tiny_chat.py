@@ -1,6 +1,7 @@
 """A tiny model for clients: with a chat template, room for tools in the prompt, and an adapter."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,9 +25,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_chat(folder: Path, tokenizer_dir: Path) -> ServeConfig:
-    """Write the model and its adapter into a folder, and return how to serve them."""
-    path, adapters = folder / NAME, folder / "adapters"
+def write_chat_model(path: Path, tokenizer_dir: Path, **fields: Any) -> None:  # noqa: ANN401
+    """Write a small LLaMA whose tokenizer has a chat template; fields are of its config."""
     torch.manual_seed(0)
     LlamaForCausalLM(
         LlamaConfig(
@@ -35,15 +35,22 @@ def write_tiny_chat(folder: Path, tokenizer_dir: Path) -> ServeConfig:
             intermediate_size=48,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=CONTEXT_TOKENS,
-            initializer_range=0.3,
             bos_token_id=0,
             eos_token_id=1,
+            **fields,
         )
     ).save_pretrained(path)
     tokenizer = load_tokenizer(tokenizer_dir)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(path)
+
+
+def write_tiny_chat(folder: Path, tokenizer_dir: Path) -> ServeConfig:
+    """Write the model and its adapter into a folder, and return how to serve them."""
+    path, adapters = folder / NAME, folder / "adapters"
+    write_chat_model(
+        path, tokenizer_dir, max_position_embeddings=CONTEXT_TOKENS, initializer_range=0.3
+    )
     adapters.mkdir()
     write_adapter_directory(path, adapters / ADAPTER, seed=1)
     return ServeConfig(

@@ -11,8 +11,16 @@ from typing import Any
 
 import pytest
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError
-from raytune_llama.storage.lease import LEASE_FOLDER, Lease, LeaseError, LeaseTimes, check_lease
+from raytune_llama.storage.lease import (
+    LEASE_FOLDER,
+    Lease,
+    LeaseError,
+    LeaseTimes,
+    check_lease,
+    read_lease,
+)
 from raytune_llama.storage.place import Place
 
 QUICK = LeaseTimes(settle_seconds=0.3, heartbeat_seconds=0.1, stale_seconds=1.5)
@@ -216,3 +224,35 @@ def test_lease_is_checked_while_its_holder_writes(tmp_path: Path) -> None:
         finally:
             done.set()
             thread.join()
+
+
+def test_claim_says_who_holds_the_directory_and_with_what_error_it_was_released(
+    run_dir: Place,
+) -> None:
+    assert read_lease(run_dir) is None
+
+    def drive(error: BaseException) -> None:
+        with Lease(run_dir, QUICK) as lease:
+            lease.confirm()
+            held = read_lease(run_dir)
+            assert held is not None
+            assert held.is_held
+            assert not held.process.has_exited
+            # A directory in which nothing was written keeps no claim.
+            (run_dir / "run.yaml").write_bytes(b"{}")
+            raise error
+
+    for error, cause in ((RuntimeError("no room"), "RuntimeError: no room"), (SystemExit(), None)):
+        with pytest.raises(type(error)):
+            drive(error)
+        state = read_lease(run_dir)
+        assert state is not None
+        assert (state.is_held, state.released, state.cause) == (False, True, cause)
+
+
+def test_claim_of_another_form_is_named(tmp_path: Path) -> None:
+    run_dir = Place.local(tmp_path / "run")
+    claim = run_dir / LEASE_FOLDER / "00000001-a.json"
+    claim.write_json({"released": False})
+    with pytest.raises(UserError, match=r"00000001-a\.json"):
+        read_lease(run_dir)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from raytune_llama.storage import buckets
 from raytune_llama.storage import place as storage
 from raytune_llama.storage.hashes import hash_bytes
-from raytune_llama.storage.place import Place, check_place, local_path
+from raytune_llama.storage.place import Place, check_place, check_run_dir, local_path
 from tests.faulty_s3 import FaultyServer
 
 NAMES = ["plain", "a b", "a#b", "a%20b", "a+b&c=d", "[x]*", "日报", "sub/deep/file"]
@@ -377,3 +377,18 @@ def test_check_place_that_does_not_answer_names_place_and_remedy(
     assert problem is not None
     assert problem.startswith(f"run_dir: {place} cannot be reached (")
     assert "check the endpoint" in problem
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "is_kept"),
+    [("runs/a", False), ("./a", False), ("/runs/a", True), ("~/a", True), ("s3://bucket/a", True)],
+)
+def test_run_dir_of_a_submitted_job_has_to_outlive_it(
+    run_dir: str,
+    is_kept: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert check_run_dir(run_dir) == []
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert (check_run_dir(run_dir) == []) == is_kept

@@ -246,3 +246,20 @@ def test_pretrain_config_result_name_says_what_was_trained() -> None:
 def test_pretrain_config_files_of_the_jobs_are_valid(name: str) -> None:
     path = Path(__file__).parents[2] / "jobs" / "configs" / f"{name}.yaml"
     assert load(PretrainConfig, [str(path)]).model.path == "demo/model"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("scale__num_workers", 2, "scale.num_workers to 2 at most"),
+        ("batch__micro_batch_sequences", 2, "batch.micro_batch_sequences=2"),
+        ("batch__sequences_per_step", 16, "batch.sequences_per_step=16"),
+    ],
+)
+def test_pretrain_config_more_workers_than_micro_batches_names_what_to_set(
+    field: str, value: int, named: str
+) -> None:
+    fields = {"scale__num_workers": 4, "batch__micro_batch_sequences": 4}
+    (problem,) = problems_of(**fields)
+    assert named in problem
+    assert problems_of(**{**fields, field: value}) == []

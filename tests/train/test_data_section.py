@@ -28,7 +28,13 @@ def training(path: str = "rows.jsonl", **fields: Any) -> dict[str, Any]:  # noqa
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("sft_*.yaml")), ids=lambda path: path.stem)
-def test_load_preparation_of_every_sft_config_has_the_data_of_its_run(file: Path) -> None:
+def test_load_preparation_of_every_sft_config_has_the_data_of_its_run(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without these folders, models/llama-7b-chat could be a model on the hub.
+    for folder in ("models", "demo"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
     job = load_preparation([str(file)])
     run = load(SftConfig, [str(file)])
     assert job.resolve_data() == run.encoded_data

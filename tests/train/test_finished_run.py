@@ -17,7 +17,11 @@ from raytune_llama.storage.place import Place
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.export import read_result
 from raytune_llama.train.identity import check_run, identify, write_identity
-from raytune_llama.train.monitoring.metrics import EVAL_LOSS
+from raytune_llama.train.monitoring.metrics import (
+    EVAL_BITS_PER_BYTE,
+    EVAL_LOSS,
+    EVAL_TEXT_BITS_PER_BYTE,
+)
 from raytune_llama.train.trainer import run_training
 from tests.train.conftest import (
     MakeConfig,
@@ -95,6 +99,38 @@ def test_finished_run_started_again_says_so_with_step_and_loss_of_the_best(
     assert run.result_line is not None
     assert f"{run.result}" in run.result_line
     assert f"{min(losses):.4f}" in run.result_line
+
+
+def test_finished_run_says_what_became_of_the_held_out_text(
+    make_finished: MakeFinished, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    texts = make_texts(9, seed=7)
+    (tmp_path / "held_out.txt").write_text("\n".join(texts))
+    write_store(tmp_path / "texts", tokenizer_dir, train=[texts])
+    fields = {
+        "eval__texts": [{"path": str(tmp_path / "held_out.txt")}],
+        "eval__store_dir": str(tmp_path / "texts"),
+    }
+    config = make_finished(**fields)
+    run = run_training(config)
+    values = curve(config, EVAL_TEXT_BITS_PER_BYTE)
+    assert (run.text_before, run.text_after) == (values[0], values[-1])
+    bits = curve(config, EVAL_BITS_PER_BYTE)
+    verdict = "better" if values[-1] < values[0] else "worse"
+    assert run.evaluation_line == (
+        f"bits per byte: {bits[0]:.4f} -> {bits[-1]:.4f}; text {values[0]:.4f} -> "
+        f"{values[-1]:.4f} bits per byte: {verdict} than before tuning"
+    )
+
+
+def test_finished_run_of_the_best_step_describes_the_evaluation_of_that_step(
+    make_finished: MakeFinished,
+) -> None:
+    fields = {"optim__learning_rate": 1.0, "schedule__warmup_ratio": 0.9, "max_steps": 12}
+    config = make_finished(**fields, eval__every_steps=1, checkpoint__result="best")
+    run = run_training(config)
+    assert run.result_step != 12
+    assert run.loss_after == run.best_loss != curve(config, EVAL_LOSS)[-1]
 
 
 def test_finished_run_of_the_best_step_keeps_its_last_step_apart(

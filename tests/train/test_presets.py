@@ -48,6 +48,7 @@ def shrink(
             "scale.num_workers": 2,
             "scale.use_gpu": False,
             "eval.max_sequences": 8,
+            "eval.texts": [],
             "logging.tensorboard": False,
         }
         if config.engine.precision == "fp16":  # which DeepSpeed does not have on CPUs

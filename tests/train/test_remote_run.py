@@ -1,6 +1,7 @@
 """Promise: a run whose directory is in object storage resumes as exactly as one on a disk."""
 
 import re
+import uuid
 from http import HTTPStatus
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def whole(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> PretrainConfi
 def num_writes(whole: PretrainConfig, s3: Place) -> int:
     """How often such a run in object storage writes or deletes."""
     server = FaultyServer()
-    run_here(at(whole, server.front_of(s3) / "counted"))
+    # Set up anew if a parallel process comes back to this file: another directory each time.
+    run_here(at(whole, server.front_of(s3) / f"counted-{uuid.uuid4().hex}"))
     server.close()
     return sum(request.startswith(WRITES) for request in server.requests)
 

@@ -1,8 +1,10 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raytune_llama.config.command_line import default_config
 from raytune_llama.config.settings import ConfigError, load, write_yaml
 from raytune_llama.tune.config import SweepConfig, load_base
 from raytune_llama.tune.sweep import check_sweep
@@ -41,6 +43,16 @@ def test_base_has_the_sweeps_steps_and_what_is_fixed(make_sweep: MakeSweep) -> N
     assert (base.max_steps, base.num_epochs, base.eval.every_steps) == (12, None, 2)
     assert base.scale.num_workers == 2
     assert base.checkpoint.every_steps == 2  # the file's
+
+
+def test_demo_sweep_finds_its_base_in_any_folder_and_a_file_there_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    demo = load(SweepConfig, [], default=default_config("sweep_smollm2.yaml"))
+    assert load_base(demo).run_dir == "runs/sft"
+    write_yaml(replace(load_base(demo), run_dir="runs/own"), tmp_path / demo.base)
+    assert load_base(demo).run_dir == "runs/own"
 
 
 def test_base_that_is_wrong_is_named_with_its_problems(

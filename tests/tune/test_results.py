@@ -32,15 +32,16 @@ TRIALS = [
 def test_rank_is_by_the_newest_evaluation(
     make_sweep: MakeSweep, mode: str, numbers: list[int]
 ) -> None:
-    base = load_base(make_sweep())
-    assert [trial.number for trial in rank_trials(TRIALS, base, mode)] == numbers
+    sweep = make_sweep(mode=mode)
+    assert [t.number for t in rank_trials(sweep, load_base(sweep), TRIALS)] == numbers
 
 
 def test_rank_is_by_the_best_evaluation_where_runs_keep_the_best(make_sweep: MakeSweep) -> None:
-    base = override(load_base(make_sweep()), {"checkpoint.result": "best"})
+    sweep = make_sweep()
+    base = override(load_base(sweep), {"checkpoint.result": "best"})
     better = TrialRecord(5, sample(1e-3), "finished", {4: 3.0, 8: 2.3, 12: 2.8})
-    plain = load_base(make_sweep())
-    assert [trial.number for trial in rank_trials([*TRIALS, better], base, "min")] == [
+    plain = load_base(sweep)
+    assert [trial.number for trial in rank_trials(sweep, base, [*TRIALS, better])] == [
         5,
         2,
         0,
@@ -48,7 +49,7 @@ def test_rank_is_by_the_best_evaluation_where_runs_keep_the_best(make_sweep: Mak
         1,
         4,
     ]
-    assert [trial.number for trial in rank_trials([*TRIALS, better], plain, "min")] == [
+    assert [trial.number for trial in rank_trials(sweep, plain, [*TRIALS, better])] == [
         2,
         0,
         5,
@@ -101,7 +102,7 @@ def test_page_shows_any_number_of_trials(make_sweep: MakeSweep, count: int) -> N
         TrialRecord(n, sample(10 ** -(1 + 3 * n / count)), "finished", {12: 3 - n / count})
         for n in range(count)
     ]
-    trials = rank_trials([*scored, *TRIALS[3:]], load_base(sweep), "min")
+    trials = rank_trials(sweep, load_base(sweep), [*scored, *TRIALS[3:]])
     page = write(sweep, trials, Finding("a < b: widen it", "raytune sweep 'x={a: 1}'"))
     assert page is not None
     html = page.read_bytes().decode()

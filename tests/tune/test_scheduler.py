@@ -74,7 +74,7 @@ def test_scheduler_after_a_crash_decides_by_the_journals_trials(
     journal.report(4, 3, sign * 1.5, 1.0)  # runs still, and will tell it again
 
     scheduler = build_scheduler(sweep, load_base(sweep))
-    replay_journal(scheduler, journal, mode)
+    replay_journal(scheduler, journal, sweep)
     assert tell(scheduler, begin(scheduler, "bad"), 3, 1.5) == "STOP"
     assert tell(scheduler, begin(scheduler, "good"), 3, 0.9) == "CONTINUE"
 

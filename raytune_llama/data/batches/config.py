@@ -115,8 +115,8 @@ def _name_of(path: str, number: int) -> str:
         from raytune_llama.storage.place import Place
 
         key = Place.parse(path, "path").key
-    except ValueError:  # the reader of the source reports the invalid path
-        key = path
+    except ValueError:  # on the hub, or invalid, which the reader of the source reports
+        key = re.sub(r"@[^/]*|\?.*", "", path)
     parts = reversed(PurePosixPath(key).parts)
     return next((name for part in parts if (name := _clean(part))), f"source{number}")
 

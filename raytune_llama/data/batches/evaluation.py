@@ -86,7 +86,7 @@ def select_evaluation_sources(
         raise ConfigError(
             [
                 f"eval.max_sequences: got {max_sequences}, but {len(counts)} sources have "
-                f"validation text; set it to at least {len(counts)}, or to null for all sequences"
+                f"text to evaluate; set it to at least {len(counts)}, or to null for all sequences"
             ]
         )
     if max_sequences is None or max_sequences >= sum(counts):

@@ -159,7 +159,8 @@ def _log_events(rows: RowCounts, config: ChatDataConfig) -> None:
         )
     if events.get(SHARED_ANSWERS):
         logger.warning(
-            "%d held-out answers are also in the training data: the evaluation loss is too low",
+            "%d held-out answers are also in the training data: unless they are short by design, "
+            "such as classes, the evaluation loss is too low",
             events[SHARED_ANSWERS],
         )
 

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import fcntl
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerFast
 
-from raytune_llama.config.settings import ConfigError
+from raytune_llama.config.settings import ConfigError, override
 from raytune_llama.data.batches.config import source_names
 from raytune_llama.data.build.actors import run_units
 from raytune_llama.data.build.chat_checks import count_shared_answers
@@ -45,9 +45,12 @@ from raytune_llama.data.store.manifest import (
     STORE_FORMAT_VERSION,
     check_fingerprint,
     fingerprint_of,
+    read_revisions,
     token_dtype,
 )
 from raytune_llama.data.store.token_store import TokenStore, open_store
+from raytune_llama.storage.directories import pin_source
+from raytune_llama.storage.hub import SCHEME
 from raytune_llama.storage.place import Place, check_place
 from raytune_llama.tokenizer.loader import fingerprint_loaded, load_tokenizer
 from raytune_llama.tokenizer.reference import TextEncoder
@@ -96,6 +99,41 @@ class DataInputs:
     """Tokenizer that defines the ids."""
     corpus: Corpus
     """Listed source files, with the format and encoding detected from the head of each."""
+
+
+def pin_sources(config: AnyDataConfig) -> AnyDataConfig:
+    """Return a config whose datasets on the hub are those of one commit.
+
+    It is the commit that an existing store was built from, or else what their revisions are now.
+
+    Raises:
+        ConfigError: The hub has no such dataset or revision, or can't be reached.
+    """
+    pinned: dict[str, str] = {}
+    problems: list[str] = []
+    for name in ("sources", "validation"):
+        for number, source in enumerate(getattr(config, name, ())):
+            if not source.path.startswith(SCHEME):
+                continue
+            field = f"{name}.{number}.path"
+            try:
+                recorded = read_revisions(Place.parse(config.store_dir, "data.store_dir"))
+                pinned[field] = pin_source(source.path, f"data.{field}", recorded)
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return override(config, pinned)
+
+
+def list_revisions(files: Sequence[SourceFile]) -> list[str]:
+    """Return the datasets on the hub, each at its commit, that some of the files are part of."""
+    found = {
+        str(Place(place.scheme, "/".join(place.key.split("/")[:3]), place.options))
+        for place in (file.place for file in files)
+        if f"{place.scheme}://" == SCHEME
+    }
+    return sorted(found)
 
 
 def open_data(config: AnyDataConfig, tokenizer_path: Path) -> DataInputs:
@@ -222,6 +260,7 @@ def prepare_data(
             manifest = build_manifest(encoding | sources, units, plan, records)
             if isinstance(config, ChatDataConfig):
                 manifest = count_shared_answers(manifest, plan)
+            manifest = replace(manifest, revisions=list_revisions(corpus.files))
             check_counts(manifest, plan, config)
             publish(manifest, seen, plan, store_dir, list(source_names(config.all_sources)))
     return open_store(config)

@@ -21,9 +21,10 @@ class SourceConfig:
 
     path: Annotated[str, PLACEMENT]
     """File, folder (read recursively, without hidden files) or glob (`**` for any depth), local or
-    `s3://...`, `gs://...`. Files beside the data in a folder or glob that hold none, such as
-    README.md, LICENSE or Thumbs.db, are skipped and logged. A store is identified by the content
-    and the relative names of the files, not by this path."""
+    `s3://...`, `gs://...`, or in a dataset on the hub, `hf://datasets/org/name[@revision]/path`,
+    whose commit a store records and keeps. Files beside the data in a folder or glob that hold
+    none, such as README.md, LICENSE or Thumbs.db, are skipped and logged. A store is identified by
+    the content and the relative names of the files, not by this path."""
     format: Literal["auto", "txt", "json", "jsonl", "parquet", "arrow"] = "auto"
     """File format. `auto`: by the suffix of each file, ignoring .gz, .bz2 and .zst, and for JSON by
     its first bytes. `json` is one array of objects, or a sequence of objects; a single task reads
@@ -55,7 +56,8 @@ class ConversationSource:
 
     path: Annotated[Annotated[str, Field(min_length=1)], PLACEMENT]
     """File, folder (read recursively, without hidden files) or glob of JSON, JSON Lines, Parquet or
-    Arrow files, local or `s3://...`, `gs://...`."""
+    Arrow files, local or `s3://...`, `gs://...`, or in a dataset on the hub,
+    `hf://datasets/org/name[@revision]/path`."""
     format: Literal["auto"] | FormatName = "auto"
     """Format of the rows. `auto`: that of the first row in a known format; a later row in another
     format is an error."""

@@ -16,8 +16,7 @@ from raytune_llama.chat.formats import RowFormat, describe_columns, detect_row_f
 from raytune_llama.chat.row_fields import KeyCounts, plain_name
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.data.readers.config import ConversationSource, SourceConfig
-from raytune_llama.data.readers.documents import OpenRange, read_rows
-from raytune_llama.data.readers.ranges import HashingReader
+from raytune_llama.data.readers.documents import read_file
 from raytune_llama.data.readers.rows import BadRow, ObjectRow, SourceError, excerpt
 from raytune_llama.data.readers.sources import SourceFile, discover_files
 
@@ -76,7 +75,7 @@ def starts_with_conversation(sources: tuple[ConversationSource, ...]) -> bool:
     """
     try:
         files = find_conversation_files(sources, is_quiet=True)
-        rows = (row for file in files for row in _read_file(file, ConversationCounts()))
+        rows = (row for file in files for row in read_objects(file, ConversationCounts()))
         first = next((row for row in rows if isinstance(row, ObjectRow)), None)
     except (ConfigError, SourceError):
         return False
@@ -108,7 +107,7 @@ def read_conversations(
         sniffer = _Sniffer(source, ignore_fields)
         own = [file for file in files if file.source == index]
         for file in own:
-            for row in _read_file(file, counts):
+            for row in read_objects(file, counts):
                 number += 1
                 read = row if isinstance(row, BadRow) else sniffer.read(row, file, counts.keys)
                 yield ConversationRow(number, index, file.name, row.line, read)
@@ -154,20 +153,15 @@ class _Sniffer:
         return read
 
 
-def _read_file(file: SourceFile, counts: ConversationCounts) -> Iterator[ObjectRow | BadRow]:
-    try:
-        with file.place.open() as opened:
-            reader = HashingReader(opened, 0, file.status.num_bytes)
-            part = OpenRange(file.place, opened, 0, file.end, reader)
-            for batch in read_rows(part, file.options):
-                counts.blank_lines += len(batch.texts)
-                yield from heapq.merge(batch.objects, batch.bad, key=_offset)
-        status = file.place.status()
-    except OSError as error:
-        problem = f"{file.place}: cannot be read: {error.strerror or error}"
-        raise SourceError(problem) from error
-    if status is None or status.version != file.status.version:
-        raise SourceError(f"{file.place} was changed while it was being read; run again")
+def read_objects(file: SourceFile, counts: ConversationCounts) -> Iterator[ObjectRow | BadRow]:
+    """Stream the rows of a file as objects, valid and bad ones in order; blank lines are counted.
+
+    Raises:
+        SourceError: See `read_file`.
+    """
+    for batch in read_file(file):
+        counts.blank_lines += len(batch.texts)
+        yield from heapq.merge(batch.objects, batch.bad, key=_offset)
 
 
 def _offset(row: ObjectRow | BadRow) -> int:

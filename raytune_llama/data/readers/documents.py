@@ -73,6 +73,24 @@ def read_head_rows(file: SourceFile, max_bytes: int | None = None) -> Iterator[R
         yield from read_rows(part, file.options)
 
 
+def read_file(file: SourceFile) -> Iterator[RowBatch]:
+    """Stream all rows of a file.
+
+    Raises:
+        SourceError: As in `read_rows`; or the file cannot be read, or changes while it is read.
+    """
+    try:
+        with file.place.open() as opened:
+            reader = HashingReader(opened, 0, file.status.num_bytes)
+            yield from read_rows(OpenRange(file.place, opened, 0, file.end, reader), file.options)
+        status = file.place.status()
+    except OSError as error:
+        problem = f"{file.place}: cannot be read: {error.strerror or error}"
+        raise SourceError(problem) from error
+    if status is None or status.version != file.status.version:
+        raise SourceError(f"{file.place} was changed while it was being read; run again")
+
+
 def read_rows(part: OpenRange, options: ReadOptions) -> Iterator[RowBatch]:
     """Stream the rows that start in a range of a file, in file order, including blank ones.
 

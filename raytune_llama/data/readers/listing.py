@@ -6,6 +6,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from raytune_llama.config.errors import UserError
+from raytune_llama.storage import hub
 from raytune_llama.storage.place import FileStatus, Place
 
 ListedFile = tuple[Place, str, FileStatus]
@@ -30,6 +31,8 @@ def list_files(place: Place, field: str) -> list[ListedFile]:
             "credentials"
         ) from error
     if not listed:
+        if place.scheme == "hf":
+            hub.check_readable(f"{hub.SCHEME}{place.key}", field)
         where = "the mount" if place.is_local else "the bucket"
         raise UserError(f"{field}: no file matches {place}; check the spelling and {where}")
     return sorted(listed, key=lambda one: one[1])

@@ -24,6 +24,7 @@ from raytune_llama.data.readers.detection import (
 from raytune_llama.data.readers.listing import list_files
 from raytune_llama.data.readers.rows import TABLE_FORMATS, ReadOptions
 from raytune_llama.data.readers.side_files import is_side_file
+from raytune_llama.storage.directories import parse_source
 from raytune_llama.storage.place import FileStatus, Place
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def _list_all(
     for number, source in enumerate(sources):
         field = f"sources.{number}.path"
         try:
-            path = Place.parse(source.path, field)
+            path = parse_source(source.path, field)
             matched = list_files(path, field)
         except ValueError as error:
             problems.append(str(error))

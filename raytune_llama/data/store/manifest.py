@@ -179,6 +179,8 @@ class Manifest:
     """File of the quarantined rows; None if there are none."""
     lengths: list[int]
     """Histogram of document lengths: bin n counts documents of 2**n to 2**(n + 1) - 1 tokens."""
+    revisions: list[str] = field(default_factory=list)
+    """Datasets on the hub that it was built from, each at its commit; not part of its identity."""
 
 
 def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
@@ -254,4 +256,18 @@ def read_manifest(file: Place) -> Manifest:
 
 def write_manifest(place: Place, manifest: Manifest) -> None:
     """Write a manifest as JSON; equal manifests give equal bytes."""
-    place.write_json(asdict(manifest))
+    content = asdict(manifest)
+    if not manifest.revisions:
+        del content["revisions"]  # as in releases that did not have them
+    place.write_json(content)
+
+
+def read_revisions(store: Place) -> list[str]:
+    """Return the datasets on the hub that a store was built from; empty if there is no store.
+
+    Raises:
+        ValueError: The manifest is not JSON.
+    """
+    file = store / MANIFEST_NAME
+    content = file.read_json() if file.exists() else {}
+    return [str(one) for one in content.get("revisions", ())] if isinstance(content, dict) else []

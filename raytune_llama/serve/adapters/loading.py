@@ -51,6 +51,7 @@ from raytune_llama.serve.generation.model import (
     find_text_ids,
     load_chat_encoder,
 )
+from raytune_llama.storage.directories import fetched
 from raytune_llama.storage.files import read_manifest
 from raytune_llama.tokenizer.loader import load_tokenizer
 
@@ -103,7 +104,7 @@ class AdapterLoader:
             base: the loaded base model. On the meta device, an engine of its own has its weights:
                 adapters are not merged into a copy, and their factors are on the CPU.
         """
-        self._config, self._base, self._path = config, base, Path(config.path)
+        self._config, self._base, self._path = config, base, fetched(config.path)
         self._num_rows = num_embedding_rows(base.model)
         self._dtype, self._device = base.model.dtype, base.model.device
         self._has_weights = self._device.type != "meta"
@@ -144,9 +145,24 @@ class AdapterLoader:
             return str(error).replace(str(folder), folder.name)
         return None
 
-    def _load(self, folder: Path, name: str) -> LoadedAdapter:
-        adapter = Adapter.open(folder, field="adapter")
-        tokenizer = self._base.tokenizer
+    def describe(self, folder: Path, name: str) -> ServedModel:
+        """Return the model with an adapter's tokenizer and chat template, and the base's weights.
+
+        Checks all of the adapter but the values of its weights, and whether the engine runs it.
+
+        Args:
+            folder: local directory with the adapter's files.
+            name: name of the model with the adapter in requests.
+
+        Raises:
+            ValueError: the adapter is damaged or made for another base.
+            OSError: a file can't be read.
+        """
+        with _as_user_error(folder):
+            return self._describe(Adapter.open(folder, field="adapter"), name)
+
+    def _describe(self, adapter: Adapter, name: str) -> ServedModel:
+        folder, tokenizer = adapter.path, self._base.tokenizer
         is_own_tokenizer = has_tokenizer(folder)
         if is_own_tokenizer:
             tokenizer = load_tokenizer(folder)
@@ -162,7 +178,12 @@ class AdapterLoader:
                 allow_other=self._config.allow_other_template,
             )
         begin = find_text_ids([self._path, folder], tokenizer)
-        served = replace(self._base, name=name, tokenizer=tokenizer, chat=chat, leading_ids=begin)
+        return replace(self._base, name=name, tokenizer=tokenizer, chat=chat, leading_ids=begin)
+
+    def _load(self, folder: Path, name: str) -> LoadedAdapter:
+        adapter = Adapter.open(folder, field="adapter")
+        served = self._describe(adapter, name)
+        tokenizer = served.tokenizer
         adapter.check_values()
         if not self._has_weights:
             self._refuse_other_changes(adapter, len(tokenizer))

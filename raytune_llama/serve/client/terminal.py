@@ -1,10 +1,14 @@
-"""Chat with any OpenAI-compatible endpoint, in a terminal or with one question from a pipe."""
+"""Chat in a terminal, or with questions from a pipe.
+
+`run_chat` is a client of any OpenAI-compatible endpoint; `converse` is the same chat with any other
+source of answers, such as a model in this process.
+"""
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 from urllib.parse import urlsplit
 
 from raytune_llama.serve.client.config import TerminalConfig
@@ -30,10 +34,22 @@ Ctrl-C stops a response. Ctrl-C or Ctrl-D at the prompt exits. To send a message
 put a space before it."""
 
 
+class AnswerSource(Protocol):
+    """Answers conversations, as `ChatClient` does."""
+
+    def list_models(self) -> list[str]:
+        """Return the names of the models; see `ChatClient.list_models`."""
+        ...
+
+    def stream(self, request: Mapping[str, Any]) -> Generator[str | StreamEnd]:
+        """Yield the text of a chat completion, then its end; see `ChatClient.stream`."""
+        ...
+
+
 class Chat:
     """A conversation with its model and sampling parameters."""
 
-    def __init__(self, client: ChatClient, config: TerminalConfig, model: str) -> None:
+    def __init__(self, client: AnswerSource, config: TerminalConfig, model: str) -> None:
         self.model, self.system = model, config.system
         self.turns: list[dict[str, str]] = []
         self.counts = "no response yet"
@@ -111,13 +127,31 @@ def run_chat(
         with closing(ChatClient(config.url, key, timeout_seconds=config.timeout_seconds)) as client:
             if not (source.isatty() and out.isatty()):
                 return _answer_once(client, config, source, out, notes)
-            return _Terminal(client, config, out, notes).run()
+            return _Terminal(client, config, source, out, notes).run()
     except RequestRejectedError as error:
         notes.write(f"{_visible(str(error))}\n")
         return 2
     except EndpointError as error:
         notes.write(f"{_visible(str(error))}\n")
         return 1
+
+
+def converse(
+    answers: AnswerSource, config: TerminalConfig, source: TextIO, out: TextIO, notes: TextIO
+) -> int:
+    """Chat until an empty line or the end of the input; each line is a message.
+
+    Args:
+        answers: source of the answers.
+        config: sampling parameters; its `url` is not used.
+        source: input with the messages; standard input if it is a terminal.
+        out: output of the answers, and of nothing else if `source` is not a terminal.
+        notes: output of usage and, if `source` is not a terminal, of errors.
+
+    Returns:
+        Exit status: 0.
+    """
+    return _Terminal(answers, config, source, out, notes, ends_at_empty_line=True).run()
 
 
 def _answer_once(
@@ -163,34 +197,59 @@ def _only_model(client: ChatClient) -> str:
 
 
 class _Terminal:
-    """Interactive chat at a terminal."""
+    """Interactive chat at a terminal, or with a line per message from a pipe."""
 
     def __init__(
-        self, client: ChatClient, config: TerminalConfig, out: TextIO, notes: TextIO
+        self,
+        client: AnswerSource,
+        config: TerminalConfig,
+        source: TextIO,
+        out: TextIO,
+        notes: TextIO,
+        *,
+        ends_at_empty_line: bool = False,
     ) -> None:
         self._client, self._config, self._out, self._notes = client, config, out, notes
+        self._source, self._ends_at_empty_line = source, ends_at_empty_line
+        # Of a pipe, only answers are written to `out`, as they are.
+        self._is_piped = not (source.isatty() and out.isatty())
 
     def run(self) -> int:
         """Chat until the user exits; return the exit status."""
-        # Not in every build of Python; `input` works without it.
-        with suppress(ImportError):
-            import readline  # noqa: F401  # lets `input` edit lines and recall them
+        if not self._is_piped:
+            # Not in every build of Python; `input` works without it.
+            with suppress(ImportError):
+                import readline  # noqa: F401  # lets `input` edit lines and recall them
         try:
             chat = Chat(self._client, self._config, self._config.model or self._choose())
             self._say(f"{chat.model}; /help lists the commands")
             while True:
-                line = input("> ")
+                line = self._read_line()
                 if line.startswith("/"):
                     self._command(chat, *line[1:].strip().partition(" ")[::2])
                 elif line.strip():
                     self._answer(chat, line.strip())
+                elif self._ends_at_empty_line:
+                    return 0
         except (EOFError, KeyboardInterrupt):
-            self._out.write("\n")
+            if not self._is_piped:
+                self._out.write("\n")
             return 0
 
+    def _read_line(self) -> str:
+        """Return the next line; raise EOFError at the end."""
+        if not self._is_piped:
+            return input("> ")
+        line = self._source.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\r\n")
+
     def _say(self, text: str) -> None:
-        self._out.write(f"{_visible(text)}\n")
-        self._out.flush()
+        """Write a line about the chat."""
+        out = self._notes if self._is_piped else self._out
+        out.write(f"{_visible(text)}\n")
+        out.flush()
 
     def _choose(self) -> str:
         names = self._client.list_models()
@@ -211,9 +270,10 @@ class _Terminal:
         try:
             with closing(chat.ask(question)) as chunks:
                 for chunk in chunks:
-                    self._out.write(_visible(chunk))
+                    self._out.write(chunk if self._is_piped else _visible(chunk))
                     self._out.flush()
-            self._say("")
+            self._out.write("\n")
+            self._out.flush()
         except KeyboardInterrupt:
             self._say("\n(stopped)")
         except (EndpointError, RequestRejectedError) as error:

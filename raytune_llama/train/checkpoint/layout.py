@@ -16,9 +16,10 @@ This module defines the format and lists, checks and deletes checkpoints; `saver
 
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ CHECKPOINT_FORMAT_VERSION = 3
 CHECKPOINT_MANIFEST = "manifest.json"
 DAMAGED_SUFFIX = ".damaged"
 
-_NAME = re.compile(r"step-\d{8}")
+CHECKPOINT_NAME = re.compile(r"step-\d{8}")
+"""Name of the directory of a checkpoint."""
+
 _UNFINISHED = re.compile(r"\.step-\d{8}\..*\.tmp")
 _SHA256_VERSION = 2
 """Version that is read as well; it has SHA-256 hashes, under the key `sha256`."""
@@ -92,6 +95,17 @@ class RunState:
         """Number of steps whose updates are in the weights: neither skipped, bad nor undone."""
         return self.step - self.num_skipped_steps - self.num_bad_steps - self.num_undone_steps
 
+    def with_loss(self, loss: float | None) -> "RunState":
+        """Return the state after an evaluation, with this step as the best if its loss is.
+
+        Args:
+            loss: evaluation loss; not finite, or None without validation text: never the best.
+        """
+        if loss is None or not math.isfinite(loss):
+            return self
+        is_best = self.best_loss is None or loss < self.best_loss
+        return replace(self, best_step=self.step, best_loss=loss) if is_best else self
+
 
 @dataclass(frozen=True)
 class SaveResult:
@@ -144,7 +158,7 @@ def list_checkpoints(run_dir: Place) -> list[Place]:
     return [
         path
         for path in (run_dir / "checkpoints").folders()
-        if _NAME.fullmatch(path.name) and is_published(path, CHECKPOINT_MANIFEST)
+        if CHECKPOINT_NAME.fullmatch(path.name) and is_published(path, CHECKPOINT_MANIFEST)
     ]
 
 
@@ -245,7 +259,9 @@ def delete_old_checkpoints(run_dir: Place, config: CheckpointConfig, state: RunS
 def delete_unfinished(run_dir: Place) -> None:
     """Delete the remains of checkpoints whose write failed or was killed."""
     for path in (run_dir / "checkpoints").folders():
-        is_half = _NAME.fullmatch(path.name) and not is_published(path, CHECKPOINT_MANIFEST)
+        is_half = CHECKPOINT_NAME.fullmatch(path.name) and not is_published(
+            path, CHECKPOINT_MANIFEST
+        )
         if is_half or _UNFINISHED.fullmatch(path.name):
             path.delete()
             logger.info("deleted unfinished checkpoint %s", path.name)

@@ -101,7 +101,9 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
     ) -> None:
         self._run_dir, self._config = run_dir, config
         self._engine, self._workers, self._report = engine, workers, report
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # The name marks the log records of a pack's runs.
+        name = f"{threading.current_thread().name} checkpoint"
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._copies: dict[tuple[str, int], StateSlice] = {}
         self._last: _PendingCheckpoint | None = None
         self._num_failed = 0

@@ -1,7 +1,6 @@
 """Builds the training engine: load the base, select the trained parameters, place the weights."""
 
 import logging
-from pathlib import Path
 
 from peft import PeftModel
 from torch import nn
@@ -16,6 +15,7 @@ from raytune_llama.model.llama import SummedLoss, load_model
 from raytune_llama.model.lora import attach_adapter, load_adapter
 from raytune_llama.model.pissa import apply_principal_factors
 from raytune_llama.model.vocab import new_ids
+from raytune_llama.storage.directories import fetched
 from raytune_llama.train.checkpoint.initial_adapter import initial_factors
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.engines.ddp import DataParallelEngine
@@ -39,15 +39,7 @@ def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: ProcessGroup)
     if config.engine.gradient_checkpointing:
         # Reentrant checkpointing needs an input that requires grad; frozen embeddings give none.
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    trained: nn.Module = model
-    if config.lora is not None:
-        trained = build_adapter(config, config.lora, model, workers)
-    elif config.adapter is not None:
-        trained = load_adapter(model, Adapter.open(Path(config.adapter), field="adapter"))
-    elif isinstance(config, PretrainConfig) and config.train == "embeddings":
-        ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
-        train_embeddings(model, config.embeddings, ids)
-    module = SummedLoss(trained, neftune_alpha=config.optim.neftune_alpha)
+    module = build_module(config, model, workers)
     if config.engine.strategy == "ddp":
         return DataParallelEngine(module, config.engine.precision, config.optim, workers)
     if config.engine.strategy == "fsdp":
@@ -62,6 +54,21 @@ def build_engine(config: AnyTrainConfig, plan: BatchPlan, workers: ProcessGroup)
         micro_batch_sequences=plan.micro_batch_sequences,
         num_micro_batches=plan.num_micro_batches(workers.world_size),
     )
+
+
+def build_module(
+    config: AnyTrainConfig, model: PreTrainedModel, workers: ProcessGroup
+) -> SummedLoss:
+    """Select what a run trains of its base, or attach it, and add the loss; collective."""
+    trained: nn.Module = model
+    if config.lora is not None:
+        trained = build_adapter(config, config.lora, model, workers)
+    elif config.adapter is not None:
+        trained = load_adapter(model, Adapter.open(fetched(config.adapter), field="adapter"))
+    elif isinstance(config, PretrainConfig) and config.train == "embeddings":
+        ids = new_ids(fetched(config.model.path), fetched(config.model.tokenizer_path))
+        train_embeddings(model, config.embeddings, ids)
+    return SummedLoss(trained, neftune_alpha=config.optim.neftune_alpha)
 
 
 def build_adapter(

@@ -83,11 +83,8 @@ class DataParallelEngine:
         """Take one optimizer step; see `TrainEngine`."""
         losses: list[Tensor] = []
         for batch, seed in zip(micro_batches, seeds, strict=True):
-            torch.manual_seed(seed)
-            loss = self.module(*to_device(batch, self._workers.device))
-            self._scaler.scale(loss / num_targets).backward()
+            losses.append(self._add_gradients(batch, seed, num_targets))
             self._collect_gradients()
-            losses.append(loss.detach())
         self._sum_gradients()
         scale = self._scaler.get_scale()
         # One all-reduce for both: all workers decide on the same values.
@@ -108,6 +105,13 @@ class DataParallelEngine:
         self._write_weights()
         bad = () if was_applied else nonfinite_indices(losses)
         return StepResult(loss_sum, norm, was_applied, scale, bad)
+
+    def _add_gradients(self, batch: MicroBatch, seed: int, num_targets: float) -> Tensor:
+        """Add a micro-batch's gradients to the weights'; return its summed loss."""
+        torch.manual_seed(seed)
+        loss = self.module(*to_device(batch, self._workers.device))
+        self._scaler.scale(loss / num_targets).backward()
+        return loss.detach()
 
     def _collect_gradients(self) -> None:
         """Add half-precision gradients to the masters' in float32, after each micro-batch."""
@@ -157,7 +161,12 @@ class DataParallelEngine:
 
     def loss_sum(self, batch: MicroBatch) -> float:
         """Return the summed loss of a batch; see `TrainEngine`."""
-        return evaluate_batch(self.module, self.module, batch, self._workers.device)
+        return evaluate_batch(self.module, self.module, batch, self._workers.device).item()
+
+    def row_losses(self, batch: MicroBatch) -> list[float]:
+        """Return the summed loss of each row of a batch; see `TrainEngine`."""
+        device = self._workers.device
+        return evaluate_batch(self.module, self.module, batch, device, by_row=True).tolist()
 
     def trainable_state(self) -> Iterator[StateSlice]:
         """Yield the slices that this worker saves; see `TrainEngine`."""

@@ -197,7 +197,12 @@ class DeepSpeedEngine:
 
     def loss_sum(self, batch: MicroBatch) -> float:
         """Return the summed loss of a batch; see `TrainEngine`."""
-        return evaluate_batch(self._engine, self._engine, batch, self._workers.device)
+        return evaluate_batch(self._engine, self._engine, batch, self._workers.device).item()
+
+    def row_losses(self, batch: MicroBatch) -> list[float]:
+        """Return the summed loss of each row of a batch; see `TrainEngine`."""
+        device = self._workers.device
+        return evaluate_batch(self._engine, self._engine, batch, device, by_row=True).tolist()
 
     def trainable_state(self) -> Iterator[StateSlice]:
         """Yield this worker's slices, as ZeRO partitions them; see `TrainEngine`."""

@@ -105,6 +105,12 @@ class FullyShardedEngine(DataParallelEngine):
         self._reshard()
         return loss
 
+    def row_losses(self, batch: MicroBatch) -> list[float]:
+        """Return the summed loss of each row of a batch; see `TrainEngine`; collective."""
+        losses = super().row_losses(batch)
+        self._reshard()
+        return losses
+
     def replicated_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield nothing: each worker holds different shards; see `TrainEngine`."""
         return iter(())

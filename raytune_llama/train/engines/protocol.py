@@ -106,6 +106,10 @@ class TrainEngine(Protocol):
         """Return the summed loss of a batch in nats, with dropout off; collective."""
         ...
 
+    def row_losses(self, batch: MicroBatch) -> list[float]:
+        """Return the summed loss of each row of a batch, like `loss_sum`; collective."""
+        ...
+
     def trainable_state(self) -> Iterator[StateSlice]:
         """Yield the slices this worker saves; all workers' slices cover each parameter once.
 
@@ -193,14 +197,19 @@ def keep_buffer_precision(module: nn.Module, device: torch.device) -> Iterator[N
 
 
 def evaluate_batch(
-    call: Callable[..., Tensor], module: nn.Module, batch: MicroBatch, device: torch.device
-) -> float:
-    """Return the summed loss of a batch in nats, without dropout and autograd."""
+    call: Callable[..., Tensor],
+    module: nn.Module,
+    batch: MicroBatch,
+    device: torch.device,
+    *,
+    by_row: bool = False,
+) -> Tensor:
+    """Return the summed loss of a batch, or of each row, in nats, without dropout and autograd."""
     module.eval()
     with torch.no_grad():
-        loss = call(*to_device(batch, device))
+        loss = call(*to_device(batch, device), by_row=by_row)
     module.train()
-    return loss.item()
+    return loss
 
 
 def nonfinite_indices(losses: Sequence[Tensor]) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ the sum is within 20 % of what workers were measured to hold.
 
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
@@ -15,6 +14,7 @@ from raytune_llama.config.settings import ConfigError
 from raytune_llama.data.batches.step_batches import num_micro_batches
 from raytune_llama.model.llama import DTYPES, SummedLoss, build_empty_model, decoder_layers
 from raytune_llama.model.quantization import quantized_bytes, quantized_linears
+from raytune_llama.storage.directories import fetched
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.engines.config import STRATEGIES, ShardingLayout
 from raytune_llama.train.engines.ddp import BUCKET_NUMEL
@@ -193,7 +193,7 @@ class _Worker(NamedTuple):
             return part, own * min(counts.unique, self.zero["stage3_max_live_parameters"])
         if config.model.quantization is None:
             return own * counts.resident, 0
-        base = build_empty_model(Path(config.model.path))
+        base = build_empty_model(fetched(config.model.path))
         layers = quantized_linears(base, modules_to_save(config))
         shapes = [layer.weight.shape for _, layer in layers]
         kind = config.model.quantization

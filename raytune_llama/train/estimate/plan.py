@@ -3,7 +3,6 @@
 import math
 import textwrap
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import peft
@@ -12,10 +11,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from raytune_llama.config.settings import identity
+from raytune_llama.config.settings import identity, rename_fields
 from raytune_llama.data.batches.step_batches import num_micro_batches
 from raytune_llama.data.build.preparation import DataInputs, describe_inputs
 from raytune_llama.data.build.text_corpus import document_ends
+from raytune_llama.data.config import AnyDataConfig
 from raytune_llama.data.store.lengths import LengthTable
 from raytune_llama.data.store.manifest import (
     MANIFEST_NAME,
@@ -29,7 +29,8 @@ from raytune_llama.model.llama import DTYPES, build_empty_model, has_weights
 from raytune_llama.model.lora import attach_adapter
 from raytune_llama.model.pissa import INITIAL_ADAPTER, add_initial_adapter
 from raytune_llama.model.vocab import VocabularyFit, new_ids
-from raytune_llama.storage.place import Place
+from raytune_llama.storage.directories import fetched
+from raytune_llama.storage.place import Place, is_submitted_job
 from raytune_llama.tokenizer.loader import encode_text
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.control_rows import find_unseen_tokens
@@ -41,10 +42,16 @@ from raytune_llama.train.estimate.memory import (
     plan_memory,
 )
 from raytune_llama.train.estimate.trace import META_DEVICE
+from raytune_llama.train.fetched_inputs import fetch_inputs
 from raytune_llama.train.identity import check_run, keep_recorded_bos
-from raytune_llama.train.inputs import build_batch_plan, build_sources, find_horizon_warnings
-from raytune_llama.train.orchestration.nodes import is_submitted_job
-from raytune_llama.train.preflight import open_inputs, resolve_places
+from raytune_llama.train.inputs import (
+    build_batch_plan,
+    build_sources,
+    find_horizon_warnings,
+    text_store_config,
+)
+from raytune_llama.train.preflight import Inputs, open_inputs, resolve_places
+from raytune_llama.train.texts import FIELD_NAMES
 
 STORE_BYTES_PER_DOCUMENT = 28
 """Bytes per document in a token store in addition to its ids."""
@@ -104,10 +111,11 @@ def build_plan(config: AnyTrainConfig) -> RunPlan:
     """
     written = config
     config = resolve_places(config, in_job=is_submitted_job())
+    fetch_inputs(config, weights=False)
     config = keep_recorded_bos(config, config.run_place)
     inputs = open_inputs(config)
     check_run(config, {"config": identity(config)})
-    path = Path(config.model.path)
+    path = fetched(config.model.path)
     fit = inputs.vocabulary
     model = build_model(config, build_empty_model(path, num_rows=max(fit.num_rows, fit.num_ids)))
     place = Place.parse(config.data.store_dir, "data.store_dir")
@@ -116,7 +124,8 @@ def build_plan(config: AnyTrainConfig) -> RunPlan:
     steps, warnings = plan_steps(config, store)
     if store is not None:
         warnings += find_unseen_tokens(config, inputs.data.tokenizer, fit, store)
-        warnings += _find_stale_store(config, inputs.data, store)
+        warnings += _find_stale_store(config.encoded_data, inputs.data, store)
+    warnings += _find_stale_texts(config, inputs)
     numbers = {config.scale.min_workers, config.scale.max_workers}
     return RunPlan(
         config=written,
@@ -138,22 +147,33 @@ def build_plan(config: AnyTrainConfig) -> RunPlan:
     )
 
 
-def _find_stale_store(config: AnyTrainConfig, data: DataInputs, store: TokenStore) -> list[str]:
+def _find_stale_store(config: AnyDataConfig, data: DataInputs, store: TokenStore) -> list[str]:
     """Return the error with which the run would refuse a store that was built from other inputs."""
     try:
         recorded = store.manifest.fingerprint
-        wanted = describe_inputs(config.encoded_data, data, like=recorded)
+        wanted = describe_inputs(config, data, like=recorded)
         check_fingerprint(store.place, store.manifest.inputs, wanted)
     except StoreError as error:
         return [f"the run would be refused: {error}"]
     return []
 
 
+def _find_stale_texts(config: AnyTrainConfig, inputs: Inputs) -> list[str]:
+    """Return the error with which the run would refuse the existing token store of `eval.texts`."""
+    wanted = text_store_config(config)
+    if wanted is None or inputs.texts is None:
+        return []
+    if not (Place.parse(wanted.store_dir, "eval.store_dir") / MANIFEST_NAME).exists():
+        return []
+    found = _find_stale_store(wanted, inputs.texts, open_store(wanted))
+    return [rename_fields(text, FIELD_NAMES) for text in found]
+
+
 def build_model(config: AnyTrainConfig, skeleton: PreTrainedModel) -> PreTrainedModel | PeftModel:
     """Attach the run's adapter to a model without weights, or freeze what is not trained."""
     with META_DEVICE:
         if isinstance(config, PretrainConfig) and config.train == "embeddings":
-            ids = new_ids(Path(config.model.path), Path(config.model.tokenizer_path))
+            ids = new_ids(fetched(config.model.path), fetched(config.model.tokenizer_path))
             train_embeddings(skeleton, config.embeddings, ids)
         if config.lora is not None:
             attached = attach_adapter(skeleton, config.lora, seed=config.seed)
@@ -161,7 +181,7 @@ def build_model(config: AnyTrainConfig, skeleton: PreTrainedModel) -> PreTrained
                 add_initial_adapter(attached)
             return attached
         if config.adapter is not None:
-            settings = peft.PeftConfig.from_pretrained(config.adapter)
+            settings = peft.PeftConfig.from_pretrained(str(fetched(config.adapter)))
             settings.inference_mode = False
             attached = peft.get_peft_model(skeleton, settings)
             assert isinstance(attached, PeftModel)

@@ -1,9 +1,15 @@
-"""Plot of a run: training loss, validation loss and learning rate by step."""
+"""Plot of a run: loss in training, of validation data and of texts, and learning rate by step."""
 
 import io
 
 from raytune_llama.storage.place import Place
-from raytune_llama.train.monitoring.metrics import EVAL_LOSS, LEARNING_RATE, LOSS, read_metrics
+from raytune_llama.train.monitoring.metrics import (
+    EVAL_LOSS,
+    EVAL_TEXT_LOSS,
+    LEARNING_RATE,
+    LOSS,
+    read_metrics,
+)
 
 LOSS_PLOT_FILE = "loss.png"
 SMOOTHING_STEPS = 20
@@ -22,9 +28,10 @@ def write_plot(run_dir: Place) -> Place:
     upper.plot(steps, losses, color="0.75", linewidth=0.8, label="training, each step")
     window = min(SMOOTHING_STEPS, max(1, len(losses) // 5))
     upper.plot(steps, _smoothed(losses, window), color="C0", label=f"training, mean of {window}")
-    evaluations = _series(records, EVAL_LOSS)
-    if evaluations[0]:
-        upper.plot(*evaluations, color="C3", marker="o", label="validation")
+    for name, color, label in ((EVAL_LOSS, "C3", "validation"), (EVAL_TEXT_LOSS, "C1", "text")):
+        evaluations = _series(records, name)
+        if evaluations[0]:
+            upper.plot(*evaluations, color=color, marker="o", label=label)
     upper.set_ylabel("loss (nats per token)")
     upper.legend()
     upper.grid(alpha=0.3)

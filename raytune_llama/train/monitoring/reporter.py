@@ -26,7 +26,7 @@ from raytune_llama.train.monitoring import metrics
 from raytune_llama.train.monitoring.flops import flops_per_token, peak_flops, peak_memory_gib
 from raytune_llama.train.monitoring.incident_log import BAD_STEPS_FILE, SPIKES_FILE, IncidentLog
 from raytune_llama.train.monitoring.loss_spikes import SpikeDetector
-from raytune_llama.train.monitoring.metrics import MetricsLog, read_metrics
+from raytune_llama.train.monitoring.metrics import MetricsLog, read_metrics, run_label
 from raytune_llama.train.process_group import ProcessGroup
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class Reporter:
         peak = peak_flops(workers.device)
         self._peak_flops = peak * workers.world_size if peak else None
         self._resumed_step = state.step
+        self._label = run_label(config.run_place)
         self._data_seconds = 0.0
         self._started = self._lap = self._counted = time.perf_counter()
         self._log: MetricsLog | None = None
@@ -250,31 +251,14 @@ class Reporter:
     def log_evaluation(self, state: RunState, values: dict[str, float], seconds: float) -> RunState:
         """Record an evaluation; return the state with its time and, if improved, the best step."""
         self._write(state.step, {**values, metrics.EVAL_SECONDS: seconds})
-        loss = values[metrics.EVAL_LOSS]
         if self._workers.is_rank_zero:
-            is_text = metrics.EVAL_BITS_PER_BYTE in values
-            name = metrics.EVAL_BITS_PER_BYTE if is_text else metrics.EVAL_LOSS
-            sources = [
-                f", {source.removeprefix(f'{name}/')} {value:.4f}"
-                for source, value in values.items()
-                if source.startswith(f"{name}/")
-            ]
-            what = f", {values[name]:.4f} bits per byte" if is_text else ""
-            logger.info(
-                "evaluation at step %d: loss %.4f%s%s (%.1f s)",
-                state.step,
-                loss,
-                what,
-                "".join(sources),
-                seconds,
-            )
+            found = metrics.describe_evaluation(values)
+            logger.info("evaluation at step %d: %s (%.1f s)", state.step, found, seconds)
         if self._log is not None:
             self._log.sync()
         self._lap_seconds()
         state = replace(state, seconds=state.seconds + self._uncounted_seconds())
-        if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
-            return replace(state, best_step=state.step, best_loss=loss)
-        return state
+        return state.with_loss(values.get(metrics.EVAL_LOSS))
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -298,6 +282,7 @@ class Reporter:
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self._log is not None:
             self._log.write(step, values)
+            self._workers.progress.record_values(self._label, step, values)
 
     def _lap_seconds(self) -> float:
         now = time.perf_counter()

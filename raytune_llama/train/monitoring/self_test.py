@@ -71,9 +71,10 @@ def _test_loss(
 def _test_isolation(engine: TrainEngine, ids_3T: torch.Tensor, precision: Precision) -> None:
     """Raise unless a document's loss is the same alone and packed after other documents."""
     first, other, second = ids_3T.unbind()
-    alone = engine.loss_sum(_packed(second))
-    after_first = engine.loss_sum(_packed(first, second))
-    after_other = engine.loss_sum(_packed(other, second))
+    # By row: a slot of a pack then computes alone, and not with what its neighbors do just now.
+    (alone,) = engine.row_losses(_packed(second))
+    (after_first,) = engine.row_losses(_packed(first, second))
+    (after_other,) = engine.row_losses(_packed(other, second))
     # Masked attention weights are exactly zero: not one bit may depend on what they would weigh.
     if after_first != after_other:
         raise RuntimeError(

@@ -8,7 +8,8 @@ import contextlib
 import os
 import sys
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -60,6 +61,9 @@ class Heartbeat:
 
     is_in_collective: bool
     """Whether the worker waits in a collective for the others."""
+
+    values: Mapping[str, Mapping[str, float]] = field(default_factory=dict, repr=False)
+    """Newest metrics since the last heartbeat by run; empty except on rank 0."""
 
     def __str__(self) -> str:
         return (
@@ -116,6 +120,7 @@ class HeartbeatSender:
             slowest_step_seconds=progress.pop_slowest_seconds(),
             location=location,
             is_in_collective=is_in_collective,
+            values=progress.pop_values(),
         )
 
 

@@ -12,22 +12,38 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import ray
+import ray.util.metrics
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from raytune_llama.signals import StopSignal
 from raytune_llama.storage.lease import Fence
 from raytune_llama.storage.place import Place
+from raytune_llama.train.monitoring.metrics import run_label
+from raytune_llama.train.orchestration import resources
 from raytune_llama.train.orchestration.channel import FailureCallback
 from raytune_llama.train.orchestration.config import ScaleConfig
 from raytune_llama.train.orchestration.elastic import watch_nodes
+from raytune_llama.train.orchestration.exported_metrics import ExportedMetrics, GaugeApi
 from raytune_llama.train.orchestration.failure_policy import (
     FailurePolicy,
     StartDecision,
     describe_error,
 )
 from raytune_llama.train.orchestration.placement_group import WorkerPlacement
+from raytune_llama.train.orchestration.resources import (
+    describe_used,
+    find_shortage,
+    wait_until_free,
+)
 from raytune_llama.train.orchestration.supervisor import (
     EndedBeforeStep,
     Supervisor,
@@ -65,6 +81,17 @@ class PreparedRun:
     fence: Fence | None
     """Proof of the lease, checked before publishing in the run directory; None: no other writer."""
 
+    assignments: Any = None
+    """For a pack, its `PackAssignments`; `config` is that of any of its runs. None: no pack."""
+
+    runs_dir: Place | None = None
+    """For a pack, the directory that holds the directories of its runs."""
+
+    @property
+    def saved_steps(self) -> int:
+        """Step of the newest checkpoint; for a pack, the sum over its runs."""
+        return newest_step(self.run_dir, self.runs_dir)
+
     @classmethod
     def from_config(cls, config: "AnyTrainConfig", fence: Fence | None = None) -> Self:
         """Build the run from its config, which is pickled."""
@@ -88,9 +115,11 @@ def launch(run: PreparedRun, stop_signal: StopSignal | None = None) -> RunResult
         InvalidRunError: the run's data, files or settings do not allow it.
     """
     failures = FailurePolicy(run.scale.max_failures)
+    api = cast("GaugeApi", ray.util.metrics)  # its defaults of None are not annotated
+    exported = ExportedMetrics(api, run_label(run.run_dir))
     with stop_signal or StopSignal() as stop:
-        while not stop.is_requested:
-            with Supervisor(run.scale, failures, run.fence) as supervisor:
+        while not stop.is_requested and wait_until_free(run.scale, stop):
+            with Supervisor(run.scale, failures, run.fence, exported) as supervisor:
                 stop.set_callback(supervisor.request_stop)
                 result, error = _fit(run, supervisor)
             failures = supervisor.failure_policy
@@ -104,7 +133,7 @@ def launch(run: PreparedRun, stop_signal: StopSignal | None = None) -> RunResult
                 run.scale, stop, has_drained=supervisor.has_drained
             ):
                 break
-    return RunResult("stopped", newest_step(run.run_dir))
+    return RunResult("stopped", run.saved_steps)
 
 
 def _fit(run: PreparedRun, supervisor: Supervisor) -> tuple[RunResult | None, Exception | None]:
@@ -140,7 +169,7 @@ def _fit(run: PreparedRun, supervisor: Supervisor) -> tuple[RunResult | None, Ex
     if isinstance(result, EndedBeforeStep):
         supervisor.end_controller()
         _release_placement(run)
-        return RunResult("stopped", newest_step(run.run_dir)), None
+        return RunResult("stopped", run.saved_steps), None
     if isinstance(result, (TrainingFailedError, RayError)):
         logger.warning("Ray's trainer failed: %s", describe_error(result))
         return None, result
@@ -159,12 +188,21 @@ def _decide_retry(
         RetriesExhaustedError: `scale.max_failures` is reached.
     """
     if error is not None:
-        failures.record([describe_error(error)])
         _release_placement(run)
-    decision = failures.decide(newest_step(run.run_dir))
+        if _is_start_timeout(error) and describe_used(run.scale):
+            logger.info("others have taken the resources of the workers first: waiting again")
+        else:
+            failures.record([describe_error(error)])
+    decision = failures.decide(run.saved_steps)
     if decision.abort_reason is not None:
         raise decision.abort_reason.to_exception()
     return decision
+
+
+def _is_start_timeout(error: Exception) -> bool:
+    """Whether Ray's trainer failed because its workers got no resources."""
+    cause = error.controller_failure if isinstance(error, ControllerError) else None
+    return isinstance(cause, WorkerGroupStartupTimeoutError)
 
 
 def _release_placement(run: PreparedRun) -> None:
@@ -182,13 +220,11 @@ def has_room(scale: ScaleConfig, stop: StopSignal, *, has_drained: bool) -> bool
         stop: stop signal that ends the wait.
         has_drained: whether nodes of the workers were drained; if not, Ray waits for nodes itself.
     """
-    from raytune_llama.train.orchestration.nodes import RESOURCE_POLL_SECONDS, find_shortage
-
     start = time.monotonic()
     while True:
         draining = draining_nodes()
         nodes = [node for node in ray.nodes() if node["NodeID"] not in draining]
-        shortage = find_shortage(nodes, scale.worker_resources, scale)
+        shortage = find_shortage(nodes, scale)
         left = start + scale.wait_seconds - time.monotonic()
         # A drained node exits once it is idle, and is then no longer listed.
         if shortage is None or not (has_drained or draining):
@@ -196,7 +232,7 @@ def has_room(scale: ScaleConfig, stop: StopSignal, *, has_drained: bool) -> bool
         if left <= 0:
             logger.warning("stopping: too few nodes remain after draining: %s", shortage)
             return False
-        if stop.wait(min(RESOURCE_POLL_SECONDS, left)):
+        if stop.wait(min(resources.RESOURCE_POLL_SECONDS, left)):
             return False
 
 
@@ -211,7 +247,13 @@ def build_trainer(run: PreparedRun, channel: Any) -> TorchTrainer:  # noqa: ANN4
     (run.run_dir / "ray" / "checkpoint_manager_snapshot.json").delete()
     return TorchTrainer(
         train_worker,
-        train_loop_config={"config": run.config, "channel": channel, "fence": run.fence},
+        train_loop_config={
+            "config": run.config,
+            "channel": channel,
+            "fence": run.fence,
+            "assignments": run.assignments,
+            "runs_dir": run.runs_dir,
+        },
         torch_config=TorchConfig(
             backend="nccl" if scale.use_gpu else "gloo",
             timeout_s=int(scale.collective_timeout_seconds),
@@ -224,6 +266,8 @@ def build_trainer(run: PreparedRun, channel: Any) -> TorchTrainer:  # noqa: ANN4
             elastic_resize_monitor_interval_s=NEVER_SECONDS,
             use_gpu=scale.use_gpu,
             resources_per_worker=scale.worker_resources,
+            placement_strategy=scale.placement.upper(),
+            label_selector=scale.label_selector or None,
         ),
         run_config=RunConfig(
             name="ray",

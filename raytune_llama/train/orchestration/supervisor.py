@@ -17,6 +17,7 @@ from raytune_llama.storage.lease import Fence, LeaseError
 from raytune_llama.storage.process import ProcessIdentity, kill_process
 from raytune_llama.train.orchestration.channel import Channel, ChannelUpdate
 from raytune_llama.train.orchestration.config import ScaleConfig
+from raytune_llama.train.orchestration.exported_metrics import ExportedMetrics
 from raytune_llama.train.orchestration.failure_policy import FailurePolicy, describe_error
 from raytune_llama.train.orchestration.heartbeat import Heartbeat
 from raytune_llama.train.orchestration.stall_detector import Stall, StallDetector
@@ -45,7 +46,13 @@ class EndedBeforeStep:
 class Supervisor:
     """Supervises one call of Ray's trainer; every retry has a new supervisor."""
 
-    def __init__(self, scale: ScaleConfig, failures: FailurePolicy, fence: Fence | None) -> None:
+    def __init__(
+        self,
+        scale: ScaleConfig,
+        failures: FailurePolicy,
+        fence: Fence | None,
+        exported: ExportedMetrics,
+    ) -> None:
         self.failure_policy = failures
         """Failures so far."""
         self.has_drained = False
@@ -57,6 +64,7 @@ class Supervisor:
         self._steps = StepWatch()
         self._controller: ProcessIdentity | None = None
         self._fence = fence
+        self._exported = exported
         self._stall_detector = StallDetector(scale.watch, time.monotonic()) if scale.watch else None
         self._node_ids: set[str] = set()
         self._checked_at = time.monotonic()
@@ -84,6 +92,7 @@ class Supervisor:
         now = time.monotonic()
         self.failure_policy = update.failure_policy
         self._controller = update.controller
+        self._exported.observe(update.heartbeats)
         self._node_ids |= {beat.node_id for beat in update.heartbeats}
         self._steps.observe(update.heartbeats, has_failed=update.has_failed)
         self._end_before_step(now)
@@ -118,6 +127,7 @@ class Supervisor:
     def _kill_stalled_workers(self, stall: Stall) -> None:
         """Kill the hung workers, so that Ray notices and restarts all workers."""
         logger.error("%s", stall)
+        self._exported.count_stall()
         self.channel.actor.record_failure.remote([str(stall)])
         if stall.culprits:
             kill_workers(stall.culprits)

@@ -9,7 +9,6 @@ import ray
 
 from raytune_llama.logs import setup_logging
 from raytune_llama.model.bitsandbytes_import import hide_bitsandbytes_unless
-from raytune_llama.storage.lease import Fence
 from raytune_llama.storage.place import Place
 from raytune_llama.train.orchestration.channel import (
     CHANNEL_TIMEOUT_SECONDS,
@@ -18,8 +17,9 @@ from raytune_llama.train.orchestration.channel import (
 )
 from raytune_llama.train.orchestration.failure_policy import StartDecision
 from raytune_llama.train.orchestration.heartbeat import HeartbeatSender
+from raytune_llama.train.orchestration.pack_assignments import SlotLogFilter, train_pack
 from raytune_llama.train.orchestration.placement_group import write_worker_placement
-from raytune_llama.train.result import AbortReason, RunResult
+from raytune_llama.train.result import USER_ERRORS, AbortReason, RunResult
 
 if TYPE_CHECKING:
     import torch
@@ -28,15 +28,6 @@ if TYPE_CHECKING:
     from raytune_llama.train.process_group import ProcessGroup
 
 logger = logging.getLogger(__name__)
-
-USER_ERRORS = (
-    ValueError,
-    FileNotFoundError,
-    NotADirectoryError,
-    IsADirectoryError,
-    PermissionError,
-)
-"""Errors of data, files or config, which a retry would repeat; others may be hardware faults."""
 
 
 def train_worker(job: dict[str, Any]) -> RunResult:
@@ -49,14 +40,19 @@ def train_worker(job: dict[str, Any]) -> RunResult:
     config: AnyTrainConfig = pickle.loads(job["config"])  # noqa: S301  # made by our own driver
     hide_bitsandbytes_unless(config.model.quantization)
     device = ray.train.torch.get_device() if config.scale.use_gpu else torch.device("cpu")
+    if config.scale.gpus_per_worker < 1:
+        # Ray only counts the shares: a trial must not take the memory of others on its GPU.
+        torch.cuda.set_per_process_memory_fraction(config.scale.gpus_per_worker, device)
     workers = ProcessGroup.from_torch(device)
     torch.set_num_threads(config.scale.cpus_per_worker)
     setup_logging()
     handler = WorkerLogHandler(job["channel"], workers.rank)
+    if job["assignments"] is not None:
+        handler.addFilter(SlotLogFilter())
     package = logging.getLogger("raytune_llama")
     package.addHandler(handler)
     try:
-        return _run_loop(config, workers, job["channel"], job["fence"])
+        return _run_loop(config, workers, job)
     except FloatingPointError as error:
         # Every worker raises it, and a retry would again, so Ray must not restart them.
         logger.error("%s", error)  # noqa: TRY400  # the message says it all
@@ -82,20 +78,17 @@ def train_worker(job: dict[str, Any]) -> RunResult:
         package.removeHandler(handler)
 
 
-def _run_loop(
-    config: "AnyTrainConfig",
-    workers: "ProcessGroup",
-    channel: Any,  # noqa: ANN401  # an actor
-    fence: Fence | None,
-) -> RunResult:
+def _run_loop(config: "AnyTrainConfig", workers: "ProcessGroup", job: dict[str, Any]) -> RunResult:
     """Request admission, and train; collective."""
     from raytune_llama.train.export import read_result
+    from raytune_llama.train.fetched_inputs import fetch_inputs
     from raytune_llama.train.loop import train
 
+    channel, assignments = job["channel"], job["assignments"]
     stop = StopRequest(channel)
     decision: StartDecision | None = None
     if workers.is_rank_zero:
-        step = newest_step(config.run_place)
+        step = newest_step(config.run_place, job["runs_dir"])
         decision = ray.get(channel.admit.remote(step), timeout=CHANNEL_TIMEOUT_SECONDS)
     admission = workers.broadcast(decision)
     assert admission is not None, "rank 0 has set it"
@@ -105,7 +98,7 @@ def _run_loop(
         logger.info("starting attempt %d in %.0f s", admission.attempt, admission.wait_seconds)
     is_stopped = stop.wait(admission.wait_seconds)
     if workers.all_reduce_sum([float(is_stopped)])[0] > 0:
-        return RunResult("stopped", newest_step(config.run_place))
+        return RunResult("stopped", newest_step(config.run_place, job["runs_dir"]))
     # An earlier attempt may have finished the run after Ray's controller had failed.
     is_retry = workers.is_rank_zero and admission.attempt > 1
     result = workers.broadcast(read_result(config) if is_retry else None)
@@ -114,8 +107,12 @@ def _run_loop(
     if workers.is_rank_zero:
         started = channel.workers_started.remote(workers.world_size)
         write_worker_placement(config.run_place, ray.get(started, timeout=CHANNEL_TIMEOUT_SECONDS))
-    workers = replace(workers, restarts=admission.attempt - 1, fence=fence)
+    # They are on this node since its check, the tokenizer's without weights.
+    fetch_inputs(config)
+    workers = replace(workers, restarts=admission.attempt - 1, fence=job["fence"])
     with HeartbeatSender(channel, workers.progress, attempt=admission.attempt, rank=workers.rank):
+        if assignments is not None:
+            return train_pack(config, workers, stop, assignments)
         return train(config, workers, stop)
 
 
@@ -143,9 +140,16 @@ def describe_user_error(error: BaseException) -> str:
     return str(error) if is_ours else f"{type(error).__name__}: {error}"
 
 
-def newest_step(run_dir: Place) -> int:
-    """Return the step of the newest checkpoint, verified or not; 0 without one."""
+def newest_step(run_dir: Place, runs_dir: Place | None = None) -> int:
+    """Return the step of the newest checkpoint, verified or not; 0 without one.
+
+    Args:
+        run_dir: directory of the run.
+        runs_dir: for a pack, the directory of its runs, whose steps are added up.
+    """
     from raytune_llama.train.checkpoint.layout import list_checkpoints
 
+    if runs_dir is not None:
+        return sum(newest_step(folder) for folder in runs_dir.folders())
     steps = [int(path.name.rpartition("-")[2]) for path in list_checkpoints(run_dir)]
     return max(steps, default=0)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError, from_dict
 from raytune_llama.model.meta.config import ConvertConfig
 from raytune_llama.model.meta.conversion import convert_weights
@@ -32,6 +33,17 @@ def convert(source: Path, target: Path, **fields: Any) -> None:  # noqa: ANN401
     if fields.get("to") != "meta":
         fields = {"instruct": False, **fields}
     convert_weights(ConvertConfig(source=str(source), target=str(target), **fields))
+
+
+@pytest.mark.parametrize("fields", [{"source": "s3://b/x"}, {"target": "s3://b/x"}])
+def test_bucket_is_refused_and_not_taken_for_a_local_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"source": str(tmp_path), "target": "out", "instruct": False, **fields}
+    with pytest.raises(UserError, match=r"got 's3://b/x', but only local paths are supported here"):
+        convert_weights(from_dict(ConvertConfig, given))
+    assert list(tmp_path.iterdir()) == []
 
 
 def change_json(name: str, **values: Any) -> Spoil:  # noqa: ANN401

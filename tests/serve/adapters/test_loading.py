@@ -15,12 +15,13 @@ from raytune_llama.serve.adapters.loading import AdapterLoader
 from raytune_llama.serve.config import ServedModelConfig
 from raytune_llama.serve.generation.model import load_served_model
 from raytune_llama.tokenizer.loader import load_tokenizer
+from tests.hub_server import HubServer
 from tests.serve.adapters.conftest import LINEAR, write_adapter_directory
 
 IDS = torch.tensor([[0, 5, 70, 33, 200]])
 
 
-def loader(base: Path, **fields: Any) -> AdapterLoader:  # noqa: ANN401
+def loader(base: Path | str, **fields: Any) -> AdapterLoader:  # noqa: ANN401
     config = ServedModelConfig(path=str(base), **fields)
     return AdapterLoader(config, load_served_model(config, torch.device("cpu")))
 
@@ -52,6 +53,18 @@ def test_adapter_begins_texts_as_its_tokenizer_and_says_where_its_training_diffe
         caplog.clear()
         assert loads.load(path, "tiny:x").served.encode_texts(["fox"])[0] == wanted
         assert sum("before a text" in record.msg for record in caplog.records) == num_warnings
+
+
+def test_base_on_the_hub_serves_adapters_as_one_on_the_disk(
+    base_dir: Path, tmp_path: Path, hub: HubServer
+) -> None:
+    commit = hub.publish("org/tiny", {file.name: file.read_bytes() for file in base_dir.iterdir()})
+    folder = write_adapter_directory(base_dir, tmp_path / "tuned", seed=0)
+    there = loader(f"hf://org/tiny@{commit}").load(folder, "tiny:x")
+    here = loader(base_dir).load(folder, "tiny:x")
+    assert there.updates is not None
+    assert here.updates is not None
+    assert there.served.encode_texts(["fox"]) == here.served.encode_texts(["fox"])
 
 
 @pytest.mark.parametrize("has_tables", [True, False])

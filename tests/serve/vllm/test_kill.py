@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 from ray import serve
 
@@ -16,7 +17,6 @@ from tests.serve.many_clients import wait_until
 from tests.serve.test_kills import pids
 from tests.serve.test_scaling import url
 from tests.serve.vllm.conftest import NEEDS_VLLM
-from tests.serve.vllm.test_death import engine_processes
 
 __all__ = ["url"]
 
@@ -33,8 +33,6 @@ REPLICA = "ServeReplica:llm:model"
 def test_replica_of_a_killed_engine_is_replaced_and_its_requests_are_answered(
     url: str, contract_dir: Path
 ) -> None:
-    # Other tests of this process may have engines of their own.
-    others = {one.pid for one in engine_processes()}
     model = ServedModelConfig(path=str(contract_dir), name="tiny", template="belle")
     replicas = ReplicaConfig(engine="vllm", slots=2, cpus=0.5)
     serve.run(build_app(ServeConfig(models=(model,), replicas=replicas)), name="llm")
@@ -49,7 +47,12 @@ def test_replica_of_a_killed_engine_is_replaced_and_its_requests_are_answered(
 
     wanted = ask()
     (before,) = pids(REPLICA)
-    (engine,) = [one for one in engine_processes() if one.pid not in others]
+    # By its parent: vLLM names its processes only where it can.
+    (engine,) = [
+        child
+        for child in psutil.Process(before).children()
+        if not any("resource_tracker" in part for part in child.cmdline())
+    ]
     # Two run, and four wait.
     threads = [threading.Thread(target=lambda: texts.update([ask()])) for _ in range(6)]
     for thread in threads:
@@ -65,4 +68,4 @@ def test_replica_of_a_killed_engine_is_replaced_and_its_requests_are_answered(
     for thread in threads:
         thread.join(timeout=600)
     assert texts == Counter({wanted: 6})
-    assert engine.pid not in {one.pid for one in engine_processes()}
+    assert not engine.is_running()

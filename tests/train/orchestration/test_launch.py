@@ -9,7 +9,7 @@ from raytune_llama.signals import StopSignal
 from raytune_llama.train.orchestration import launch
 from raytune_llama.train.orchestration.config import ScaleConfig
 from raytune_llama.train.orchestration.launch import has_room
-from raytune_llama.train.orchestration.nodes import find_shortage
+from raytune_llama.train.orchestration.resources import find_shortage
 
 
 def node(name: str, *, alive: bool = True) -> dict[str, Any]:

@@ -27,7 +27,8 @@ TOLERANCE = 1e-4
 def evaluate(task: str, model: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the metrics of a task, and for each sample what the model said."""
     os.chdir(FOLDER)  # where the tasks' data is
-    found: Any = lm_eval.simple_evaluate(
+    simple_evaluate: Any = lm_eval.simple_evaluate  # a decorator hides its arguments
+    found = simple_evaluate(
         model=model,
         model_args=arguments,
         tasks=[task],
