@@ -1,6 +1,7 @@
 """Compute alone of a pack: K runs on one base against the same runs one after another, no Ray.
 
     python benchmarks/pack_throughput.py [--shape demo|tiny|8b] [--device cpu|cuda] [--slots 1 2 4]
+        [--joint | --no-joint]
 
 Weights are random. Every run has a LoRA adapter of rank 8 on all seven projections, dropout 0.05,
 AdamW and clipping, and reads random tokens. Reported are input tokens per second of all runs
@@ -104,6 +105,7 @@ def time_pack(options: argparse.Namespace, workers: ProcessGroup, num_slots: int
         options.precision,
         workers.device,
         gradient_checkpointing=options.checkpointing,
+        joint=options.joint,
     )
     lora = config.lora
 
@@ -172,6 +174,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--joint", action=argparse.BooleanOptionalAction)
     options = parser.parse_args()
     device = torch.device(options.device)
     options.precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")

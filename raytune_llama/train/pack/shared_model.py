@@ -1,10 +1,14 @@
 """One base model in memory for all slots: the micro-batches of all slots in one forward pass.
 
 The tokens of all micro-batches are laid out in one row, so that slots may differ in sequence
-length. Norms, activations and the base's linear layers run once on all tokens. What depends on a
-slot runs on its own tokens, exactly as it does in a solo run: embeddings, attention with its mask,
-its own A and B, and the loss. With fp32 on CPUs, the results are those of solo runs bit for bit if
-every micro-batch has at least 8 tokens: below, matrix products of MKL round differently.
+length. What depends on a slot runs on its own tokens, exactly as it does in a solo run: embeddings,
+attention with its mask, its own A and B, and the loss. Norms run once on all tokens, and on GPUs so
+do the base's linear layers and activations.
+
+On CPUs these run slot by slot, so that the results are those of solo runs bit for bit: a matrix
+product of MKL rounds by its number of rows (AVX2: always; AVX-512: below 16 rows), and PyTorch
+computes the last elements of a vectorized SiLU or tanh-GELU with another exponential. A CPU is as
+fast this way (benchmarks/pack_throughput.py).
 
 Shapes: B sequences and T tokens of one micro-batch, N tokens of all of them, D hidden size, H
 attention heads, K features per head, I and O input and output features of a linear layer.
@@ -23,6 +27,7 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2CLS
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -33,6 +38,8 @@ from raytune_llama.model.loss import summed_cross_entropy
 from raytune_llama.train.engines.protocol import keep_buffer_precision
 
 M = TypeVar("M", bound=nn.Module)
+
+_ACTIVATIONS = tuple(each[0] if isinstance(each, tuple) else each for each in ACT2CLS.values())
 
 Scale = Callable[[Tensor], Tensor]
 """Given the summed loss of a micro-batch, returns what is differentiated."""
@@ -99,6 +106,10 @@ class Part:
             embedded_BTD = self.module.embed(self.ids_BT, self.positions_BT)
         return embedded_BTD.reshape(1, self.num_tokens, -1)
 
+    def run(self, module: nn.Module, input_1NI: Tensor) -> Tensor:
+        """Call a layer on the part's tokens, in the shape that they have in a solo run."""
+        return module(input_1NI.view(*self.ids_BT.shape, -1)).view(1, self.num_tokens, -1)
+
     def adapt(self, layer: LoraLinear, input_1NI: Tensor, output_1NO: Tensor) -> Tensor:
         """Add the slot's update to the base's output of a layer, as PEFT does."""
         input_BTI = input_1NI.view(*self.ids_BT.shape, -1)
@@ -149,6 +160,7 @@ class SharedModel:
         device: torch.device,
         *,
         gradient_checkpointing: bool = False,
+        joint: bool | None = None,
     ) -> None:
         """Move the base to the device, and prepare it for parts of several slots.
 
@@ -157,11 +169,14 @@ class SharedModel:
             precision: precision of its weights and of compute.
             device: device that it computes on.
             gradient_checkpointing: recompute activations in the backward pass.
+            joint: run the base's linear layers and activations once on all tokens, not slot by
+                slot; None: on GPUs.
         """
         model.requires_grad_(False)
         with keep_buffer_precision(model, device):
             cast("nn.Module", model).to(device, DTYPES[precision])
         self._model = model
+        self._joint = device.type != "cpu" if joint is None else joint
         self._parts: Sequence[Part] = ()
         self._decoder = self._build_decoder()
         if gradient_checkpointing:
@@ -183,10 +198,10 @@ class SharedModel:
         # Without a mask function of this name, the model makes no mask over all tokens.
         self._packed.config._attn_implementation = name
         for path, module in list(self._packed.named_modules()):
-            if module in inside and isinstance(module, nn.Linear):
+            if module in inside and isinstance(module, (nn.Linear, *_ACTIVATIONS)):
                 parent, _, last = path.rpartition(".")
-                linear = _SharedLinear(module, path, self)
-                setattr(self._packed.get_submodule(parent), last, linear)
+                layer = _SharedLayer(module, path, self)
+                setattr(self._packed.get_submodule(parent), last, layer)
         return decoder
 
     def train(self, parts: Sequence[Part], scales: Sequence[Scale]) -> list[Tensor]:
@@ -232,17 +247,32 @@ class SharedModel:
         """Split a tensor along dimension 1 into the parts; its gradients are joined in one copy."""
         return packed_1N.split([part.num_tokens for part in self._parts], dim=1)
 
-    def add_updates(self, name: str, input_1NI: Tensor, output_1NO: Tensor) -> Tensor:
-        """Add each slot's update of a layer to the base's output, on the slot's own tokens."""
-        layers = [part.layers.get(name) for part in self._parts]
-        if not any(layer is not None for layer in layers):
+    def run_layer(self, layer: nn.Module, name: str, input_1NI: Tensor) -> Tensor:
+        """Call a layer of the base, and add each slot's update of it on the slot's own tokens.
+
+        Args:
+            layer: linear layer or activation function.
+            name: its name in the base model.
+            input_1NI: inputs of all tokens.
+
+        Returns:
+            The outputs of all tokens, (1, N, O).
+        """
+        if self._joint:
+            output_1NO = layer(input_1NI)
+        else:
+            parts = zip(self._parts, self._split(input_1NI), strict=True)
+            output_1NO = torch.cat([part.run(layer, own) for part, own in parts], dim=1)
+        updates = [part.layers.get(name) for part in self._parts]
+        if not any(update is not None for update in updates):
             return output_1NO
+        # Inputs are split anew: the backward pass adds their gradients up in a solo run's order.
         inputs, outputs = self._split(input_1NI), self._split(output_1NO)
         return torch.cat(
             [
-                output if layer is None else part.adapt(layer, own, output)
-                for part, layer, own, output in zip(
-                    self._parts, layers, inputs, outputs, strict=True
+                output if update is None else part.adapt(update, own, output)
+                for part, update, own, output in zip(
+                    self._parts, updates, inputs, outputs, strict=True
                 )
             ],
             dim=1,
@@ -287,17 +317,17 @@ class SharedModel:
             part.random.state = state
 
 
-class _SharedLinear(nn.Module):
-    """A linear layer of the base, and the updates that the slots add to its output."""
+class _SharedLayer(nn.Module):
+    """A linear layer or an activation of the base, which the shared model runs."""
 
-    def __init__(self, linear: nn.Linear, name: str, shared: SharedModel) -> None:
+    def __init__(self, layer: nn.Module, name: str, shared: SharedModel) -> None:
         super().__init__()
-        self._linear, self._name = linear, name
+        self._layer, self._name = layer, name
         self._shared = shared
 
     def forward(self, input_1NI: Tensor) -> Tensor:
         """Return the outputs of all tokens, (1, N, O)."""
-        return self._shared.add_updates(self._name, input_1NI, self._linear(input_1NI))
+        return self._shared.run_layer(self._layer, self._name, input_1NI)
 
 
 def _call(

@@ -45,13 +45,16 @@ class Listed:
         self.outcomes[number] = outcome
 
 
-def share(config: AnyTrainConfig, workers: ProcessGroup = ALONE) -> SharedModel:
+def share(
+    config: AnyTrainConfig, workers: ProcessGroup = ALONE, *, joint: bool | None = None
+) -> SharedModel:
     """Load the base of a run for a pack."""
     return SharedModel(
         load_model(config.model, config.engine.precision, workers.device),
         config.engine.precision,
         workers.device,
         gradient_checkpointing=config.engine.gradient_checkpointing,
+        joint=joint,
     )
 
 

@@ -20,11 +20,13 @@ from raytune_llama.train.process_group import ProcessGroup
 from raytune_llama.train.result import RunResult
 from tests.train.conftest import MakeConfig, curve, run_here
 from tests.train.group import Group
-from tests.train.pack.conftest import Listed, largest_difference, pack_here, share
+from tests.train.pack.conftest import ALONE, Listed, largest_difference, pack_here, share
 from tests.train.saved import FullDisk
 
 SLOTS: list[dict[str, Any]] = [
     {},
+    # Few tokens, and an odd number: matrix products and activations round by both.
+    {"batch__sequence_tokens": 7, "batch__micro_batch_sequences": 1},
     {"lora__rank": 2, "lora__alpha": 8.0, "optim__learning_rate": 0.003, "seed": 5},
     {
         "lora__targets": ["q_proj", "v_proj"],
@@ -82,6 +84,21 @@ def test_slots_of_unlike_runs_equal_the_runs_alone(
     steps = [packed.max_steps for _, packed in pairs]
     assert outcomes == {n: RunResult("finished", step or 0) for n, step in enumerate(steps)}
     assert_same_runs(pairs)
+
+
+def test_joint_products_of_gpus_equal_the_runs_alone_but_for_rounding(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = make_slots(make_config)
+    for alone, _ in pairs:
+        run_here(alone)
+    monkeypatch.delattr(Part, "run")  # what computes slot by slot
+    configs = [packed for _, packed in pairs]
+    run_pack(share(configs[0], joint=True), Listed(configs), ALONE)
+    for number, (alone, packed) in enumerate(pairs):
+        for name in (LOSS, EVAL_LOSS):
+            wanted = pytest.approx(curve(alone, name), rel=1e-5)
+            assert curve(packed, name) == wanted, (number, name)
 
 
 def test_slot_is_unchanged_by_neighbours_that_diverge_leave_and_join(
