@@ -20,6 +20,7 @@ _UNITS = 10_000
 """Ray counts resources in multiples of 1 / 10,000."""
 
 _COUNTED = ("CPU", "GPU")
+_BYTES = ("memory", "object_store_memory")
 
 
 @dataclass(frozen=True)
@@ -120,17 +121,21 @@ class WorkerNeeds:
         for name, amount in self.resources.items():
             if name == "CPU" or any(node["Resources"].get(name, 0.0) >= amount for node in nodes):
                 continue
-            if name == "GPU":
-                return "use_gpu"
-            return "accelerator_type" if _is_type(name) else f"resources_per_worker.{name}"
-        if not any(map(self.matches, nodes)):
-            return "label_selector" if self.labels else "cpus_per_worker"
+            return _field_of(name)
+        if replace(self, labels={}).count(nodes):
+            return "label_selector"
+        # Each is there, but not all on one node: the first without which a node would do.
+        names = sorted(self.resources, key=lambda name: (name in _COUNTED, not _is_type(name)))
+        for name in names:
+            rest = {each: amount for each, amount in self.resources.items() if each != name}
+            if rest and replace(self, resources=rest).count(nodes):
+                return _field_of(name)
         return "cpus_per_worker"
 
     def describe(self) -> str:
         """Return the resources and labels as text, such as `1 CPU and 1 GPU (H100)`."""
         amounts = {name: value for name, value in self.resources.items() if not _is_type(name)}
-        text = " and ".join(f"{amount:g} {name}" for name, amount in amounts.items())
+        text = " and ".join(_describe_amount(name, amount) for name, amount in amounts.items())
         kinds = [name.removeprefix(ACCELERATOR_PREFIX) for name in self.resources if _is_type(name)]
         kinds += [f"{key}: {condition}" for key, condition in self.labels.items()]
         return f"{text} ({', '.join(kinds)})" if kinds else text
@@ -140,7 +145,7 @@ class WorkerNeeds:
         own = node["Resources"]
         others = [name for name in self.resources if name not in _COUNTED and not _is_type(name)]
         parts = [f"{own.get(name, 0):g} {name}s" for name in _COUNTED]
-        parts += [f"{own.get(name, 0):g} {name}" for name in others]
+        parts += [_describe_amount(name, own.get(name, 0)) for name in others]
         if any(map(_is_type, self.resources)):
             parts += accelerator_types([node]) or ["no accelerator type"]
         labels = node.get("Labels") or {}
@@ -182,6 +187,19 @@ def accelerator_types(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the types of GPU that the nodes have, sorted."""
     names = {name for node in nodes for name in node["Resources"] if _is_type(name)}
     return sorted(name.removeprefix(ACCELERATOR_PREFIX) for name in names)
+
+
+def _field_of(name: str) -> str:
+    """Return the field of `scale` that requires a resource."""
+    if name in _COUNTED:
+        return "use_gpu" if name == "GPU" else "cpus_per_worker"
+    return "accelerator_type" if _is_type(name) else f"resources_per_worker.{name}"
+
+
+def _describe_amount(name: str, amount: float) -> str:
+    if name in _BYTES:
+        return f"{amount / 2**30:g} GiB {name}"
+    return f"{amount:g} {name}"
 
 
 def _is_type(name: str) -> bool:

@@ -120,7 +120,8 @@ class SweepConfig:
     """Number of trials; may be raised later. null: all points of a grid."""
 
     max_concurrent: Annotated[int | None, Field(ge=1), PLACEMENT] = None
-    """Maximum number of concurrent trials; null: as many as the cluster can hold."""
+    """Maximum number of concurrent trials; null: as many as the nodes can hold when the sweep
+    starts. Where nodes are added on demand, set it: trials that do not fit yet wait for them."""
 
     pack: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, PLACEMENT] = None
     """Number of trials that train at once on one base model, in one group of workers that starts
@@ -129,7 +130,8 @@ class SweepConfig:
     with `engine.strategy: ddp`. Null: each trial has workers and a base of its own."""
 
     max_restarts: Annotated[int, Field(ge=0), PLACEMENT] = 3
-    """Maximum restarts of a trial whose node was lost, each from its newest checkpoint."""
+    """Maximum restarts of a trial whose node was lost, each from its newest checkpoint. In a pack,
+    workers restart as `scale.max_failures` of the base config says."""
 
     plan: Annotated[bool, PLACEMENT] = False
     """Print the number of trials and the memory of packs of several sizes, and start nothing."""

@@ -42,14 +42,18 @@ def check_pack(configs: Sequence[AnyTrainConfig]) -> None:
 
 
 def choose_num_slots(
-    sweep: SweepConfig, configs: Sequence[AnyTrainConfig], nodes: Sequence[Mapping[str, Any]]
+    sweep: SweepConfig,
+    configs: Sequence[AnyTrainConfig],
+    nodes: Sequence[Mapping[str, Any]],
+    num_packs: int,
 ) -> int:
-    """Return the number of trials per pack; `auto`: as many as fit into a worker's memory.
+    """Return the number of trials per pack; `auto`: as many as fit, spread over all packs.
 
     Args:
         sweep: config of the sweep, with `pack`.
         configs: configs of its samples, with absolute paths.
         nodes: nodes of the cluster, as `ray.nodes()` lists them.
+        num_packs: number of packs that the cluster can hold, over which trials are spread.
     """
     assert sweep.pack is not None
     if sweep.pack != "auto":
@@ -57,7 +61,12 @@ def choose_num_slots(
     memory = plan_pack(configs)
     scale = configs[0].scale
     available = _gpu_bytes(scale) if scale.use_gpu else _cpu_bytes(scale, nodes)
-    found = min(memory.count_slots(available), count_trials(sweep))
+    found = min(memory.count_slots(available), -(-count_trials(sweep) // num_packs))
+    if memory.total(found) > available:
+        logger.warning(
+            "pack=auto: one trial may not fit into the memory of a worker; lower "
+            "batch.micro_batch_sequences, or use nodes with more"
+        )
     logger.info(
         "pack=auto: %d trials at a time, %.2f of %.2f GiB of a worker",
         found,

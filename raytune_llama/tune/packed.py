@@ -117,6 +117,8 @@ class Pack:
         self._launcher: threading.Thread | None = None
         self.has_ended = False
         """Whether the workers have ended: no run can be added any more."""
+        self.is_last = False
+        """Whether the workers end after the runs that they have: none is added any more."""
 
     def start(self, run: PreparedRun) -> None:
         """Launch the workers; `run` is any of the runs, for what they share."""
@@ -130,7 +132,6 @@ class Pack:
             run_dir=place,
             fence=run.fence,
             assignments=self._assignments,
-            runs_dir=trial_dir(self._sweep_dir, 0).parent,
         )
         self._launcher = threading.Thread(
             target=self._launch, args=(launched,), name=f"pack-{self.number}", daemon=True
@@ -145,7 +146,8 @@ class Pack:
                 run.set_result(RunResult("stopped", 0))
                 return
             self._runs[number] = run
-        ray.get(self._assignments.add.remote(number, config))
+        run_dir = trial_dir(self._sweep_dir, number)
+        ray.get(self._assignments.add.remote(number, config, run_dir))
 
     def remove(self, number: int) -> None:
         """Let a run end where it is."""
@@ -157,10 +159,16 @@ class Pack:
         """Ask all runs to save and stop; safe in a signal handler."""
         self._stop_signal.request()
 
+    def finish(self) -> None:
+        """Let the workers end after their last run; none is added any more."""
+        if not self.is_last:
+            self.is_last = True
+            ray.get(self._assignments.close.remote())
+
     def close(self) -> None:
         """Wait for the last run and the end of the workers."""
+        self.finish()
         if self._launcher is not None:
-            ray.get(self._assignments.close.remote())
             self._launcher.join()
         ray.kill(self._assignments)
 
@@ -282,12 +290,16 @@ class PackedTrials:
                 if pack.error is not None:
                     raise pack.error
             is_over = self._fill(packs)
+            for pack in packs:
+                # Another pack may wait for the resources of its workers.
+                if is_over and not self._slots(pack):
+                    pack.finish()
             self._take_reports()
             refresh()
 
     def _fill(self, packs: Sequence[Pack]) -> bool:
         """Start trials in free slots; return whether the searcher has no more."""
-        packs = [pack for pack in packs if not pack.has_ended]
+        packs = [pack for pack in packs if not (pack.has_ended or pack.is_last)]
         if not packs:
             # They were asked to stop, or too few nodes remain for their workers.
             return True
@@ -360,7 +372,11 @@ class PackedTrials:
         """Record the end of a trial, and free its slot."""
         del self._running[running.number]
         running.run.leave()
-        self._scheduler.on_trial_complete(_NOBODY, running.trial, running.last)
+        if running.last.get("state") == "interrupted":
+            # Its pack has ended before it: another one may continue it.
+            self._searcher.put_back(running.number)
+        else:
+            self._scheduler.on_trial_complete(_NOBODY, running.trial, running.last)
         self._recorder.record_end(running.number, running.last)
 
 

@@ -268,6 +268,10 @@ class TrialSearcher(Searcher):
             return {"number": number, "run": run}
         return Searcher.FINISHED  # pyright: ignore[reportReturnType]  # Tune's mark of the end
 
+    def put_back(self, number: int) -> None:
+        """Let `suggest` return a trial again, which was interrupted."""
+        self._waiting.append(number)
+
     def _begin(self) -> int:
         number = len(self._journal.trials)
         sample = self._sampler.sample(number, list(self._journal.trials.values()))

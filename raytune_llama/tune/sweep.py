@@ -350,7 +350,7 @@ def _run_trials(
     recorder = JournalCallback(journal, display.refresh, lambda number: None)  # noqa: ARG005
     trials = PackedTrials(sweep, journal, searcher, scheduler, recorder, others=others)
     configs = _resolve_samples(check_samples(sweep, base)) if sweep.pack == "auto" else ()
-    num_slots = choose_num_slots(sweep, configs, ray.nodes())
+    num_slots = choose_num_slots(sweep, configs, ray.nodes(), fit)
     num_packs = min(fit, -(-count_remaining(sweep, journal) // num_slots))
     trials.run_in(num_packs, num_slots, display)
 
@@ -374,10 +374,11 @@ def _run_in_tune(
         scheduler: decides after each evaluation whether a trial continues.
         display: shows the progress.
         others: metrics to report besides that of the sweep.
-        fit: number of trials that the cluster can hold.
+        fit: number of trials that the nodes can hold now.
     """
     num_left = count_remaining(sweep, journal)
-    at_a_time = min(fit, sweep.max_concurrent or fit, num_left)
+    # More than fit now wait for resources, for which an autoscaler adds nodes.
+    at_a_time = min(sweep.max_concurrent or fit, num_left)
     logger.info("%d trials remaining, at most %d concurrently", num_left, at_a_time)
     freeing = TrialCleanup(sweep.place)
     _configure_tune()

@@ -5,6 +5,7 @@ A trial's process imports only this module: the sweep's driver has already check
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -30,6 +31,9 @@ from raytune_llama.tune.journal import TrialState, trial_dir
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+
+MAX_READ_FAILURES = 30
+"""Failures in a row to read a run's metrics after which its trial fails too."""
 
 WORST_OBJECTIVE = 1e30
 """Objective reported for a non-finite evaluation: schedulers take quantiles, which infinities
@@ -269,10 +273,20 @@ def follow_run(
         Whatever the run raises.
     """
     run.start()
-    seen = 0
+    seen, failures = 0, 0
     while True:
         is_over = not run.is_alive()
-        found = follower.read_evaluations()
+        try:
+            found = follower.read_evaluations()
+        except OSError as error:
+            # The run continues meanwhile: a storage that fails for a moment is asked again.
+            failures += 1
+            if failures == MAX_READ_FAILURES:
+                raise
+            logger.warning("cannot read the metrics of %s: %s", follower.run_dir, error)
+            time.sleep(POLL_SECONDS)
+            continue
+        failures = 0
         for evaluation in found:
             if evaluation.value is None:
                 yield evaluation, "diverged"

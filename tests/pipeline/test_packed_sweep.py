@@ -218,6 +218,18 @@ def test_elastic_pack_that_loses_a_node_continues_every_trial_on_the_other(
 
 
 @pytest.mark.slow
+def test_pack_whose_node_is_lost_for_good_continues_where_another_pack_ends(
+    make_sweep: MakeSweep, tmp_path: Path
+) -> None:
+    fixed = {"eval.every_steps": 2, "checkpoint.every_steps": 4, "scale.cpus_per_worker": 1}
+    space = {"optim.learning_rate": {"choice": [1e-2, 1e-3, 1e-5]}}
+    sweep = make_sweep(space=space, fixed=fixed, max_steps=40, pack=1)
+    run_on_nodes_of_which_one_is_lost(sweep, tmp_path)
+    assert len(list((sweep.place.path / "packs").iterdir())) == 2
+    assert_same_trials(sweep, tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_packed_sweep_stopped_by_ctrl_c_saves_its_trials_and_resumes_them(
     make_sweep: MakeSweep, tmp_path: Path

@@ -1,9 +1,11 @@
 """Promise: a pack's memory is that of one base and of its runs, and `auto` fits into it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raytune_llama.tokenizer.loader import load_tokenizer
 from raytune_llama.train.estimate.pack import plan_pack
 from raytune_llama.tune.pack_plan import choose_num_slots, render_sweep_plan
 from tests.train.conftest import MakeConfig
@@ -26,9 +28,11 @@ def test_plan_pack_adds_for_each_run_what_the_largest_needs(make_config: MakeCon
     assert both.count_slots(0) == 1
 
 
-@pytest.mark.parametrize(("spare", "wanted"), [(0, 1), (3, 3), (100, 6)])
-def test_choose_num_slots_fills_the_memory_of_the_smallest_worker(
-    make_sweep: MakeSweep, make_config: MakeConfig, spare: int, wanted: int
+@pytest.mark.parametrize(
+    ("spare", "num_packs", "wanted"), [(0, 1, 1), (3, 1, 3), (100, 1, 6), (100, 4, 2)]
+)
+def test_choose_num_slots_fills_the_memory_of_the_smallest_worker_and_all_packs(
+    make_sweep: MakeSweep, make_config: MakeConfig, spare: int, num_packs: int, wanted: int
 ) -> None:
     config = make_config(**LORA)
     memory = plan_pack([config])
@@ -38,8 +42,24 @@ def test_choose_num_slots_fills_the_memory_of_the_smallest_worker(
         {"Alive": True, "Resources": {"CPU": 2.0, "memory": 100 * small}},
         {"Alive": False, "Resources": {"CPU": 2.0, "memory": 1.0}},
     ]
-    assert choose_num_slots(make_sweep(pack="auto"), [config], nodes) == wanted
-    assert choose_num_slots(make_sweep(pack=5), [config], nodes) == 5
+    assert choose_num_slots(make_sweep(pack="auto"), [config], nodes, num_packs) == wanted
+    assert choose_num_slots(make_sweep(pack=5), [config], nodes, num_packs) == 5
+
+
+def test_plan_pack_counts_the_rows_of_a_grown_vocabulary(
+    make_config: MakeConfig, tokenizer_dir: Path
+) -> None:
+    config = make_config(lora__modules_to_save=["embed_tokens"])
+    grown = load_tokenizer(tokenizer_dir)
+    grown.add_tokens([f"added{number}" for number in range(500)])
+    grown.save_pretrained(tokenizer_dir.with_name("grown"))
+    larger = make_config(
+        "larger",
+        lora__modules_to_save=["embed_tokens"],
+        model__tokenizer=str(tokenizer_dir.with_name("grown")),
+    )
+    # A row in fp32, its gradient, two moments, and the copies that a checkpoint is written from.
+    assert plan_pack([larger]).slot - plan_pack([config]).slot >= 7 * 4 * 32 * 500
 
 
 def test_render_sweep_plan_shows_the_memory_of_packs(

@@ -1,15 +1,24 @@
 """What a trial tells of a run, from what the run writes down."""
 
+import errno
 import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raytune_llama.storage.place import Place
-from raytune_llama.train.monitoring.metrics import METRICS_FILE
-from raytune_llama.tune.trial import Evaluation, EvaluationReader, RunThread, follow_run
+from raytune_llama.train.monitoring.metrics import METRICS_FILE, read_metrics
+from raytune_llama.tune import trial
+from raytune_llama.tune.trial import (
+    MAX_READ_FAILURES,
+    Evaluation,
+    EvaluationReader,
+    RunThread,
+    follow_run,
+)
 
 
 def write(run_dir: Path, *records: dict[str, float | None]) -> None:
@@ -73,6 +82,31 @@ def test_follow_tells_each_evaluation_once_and_the_last_when_the_result_is_there
         (Evaluation(2, 3.0, 5.5), "running"),
         (Evaluation(3, 2.0, 8.0), "finished"),
     ]
+
+
+@pytest.mark.parametrize("num_failures", [MAX_READ_FAILURES - 1, MAX_READ_FAILURES])
+def test_follow_asks_a_storage_that_fails_for_a_moment_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_failures: int
+) -> None:
+    left = num_failures
+
+    def read(run_dir: Place) -> list[dict[str, Any]]:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError(errno.ESTALE, "stale file handle")
+        return read_metrics(run_dir)
+
+    monkeypatch.setattr(trial, "read_metrics", read)
+    monkeypatch.setattr(trial, "POLL_SECONDS", 0.001)
+    write(tmp_path / "run", evaluation(0, 5.0), step(1), evaluation(1, 4.0))
+    follower = EvaluationReader(Place.local(tmp_path / "run"), "eval/loss")
+    found = follow_run(Running(lambda: None), follower, last_step=1)
+    if num_failures == MAX_READ_FAILURES:
+        with pytest.raises(OSError, match="stale"):
+            list(found)
+    else:
+        assert [state for _, state in found] == ["finished"]
 
 
 def test_follow_ends_at_an_evaluation_that_is_not_finite(tmp_path: Path) -> None:

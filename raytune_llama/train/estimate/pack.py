@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from raytune_llama.model.llama import DTYPES, build_empty_model
+from raytune_llama.model.vocab import check_vocabulary, num_embedding_rows
 from raytune_llama.storage.directories import fetched
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.estimate.memory import WorkerMemory, count_parameters
@@ -12,18 +13,22 @@ from raytune_llama.train.estimate.plan import build_model, plan_workers
 MAX_MEASURED = 8
 """Largest number of unlike runs whose memory is estimated, the largest first."""
 
+_TABLE_BOUND = 10**7
+"""What a trained embedding table counts for when runs are sorted by size: more than all else."""
+
 
 class PackMemory(NamedTuple):
     """Bytes that a pack's worker holds on its device."""
 
     shared: int
-    """Bytes held once: the base's weights, and the logits of one chunk of the loss."""
+    """Bytes held once: the base's weights."""
 
     slot: int
-    """Bytes that the largest run adds: its adapter with moments, gradients and activations."""
+    """Bytes that the largest run adds: its adapter with moments, gradients, activations and loss;
+    on a CPU also the copy that a checkpoint is written from."""
 
     alone: int
-    """Bytes that a worker of the largest run holds without a pack."""
+    """Bytes that a worker of the largest run holds without a pack, counted alike."""
 
     def total(self, num_slots: int) -> int:
         """Return the bytes with so many runs."""
@@ -44,7 +49,11 @@ def plan_pack(configs: Sequence[AnyTrainConfig]) -> PackMemory:
     """
     unlike = {_sizes(config): config for config in configs}
     largest = sorted(unlike.items(), key=lambda item: _bound(item[1]), reverse=True)[:MAX_MEASURED]
-    found = [_plan_run(config) for _, config in largest]
+    path = fetched(configs[0].model.path)
+    num_rows = num_embedding_rows(build_empty_model(path))
+    fit = check_vocabulary(num_rows, path, fetched(configs[0].model.tokenizer_path))
+    num_rows = max(fit.num_rows, fit.num_ids)
+    found = [_plan_run(config, num_rows) for _, config in largest]
     return PackMemory(*(max(sizes) for sizes in zip(*found, strict=True)))
 
 
@@ -59,15 +68,19 @@ def _bound(config: AnyTrainConfig) -> float:
     """Return a number that grows with a run's memory."""
     assert config.lora is not None
     tokens = config.batch.micro_batch_sequences * config.batch.sequence_tokens
-    return tokens + config.lora.rank * len(config.lora.targets)
+    num_tables = len(config.lora.modules_to_save)
+    return tokens + config.lora.rank * len(config.lora.targets) + _TABLE_BOUND * num_tables
 
 
-def _plan_run(config: AnyTrainConfig) -> PackMemory:
-    # Without new rows of a larger vocabulary: they are few.
-    model = build_model(config, build_empty_model(fetched(config.model.path)))
+def _plan_run(config: AnyTrainConfig, num_rows: int) -> PackMemory:
+    empty = build_empty_model(fetched(config.model.path), num_rows=num_rows)
+    model = build_model(config, empty)
     counts = count_parameters(model)
     frozen = DTYPES[config.engine.precision].itemsize * (counts.resident - counts.trained)
     plan = plan_workers(config, model, config.scale.min_workers)
     memory: WorkerMemory = next(each for each in plan.memory if each.layout == "ddp")
-    shared = frozen + memory.loss
-    return PackMemory(shared, max(memory.peak - shared, 1), memory.peak)
+    peak = memory.peak
+    if config.checkpoint.background and not config.scale.use_gpu:
+        # The weights and AdamW's two moments in float32.
+        peak += 3 * 4 * counts.trained
+    return PackMemory(frozen, max(peak - frozen, 1), peak)

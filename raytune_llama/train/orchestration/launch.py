@@ -84,13 +84,10 @@ class PreparedRun:
     assignments: Any = None
     """For a pack, its `PackAssignments`; `config` is that of any of its runs. None: no pack."""
 
-    runs_dir: Place | None = None
-    """For a pack, the directory that holds the directories of its runs."""
-
     @property
     def saved_steps(self) -> int:
         """Step of the newest checkpoint; for a pack, the sum over its runs."""
-        return newest_step(self.run_dir, self.runs_dir)
+        return newest_step(self.run_dir, self.assignments)
 
     @classmethod
     def from_config(cls, config: "AnyTrainConfig", fence: Fence | None = None) -> Self:
@@ -252,7 +249,6 @@ def build_trainer(run: PreparedRun, channel: Any) -> TorchTrainer:  # noqa: ANN4
             "channel": channel,
             "fence": run.fence,
             "assignments": run.assignments,
-            "runs_dir": run.runs_dir,
         },
         torch_config=TorchConfig(
             backend="nccl" if scale.use_gpu else "gloo",

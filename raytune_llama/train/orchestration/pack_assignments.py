@@ -18,9 +18,10 @@ import ray
 
 from raytune_llama.logs import waiting
 from raytune_llama.train.orchestration.channel import CHANNEL_TIMEOUT_SECONDS, StopRequest
-from raytune_llama.train.result import AbortReason, RunResult
+from raytune_llama.train.result import USER_ERRORS, AbortReason, RunResult
 
 if TYPE_CHECKING:
+    from raytune_llama.storage.place import Place
     from raytune_llama.train.config import AnyTrainConfig
     from raytune_llama.train.pack.pack import Changes
     from raytune_llama.train.process_group import ProcessGroup
@@ -54,9 +55,12 @@ class PackAssignments:
         self._wanted = WantedRuns(0, {}, is_last=False)
         self._changed = asyncio.Condition()
         self._results: asyncio.Queue[tuple[int, RunResult]] = asyncio.Queue()
+        self._run_dirs: dict[int, Place] = {}
+        self._failures: dict[int, tuple[int, int]] = {}
 
-    async def add(self, number: int, config: bytes) -> None:
-        """Add a run to train."""
+    async def add(self, number: int, config: bytes, run_dir: "Place") -> None:
+        """Add a run to train, with its directory."""
+        self._run_dirs[number] = run_dir
         await self._change(lambda now: replace(now, runs={**now.runs, number: config}))
 
     async def remove(self, number: int) -> None:
@@ -66,6 +70,24 @@ class PackAssignments:
             return replace(now, runs={n: each for n, each in now.runs.items() if n != number})
 
         await self._change(without)
+
+    async def run_dirs(self) -> "list[Place]":
+        """Return the directories of all runs so far, also of those that have ended."""
+        return list(self._run_dirs.values())
+
+    async def count_failure(self, number: int, step: int) -> int:
+        """Count a failure of a run by itself.
+
+        Args:
+            number: number of the run.
+            step: step of its newest checkpoint.
+
+        Returns:
+            How often it has failed in a row without a newer checkpoint.
+        """
+        last, count = self._failures.get(number, (-1, 0))
+        self._failures[number] = (step, count + 1 if step <= last else 1)
+        return self._failures[number][1]
 
     async def close(self) -> None:
         """Add no more runs: the workers end after the last one."""
@@ -141,6 +163,23 @@ class AssignedRuns:
         self._answer = self._assignments.wait_for_change.remote(wanted.version)
         return wanted
 
+    def gives_up(self, number: int, error: Exception) -> bool:
+        """Count a failure of a run, on its only worker; see `RunSource`."""
+        from raytune_llama.train.orchestration.worker import newest_step
+
+        config: AnyTrainConfig = pickle.loads(self._wanted.runs[number])  # noqa: S301  # our driver's
+        step = newest_step(config.run_place)
+        count: int = ray.get(
+            self._assignments.count_failure.remote(number, step), timeout=CHANNEL_TIMEOUT_SECONDS
+        )
+        logger.warning(
+            "run %d has failed, %d of at most %d times in a row without a checkpoint newer than "
+            "step %d",
+            *(number, count, config.scale.max_failures, step),
+            exc_info=error,
+        )
+        return count >= config.scale.max_failures
+
     def ended(self, number: int, outcome: RunResult | BaseException) -> None:
         """Report the end of a run; see `RunSource`. A stopped one continues in the next group."""
         self._known.discard(number)
@@ -159,7 +198,13 @@ def _describe(error: BaseException) -> RunResult:
 
     if isinstance(error, FloatingPointError):
         return RunResult("aborted", 0, AbortReason("diverged", str(error)))
-    return RunResult("aborted", 0, AbortReason("refused", describe_user_error(error)))
+    if isinstance(error, USER_ERRORS):
+        return RunResult("aborted", 0, AbortReason("refused", describe_user_error(error)))
+    cause = (
+        f"{describe_user_error(error)}; the run has failed this way as often as "
+        "scale.max_failures allows"
+    )
+    return RunResult("aborted", 0, AbortReason("gave up", cause))
 
 
 class SlotLogFilter(logging.Filter):

@@ -179,16 +179,35 @@ class ResourceRequest:
             f"{failed.ray_node_type_name} ({failed.reason})"
             for failed in report.failed_instance_requests
         ]
-        refused = {
-            gang.details.partition(":")[0] for gang in report.infeasible_gang_resource_requests
-        }
-        # It also refuses what would fit if others used nothing.
-        return self._group.id.hex() in refused and not self._is_shared(), failures
+        is_refused = refuses_for_good(reply, self._group.id.hex())
+        return is_refused and not self._is_shared(), failures
 
     def _is_shared(self) -> bool:
         needs, nodes = self._scale.worker_needs, ray.nodes()
         free = state.available_resources_per_node()
         return needs.count_free(nodes, free) < needs.count(nodes)
+
+
+def refuses_for_good(reply: Any, group: str) -> bool:  # noqa: ANN401  # a message of protobuf
+    """Whether an autoscaler reports that no nodes that it may add would hold a placement group.
+
+    It reports the same of a group that would fit if other groups did not wait for those nodes too;
+    such a report is not final.
+
+    Args:
+        reply: Ray's `GetClusterStatusReply`.
+        group: id of the placement group, in hexadecimal digits.
+    """
+    report, requests = reply.autoscaling_state, reply.cluster_resource_state
+    if group not in map(_group_id, report.infeasible_gang_resource_requests):
+        return False
+    others = {*map(_group_id, requests.pending_gang_resource_requests)} - {group}
+    return not (others or report.pending_instance_requests or report.pending_instances)
+
+
+def _group_id(gang: Any) -> str:  # noqa: ANN401  # a message of protobuf
+    # `ID:STRATEGY|STATE`
+    return gang.details.partition(":")[0]
 
 
 def has_autoscaler(node_types: Iterable[str], environment: Mapping[str, str]) -> bool:
@@ -221,10 +240,10 @@ def find_shortage(nodes: Sequence[Mapping[str, Any]], scale: ScaleConfig) -> str
     have = "; ".join(map(needs.describe_node, alive)) or "no node is alive"
     field, remedy = _find_obstacle(alive, needs, scale)
     where = ", each on a node of its own," if needs.is_alone else ""
+    wait = "" if scale.wait_seconds else ", or set scale.wait_seconds if the cluster autoscales"
     return (
         f"{field}: {scale.min_workers} workers with {needs.describe()} each{where} are required, "
-        f"but the cluster can hold {held} ({have}); {remedy}, or set scale.wait_seconds if the "
-        "cluster autoscales"
+        f"but the cluster can hold {held} ({have}); {remedy}{wait}"
     )
 
 
@@ -238,7 +257,9 @@ def _find_obstacle(
         types = accelerator_types(alive)
         remedies = {
             "use_gpu": "set it to false, add nodes with GPUs",
-            "accelerator_type": f"use one of {', '.join(types) or 'none'}, add nodes with it",
+            "accelerator_type": f"use one of {', '.join(types)}, add nodes with it"
+            if types
+            else "no node has a type of GPU; set it to null, add nodes with it",
             "label_selector": "use labels that nodes have, add nodes with these",
         }
         return f"scale.{missing}", remedies.get(missing, "lower it, add larger nodes")

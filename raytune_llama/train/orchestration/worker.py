@@ -88,7 +88,7 @@ def _run_loop(config: "AnyTrainConfig", workers: "ProcessGroup", job: dict[str, 
     stop = StopRequest(channel)
     decision: StartDecision | None = None
     if workers.is_rank_zero:
-        step = newest_step(config.run_place, job["runs_dir"])
+        step = newest_step(config.run_place, assignments)
         decision = ray.get(channel.admit.remote(step), timeout=CHANNEL_TIMEOUT_SECONDS)
     admission = workers.broadcast(decision)
     assert admission is not None, "rank 0 has set it"
@@ -98,7 +98,7 @@ def _run_loop(config: "AnyTrainConfig", workers: "ProcessGroup", job: dict[str, 
         logger.info("starting attempt %d in %.0f s", admission.attempt, admission.wait_seconds)
     is_stopped = stop.wait(admission.wait_seconds)
     if workers.all_reduce_sum([float(is_stopped)])[0] > 0:
-        return RunResult("stopped", newest_step(config.run_place, job["runs_dir"]))
+        return RunResult("stopped", newest_step(config.run_place, assignments))
     # An earlier attempt may have finished the run after Ray's controller had failed.
     is_retry = workers.is_rank_zero and admission.attempt > 1
     result = workers.broadcast(read_result(config) if is_retry else None)
@@ -140,16 +140,17 @@ def describe_user_error(error: BaseException) -> str:
     return str(error) if is_ours else f"{type(error).__name__}: {error}"
 
 
-def newest_step(run_dir: Place, runs_dir: Place | None = None) -> int:
+def newest_step(run_dir: Place, assignments: Any = None) -> int:  # noqa: ANN401  # an actor
     """Return the step of the newest checkpoint, verified or not; 0 without one.
 
     Args:
         run_dir: directory of the run.
-        runs_dir: for a pack, the directory of its runs, whose steps are added up.
+        assignments: for a pack, its `PackAssignments`: the steps of its runs are added up.
     """
     from raytune_llama.train.checkpoint.layout import list_checkpoints
 
-    if runs_dir is not None:
-        return sum(newest_step(folder) for folder in runs_dir.folders())
+    if assignments is not None:
+        folders = ray.get(assignments.run_dirs.remote(), timeout=CHANNEL_TIMEOUT_SECONDS)
+        return sum(map(newest_step, folders))
     steps = [int(path.name.rpartition("-")[2]) for path in list_checkpoints(run_dir)]
     return max(steps, default=0)

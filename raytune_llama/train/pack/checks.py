@@ -3,11 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from raytune_llama.config.settings import to_dict
 from raytune_llama.train.config import AnyTrainConfig
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose packs are tested. In others a layer may see the tokens of all runs (recurrence,
+convolution, experts) or draw for all of them (dropout in a function)."""
 
 _TABLES = ("embed_tokens", "lm_head")
 _SHARED_SECTIONS = ("model", "engine", "scale")
@@ -75,30 +78,19 @@ def check_shared(configs: Iterable[AnyTrainConfig]) -> list[str]:
 
 def check_packable_model(model: PreTrainedModel) -> list[str]:
     """Return why a base cannot be shared by several runs; its weights are not needed."""
-    name = type(model).__name__
-    if not model._supports_sdpa:
+    kind = model.config.model_type
+    if kind not in FAMILIES:
         return [
-            f"model.path: {name} does not support PyTorch's SDPA attention, which a pack needs; "
-            "set pack to null, or use a LLaMA-family model"
+            f"model.path: its model type is {kind}, but packs are tested only with "
+            f"{', '.join(FAMILIES)}; set pack to null"
         ]
-    problems: list[str] = []
     rope = getattr(model.config, "rope_parameters", None)
     if isinstance(rope, Mapping) and rope.get("rope_type") == "longrope":
-        problems.append(
-            f"model.path: {name} has longrope positions, which depend on the longest sequence that "
-            "is computed at once, and so on the other runs of a pack; set pack to null"
-        )
-    dropped = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Dropout) and module.p > 0
-    ]
-    if dropped:
-        problems.append(
-            f"model.path: {name} has dropout of its own, in {dropped[0]}, which the runs of a pack "
-            "would draw together; set it to 0 in the model's config.json, or pack to null"
-        )
-    return problems
+        return [
+            "model.path: it has longrope positions, which depend on the longest sequence that is "
+            "computed at once, and so on the other runs of a pack; set pack to null"
+        ]
+    return []
 
 
 def _flatten(data: Any, path: Sequence[str] = ()) -> Iterable[tuple[str, Any]]:  # noqa: ANN401

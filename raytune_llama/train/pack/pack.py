@@ -15,6 +15,7 @@ from typing import Protocol
 
 from raytune_llama.train.config import AnyTrainConfig
 from raytune_llama.train.loop import train
+from raytune_llama.train.monitoring.replica_check import ReplicaError
 from raytune_llama.train.pack.engine import build_slot_engine
 from raytune_llama.train.pack.shared_model import SharedModel
 from raytune_llama.train.pack.slot import Slot
@@ -63,6 +64,10 @@ class RunSource(Protocol):
         """
         ...
 
+    def gives_up(self, number: int, error: Exception) -> bool:
+        """Count a failure that a restart may mend; return whether it was the run's last attempt."""
+        ...
+
     def ended(self, number: int, outcome: RunResult | BaseException) -> None:
         """Take the result of a run, or the error that it has failed with."""
         ...
@@ -72,8 +77,8 @@ def run_pack(shared: SharedModel, source: RunSource, workers: ProcessGroup) -> N
     """Train the runs that a source gives, until it gives no more and all have ended; collective.
 
     A run whose loss or gradient is not finite ends alone. With one worker, so does a run with an
-    error of its config or files, which would repeat; with several, the others may wait for this
-    one.
+    error of its config or files, which would repeat, and one that has failed too often in another
+    way; with several, the others may wait for this one.
 
     Raises:
         Whatever else a run has failed with: a restart may help, and resumes every run.
@@ -114,10 +119,23 @@ def _take_ended(slots: dict[int, Slot], source: RunSource, workers: ProcessGroup
         del slots[number]
         outcome = slot.error if slot.error is not None else slot.result
         assert outcome is not None
-        own = (FloatingPointError, *USER_ERRORS) if workers.world_size == 1 else FloatingPointError
-        if isinstance(outcome, BaseException) and not isinstance(outcome, own):
+        if isinstance(outcome, BaseException) and not _ends_alone(outcome, number, source, workers):
             raise outcome
         source.ended(number, outcome)
+
+
+def _ends_alone(
+    error: BaseException, number: int, source: RunSource, workers: ProcessGroup
+) -> bool:
+    """Whether an error ends its own run only."""
+    # Workers that hold unlike copies of the base are wrong for every run.
+    if isinstance(error, ReplicaError) or not isinstance(error, Exception):
+        return False
+    if isinstance(error, FloatingPointError):
+        return True
+    if workers.world_size > 1:
+        return False
+    return isinstance(error, USER_ERRORS) or source.gives_up(number, error)
 
 
 def compute_round(shared: SharedModel, slots: Sequence[Slot]) -> None:

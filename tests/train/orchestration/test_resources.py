@@ -2,12 +2,21 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from ray.core.generated.autoscaler_pb2 import (
+    GetClusterStatusReply,  # pyright: ignore[reportAttributeAccessIssue]  # made by protobuf
+)
 
 from raytune_llama.train.orchestration.config import ScaleConfig, WorkerRange
-from raytune_llama.train.orchestration.resources import find_shortage, has_autoscaler
+from raytune_llama.train.orchestration.resources import (
+    find_shortage,
+    has_autoscaler,
+    refuses_for_good,
+)
 from tests.pipeline.conftest import ROOT, own_cluster
 
 H100 = {"accelerator_type:H100": 1.0}
@@ -151,6 +160,30 @@ def test_find_shortage_nodes_that_hold_the_workers_give_none(
             "scale.num_workers",
             ["hold 2"],
         ),
+        # Each requirement is met, but not all on one node.
+        (
+            [
+                node(8, 1, others=H100, labels={"market": "spot"}),
+                node(8, 1, others={"accelerator_type:L4": 1.0}, labels={"market": "on-demand"}),
+            ],
+            ScaleConfig(
+                use_gpu=True, accelerator_type="H100", label_selector={"market": "on-demand"}
+            ),
+            "scale.label_selector",
+            ["H100, market: spot", "L4, market: on-demand"],
+        ),
+        (
+            [node(8, 1)],
+            ScaleConfig(use_gpu=True, accelerator_type="L4"),
+            "scale.accelerator_type",
+            ["no node has a type of GPU"],
+        ),
+        (
+            [node(8, others={"memory": 4 * 2.0**30})],
+            ScaleConfig(resources_per_worker={"memory": 64 * 2.0**30}),
+            "scale.resources_per_worker.memory",
+            ["64 GiB memory", "8 CPUs, 0 GPUs, 4 GiB memory"],
+        ),
         (
             [node(8, 1)],
             ScaleConfig(num_workers=2, use_gpu=True, cpus_per_worker=2),
@@ -167,6 +200,39 @@ def test_find_shortage_names_the_field_and_what_there_is(
     assert problem.startswith(f"{field}: ")
     assert all(fact in problem for fact in facts)
     assert "10.0.0.9" not in problem
+    assert "set scale.wait_seconds" in problem
+    waited = find_shortage(nodes, replace(scale, wait_seconds=60))
+    assert waited is not None
+    assert "set scale.wait_seconds" not in waited
+
+
+def status(refused: str, waiting: Sequence[str], *, is_adding: bool = False) -> Any:  # noqa: ANN401
+    reply: Any = GetClusterStatusReply()
+    report, requests = reply.autoscaling_state, reply.cluster_resource_state
+    report.infeasible_gang_resource_requests.add(details=f"{refused}:PACK|PENDING")
+    for group in waiting:
+        requests.pending_gang_resource_requests.add(details=f"{group}:PACK|PENDING")
+    if is_adding:
+        report.pending_instance_requests.add(ray_node_type_name="gpu")
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (status("ab", ["ab"]), True),
+        (status("cd", ["ab", "cd"]), False),
+        # Another run waits for the nodes that this one would get.
+        (status("ab", ["ab", "cd"]), False),
+        (status("ab", ["ab"], is_adding=True), False),
+    ],
+)
+def test_refusal_is_final_only_if_nobody_else_waits_for_nodes(
+    reply: Any,  # noqa: ANN401
+    *,
+    expected: bool,
+) -> None:
+    assert refuses_for_good(reply, "ab") is expected
 
 
 @pytest.mark.ray

@@ -33,6 +33,8 @@ class Listed:
     stops: Mapping[int, Callable[[], bool]] = field(default_factory=dict)
     outcomes: dict[int, RunResult | BaseException] = field(default_factory=dict)
     round: int = -1
+    max_failures: int = 3
+    num_failures: int = 0
 
     def changes(self, *, is_idle: bool) -> Changes:  # noqa: ARG002
         self.round += 1
@@ -40,6 +42,11 @@ class Listed:
         runs = [SlotRun(n, self.runs[n], self.stops.get(n, never)) for n in due]
         left = [n for n, at in self.leaving.items() if at == self.round]
         return Changes(runs, left, is_last=self.round >= max(self.joining.values(), default=0))
+
+    def gives_up(self, number: int, error: Exception) -> bool:
+        del number, error
+        self.num_failures += 1
+        return self.num_failures >= self.max_failures
 
     def ended(self, number: int, outcome: RunResult | BaseException) -> None:
         self.outcomes[number] = outcome

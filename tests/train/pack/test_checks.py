@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, Phi3Config
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, MixtralConfig
 
 from raytune_llama.train.pack.checks import check_packable, check_packable_model, check_shared
 from tests.train.conftest import MakeConfig, fields_of
@@ -61,11 +61,10 @@ def test_check_shared_refuses_fields_of_the_base_that_differ(make_config: MakeCo
     [
         (LlamaConfig(**SIZES), True),
         (BloomConfig(vocab_size=410, hidden_size=32, n_layer=2, n_head=4), False),
-        (Phi3Config(**SIZES, resid_pdrop=0.1), False),
+        (MixtralConfig(**SIZES, num_local_experts=2), False),
         (
-            Phi3Config(
+            LlamaConfig(
                 **SIZES,
-                original_max_position_embeddings=64,
                 rope_parameters={
                     "rope_type": "longrope",
                     "rope_theta": 10000.0,
@@ -77,7 +76,7 @@ def test_check_shared_refuses_fields_of_the_base_that_differ(make_config: MakeCo
             False,
         ),
     ],
-    ids=["llama", "bloom", "dropout", "longrope"],
+    ids=["llama", "bloom", "experts", "longrope"],
 )
 def test_check_packable_model_refuses_what_depends_on_other_runs(
     config: Any,  # noqa: ANN401

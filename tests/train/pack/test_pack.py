@@ -11,8 +11,10 @@ from typing import Any, cast
 import pytest
 
 from raytune_llama.config.errors import UserError
+from raytune_llama.train import loop
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.monitoring.metrics import EVAL_LOSS, GRAD_NORM, LOSS
+from raytune_llama.train.monitoring.replica_check import ReplicaError
 from raytune_llama.train.pack.pack import run_pack
 from raytune_llama.train.pack.shared_model import Part
 from raytune_llama.train.pack.slot import HandIn, LeftPackError, Slot
@@ -166,6 +168,39 @@ def test_pack_with_an_error_that_a_restart_may_mend_ends_every_run(
     disk.left = 0
     assert pack_here(Listed(configs)) == {n: RunResult("finished", 6) for n in range(2)}
     assert not [each.name for each in threading.enumerate() if each.name.startswith("run ")]
+
+
+def test_run_that_fails_too_often_by_itself_ends_alone(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"lora__modules_to_save": []}
+    alone, packed = make_config("alone", **fields), make_config("packed", **fields)
+    broken = make_config("broken", **fields)
+    run_here(alone)
+    FullDisk(monkeypatch, times=100, name="broken/metrics.jsonl")
+    source = Listed([broken, packed], max_failures=2)
+    with pytest.raises(OSError, match="No space left"):
+        pack_here(source)
+    # The workers are restarted, with all runs that have not ended.
+    source.round = -1
+    outcomes = pack_here(source)
+    assert isinstance(outcomes[0], OSError)
+    assert outcomes[1] == RunResult("finished", 6)
+    assert_same_runs([(alone, packed)])
+
+
+def test_unlike_copies_of_the_base_end_the_pack(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def differ(*_: object) -> None:
+        raise ReplicaError("worker 1 holds other weights")
+
+    monkeypatch.setattr(loop, "compare_replicas", differ)
+    fields = {"lora__modules_to_save": [], "scale__compare_every_steps": 1}
+    source = Listed([make_config("packed", **fields)])
+    with pytest.raises(ReplicaError):
+        pack_here(source)
+    assert source.outcomes == {}
 
 
 @pytest.mark.parametrize("first", ["packed", "alone"])
