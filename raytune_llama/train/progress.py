@@ -23,6 +23,8 @@ class Progress:
         self.ticks = 0
         self.step = 0
         self.phase: Phase = "starting"
+        self.thread_id: int | None = None
+        """Thread of the run of a pack whose turn it is; None: the thread that sends heartbeats."""
         self._slowest = 0.0
         self._since = time.monotonic()
         # Appending and popping are atomic, so that the loop needs no lock.
@@ -56,6 +58,10 @@ class Progress:
         if self.phase == "training":
             self._slowest = max(self._slowest, now - self._since)
         self.step, self.phase, self._since = step, "training", now
+        self.ticks += 1
+
+    def record_round(self) -> None:
+        """Record that a pack has computed a micro-batch of each run: a part of a step."""
         self.ticks += 1
 
     def enter_phase(self, phase: Phase) -> None:

@@ -107,7 +107,8 @@ class HeartbeatSender:
                 return
 
     def _now(self) -> Heartbeat:
-        location, is_in_collective = locate_frame(sys._current_frames().get(self._watched))
+        watched = self._progress.thread_id or self._watched
+        location, is_in_collective = locate_frame(sys._current_frames().get(watched))
         progress = self._progress
         return Heartbeat(
             attempt=self._attempt,

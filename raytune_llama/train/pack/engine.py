@@ -48,7 +48,12 @@ class SlotEngine(DataParallelEngine):
         device = self._workers.device
         random = SlotRandom(seed, device)
         part = Part(self.module, self._layers, *to_device(batch, device), random)
-        return self._slot.exchange(HandIn(part, scale))
+        progress = self._workers.progress
+        mine, progress.thread_id = progress.thread_id, None
+        try:
+            return self._slot.exchange(HandIn(part, scale))
+        finally:
+            progress.thread_id = mine
 
 
 def build_slot_engine(

@@ -8,6 +8,7 @@ another's takes more rounds for it; no slot waits for another's step.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -99,6 +100,7 @@ def run_pack(shared: SharedModel, source: RunSource, workers: ProcessGroup) -> N
             if changes.is_last and not slots:
                 return
             compute_round(shared, list(slots.values()))
+            workers.progress.record_round()
             _take_ended(slots, source, workers)
     finally:
         for slot in slots.values():
@@ -108,7 +110,11 @@ def run_pack(shared: SharedModel, source: RunSource, workers: ProcessGroup) -> N
 def _train(run: SlotRun, shared: SharedModel, workers: ProcessGroup, slot: Slot) -> RunResult:
     """Run the loop of a slot, in its thread."""
     build = partial(build_slot_engine, shared=shared, slot=slot)
-    return train(run.config, workers, run.stop_requested, build)
+    workers.progress.thread_id = threading.get_ident()
+    try:
+        return train(run.config, workers, run.stop_requested, build)
+    finally:
+        workers.progress.thread_id = None
 
 
 def _take_ended(slots: dict[int, Slot], source: RunSource, workers: ProcessGroup) -> None:

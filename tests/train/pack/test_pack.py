@@ -5,6 +5,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from raytune_llama.train import loop
 from raytune_llama.train.config import PretrainConfig
 from raytune_llama.train.monitoring.metrics import EVAL_LOSS, GRAD_NORM, LOSS
 from raytune_llama.train.monitoring.replica_check import ReplicaError
-from raytune_llama.train.pack.pack import run_pack
+from raytune_llama.train.pack.pack import Changes, run_pack
 from raytune_llama.train.pack.shared_model import Part
 from raytune_llama.train.pack.slot import HandIn, LeftPackError, Slot
 from raytune_llama.train.process_group import ProcessGroup
@@ -168,6 +169,35 @@ def test_pack_with_an_error_that_a_restart_may_mend_ends_every_run(
     disk.left = 0
     assert pack_here(Listed(configs)) == {n: RunResult("finished", 6) for n in range(2)}
     assert not [each.name for each in threading.enumerate() if each.name.startswith("run ")]
+
+
+def test_pack_shows_its_progress_and_whose_turn_it_is(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"lora__modules_to_save": [], "batch__micro_batch_sequences": 1}
+    source = Listed([make_config(f"packed-{n}", **fields) for n in range(2)], joining={1: 3})
+    ticks: list[int] = []
+    turns: list[int | None] = []
+    changes, train_step = source.changes, loop.train_step
+
+    def watch_changes(*, is_idle: bool) -> Changes:
+        ticks.append(ALONE.progress.ticks)
+        turns.append(ALONE.progress.thread_id)
+        return changes(is_idle=is_idle)
+
+    def watch_step(*values: Any) -> Any:  # noqa: ANN401
+        assert ALONE.progress.thread_id == threading.get_ident()
+        result = train_step(*values)
+        assert ALONE.progress.thread_id == threading.get_ident()
+        return result
+
+    monkeypatch.setattr(source, "changes", watch_changes)
+    monkeypatch.setattr(loop, "train_step", watch_step)
+    assert pack_here(source) == {n: RunResult("finished", 6) for n in range(2)}
+    # Each round, of which a step takes several.
+    assert all(first < second for first, second in pairwise(ticks))
+    assert len(ticks) > 3 * 6
+    assert set(turns) == {None}
 
 
 def test_run_that_fails_too_often_by_itself_ends_alone(
