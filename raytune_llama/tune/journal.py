@@ -37,7 +37,7 @@ class SlotUse:
     """Start, in seconds since the epoch."""
 
     ended: float | None = None
-    """End of the trial; None if it still trains, or was interrupted."""
+    """Time of the trial's last evaluation or of its end, in seconds since the epoch; None before."""
 
 
 @dataclass(frozen=True)
@@ -197,18 +197,23 @@ def _apply(trials: dict[int, TrialRecord], event: dict[str, Any]) -> None:
         case "report":
             trial = trials[number]
             values = {**trial.values, event["step"]: event["value"]}
+            slot_uses = _seen(trial.slot_uses, event["time"])
             added = {int(at): found for at, found in event.get("others", {}).items()}
             trials[number] = replace(
                 trial,
                 values=values,
                 others={**trial.others, **added},
                 seconds=event["seconds"],
+                slot_uses=slot_uses,
             )
         case _:
             trial = trials[number]
-            slot_uses = trial.slot_uses
-            if slot_uses:
-                slot_uses = (*slot_uses[:-1], replace(slot_uses[-1], ended=event["time"]))
+            slot_uses = _seen(trial.slot_uses, event["time"])
             trials[number] = replace(
                 trial, state=event["state"], cause=event["cause"], slot_uses=slot_uses
             )
+
+
+def _seen(slot_uses: tuple[SlotUse, ...], now: float) -> tuple[SlotUse, ...]:
+    """Return the uses of slots by a trial, the last of which lasts at least until now."""
+    return (*slot_uses[:-1], replace(slot_uses[-1], ended=now)) if slot_uses else ()

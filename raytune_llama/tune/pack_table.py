@@ -43,12 +43,14 @@ def _render_pack(
     start = min(use.started for _, use in slot_uses)
     stop = max(use.ended or use.started for _, use in slot_uses)
     seconds = max(stop - start, 1e-9)
+    busy = max(_busy_seconds([use for _, use in slot_uses]), 1e-9)
     numbers = {trial.number for trial, _ in slot_uses}
-    total = sum(tokens[number] for number in numbers)
+    # A trial that another pack has continued counts there.
+    total = sum(tokens[t.number] for t, use in slot_uses if use == t.slot_uses[-1])
     num_slots = max(use.slot for _, use in slot_uses) + 1
     text = (
-        f"Pack {pack}: {len(numbers)} trials in {num_slots} slots, {seconds:,.0f} s with the start "
-        f"of the workers, {total:,.0f} tokens, {total / seconds:,.0f} tokens/s"
+        f"Pack {pack}: {len(numbers)} trials in {num_slots} slots, {busy:,.0f} s with the start "
+        f"of the workers, {total:,.0f} tokens, {total / busy:,.0f} tokens/s"
     )
     bars = [_render_bar(trial, use, start, seconds) for trial, use in slot_uses if use.ended]
     labels = [
@@ -61,6 +63,16 @@ def _render_pack(
         + "".join([*labels, *bars])
         + "</svg>"
     )
+
+
+def _busy_seconds(slot_uses: Sequence[SlotUse]) -> float:
+    """Return the seconds in which at least one slot was used."""
+    total, until = 0.0, 0.0
+    for use in sorted(slot_uses, key=lambda use: use.started):
+        ended = use.ended or use.started
+        total += max(0.0, ended - max(use.started, until))
+        until = max(until, ended)
+    return total
 
 
 def _render_bar(trial: TrialRecord, use: SlotUse, start: float, seconds: float) -> str:

@@ -12,16 +12,23 @@ def test_page_shows_the_slots_and_the_throughput_of_a_pack(make_sweep: MakeSweep
     trials = [
         TrialRecord(0, {}, "finished", {8: 2.0}, slot_uses=(SlotUse(0, 0, 100.0, 120.0),)),
         TrialRecord(1, {}, "stopped", {4: 3.0}, slot_uses=(SlotUse(0, 1, 100.0, 110.0),)),
-        TrialRecord(2, {}, "finished", {8: 2.5}, slot_uses=(SlotUse(0, 1, 110.0, 120.0),)),
+        # Interrupted for a thousand seconds, in which nothing was computed.
+        TrialRecord(
+            2,
+            {},
+            "finished",
+            {8: 2.5},
+            slot_uses=(SlotUse(0, 1, 110.0, 115.0), SlotUse(0, 1, 1115.0, 1120.0)),
+        ),
     ]
     for trial in trials:
         log = MetricsLog(trial_dir(place, trial.number), resumed_step=0, tensorboard=False)
         log.write(1, {INPUT_TOKENS: 200.0})
         log.close()
     page = render_packs(place, trials)
-    assert "Pack 0: 3 trials in 2 slots, 20 s" in page
-    assert "600 tokens, 30 tokens/s" in page
-    assert page.count("<rect") == 3
+    assert "Pack 0: 3 trials in 2 slots, 25 s" in page
+    assert "600 tokens, 24 tokens/s" in page
+    assert page.count("<rect") == 4
     assert "trial 1: stopped at step 4" in page
     assert render_packs(place, [TrialRecord(0, {}, "finished", {8: 2.0})]) == ""
 

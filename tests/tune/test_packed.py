@@ -39,18 +39,21 @@ def test_sweep_that_cannot_be_packed_is_refused_by_field(
 def test_journal_read_again_knows_when_each_trial_was_in_a_pack(make_sweep: MakeSweep) -> None:
     place = make_sweep().place
     journal = Journal(place)
-    for number in range(2):
+    for number in range(3):
         journal.start(number, {})
         journal.join(number, 0, number)
+    journal.report(2, 4, 3.0, 1.0)
     journal.end(0, "finished")
     journal.join(1, 0, 1)
     again = Journal(place).trials
     assert again == journal.trials
-    first, second = (again[number].slot_uses for number in range(2))
+    first, second, third = (again[number].slot_uses for number in range(3))
     assert [(use.pack, use.slot) for use in first] == [(0, 0)]
     assert first[0].ended is not None
     assert first[0].ended >= first[0].started
-    # It was interrupted, and joined again.
+    # It still trains, and was there at its last evaluation at least.
+    assert third[0].ended is not None
+    # It was interrupted before its first evaluation, and joined again.
     assert second == (
         SlotUse(0, 1, second[0].started, None),
         SlotUse(0, 1, second[1].started, None),
