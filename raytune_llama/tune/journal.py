@@ -37,7 +37,7 @@ class SlotUse:
     """Start, in seconds since the epoch."""
 
     ended: float | None = None
-    """Time of the trial's last evaluation or of its end, in seconds since the epoch; None before."""
+    """Its last evaluation or its end, in seconds since the epoch; None before."""
 
 
 @dataclass(frozen=True)
