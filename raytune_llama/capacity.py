@@ -124,7 +124,7 @@ class WorkerNeeds:
             return _field_of(name)
         if replace(self, labels={}).count(nodes):
             return "label_selector"
-        # Each is there, but not all on one node: the first without which a node would do.
+        # Nodes have each of them, but none has all: the first without which one would do.
         names = sorted(self.resources, key=lambda name: (name in _COUNTED, not _is_type(name)))
         for name in names:
             rest = {each: amount for each, amount in self.resources.items() if each != name}

@@ -66,7 +66,7 @@ class RunSource(Protocol):
         ...
 
     def gives_up(self, number: int, error: Exception) -> bool:
-        """Count a failure that a restart may mend; return whether it was the run's last attempt."""
+        """Count a failure that a restart may fix; return whether it was the run's last attempt."""
         ...
 
     def ended(self, number: int, outcome: RunResult | BaseException) -> None:

@@ -266,7 +266,7 @@ class SharedModel:
         updates = [part.layers.get(name) for part in self._parts]
         if not any(update is not None for update in updates):
             return output_1NO
-        # Inputs are split anew: the backward pass adds their gradients up in a solo run's order.
+        # Inputs are split again: the backward pass adds their gradients up in a solo run's order.
         inputs, outputs = self._split(input_1NI), self._split(output_1NO)
         return torch.cat(
             [
