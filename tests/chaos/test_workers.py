@@ -33,7 +33,9 @@ def restarts(config: PretrainConfig) -> list[float]:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
 def test_worker_that_is_killed_or_stopped_is_replaced_and_nothing_is_lost(
     make_run: MakeRun, whole: PretrainConfig, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:

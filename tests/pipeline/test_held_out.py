@@ -75,6 +75,7 @@ def test_run_encodes_its_texts_once_and_ends_with_what_became_of_them(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_sweep_chooses_the_best_trial_that_meets_the_constraint(
     make_job: MakeJob, held_out: dict[str, Any], tmp_path: Path
