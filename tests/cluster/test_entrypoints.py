@@ -23,6 +23,7 @@ import yaml
 
 from benchmarks.harness.nodes import LocalNodes
 from raytune_llama.config.settings import load
+from raytune_llama.config.yaml12 import parse_mapping
 from raytune_llama.serve.http.keys import append_hash, make_key
 from raytune_llama.serve.proxy import find_free_ports
 from raytune_llama.storage.place import Place
@@ -173,7 +174,9 @@ def deploy(tmp_path: Path) -> Iterator[Callable[[str], Deployment]]:
 def write_configs(deployment: Deployment, tiny: dict[str, Any]) -> Path:
     """Write the files of the ConfigMap with small sizes; return the entrypoint's."""
     for name, text in deployment.cluster.configs.items():
-        config = yaml.safe_load(deployment.place(text))
+        # Not with PyYAML, to which 2e-4 is a string.
+        config, problems = parse_mapping(deployment.place(text), name)
+        assert config is not None, problems
         if "model" in config:
             for section, fields in tiny.items():
                 config[section] = (
