@@ -13,10 +13,11 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-from ray.job_submission import JobStatus, JobSubmissionClient, JobType
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
 FOLDER = Path(os.environ.get("RAYTUNE_JOBS_DIR", "/tmp/raytune-jobs"))  # noqa: S108  # run-job's
 ADDRESS = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
@@ -41,7 +42,7 @@ def find_runners() -> list[psutil.Process]:
         # One that was killed leaves its file, and its number may be another process's by now.
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(int(file.stem))
-            if any(Path(part).stem in ("run-job", "run_job") for part in process.cmdline()[:2]):
+            if is_run_job(process.cmdline()[:2]):
                 found.append(process)
     return found
 
@@ -66,14 +67,18 @@ def stop_runners(runners: list[psutil.Process], deadline: float) -> bool:
 
 
 def stop_others(deadline: float) -> bool:
-    """Stop the jobs that still run as `ray job stop` does; return whether all have ended in time.
+    """Stop all other jobs as `ray job stop` does; return whether all jobs have ended in time.
+
+    Not those of `run-job`: Ray learns a moment later that they have ended, and a job that is
+    stopped until then counts as stopped, not as failed.
 
     Args:
         deadline: time of `time.monotonic` until which to wait.
     """
     client = JobSubmissionClient(ADDRESS)
     for job in running_jobs(client):
-        client.stop_job(job)
+        if job.submission_id is not None and not is_run_job(job.entrypoint.split()):
+            client.stop_job(job.submission_id)
     while running_jobs(client):
         if time.monotonic() >= deadline:
             return False
@@ -81,15 +86,18 @@ def stop_others(deadline: float) -> bool:
     return True
 
 
-def running_jobs(client: JobSubmissionClient) -> list[str]:
-    """Return the submission ids of the jobs that have not ended."""
+def running_jobs(client: JobSubmissionClient) -> list[JobDetails]:
+    """Return the jobs that have not ended."""
     return [
-        job.submission_id
+        job
         for job in client.list_jobs()
-        if job.type == JobType.SUBMISSION
-        and job.submission_id is not None
-        and job.status in (JobStatus.PENDING, JobStatus.RUNNING)
+        if job.type == JobType.SUBMISSION and job.status in (JobStatus.PENDING, JobStatus.RUNNING)
     ]
+
+
+def is_run_job(words: Sequence[str]) -> bool:
+    """Whether a command line is one of `run-job`."""
+    return any(Path(word).stem in ("run-job", "run_job") for word in words)
 
 
 if __name__ == "__main__":
