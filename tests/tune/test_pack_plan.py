@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
-from raytune_llama.tokenizer.loader import load_tokenizer
 from raytune_llama.train.estimate.pack import plan_pack
 from raytune_llama.tune.pack_plan import choose_num_slots, render_sweep_plan
 from tests.train.conftest import MakeConfig
@@ -50,7 +50,8 @@ def test_plan_pack_counts_the_rows_of_a_grown_vocabulary(
     make_config: MakeConfig, tokenizer_dir: Path
 ) -> None:
     config = make_config(lora__modules_to_save=["embed_tokens"])
-    grown = load_tokenizer(tokenizer_dir)
+    # Not the one that other tests share.
+    grown = AutoTokenizer.from_pretrained(tokenizer_dir)
     grown.add_tokens([f"added{number}" for number in range(500)])
     grown.save_pretrained(tokenizer_dir.with_name("grown"))
     larger = make_config(
