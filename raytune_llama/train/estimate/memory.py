@@ -30,6 +30,11 @@ class ParameterCounts(NamedTuple):
     unique: int
     trained: int
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint: the trained weights and AdamW's two moments, in float32."""
+        return 3 * 4 * self.trained
+
 
 def count_parameters(model: nn.Module) -> ParameterCounts:
     """Count the parameters of a model, with or without its weights."""

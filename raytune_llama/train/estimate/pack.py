@@ -81,6 +81,5 @@ def _plan_run(config: AnyTrainConfig, num_rows: int) -> PackMemory:
     memory: WorkerMemory = next(each for each in plan.memory if each.layout == "ddp")
     peak = memory.peak
     if config.checkpoint.background and not config.scale.use_gpu:
-        # The weights and AdamW's two moments in float32.
-        peak += 3 * 4 * counts.trained
+        peak += counts.checkpoint_bytes
     return PackMemory(frozen, max(peak - frozen, 1), peak)

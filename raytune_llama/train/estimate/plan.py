@@ -135,8 +135,7 @@ def build_plan(config: AnyTrainConfig) -> RunPlan:
         workers=tuple(plan_workers(config, model, number) for number in sorted(numbers)),
         steps=steps,
         disk=DiskPlan(
-            # The weights and AdamW's two moments in float32.
-            checkpoint=3 * 4 * counts.trained,
+            checkpoint=counts.checkpoint_bytes,
             num_checkpoints=config.checkpoint.keep_last + config.checkpoint.keep_best,
             result=_result_bytes(config, model),
             store=_store_bytes(config, inputs.data, store),

@@ -7,8 +7,8 @@ do the base's linear layers and activations.
 
 On CPUs these run slot by slot, so that the results are those of solo runs bit for bit: a matrix
 product of MKL rounds by its number of rows (AVX2: always; AVX-512: below 16 rows), and PyTorch
-computes the last elements of a vectorized SiLU or tanh-GELU with another exponential. A CPU is as
-fast this way (benchmarks/pack_throughput.py).
+computes the last elements of a vectorized SiLU or tanh-GELU with another exponential. This is as
+fast for the demo's shape, and up to a third slower for tiny models (benchmarks/RESULTS.md).
 
 Shapes: B sequences and T tokens of one micro-batch, N tokens of all of them, D hidden size, H
 attention heads, K features per head, I and O input and output features of a linear layer.
