@@ -24,6 +24,7 @@ from docs.reference_tables import (
     join_paragraphs,
     render_exit_statuses,
     render_http,
+    render_log_messages,
     render_metrics,
     summary,
     table,
@@ -45,6 +46,7 @@ ALTERNATIVES: Final[Mapping[str, tuple[type[Any], ...]]] = {
 _OTHER_PAGES: Final = (
     ("metrics.md", "metrics of training, and those that an endpoint exports to Prometheus"),
     ("exit-status.md", "exit statuses of `raytune`"),
+    ("log-messages.md", "messages of the log, by package"),
     ("http.md", "routes of an endpoint, and every field of their requests"),
 )
 
@@ -208,6 +210,7 @@ def build_files() -> dict[Path, str]:
     files[PAGES / "metrics.md"] = render_metrics()
     files[PAGES / "exit-status.md"] = render_exit_statuses()
     files[PAGES / "http.md"] = render_http()
+    files[PAGES / "log-messages.md"] = render_log_messages()
     for verb in verbs:
         text = json.dumps(build_schema(verb), indent=1, ensure_ascii=False)
         files[SCHEMAS / f"{verb}.json"] = f"{text}\n"

@@ -2,9 +2,11 @@
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Final, get_args, get_origin
 
@@ -12,6 +14,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+import raytune_llama
 from raytune_llama import cli, signals
 from raytune_llama.config import fields
 from raytune_llama.serve.config import RequestLimits
@@ -28,6 +31,8 @@ _FIRST_STATUSES: Final = (
     (1, "Failed, with a traceback or the causes: a bug, a non-finite loss, too many failures."),
 )
 _EXPORTED_HEAD: Final = ("metric", "type", "tags", "meaning")
+_PLACEHOLDERS: Final = re.compile(r"%%|(?:%[-+ #0]*\d*(?:\.\d+)?[a-z])+")
+_SOURCES: Final = "../../raytune_llama"
 _STOPS: Final = {"_resumable", "EXIT_STOPPED"}
 """Names by which a function of the command line says that its job can be resumed."""
 
@@ -44,8 +49,8 @@ def join_paragraphs(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """Return a value in backticks."""
-    return f"`{text}`"
+    """Return a value as code in Markdown."""
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def summary(documented: Any) -> str:  # noqa: ANN401  # whatever has a docstring
@@ -190,6 +195,48 @@ def render_exit_statuses() -> str:
         )
         + "\n"
     )
+
+
+def log_messages(source: str) -> Iterator[tuple[str, str]]:
+    """Yield level and text of each message that a module logs; `…` stands for a value.
+
+    Messages that are nothing but values are left out.
+    """
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="logger"), attr=level),
+                args=[ast.Constant(value=str(text)), *_],
+            ):
+                shown = _PLACEHOLDERS.sub(lambda found: "%" if found[0] == "%%" else "…", text)
+                if any(map(str.isalpha, shown)):
+                    yield level, shown
+            case _:
+                continue
+
+
+def render_log_messages() -> str:
+    """Return the page of what jobs, workers and endpoints log, by package."""
+    parts = [
+        "# Log messages",
+        "By the subpackage that logs them; `…` stands for values. A line of the log is time, "
+        "subpackage and message, such as `17:18:07 train: waiting for nodes (5 of 8 s): ...`; a "
+        "warning has `warning:` in front of the message, an error `error:`. Errors that end a job "
+        "are not among them: they are printed when it ends, see [exit statuses](exit-status.md) "
+        "and [troubleshooting](../troubleshooting.md).",
+    ]
+    package = Path(inspect.getfile(raytune_llama)).parent
+    for folder in (package, *sorted(path.parent for path in package.glob("*/__init__.py"))):
+        files = folder.glob("*.py") if folder == package else folder.rglob("*.py")
+        rows = [
+            (f"[{file.stem}]({_SOURCES}/{file.relative_to(package)})", level, cell(code(text)))
+            for file in sorted(files)
+            for level, text in log_messages(file.read_text(encoding="utf-8"))
+        ]
+        if rows:
+            name = "top of the package" if folder == package else code(folder.name)
+            parts += [f"## {name}", table(("module", "level", "message"), rows)]
+    return "\n\n".join(parts) + "\n"
 
 
 def is_resumable(verb: str) -> bool:

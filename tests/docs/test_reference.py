@@ -18,7 +18,13 @@ from docs.make_reference import (
     render_config,
     roots_of,
 )
-from docs.reference_tables import is_resumable, render_http, render_metrics
+from docs.reference_tables import (
+    is_resumable,
+    log_messages,
+    render_http,
+    render_log_messages,
+    render_metrics,
+)
 from raytune_llama.cli import VERBS
 from raytune_llama.config import fields, yaml12
 from raytune_llama.train.config import PretrainConfig
@@ -114,6 +120,18 @@ def test_http_page_has_routes_fields_and_refusals() -> None:
         assert f"| `{route}` |" in page
     assert "| `top_k` |" in page
     assert "`previous_response_id`" in page
+
+
+def test_log_messages_are_those_of_the_source_with_a_mark_for_values() -> None:
+    source = """
+logger.warning("step %d: %.4f is 5 %% above", 1, 2.0)
+logger.info("%s", text)
+text.info("no message of the log")
+"""
+    assert list(log_messages(source)) == [("warning", "step …: … is 5 % above")]
+    page = render_log_messages()
+    assert "| info | `resumed from … after step …` |" in page
+    assert "| warning | `` the cluster was started without …: Ray Serve's own proxy is used" in page
 
 
 def test_verbs_that_resume_are_those_that_keep_work() -> None:
