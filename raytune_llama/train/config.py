@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raytune_llama.config.settings import PLACEMENT, ConfigError, override, settings
+from raytune_llama.config.settings import (
+    FINGERPRINTED,
+    PLACEMENT,
+    ConfigError,
+    override,
+    settings,
+)
 from raytune_llama.data.batches.config import MixedSource, check_mixture
 from raytune_llama.data.config import ChatDataConfig, DataConfig
 from raytune_llama.model.config import EmbeddingsConfig, LoraConfig, ModelConfig
@@ -202,7 +208,7 @@ class PretrainConfig(TrainConfig):
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     """Embedding tables that `train: embeddings` trains."""
 
-    data: Annotated[DataConfig, PLACEMENT]
+    data: Annotated[DataConfig, FINGERPRINTED]
     """Text and token store. A resumed run needs the same store fingerprint and source weights."""
 
     batch: TextBatchConfig = TextBatchConfig()
@@ -242,7 +248,7 @@ class SftConfig(TrainConfig):
     train: Literal["lora", "full"] = "lora"
     """Trained parameters: an adapter (and `lora.modules_to_save`), or every weight."""
 
-    data: Annotated[ChatDataConfig, PLACEMENT]
+    data: Annotated[ChatDataConfig, FINGERPRINTED]
     """Conversations and token store. A resumed run needs the same store fingerprint and source
     weights."""
 

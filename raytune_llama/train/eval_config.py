@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from raytune_llama.config.settings import PLACEMENT, ConfigError, settings
+from raytune_llama.config.settings import FINGERPRINTED, PLACEMENT, ConfigError, settings
 from raytune_llama.data.batches.config import source_names
 from raytune_llama.data.readers.config import SourceConfig
 from raytune_llama.evaluate.tasks.config import TaskConfig
@@ -24,7 +24,7 @@ class EvalConfig:
     """Sequences per evaluation, in proportion to the sources' sizes, evenly spaced; null: all. The
     sequences of `texts` are chosen apart, up to the same number."""
 
-    texts: tuple[SourceConfig, ...] = ()
+    texts: Annotated[tuple[SourceConfig, ...], FINGERPRINTED] = ()
     """Held-out text that every evaluation reads too, in runs on conversations as well: how much of
     it tuning makes the model forget, as `eval/text/bits_per_byte`. It is packed as in pre-training,
     it must have no weights, and it does not affect which step is the best."""
@@ -33,7 +33,7 @@ class EvalConfig:
     """Directory of the token store of `texts`, which is built like the one in `data.store_dir`;
     null: `data.store_dir` with `-texts` added to its name."""
 
-    tasks: tuple[TaskConfig, ...] = ()
+    tasks: Annotated[tuple[TaskConfig, ...], FINGERPRINTED] = ()
     """Tasks with right answers that the model in training is asked, by the log-likelihoods of their
     options: `eval/NAME/accuracy` is the share of right answers of all questions, NAME being the
     benchmark. Each option is a forward pass of its whole prompt, so keep the sets small (`limit`).

@@ -6,8 +6,16 @@ from typing import Any
 import pytest
 
 from raytune_llama.config.fields import walk_fields
-from raytune_llama.config.settings import ConfigError, describe, from_dict, identity, load, to_dict
-from raytune_llama.train.config import PretrainConfig
+from raytune_llama.config.settings import (
+    ConfigError,
+    changeable_fields,
+    describe,
+    from_dict,
+    identity,
+    load,
+    to_dict,
+)
+from raytune_llama.train.config import PretrainConfig, SftConfig
 
 
 def values(**fields: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -263,3 +271,22 @@ def test_pretrain_config_more_workers_than_micro_batches_names_what_to_set(
     (problem,) = problems_of(**fields)
     assert named in problem
     assert problems_of(**{**fields, field: value}) == []
+
+
+def test_fields_that_may_change_on_resume_are_inherited_but_not_through_what_is_fingerprinted() -> (
+    None
+):
+    placed = set(changeable_fields(SftConfig))
+    assert {"scale.watch.factor", "run_dir", "data.sources.N.path", "data.store_dir"} <= placed
+    assert {"eval.every_steps", "checkpoint.keep_last", "eval.tasks.N.path"} <= placed
+    fixed = {"optim.learning_rate", "batch.sequence_tokens", "seed", "data.sources.N.weight"}
+    fixed |= {
+        "data",
+        "data.chat.template",
+        "eval.texts",
+        "eval.texts.N.weight",
+        "eval.tasks.N.shots",
+    }
+    assert not fixed & placed
+    marked = [line for line in describe(SftConfig).splitlines() if "may change on resume" in line]
+    assert {line.partition(":")[0] for line in marked} == placed
