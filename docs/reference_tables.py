@@ -4,7 +4,7 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -202,17 +202,43 @@ def log_messages(source: str) -> Iterator[tuple[str, str]]:
 
     Messages that are nothing but values are left out.
     """
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    named = {
+        name.id: value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for name, value in [(node.targets[0], node.value)]
+        if isinstance(name, ast.Name)
+    }
+    for node in ast.walk(tree):
         match node:
-            case ast.Call(
-                func=ast.Attribute(value=ast.Name(id="logger"), attr=level),
-                args=[ast.Constant(value=str(text)), *_],
-            ):
-                shown = _PLACEHOLDERS.sub(lambda found: "%" if found[0] == "%%" else "…", text)
-                if any(map(str.isalpha, shown)):
-                    yield level, shown
+            case ast.Call(ast.Attribute(ast.Name("logger"), level), [message, *_]):
+                text = _text_of(message, named)
+            case ast.Call(ast.Name("waiting"), [ast.Name("logger"), what], [usually]):
+                took = _text_of(usually.value, named)
+                level, text = "info", f"{_text_of(what, named)}; usually takes {took}"
             case _:
                 continue
+        if any(map(str.isalpha, text.partition("; usually takes ")[0])):
+            yield level, text
+
+
+def _text_of(node: ast.expr, named: Mapping[str, ast.expr]) -> str:
+    """Return the text that an expression stands for, with `…` for values.
+
+    Args:
+        node: a literal, an f-string, or the name of one.
+        named: expressions by the names that they are assigned to.
+    """
+    match node:
+        case ast.Constant(str(text)):
+            return _PLACEHOLDERS.sub(lambda found: "%" if found[0] == "%%" else "…", text)
+        case ast.JoinedStr(parts):
+            return "".join(_text_of(part, named) for part in parts)
+        case ast.Name(name) if name in named:
+            return _text_of(named[name], {})
+        case _:
+            return "…"
 
 
 def render_log_messages() -> str:

@@ -120,8 +120,17 @@ def test_log_messages_are_those_of_the_source_with_a_mark_for_values() -> None:
 logger.warning("step %d: %.4f is 5 %% above", 1, 2.0)
 logger.info("%s", text)
 text.info("no message of the log")
+FEW = "%d workers"
+def start():
+    what = f"starting {count}"
+    with waiting(logger, what, usually="5 s"):
+        logger.error(FEW, 1)
 """
-    assert list(log_messages(source)) == [("warning", "step …: … is 5 % above")]
+    assert sorted(log_messages(source)) == [
+        ("error", "… workers"),
+        ("info", "starting …; usually takes 5 s"),
+        ("warning", "step …: … is 5 % above"),
+    ]
     page = render_log_messages()
     assert "| info | `resumed from … after step …` |" in page
     assert "| warning | `` the cluster was started without …: Ray Serve's own proxy is used" in page
