@@ -71,6 +71,7 @@ reference: venv ## Make docs/reference and the JSON schemas of configs from the 
 
 bench: venv ## Run the benchmarks: ours against a peer, a ratio each
 	python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	raytune demo
 	@set -e; for program in benchmarks/*.py; do \
 		[ "$$program" != benchmarks/serve_soak.py ] || continue; \
 		[ -e "$$program" ] || { echo "there are no benchmarks yet"; exit 0; }; \
@@ -91,7 +92,7 @@ clean-demo: ## Delete what the demo made; other stores and runs stay
 	rm -rf demo stores/demo runs/demo
 
 # The interpreter and compiler are checked before minutes are spent on packages. A system's own pip
-# may be years old (Debian 12: 23.0.1) and install source archives without their licence files.
+# may be years old (Debian 12: 23.0.1) and install source archives without their license files.
 $(STAMP): pyproject.toml constraints.txt | tools
 	"$(PYTHON)" -m venv $(VENV)
 	python -m pip install --quiet -c constraints.txt pip

@@ -243,9 +243,7 @@ REQUEST = Drawing(
         "replica": Box(
             490, 20, 720, 250, "group", ("replica: the HTTP server that holds the model",)
         ),
-        "guard": Box(
-            510, 56, 150, 78, "process", ("request guard", "key, sizes, times,", "strict JSON")
-        ),
+        "guard": Box(510, 56, 150, 78, "process", ("request guard", "key, sizes,", "times")),
         "limit": Box(
             690, 56, 150, 78, "process", ("rate limit", "per key, by one", "actor for all")
         ),

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, get_args, get_origin
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 import raytune_llama
 from raytune_llama import cli, signals
@@ -303,9 +304,9 @@ def render_http() -> str:
     }
     parts = [
         "# HTTP routes",
-        "Of a model's application; the gateway of an endpoint with several models has the same. "
-        "`/openapi.json` describes requests and responses in full. The column *key* says whether a "
-        "key is needed if the endpoint has keys.",
+        "Of a model's application; the gateway of an endpoint with several models has the same, "
+        "without `DELETE`. `/openapi.json` describes requests and responses in full. The column "
+        "*key* says whether a key is needed if the endpoint has keys.",
         table(("route", "what it does", "key", "statuses"), rows),
         table(("status", "meaning"), sorted(meanings.items())),
         "An error's body is OpenAI's: `error.message`, `.type`, `.param` and `.code`. A field "
@@ -339,7 +340,7 @@ def _render_request(model: type[RequestModel]) -> list[str]:
     rows = [
         (
             code(field.alias or name),
-            code(fields.type_text(field.annotation, field.metadata)),
+            code(_input_type(field)),
             "required" if field.is_required() else code(_default_text(field)),
             cell(docs.get(name, "")),
         )
@@ -355,6 +356,15 @@ def _render_request(model: type[RequestModel]) -> list[str]:
         parts.append("Refused by name, as they would change the answer:")
         parts.append("\n".join(f"- {', '.join(names)}: {do}" for do, names in by_advice.items()))
     return parts
+
+
+def _input_type(field: FieldInfo) -> str:
+    """Return in words what a field of a request accepts, before a validator converts it."""
+    for part in field.metadata:
+        accepted = getattr(part, "json_schema_input_type", PydanticUndefined)
+        if accepted is not PydanticUndefined and accepted is not Any:
+            return fields.type_text(accepted)
+    return fields.type_text(field.annotation, field.metadata)
 
 
 def _default_text(field: FieldInfo) -> str:

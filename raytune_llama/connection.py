@@ -52,27 +52,47 @@ def connect_to_ray() -> Iterator[None]:
         ray.shutdown()
 
 
+def is_on_cluster() -> bool:
+    """Whether `connect_to_ray` connects to a cluster that exists already."""
+    address = os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized() or address:
+        return ray.is_initialized() or address != "local"
+    started_here = _cluster_started_here()
+    return started_here is not None and _refusal(started_here) is None
+
+
 def _find_dead_cluster() -> bool:
     """Whether Ray would connect to a cluster that was started here and does not answer."""
     if os.environ.get("RAY_ADDRESS"):
         return False
-    file = Path(get_ray_address_file(None))
-    if not file.exists():
+    address = _cluster_started_here()
+    error = None if address is None else _refusal(address)
+    if error is None:
         return False
-    address = file.read_text(encoding="utf-8").strip()
+    logger.warning(
+        "%s: the cluster at %s that was started here does not answer (%s); starting a local "
+        "one. `ray stop` removes what is left of it",
+        get_ray_address_file(None),
+        address,
+        error,
+    )
+    return True
+
+
+def _cluster_started_here() -> str | None:
+    """Return the address of the cluster that `ray start` has started on this machine, if any."""
+    file = Path(get_ray_address_file(None))
+    return file.read_text(encoding="utf-8").strip() if file.exists() else None
+
+
+def _refusal(address: str) -> OSError | None:
+    """Return why a cluster can't be reached; None if it can."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS):
-            return False
+            return None
     except OSError as error:
-        logger.warning(
-            "%s: the cluster at %s that was started here does not answer (%s); starting a local "
-            "one. `ray stop` removes what is left of it",
-            file,
-            address,
-            error,
-        )
-        return True
+        return error
 
 
 def quoted_python() -> dict[str, str] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_llama.connection import quoted_python
+from raytune_llama.connection import is_on_cluster, quoted_python
 
 
 def test_workers_start_from_a_python_whose_path_has_a_space(
@@ -25,6 +25,25 @@ def test_workers_start_from_a_python_whose_path_has_a_space(
     command = f"exec {environment['py_executable']} -c 'print(6 * 7)'"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout == "42\n"
+
+
+def test_cluster_is_found_by_its_address_in_the_environment_or_as_started_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert not is_on_cluster()
+    started_here = tmp_path / "ray" / "ray_current_cluster"
+    started_here.parent.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        started_here.write_text(f"127.0.0.1:{server.getsockname()[1]}")
+        assert is_on_cluster()
+        monkeypatch.setenv("RAY_ADDRESS", "local")
+        assert not is_on_cluster()
+        monkeypatch.delenv("RAY_ADDRESS")
+    assert not is_on_cluster()
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert is_on_cluster()
 
 
 @pytest.mark.ray

@@ -14,7 +14,6 @@ import pydantic_core
 from pydantic.fields import FieldInfo
 
 _BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"), ("multiple_of", "multiple of"))
-_LENGTHS = (("min_length", "at least"), ("max_length", "at most"))
 
 
 def is_settings(kind: object) -> TypeGuard[type[Any]]:
@@ -142,7 +141,7 @@ def path_of_error(data: object, detail: pydantic_core.ErrorDetails) -> list[str]
 def type_text(annotation: object, metadata: Sequence[object] = ()) -> str:
     """Return a type in words: `int >= 1 or null`, `list of string`, `'fp32' or 'bf16'`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
-    bounds = "".join(_bound_text(item) for item in metadata)
+    bounds = _bounds_text(metadata, is_string=annotation is str)
     if origin is Annotated:
         return type_text(arguments[0], arguments[1:]) + bounds
     if origin is Literal:
@@ -166,14 +165,25 @@ def default_text(field: FieldInfo) -> str:
     return json.dumps(pydantic_core.to_jsonable_python(default), ensure_ascii=False)
 
 
-def _bound_text(constraint: object) -> str:
-    """Return a constraint of a type in words; empty if it is not a bound."""
-    parts = getattr(constraint, "metadata", [constraint])  # A FieldInfo inside Annotated.
-    found = [
-        f" {word} {getattr(part, name)}{unit}"
-        for part in parts
-        for names, unit in ((_BOUNDS, ""), (_LENGTHS, " long"))
-        for name, word in names
-        if getattr(part, name, None) is not None
-    ]
-    return "".join(found)
+def _bounds_text(metadata: Sequence[object], *, is_string: bool) -> str:
+    """Return the bounds among what annotates a type in words; empty if there are none."""
+    # A FieldInfo inside Annotated has its own.
+    parts = [part for item in metadata for part in getattr(item, "metadata", [item])]
+
+    def values(name: str) -> list[Any]:
+        return [value for part in parts if (value := getattr(part, name, None)) is not None]
+
+    bounds = "".join(f" {word} {value}" for name, word in _BOUNDS for value in values(name))
+    shortest, longest = (
+        max(values("min_length"), default=0),
+        min(values("max_length"), default=None),
+    )
+    if not shortest and longest is None:
+        return bounds
+    if longest is None:
+        length = f"at least {shortest}"
+    else:
+        length = f"{shortest} to {longest}" if shortest else f"at most {longest}"
+    one = (shortest if longest is None else longest) == 1
+    unit = ("character" if is_string else "item") + ("" if one else "s")
+    return bounds + (f" of {length} {unit}" if is_string else f" ({length} {unit})")

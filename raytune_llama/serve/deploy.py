@@ -18,7 +18,7 @@ import yaml
 
 from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError
-from raytune_llama.connection import connect_to_ray
+from raytune_llama.connection import connect_to_ray, is_on_cluster
 from raytune_llama.logs import waiting
 from raytune_llama.serve.config import EndpointConfig, RequestLimits, check_model_path
 from raytune_llama.serve.model_paths import pin_models
@@ -133,11 +133,6 @@ def _check(config: EndpointConfig) -> None:
                 "keys_file to a file of key hashes (`raytune make-key`), or host to 127.0.0.1"
             ]
         )
-
-
-def is_on_cluster() -> bool:
-    """Whether the endpoint runs on a cluster that is already there."""
-    return ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
 
 
 def _wait_for_controller(starting: Future[Any]) -> None:

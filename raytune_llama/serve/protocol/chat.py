@@ -45,6 +45,12 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 TokenIdText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 """Token ID as the key of a JSON object."""
 
+GUIDED_DECODING = (
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("structured_outputs", "structural_tag"),
+)
+"""Fields of other servers that restrict what the response may be."""
+
 OTHER_SERVERS = {
     # Documented by vLLM or Hugging Face, and sent by clients of theirs.
     **dict.fromkeys(
@@ -56,10 +62,7 @@ OTHER_SERVERS = {
         Unsupported(),
     ),
     **dict.fromkeys(
-        (
-            *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-            *("structured_outputs", "structural_tag"),
-        ),
+        GUIDED_DECODING,
         Unsupported("use response_format with a JSON schema"),
     ),
     "num_beams": Unsupported(neutral=(1,)),
@@ -109,8 +112,8 @@ class GenerationRequest(RequestModel):
     """Values added to the logits of tokens, by token ID."""
 
     top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = None
-    """Number of most likely tokens to sample from; 0 or -1: all. Not in OpenAI's API, as the next
-    two; vLLM and others support them."""
+    """Number of most likely tokens to sample from; 0 or -1: all. It and the
+    next two are not in OpenAI's API; vLLM and others support them."""
 
     min_p: Annotated[Finite, Field(ge=0, le=1)] = 0.0
     """Tokens less likely than this share of the most likely token's probability are not sampled."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from raytune_llama.serve.protocol.chat import (
+    GUIDED_DECODING,
     OTHER_SERVERS,
     FinishReason,
     GenerationRequest,
@@ -33,6 +34,10 @@ class CompletionRequest(GenerationRequest):
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = OTHER_SERVERS | {
         "suffix": Unsupported("put it into the prompt, in the form that the model knows"),
+        **dict.fromkeys(
+            ("response_format", *GUIDED_DECODING),
+            Unsupported("use /v1/chat/completions with response_format"),
+        ),
     }
 
     prompt: Annotated[

@@ -11,7 +11,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
-from raytune_llama.serve.protocol.chat import MAX_TOKENS, OTHER_SERVERS, ChatRequest
+from raytune_llama.serve.protocol.chat import (
+    GUIDED_DECODING,
+    MAX_TOKENS,
+    OTHER_SERVERS,
+    ChatRequest,
+)
 from raytune_llama.serve.protocol.fields import (
     INVALID,
     MISSING,
@@ -173,7 +178,7 @@ class ResponsesRequest(RequestModel):
         "messages": Unsupported("use input"),
         "max_tokens": Unsupported("use max_output_tokens"),
         "max_completion_tokens": Unsupported("use max_output_tokens"),
-        "response_format": Unsupported("use text.format"),
+        **dict.fromkeys(("response_format", *GUIDED_DECODING), Unsupported("use text.format")),
         "reasoning_effort": Unsupported("use reasoning.effort"),
         "logprobs": Unsupported(f"set include to ['{LOGPROBS}']"),
         "n": Unsupported("send several requests", neutral=(1,)),
@@ -230,7 +235,8 @@ class ResponsesRequest(RequestModel):
     include: Annotated[
         list[Annotated[str, BeforeValidator(_check_include)]], Field(max_length=16)
     ] = []
-    """What else the response has; see `LOGPROBS`."""
+    """What else the response has: `message.output_text.logprobs`, the log probabilities of the
+    text's tokens."""
 
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     """Number of most likely tokens whose log probabilities are returned for each token."""

@@ -98,6 +98,17 @@ def test_fields_that_would_change_the_answer_are_refused_by_name(
     assert wanted in caught.value.message
 
 
+@pytest.mark.parametrize("name", ["response_format", "guided_json", "structured_outputs"])
+def test_fields_of_constrained_decoding_are_refused_where_they_are_not_supported(
+    client: openai.OpenAI, name: str
+) -> None:
+    asked: dict[str, Any] = {**TEXT, name: {"type": "json_object"}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.post("/completions", body=asked, cast_to=object)
+    assert caught.value.param == name
+    assert "use /v1/chat/completions with response_format" in caught.value.message
+
+
 def test_unknown_fields_are_ignored_counted_and_logged_once(
     server: Server, client: openai.OpenAI, caplog: pytest.LogCaptureFixture
 ) -> None:
