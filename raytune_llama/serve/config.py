@@ -73,7 +73,8 @@ class ServedModelConfig:
 
     adapters_dir: Annotated[str, Field(min_length=1)] | None = None
     """Folder of adapter directories, local or `s3://...` or `gs://...`; requests select one as
-    `model:adapter`, and a new version is used as soon as it is written. null: no adapters."""
+    `model:adapter`, and those that come after a new version was written get it. null: no
+    adapters."""
 
     max_adapters: Annotated[int, Field(ge=1)] = 8
     """Maximum number of adapters in memory, not counting old versions that are still in use; vLLM

@@ -1,13 +1,15 @@
 """Which adapters are in memory, who uses them, and which version a request gets.
 
-A request keeps the version that it starts with. When the registry has a new one, requests get the
-old one until the new one is loaded, then the new one; the old one is dropped after its last
-request. Everything here runs on one event loop; only reading files runs in threads.
+A request keeps the version that it starts with. When the registry has a new one, requests that
+come then wait until it is loaded and get it. If that takes longer than `NEW_VERSION_SECONDS`, or
+fails, they get the old one meanwhile, which is dropped after its last request. Everything here runs
+on one event loop; only reading files runs in threads.
 """
 
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -33,6 +35,9 @@ if TYPE_CHECKING:  # it imports PEFT, which takes seconds
 
 logger = logging.getLogger(__name__)
 
+NEW_VERSION_SECONDS = 10.0
+"""Maximum wait for a new version of an adapter while the old one can answer."""
+
 _NUM_ATTEMPTS = 3
 """Maximum reads of an adapter that is being written meanwhile."""
 
@@ -46,6 +51,7 @@ class _Version:
     """Key of the adapter in the engine."""
 
     loading: "asyncio.Task[CompletionService]" = field(init=False)
+    started: float = field(default_factory=time.monotonic)
     num_users: int = 0
     last_use: int = 0
     is_retired: bool = False
@@ -150,7 +156,13 @@ class AdapterPool:
             base = self._base.name
             known = [base, *(f"{base}:{one}" for one in self._usable(names))]
             raise UnknownModelError(f"{base}:{name}", known)
-        return self._choose(listed)
+        slot = self._choose(listed)
+        if slot.newer is None:
+            return slot.current
+        left = slot.newer.started + NEW_VERSION_SECONDS - time.monotonic()
+        await asyncio.wait([slot.newer.loading], timeout=max(0.0, left))
+        # It may have been removed meanwhile.
+        return slot.current if self._slots.get(name) is slot else await self._find(name)
 
     async def names(self) -> list[str]:
         """Return the names of the adapters in the registry that can be used, sorted.
@@ -186,8 +198,8 @@ class AdapterPool:
             if name in self._slots or self._failed.get(name, ("",))[0] != one.version
         )
 
-    def _choose(self, listed: RegisteredAdapter) -> _Version:
-        """Return the version that a request gets, which may still be loading."""
+    def _choose(self, listed: RegisteredAdapter) -> _Slot:
+        """Return the versions of an adapter in memory, after starting to load the listed one."""
         slot = self._slots.get(listed.name)
         version, problem = self._failed.get(listed.name, (None, ""))
         is_failed = version == listed.version
@@ -203,7 +215,7 @@ class AdapterPool:
             and not is_failed
         ):
             slot.newer = self._start(listed)
-        return slot.current
+        return slot
 
     def _start(self, listed: RegisteredAdapter) -> _Version:
         version = _Version(listed, next(self._keys))

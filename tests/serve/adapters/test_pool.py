@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import shutil
+import threading
 from collections.abc import Callable
 from contextlib import aclosing, suppress
 from pathlib import Path
@@ -10,6 +11,12 @@ from typing import Any
 
 import pytest
 
+from raytune_llama.serve.adapters import pool
+from raytune_llama.serve.adapters.registry import (
+    LISTING_TTL_SECONDS,
+    AdapterRegistry,
+    RegisteredAdapter,
+)
 from raytune_llama.serve.errors import BusyError, InvalidRequestError, UnknownModelError
 from raytune_llama.storage.files import OUTPUT_MANIFEST, read_json, write_json_atomic
 from raytune_llama.storage.place import Place
@@ -107,6 +114,46 @@ def test_request_keeps_the_version_that_it_began_with(make_adapters: MakeAdapter
             return first.text + "".join([delta.text async for delta in stream.deltas])
 
     assert run(main) == old
+
+
+def test_first_request_after_a_new_version_was_written_gets_it(make_adapters: MakeAdapters) -> None:
+    adapters = make_adapters()
+    adapters.write("poet", seed=1)
+    old = adapters.wanted("poet")
+
+    async def main() -> None:
+        assert await adapters.text("poet") == old
+        adapters.write("poet", seed=2)
+        await asyncio.sleep(LISTING_TTL_SECONDS)
+        assert await adapters.text("poet") == adapters.wanted("poet") != old
+
+    run(main)
+
+
+def test_old_version_answers_while_a_new_one_takes_too_long_to_load(
+    make_adapters: MakeAdapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = make_adapters()
+    adapters.write("poet", seed=1)
+    old = adapters.wanted("poet")
+    is_readable = threading.Event()
+    fetch = AdapterRegistry.fetch
+
+    def fetch_later(registry: AdapterRegistry, listed: RegisteredAdapter) -> Any:  # noqa: ANN401
+        is_readable.wait(60)
+        return fetch(registry, listed)
+
+    async def main() -> None:
+        assert await adapters.text("poet") == old
+        monkeypatch.setattr(AdapterRegistry, "fetch", fetch_later)
+        monkeypatch.setattr(pool, "NEW_VERSION_SECONDS", 0.2)
+        adapters.write("poet", seed=2)
+        await asyncio.sleep(LISTING_TTL_SECONDS)
+        assert await adapters.text("poet") == old
+        is_readable.set()
+        await adapters.wait_for("poet", adapters.wanted("poet"))
+
+    run(main)
 
 
 def test_adapter_used_longest_ago_leaves_for_another_but_none_in_use(
