@@ -205,8 +205,9 @@ class ServeConfig:
     """Served models; requests select one by its name."""
 
     keys_file: str | None = None
-    """File with the hashes of API keys, on every replica's node; null: only the keys in the
-    environment variable RAYTUNE_LLAMA_API_KEYS. Without any keys, only loopback is served."""
+    """File with the hashes of API keys, on every replica's node, which is read again when it has
+    changed; null: only the keys in the environment variable RAYTUNE_LLAMA_API_KEYS. Without any
+    keys, only loopback is served."""
 
     limits: RequestLimits = RequestLimits()
     """Limits of every request."""

@@ -7,6 +7,7 @@ and answers are those of the models, except that it checks a key before it reads
 
 import asyncio
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,12 @@ from starlette.types import Send
 from raytune_llama.logs import setup_logging
 from raytune_llama.serve.config import GatewayConfig, RequestLimits
 from raytune_llama.serve.errors import EngineError, UnknownModelError
-from raytune_llama.serve.http.keys import ApiKeys
+from raytune_llama.serve.http.keys import (
+    AcceptedKeys,
+    ApiKeys,
+    keys_from_environment,
+    watch_keys,
+)
 from raytune_llama.serve.http.page import add_page
 from raytune_llama.serve.http.refusals import add_error_handlers
 from raytune_llama.serve.http.request_guard import add_request_guard, read_json
@@ -45,7 +51,7 @@ _HOP_HEADERS = frozenset(
 
 
 def build_gateway_app(
-    models: Sequence[str], base_url: str, keys: ApiKeys, limits: RequestLimits
+    models: Sequence[str], base_url: str, keys: AcceptedKeys, limits: RequestLimits
 ) -> FastAPI:
     """Build the gateway's HTTP application.
 
@@ -189,8 +195,8 @@ class GatewayReplica:
         """
         setup_logging()
         self._config = config
-        self._keys = read_key_hashes(config.keys_file) + built_with
-        check_exposure(proxy_host(), self._keys)
+        check_exposure(proxy_host(), read_key_hashes(config.keys_file) + built_with)
+        self._keys = watch_keys(config.keys_file, keys_from_environment(os.environ) + built_with)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application, which Ray Serve calls directly."""

@@ -2,20 +2,41 @@
 
 import hashlib
 import hmac
+import logging
 import os
 import re
 import secrets
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from raytune_llama.config.settings import ConfigError
 
+logger = logging.getLogger(__name__)
+
 KEY_BYTES = 32
+POLL_SECONDS = 2.0
+"""Seconds between two looks whether a keys file has changed."""
+
 ENVIRONMENT_NAME = "RAYTUNE_LLAMA_API_KEYS"
 """Environment variable with the hashes of keys, separated by commas or whitespace."""
 
 _HEX_DIGITS = 64
+
+
+class AcceptedKeys(Protocol):
+    """Which API keys are accepted."""
+
+    @property
+    def is_required(self) -> bool:
+        """Whether a request needs a key."""
+        ...
+
+    def find(self, key: str) -> str | None:
+        """Return the name of an accepted key; otherwise None."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -24,6 +45,11 @@ class ApiKeys:
 
     hashes: tuple[bytes, ...] = ()
     """SHA-256 hash of each key."""
+
+    @property
+    def is_required(self) -> bool:
+        """Whether a request needs a key."""
+        return bool(self.hashes)
 
     def find(self, key: str) -> str | None:
         """Return the name of an accepted key, the first 8 hex digits of its hash; otherwise None.
@@ -37,6 +63,77 @@ class ApiKeys:
     def __add__(self, other: "ApiKeys") -> "ApiKeys":
         """Return the union of both sets of keys."""
         return ApiKeys(tuple(dict.fromkeys(self.hashes + other.hashes)))
+
+
+class WatchedKeys:
+    """The keys of a file, which is read again when it has changed, and others.
+
+    If the file can't be read, the keys that were read last stay accepted; if it has none any more,
+    only the others are. A key is required in any case.
+    """
+
+    is_required = True
+
+    def __init__(self, path: Path, others: ApiKeys) -> None:
+        """Read the file, and start to watch it.
+
+        Args:
+            path: keys file.
+            others: keys that are accepted whatever the file has.
+
+        Raises:
+            ConfigError: as of `read_keys`.
+        """
+        self._path, self._others = path, others
+        self._seen = _stamp(path)
+        self._current = read_keys(path) + others
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="keys", daemon=True).start()
+
+    def find(self, key: str) -> str | None:
+        """Return the name of an accepted key, as `ApiKeys.find` does; otherwise None."""
+        return self._current.find(key)
+
+    def close(self) -> None:
+        """Stop watching the file."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(POLL_SECONDS):
+            seen = _stamp(self._path)
+            if seen == self._seen:
+                continue
+            self._seen = seen
+            try:
+                hashes = _read_hashes(self._path)
+            except (OSError, UnicodeDecodeError, ConfigError) as error:
+                logger.error(  # noqa: TRY400  # the message is enough
+                    "keys_file: %s has changed and can't be read; the keys that were read before "
+                    "stay accepted: %s",
+                    self._path,
+                    error,
+                )
+                continue
+            self._current = ApiKeys(hashes) + self._others
+            logger.info("keys_file: %s has changed: %d keys", self._path, len(hashes))
+
+
+def watch_keys(keys_file: str | None, others: ApiKeys) -> AcceptedKeys:
+    """Return the keys of a file that may change (None: no file), and others.
+
+    Raises:
+        ConfigError: the file can't be read or contains no hash, or has a line that is not one.
+    """
+    return others if keys_file is None else WatchedKeys(Path(keys_file), others)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Return what differs when a file was written or replaced; None if it does not exist."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def _hash_of(text: str) -> bytes | None:

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raytune_llama.config.errors import UserError
 from raytune_llama.serve.config import RequestLimits
-from raytune_llama.serve.http.keys import ApiKeys
+from raytune_llama.serve.http.keys import AcceptedKeys
 from raytune_llama.serve.http.metrics import ServeMetrics, route_path
 from raytune_llama.serve.http.rate_limit import ANONYMOUS_KEY, KEY_NAME
 from raytune_llama.serve.http.refusals import ApiError, build_api_error, build_error_response
@@ -43,7 +43,7 @@ _MAX_SHOWN_CHARACTERS = 64
 _MAX_LOGGED_FIELDS = 100
 
 
-def add_request_guard(app: FastAPI, keys: ApiKeys, limits: RequestLimits) -> None:
+def add_request_guard(app: FastAPI, keys: AcceptedKeys, limits: RequestLimits) -> None:
     """Add the guard to an application, and in front of it CORS, if other origins are allowed."""
     app.add_middleware(RequestGuardMiddleware, keys=keys, limits=limits)
     if limits.allow_origins:
@@ -65,7 +65,7 @@ class _StalledError(RuntimeError):
 class RequestGuardMiddleware:
     """Rejects requests without a key, too large or too slow; cancels those of gone clients."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, limits: RequestLimits) -> None:
+    def __init__(self, app: ASGIApp, keys: AcceptedKeys, limits: RequestLimits) -> None:
         self._app, self._keys, self._limits = app, keys, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,7 +95,7 @@ class RequestGuardMiddleware:
             return build_api_error(431, message, headers=close)
         name = self._name(headers)
         scope[KEY_NAME] = name or ANONYMOUS_KEY
-        if route_path(scope) not in PUBLIC_PATHS and self._keys.hashes and name is None:
+        if route_path(scope) not in PUBLIC_PATHS and self._keys.is_required and name is None:
             message = (
                 "Missing or incorrect API key. Provide your API key in an Authorization header "
                 "using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
@@ -110,7 +110,7 @@ class RequestGuardMiddleware:
 
     def _name(self, headers: Headers) -> str | None:
         """Return the name of the request's API key; None if missing or not accepted."""
-        if not self._keys.hashes:
+        if not self._keys.is_required:
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         name = self._keys.find(key.strip())

@@ -26,7 +26,7 @@ from raytune_llama.serve.http.description import (
     describe_error_responses,
 )
 from raytune_llama.serve.http.embeddings import EmbeddingBackend, add_embeddings
-from raytune_llama.serve.http.keys import ApiKeys
+from raytune_llama.serve.http.keys import AcceptedKeys
 from raytune_llama.serve.http.metrics import HttpMetricsMiddleware, RequestRecorder, ServeMetrics
 from raytune_llama.serve.http.page import add_page
 from raytune_llama.serve.http.rate_limit import RateLimitClient, RateLimitMiddleware
@@ -98,7 +98,7 @@ class ModelBackend(EmbeddingBackend, Protocol):
 
 def build_http_app(
     backends: Mapping[str, ModelBackend],
-    keys: ApiKeys,
+    keys: AcceptedKeys,
     limits: RequestLimits,
     *,
     metrics: ServeMetrics,
@@ -114,7 +114,7 @@ def build_http_app(
         rate_limiter: admits requests; None: no limits.
     """
     app = DescribedApp(title="raytune_llama", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.needs_keys = bool(keys.hashes)
+    app.needs_keys = keys.is_required
     app.router.route_class = build_route_class(limits.json_depth)
     add_error_handlers(app)
     _add_middleware(app, keys, limits, metrics, rate_limiter)
@@ -214,7 +214,7 @@ def _add_answers(
 
 def _add_middleware(
     app: FastAPI,
-    keys: ApiKeys,
+    keys: AcceptedKeys,
     limits: RequestLimits,
     metrics: ServeMetrics,
     rate_limiter: RateLimitClient | None,

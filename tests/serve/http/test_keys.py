@@ -1,14 +1,20 @@
+import logging
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from raytune_llama.config.settings import ConfigError
+from raytune_llama.serve.http import keys as keys_module
 from raytune_llama.serve.http.keys import (
     ENVIRONMENT_NAME,
     ApiKeys,
+    WatchedKeys,
+    append_hash,
     keys_from_environment,
     load_keys,
     make_key,
@@ -42,6 +48,60 @@ def test_file_without_hashes_is_refused_and_never_shown(tmp_path: Path, text: st
 def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"keys_file: .*nowhere"):
         read_keys(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WatchedKeys]:
+    """Keys of the file `keys`, which has one, and another key."""
+    monkeypatch.setattr(keys_module, "POLL_SECONDS", 0.02)
+    (tmp_path / "keys").write_text(FIRST[1])
+    accepted = WatchedKeys(tmp_path / "keys", ApiKeys((bytes.fromhex(OTHER[1]),)))
+    yield accepted
+    accepted.close()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+FIRST, SECOND, OTHER = make_key(), make_key(), make_key()
+
+
+def test_keys_that_are_added_to_a_file_or_deleted_count_without_a_restart(
+    tmp_path: Path, watched: WatchedKeys
+) -> None:
+    assert watched.find(FIRST[0])
+    assert not watched.find(SECOND[0])
+    append_hash(tmp_path / "keys", SECOND[1])
+    wait_until(lambda: watched.find(SECOND[0]))
+    assert watched.find(FIRST[0])
+    (tmp_path / "new").write_text(SECOND[1])
+    (tmp_path / "new").replace(tmp_path / "keys")
+    wait_until(lambda: not watched.find(FIRST[0]))
+    (tmp_path / "keys").write_text("# nobody\n")
+    wait_until(lambda: not watched.find(SECOND[0]))
+    assert watched.is_required
+    assert watched.find(OTHER[0])
+
+
+@pytest.mark.parametrize("text", ["sk-secret\n", None], ids=["no hash", "deleted"])
+def test_keys_stay_accepted_while_their_file_cannot_be_read(
+    tmp_path: Path, watched: WatchedKeys, caplog: pytest.LogCaptureFixture, text: str | None
+) -> None:
+    caplog.set_level(logging.ERROR)
+    if text is None:
+        (tmp_path / "keys").unlink()
+    else:
+        (tmp_path / "keys").write_text(text)
+    wait_until(lambda: "stay accepted" in caplog.text)
+    assert "sk-secret" not in caplog.text
+    assert watched.find(FIRST[0])
+    (tmp_path / "keys").write_text(SECOND[1])
+    wait_until(lambda: watched.find(SECOND[0]))
+    assert not watched.find(FIRST[0])
 
 
 def test_keys_of_file_and_environment_add_up(tmp_path: Path) -> None:
