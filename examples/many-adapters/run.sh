@@ -11,14 +11,14 @@ train() { # name of the rows
         "data.store_dir=stores/$1" "run_dir=runs/$1"
 }
 
-# A folder appears under its final name when it is complete: the endpoint looks for new ones.
+# The name of an adapter is a link to the folder of a version: replaced in one step, when the version is complete.
 publish() { # name of the rows, name of the adapter
-    cp -r "runs/$1/sft_lora_model" "adapters/.$2"
-    rm -rf "adapters/$2"
-    mv "adapters/.$2" "adapters/$2"
+    cp -r "runs/$1/sft_lora_model" "versions/$1"
+    ln -s "../versions/$1" "adapters/.$2"
+    mv -T "adapters/.$2" "adapters/$2"
 }
 
-mkdir -p adapters
+mkdir -p adapters versions
 for customer in bakery bicycles library; do
     train "$customer"
     publish "$customer" "$customer"
