@@ -202,6 +202,8 @@ def _train(config: "AnyTrainConfig") -> int:
     _show(f"{run.status} at step {run.step}; run directory: {run.run_dir}")
     if run.result_line is not None:
         _show(run.result_line)
+    if run.status == "stopped" and run.step > 0:
+        _show(f"to end it there, with a result: the same command with stop_step={run.step + 1}")
     return EXIT_STOPPED if run.status == "stopped" else 0
 
 

@@ -71,7 +71,9 @@ class TrainConfig:
 
     stop_step: Annotated[int, Field(ge=1)] | None = None
     """Step after which the run ends, with the learning rate schedule of the full run; null: run to
-    the end. A sweep's `best.yaml` sets it if the winning trial was stopped early."""
+    the end. It may change while the run has not ended: an interrupted run that is resumed with the
+    step after its newest checkpoint ends there and has its result. A sweep's `best.yaml` sets it if
+    the winning trial was stopped early."""
 
     seed: Annotated[int, Field(ge=0)] = 1
     """Random seed of the adapter's initialization, the order of the sequences and dropout."""

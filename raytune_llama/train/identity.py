@@ -26,6 +26,7 @@ from raytune_llama.model.adapter_lineage import fingerprint_model
 from raytune_llama.storage.directories import fetched
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import hash_tokenizer, load_tokenizer
+from raytune_llama.train.checkpoint.layout import checkpoint_step, list_checkpoints
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.export import (
     fingerprint_adapter,
@@ -103,7 +104,8 @@ def check_identity(place: Place, now: Mapping[str, Any], *, field: str = "run_di
 def check_run(config: AnyTrainConfig, now: Mapping[str, Any]) -> None:
     """Refuse to resume a run with other settings or inputs; see `check_identity`.
 
-    A run with `max_steps: 0` has trained nothing, so that it may be continued to any step.
+    A run with `max_steps: 0` has trained nothing, so that it may be continued to any step. One that
+    has not ended may end at another `stop_step`, since its steps until then are the same.
 
     Args:
         config: config of the run, with absolute paths.
@@ -119,6 +121,16 @@ def check_run(config: AnyTrainConfig, now: Mapping[str, Any]) -> None:
     old, new = then["config"], now["config"]
     if old.get("max_steps") == 0:
         then = {**then, "config": old | {field: new[field] for field in _HORIZON}}
+    elif read_result(config) is None:
+        newest = max(map(checkpoint_step, list_checkpoints(config.run_place)), default=0)
+        if config.stop_step is not None and config.stop_step <= newest:
+            raise ConfigError(
+                [
+                    f"stop_step: got {config.stop_step}, but the run's newest checkpoint is of "
+                    f"step {newest}; set it to {newest + 1} or more"
+                ]
+            )
+        then = {**then, "config": old | {"stop_step": config.stop_step}}
     problems = _find_changes(config.run_place, then, now, "run_dir")
     if problems and (new["max_steps"] == 0 or _is_longer(old, new)):
         purpose = "evaluate its result" if new["max_steps"] == 0 else "train longer"

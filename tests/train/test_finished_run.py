@@ -12,6 +12,7 @@ from raytune_llama.config.settings import ConfigError, override, to_dict
 from raytune_llama.config.yaml12 import read_value
 from raytune_llama.data.build.preparation import describe_inputs, open_data
 from raytune_llama.data.store.manifest import fingerprint_of
+from raytune_llama.model.lora import ADAPTER_WEIGHTS
 from raytune_llama.storage.files import read_json, write_json_atomic
 from raytune_llama.storage.place import Place
 from raytune_llama.train.config import PretrainConfig
@@ -22,6 +23,7 @@ from raytune_llama.train.monitoring.metrics import (
     EVAL_LOSS,
     EVAL_TEXT_BITS_PER_BYTE,
 )
+from raytune_llama.train.result import RunResult
 from raytune_llama.train.trainer import run_training
 from tests.train.conftest import (
     MakeConfig,
@@ -225,8 +227,6 @@ def test_longer_run_is_refused_with_the_overrides_that_train_its_result_further(
     ("before", "after", "named"),
     [
         ({"max_steps": None, "num_epochs": 1.0}, {"num_epochs": 2.5}, {"num_epochs": 1.5}),
-        ({"max_steps": 8, "stop_step": 5}, {"stop_step": None}, {"max_steps": 3}),
-        ({"max_steps": 8, "stop_step": 2}, {"stop_step": 5}, {"max_steps": 3, "stop_step": None}),
         ({"max_steps": 6}, {"max_steps": 0}, {}),
     ],
 )
@@ -245,6 +245,56 @@ def test_run_of_another_length_is_refused_with_the_steps_that_are_missing(
     assert "finish this run" in caught.value.problems[-1]
     if after.get("max_steps") == 0:
         assert "to evaluate its result" in caught.value.problems[-1]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ({"max_steps": 4, "stop_step": 3}, {"stop_step": None}, {"max_steps": 1}),
+        ({"max_steps": 6, "stop_step": 2}, {"stop_step": 3}, {"max_steps": 1, "stop_step": None}),
+    ],
+)
+def test_finished_run_with_another_stop_step_is_refused_with_the_steps_that_are_missing(
+    make_finished: MakeFinished,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    named: dict[str, Any],
+) -> None:
+    config = make_finished(**before)
+    values = overrides_in(problems_of_start(override(config, after)))
+    assert {field: values[field] for field in values if "step" in field} == named
+
+
+def test_interrupted_run_may_end_at_another_step_and_equals_one_that_was_to_end_there(
+    make_config: MakeConfig,
+) -> None:
+    alone = make_config("alone", max_steps=8, stop_step=5)
+    run_here(alone)
+    config = make_config("early", max_steps=8)
+    write_identity(config, identify(config))
+    run_here(config, stop_after=4)
+    early = override(config, {"stop_step": 5})
+    check_run(early, identify(early))
+    write_identity(early, identify(early))
+    assert run_here(early) == RunResult("finished", 5)
+    weights = [Path(one.run_dir, one.result_name, ADAPTER_WEIGHTS) for one in (early, alone)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert curve(early, EVAL_LOSS) == curve(alone, EVAL_LOSS)
+    # It has ended now.
+    with pytest.raises(ConfigError, match="to train longer"):
+        check_run(config, identify(config))
+
+
+def test_run_cannot_end_before_its_newest_checkpoint(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=8)
+    write_identity(config, identify(config))
+    run_here(config, stop_after=4)
+    early = override(config, {"stop_step": 4})
+    with pytest.raises(ConfigError) as caught:
+        check_run(early, identify(early))
+    assert caught.value.problems == [
+        "stop_step: got 4, but the run's newest checkpoint is of step 4; set it to 5 or more"
+    ]
 
 
 def test_shorter_run_is_refused_without_a_way_to_continue(make: MakeConfig) -> None:

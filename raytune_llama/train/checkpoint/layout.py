@@ -129,6 +129,11 @@ def checkpoint_path(run_dir: Place, step: int) -> Place:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
+def checkpoint_step(path: Place) -> int:
+    """Return the step of a checkpoint's directory."""
+    return int(path.name.rpartition("-")[2])
+
+
 def unfinished_place(run_dir: Place, step: int, attempt: str) -> Place:
     """Return where a checkpoint's files are written: in object storage, its final place.
 
