@@ -25,6 +25,11 @@ _DEVELOPER_WARNINGS = (FutureWarning, DeprecationWarning)
 _LIBRARIES = r"(accelerate|deepspeed|huggingface_hub|peft|ray|torch|transformers)\b"
 
 
+# Ray's notice that a local cluster has token authentication, which is as it should be. Its warning
+# that a cluster has none comes from the same logger and stays.
+_AUTH_LOGGER = "ray._private.authentication.authentication_token_setup"
+_AUTH_NOTICE = "Token authentication is enabled"
+
 WAIT_SECONDS = 2.0
 """Seconds after which something that is waited for is logged."""
 
@@ -66,6 +71,10 @@ class LineFormatter(logging.Formatter):
         return f"{record.asctime} {part}: {message}"
 
 
+def _is_no_token_notice(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_AUTH_NOTICE)
+
+
 def setup_logging(level: str = "info") -> None:
     """Log to stderr: this package from `level` up, libraries from warnings up.
 
@@ -86,6 +95,7 @@ def setup_logging(level: str = "info") -> None:
     for handler in root.handlers[:]:
         if isinstance(handler.formatter, LineFormatter):
             root.removeHandler(handler)
+    logging.getLogger(_AUTH_LOGGER).addFilter(_is_no_token_notice)
     for category in _DEVELOPER_WARNINGS:
         warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
     # Read by transformers and huggingface_hub when they are imported.

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from ray._private.authentication import authentication_token_setup
 
 from raytune_llama.logs import setup_logging, waiting
 
@@ -58,6 +59,16 @@ def test_libraries_are_heard_from_warnings_on(
     setup_logging("debug")
     logging.getLogger(library).info("news")
     assert capsys.readouterr().err == ""
+
+
+def test_notice_that_ray_asks_for_tokens_is_hidden_and_the_warning_that_it_does_not_stays(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    setup_logging()
+    authentication_token_setup._warn_token_auth_enabled()
+    assert not caplog.records
+    authentication_token_setup._warn_token_auth_disabled()
+    assert "Token authentication is disabled" in caplog.text
 
 
 def test_second_setup_replaces_the_first(capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,6 +66,8 @@ def serve_until_interrupted(config: EndpointConfig, announce: Callable[[str], ob
 
         from raytune_llama.serve.app import build_apps
 
+        # Its import has set the level to INFO.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
             # Proxies start while this process checks the models and the replicas load them.
             options = {"host": config.host, "port": config.port}

@@ -136,10 +136,12 @@ def write_data(folder: Path) -> None:
     def sentence() -> str:
         return " ".join(draw.choices(words, k=draw.randint(5, 30)))
 
-    for name in ("text", "chat"):
+    for name in ("text", "chat", "held-out"):
         (folder / name).mkdir(parents=True)
     lines = "".join(f"{sentence()}\n" for _ in range(300))
     (folder / "text" / "wiki.txt").write_text(lines)
+    (folder / "held-out" / "news.txt").write_text("".join(f"{sentence()}\n" for _ in range(30)))
+    (folder / "prompts.txt").write_text(f"{sentence()}\n")
     rows = "".join(json.dumps({"text": sentence()}) + "\n" for _ in range(300))
     (folder / "text" / "web.jsonl").write_text(rows)
     chats = [{"instruction": sentence(), "input": "", "output": sentence()} for _ in range(300)]
