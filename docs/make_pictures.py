@@ -26,8 +26,11 @@ from playwright.sync_api import Browser, sync_playwright
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 PICTURES: Final = ROOT / "docs" / "pictures"
+PACKED_SWEEP: Final = ROOT / "examples" / "packed-sweep"
 MAX_BYTES: Final = 250_000
 WAIT_SECONDS: Final = 60
+SETTLE_SECONDS: Final = 10
+"""Wait for TensorBoard's charts, which are drawn one after the other."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Picture:
     """A picture of a result."""
 
     job: str
-    """Verb whose default config makes the result."""
+    """Arguments of `raytune` that make the result in the demo's folder."""
 
     file: str
     """The result in the demo's folder: a picture, a page, or a folder of TensorBoard's events."""
@@ -48,20 +51,22 @@ PICTURES_BY_NAME: Final = {
     "loss": Picture("pretrain", "runs/demo/loss.png"),
     "store": Picture("pretrain", "stores/demo/report.html"),
     "tensorboard": Picture("pretrain", "runs/demo/tensorboard"),
-    "sweep": Picture("sweep", "runs/sweep/sweep.html"),
+    "sweep": Picture(
+        f"sweep {PACKED_SWEEP}/sweep.yaml base={PACKED_SWEEP}/sft.yaml", "sweep/sweep.html"
+    ),
     "evaluation": Picture("evaluate", "runs/evaluation/report.html"),
 }
 
 
-def run_job(folder: Path, verb: str) -> None:
-    """Run a verb with its default config in a folder.
+def run_job(folder: Path, job: str) -> None:
+    """Run `raytune` with the arguments of a job in a folder.
 
     Raises:
         CalledProcessError: it has failed.
     """
-    print(f"raytune {verb}")
+    print(f"raytune {job}")
     program = shutil.which("raytune") or "raytune"
-    subprocess.run([program, verb], cwd=folder, check=True)  # noqa: S603
+    subprocess.run([program, *job.split()], cwd=folder, check=True)  # noqa: S603
 
 
 @contextlib.contextmanager
@@ -70,7 +75,7 @@ def tensorboard(events: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(events.parent)]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(events.parent.parent)]
     command += ["--port", str(port), "--load_fast", "false"]
     process = subprocess.Popen(command)  # noqa: S603
     try:
@@ -85,11 +90,15 @@ def tensorboard(events: Path) -> Iterator[str]:
         process.wait()
 
 
-def take_page(browser: Browser, url: str, height: int, settle_seconds: float = 0.5) -> bytes:
+def take_page(browser: Browser, url: str, height: int, *, is_tensorboard: bool = False) -> bytes:
     """Return a picture of the top of a page."""
     page = browser.new_page(viewport={"width": 1180, "height": height})
     page.goto(url)
-    page.wait_for_timeout(settle_seconds * 1000)
+    if is_tensorboard:
+        page.wait_for_timeout(SETTLE_SECONDS * 1000)
+        page.locator("input[placeholder^='Filter tags']").fill("eval/bits|train/(loss|lr|grad)")
+        page.get_by_label("Toggle settings side pane").click()
+        page.wait_for_timeout(SETTLE_SECONDS * 1000)
     content = page.screenshot()
     page.close()
     return content
@@ -113,7 +122,7 @@ def take(browser: Browser, folder: Path, name: str) -> None:
         content = result.read_bytes()
     elif result.is_dir():
         with tensorboard(result) as url:
-            content = take_page(browser, url, picture.height, settle_seconds=10)
+            content = take_page(browser, url, picture.height, is_tensorboard=True)
     else:
         content = take_page(browser, result.resolve().as_uri(), picture.height)
     write_small(content, PICTURES / f"{name}.png")

@@ -54,7 +54,7 @@ class LengthBin(NamedTuple):
     def label(self) -> str:
         """The lengths of the bin, for people."""
         first = 1 << self.power
-        return f"{first:,} to {2 * first - 1:,}"
+        return "1" if first == 1 else f"{first:,} to {2 * first - 1:,}"
 
 
 @dataclass

@@ -188,8 +188,8 @@ def _lengths(manifest: Manifest, table: LengthTable) -> str:
         rows.append([row.label, kept, *longer, *moved, _bar(row.documents, most)])
         left -= row.documents
     if not is_chat:
-        return _table(["tokens, without BOS and EOS", "documents", "so long or longer", ""], rows)
-    head = ["tokens", "in the store", "so long or longer", "cut from", "left out", ""]
+        return _table(["tokens, without BOS and EOS", "documents", "this long or longer", ""], rows)
+    head = ["tokens", "in the store", "this long or longer", "cut from", "left out", ""]
     return f"<p>{_limit(manifest.inputs['chat'])}</p>{_table(head, rows)}"
 
 
