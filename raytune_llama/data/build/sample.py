@@ -50,11 +50,14 @@ class HeadRow:
 
     @property
     def place(self) -> str:
-        """File and line of the row, for people; for text, the offset."""
+        """File and line of the row, for people; for text, the offset, for a JSON array both."""
         if self.line is None:
             return f"{self.file.name} at {self.file.options.offset_unit} {self.offset}"
         unit = "row" if self.file.options.is_table else "line"
-        return f"{self.file.name}, {unit} {self.line}"
+        place = f"{self.file.name}, {unit} {self.line}"
+        # A whole array is often on one line.
+        is_array = self.file.options.format == "json"
+        return f"{place}, byte {self.offset}" if is_array else place
 
 
 def read_heads(

@@ -72,6 +72,18 @@ def test_head_row_place_has_the_line_of_the_file(tmp_path: Path, tokenizer_dir: 
     assert [row.place for row in head] == [f"a.jsonl, line {line}" for line in (1, 3, 4)]
 
 
+def test_head_row_place_in_an_array_has_the_byte_too(tmp_path: Path, tokenizer_dir: Path) -> None:
+    row = {"instruction": "a", "output": "b"}
+    text = json.dumps([row, row])
+    (tmp_path / "a.jsonl").write_text(text)
+    (head,) = heads_of(chat_config(tmp_path), tokenizer_dir, 1)
+    places = [
+        f"a.jsonl, line 1, byte {text.index('{')}",
+        f"a.jsonl, line 1, byte {text.rindex('{')}",
+    ]
+    assert [row.place for row in head] == places
+
+
 def chat_config(tmp_path: Path, **chat: Any) -> ChatDataConfig:  # noqa: ANN401
     data = {
         "sources": [{"path": str(tmp_path / "a.jsonl")}],
