@@ -52,7 +52,9 @@ PICTURES_BY_NAME: Final = {
     "store": Picture("pretrain", "stores/demo/report.html"),
     "tensorboard": Picture("pretrain", "runs/demo/tensorboard"),
     "sweep": Picture(
-        f"sweep {PACKED_SWEEP}/sweep.yaml base={PACKED_SWEEP}/sft.yaml", "sweep/sweep.html"
+        f"sweep {PACKED_SWEEP}/sweep.yaml base={PACKED_SWEEP}/sft.yaml",
+        "sweep/sweep.html",
+        height=1000,
     ),
     "evaluation": Picture("evaluate", "runs/evaluation/report.html"),
 }
