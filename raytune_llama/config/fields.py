@@ -98,16 +98,29 @@ def suggest_field(cls: type[Any], parents: Sequence[str], name: str) -> str:
         parents: Path of the mapping with the unknown name, including list indices and keys.
         name: The unknown name.
     """
-    classes = _classes_at(cls, parents)
-    siblings = [sibling for owner in classes for sibling in fields_of(owner)]
-    if close := difflib.get_close_matches(name, siblings, n=1):
-        return f"did you mean {'.'.join((*parents, *close))}?"
+    if close := closest_field(cls, parents, name):
+        return f"did you mean {'.'.join((*parents, close))}?"
     # The other common mistake: a correct name in the wrong section.
     leaves = {path.rpartition(".")[2]: path for path, _ in walk_fields(cls)}
-    if close := difflib.get_close_matches(name, leaves, n=1, cutoff=0.8):
-        return f"did you mean {leaves[close[0]]}?"
+    if match := difflib.get_close_matches(name, leaves, n=1, cutoff=0.8):
+        return f"did you mean {leaves[match[0]]}?"
+    classes = _classes_at(cls, parents)
+    siblings = [sibling for owner in classes for sibling in fields_of(owner)]
     owners = " or ".join(owner.__name__ for owner in classes)
     return f"{owners} has {', '.join(siblings)}"
+
+
+def closest_field(cls: type[Any], parents: Sequence[str], name: str) -> str | None:
+    """Return the field of the mapping at a path whose name is like an unknown one, if any.
+
+    Args:
+        cls: Root settings class.
+        parents: Path of the mapping with the unknown name, as of `suggest_field`.
+        name: The unknown name.
+    """
+    siblings = [sibling for owner in _classes_at(cls, parents) for sibling in fields_of(owner)]
+    close = difflib.get_close_matches(name, siblings, n=1)
+    return close[0] if close else None
 
 
 def _classes_at(cls: type[Any], path: Sequence[str]) -> list[type[Any]]:

@@ -16,9 +16,11 @@ mistake of both is reported at once, in one `ConfigError`. How YAML is read is i
 """
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -95,9 +97,10 @@ class Fingerprinted:
 
 
 FINGERPRINTED: Final = Fingerprinted()
-"""Marks a field that a run compares in a way of its own, such as by a token store's fingerprint.
+"""Marks a field that is compared in a way of its own on a resume, as by a store's fingerprint.
 
-`identity` leaves it out; on a resume only what is marked `PLACEMENT` inside may change.
+It stands beside `PLACEMENT`, or below a field with that marker: what it marks may not change, but
+for what is marked `PLACEMENT` inside.
 """
 
 
@@ -261,10 +264,9 @@ def override(config: T, values: Mapping[str, Any]) -> T:
 
 
 def identity(config: object) -> dict[str, Any]:
-    """Return the fields that make a run what it is: nested plain data without marked fields.
+    """Return the fields that make a run what it is: nested plain data without `PLACEMENT` fields.
 
-    `PLACEMENT` and `FINGERPRINTED` are the marks. A run is resumed only if the fields are equal to
-    those that it was started with.
+    A run is resumed only if these are equal to what it was started with.
     """
     return _without_placement(config, to_dict(config))
 
@@ -345,7 +347,9 @@ def _validate(cls: type[T], data: Mapping[str, Any], problems: list[str]) -> T:
         config = pydantic.TypeAdapter(cls).validate_json(text)
     except pydantic.ValidationError as error:
         plain = pydantic_core.from_json(text)
-        raise ConfigError([*problems, *_problem_lines(cls, plain, error)]) from None
+        problems = [*problems, *_problem_lines(cls, plain, error)]
+        problems += [line for line in _relation_lines(cls, plain, error) if line not in problems]
+        raise ConfigError(problems) from None
     if problems:
         raise ConfigError(problems)
     return config
@@ -440,6 +444,41 @@ def _problem_lines(
     return [start + " or ".join(dict.fromkeys(texts)) for start, texts in wanted.items()]
 
 
+def _relation_lines(
+    cls: type[Any], data: dict[str, Any], error: pydantic.ValidationError
+) -> list[str]:
+    """Return what is wrong between fields, of a config in which other fields are wrong.
+
+    pydantic looks at relations only once every field is right. So wrong values are left out here,
+    and misspelt fields get their right names; relations that such a field takes part in are not
+    known.
+    """
+    touched: set[str] = set()
+    repaired = copy.deepcopy(data)
+    for detail in error.errors(include_url=False):
+        *parents, last = fields.path_of_error(data, detail) or [""]
+        here: Any = repaired
+        for key in parents:
+            here = here.get(key) if isinstance(here, dict) else None
+        if not isinstance(here, dict) or last not in here or "error" in detail.get("ctx", {}):
+            continue
+        value = here.pop(last)
+        touched.add(last)
+        if detail["type"] == "unexpected_keyword_argument":
+            meant = fields.closest_field(cls, parents, last)
+            if meant is not None:
+                here[meant] = value if here.get(meant) is None else here[meant]
+                touched.add(meant)
+    try:
+        pydantic.TypeAdapter(cls).validate_json(pydantic_core.to_json(repaired))
+    except pydantic.ValidationError as second:
+        details = second.errors(include_url=False)
+        causes = [detail.get("ctx", {}).get("error") for detail in details]
+        lines = _problem_lines(cls, repaired, second) if all(causes) else []
+        return [line for line in lines if not touched & set(re.findall(r"\w+", line))]
+    return []
+
+
 def _wanted_text(detail: pydantic_core.ErrorDetails) -> str:
     """Return what a field takes, in words."""
     words = {"bool_type": "true or false", "dataclass_type": "a mapping of fields to values"}
@@ -454,12 +493,12 @@ def _short(value: object) -> str:
 
 
 def _without_placement(value: object, plain: Any) -> Any:  # noqa: ANN401 (any JSON type)
-    """Drop from `plain`, the dump of `value`, what `PLACEMENT` or `FINGERPRINTED` marks."""
+    """Drop from `plain`, the dump of `value`, what `PLACEMENT` marks."""
     if fields.is_settings(type(value)):
         return {
             name: _without_placement(getattr(value, name), plain[name])
             for name, field in fields.fields_of(type(value)).items()
-            if not {PLACEMENT, FINGERPRINTED} & set(field.metadata)
+            if PLACEMENT not in field.metadata
         }
     if isinstance(value, tuple | list):
         return [_without_placement(*pair) for pair in zip(value, plain, strict=True)]

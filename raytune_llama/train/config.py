@@ -210,7 +210,7 @@ class PretrainConfig(TrainConfig):
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     """Embedding tables that `train: embeddings` trains."""
 
-    data: Annotated[DataConfig, FINGERPRINTED]
+    data: Annotated[DataConfig, PLACEMENT, FINGERPRINTED]
     """Text and token store. A resumed run needs the same store fingerprint and source weights."""
 
     batch: TextBatchConfig = TextBatchConfig()
@@ -250,7 +250,7 @@ class SftConfig(TrainConfig):
     train: Literal["lora", "full"] = "lora"
     """Trained parameters: an adapter (and `lora.modules_to_save`), or every weight."""
 
-    data: Annotated[ChatDataConfig, FINGERPRINTED]
+    data: Annotated[ChatDataConfig, PLACEMENT, FINGERPRINTED]
     """Conversations and token store. A resumed run needs the same store fingerprint and source
     weights."""
 

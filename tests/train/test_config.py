@@ -290,3 +290,23 @@ def test_fields_that_may_change_on_resume_are_inherited_but_not_through_what_is_
     assert not fixed & placed
     marked = [line for line in describe(SftConfig).splitlines() if "may change on resume" in line]
     assert {line.partition(":")[0] for line in marked} == placed
+
+
+def test_relations_are_checked_although_other_fields_are_wrong() -> None:
+    either = "max_steps: set either max_steps or num_epochs, and the other to null"
+    assert problems_of(lora__rnk=16, max_steps=None) == [
+        "lora.rnk: no such field; did you mean lora.rank?",
+        either,
+    ]
+    problems = problems_of(optim__learning_rate="fast", max_steps=None)
+    assert problems == ["optim.learning_rate: got 'fast', wanted a valid number", either]
+
+
+def test_relations_of_a_field_that_is_wrong_itself_are_not_guessed() -> None:
+    assert problems_of(max_steps="fast") == ["max_steps: got 'fast', wanted a valid integer"]
+    assert problems_of(max_steps=None, max_stpes=24) == [
+        "max_stpes: no such field; did you mean max_steps?"
+    ]
+    assert problems_of(batch__sequences_per_step="many", scale__num_workers=16) == [
+        "batch.sequences_per_step: got 'many', wanted a valid integer"
+    ]
