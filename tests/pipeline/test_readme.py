@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline.conftest import ROOT, own_cluster
+from tests.serve.tiny_chat import write_chat_model
 from tests.train.conftest import WORDS
 
-SMALL = ["data.chat.template=alpaca", "batch.sequence_tokens=64", "max_steps=4"]
-"""Overrides for a model of a few thousand parameters, whose tokenizer has no template."""
+SMALL = ["batch.sequence_tokens=256", "max_steps=4"]
+"""Overrides for a model of a few thousand parameters."""
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_config_of_the_readme_trains_and_the_same_command_finds_it_finished(
-    tmp_path: Path, job_inputs: Path
+    tmp_path: Path, tokenizer_dir: Path
 ) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     config = re.search(r"^```yaml\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
@@ -29,7 +30,12 @@ def test_config_of_the_readme_trains_and_the_same_command_finds_it_finished(
     assert command
     (tmp_path / "reviews.yaml").write_text(config[1], encoding="utf-8")
     (tmp_path / "demo" / "instructions").mkdir(parents=True)
-    (tmp_path / "demo" / "model").symlink_to(job_inputs / "model")
+    write_chat_model(
+        tmp_path / "demo" / "model",
+        tokenizer_dir,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
     write_conversations(tmp_path / "demo" / "instructions" / "reviews.jsonl")
 
     arguments = [*shlex.split(command[1], comments=True), *SMALL]
