@@ -45,7 +45,7 @@ def test_config_of_the_readme_trains_and_the_same_command_finds_it_finished(
             raytune, cwd=tmp_path, env=own_cluster(), capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-        assert "finished at step 4; run directory: runs/reviews" in done.stdout
+        assert f"finished at step 4; run directory: {tmp_path / 'runs/reviews'}\n" in done.stdout
     assert (tmp_path / "runs/reviews/sft_lora_model/adapter_model.safetensors").is_file()
 
 
