@@ -99,7 +99,7 @@ class Fingerprinted:
 FINGERPRINTED: Final = Fingerprinted()
 """Marks a field that is compared in a way of its own on a resume, as by a store's fingerprint.
 
-It stands beside `PLACEMENT`, or below a field with that marker: what it marks may not change, but
+It is beside `PLACEMENT`, or below a field with that marker: what it marks may not change, but
 for what is marked `PLACEMENT` inside.
 """
 
