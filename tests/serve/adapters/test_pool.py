@@ -130,6 +130,24 @@ def test_first_request_after_a_new_version_was_written_gets_it(make_adapters: Ma
     run(main)
 
 
+def test_version_is_published_by_replacing_a_link(make_adapters: MakeAdapters) -> None:
+    adapters = make_adapters()
+    for seed in (1, 2):
+        adapters.write(f"version-{seed}", seed=seed)
+    old, new = (adapters.wanted(f"version-{seed}") for seed in (1, 2))
+    link = adapters.folder / "poet"
+
+    async def main() -> None:
+        link.symlink_to("version-1")
+        assert await adapters.text("poet") == old
+        (adapters.folder / ".poet").symlink_to("version-2")
+        (adapters.folder / ".poet").replace(link)
+        await asyncio.sleep(LISTING_TTL_SECONDS)
+        assert await adapters.text("poet") == new != old
+
+    run(main)
+
+
 def test_old_version_answers_while_a_new_one_takes_too_long_to_load(
     make_adapters: MakeAdapters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
