@@ -1,15 +1,17 @@
 """Whole sweeps whose trials train in packs, on a tiny model."""
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from raytune_llama.config.settings import from_dict, load, override, write_yaml
 from raytune_llama.storage.place import Place
@@ -69,6 +71,17 @@ def make_sweep(tmp_path: Path, make_job: MakeJob) -> MakeSweep:
     return make
 
 
+@contextlib.contextmanager
+def threads_of_a_worker(config: PretrainConfig) -> Iterator[None]:
+    """Compute with as many threads as a worker of the run: another number rounds differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.scale.cpus_per_worker)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def assert_same_trials(
     sweep: SweepConfig,
     tmp_path: Path,
@@ -89,7 +102,8 @@ def assert_same_trials(
         step = trials[number].step
         end = {} if step == config.max_steps else {"stop_step": step}
         alone = override(config, {"run_dir": str(tmp_path / "alone" / str(number)), **end})
-        repeat(alone)
+        with threads_of_a_worker(config):
+            repeat(alone)
         for name in (LOSS, EVAL_LOSS, GRAD_NORM):
             packed = curve(trial_dir(sweep.place, number), name)
             kept = {at: value for at, value in packed.items() if at <= step}
