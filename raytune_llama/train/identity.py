@@ -26,7 +26,7 @@ from raytune_llama.model.adapter_lineage import fingerprint_model
 from raytune_llama.storage.directories import fetched
 from raytune_llama.storage.place import Place
 from raytune_llama.tokenizer.loader import hash_tokenizer, load_tokenizer
-from raytune_llama.train.checkpoint.layout import checkpoint_step, list_checkpoints
+from raytune_llama.train.checkpoint.layout import newest_checkpoint_step
 from raytune_llama.train.config import AnyTrainConfig, PretrainConfig
 from raytune_llama.train.export import (
     fingerprint_adapter,
@@ -121,8 +121,8 @@ def check_run(config: AnyTrainConfig, now: Mapping[str, Any]) -> None:
     old, new = then["config"], now["config"]
     if old.get("max_steps") == 0:
         then = {**then, "config": old | {field: new[field] for field in _HORIZON}}
-    elif read_result(config) is None:
-        newest = max(map(checkpoint_step, list_checkpoints(config.run_place)), default=0)
+    elif config.stop_step != old.get("stop_step") and read_result(config) is None:
+        newest = newest_checkpoint_step(config.run_place)
         if config.stop_step is not None and config.stop_step <= newest:
             raise ConfigError(
                 [

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,17 @@ def test_interrupted_run_may_end_at_another_step_and_equals_one_that_was_to_end_
     # It has ended now.
     with pytest.raises(ConfigError, match="to train longer"):
         check_run(config, identify(config))
+
+
+def test_run_that_was_killed_between_its_last_checkpoint_and_its_result_is_resumed(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config(max_steps=8, stop_step=4)
+    write_identity(config, identify(config))
+    run_here(config, stop_after=4)
+    shutil.rmtree(Path(config.run_dir, config.result_name))
+    check_run(config, identify(config))
+    assert run_here(config) == RunResult("finished", 4)
 
 
 def test_run_cannot_end_before_its_newest_checkpoint(make_config: MakeConfig) -> None:

@@ -129,11 +129,6 @@ def checkpoint_path(run_dir: Place, step: int) -> Place:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def checkpoint_step(path: Place) -> int:
-    """Return the step of a checkpoint's directory."""
-    return int(path.name.rpartition("-")[2])
-
-
 def unfinished_place(run_dir: Place, step: int, attempt: str) -> Place:
     """Return where a checkpoint's files are written: in object storage, its final place.
 
@@ -165,6 +160,12 @@ def list_checkpoints(run_dir: Place) -> list[Place]:
         for path in (run_dir / "checkpoints").folders()
         if CHECKPOINT_NAME.fullmatch(path.name) and is_published(path, CHECKPOINT_MANIFEST)
     ]
+
+
+def newest_checkpoint_step(run_dir: Place) -> int:
+    """Return the step of the run's newest checkpoint, intact or not; 0 if there is none."""
+    paths = list_checkpoints(run_dir)
+    return int(paths[-1].name.rpartition("-")[2]) if paths else 0
 
 
 def check_checkpoint(

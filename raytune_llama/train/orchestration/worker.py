@@ -147,9 +147,9 @@ def newest_step(run_dir: Place, assignments: Any = None) -> int:  # noqa: ANN401
         run_dir: directory of the run.
         assignments: for a pack, its `PackAssignments`: the steps of its runs are added up.
     """
-    from raytune_llama.train.checkpoint.layout import checkpoint_step, list_checkpoints
+    from raytune_llama.train.checkpoint.layout import newest_checkpoint_step
 
     if assignments is not None:
         folders = ray.get(assignments.run_dirs.remote(), timeout=CHANNEL_TIMEOUT_SECONDS)
         return sum(map(newest_step, folders))
-    return max(map(checkpoint_step, list_checkpoints(run_dir)), default=0)
+    return newest_checkpoint_step(run_dir)
