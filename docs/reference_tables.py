@@ -205,11 +205,9 @@ def log_messages(source: str) -> Iterator[tuple[str, str]]:
     """
     tree = ast.parse(source)
     named = {
-        name.id: value
+        node.targets[0].id: node.value
         for node in ast.walk(tree)
-        if isinstance(node, ast.Assign)
-        for name, value in [(node.targets[0], node.value)]
-        if isinstance(name, ast.Name)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     }
     for node in ast.walk(tree):
         match node:

@@ -54,9 +54,10 @@ def connect_to_ray() -> Iterator[None]:
 
 def is_on_cluster() -> bool:
     """Whether `connect_to_ray` connects to a cluster that exists already."""
-    address = os.environ.get("RAY_ADDRESS")
-    if ray.is_initialized() or address:
-        return ray.is_initialized() or address != "local"
+    if ray.is_initialized():
+        return True
+    if address := os.environ.get("RAY_ADDRESS"):
+        return address != "local"
     started_here = _cluster_started_here()
     return started_here is not None and _refusal(started_here) is None
 

@@ -467,8 +467,9 @@ def _relation_lines(
         if detail["type"] == "unexpected_keyword_argument":
             meant = fields.closest_field(cls, parents, last)
             if meant is not None:
-                here[meant] = value if here.get(meant) is None else here[meant]
                 touched.add(meant)
+                if here.get(meant) is None:
+                    here[meant] = value
     try:
         pydantic.TypeAdapter(cls).validate_json(pydantic_core.to_json(repaired))
     except pydantic.ValidationError as second:

@@ -118,14 +118,15 @@ def _check(config: EndpointConfig) -> None:
             address that other hosts reach.
         UserError: the port is in use.
     """
+    joins = is_on_cluster()
     problems = [
         f"models.{number}.path: {text}"
         for number, model in enumerate(config.models)
-        for text in check_model_path(model.path, may_be_remote=is_on_cluster())
+        for text in check_model_path(model.path, may_be_remote=joins)
     ]
     if problems:
         raise ConfigError(problems)
-    if not is_on_cluster():
+    if not joins:
         check_port(config.host, config.port)
     keys = read_key_hashes(config.keys_file)
     if not keys.hashes and not is_loopback(config.host):

@@ -24,13 +24,12 @@ from raytune_llama.serve.errors import EngineError, UnknownModelError
 from raytune_llama.serve.http.keys import (
     AcceptedKeys,
     ApiKeys,
-    keys_from_environment,
     watch_keys,
 )
 from raytune_llama.serve.http.page import add_page
 from raytune_llama.serve.http.refusals import add_error_handlers
 from raytune_llama.serve.http.request_guard import add_request_guard, read_json
-from raytune_llama.serve.proxy import check_exposure, proxy_host, proxy_url, read_key_hashes
+from raytune_llama.serve.proxy import check_exposure, proxy_host, proxy_url
 
 GATEWAY_NAME = "gateway"
 """Name of the application and of its deployment."""
@@ -195,8 +194,8 @@ class GatewayReplica:
         """
         setup_logging()
         self._config = config
-        check_exposure(proxy_host(), read_key_hashes(config.keys_file) + built_with)
-        self._keys = watch_keys(config.keys_file, keys_from_environment(os.environ) + built_with)
+        self._keys = watch_keys(config.keys_file, os.environ, built_with)
+        check_exposure(proxy_host(), self._keys)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application, which Ray Serve calls directly."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from raytune_llama.config.errors import UserError
 from raytune_llama.config.settings import ConfigError
 from raytune_llama.serve.config import ProxyChoice, RequestLimits
-from raytune_llama.serve.http.keys import ApiKeys, load_keys
+from raytune_llama.serve.http.keys import AcceptedKeys, ApiKeys, load_keys
 
 HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
 """Variable that has Ray Serve use HAProxy; `1`: yes."""
@@ -218,7 +218,7 @@ def is_loopback(host: str | None) -> bool:
 
 def check_exposure(
     host: str | None,
-    keys: ApiKeys,
+    keys: AcceptedKeys,
     environment: Mapping[str, str] = os.environ,
     machines: Sequence[str] | None = None,
 ) -> None:
@@ -235,7 +235,7 @@ def check_exposure(
             HAProxy's own ports are open; or HAProxy could not reach replicas on other machines.
     """
     uses_haproxy = environment.get(HAPROXY_SWITCH) == "1"
-    if not keys.hashes and not is_loopback(host):
+    if not keys.is_required and not is_loopback(host):
         raise ConfigError(
             [
                 f"keys_file: not set, but the proxy listens on {host or 'an unknown address'}, "
@@ -243,7 +243,7 @@ def check_exposure(
                 "http_options.host to 127.0.0.1"
             ]
         )
-    if not keys.hashes and uses_haproxy and not _is_wrapped(environment):
+    if not keys.is_required and uses_haproxy and not _is_wrapped(environment):
         raise ConfigError(
             [
                 f"keys_file: not set, but HAProxy's statistics and metrics listen on all "

@@ -9,10 +9,10 @@ from ray.serve import metrics as ray_metrics
 
 from raytune_llama.logs import setup_logging
 from raytune_llama.serve.config import ServeConfig, ServedModelConfig
-from raytune_llama.serve.http.keys import ApiKeys, keys_from_environment, watch_keys
+from raytune_llama.serve.http.keys import ApiKeys, watch_keys
 from raytune_llama.serve.http.metrics import MetricsApi, ServeMetrics
 from raytune_llama.serve.http.routes import build_http_app
-from raytune_llama.serve.proxy import check_exposure, proxy_host, read_key_hashes
+from raytune_llama.serve.proxy import check_exposure, proxy_host
 from raytune_llama.serve.rate_limiter import connect_rate_limiter
 
 
@@ -40,8 +40,8 @@ class ModelReplica:
         """
         setup_logging()
         self._name, self._config = model.served_name, config
-        check_exposure(proxy_host(), read_key_hashes(config.keys_file) + built_with)
-        self._keys = watch_keys(config.keys_file, keys_from_environment(os.environ) + built_with)
+        self._keys = watch_keys(config.keys_file, os.environ, built_with)
+        check_exposure(proxy_host(), self._keys)
         # Not at the top: who builds the application imports this module, and needs no PyTorch.
         from raytune_llama.serve.backend import LoadedModel
 

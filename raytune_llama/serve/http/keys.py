@@ -118,12 +118,15 @@ class WatchedKeys:
             logger.info("keys_file: %s has changed: %d keys", self._path, len(hashes))
 
 
-def watch_keys(keys_file: str | None, others: ApiKeys) -> AcceptedKeys:
-    """Return the keys of a file that may change (None: no file), and others.
+def watch_keys(
+    keys_file: str | None, environment: Mapping[str, str], built_with: ApiKeys
+) -> AcceptedKeys:
+    """Return the keys of a file that may change (None: no file), of an environment, and others.
 
     Raises:
-        ConfigError: the file can't be read or contains no hash, or has a line that is not one.
+        ConfigError: as of `load_keys`.
     """
+    others = keys_from_environment(environment) + built_with
     return others if keys_file is None else WatchedKeys(Path(keys_file), others)
 
 

@@ -2,8 +2,8 @@ import logging
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from raytune_llama.serve.http.keys import (
     make_key,
     read_keys,
 )
+from tests.serve.many_clients import wait_until
 
 
 def test_key_that_was_made_is_let_in_and_no_other(tmp_path: Path) -> None:
@@ -60,14 +61,8 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched
     accepted.close()
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 FIRST, SECOND, OTHER = make_key(), make_key(), make_key()
+wait_until_it_is_so = partial(wait_until, seconds=60, what="the keys have changed")
 
 
 def test_keys_that_are_added_to_a_file_or_deleted_count_without_a_restart(
@@ -76,13 +71,13 @@ def test_keys_that_are_added_to_a_file_or_deleted_count_without_a_restart(
     assert watched.find(FIRST[0])
     assert not watched.find(SECOND[0])
     append_hash(tmp_path / "keys", SECOND[1])
-    wait_until(lambda: watched.find(SECOND[0]))
+    wait_until_it_is_so(lambda: watched.find(SECOND[0]) is not None)
     assert watched.find(FIRST[0])
     (tmp_path / "new").write_text(SECOND[1])
     (tmp_path / "new").replace(tmp_path / "keys")
-    wait_until(lambda: not watched.find(FIRST[0]))
+    wait_until_it_is_so(lambda: not watched.find(FIRST[0]))
     (tmp_path / "keys").write_text("# nobody\n")
-    wait_until(lambda: not watched.find(SECOND[0]))
+    wait_until_it_is_so(lambda: not watched.find(SECOND[0]))
     assert watched.is_required
     assert watched.find(OTHER[0])
 
@@ -96,11 +91,11 @@ def test_keys_stay_accepted_while_their_file_cannot_be_read(
         (tmp_path / "keys").unlink()
     else:
         (tmp_path / "keys").write_text(text)
-    wait_until(lambda: "stay accepted" in caplog.text)
+    wait_until_it_is_so(lambda: "stay accepted" in caplog.text)
     assert "sk-secret" not in caplog.text
     assert watched.find(FIRST[0])
     (tmp_path / "keys").write_text(SECOND[1])
-    wait_until(lambda: watched.find(SECOND[0]))
+    wait_until_it_is_so(lambda: watched.find(SECOND[0]) is not None)
     assert not watched.find(FIRST[0])
 
 
